@@ -1,0 +1,42 @@
+"""Randomness is an address, not a history.
+
+Every random number of a run is read at a place named by (seed, purpose, step, index), from numpy's counter-based generator
+Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key = (seed, purpose), counter = (0, index, step, 0).
+Nothing is advanced, so nothing has to be saved: resuming, splitting a batch over ranks or micro-batches, or drawing image 17
+alone gives the same bits. Numbers are drawn on the host, so a card draws what the CPU draws.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+
+
+def generator(seed, purpose, step=0, index=0):
+    """The numpy Generator at an address: `seed`, `step` and `index` are integers >= 0, `purpose` is a word."""
+    key = np.array([seed, zlib.crc32(purpose.encode())], dtype=np.uint64)
+    counter = np.array([0, index, step, 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def normal(seed, purpose, step, indices, shape):
+    """Standard normal noise float32 [b, *shape], one address for each of the b `indices`."""
+    out = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, index in zip(out, indices):
+        generator(seed, purpose, step, index).standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(out)
+
+
+def uniform(seed, purpose, step, indices):
+    """Uniform numbers in [0, 1), float64 [b], one address for each of the b `indices`."""
+    return torch.tensor([generator(seed, purpose, step, index).random() for index in indices], dtype=torch.float64)
+
+
+def permutation(seed, purpose, step, n):
+    """A permutation of range(n) as an int64 array."""
+    return generator(seed, purpose, step).permutation(n)
+
+
+def reseed_torch(seed, *address):
+    """Put torch's global generators (dropout's source, all devices) at the address, an integer tuple."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, *address]).generate_state(1, np.uint64)[0] >> np.uint64(1)))

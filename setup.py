@@ -1,0 +1,27 @@
+"""Packaging of `ddpm`; console use is `python -m ddpm.main` and its sister doors."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ddpm",
+    version="0.1.0",
+    description="An experiment-tracked workbench for denoising diffusion models of images",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ddpm", "ddpm.*"]),
+    package_data={"ddpm": ["assets/*"]},
+    install_requires=[
+        "torch>=2.7",
+        "torchvision>=0.22",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "einops>=0.8",
+        "ml-collections>=1.0",
+        "absl-py>=2.1",
+        "wandb>=0.21",
+        "torch-fidelity>=0.4.0",
+        "safetensors>=0.5",
+        "scikit-learn>=1.4",
+        "tqdm>=4.66",
+    ],
+    extras_require={"test": ["pytest>=8", "diffusers>=0.32", "ruff>=0.9"]},
+)

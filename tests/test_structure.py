@@ -1,0 +1,94 @@
+"""The architecture, read from the imports: floors point down only, and a library has one home."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "ddpm"
+
+FLOORS = {
+    "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
+    "assembly": ["build", "train"],
+    "craft": ["config", "draw", "score"],
+    "services": ["data", "checkpoint", "tracking", "metrics"],
+    "mathematics": ["diffusion", "models", "ema", "optim", "images"],
+    "ground": ["spec", "rng", "dist", "clock"],
+}
+HEIGHT = {room: height for height, rooms in enumerate(reversed(FLOORS.values())) for room in rooms}
+GROUND, MATHEMATICS, SERVICES, CRAFT, ASSEMBLY, DOORS = range(6)
+EXCEPTIONS = {("sample", "generate"): "a door may call generate's function"}
+
+HOMES = {
+    "wandb": {"tracking", "compare", "dashboard"},
+    "torch_fidelity": {"metrics"},
+    "diffusers": {"convert"},
+    "optuna": {"sweep"},
+    "wandb_workspaces": {"dashboard"},
+    "torch.distributed": {"dist"},
+    "ml_collections": {"config"},
+}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path):
+    """Every (line, dotted module) that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "ddpm" if node.level else node.module
+            module = f"{base}.{node.module}" if node.level and node.module else base
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"):
+            yield node.lineno, ast.unparse(node)
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_point_down_only(path):
+    room = room_of(path)
+    assert room in HEIGHT, f"{room} has no floor: give it one in tests/test_structure.py and CONTRIBUTING.md"
+    for line, module in imports_of(path):
+        if not module.startswith("ddpm."):
+            continue
+        other = module.split(".")[1]
+        if other == room or (room, other) in EXCEPTIONS:
+            continue
+        assert other in HEIGHT, f"{path.name}:{line} imports {module}, which has no floor"
+        upward = HEIGHT[other] > HEIGHT[room]
+        beside = HEIGHT[other] == HEIGHT[room] and HEIGHT[room] == DOORS
+        assert not upward, f"{path.name}:{line} imports {other}, which is on a higher floor: data flows one way"
+        assert not beside, f"{path.name}:{line}: a door never opens on another door ({other})"
+        if HEIGHT[room] == SERVICES:
+            allowed = other == "images" or HEIGHT[other] in (GROUND, SERVICES)
+            assert allowed, f"{path.name}:{line}: services do not know the mathematics ({other})"
+        if HEIGHT[room] == MATHEMATICS:
+            assert other != "dist", f"{path.name}:{line}: the mathematics knows no ranks or devices"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_library_has_one_home(path):
+    for line, module in imports_of(path):
+        for library, homes in HOMES.items():
+            if module == library or module.startswith(library + "."):
+                assert room_of(path) in homes, f"{path.name}:{line}: {library} lives only in {sorted(homes)}"
+
+
+def test_the_rules_can_fail():
+    """The reader of imports sees what the rules look for, wherever it stands."""
+    source = PACKAGE.parent / "tests" / "test_structure.py"
+    assert "ast" in [module for _, module in imports_of(source)]
+    assert HEIGHT["spec"] == GROUND and HEIGHT["main"] == DOORS and HEIGHT["build"] == ASSEMBLY and HEIGHT["draw"] == CRAFT
+
+
+def test_no_unsafe_loading_and_no_device_strings():
+    for path in MODULES:
+        text = path.read_text()
+        for forbidden in ("weights_only=False", "pickle.load", ".cuda()", "[:, None, None, None]"):
+            assert forbidden not in text, f"{path.name} has {forbidden}"
