@@ -1,0 +1,99 @@
+"""Exponential moving average of a network's weights: the copy that samples are drawn from.
+
+`shadow`: name -> tensor, named as in `model.state_dict()`; floating tensors are averaged in float32, integer ones
+copied. It lives on the model's device: move the model first. It sees the plain network, never a compiled or
+DDP-wrapped one.
+"""
+
+import contextlib
+
+import torch
+
+
+class EMA:
+    """shadow <- decay * shadow + (1 - decay) * weights, at every `update()` (Ho et al. 2020, appendix B).
+
+    With `warmup` the decay of update n = 0, 1, ... is min(decay, (1 + n) / (10 + n)), so that a young average forgets
+    the initial weights. Raises ValueError for a decay outside [0, 1).
+    """
+
+    def __init__(self, model, decay=0.9999, warmup=True):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema decay {decay} is outside [0, 1); use a number such as 0.9999, or 0 for no averaging")
+        self.model, self.decay, self.warmup = model, decay, warmup
+        self.updates = 0
+        self._weights = None  # the raw weights, while the averaged ones are in the model
+        state = model.state_dict()
+        wrapped = [name for name in state if name.startswith("module.") or "_orig_mod." in name]
+        assert not wrapped, f"EMA wants the plain network, not one with {wrapped[0]}"
+        self.shadow = {
+            name: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+            for name, value in state.items()
+        }
+
+    @torch.no_grad()
+    def update(self):
+        """Take the model's present weights into the average. Raises RuntimeError while the average is applied."""
+        if self._weights is not None:
+            raise RuntimeError("the averaged weights are applied; call restore() before update()")
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        state = self.model.state_dict()
+        floating = [name for name, value in state.items() if value.is_floating_point()]
+        averages, weights = [self.shadow[name] for name in floating], [state[name].float() for name in floating]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for name in state.keys() - set(floating):
+            self.shadow[name].copy_(state[name])
+        self.updates += 1
+
+    @torch.no_grad()
+    def apply_shadow(self):
+        """Put the average into the model and keep its weights aside. Raises RuntimeError where that is done already."""
+        if self._weights is not None:
+            raise RuntimeError("the averaged weights are applied already; call restore() first")
+        state = self.model.state_dict()
+        self._weights = {name: value.clone() for name, value in state.items()}
+        for name, value in state.items():
+            value.copy_(self.shadow[name])
+
+    @torch.no_grad()
+    def restore(self):
+        """Give the model its own weights back, bit for bit. Raises RuntimeError where no average was applied."""
+        if self._weights is None:
+            raise RuntimeError("the averaged weights are not applied; call apply_shadow() before restore()")
+        for name, value in self.model.state_dict().items():
+            value.copy_(self._weights[name])
+        self._weights = None
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The model with averaged weights inside a `with`; its own come back however the block ends."""
+        self.apply_shadow()
+        try:
+            yield self.model
+        finally:
+            self.restore()
+
+    def state_dict(self):
+        """The average itself, not a copy, and the number of updates it has seen."""
+        return {"shadow": dict(self.shadow), "updates": self.updates}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Copy a saved average into this one, in place. Raises ValueError where names or shapes are not the model's."""
+        saved = state["shadow"]
+        faults = [f"{name} is missing" for name in self.shadow if name not in saved]
+        faults += [f"{name} is unknown" for name in saved if name not in self.shadow]
+        faults += [
+            f"{name} is {tuple(saved[name].shape)}, not {tuple(value.shape)}"
+            for name, value in self.shadow.items()
+            if name in saved and saved[name].shape != value.shape
+        ]
+        if faults:
+            more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+            raise ValueError(
+                f"the saved average is of another network: {'; '.join(faults[:3])}{more}; "
+                "build the network from the checkpoint's own config"
+            )
+        for name, value in self.shadow.items():
+            value.copy_(saved[name])
+        self.updates = state["updates"]

@@ -1,0 +1,149 @@
+"""The parts that networks are made of: time embedding, residual block, attention block, up- and down-sampling.
+
+x [b, c, h, w]; t [b], float or integer; emb [b, e], the embedding of time (and class). They follow the network of Ho
+et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B, and its released code; scale-shift norm and
+resizing inside a block are those of Dhariwal and Nichol 2021, "Diffusion Models Beat GANs". Initialisation is Ho's
+too: weights uniform with variance 2 / (fan_in + fan_out) (Glorot), biases zero, and zero for layers that close a
+residual branch or the network.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+def timestep_embedding(t, dim, max_period=10000):
+    """Sines then cosines of t at geometric frequencies from 1 down to 1 / max_period: t [b] -> float32 [b, dim].
+
+    The convention of Ho's code: frequency k is max_period^(-k / (dim // 2 - 1)); an odd `dim` ends in a zero.
+    """
+    half = dim // 2
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(k * (-math.log(max_period) / max(half - 1, 1)))
+    angles = rearrange(t.float(), "b -> b 1") * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+def group_norm(channels):
+    """GroupNorm over the largest number of groups up to 32 that divides `channels`; epsilon 1e-6 as in Ho's code."""
+    groups = max(n for n in range(1, 33) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def linear(in_features, out_features):
+    """A dense layer with Glorot-uniform weights and zero bias."""
+    layer = nn.Linear(in_features, out_features)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(in_channels, out_channels, kernel_size, zero=False):
+    """A convolution that keeps the image size, with Glorot-uniform (`zero`: zero) weights and zero bias."""
+    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest-neighbour resize, then a 3x3 convolution; [b, c, h, w] -> [b, c, 2h, 2w]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = conv(channels, channels, 3)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Half the size: a 3x3 convolution taken at every second pixel; [b, c, 2h, 2w] -> [b, c, h, w]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        nn.init.xavier_uniform_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        # TensorFlow's "SAME" padding, as Ho's weights expect: an even side gets its one row of zeros at the far end.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, convolution, twice, with the embedding injected in between, added to a shortcut.
+
+    x [b, in_channels, h, w], emb [b, embedding_channels] -> [b, out_channels, h, w], or twice (`up`) or half (`down`)
+    that size. The embedding is added before the second norm or, with `use_scale_shift_norm`, scales and shifts what
+    it returns.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, embedding_channels, dropout=0, use_scale_shift_norm=False, up=False, down=False
+    ):
+        super().__init__()
+        assert not (up and down), "a block resizes one way"
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2) if down else nn.Identity()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = conv(in_channels, out_channels, 3)
+        self.project = linear(embedding_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv(out_channels, out_channels, 3, zero=True)
+        self.shortcut = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))
+        emb = self.project(F.silu(emb))
+        if self.use_scale_shift_norm:
+            scale, shift = rearrange(emb, "b (two c) -> two b c 1 1", two=2)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + rearrange(emb, "b c -> b c 1 1"))
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.shortcut(self.resize(x)) + h
+
+
+def head_count(channels, num_heads, num_head_channels=None):
+    """The number of attention heads: `num_heads`, or `channels / num_head_channels` where that is given.
+
+    Raises ValueError where the channels cannot be shared out evenly.
+    """
+    name, given = ("num_heads", num_heads) if num_head_channels is None else ("num_head_channels", num_head_channels)
+    divisors = [n for n in range(1, channels + 1) if channels % n == 0]
+    if given not in divisors:
+        options = ", ".join(map(str, divisors))
+        raise ValueError(f"{name} {given} does not divide {channels} channels; use one of {options}")
+    return given if num_head_channels is None else channels // given
+
+
+class AttentionBlock(nn.Module):
+    """Every pixel attends to every pixel, added to the input; x [b, c, h, w] -> the same shape.
+
+    There are `num_heads` heads, or as many as have `num_head_channels` channels each. Raises ValueError where they do
+    not divide `channels`.
+    """
+
+    def __init__(self, channels, num_heads=1, num_head_channels=None):
+        super().__init__()
+        self.heads = head_count(channels, num_heads, num_head_channels)
+        self.norm = group_norm(channels)
+        self.qkv = conv(channels, 3 * channels, 1)
+        for weight in self.qkv.weight.data.chunk(3):  # three layers in one: each has its own fan-out
+            nn.init.xavier_uniform_(weight)
+        self.project = conv(channels, channels, 1, zero=True)
+
+    def forward(self, x):
+        h, w = x.shape[-2:]
+        qkv = rearrange(
+            self.qkv(self.norm(x)), "b (three heads d) h w -> three b heads (h w) d", three=3, heads=self.heads
+        )
+        # the fused attention kernels want neighbouring channels side by side in memory, and step aside otherwise
+        q, k, v = qkv.contiguous()
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.project(rearrange(out, "b heads (h w) d -> b (heads d) h w", h=h, w=w))

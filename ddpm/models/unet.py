@@ -1,0 +1,158 @@
+"""The U-Net of Ho et al. 2020: `net(x, t, y) -> out`, the network waist.
+
+x [b, c, h, w] in [-1, 1]; t [b], float or integer, in units of training timesteps; y [b] int64 class labels or None;
+out [b, out_channels, h, w], in the units of whatever target it is trained on.
+"""
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from ddpm.models.layers import (
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    conv,
+    group_norm,
+    linear,
+    timestep_embedding,
+)
+
+
+def check_size(size, halvings):
+    """Raise ValueError where a side of `size` (h, w) cannot be halved `halvings` times."""
+    factor = 2**halvings
+    if all(side >= factor and side % factor == 0 for side in size):
+        return
+    smaller = tuple(max(side // factor, 1) * factor for side in size)
+    larger = tuple(max(-(-side // factor), 1) * factor for side in size)
+    given, *fitting = (f"{h}" if h == w else f"({h}, {w})" for h, w in (size, smaller, larger))
+    raise ValueError(
+        f"image_size {given} cannot be halved {halvings} time{'s' * (halvings > 1)}; "
+        f"use {' or '.join(dict.fromkeys(fitting))}, or a shorter channel_mult"
+    )
+
+
+class Stage(nn.Sequential):
+    """Layers between two skip connections, in a row; the embedding goes to the residual blocks."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResidualBlock) else layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """A U-Net of residual blocks with attention at chosen sizes and always in the middle.
+
+    `image_size` is an int or (h, w). `attention_resolutions` are sizes of feature maps, counted by the shorter side:
+    at image_size (64, 128) the resolution 16 is the 16x32 map. Level i has `model_channels * channel_mult[i]`
+    channels; `num_head_channels`, where given, decides the heads in place of `num_heads`. Built for one size, it runs
+    on any that can be halved as often. The class embedding has `num_classes` rows, standard normal at first; a label
+    of -1 is dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros.
+
+    Raises ValueError for a size that cannot be halved often enough, an attention resolution that never occurs, heads
+    that do not divide the channels, and labels where there are no classes.
+    """
+
+    def __init__(
+        self,
+        image_size,
+        in_channels,
+        out_channels,
+        model_channels,
+        channel_mult,
+        num_res_blocks,
+        attention_resolutions,
+        num_heads=1,
+        num_head_channels=None,
+        dropout=0,
+        use_scale_shift_norm=False,
+        resblock_updown=False,
+        num_classes=None,
+    ):
+        super().__init__()
+        counts = {"in_channels": in_channels, "out_channels": out_channels, "model_channels": model_channels}
+        counts |= {"num_res_blocks": num_res_blocks, "num_classes": 1 if num_classes is None else num_classes}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} is {count}; use 1 or more")
+        if not channel_mult or min(channel_mult) < 1:
+            raise ValueError(f"channel_mult is {channel_mult}; use one or more whole numbers from 1 up, as (1, 2, 2)")
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        self.halvings = len(channel_mult) - 1
+        check_size(size, self.halvings)
+        resolutions = [min(size) >> level for level in range(len(channel_mult))]
+        for resolution in attention_resolutions:
+            if resolution not in resolutions:
+                raise ValueError(
+                    f"attention resolution {resolution} does not occur in this network; "
+                    f"use any of {', '.join(map(str, resolutions))}"
+                )
+
+        self.model_channels = model_channels
+        embedding_channels = 4 * model_channels
+
+        def block(inputs, outputs, **resize):
+            return ResidualBlock(inputs, outputs, embedding_channels, dropout, use_scale_shift_norm, **resize)
+
+        def attention(channels):
+            return AttentionBlock(channels, num_heads, num_head_channels)
+
+        def block_at(level, inputs, outputs):
+            attends = resolutions[level] in attention_resolutions
+            return [block(inputs, outputs), attention(outputs)] if attends else [block(inputs, outputs)]
+
+        self.time_embedding = nn.Sequential(
+            linear(model_channels, embedding_channels), nn.SiLU(), linear(embedding_channels, embedding_channels)
+        )
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, embedding_channels)
+
+        channels = model_channels
+        self.stem = conv(in_channels, channels, 3)
+        skips = [channels]
+        self.encoder = nn.ModuleList()
+        for level, mult in enumerate(channel_mult):
+            for _ in range(num_res_blocks):
+                self.encoder.append(Stage(*block_at(level, channels, mult * model_channels)))
+                channels = mult * model_channels
+                skips.append(channels)
+            if level < self.halvings:
+                shrink = block(channels, channels, down=True) if resblock_updown else Downsample(channels)
+                self.encoder.append(Stage(shrink))
+                skips.append(channels)
+
+        self.middle = Stage(block(channels, channels), attention(channels), block(channels, channels))
+
+        self.decoder = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            for _ in range(num_res_blocks + 1):
+                self.decoder.append(Stage(*block_at(level, channels + skips.pop(), mult * model_channels)))
+                channels = mult * model_channels
+            if level > 0:
+                self.decoder[-1].append(block(channels, channels, up=True) if resblock_updown else Upsample(channels))
+
+        self.head = nn.Sequential(group_norm(channels), nn.SiLU(), conv(channels, out_channels, 3, zero=True))
+
+    def embed(self, t, y, dtype):
+        """The embedding [b, 4 model_channels] of times and labels; y None is every label dropped."""
+        emb = self.time_embedding(timestep_embedding(t, self.model_channels).to(dtype))
+        if y is None:
+            return emb
+        if self.class_embedding is None:
+            raise ValueError("labels were given to a network without classes; set num_classes, or pass y=None")
+        return emb + self.class_embedding(y.clamp(min=0)) * rearrange(y >= 0, "b -> b 1")
+
+    def forward(self, x, t, y=None):
+        check_size(x.shape[-2:], self.halvings)
+        emb = self.embed(t, y, x.dtype)
+        h = self.stem(x)
+        skips = [h]
+        for stage in self.encoder:
+            h = stage(h, emb)
+            skips.append(h)
+        h = self.middle(h, emb)
+        for stage in self.decoder:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.head(h)
