@@ -1,0 +1,188 @@
+"""The diffusion process: from tables to noising, posteriors, noise levels, and the denoiser that samplers call.
+
+    x0, x, eps, noise, out [b, c, h, w]; t [b] integers from 0 (nearly clean) to T-1 (nearly noise)
+    a level is (t, alpha, sigma) with x_t = alpha x0 + sigma eps: Python floats for samplers,
+    float64 [b, 1, 1, 1] for batches
+    denoise(x, level) -> (x0, eps), both [b, c, h, w]
+
+Nothing here assumes alpha^2 + sigma^2 = 1.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+
+from ddpm import spec
+
+
+class Level(NamedTuple):
+    """A noise level: x_t = alpha x0 + sigma eps. `t` is what the network is told; it may be fractional."""
+
+    t: float | torch.Tensor
+    alpha: float | torch.Tensor
+    sigma: float | torch.Tensor
+
+
+CLEAN = Level(-1.0, 1.0, 0.0)  # one step below t = 0, which is slightly noisy already; the network is never asked here
+
+
+class Posterior(NamedTuple):
+    """q(x_s | x_t, x0): its mean is x0 * of_x0 + x * of_x; `small` and `large` are two choices of its variance."""
+
+    of_x0: float | torch.Tensor
+    of_x: float | torch.Tensor
+    small: float | torch.Tensor
+    large: float | torch.Tensor
+
+
+def posterior(s, t):
+    """Return q(x_s | x_t, x0) for levels s < t, any distance apart (Kingma et al. 2021, VDM, appendix A.2).
+
+    `small` is the true variance, right for data that is one point; `large`, that of q(x_t | x_s), is right for data
+    that is white noise (Ho et al. 2020, section 3.2). For neighbours this is Ho et al., eqs. 6-7; for others it is
+    the same on respaced betas (Nichol & Dhariwal 2021, eq. 19). Written with rho = (sigma/alpha)_s / (sigma/alpha)_t
+    it is finite at s = CLEAN and at alpha_t = 0.
+    """
+    rho = (s.sigma * t.alpha) / (t.sigma * s.alpha)
+    gain = (1 - rho) * (1 + rho)
+    return Posterior(s.alpha * gain, rho * s.sigma / t.sigma, s.sigma**2 * gain, t.sigma**2 * gain)
+
+
+class Process:
+    """A forward process from its tables alpha and sigma, float64 [T]: `timesteps`, levels, noising and posterior."""
+
+    def __init__(self, alpha, sigma):
+        self.alpha, self.sigma = alpha, sigma
+        self.timesteps = len(alpha)
+        clean = torch.tensor([CLEAN.alpha, CLEAN.sigma], dtype=torch.float64)
+        host = torch.cat([rearrange(clean, "table -> table 1"), torch.stack([alpha, sigma])], dim=1)
+        self.tables = {host.device: host}  # device -> (alpha, sigma) [2, 1 + T]: CLEAN stands before t = 0
+
+    def level(self, t):
+        """Return the level at time t in [0, T-1]; between integers, the log of sigma/alpha goes on a line.
+
+        Raises ValueError for a time outside the tables.
+        """
+        if not 0 <= t <= self.timesteps - 1:
+            raise ValueError(f"time {t} is outside the schedule; give a number from 0 to {self.timesteps - 1}")
+        below, part = int(t), t - int(t)
+        alpha, sigma = self.alpha[below].item(), self.sigma[below].item()
+        if part == 0:
+            return Level(float(t), alpha, sigma)
+        above = self.level(below + 1)
+        ratio = sigma / alpha * (above.sigma / above.alpha / (sigma / alpha)) ** part if above.alpha else math.inf
+        # the radius is 1 on a variance-preserving path; elsewhere its log goes on a line too
+        radius = math.hypot(alpha, sigma) ** (1 - part) * math.hypot(above.alpha, above.sigma) ** part
+        return Level(float(t), radius / math.hypot(1, ratio), radius / math.hypot(1 / ratio, 1))
+
+    def levels(self, steps, spacing="linear"):
+        """Return the steps + 1 levels of a sampling run, from the noisiest down to CLEAN.
+
+        `spacing` names an entry of SPACINGS. Raises ValueError for steps outside 1 .. T.
+        """
+        times = spec.choose("spacing", SPACINGS, spacing)
+        if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
+            raise ValueError(f"{steps!r} steps is out of range; give 1 to {self.timesteps} (the timesteps)")
+        return [self.level(t) for t in times(self.timesteps, steps)] + [CLEAN]
+
+    def at(self, t):
+        """Return the level of each t [b] of a batch (-1 is CLEAN), float64 [b, 1, 1, 1] on t's device."""
+        if t.device not in self.tables:  # moved once, so that a training step never waits for the host
+            self.tables[t.device] = next(iter(self.tables.values())).to(t.device)
+        alpha, sigma = rearrange(self.tables[t.device][:, t.long() + 1], "table b -> table b 1 1 1")
+        return Level(t, alpha, sigma)
+
+    def q_sample(self, x0, t, noise):
+        """Return x_t ~ q(x_t | x0): the images noised to times t [b], in x0's dtype (Ho et al. 2020, eq. 4)."""
+        _, alpha, sigma = self.at(t)
+        return alpha.to(x0.dtype) * x0 + sigma.to(x0.dtype) * noise
+
+    def posterior(self, x0, x_t, t, variance="small"):
+        """Return mean [b, c, h, w], variance and log-variance [b, 1, 1, 1] of q(x_{t-1} | x_t, x0), in x_t's dtype.
+
+        `variance` is one of VARIANCES. The log-variance at t = 0, where the true one is -inf, is that of `small` at
+        t = 1. Ho et al. 2020, eqs. 6-7.
+        """
+        step = posterior(self.at(t - 1), self.at(t))
+        mean = step.of_x0.to(x_t.dtype) * x0 + step.of_x.to(x_t.dtype) * x_t
+        inner = t.clamp(min=min(1, self.timesteps - 1))
+        inner_step = posterior(self.at(inner - 1), self.at(inner))
+        at_zero = rearrange(t == 0, "b -> b 1 1 1")
+        clipped = torch.where(at_zero, inner_step.small, getattr(inner_step, variance))
+        log_variance = clipped.clamp(min=1e-20).log()  # with T = 1 there is no t = 1
+        return mean, getattr(step, variance).to(x_t.dtype), log_variance.to(x_t.dtype)
+
+
+def latent(level, noise):
+    """Scale standard-normal noise to the spread that unit-variance images have at a level: where sampling starts."""
+    return math.hypot(level.alpha, level.sigma) * noise
+
+
+class Target(NamedTuple):
+    """What a network is trained to say, and how x0 is read from it; alpha and sigma are numbers or [b, 1, 1, 1]."""
+
+    make: Callable  # (x0, eps, alpha, sigma) -> target
+    x0: Callable  # (x, out, alpha, sigma) -> x0
+
+
+def estimate(x, out, level, predict, clip):
+    """Return (x0, eps) from a network's output; `clip` holds x0 in [-1, 1], and eps is what then remains of x."""
+    x0 = TARGETS[predict].x0(x, out.to(x.dtype), level.alpha, level.sigma)
+    x0 = x0.clamp(-1, 1) if clip else x0
+    return x0, (x - level.alpha * x0) / level.sigma
+
+
+def denoiser(net, *, predict, clip, y=None):
+    """Make `denoise(x, level) -> (x0, eps)` of a network, for samplers; x is float32 and so are the results.
+
+    Raises ValueError for an unknown target.
+    """
+    spec.check_choice("target", predict, TARGETS)
+
+    def denoise(x, level):
+        t = torch.full((len(x),), level.t, dtype=torch.float32, device=x.device)
+        return estimate(x, net(x, t, y), level, predict, clip)
+
+    return denoise
+
+
+def linear(timesteps, steps):
+    """Evenly from T-1 to 0, both included."""
+    return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).round().tolist()
+
+
+def trailing(timesteps, steps):
+    """Evenly in strides of T/steps, down from T-1 (Lin et al. 2024, table 2)."""
+    return [round(timesteps * k / steps) - 1.0 for k in range(steps, 0, -1)]
+
+
+def leading(timesteps, steps):
+    """Evenly in strides of T//steps, up from 0, as DDIM was published; starts below T-1."""
+    return [float(timesteps // steps * k) for k in reversed(range(steps))]
+
+
+TARGETS = {
+    "eps": Target(
+        lambda x0, eps, alpha, sigma: eps,
+        lambda x, out, alpha, sigma: (x - sigma * out) / alpha,
+    ),
+    "x0": Target(
+        lambda x0, eps, alpha, sigma: x0,
+        lambda x, out, alpha, sigma: out,
+    ),
+    "v": Target(  # Salimans & Ho 2022, section 4
+        lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,
+        lambda x, out, alpha, sigma: (alpha * x - sigma * out) / (alpha**2 + sigma**2),
+    ),
+}
+
+VARIANCES = ("small", "large")
+
+SPACINGS = {
+    "linear": linear,
+    "trailing": trailing,
+    "leading": leading,
+}
