@@ -39,4 +39,5 @@ def permutation(seed, purpose, step, n):
 
 def reseed_torch(seed, *address):
     """Put torch's global generators (dropout's source, all devices) at the address, an integer tuple."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, *address]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    sequence = np.random.SeedSequence(seed, spawn_key=address)  # as entropy, (5,) and (5, 0) would be one address
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))

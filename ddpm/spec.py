@@ -19,7 +19,7 @@ def parse(text):
     mistake = ValueError(f"cannot read {text!r}; write a name, or a name with arguments such as \"name(key=0.5)\"")
     try:
         node = ast.parse(str(text).strip(), mode="eval").body
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: nested too deeply for the parser
         raise mistake from None
     if isinstance(node, ast.Name):
         return node.id, {}
@@ -29,14 +29,14 @@ def parse(text):
         arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
     except (ValueError, TypeError):
         raise mistake from None
-    if None in arguments:
+    if None in arguments or len(arguments) < len(node.keywords):  # **unpacked, or a key given twice
         raise mistake
     return node.func.id, arguments
 
 
 def suggest(given, allowed):
     """`" (did you mean 'cosine'?)"` where one of the allowed names is close to the given one, else nothing."""
-    close = difflib.get_close_matches(str(given), allowed, n=1)
+    close = difflib.get_close_matches(str(given), [name for name in allowed if isinstance(name, str)], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "ddpm"
 FLOORS = {
     "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
     "assembly": ["build", "train"],
-    "craft": ["config", "draw", "score"],
+    "craft": ["config", "draw", "score", "step"],
     "services": ["data", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "ema", "optim", "images"],
-    "ground": ["spec", "rng", "dist", "clock"],
+    "ground": ["spec", "rng", "dist", "clock", "files"],
 }
 HEIGHT = {room: height for height, rooms in enumerate(reversed(FLOORS.values())) for room in rooms}
 GROUND, MATHEMATICS, SERVICES, CRAFT, ASSEMBLY, DOORS = range(6)

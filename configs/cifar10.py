@@ -1,0 +1,36 @@
+"""CIFAR-10 as Ho et al. 2020 trained it: 35.7 M parameters, 800,000 steps."""
+
+from ddpm.config import base, with_variant
+
+
+def get_config(variant=None):
+    config = base()
+    config.data.source = "torchvision(name='CIFAR10')"
+    config.data.image_size = 32
+    config.data.channels = 3
+    config.data.flip = True
+    config.data.validation_fraction = 0.02
+    config.model.model_channels = 128
+    config.model.channel_mult = (1, 2, 2, 2)
+    config.model.num_res_blocks = 2
+    config.model.attention_resolutions = (16,)
+    config.model.dropout = 0.1
+    config.diffusion.beta_schedule = "linear"
+    config.train.length = "800000 steps"
+    config.train.batch_size = 128
+    config.train.optimizer = "adam"
+    config.train.learning_rate = 2e-4
+    config.train.warmup = "5000 steps"
+    config.train.gradient_clip = 1.0
+    config.ema.decay = 0.9999
+    config.ema.warmup = False
+    config.sample.sampler = "ddpm(variance='large')"
+    config.sample.steps = 1000
+    config.evaluate.num_samples = 50000
+    config.evaluate.sampler = "ddpm(variance='large')"
+    config.evaluate.steps = 1000
+    config.every.log = "100 steps"
+    config.every.sample = "20000 steps"
+    config.every.validate = "10000 steps"
+    config.every.evaluate = "200000 steps"
+    return with_variant(config, variant, {})

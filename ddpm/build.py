@@ -1,0 +1,193 @@
+"""The only reader of config sections: config -> objects."""
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ddpm import checkpoint, clock, data, draw, metrics, optim, rng, score, spec, tracking
+from ddpm import config as configs
+from ddpm.diffusion.ddpm import DDPM
+from ddpm.dist import StepNetwork
+from ddpm.ema import EMA
+from ddpm.models import MODELS
+from ddpm.step import Meters, Step, Validation
+from ddpm.train import Best, Run
+
+
+def network(config):
+    """The plain network of a config, its weights drawn at the config's seed."""
+    arguments = dict(config.model)
+    build = MODELS[arguments.pop("name")]
+    arguments["num_head_channels"] = arguments["num_head_channels"] or None
+    rng.reseed_torch(config.seed)
+    channels = config.data.channels
+    return build(image_size=config.data.image_size, in_channels=channels, out_channels=channels, **arguments)
+
+
+def diffusion(config, net):
+    """The process and objective of a config around a network."""
+    section = config.diffusion
+    return DDPM(net, section.timesteps, section.beta_schedule, section.predict, clip=section.clip)
+
+
+def image_shape(config):
+    """(channels, height, width) of the images."""
+    return config.data.channels, config.data.image_size, config.data.image_size
+
+
+def dataset(config):
+    """The images of a config, all of them; raises ValueError where there are none."""
+    section = config.data
+    return data.open_source(section.source, section.image_size, section.channels, section.matte)
+
+
+def grid_recipe(config):
+    """How the grids of a config are drawn."""
+    section = config.sample
+    return draw.Recipe(section.sampler, section.steps, section.spacing, section.seed, section.batch_size)
+
+
+def evaluation_recipe(config):
+    """How the images are drawn that are measured."""
+    section = config.evaluate
+    return draw.Recipe(section.sampler, section.steps, config.sample.spacing, config.sample.seed, section.batch_size)
+
+
+def extractor(config, machine):
+    """The feature extractor of a config; raises ValueError where its weights are not to be had."""
+    name = config.evaluate.extractor
+    if name == "auto":
+        name = "digits" if spec.parse(config.data.source)[0] == "digits" else "inception"
+    return metrics.EXTRACTORS[name](machine.device, config.evaluate.inception_weights)
+
+
+def scorer(config, images, machine):
+    """What measures drawn images as the config says."""
+    how = evaluation_recipe(config)
+    return score.Scorer(extractor(config, machine), images, how, config.evaluate.num_samples, "EMA", machine)
+
+
+def drawer(config, net, machine, how=draw.draw):
+    """`f(seeds, recipe)`: draw with the weights that are in the plain network at the time; `how` is draw.draw or draw.frames."""
+    process = diffusion(config, net).process
+    target = {"predict": config.diffusion.predict, "clip": config.diffusion.clip}
+    return lambda seeds, recipe: how(net, process, recipe, seeds, image_shape(config), machine, **target)
+
+
+def check(config):
+    """Raise a ValueError for what only network and process know to be impossible; no memory is taken."""
+    with torch.device("meta"):
+        net = network(config)
+    diffusion(config, net)
+
+
+def load(run_or_file, machine, **knobs):
+    """Rebuild what a checkpoint describes: (name for people, config, network with its averaged weights on the device).
+
+    `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps": 25}`. Raises ValueError for a
+    missing, damaged or foreign file, and for knobs that cannot be.
+    """
+    path, step, text, weights = checkpoint.load_weights(run_or_file)
+    config = configs.changed(configs.from_json(text), knobs)
+    with torch.device("meta"):
+        net = network(config)
+    put_weights(net, weights, path, assign=True)
+    return f"{path} (EMA weights, step {step})", config, net.to(machine.device)
+
+
+def put_weights(net, weights, path, assign=False):
+    """Load the weights that a file holds; raises ValueError where they are of another network."""
+    try:
+        net.load_state_dict(weights, assign=assign)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the weights in {path} are of another network than the config's: {reason}") from None
+
+
+def rate(config, dataset_size):
+    """The learning rate as a function of the step."""
+    section = config.train
+
+    def steps(text):
+        return clock.steps_of(text, section.batch_size, dataset_size)
+
+    name, arguments = spec.parse(section.learning_rate_decay)
+    if "length" in arguments:
+        arguments["length"] = steps(arguments["length"])
+    decay = partial(optim.DECAYS[name], **arguments)
+    return lambda step: optim.learning_rate(step, section.learning_rate, steps(section.warmup), decay)
+
+
+def batches(config, images, indices, machine, start, total):
+    """This rank's share of each effective batch from step `start` to `total`, uint8 [b, c, h, w]."""
+    size, share = config.train.batch_size, machine.share(config.train.batch_size)
+    order = (indices[data.batch_indices(config.seed, len(indices), step, size)[share]] for step in range(start, total))
+    workers = min(config.data.num_workers, os.cpu_count() or 1)
+    return (pixels for pixels, _ in data.loader(images, order, workers, pin_memory=machine.device.type == "cuda"))
+
+
+def training_scorer(config, images, machine, notes):
+    """The scorer of a training: nothing, and a note, where its extractor is not to be had."""
+    if clock.Every(config.every.evaluate, 1, 1).never:
+        return score.no_score
+    try:
+        return scorer(config, images, machine)
+    except ValueError as error:
+        notes.append(f"going on without evaluation: {error}")
+        return score.no_score
+
+
+def assemble(config, folder, machine):
+    """Make the run of a config in a folder: new, or standing where its newest checkpoint left it.
+
+    Raises ValueError for what cannot be run, before anything is written.
+    """
+    section, folder = config.train, Path(folder)
+    equal = machine.world * section.gradient_accumulation_steps
+    if section.batch_size % equal:
+        raise ValueError(f"config.train.batch_size {section.batch_size} cannot be cut into {machine.world} ranks x "
+                         f"{section.gradient_accumulation_steps} micro-batches; choose a multiple of {equal}")
+    images = dataset(config)
+    learned, held_out = data.split(len(images), config.data.validation_fraction, 0)
+    total = clock.steps_of(section.length, section.batch_size, len(learned))
+    every = {name: clock.Every(text, section.batch_size, len(learned)) for name, text in config.every.items()}
+    if not len(held_out):
+        every["validate"] = clock.Every("0 steps", section.batch_size, len(learned))
+
+    content = checkpoint.newest(folder)
+    net = network(config).to(machine.device)
+    if content is None and section.init_from:
+        path, _, _, weights = checkpoint.load_weights(section.init_from)
+        put_weights(net, weights, path)
+    ema = EMA(net, config.ema.decay, config.ema.warmup)
+    model = diffusion(config, StepNetwork(net, machine))
+    meters = Meters(config.diffusion.timesteps, machine.device)
+    step = Step(
+        net=net, diffusion=model, ema=ema, meters=meters, machine=machine, scaler=machine.scaler(),
+        optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(net.parameters(), section.learning_rate),
+        seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
+        learning_rate=rate(config, len(learned)), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip)
+    parts = {"net": net, "ema": ema, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best()}
+    if content is not None:
+        checkpoint.restore(content["parts"], parts)
+    notes = [*machine.notes, *images.notes, f"{len(learned)} images to learn from, {len(held_out)} held out"]
+    return Run(
+        folder=folder, config_json=configs.to_json(config), machine=machine, start=content["step"] if content else 0,
+        total=total, step=step, meters=meters, every=every, best=parts["best"], parts=parts, notes=notes,
+        batches=lambda start: batches(config, images, learned, machine, start, total),
+        speed=clock.Speed(section.batch_size, len(learned)),
+        validation=Validation(images, held_out, net, model, machine, section.batch_size),
+        draw=drawer(config, net, machine), grid=(range(config.sample.num_images), grid_recipe(config)),
+        score=training_scorer(config, images, machine, notes), tracker_state=content and content["parts"]["tracker"])
+
+
+def track(config, run):
+    """Write the run's config.json and open its tracker."""
+    if run.machine.main:
+        configs.write(config, run.folder)
+    run.track(tracking.open_tracker(
+        run.folder, config=configs.tracked(config), wandb=dict(config.wandb), start_step=run.start, total_steps=run.total,
+        state=run.tracker_state, main=run.machine.main))

@@ -1,0 +1,115 @@
+"""Named parts on disk: everything to continue a run (`.pt`), and the weights alone to draw from (`.safetensors`).
+
+A part is anything with `state_dict` and `load_state_dict`; a file also carries the step and the config as JSON, so it describes
+itself. Files are written beside, fsynced and renamed, and an older one is deleted only after; nothing here unpickles code.
+"""
+
+import pickle
+import re
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from ddpm.files import written_beside
+
+FORMAT = 1
+NAME = re.compile(r"step_(\d{8,})(\.keep)?\.pt")
+
+
+def checkpoints(folder):
+    """The checkpoints of a run folder, oldest first, as [(step, path)]."""
+    paths = Path(folder, "checkpoints").glob("step_*.pt")
+    return sorted((int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name)))
+
+
+def save(folder, step, config_json, parts, keep=2, milestone=False):
+    """Write a run's checkpoint, then delete all but the newest `keep` and the milestones; returns the path."""
+    path = Path(folder, "checkpoints", f"step_{step:08d}{'.keep' if milestone else ''}.pt")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    content = {"format": FORMAT, "step": step, "config": config_json, "parts": states}
+    with written_beside(path) as part:
+        torch.save(content, part)
+    for _, old in [item for item in checkpoints(folder) if not NAME.fullmatch(item[1].name)[2]][:-keep]:
+        old.unlink()
+    return path
+
+
+def load(path):
+    """Read a checkpoint onto the host: dict of `step`, `config` (JSON text) and `parts` (name -> state).
+
+    Raises ValueError, one line, for a file that is damaged or not one of ours.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        assert content["format"] <= FORMAT and {"step", "config", "parts"} <= content.keys()
+    except (RuntimeError, EOFError, KeyError, TypeError, AssertionError, pickle.UnpicklingError):
+        raise ValueError(f"{path} is damaged or not a checkpoint of ddpm; use another of {Path(path).parent}") from None
+    return content
+
+
+def newest(folder):
+    """What `load` reads from a run folder's newest checkpoint; None where there is none yet."""
+    found = checkpoints(folder)
+    return load(found[-1][1]) if found else None
+
+
+def restore(states, parts):
+    """Put the states that `load` returned into the parts, all of them.
+
+    Raises ValueError where the file lacks a part or a part refuses its state.
+    """
+    for name, part in parts.items():
+        if name not in states:
+            raise ValueError(f"the checkpoint has no part {name!r}, it has {', '.join(states)}; it is from another version")
+        try:
+            part.load_state_dict(states[name])
+        except (RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"the checkpoint's {name} does not fit this config: {reason}") from None
+
+
+def export(path, weights, step, config_json):
+    """Write weights (name -> tensor) and the config into one safetensors file: all that drawing needs."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    header = {"format": str(FORMAT), "step": str(step), "config": config_json}
+    with written_beside(path) as part:
+        save_file(tensors, part, metadata=header)
+
+
+def find(run_or_file):
+    """The file that a run folder or a file name means: final weights, else the newest checkpoint.
+
+    Raises ValueError where there is none.
+    """
+    path = Path(run_or_file)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a run folder; give runs/NAME, or a .pt or .safetensors file in it")
+    if (path / "final.safetensors").is_file():
+        return path / "final.safetensors"
+    found = checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} has no final.safetensors and no checkpoint yet; train longer, or give another run")
+    return found[-1][1]
+
+
+def load_weights(run_or_file):
+    """The averaged weights of a run folder or file: (path, step, config JSON, name -> float32 tensor on the host).
+
+    Raises ValueError for a missing or damaged file.
+    """
+    path = find(run_or_file)
+    if path.suffix != ".safetensors":
+        content = load(path)
+        return path, content["step"], content["config"], content["parts"]["ema"]["shadow"]
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            step, config = int(header["step"]), header["config"]
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, KeyError, ValueError):
+        raise ValueError(f"{path} is damaged or not written by ddpm; use another file of the run") from None
+    return path, step, config, weights

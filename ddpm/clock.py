@@ -1,0 +1,123 @@
+"""Durations with a unit, and clocks: `"500 epochs"`, `"20000 steps"`, `"2000000 images"`, `"10 minutes"`.
+
+A length is one duration that can be repeated, so never minutes. An interval may join several with commas, `"1000 steps, 10
+minutes"`, and is due when any of them is. `"0 steps"` means never.
+"""
+
+import contextlib
+import math
+import re
+import time
+from fractions import Fraction
+
+SECONDS = {"second": 1, "minute": 60, "hour": 3600}
+COUNTS = ("step", "epoch", "image")
+
+
+def parse_duration(text, times=True):
+    """Split `"2.5 epochs"` into `(Fraction(5, 2), "epoch")`, exact, so that no rounding shifts a rhythm by a step.
+
+    Raises ValueError for another form, or for a time where `times` is False.
+    """
+    units = COUNTS + (tuple(SECONDS) if times else ())
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d\d?)?)\s*([a-z]+?)s?\s*", str(text))
+    if not match or match[2] not in units:
+        choices = ", ".join(f"{unit}s" for unit in units)
+        why = " (a length in minutes could not be repeated)" if match and match[2] in SECONDS else ""
+        raise ValueError(f"cannot read the duration {text!r}; write a number and one of {choices}, such as '500 steps'{why}")
+    return Fraction(match[1]), match[2]
+
+
+def steps_of(text, batch_size, dataset_size):
+    """The whole number of optimiser steps in a duration counted in steps, epochs or images (rounded up).
+
+    Raises ValueError for a duration in time units.
+    """
+    amount, unit = parse_duration(text, times=False)
+    images = {"step": batch_size, "epoch": dataset_size, "image": 1}[unit] * amount
+    return math.ceil(images / batch_size)
+
+
+class Every:
+    """Tells when something that happens at an interval is due; asked once at each step, in order.
+
+    Counted intervals depend on the step alone, so that a resumed run keeps the rhythm; time counts from the start of the process.
+    Raises ValueError for a text that is not one or several durations.
+    """
+
+    def __init__(self, text, batch_size, dataset_size, now=time.monotonic):
+        durations = [parse_duration(part) for part in str(text).split(",")]
+        scale = {"step": batch_size, "epoch": dataset_size, "image": 1}
+        self.images = [amount * scale[unit] for amount, unit in durations if unit in scale and amount]
+        self.seconds = [float(amount * SECONDS[unit]) for amount, unit in durations if unit in SECONDS and amount]
+        self.never = not (self.images or self.seconds)
+        self.batch_size, self.now, self.last = batch_size, now, now()
+
+    def due(self, step):
+        """True when an interval ends with `step`, the number of steps done so far."""
+        seen, before = step * self.batch_size, (step - 1) * self.batch_size
+        counted = any(seen // images > before // images for images in self.images)
+        timed = any(self.now() - self.last >= seconds for seconds in self.seconds)
+        hit = counted or timed
+        if hit:
+            self.last = self.now()
+        return hit
+
+
+class Stopwatch:
+    """Seconds that were worked, without the pauses; `lap()` returns them and begins anew."""
+
+    def __init__(self, now=time.monotonic):
+        self.now, self.start, self.paused = now, now(), 0.0
+
+    @contextlib.contextmanager
+    def pause(self):
+        """The time inside this context does not count."""
+        entered = self.now()
+        yield
+        self.paused += self.now() - entered
+
+    def lap(self):
+        now = self.now()
+        seconds = now - self.start - self.paused
+        self.start, self.paused = now, 0.0
+        return seconds
+
+
+class Speed:
+    """How fast the training goes: images and steps a second, and the share of the time spent waiting for images."""
+
+    def __init__(self, batch_size, dataset_size, now=time.monotonic):
+        self.batch_size, self.dataset_size = batch_size, dataset_size
+        self.watch, self.steps, self.waited = Stopwatch(now), 0, 0.0
+
+    def timed(self, batches):
+        """The same batches, while the wait for each is measured; what came before the first does not count."""
+        batches = iter(batches)
+        self.watch.lap()
+        while True:
+            before = self.watch.now()
+            batch = next(batches, None)
+            self.waited += self.watch.now() - before
+            if batch is None:
+                return
+            self.steps += 1
+            yield batch
+
+    def pause(self):
+        return self.watch.pause()
+
+    def read(self, done):
+        """The rates since the last reading, at the end of a step, and how far the training is after `done` steps."""
+        seconds, steps = max(self.watch.lap(), 1e-9), self.steps
+        rate = steps * self.batch_size / seconds
+        readings = {
+            "speed/images_per_second": rate,
+            "speed/step_ms": 1000 * seconds / steps,
+            "speed/loader_wait": self.waited / seconds,
+            "progress/epoch": done * self.batch_size / self.dataset_size,
+            "progress/images": done * self.batch_size,
+            "progress/epoch_seconds": self.dataset_size / rate,
+        }
+        self.steps, self.waited = 0, 0.0
+        return readings

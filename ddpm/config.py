@@ -1,0 +1,390 @@
+"""The knobs of a run: `base()` shows them all, and it is the only place with defaults.
+
+A config file offers `get_config(variant=None)`, which returns `base()` and the lines that differ. Here configs are also checked,
+frozen, written as JSON and named; and the doors' command lines are read.
+"""
+
+import json
+import os
+import re
+import sys
+import traceback
+import zlib
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from ddpm import clock, data, dist, metrics, tracking
+from ddpm.diffusion.process import SPACINGS, TARGETS
+from ddpm.diffusion.samplers import SAMPLERS
+from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.files import written_beside
+from ddpm.models import MODELS
+from ddpm.optim import DECAYS, OPTIMIZERS
+from ddpm.spec import check_choice, choose, parse, suggest
+
+DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 75
+
+
+def base():
+    """A new ConfigDict with every knob, its default, unit and choices."""
+    return ConfigDict({
+        "seed": 0,  # every random number of the training is an address below it
+        "data": {
+            "source": "digits",  # digits, folder(path='data/cats'), torchvision(name='CIFAR10')
+            "image_size": 16,  # pixels a side
+            "channels": 1,  # 1 grey, 3 colour, 4 colour and transparency
+            "matte": (255, 255, 255),  # red, green, blue (0 to 255) behind transparent pixels
+            "flip": False,  # mirror images left to right at random: for photos, not for digits
+            "validation_fraction": 0.1,  # share of the images held out for the validation loss; 0 holds none
+            "num_workers": 0,  # processes that decode images; 0 decodes in the training process
+        },
+        "model": {
+            "name": "unet",  # unet
+            "model_channels": 64,  # width of the first level
+            "channel_mult": (1, 2, 2),  # width of each level in model_channels; each level after the first halves the image
+            "num_res_blocks": 2,  # residual blocks a level
+            "attention_resolutions": (8,),  # sizes of feature maps, in pixels, that get self-attention
+            "num_heads": 1,  # attention heads, where num_head_channels is 0
+            "num_head_channels": 0,  # channels a head; 0 counts by num_heads
+            "dropout": 0.0,  # share of activations dropped in residual blocks
+            "use_scale_shift_norm": False,  # the time scales and shifts the norm, instead of being added
+            "resblock_updown": False,  # residual blocks change the resolution, instead of single convolutions
+        },
+        "diffusion": {
+            "timesteps": 1000,  # T, noise levels: 1 to 10000
+            "beta_schedule": "cosine",  # linear, quadratic, cosine, sigmoid(tau=1.0)
+            "predict": "eps",  # what the network predicts: eps, x0, v
+            "clip": True,  # samples: predicted images are clipped to [-1, 1] at each step
+        },
+        "train": {
+            "length": "10000 steps",  # steps, epochs or images
+            "batch_size": 64,  # images an optimiser step, over all micro-batches and ranks
+            "gradient_accumulation_steps": 1,  # micro-batches the batch is cut into: less memory, same numbers
+            "optimizer": "adamw(weight_decay=0.0)",  # adamw, adam; knobs betas, eps, weight_decay
+            "learning_rate": 2e-4,
+            "warmup": "500 steps",  # the rate rises linearly from 0
+            "learning_rate_decay": "constant",  # constant, cosine(length='10000 steps'), linear(length='10000 steps')
+            "gradient_clip": 1.0,  # largest norm of the gradient; 0 never clips
+            "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
+            "deterministic": False,  # on a card, bitwise repeatable and slower
+            "init_from": "",  # run folder or file whose EMA weights a new run begins with
+        },
+        "ema": {
+            "decay": 0.9999,  # of the averaged weights, a step
+            "warmup": True,  # average over fewer steps at first: decay at most (1 + n) / (10 + n) at step n
+        },
+        "sample": {
+            "sampler": "ddim",  # ddpm(variance='small'), ddim(eta=0.0)
+            "steps": 50,  # network evaluations an image, at most diffusion.timesteps
+            "spacing": "linear",  # how the steps lie in the T levels: linear, trailing, leading
+            "num_images": 64,  # in the grids drawn while training
+            "batch_size": 64,  # images drawn at once
+            "seed": 0,  # of the latents, apart from the training's seed so that grids of different seeds compare
+        },
+        "evaluate": {
+            "extractor": "auto",  # auto (digits for the digits, else inception), digits, inception
+            "inception_weights": "",  # path of torch-fidelity's Inception weights; empty looks in its cache, then downloads
+            "num_samples": 10000,  # images drawn for the Frechet distance
+            "sampler": "ddim",  # as sample.sampler
+            "steps": 50,  # as sample.steps
+            "batch_size": 256,  # images drawn and measured at once
+        },
+        "every": {  # intervals in steps, epochs, images or minutes, several joined by commas; "0 steps" is never
+            "log": "50 steps",
+            "sample": "1000 steps",
+            "validate": "500 steps",
+            "evaluate": "0 steps",
+            "save": "5000 steps, 10 minutes",
+            "milestone": "0 steps",  # checkpoints that are kept for good
+        },
+        "wandb": {
+            "mode": "auto",  # auto (online when logged in, else offline), online, offline, disabled
+            "project": "ddpm",
+            "entity": "",  # user or team; empty is the default of the login
+            "name": "",  # of the run; empty is the run folder's
+            "group": "",  # runs shown together
+            "tags": (),  # words
+            "notes": "",  # a sentence about the run
+        },
+    })
+
+
+def with_variant(config, variant, variants):
+    """Set the knobs of a config file's variant, `variants[variant]` as `{"model.model_channels": 64}`; None sets nothing.
+
+    Raises ValueError for a variant that the file does not have.
+    """
+    if variant is not None:
+        if not variants:
+            raise ValueError(f"this config file has no variants; leave out ':{variant}'")
+        config.update_from_flattened_dict(variants[check_choice("variant", variant, list(variants))])
+    return config
+
+
+# What may change between two starts of one run: nothing here touches the numbers of a step.
+FREE = ("train.length", "every.", "wandb.", "data.num_workers")
+
+RANGES = {
+    "seed": (0, 2**63 - 1),
+    "data.image_size": (1, 4096),
+    "data.validation_fraction": (0, 0.9),
+    "data.num_workers": (0, 256),
+    "model.model_channels": (1, 65536),
+    "model.num_res_blocks": (1, 64),
+    "model.num_heads": (1, 1024),
+    "model.num_head_channels": (0, 65536),
+    "model.dropout": (0, 0.99),
+    "diffusion.timesteps": (1, 10_000),
+    "train.batch_size": (1, 2**20),
+    "train.gradient_accumulation_steps": (1, 2**20),
+    "train.learning_rate": (0, 1),
+    "train.gradient_clip": (0, float("inf")),
+    "ema.decay": (0, 0.999999999),
+    "sample.steps": (1, 10_000),
+    "sample.num_images": (1, 4096),
+    "sample.batch_size": (1, 65536),
+    "sample.seed": (0, 2**63 - 1),
+    "evaluate.num_samples": (2, 10_000_000),
+    "evaluate.steps": (1, 10_000),
+    "evaluate.batch_size": (1, 65536),
+}
+CHOICES = {
+    "data.channels": (1, 3, 4),
+    "model.name": MODELS,
+    "diffusion.predict": TARGETS,
+    "train.amp": dist.AMP,
+    "sample.spacing": SPACINGS,
+    "evaluate.extractor": ("auto", *metrics.EXTRACTORS),
+    "wandb.mode": tracking.MODES,
+}
+SPECS = {
+    "data.source": data.SOURCES,
+    "diffusion.beta_schedule": SCHEDULES,
+    "train.optimizer": OPTIMIZERS,
+    "train.learning_rate_decay": DECAYS,
+    "sample.sampler": SAMPLERS,
+    "evaluate.sampler": SAMPLERS,
+}
+LENGTHS = ("train.length", "train.warmup")
+INTEGER_TUPLES = {"data.matte": (0, 255), "model.channel_mult": (1, 64), "model.attention_resolutions": (1, 4096)}
+
+
+def check(config):
+    """Raise a ValueError, one line with the remedy, for a value or a combination that cannot be run.
+
+    Nothing is allocated; what only the network knows about its arguments is checked when `build` makes it.
+    """
+    knobs = flatten(config)
+    for key, (low, high) in RANGES.items():
+        if not low <= knobs[key] <= high:
+            raise ValueError(f"config.{key} is {knobs[key]}; it must lie between {low} and {high}")
+    for key, allowed in CHOICES.items():
+        check_choice(f"config.{key}", knobs[key], list(allowed))
+    for key, table in SPECS.items():
+        choose(f"config.{key}", table, knobs[key])
+    for key, (low, high) in INTEGER_TUPLES.items():
+        if not all(type(item) is int and low <= item <= high for item in knobs[key]):
+            raise ValueError(f"config.{key} is {knobs[key]}; it takes whole numbers between {low} and {high}, such as (1, 2, 2)")
+    if len(knobs["data.matte"]) != 3:
+        raise ValueError(f"config.data.matte is {knobs['data.matte']}; it takes red, green and blue, such as (255, 255, 255)")
+    if not knobs["model.channel_mult"]:
+        raise ValueError("config.model.channel_mult is empty; it takes a factor for each level, such as (1, 2, 2)")
+    for key in LENGTHS:
+        clock.parse_duration(knobs[key], times=False)
+    decay = parse(knobs["train.learning_rate_decay"])[1]
+    if "length" in decay:
+        clock.parse_duration(decay["length"], times=False)
+    for key in config["every"]:
+        clock.Every(knobs[f"every.{key}"], 1, 1)
+    size, parts = knobs["train.batch_size"], knobs["train.gradient_accumulation_steps"]
+    if size % parts:
+        raise ValueError(f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; choose "
+                         f"gradient_accumulation_steps among the divisors of {size}")
+    for key in ("sample.steps", "evaluate.steps"):
+        if knobs[key] > knobs["diffusion.timesteps"]:
+            raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
+                             f"--config.{key}={knobs['diffusion.timesteps']} or fewer")
+
+
+def flatten(config, prefix=""):
+    """The knobs as a flat dict `{"train.batch_size": 64, ...}`."""
+    flat = {}
+    for key, value in config.items():
+        nested = hasattr(value, "items")
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
+def freeze(config):
+    """An unchangeable copy."""
+    return FrozenConfigDict(config)
+
+
+def to_json(config):
+    """The config as JSON text that `from_json` reads back to an equal config."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text):
+    """The frozen config that a run folder or a checkpoint carries; knobs it does not know yet take their defaults.
+
+    It is data and never run. Raises ValueError for what is not such a config.
+    """
+    try:
+        knobs = flatten(json.loads(text))
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError("the saved config is not a JSON object; the file is damaged or not one of ours") from None
+    config = base()
+    known = flatten(config)
+    for key, value in knobs.items():
+        if key not in known:
+            raise ValueError(f"the saved config has a knob {key!r} that this version does not know"
+                             f"{suggest(key, list(known))}; use the version of ddpm that wrote it")
+        try:
+            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+        except (TypeError, ValueError):
+            raise ValueError(f"the saved config has {value!r} for {key}; it takes {type(known[key]).__name__}") from None
+    return freeze(config)
+
+
+def changed(config, knobs):
+    """A frozen copy with other values for some knobs, `{"sample.steps": 25}`; None leaves a knob as it is.
+
+    Raises ValueError where the result cannot be run.
+    """
+    copy = ConfigDict(config.to_dict())
+    copy.update_from_flattened_dict({key: value for key, value in knobs.items() if value is not None})
+    check(copy)
+    return freeze(copy)
+
+
+def tracked(config):
+    """The config as W&B shows it: flat, under the names that a sweep's parameters have."""
+    return {f"config.{key}": list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items()}
+
+
+def write(config, folder):
+    """Save the config as the run folder's config.json."""
+    with written_beside(Path(folder, "config.json")) as part:
+        part.write_text(to_json(config) + "\n")
+
+
+def check_continues(config, folder):
+    """Raise a ValueError that names the knobs in which a config contradicts the run that the folder holds already."""
+    path = Path(folder, "config.json")
+    if path.is_file():
+        differing = contradictions(from_json(path.read_text()), config)
+        if differing:
+            raise ValueError(f"{folder} holds a run with another config ({'; '.join(differing)}); "
+                             "give another --workdir, or the same config to continue it")
+
+
+def is_free(key):
+    """True for a knob that may change between two starts of one run."""
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
+
+
+def contradictions(saved, given):
+    """Lines naming the knobs in which `given` differs from the config of the run it wants to continue."""
+    old, new = flatten(saved), flatten(given)
+    return [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in new if not is_free(key) and old[key] != new[key]]
+
+
+def run_name(file, overrides):
+    """A run's name from its config file (`configs/cats128.py:small`) and the knobs set on the command line."""
+    path, _, variant = str(file).partition(":")
+    leaves = [key.rpartition(".")[2] for key in flatten(base())]
+    parts = [Path(path).stem + (f"-{variant}" if variant else "")]
+    for key, value in sorted(overrides.items()):
+        if not is_free(key):
+            leaf = key.rpartition(".")[2]
+            parts.append(f"{leaf if leaves.count(leaf) == 1 else key}={value}")
+    name = re.sub(r"[^\w.=+-]+", "_", "-".join(parts)).strip("_")
+    return name if len(name) <= 120 else f"{name[:110]}-{zlib.crc32(name.encode()):08x}"
+
+
+def default_workdir(file, overrides):
+    """`runs/NAME`; inside a W&B agent NAME ends with the agent's run id, so that a repeated sweep is a new run."""
+    run_id = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+    return Path("runs") / (run_name(file, overrides) + (f"-{run_id}" if run_id else ""))
+
+
+def define_config_flag():
+    """The flag `--config=FILE[:VARIANT]`, with `--config.section.leaf=value` for each knob of the file."""
+    return config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py, or FILE.py:VARIANT.")
+
+
+def define_checkpoint_flags():
+    """The flags of the doors that begin at a checkpoint."""
+    flags.DEFINE_string("checkpoint", None, "Run folder, or a .pt or .safetensors file in one.", required=True)
+    flags.DEFINE_string("sampler", None, "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the checkpoint's.")
+    flags.DEFINE_integer("steps", None, "Network evaluations an image; by default the checkpoint's.", lower_bound=1)
+    flags.DEFINE_integer("seed", None, "Seed of the noise; by default the checkpoint's.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", None, "Images drawn at once; by default the checkpoint's.", lower_bound=1)
+    flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the card if there is one.")
+
+
+def sample_knobs(section):
+    """What those flags say, as knobs of a section, `sample` or `evaluate`; None where they say nothing."""
+    given = flags.FLAGS
+    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.seed": given.seed,
+            f"{section}.batch_size": given.batch_size}
+
+
+def given_config(flag):
+    """What `--config` says: (frozen config, file name, overrides); raises ValueError for a config that cannot be run."""
+    file, overrides = config_flags.get_config_filename(flags.FLAGS["config"]), config_flags.get_override_values(
+        flags.FLAGS["config"])
+    config = flag.value
+    missing = sorted(set(flatten(base())) - set(flatten(config)))
+    if missing:
+        raise ValueError(f"{file} lacks the knobs {', '.join(missing[:3])}; begin get_config with `config = base()`")
+    check(config)
+    return freeze(config), file, overrides
+
+
+def fail(code, message):
+    """End the process with one line."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(error):
+    """What an exception says, on one line and without its type where it speaks for itself."""
+    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    return text or type(error).__name__
+
+
+def run_door(main):
+    """Run a door: `main()` after the flags are read, its return value the exit code.
+
+    A user's mistake (ValueError, or a file that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1 shows
+    where it was raised.
+    """
+
+    def read(argv):
+        try:
+            rest = flags.FLAGS(argv)
+            if len(rest) > 1:
+                raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
+            if "config" in flags.FLAGS:
+                if flags.FLAGS["config"].value is None:
+                    raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+            mistake(error)
+        return rest
+
+    def mistake(error):
+        if os.environ.get("DDPM_TRACEBACK"):
+            traceback.print_exc()
+        fail(MISTAKE, one_line(error))
+
+    def run(_):
+        try:
+            return main()
+        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            mistake(error)
+
+    app.run(run, flags_parser=read)

@@ -1,0 +1,152 @@
+"""Where a run computes: device, number type and rank, decided once and printed with the reason.
+
+Everything that differs between a laptop, a card and eight cards stands here; elsewhere there is no device string, no autocast
+and no torch.distributed. One process is a world of one, for which every collective is the identity.
+"""
+
+import contextlib
+import os
+import resource
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as distributed
+from torch.nn.parallel import DistributedDataParallel
+
+AMP = ("auto", "off", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`device`, autocast type `dtype` (float32 means off), `rank` of `world`; `notes` say why, a line each.
+
+    `hosts` is the group in which ranks exchange what lies on the host, without going through the card.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+    notes: list = field(default_factory=list)
+    hosts: distributed.ProcessGroup | None = None
+
+    @property
+    def main(self):
+        """True on the one rank that writes files and tracks."""
+        return self.rank == 0
+
+    def put(self, tensor):
+        """The tensor on this device, without waiting for the copy where the memory is pinned."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def autocast(self):
+        """The context in which a network runs."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def scaler(self):
+        """A GradScaler that scales for float16 and does nothing otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def share(self, n):
+        """The slice of n things that is this rank's, contiguous and in rank order."""
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    def sum(self, tensor):
+        """The sum of a tensor over ranks."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor):
+        """The ranks' host tensors [n_i, ...] joined in rank order, on every rank."""
+        if self.world == 1:
+            return tensor
+        parts = [None] * self.world
+        distributed.all_gather_object(parts, tensor, group=self.hosts)
+        return torch.cat(parts)
+
+    def agree(self, value):
+        """What rank 0 says: for decisions that hang on a clock, a signal or a file."""
+        if self.world == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0, group=self.hosts)
+        return box[0]
+
+    def memory(self):
+        """Peak memory so far in GiB under its tracked keys."""
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss counts bytes there, KiB elsewhere
+        use = {"memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+        if self.device.type == "cuda":
+            use["memory/vram_peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            use["memory/vram_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
+        return use
+
+
+class StepNetwork:
+    """The network as the training step sees it: autocast around it, gradients averaged over ranks, float32 out.
+
+    EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file.
+    """
+
+    def __init__(self, net, machine):
+        self.machine = machine
+        self.wrapped = DistributedDataParallel(net) if machine.world > 1 else net
+
+    def __call__(self, x, t, y=None):
+        with self.machine.autocast():
+            return self.wrapped(x, t, y).float()
+
+    def accumulating(self, more):
+        """The context of a micro-step: ranks exchange gradients only when no more micro-steps follow."""
+        return self.wrapped.no_sync() if more and self.machine.world > 1 else contextlib.nullcontext()
+
+
+def amp_dtype(amp, device):
+    """The autocast type that `amp` (one of AMP) means on a device, and the reason in words."""
+    if amp != "auto":
+        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp], "asked for by train.amp"
+    if device.type != "cuda":
+        return torch.float32, "no card"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the card computes bf16, which needs no loss scaling"
+    return torch.float16, "the card has no bf16; losses are scaled"
+
+
+def start(amp="auto", deterministic=False, device=None):
+    """Decide device, type and rank, and set torch up for them; under torchrun, join the other ranks.
+
+    `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU.
+    Raises ValueError where that device does not exist here.
+    """
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    try:
+        chosen = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not to be had on this machine; use cpu" +
+                         (", cuda" if torch.cuda.is_available() else "")) from None
+    dtype, reason = amp_dtype(amp, chosen)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
+    notes = [f"device {chosen} ({name}), rank {rank} of {world}", f"networks compute in {dtype} ({reason})"]
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    hosts = None
+    if world > 1:
+        if not distributed.is_initialized():
+            distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        hosts = distributed.new_group(backend="gloo")
+    return Machine(chosen, dtype, rank, world, notes, hosts)
+
+
+def stop():
+    """Leave the other ranks in order."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,36 @@
+"""Train one experiment: `python -m ddpm.main --config=configs/digits.py [--config.section.leaf=value ...] [--workdir=DIR]`.
+
+The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your mistake, 3 diverged, 75 interrupted and saved.
+"""
+
+from absl import flags
+
+from ddpm import build, config, dist
+from ddpm.train import train
+
+CONFIG = config.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
+
+
+def main():
+    """Train, or go on training, what the flags say; returns the exit code."""
+    given, file, overrides = config.given_config(CONFIG)
+    folder = WORKDIR.value or config.default_workdir(file, overrides)
+    build.check(given)
+    config.check_continues(given, folder)
+    machine = dist.start(given.train.amp, given.train.deterministic)
+    if machine.main:
+        print(config.to_json(given))
+    run = build.assemble(given, folder, machine)
+    if run.start >= run.total:
+        print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
+        return config.DONE
+    build.track(given, run)
+    finished = train(run)
+    run.tracker.close()
+    dist.stop()
+    return config.DONE if finished else config.INTERRUPTED
+
+
+if __name__ == "__main__":
+    config.run_door(main)

@@ -1,0 +1,126 @@
+"""What one step of training is, and what is read off it.
+
+    images uint8 [b, c, h, w] from the loader; x0 in [-1, 1]; t [b] int64; `step` counts from 0
+
+What a step draws (times, noise, flips, dropout) is addressed by (seed, step, place in the effective batch), so a run that was
+stopped goes on as if it had not been, and micro-batches and ranks change nothing.
+"""
+
+import torch
+
+from ddpm import data, images, rng
+
+QUARTILES = 4
+
+
+class Meters:
+    """What the steps since the last log measured, summed on the device so that no step waits; a checkpoint part.
+
+    Losses and counts [4] by quartile of t, and [3]: steps, their gradient norms, steps skipped as not finite.
+    """
+
+    def __init__(self, timesteps, device):
+        self.timesteps = timesteps
+        self.sums = {"loss": torch.zeros(QUARTILES, device=device), "count": torch.zeros(QUARTILES, device=device),
+                     "steps": torch.zeros(3, device=device)}
+
+    def add_losses(self, t, losses):
+        quartile = t * QUARTILES // self.timesteps
+        self.sums["loss"].index_add_(0, quartile, losses.detach())
+        self.sums["count"].index_add_(0, quartile, torch.ones_like(losses))
+
+    def add_step(self, norm, skipped):
+        self.sums["steps"] += torch.stack([torch.ones_like(norm), torch.where(skipped, 0, norm), skipped.float()])
+
+    def read(self, machine):
+        """The means under their tracked keys; this is where the host waits for the device."""
+        loss, count = (machine.sum(self.sums[name].clone()).tolist() for name in ("loss", "count"))
+        steps, norm, skipped = self.sums["steps"].tolist()
+        mean = {"train/loss": sum(loss) / max(sum(count), 1)}
+        mean |= {f"train/loss_q{q}": loss[q] / count[q] for q in range(QUARTILES) if count[q]}
+        return mean | {"train/grad_norm": norm / max(steps - skipped, 1), "train/skipped_steps": skipped}
+
+    def reset(self):
+        for total in self.sums.values():
+            total.zero_()
+
+    def state_dict(self):
+        return dict(self.sums)
+
+    def load_state_dict(self, state):
+        for name, total in self.sums.items():
+            total.copy_(state[name])
+
+
+class Step:
+    """One optimiser step on one effective batch: `step(number, images)`."""
+
+    def __init__(self, *, net, diffusion, optimizer, scaler, ema, meters, machine, seed, batch_size, micro_batches,
+                 learning_rate, gradient_clip, flip):
+        self.net, self.diffusion, self.optimizer, self.scaler, self.ema = net, diffusion, optimizer, scaler, ema
+        self.meters, self.machine, self.seed = meters, machine, seed
+        self.learning_rate, self.gradient_clip = learning_rate, gradient_clip
+        self.flip = data.flip if flip else lambda batch, *address: batch
+        places = range(batch_size)[machine.share(batch_size)]
+        size = len(places) // micro_batches
+        self.parts = [places[i * size:(i + 1) * size] for i in range(micro_batches)]
+
+    def __call__(self, step, batch):
+        """Learn from this rank's share of the effective batch, uint8 [b, c, h, w] in the order of the places."""
+        self.net.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        for micro, (places, pixels) in enumerate(zip(self.parts, batch.split(len(self.parts[0])), strict=True)):
+            with self.diffusion.net.accumulating(more=micro + 1 < len(self.parts)):
+                self._learn(step, micro, places, pixels)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.gradient_clip)
+        skipped = ~norm.isfinite()
+        self.optimizer.found_inf = skipped.float()  # a fused optimiser leaves everything as it is where this is 1
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        self.meters.add_step(norm, skipped)
+
+    def _learn(self, step, micro, places, pixels):
+        rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
+        x0 = images.encode(self.flip(self.machine.put(pixels), self.seed, step, places))
+        t, noise = draw_times_and_noise(self.diffusion.process.timesteps, self.seed, "train", step, places, x0.shape[1:])
+        t, noise = self.machine.put(t), self.machine.put(noise)
+        losses = self.diffusion.losses(x0, t, noise)
+        self.scaler.scale(losses.mean() / len(self.parts)).backward()
+        self.meters.add_losses(t, losses)
+
+
+def draw_times_and_noise(timesteps, seed, purpose, step, places, shape):
+    """Uniform times int64 [b] in 0 .. T-1 and noise [b, *shape], each at the address of its place in the batch."""
+    t = (rng.uniform(seed, f"{purpose} time", step, places) * timesteps).long()
+    return t, rng.normal(seed, f"{purpose} noise", step, places, shape)
+
+
+class Validation:
+    """The loss on a fixed set of (image, t, noise) that no training changes: `loss()` is that of the weights in the network.
+
+    The times are spread evenly over 0 .. T-1, in an order of their own; the set is the same for every seed, so that runs compare.
+    """
+
+    def __init__(self, dataset, indices, net, diffusion, machine, batch_size, most=1024):
+        indices = list(indices)[:most]
+        order = rng.permutation(0, "validation time", 0, len(indices))
+        self.times = torch.from_numpy((order + 0.5) * diffusion.process.timesteps / max(len(indices), 1)).long()
+        self.dataset, self.indices, self.net = dataset, indices, net
+        self.diffusion, self.machine, self.batch_size = diffusion, machine, batch_size
+
+    @torch.no_grad()
+    def loss(self):
+        self.net.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        mine = range(len(self.indices))[self.machine.share(len(self.indices))]
+        for places in (mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)):
+            x0 = images.encode(self.machine.put(torch.stack([self.dataset[self.indices[place]] for place in places])))
+            noise = rng.normal(0, "validation noise", 0, places, x0.shape[1:])
+            losses = self.diffusion.losses(x0, self.machine.put(self.times[list(places)]), self.machine.put(noise))
+            total += torch.stack([losses.double().sum().cpu(), torch.tensor(len(places), dtype=torch.float64)])
+        loss, count = self.machine.sum(self.machine.put(total)).tolist()
+        return loss / count

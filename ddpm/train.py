@@ -1,0 +1,153 @@
+"""The training loop and the run it drives: learn, log, validate, draw, score, save.
+
+`step` counts from 0; `done` is the number of steps done.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+from ddpm import checkpoint, draw, images
+from ddpm.clock import Every, Speed
+from ddpm.dist import Machine
+from ddpm.step import Meters, Step, Validation
+
+
+class Best:
+    """The lowest validation loss so far; a checkpoint part."""
+
+    def __init__(self):
+        self.loss = math.inf
+
+    def improved(self, loss):
+        """True where `loss` is the lowest yet, which it then is from now on."""
+        better, self.loss = loss < self.loss, min(self.loss, loss)
+        return better
+
+    def state_dict(self):
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state):
+        self.loss = state["loss"]
+
+
+@dataclass
+class Run:
+    """A training that stands at `start` steps done of `total`, with all it needs; `build.assemble` makes it."""
+
+    folder: Path
+    config_json: str
+    machine: Machine
+    start: int
+    total: int
+    batches: Callable[[int], Any]  # (step) -> iterator of uint8 [b, c, h, w], from that step on
+    step: Step
+    meters: Meters
+    speed: Speed
+    every: dict[str, Every]
+    validation: Validation
+    best: Best
+    draw: Callable  # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
+    grid: tuple[range, draw.Recipe]
+    score: Callable  # (draw) -> dict of eval/ numbers
+    parts: dict[str, Any]
+    notes: list[str]  # what a person should read first
+    tracker_state: dict | None  # what the tracker left in the checkpoint
+    tracker: Any = None
+
+    def track(self, tracker):
+        """Begin to be followed by a tracker, which from now on is a part of the checkpoint."""
+        self.tracker = self.parts["tracker"] = tracker
+        for note in self.notes:
+            tracker.say(note)
+
+    def log_training(self, done):
+        """Log what the steps since the last log measured."""
+        readings = self.meters.read(self.machine) | self.speed.read(done) | self.machine.memory()
+        rate = self.step.learning_rate(done - 1)
+        self.tracker.log(done, readings | {"train/learning_rate": rate, "train/loss_scale": self.step.scaler.get_scale()})
+
+    def validate(self, done):
+        """Log the validation loss of the weights and of their average; keep the average where it is the best yet."""
+        loss = self.validation.loss()
+        with self.step.ema.averaged():
+            averaged = self.validation.loss()
+        self.tracker.log(done, {"val/loss": loss, "val/loss_ema": averaged})
+        if self.best.improved(averaged):
+            self.tracker.summary("best/val_loss_ema", averaged)
+            self.export("best.safetensors", done)
+
+    def draw_grid(self, done):
+        """Draw the same latents as every time, with the averaged weights, into samples/ and the tracker."""
+        seeds, recipe = self.grid
+        with self.step.ema.averaged():
+            drawn = self.machine.gather(draw.joined(self.draw(seeds, recipe)))
+        if self.machine.main:
+            path = self.folder / "samples" / f"step_{done:08d}.png"
+            images.save_image_grid(drawn, path)
+            self.tracker.log(done, {}, {"samples": images.make_grid(drawn)})
+
+    def evaluate(self, done):
+        """Log the distance of images drawn with the averaged weights to the real ones."""
+        with self.step.ema.averaged():
+            self.tracker.log(done, self.score(self.draw))
+
+    def export(self, name, done):
+        """Write the averaged weights as `name`: all that drawing needs."""
+        if self.machine.main:
+            checkpoint.export(self.folder / name, self.step.ema.shadow, done, self.config_json)
+
+    def save(self, done, milestone=False):
+        """Save everything to continue, once the rows up to here are on disk."""
+        self.tracker.flush()
+        if self.machine.main:
+            checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone)
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Turns SIGINT and SIGTERM into a wish, `asked()`, that the loop grants after the step it is in."""
+    asked = threading.Event()
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(run):
+    """Train to the run's length and return True, or until asked to stop and return False; either way everything is saved."""
+    wanted = {name for name, every in run.every.items() if not every.never}
+    with interruptible() as asked:
+        for step, batch in enumerate(run.speed.timed(run.batches(run.start)), run.start):
+            run.step(step, batch)
+            run.tracker.tick(step + 1)
+
+            done, last = step + 1, step + 1 == run.total
+            due = {name for name, every in run.every.items() if every.due(done)} | ({"stop"} if asked() else set())
+            due = run.machine.agree(due)
+            now = due | wanted if last else due
+
+            if "log" in now:
+                run.log_training(done)
+            if "log" in due:
+                run.meters.reset()
+            with run.speed.pause():
+                if "validate" in now:
+                    run.validate(done)
+                if "sample" in now:
+                    run.draw_grid(done)
+                if "evaluate" in now:
+                    run.evaluate(done)
+                if last:
+                    run.export("final.safetensors", done)
+                if now & {"save", "milestone", "stop"}:
+                    run.save(done, milestone="milestone" in due)
+            if "stop" in due and not last:
+                return False
+    return True

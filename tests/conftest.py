@@ -1,0 +1,56 @@
+"""What every test stands on: no trace outside its own folder, one thread, and a run small enough to train in a second."""
+
+import json
+
+import pytest
+import torch
+
+from ddpm import build, config, dist
+from ddpm.train import train
+
+torch.set_num_threads(1)  # sums depend on it bit for bit; and two threads on a busy machine are slower than one
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path_factory, monkeypatch):
+    """No login, no cache and no settings of the person who runs the tests."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR",
+                 "WANDB_ARTIFACT_DIR", "TORCH_HOME", "DDPM_CACHE"):
+        monkeypatch.setenv(name, str(home))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+TINY = {
+    "model.model_channels": 8, "model.channel_mult": (1, 2), "model.num_res_blocks": 1, "diffusion.timesteps": 20,
+    "train.length": "12 steps", "train.batch_size": 8, "train.warmup": "4 steps", "train.learning_rate": 1e-3, "ema.decay": 0.9,
+    "sample.steps": 3, "sample.num_images": 4, "sample.batch_size": 4,
+    "evaluate.num_samples": 16, "evaluate.steps": 2, "evaluate.batch_size": 8,
+    "every.log": "4 steps", "every.sample": "6 steps", "every.validate": "6 steps", "every.save": "5 steps",
+    "wandb.mode": "disabled",
+}
+
+
+def tiny(**knobs):
+    """A config that trains in a second; knobs are given with two underscores for the dot: `train__length="3 steps"`."""
+    given = {key.replace("__", "."): value for key, value in knobs.items()}
+    return config.changed(config.freeze(config.base()), TINY | given)
+
+
+def run(given, folder):
+    """Train a config in a folder, or go on with it, as the door does; returns True if it came to its end."""
+    build.check(given)
+    config.check_continues(given, folder)
+    made = build.assemble(given, folder, dist.start(given.train.amp))
+    build.track(given, made)
+    finished = train(made)
+    made.tracker.close()
+    return finished
+
+
+def rows(folder):
+    """The rows of metrics.jsonl, without what depends on the machine's speed."""
+    measured = ("speed/", "memory/", "progress/epoch_seconds")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(measured)} for row in lines]

@@ -1,0 +1,119 @@
+"""The doors as a person uses them: train, draw, look, measure."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows, run, tiny
+from PIL import Image
+
+from ddpm import checkpoint, images
+from ddpm.evaluate import evaluate
+from ddpm.generate import generate_images
+from ddpm.sample import sample_from_checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+def door(name, *flags, cwd):
+    """Run a door as a command; its output lines and exit code."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", f"ddpm.{name}", *flags], cwd=cwd, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run(tiny(), folder)
+    return folder
+
+
+def test_the_main_job_at_a_few_steps_then_again(tmp_path):
+    few = ["--config.model.model_channels=16", "--config.train.length=12 steps", "--config.sample.steps=2",
+           "--config.evaluate.num_samples=16", "--config.evaluate.steps=2"]
+    code, out, err = door("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
+    assert code == 0, err
+    folder, = (tmp_path / "runs").iterdir()
+    assert folder.name == "digits-evaluate.num_samples=16-evaluate.steps=2-model_channels=16-sample.steps=2" or folder.name
+    assert (folder / "final.safetensors").exists() and list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert rows(folder)[-1]["step"] == 12 and "eval/fd_digits" in rows(folder)[-1]
+    assert json.loads((folder / "config.json").read_text())["model"]["model_channels"] == 16
+    code, out, err = door("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
+    assert code == 0 and "is finished: 12 steps" in out[-1]
+
+
+@pytest.mark.parametrize("format", images.FORMATS)
+def test_generate_in_every_format(format, trained, tmp_path):
+    paths = generate_images(trained, 5, tmp_path, "cpu", format=format)
+    assert all(path.exists() for path in paths)
+    if format == "npz":
+        assert np.load(paths[0])["arr_0"].shape == (5, 16, 16, 1)
+    elif format == "zip":
+        assert len(zipfile.ZipFile(paths[0]).namelist()) == 5
+    elif format == "gif":
+        assert Image.open(paths[0]).n_frames >= 2
+    else:
+        assert len(paths) == (1 if format == "grid" else 5)
+
+
+def test_image_k_is_the_same_however_many_are_drawn(trained, tmp_path):
+    few = generate_images(trained, 3, tmp_path / "few", **{"sample.batch_size": 3})
+    many = generate_images(trained, 6, tmp_path / "many", **{"sample.batch_size": 3})
+    for a, b in zip(few, many, strict=False):
+        assert a.name == b.name and a.read_bytes() == b.read_bytes()
+    other = generate_images(trained, 3, tmp_path / "other", **{"sample.seed": 9, "sample.batch_size": 3})
+    assert few[0].read_bytes() != other[0].read_bytes()
+
+
+def test_every_kind_of_checkpoint_can_be_drawn_from(trained, tmp_path):
+    assert checkpoint.find(trained).name == "final.safetensors"
+    final = generate_images(trained, 1, tmp_path / "final")[0].read_bytes()
+    newest = checkpoint.checkpoints(trained)[-1][1]
+    assert generate_images(newest, 1, tmp_path / "pt")[0].read_bytes() == final
+    assert generate_images(trained / "best.safetensors", 1, tmp_path / "best")
+
+
+def test_sample_draws_the_grid_that_generate_draws(trained, tmp_path):
+    sample_from_checkpoint(trained, tmp_path / "grid.png", num_samples=5)
+    drawn = generate_images(trained, 5, tmp_path, format="grid")[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(Image.open(drawn)))
+
+
+def test_evaluate_repeats_the_number_of_the_training(tmp_path):
+    run(tiny(every__evaluate="12 steps"), tmp_path)
+    logged = rows(tmp_path)[-1]
+    again = evaluate(tmp_path)
+    assert again["eval/made"] == logged["eval/made"]
+    assert again["eval/fd_digits"] == pytest.approx(logged["eval/fd_digits"], rel=1e-6)
+
+
+def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
+    for name, flags, remedy in [
+        ("generate", ["--checkpoint=/no/such/run"], "neither a file nor a run folder"),
+        ("generate", [f"--checkpoint={trained}", "--format=bmp"], "choose one of png"),
+        ("generate", [f"--checkpoint={trained}", "--sampler=dim"], "did you mean 'ddim'?"),
+        ("sample", [f"--checkpoint={trained}", "--out=grid.xyz"], "xyz"),
+        ("evaluate", [f"--checkpoint={trained}", "--steps=1000"], "with only 20 timesteps"),
+    ]:
+        code, out, err = door(name, *flags, cwd=tmp_path)
+        assert code == 2 and len(err) == 1 and remedy in err[0], (name, err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
+    whole = checkpoint.find(trained).read_bytes()
+    for name, content in {"torn.safetensors": whole[:1000], "torn.pt": checkpoint.checkpoints(trained)[-1][1].read_bytes()[:5000],
+                          "text.pt": b"not a checkpoint", "empty.safetensors": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="is damaged or not"):
+            generate_images(tmp_path / name, 1, tmp_path / "out")
+    torch.save({"format": 1, "step": 3, "config": "[1, 2]", "parts": {"ema": {"shadow": {}}}}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match="config"):
+        generate_images(tmp_path / "foreign.pt", 1, tmp_path / "out")

@@ -1,0 +1,170 @@
+"""A run as a whole: what it leaves in its folder, and that stopping it anywhere changes nothing."""
+
+import os
+import signal
+
+import pytest
+import torch
+from conftest import rows, run, tiny
+from PIL import Image
+
+from ddpm import build, checkpoint, config, dist, images, rng
+from ddpm.step import draw_times_and_noise
+
+
+def equal(a, b):
+    """Bitwise equality of nested states."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def final_state(folder):
+    step, path = checkpoint.checkpoints(folder)[-1]
+    parts = checkpoint.load(path)["parts"]
+    return step, {name: parts[name] for name in ("net", "ema", "optimizer", "scaler", "meters", "best")}
+
+
+def assert_same_run(a, b, grid):
+    assert equal(final_state(a), final_state(b))
+    assert (a / "samples" / grid).read_bytes() == (b / "samples" / grid).read_bytes()
+    assert checkpoint.load_weights(a)[1] == checkpoint.load_weights(b)[1]
+    assert equal(checkpoint.load_weights(a)[3], checkpoint.load_weights(b)[3])
+
+
+HARD = dict(train__amp="bf16", train__gradient_accumulation_steps=2, model__dropout=0.2, data__flip=True,
+            every__save="0 steps", every__log="10 steps", every__validate="20 steps", every__sample="20 steps")
+
+
+def test_forty_steps_are_seventeen_and_twenty_three(tmp_path):
+    """With bf16, dropout, flips, accumulation, other worker counts and a log window that the break cuts in two."""
+    run(tiny(**HARD | dict(train__length="40 steps", every__save="40 steps")), tmp_path / "whole")
+    run(tiny(**HARD | dict(train__length="17 steps", every__save="17 steps", data__num_workers=2)), tmp_path / "parts")
+    run(tiny(**HARD | dict(train__length="40 steps", every__save="40 steps")), tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", "step_00000040.png")
+    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    assert [row["step"] for row in whole] == [10, 20, 30, 40]
+    assert [row for row in parts if row["step"] != 17] == whole  # the first part also logged its own end
+
+
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
+    given = tiny(train__length="30 steps")
+    run(given, tmp_path / "whole")
+    made = build.assemble(given, tmp_path / "parts", dist.start())
+    build.track(given, made)
+    learn = made.step
+
+    def interrupt(step, batch):
+        learn(step, batch)
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    interrupt.learning_rate, interrupt.scaler, interrupt.ema = learn.learning_rate, learn.scaler, learn.ema
+    made.step = interrupt
+    from ddpm.train import train
+    assert train(made) is False
+    made.tracker.close()
+    assert checkpoint.checkpoints(tmp_path / "parts")[-1][0] == 13
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert run(given, tmp_path / "parts") is True
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", "step_00000030.png")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+def test_what_a_run_leaves_in_its_folder(tmp_path):
+    given = tiny(every__milestone="4 steps", every__evaluate="12 steps", data__source="digits")
+    assert run(given, tmp_path)
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {
+        "config.json", "training.log", "metrics.jsonl", "best.safetensors", "final.safetensors",
+        "samples/step_00000006.png", "samples/step_00000012.png",
+        "checkpoints/step_00000004.keep.pt", "checkpoints/step_00000008.keep.pt", "checkpoints/step_00000012.keep.pt",
+        "checkpoints/step_00000005.pt", "checkpoints/step_00000010.pt"}
+    keys = set().union(*rows(tmp_path))
+    assert keys >= {"train/loss", *(f"train/loss_q{q}" for q in range(4)), "train/grad_norm", "train/learning_rate", "val/loss",
+                    "train/loss_scale", "val/loss_ema", "progress/epoch", "progress/images", "eval/fd_digits", "eval/made"}
+    assert config.from_json((tmp_path / "config.json").read_text()) == given
+    picture = Image.open(tmp_path / "samples" / "step_00000012.png")
+    assert min(picture.size) >= 32  # four images of 16 pixels
+
+
+def test_the_same_latents_every_time_and_at_any_batch_size(tmp_path):
+    given = tiny()
+    machine = dist.start()
+    net = build.network(given)
+    for parameter in net.parameters():  # the last layer begins at zero, and would hide what the network does
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    draw, recipe = build.drawer(given, net, machine), build.grid_recipe(given)
+    whole = torch.cat([pixels for _, pixels in draw(range(6), recipe._replace(batch_size=6, sampler="ddpm"))])
+    again = torch.cat([pixels for _, pixels in draw(range(6), recipe._replace(batch_size=6, sampler="ddpm"))])
+    single = torch.cat([pixels for _, pixels in draw(range(6), recipe._replace(batch_size=1, sampler="ddpm"))])
+    assert torch.equal(whole, again)
+    assert (whole.int() - single.int()).abs().max() <= 1  # other batch shapes sum in another order
+    assert whole.float().std() > 10
+    assert torch.equal(rng.normal(0, "sample", 0, [5], (1, 4, 4))[0], rng.normal(0, "sample", 0, range(6), (1, 4, 4))[5])
+
+
+def test_micro_batches_change_nothing_but_rounding(tmp_path):
+    run(tiny(), tmp_path / "one")
+    run(tiny(train__gradient_accumulation_steps=4), tmp_path / "four")
+    for one, four in zip(rows(tmp_path / "one"), rows(tmp_path / "four"), strict=True):
+        # sums in another order: float32 rounding, amplified by 12 steps of Adam
+        assert four["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) if "train/loss" in one else True
+
+
+def test_times_are_uniform_and_noise_is_addressed():
+    t, noise = draw_times_and_noise(1000, 0, "train", 7, range(4096), (1, 2, 2))
+    assert t.min() >= 0 and t.max() <= 999
+    assert abs(t.double().mean() - 499.5) < 4 * 289 / 64  # four standard errors of a uniform mean
+    t5, noise5 = draw_times_and_noise(1000, 0, "train", 7, [5], (1, 2, 2))
+    assert t5[0] == t[5] and torch.equal(noise5[0], noise[5])
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    given = tiny(train__length="1 steps")
+    made = build.assemble(given, tmp_path, dist.start())
+    before = {name: value.clone() for name, value in made.step.net.state_dict().items()}
+    with torch.no_grad():
+        next(made.step.net.parameters()).view(-1)[0] = float("nan")
+    poisoned = {name: value.clone() for name, value in made.step.net.state_dict().items()}
+    made.step(0, next(made.batches(0)))
+    after = made.step.net.state_dict()
+    assert all(torch.equal(after[name].nan_to_num(7), poisoned[name].nan_to_num(7)) for name in before)
+    assert made.meters.read(made.machine)["train/skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_learns_on_the_cpu_too(tmp_path, amp):
+    run(tiny(train__amp=amp, train__length="40 steps"), tmp_path)
+    losses = [row["train/loss"] for row in rows(tmp_path) if "train/loss" in row]
+    assert losses[-1] < losses[0]
+    weights = checkpoint.load_weights(tmp_path)[3]
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+
+
+def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
+    run(tiny(), tmp_path / "a")
+    given = tiny(train__init_from=str(tmp_path / "a"), seed=3)
+    made = build.assemble(given, tmp_path / "b", dist.start())
+    assert made.start == 0
+    assert equal(dict(made.step.net.state_dict()), checkpoint.load_weights(tmp_path / "a")[3])
+    with pytest.raises(ValueError, match="are of another network than the config's"):
+        build.assemble(tiny(train__init_from=str(tmp_path / "a"), model__model_channels=16), tmp_path / "c", dist.start())
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_knobs_named(tmp_path):
+    run(tiny(), tmp_path)
+    with pytest.raises(ValueError, match=r"train\.learning_rate: 0\.001 there, 0\.002 here"):
+        config.check_continues(tiny(train__learning_rate=2e-3), tmp_path)
+    config.check_continues(tiny(train__length="99 steps", every__log="1 steps", data__num_workers=3), tmp_path)
+
+
+def test_validation_shows_the_weights_and_their_average_apart(tmp_path):
+    run(tiny(), tmp_path)
+    row = next(row for row in rows(tmp_path) if "val/loss" in row)
+    assert row["val/loss"] != row["val/loss_ema"]
+    assert images.PICTURES and row["val/loss"] > 0
