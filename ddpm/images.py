@@ -1,0 +1,192 @@
+"""The one place where numbers become pixels, and pixels become files.
+
+Everywhere else images are uint8 [b, c, h, w] in 0..255 (files, metrics, grids) or float [b, c, h, w] in [-1, 1]
+(networks); c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA. Every file is written beside its place and renamed, so that a
+reader, or the next run after a kill, never meets half a file.
+"""
+
+import io
+import math
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+
+from ddpm.files import written_beside
+
+WHITE = 255
+
+
+def encode(pixels):
+    """Map uint8 pixels of any shape to float32 in [-1, 1]."""
+    assert pixels.dtype == torch.uint8, f"pixels are uint8, got {pixels.dtype}"
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def decode(images):
+    """Map float images of any shape to uint8, the inverse of `encode`: clamped, rounded, and NaN becomes 0."""
+    unit = torch.nan_to_num(images.to(torch.float32).clamp(-1, 1), nan=-1.0)
+    return ((unit + 1) * 127.5).round().to(torch.uint8)
+
+
+denormalize = decode
+
+
+def make_grid(images, nrow=None, padding=2):
+    """Arrange uint8 images [b, c, h, w] as one uint8 numpy picture [h, w, c] with `nrow` images a row, on white.
+
+    `nrow` defaults to the nearest square. Raises ValueError for no images or a row of none.
+    """
+    count = len(images)
+    if count == 0 or (nrow is not None and nrow < 1):
+        raise ValueError(f"a grid of {count} images with nrow={nrow} is empty; give at least one image and nrow >= 1")
+    columns = min(nrow or math.ceil(math.sqrt(count)), count)
+    missing = -count % columns
+    cells = F.pad(images.cpu(), (padding, 0, padding, 0, 0, 0, 0, missing), value=WHITE)
+    grid = rearrange(cells, "(rows columns) c h w -> c (rows h) (columns w)", columns=columns)
+    return rearrange(F.pad(grid, (0, padding, 0, padding), value=WHITE), "c h w -> h w c").numpy()
+
+
+def save_image_grid(images, path, nrow=None):
+    """Save images [b, c, h, w], uint8 or float in [-1, 1], as one picture at `path`, whose suffix picks the format.
+
+    Raises ValueError for a suffix that is not in `PICTURES`.
+    """
+    suffix = check_picture(path)
+    pixels = make_grid(images if images.dtype == torch.uint8 else decode(images.detach()), nrow)
+    with written_beside(path) as part:
+        save_picture(pixels, part, suffix)
+
+
+def check_picture(path):
+    """The suffix of a picture's path in lower case; raises ValueError if it is not in `PICTURES`."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in PICTURES:
+        raise ValueError(f"cannot save a picture as {Path(path).name!r}; use one of the suffixes {', '.join(PICTURES)}")
+    return suffix
+
+
+def picture(pixels):
+    """The PIL image of uint8 numpy pixels [h, w, c]: modes L, LA, RGB, RGBA for c = 1, 2, 3, 4."""
+    return Image.fromarray(rearrange(pixels, "h w 1 -> h w") if pixels.shape[-1] == 1 else pixels)
+
+
+def flattened(image):
+    """The PIL image laid over white, for formats without alpha; opaque images pass unchanged."""
+    if image.mode not in ("LA", "RGBA"):
+        return image
+    ground = Image.new("RGBA", image.size, "white")
+    ground.alpha_composite(image.convert("RGBA"))
+    return ground.convert("L" if image.mode == "LA" else "RGB")
+
+
+def save_picture(pixels, file, suffix):
+    """Write uint8 numpy pixels [h, w, c] to a path or open file in the format of `suffix`, a key of `PICTURES`."""
+    options = PICTURES[suffix]
+    image = picture(pixels)
+    (flattened(image) if options["format"] == "JPEG" else image).save(file, **options)
+
+
+def numbered(suffix):
+    """A writer of one file per image, `000017.png` for seed 17; unsynced, for a sync costs more than the image."""
+
+    def write(out, batches):
+        try:
+            Path(out).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(f"cannot write to {out}: a file is in the way; choose another place") from None
+        paths = []
+        for seeds, images in batches:
+            for seed, pixels in zip(seeds, channels_last(images), strict=True):
+                part = Path(out) / f"{seed:06d}{suffix}.part"
+                try:
+                    save_picture(pixels, part, suffix)
+                    paths.append(part.replace(part.with_suffix("")))
+                finally:
+                    part.unlink(missing_ok=True)
+        return paths
+
+    return write
+
+
+def channels_last(images):
+    """Uint8 [b, c, h, w] on any device -> contiguous numpy [b, h, w, c]."""
+    return np.ascontiguousarray(rearrange(images.cpu(), "b c h w -> b h w c").numpy())
+
+
+def grid(out, batches):
+    """Write all images as one picture, `grid.png`."""
+    path = Path(out) / "grid.png"
+    save_image_grid(torch.cat([images.cpu() for _, images in batches]), path)
+    return [path]
+
+
+def npz(out, batches):
+    """Write `images.npz`, whose first array `arr_0` is uint8 [n, h, w, c], as guided-diffusion's evaluator reads it.
+
+    An array's header holds its length, which is known only at the end: until then pixels wait on disk, not in memory.
+    """
+    path, count, shape = Path(out) / "images.npz", 0, ()
+    with written_beside(path) as part, tempfile.TemporaryFile(dir=out) as waiting:
+        for _, images in batches:
+            pixels = channels_last(images)
+            count, shape = count + len(pixels), pixels.shape[1:]
+            waiting.write(pixels)
+        waiting.seek(0)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+        with zipfile.ZipFile(part, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            shutil.copyfileobj(waiting, member, 2**20)
+    return [path]
+
+
+def zipped(out, batches):
+    """Write `images.zip`, PNG files stored without a second compression; the same images make the same bytes."""
+    path = Path(out) / "images.zip"
+    with written_beside(path) as part, zipfile.ZipFile(part, "w") as archive:
+        for seeds, images in batches:
+            for seed, pixels in zip(seeds, channels_last(images), strict=True):
+                file = io.BytesIO()
+                save_picture(pixels, file, ".png")
+                member = zipfile.ZipInfo(f"{seed:06d}.png")  # dated 1980, not now
+                member.external_attr = 0o644 << 16  # or Unix unpacks files that nobody may read
+                archive.writestr(member, file.getvalue())
+    return [path]
+
+
+def gif(out, batches):
+    """Write `trajectory.gif`, one grid per batch: batches are the same images at successive steps of the sampler."""
+    path = Path(out) / "trajectory.gif"
+    frames = [flattened(picture(make_grid(images))) for _, images in batches]
+    if not frames:
+        raise ValueError("an animation needs at least one frame; give a sampler that takes at least one step")
+    pace = min(max(4000 // len(frames) // 10 * 10, 20), 200)  # ms; about 4 s in all, in the 10 ms ticks that GIF counts
+    with written_beside(path) as part:
+        durations = [pace] * (len(frames) - 1) + [2000]
+        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return [path]
+
+
+PICTURES = {
+    ".png": {"format": "PNG"},
+    ".jpg": {"format": "JPEG", "quality": 95},
+    ".jpeg": {"format": "JPEG", "quality": 95},
+    ".webp": {"format": "WEBP", "lossless": True, "exact": True},
+}
+
+# name -> f(out, batches) -> paths written; `out` is a folder, `batches` an iterator of (seeds, uint8 [b, c, h, w]).
+FORMATS = {
+    "png": numbered(".png"),
+    "jpg": numbered(".jpg"),
+    "webp": numbered(".webp"),
+    "grid": grid,
+    "npz": npz,
+    "zip": zipped,
+    "gif": gif,
+}
