@@ -7,9 +7,10 @@ import contextlib
 import math
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from ddpm import checkpoint, draw, images
 from ddpm.clock import Every, Speed
