@@ -41,8 +41,8 @@ def steps_of(text, batch_size, dataset_size):
 class Every:
     """Tells when something that happens at an interval is due; asked once at each step, in order.
 
-    Counted intervals depend on the step alone, so that a resumed run keeps the rhythm; time counts from the start of the process.
-    Raises ValueError for a text that is not one or several durations.
+    Counted intervals depend on the step alone, so that a resumed run keeps the rhythm; time counts from the start of the
+    process. Raises ValueError for a text that is not one or several durations.
     """
 
     def __init__(self, text, batch_size, dataset_size, now=time.monotonic):

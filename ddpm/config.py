@@ -1,10 +1,12 @@
 """The knobs of a run: `base()` shows them all, and it is the only place with defaults.
 
-A config file offers `get_config(variant=None)`, which returns `base()` and the lines that differ. Here configs are also checked,
-frozen, written as JSON and named; and the doors' command lines are read.
+A config file offers `get_config(variant=None)`, which returns `base()` and the lines that differ. Here configs are also
+checked, frozen, written as JSON and named; and the doors' command lines are read.
 """
 
+import contextlib
 import json
+import math
 import os
 import re
 import sys
@@ -12,11 +14,12 @@ import traceback
 import zlib
 from pathlib import Path
 
-from absl import app, flags
+import torch
+from absl import app, flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from ddpm import clock, data, dist, metrics, tracking
-from ddpm.diffusion.process import SPACINGS, TARGETS
+from ddpm.diffusion.process import CLEAN, SPACINGS, TARGETS, Level
 from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.files import written_beside
@@ -28,7 +31,7 @@ DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 75
 
 
 def base():
-    """A new ConfigDict with every knob, its default, unit and choices."""
+    """A new ConfigDict, locked, with every knob, its default, unit and choices."""
     return ConfigDict({
         "seed": 0,  # every random number of the training is an address below it
         "data": {
@@ -108,7 +111,7 @@ def base():
             "tags": (),  # words
             "notes": "",  # a sentence about the run
         },
-    })
+    }).lock()
 
 
 def with_variant(config, variant, variants):
@@ -169,6 +172,7 @@ SPECS = {
 }
 LENGTHS = ("train.length", "train.warmup")
 INTEGER_TUPLES = {"data.matte": (0, 255), "model.channel_mult": (1, 64), "model.attention_resolutions": (1, 4096)}
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple such as (1, 2)"}
 
 
 def check(config):
@@ -177,27 +181,43 @@ def check(config):
     Nothing is allocated; what only the network knows about its arguments is checked when `build` makes it.
     """
     knobs = flatten(config)
+    for key, default in flatten(base()).items():
+        if type(knobs[key]) is not type(default):
+            raise ValueError(f"config.{key} is {knobs[key]!r}; it takes {KINDS[type(default)]}")
     for key, (low, high) in RANGES.items():
         if not low <= knobs[key] <= high:
             raise ValueError(f"config.{key} is {knobs[key]}; it must lie between {low} and {high}")
     for key, allowed in CHOICES.items():
         check_choice(f"config.{key}", knobs[key], list(allowed))
     for key, table in SPECS.items():
-        choose(f"config.{key}", table, knobs[key])
+        with about(key):
+            chosen = choose(f"config.{key}", table, knobs[key])
+            if table is SAMPLERS:
+                rehearse(chosen)
     for key, (low, high) in INTEGER_TUPLES.items():
         if not all(type(item) is int and low <= item <= high for item in knobs[key]):
-            raise ValueError(f"config.{key} is {knobs[key]}; it takes whole numbers between {low} and {high}, such as (1, 2, 2)")
+            raise ValueError(
+                f"config.{key} is {knobs[key]}; it takes whole numbers between {low} and {high}, such as (1, 2, 2)")
     if len(knobs["data.matte"]) != 3:
-        raise ValueError(f"config.data.matte is {knobs['data.matte']}; it takes red, green and blue, such as (255, 255, 255)")
+        raise ValueError(
+            f"config.data.matte is {knobs['data.matte']}; it takes red, green and blue, such as (255, 255, 255)")
     if not knobs["model.channel_mult"]:
         raise ValueError("config.model.channel_mult is empty; it takes a factor for each level, such as (1, 2, 2)")
+    if not all(type(tag) is str for tag in knobs["wandb.tags"]):
+        raise ValueError(f"config.wandb.tags is {knobs['wandb.tags']}; it takes words, such as ('cats', 'small')")
     for key in LENGTHS:
-        clock.parse_duration(knobs[key], times=False)
-    decay = parse(knobs["train.learning_rate_decay"])[1]
-    if "length" in decay:
-        clock.parse_duration(decay["length"], times=False)
+        with about(key):
+            clock.parse_duration(knobs[key], times=False)
+    if not clock.parse_duration(knobs["train.length"])[0]:
+        raise ValueError(f"config.train.length is {knobs['train.length']!r}; it takes more than nothing, such as '1 step'")
+    with about("train.learning_rate_decay"):
+        name, arguments = parse(knobs["train.learning_rate_decay"])
+        if "length" in arguments:
+            arguments["length"] = clock.steps_of(arguments["length"], 1, 1)
+        DECAYS[name](0, **arguments)
     for key in config["every"]:
-        clock.Every(knobs[f"every.{key}"], 1, 1)
+        with about(f"every.{key}"):
+            clock.Every(knobs[f"every.{key}"], 1, 1)
     size, parts = knobs["train.batch_size"], knobs["train.gradient_accumulation_steps"]
     if size % parts:
         raise ValueError(f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; choose "
@@ -206,6 +226,23 @@ def check(config):
         if knobs[key] > knobs["diffusion.timesteps"]:
             raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
                              f"--config.{key}={knobs['diffusion.timesteps']} or fewer")
+
+
+@contextlib.contextmanager
+def about(key):
+    """A ValueError raised inside names the knob that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        known = f"config.{key}" in str(error)
+        raise ValueError(str(error) if known else f"config.{key}: {error}") from None
+
+
+def rehearse(sampler):
+    """Run a sampler on next to nothing, so that it refuses its arguments now and not at the first grid."""
+    levels = [Level(0.0, math.sqrt(0.5), math.sqrt(0.5)), CLEAN]
+    for _ in sampler(lambda x, level: (x, x), torch.zeros(1), levels, lambda k: torch.zeros(1)):
+        pass
 
 
 def flatten(config, prefix=""):
@@ -234,7 +271,7 @@ def from_json(text):
     """
     try:
         knobs = flatten(json.loads(text))
-    except (json.JSONDecodeError, AttributeError):
+    except (json.JSONDecodeError, AttributeError, RecursionError):
         raise ValueError("the saved config is not a JSON object; the file is damaged or not one of ours") from None
     config = base()
     known = flatten(config)
@@ -242,10 +279,12 @@ def from_json(text):
         if key not in known:
             raise ValueError(f"the saved config has a knob {key!r} that this version does not know"
                              f"{suggest(key, list(known))}; use the version of ddpm that wrote it")
-        try:
-            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
-        except (TypeError, ValueError):
-            raise ValueError(f"the saved config has {value!r} for {key}; it takes {type(known[key]).__name__}") from None
+        kind = type(known[key])
+        if kind is tuple and isinstance(value, list) or kind is float and type(value) is int:
+            value = kind(value)
+        if type(value) is not kind:
+            raise ValueError(f"the saved config has {value!r} for {key}; it takes {KINDS[kind]}")
+        config.update_from_flattened_dict({key: value})
     return freeze(config)
 
 
@@ -254,7 +293,7 @@ def changed(config, knobs):
 
     Raises ValueError where the result cannot be run.
     """
-    copy = ConfigDict(config.to_dict())
+    copy = ConfigDict(config.to_dict()).lock()
     copy.update_from_flattened_dict({key: value for key, value in knobs.items() if value is not None})
     check(copy)
     return freeze(copy)
@@ -275,7 +314,11 @@ def check_continues(config, folder):
     """Raise a ValueError that names the knobs in which a config contradicts the run that the folder holds already."""
     path = Path(folder, "config.json")
     if path.is_file():
-        differing = contradictions(from_json(path.read_text()), config)
+        try:
+            saved = from_json(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        differing = contradictions(saved, config)
         if differing:
             raise ValueError(f"{folder} holds a run with another config ({'; '.join(differing)}); "
                              "give another --workdir, or the same config to continue it")
@@ -293,16 +336,23 @@ def contradictions(saved, given):
 
 
 def run_name(file, overrides):
-    """A run's name from its config file (`configs/cats128.py:small`) and the knobs set on the command line."""
+    """A run's name from its config file (`configs/cats128.py:small`) and the knobs set on the command line.
+
+    What a folder's name cannot hold becomes `_`, or is cut; a checksum then keeps two runs from sharing a name.
+    """
     path, _, variant = str(file).partition(":")
     leaves = [key.rpartition(".")[2] for key in flatten(base())]
-    parts = [Path(path).stem + (f"-{variant}" if variant else "")]
-    for key, value in sorted(overrides.items()):
-        if not is_free(key):
-            leaf = key.rpartition(".")[2]
-            parts.append(f"{leaf if leaves.count(leaf) == 1 else key}={value}")
-    name = re.sub(r"[^\w.=+-]+", "_", "-".join(parts)).strip("_")
-    return name if len(name) <= 120 else f"{name[:110]}-{zlib.crc32(name.encode()):08x}"
+    given = [(key, value) for key, value in sorted(overrides.items()) if not is_free(key)]
+    parts, whole = [Path(path).stem + (f"-{variant}" if variant else "")], True
+    for key, value in given:
+        leaf = key.rpartition(".")[2]
+        word = re.sub(r"[^\w.+-]+", "_", str(value), flags=re.ASCII).strip("_")
+        whole = whole and (word == value or not isinstance(value, str))  # numbers and tuples stay told apart
+        parts.append(f"{leaf if leaves.count(leaf) == 1 else key}={word}")
+    name = re.sub(r"[^\w.=+-]+", "_", "-".join(parts), flags=re.ASCII)
+    if whole and name == "-".join(parts) and len(name) <= 120:
+        return name
+    return f"{name[:110]}-{zlib.crc32(repr((parts[0], given)).encode()):08x}"
 
 
 def default_workdir(file, overrides):
@@ -333,16 +383,75 @@ def sample_knobs(section):
             f"{section}.batch_size": given.batch_size}
 
 
+def read_flags(argv):
+    """Read a door's command line into absl's FLAGS, and refuse what it does not say clearly.
+
+    Raises ValueError for a mistake in it, or in the config file that it names.
+    """
+    check_knobs_exist(argv)
+    logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # whatever the config file raises is its author's to mend
+        raise ValueError(explained(error)) from error
+    if len(rest) > 1:
+        raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
+    if "config" not in flags.FLAGS:
+        return rest
+    flag = flags.FLAGS["config"]
+    if flag.using_default_value or not flag.config_filename:
+        raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")
+    path = Path(flag.config_filename.partition(":")[0])
+    if not path.is_file():
+        raise ValueError(f"there is no config file {path}; write --config=configs/digits.py, or another of configs/")
+    try:
+        knobs, known = set(flatten(flag.value)), set(flatten(base()))
+    except AttributeError:
+        raise ValueError(f"get_config of {path} returns no config; end it with `return config`") from None
+    except OSError as error:  # kept back by ml_collections until the config is looked at
+        raise ValueError(f"{path}: {one_line(error.__cause__ or error)}") from error
+    if knobs != known:
+        fault = f"lacks {min(known - knobs)}" if known - knobs else f"has an unknown knob {min(knobs - known)}"
+        raise ValueError(f"{path} {fault}; begin get_config with `config = base()`")
+    return rest
+
+
+def check_knobs_exist(argv):
+    """Raise a ValueError for the first `--config.section.leaf` that is no knob."""
+    known = list(flatten(base()))
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if match and match[1] not in known:
+            inside = [key for key in known if key.startswith(match[1] + ".")]
+            if inside:
+                raise ValueError(f"config.{match[1]} is a section; set one of its knobs, such as --config.{inside[0]}")
+            raise ValueError(f"there is no knob config.{match[1]}{suggest(match[1], known)}; "
+                             "base() in ddpm/config.py shows them all")
+
+
+def explained(error):
+    """What an error of flag parsing says: with the line, if the config file raised it, and with the type a knob takes."""
+    causes = [error]
+    while causes[-1].__context__:
+        causes.append(causes[-1].__context__)
+    for cause in causes:
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if frame.name in ("get_config", "<module>"):
+                return f"{frame.filename}, line {frame.lineno}: {one_line(cause)}"
+    if "Error whilst parsing config file" in str(error):  # what ml_collections puts around a whole traceback
+        return one_line(causes[-1])
+    if "has no attribute 'get_config'" in str(error):
+        return "the config file has no function get_config; configs/digits.py shows one"
+    knob = re.match(r"flag --config\.([\w.]+)=", str(error))
+    return one_line(error) + (f"; it takes {KINDS[type(flatten(base())[knob[1]])]}" if knob else "")
+
+
 def given_config(flag):
     """What `--config` says: (frozen config, file name, overrides); raises ValueError for a config that cannot be run."""
-    file, overrides = config_flags.get_config_filename(flags.FLAGS["config"]), config_flags.get_override_values(
-        flags.FLAGS["config"])
-    config = flag.value
-    missing = sorted(set(flatten(base())) - set(flatten(config)))
-    if missing:
-        raise ValueError(f"{file} lacks the knobs {', '.join(missing[:3])}; begin get_config with `config = base()`")
-    check(config)
-    return freeze(config), file, overrides
+    check(flag.value)
+    config_flag = flags.FLAGS["config"]
+    file, overrides = config_flags.get_config_filename(config_flag), config_flags.get_override_values(config_flag)
+    return freeze(flag.value), file, overrides
 
 
 def fail(code, message):
@@ -353,8 +462,11 @@ def fail(code, message):
 
 def one_line(error):
     """What an exception says, on one line and without its type where it speaks for itself."""
-    text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
-    return text or type(error).__name__
+    said = error
+    while isinstance(said, (AttributeError, KeyError)) and said.args:  # whose text is a repr, or another such error
+        said = said.args[0]
+    text = " ".join(str(said).split())
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
 def run_door(main):
@@ -366,15 +478,9 @@ def run_door(main):
 
     def read(argv):
         try:
-            rest = flags.FLAGS(argv)
-            if len(rest) > 1:
-                raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
-            if "config" in flags.FLAGS:
-                if flags.FLAGS["config"].value is None:
-                    raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+            return read_flags(argv)
+        except ValueError as error:
             mistake(error)
-        return rest
 
     def mistake(error):
         if os.environ.get("DDPM_TRACEBACK"):

@@ -1,9 +1,10 @@
 """Randomness is an address, not a history.
 
-Every random number of a run is read at a place named by (seed, purpose, step, index), from numpy's counter-based generator
-Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key = (seed, purpose), counter = (0, index, step, 0).
-Nothing is advanced, so nothing has to be saved: resuming, splitting a batch over ranks or micro-batches, or drawing image 17
-alone gives the same bits. Numbers are drawn on the host, so a card draws what the CPU draws.
+Every random number of a run is read at a place named by (seed, purpose, step, index), from numpy's counter-based
+generator Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): key = (seed, purpose), counter =
+(0, index, step, 0). Nothing is advanced, so nothing has to be saved: resuming, splitting a batch over ranks or
+micro-batches, or drawing image 17 alone gives the same bits. Numbers are drawn on the host, so a card draws what the
+CPU draws.
 """
 
 import zlib
@@ -22,7 +23,7 @@ def generator(seed, purpose, step=0, index=0):
 def normal(seed, purpose, step, indices, shape):
     """Standard normal noise float32 [b, *shape], one address for each of the b `indices`."""
     out = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, index in zip(out, indices):
+    for row, index in zip(out, indices, strict=True):
         generator(seed, purpose, step, index).standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
