@@ -17,7 +17,7 @@ setup(
         "einops>=0.8",
         "ml-collections>=1.0",
         "absl-py>=2.1",
-        "wandb>=0.21",
+        "wandb>=0.31",
         "torch-fidelity>=0.4.0",
         "safetensors>=0.5",
         "scikit-learn>=1.4",

@@ -26,10 +26,13 @@ def main():
         print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
         return config.DONE
     build.track(given, run)
-    finished = train(run)
-    run.tracker.close()
-    dist.stop()
-    return config.DONE if finished else config.INTERRUPTED
+    code = config.FAILED
+    try:
+        code = config.DONE if train(run) else config.INTERRUPTED
+    finally:
+        run.tracker.close(code)
+        dist.stop()
+    return code
 
 
 if __name__ == "__main__":
