@@ -44,7 +44,7 @@ def load(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         assert content["format"] <= FORMAT and {"step", "config", "parts"} <= content.keys()
-    except (RuntimeError, EOFError, KeyError, TypeError, AssertionError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AssertionError, pickle.UnpicklingError):
         raise ValueError(f"{path} is damaged or not a checkpoint of ddpm; use another of {Path(path).parent}") from None
     return content
 

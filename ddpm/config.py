@@ -149,7 +149,7 @@ RANGES = {
     "sample.num_images": (1, 4096),
     "sample.batch_size": (1, 65536),
     "sample.seed": (0, 2**63 - 1),
-    "evaluate.num_samples": (2, 10_000_000),
+    "evaluate.num_samples": (metrics.FEWEST, 10_000_000),
     "evaluate.steps": (1, 10_000),
     "evaluate.batch_size": (1, 65536),
 }

@@ -1,4 +1,4 @@
-"""Measure a checkpoint: `python -m ddpm.evaluate --checkpoint=RUN_OR_FILE` gives the numbers that a training logs, at any time."""
+"""Measure a checkpoint: `python -m ddpm.evaluate --checkpoint=RUN_OR_FILE`, the numbers that a training logs."""
 
 from absl import flags
 
@@ -31,8 +31,8 @@ def main():
 
 if __name__ == "__main__":
     config.define_checkpoint_flags()
-    flags.DEFINE_integer("num_samples", None, "Images drawn; by default the config's.", lower_bound=2)
-    flags.DEFINE_string("extractor", None, "auto, digits or inception; by default the config's.")
-    flags.DEFINE_string("inception_weights", None, "Path of torch-fidelity's Inception weights; by default the config's.")
+    flags.DEFINE_integer("num_samples", None, "Images drawn; by default the checkpoint's.", lower_bound=4)
+    flags.DEFINE_string("extractor", None, "auto, digits or inception; by default the checkpoint's.")
+    flags.DEFINE_string("inception_weights", None, "Path of torch-fidelity's Inception weights; by default the checkpoint's.")
     flags.DEFINE_string("source", None, "The real images, where they lie elsewhere now: folder(path='data/cats'), ...")
     config.run_door(main)

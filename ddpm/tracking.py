@@ -22,6 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ddpm import images as pixels
+from ddpm.files import written_beside
 
 INIT_SECONDS, FINISH_SECONDS = 30, 60  # for the server; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT go before
 FLUSH_SECONDS = 0.1  # so often W&B's log is written (15 is its default), and so much SIGKILL costs
@@ -113,7 +114,7 @@ class Rows(Sink):
         rows = [] if start_step is None else filter(None, map(whole_row, lines))
         self.kept = [row for row in rows if row["step"] <= start_step]
         if len(self.kept) < len(lines):
-            with pixels.written_beside(path) as part:
+            with written_beside(path) as part:
                 part.write_text("".join(json.dumps(row) + "\n" for row in self.kept))
 
     def write(self, step, row, images):
