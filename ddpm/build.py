@@ -71,7 +71,7 @@ def scorer(config, images, machine):
 
 
 def drawer(config, net, machine, how=draw.draw):
-    """`f(seeds, recipe)`: draw with the weights that are in the plain network at the time; `how` is draw.draw or draw.frames."""
+    """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is draw.draw or draw.frames."""
     process = diffusion(config, net).process
     target = {"predict": config.diffusion.predict, "clip": config.diffusion.clip}
     return lambda seeds, recipe: how(net, process, recipe, seeds, image_shape(config), machine, **target)
@@ -87,8 +87,8 @@ def check(config):
 def load(run_or_file, machine, **knobs):
     """Rebuild what a checkpoint describes: (name for people, config, network with its averaged weights on the device).
 
-    `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps": 25}`. Raises ValueError for a
-    missing, damaged or foreign file, and for knobs that cannot be.
+    `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps": 25}`. Raises ValueError
+    for a missing, damaged or foreign file, and for knobs that cannot be.
     """
     path, step, text, weights = checkpoint.load_weights(run_or_file)
     config = configs.changed(configs.from_json(text), knobs)

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from ddpm import build, config, dist
+from ddpm import build, command, dist
 
 
 def evaluate(checkpoint_path, device=None, **knobs):
@@ -21,18 +21,18 @@ def evaluate(checkpoint_path, device=None, **knobs):
 def main():
     """Measure what the flags say and print a line for each number; returns the exit code."""
     given = flags.FLAGS
-    knobs = config.sample_knobs("evaluate") | {
+    knobs = command.sample_knobs("evaluate") | {
         "evaluate.num_samples": given.num_samples, "evaluate.extractor": given.extractor,
         "evaluate.inception_weights": given.inception_weights, "data.source": given.source}
     for name, value in evaluate(given.checkpoint, given.device, **knobs).items():
         print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}")
-    return config.DONE
+    return command.DONE
 
 
 if __name__ == "__main__":
-    config.define_checkpoint_flags()
+    command.define_checkpoint_flags()
     flags.DEFINE_integer("num_samples", None, "Images drawn; by default the checkpoint's.", lower_bound=4)
     flags.DEFINE_string("extractor", None, "auto, digits or inception; by default the checkpoint's.")
     flags.DEFINE_string("inception_weights", None, "Path of torch-fidelity's Inception weights; by default the checkpoint's.")
     flags.DEFINE_string("source", None, "The real images, where they lie elsewhere now: folder(path='data/cats'), ...")
-    config.run_door(main)
+    command.run_door(main)

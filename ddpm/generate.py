@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from ddpm import build, config, dist, draw
+from ddpm import build, command, dist, draw
 from ddpm.images import FORMATS
 from ddpm.spec import check_choice
 
@@ -17,20 +17,19 @@ from ddpm.spec import check_choice
 def generate_images(checkpoint_path, num_images, output_dir, device=None, format="png", **knobs):
     """Draw `num_images` images from a run folder or checkpoint file into `output_dir`; returns the paths written.
 
-    `format` is one of FORMATS; `knobs` as in `{"sample.steps": 25}` take the place of the checkpoint's own. Raises ValueError, one
-    line, for a missing or damaged checkpoint and for options that cannot be.
+    `format` is one of FORMATS; `knobs` as in `{"sample.steps": 25}` take the place of the checkpoint's own. Raises ValueError,
+    one line, for a missing or damaged checkpoint and for options that cannot be.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
     machine = dist.start(device=device)
     name, trained, net = build.load(checkpoint_path, machine, **knobs)
     recipe = build.grid_recipe(trained)
     print(f"drawing {num_images} images from {name}: {recipe}")
-    if format == "gif":  # a picture a step, of all images at once
-        drawn, total, unit = build.drawer(trained, net, machine, draw.frames)(range(num_images), recipe), recipe.steps + 1, "step"
-    else:
-        drawn, total, unit = build.drawer(trained, net, machine)(range(num_images), recipe), num_images, "image"
+    film = format == "gif"  # a picture a step, of all images at once
+    drawn = build.drawer(trained, net, machine, draw.frames if film else draw.draw)(range(num_images), recipe)
+    total, unit = (recipe.steps + 1, "step") if film else (num_images, "image")
     with tqdm(total=total, unit=unit, leave=False, disable=not sys.stderr.isatty()) as bar:
-        return write(Path(output_dir), shown(drawn, bar, by_image=unit == "image"))
+        return write(Path(output_dir), shown(drawn, bar, by_image=not film))
 
 
 def shown(batches, bar, by_image):
@@ -44,14 +43,14 @@ def main():
     """Draw what the flags say; returns the exit code."""
     given = flags.FLAGS
     paths = generate_images(given.checkpoint, given.num_images, given.out, given.device, given.format,
-                            **config.sample_knobs("sample"))
+                            **command.sample_knobs("sample"))
     print(f"wrote {paths[0]}" + (f" to {paths[-1]}" if len(paths) > 1 else ""))
-    return config.DONE
+    return command.DONE
 
 
 if __name__ == "__main__":
-    config.define_checkpoint_flags()
+    command.define_checkpoint_flags()
     flags.DEFINE_integer("num_images", 16, "How many images.", lower_bound=1)
     flags.DEFINE_string("out", "samples", "Folder for the images.")
     flags.DEFINE_string("format", "png", f"One of {', '.join(FORMATS)}; gif shows how the images come out of the noise.")
-    config.run_door(main)
+    command.run_door(main)

@@ -5,16 +5,16 @@ The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your m
 
 from absl import flags
 
-from ddpm import build, config, dist
+from ddpm import build, command, config, dist
 from ddpm.train import train
 
-CONFIG = config.define_config_flag()
+CONFIG = command.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
 
 
 def main():
     """Train, or go on training, what the flags say; returns the exit code."""
-    given, file, overrides = config.given_config(CONFIG)
+    given, file, overrides = command.given_config(CONFIG)
     folder = WORKDIR.value or config.default_workdir(file, overrides)
     build.check(given)
     config.check_continues(given, folder)
@@ -24,11 +24,16 @@ def main():
     run = build.assemble(given, folder, machine)
     if run.start >= run.total:
         print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
-        return config.DONE
+        return command.DONE
     build.track(given, run)
-    code = config.FAILED
+    code = command.FAILED
     try:
-        code = config.DONE if train(run) else config.INTERRUPTED
+        if train(run):
+            code = command.DONE
+            run.tracker.say(f"done: images by python -m ddpm.generate --checkpoint={folder}")
+        else:
+            code = command.INTERRUPTED
+            run.tracker.say("interrupted and saved; the same command goes on")
     finally:
         run.tracker.close(code)
         dist.stop()
@@ -36,4 +41,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run_door(main)
+    command.run_door(main)

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from ddpm import build, config, dist, images
+from ddpm import build, command, dist, images
 from ddpm.draw import joined
 
 
@@ -22,13 +22,13 @@ def sample_from_checkpoint(ckpt_path, out_path, num_samples=16, device=None, **k
 def main():
     """Draw what the flags say; returns the exit code."""
     given = flags.FLAGS
-    sample_from_checkpoint(given.checkpoint, given.out, given.num_samples, given.device, **config.sample_knobs("sample"))
+    sample_from_checkpoint(given.checkpoint, given.out, given.num_samples, given.device, **command.sample_knobs("sample"))
     print(f"wrote {given.out}")
-    return config.DONE
+    return command.DONE
 
 
 if __name__ == "__main__":
-    config.define_checkpoint_flags()
+    command.define_checkpoint_flags()
     flags.DEFINE_integer("num_samples", 16, "How many images.", lower_bound=1)
     flags.DEFINE_string("out", "samples.png", "The picture: png, jpg or webp.")
-    config.run_door(main)
+    command.run_door(main)

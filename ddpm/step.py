@@ -102,7 +102,7 @@ def draw_times_and_noise(timesteps, seed, purpose, step, places, shape):
 class Validation:
     """The loss on a fixed set of (image, t, noise) that no training changes: `loss()` is that of the weights in the network.
 
-    The times are spread evenly over 0 .. T-1, in an order of their own; the set is the same for every seed, so that runs compare.
+    The times are spread evenly over 0 .. T-1, in an order of their own. Every seed has the same set, so that runs compare.
     """
 
     def __init__(self, dataset, indices, net, diffusion, machine, batch_size, most=1024):

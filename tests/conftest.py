@@ -15,8 +15,8 @@ torch.set_num_threads(1)  # sums depend on it bit for bit; and two threads on a 
 def isolated(tmp_path_factory, monkeypatch):
     """No login, no cache and no settings of the person who runs the tests."""
     home = tmp_path_factory.mktemp("home")
-    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR",
-                 "WANDB_ARTIFACT_DIR", "TORCH_HOME", "DDPM_CACHE"):
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "DDPM_CACHE", "WANDB_DIR", "WANDB_CACHE_DIR",
+                 "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(home))
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -42,7 +42,7 @@ def run(given, folder):
     """Train a config in a folder, or go on with it, as the door does; returns True if it came to its end."""
     build.check(given)
     config.check_continues(given, folder)
-    made = build.assemble(given, folder, dist.start(given.train.amp))
+    made = build.assemble(given, folder, dist.start(given.train.amp, given.train.deterministic))
     build.track(given, made)
     finished = train(made)
     made.tracker.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ddpm import config, main
+from ddpm import command, config, main
 from ddpm.config import base, changed, check, flatten, freeze, from_json, to_json
 
 ROOT = Path(__file__).parents[1]
@@ -472,7 +472,7 @@ def meet(cases):
             sys.argv = ["ddpm/main.py", *arguments]
             code = 99
             try:
-                config.run_door(main.main)
+                command.run_door(main.main)
             except SystemExit as leaving:
                 code = leaving.code or 0
             finally:
@@ -510,7 +510,7 @@ def within(text, folder):
 def test_a_mistake_is_one_line_and_exit_code_2(place, answers):
     said, files, _ = answers
     code, out, err = said[place]
-    assert code == config.MISTAKE, err
+    assert code == command.MISTAKE, err
     assert err.startswith("error: ") and err.endswith("\n") and len(err.splitlines()) == 1, err
     assert within(MISTAKES[place][1], files) in err
     assert "Traceback" not in err + out

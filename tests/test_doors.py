@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 def door(name, *flags, cwd):
     """Run a door as a command; its output lines and exit code."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", f"ddpm.{name}", *flags], cwd=cwd, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", f"ddpm.{name}", *flags]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 
@@ -41,12 +43,53 @@ def test_the_main_job_at_a_few_steps_then_again(tmp_path):
     code, out, err = door("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
     assert code == 0, err
     folder, = (tmp_path / "runs").iterdir()
-    assert folder.name == "digits-evaluate.num_samples=16-evaluate.steps=2-model_channels=16-sample.steps=2" or folder.name
+    assert folder.name == "digits-num_samples=16-evaluate.steps=2-model_channels=16-sample.steps=2"
     assert (folder / "final.safetensors").exists() and list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert rows(folder)[-1]["step"] == 12 and "eval/fd_digits" in rows(folder)[-1]
     assert json.loads((folder / "config.json").read_text())["model"]["model_channels"] == 16
     code, out, err = door("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
     assert code == 0 and "is finished: 12 steps" in out[-1]
+
+
+def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
+    """W&B's offline log and metrics.jsonl then hold the same rows, without a gap or a double."""
+    command = [sys.executable, "-m", "ddpm.main", f"--config={ROOT}/configs/digits.py", f"--workdir={tmp_path}/run",
+               "--config.model.model_channels=8", "--config.train.batch_size=8", "--config.train.length=60 steps",
+               "--config.every.log=1 steps", "--config.every.validate=0 steps", "--config.every.sample=0 steps",
+               "--config.every.evaluate=0 steps"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
+    for line in process.stdout:
+        if line.startswith("step 10/60"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate()
+    assert process.returncode == 75
+    stopped = checkpoint.checkpoints(tmp_path / "run")[-1][0]
+    assert 10 <= stopped < 60 and rows(tmp_path / "run")[-1]["step"] == stopped
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 61))
+    history = {}
+    for log in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"), key=lambda log: log.stat().st_mtime):
+        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        for line in subprocess.run(inspect, capture_output=True, check=True).stdout.splitlines():
+            record = json.loads(line)
+            if record["type"] == "history":
+                step = int(record["history"]["step"]["num"])
+                assert step not in history
+                history[step] = record
+    assert sorted(history) == list(range(1, 61))
+
+
+def test_without_inception_weights_the_training_goes_on_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # the download fails at once, wherever the tests run
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert run(tiny(evaluate__extractor="inception", every__evaluate="12 steps"), tmp_path)
+    log = (tmp_path / "training.log").read_text()
+    assert "going on without evaluation: no Inception weights" in log and "--config.evaluate.inception_weights=PATH" in log
+    with pytest.raises(ValueError, match="no Inception weights"):
+        evaluate(tmp_path)
 
 
 @pytest.mark.parametrize("format", images.FORMATS)
@@ -109,8 +152,9 @@ def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
 
 def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
     whole = checkpoint.find(trained).read_bytes()
-    for name, content in {"torn.safetensors": whole[:1000], "torn.pt": checkpoint.checkpoints(trained)[-1][1].read_bytes()[:5000],
-                          "text.pt": b"not a checkpoint", "empty.safetensors": b""}.items():
+    torn = checkpoint.checkpoints(trained)[-1][1].read_bytes()[:5000]
+    for name, content in {"torn.safetensors": whole[:1000], "torn.pt": torn, "text.pt": b"not a checkpoint",
+                          "empty.safetensors": b""}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match="is damaged or not"):
             generate_images(tmp_path / name, 1, tmp_path / "out")

@@ -1,6 +1,8 @@
 """The architecture, read from the imports: floors point down only, and a library has one home."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpm"
 FLOORS = {
     "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
     "assembly": ["build", "train"],
-    "craft": ["config", "draw", "score", "step"],
+    "craft": ["config", "command", "draw", "score", "step"],
     "services": ["data", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "ema", "optim", "images"],
     "ground": ["spec", "rng", "dist", "clock", "files"],
@@ -26,7 +28,7 @@ HOMES = {
     "optuna": {"sweep"},
     "wandb_workspaces": {"dashboard"},
     "torch.distributed": {"dist"},
-    "ml_collections": {"config"},
+    "ml_collections": {"config", "command"},
 }
 
 
@@ -92,3 +94,8 @@ def test_no_unsafe_loading_and_no_device_strings():
         text = path.read_text()
         for forbidden in ("weights_only=False", "pickle.load", ".cuda()", "[:, None, None, None]"):
             assert forbidden not in text, f"{path.name} has {forbidden}"
+
+
+def test_the_linter_is_content():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", PACKAGE.parent], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

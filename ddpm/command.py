@@ -1,0 +1,150 @@
+"""Command lines of the doors: flags become configs, and a user's mistake becomes one line and an exit code."""
+
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ddpm.config import KINDS, base, check, flatten, freeze
+from ddpm.spec import suggest
+
+DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 75
+
+
+def define_config_flag():
+    """The flag `--config=FILE[:VARIANT]`, with `--config.section.leaf=value` for each knob of the file."""
+    return config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py, or FILE.py:VARIANT.")
+
+
+def define_checkpoint_flags():
+    """The flags of the doors that begin at a checkpoint."""
+    flags.DEFINE_string("checkpoint", None, "Run folder, or a .pt or .safetensors file in one.", required=True)
+    flags.DEFINE_string("sampler", None, "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the checkpoint's.")
+    flags.DEFINE_integer("steps", None, "Network evaluations an image; by default the checkpoint's.", lower_bound=1)
+    flags.DEFINE_integer("seed", None, "Seed of the noise; by default the checkpoint's.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", None, "Images drawn at once; by default the checkpoint's.", lower_bound=1)
+    flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the card if there is one.")
+
+
+def sample_knobs(section):
+    """What those flags say, as knobs of a section, `sample` or `evaluate`; None where they say nothing."""
+    given = flags.FLAGS
+    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.seed": given.seed,
+            f"{section}.batch_size": given.batch_size}
+
+
+def read_flags(argv):
+    """Read a door's command line into absl's FLAGS, and refuse what it does not say clearly.
+
+    Raises ValueError for a mistake in it, or in the config file that it names.
+    """
+    check_knobs_exist(argv)
+    logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
+    try:
+        rest = flags.FLAGS(argv)
+    except Exception as error:  # whatever the config file raises is its author's to mend
+        raise ValueError(explained(error)) from error
+    if len(rest) > 1:
+        raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
+    if "config" not in flags.FLAGS:
+        return rest
+    flag = flags.FLAGS["config"]
+    if flag.using_default_value or not flag.config_filename:
+        raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")
+    path = Path(flag.config_filename.partition(":")[0])
+    if not path.is_file():
+        raise ValueError(f"there is no config file {path}; write --config=configs/digits.py, or another of configs/")
+    try:
+        knobs, known = set(flatten(flag.value)), set(flatten(base()))
+    except AttributeError:
+        raise ValueError(f"get_config of {path} returns no config; end it with `return config`") from None
+    except OSError as error:  # kept back by ml_collections until the config is looked at
+        raise ValueError(f"{path}: {one_line(error.__cause__ or error)}") from error
+    if knobs != known:
+        fault = f"lacks {min(known - knobs)}" if known - knobs else f"has an unknown knob {min(knobs - known)}"
+        raise ValueError(f"{path} {fault}; begin get_config with `config = base()`")
+    return rest
+
+
+def check_knobs_exist(argv):
+    """Raise a ValueError for the first `--config.section.leaf` that is no knob."""
+    known = list(flatten(base()))
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if match and match[1] not in known:
+            inside = [key for key in known if key.startswith(match[1] + ".")]
+            if inside:
+                raise ValueError(f"config.{match[1]} is a section; set one of its knobs, such as --config.{inside[0]}")
+            raise ValueError(f"there is no knob config.{match[1]}{suggest(match[1], known)}; "
+                             "base() in ddpm/config.py shows them all")
+
+
+def explained(error):
+    """What an error of flag parsing says: with the line, if the config file raised it, and with the type a knob takes."""
+    causes = [error]
+    while causes[-1].__context__:
+        causes.append(causes[-1].__context__)
+    for cause in causes:
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if frame.name in ("get_config", "<module>"):
+                return f"{frame.filename}, line {frame.lineno}: {one_line(cause)}"
+    if "Error whilst parsing config file" in str(error):  # what ml_collections puts around a whole traceback
+        return one_line(causes[-1])
+    if "has no attribute 'get_config'" in str(error):
+        return "the config file has no function get_config; configs/digits.py shows one"
+    knob = re.match(r"flag --config\.([\w.]+)=", str(error))
+    return one_line(error) + (f"; it takes {KINDS[type(flatten(base())[knob[1]])]}" if knob else "")
+
+
+def given_config(flag):
+    """What `--config` says: (frozen config, file name, overrides); raises ValueError for a config that cannot be run."""
+    check(flag.value)
+    config_flag = flags.FLAGS["config"]
+    file, overrides = config_flags.get_config_filename(config_flag), config_flags.get_override_values(config_flag)
+    return freeze(flag.value), file, overrides
+
+
+def fail(code, message):
+    """End the process with one line."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(error):
+    """What an exception says, on one line and without its type where it speaks for itself."""
+    said = error
+    while isinstance(said, (AttributeError, KeyError)) and said.args:  # whose text is a repr, or another such error
+        said = said.args[0]
+    text = " ".join(str(said).split())
+    return text if " " in text else f"{type(error).__name__} {text}".strip()
+
+
+def run_door(main):
+    """Run a door: `main()` after the flags are read, its return value the exit code.
+
+    A user's mistake (ValueError, or a file that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1 shows
+    where it was raised.
+    """
+
+    def read(argv):
+        try:
+            return read_flags(argv)
+        except ValueError as error:
+            mistake(error)
+
+    def mistake(error):
+        if os.environ.get("DDPM_TRACEBACK"):
+            traceback.print_exc()
+        fail(MISTAKE, one_line(error))
+
+    def run(_):
+        try:
+            return main()
+        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            mistake(error)
+
+    app.run(run, flags_parser=read)
