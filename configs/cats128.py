@@ -7,9 +7,10 @@
 from ddpm.config import base, with_variant
 
 VARIANTS = {  # what differs from the full recipe
-    "small": {"model.model_channels": 128},
-    "tiny": {"model.model_channels": 64, "model.num_res_blocks": 1, "train.learning_rate": 3e-4},
-    "64px": {"data.image_size": 64, "model.model_channels": 128, "train.batch_size": 16},
+    "small": {"model.model_channels": 128, "train.gradient_accumulation_steps": 2},
+    "tiny": {"model.model_channels": 64, "model.num_res_blocks": 1, "train.gradient_accumulation_steps": 1},
+    "64px": {"data.image_size": 64, "model.model_channels": 128, "train.batch_size": 16,
+             "train.gradient_accumulation_steps": 2},
 }
 
 
@@ -32,6 +33,7 @@ def get_config(variant=None):
     config.diffusion.beta_schedule = "cosine"
     config.train.length = "500 epochs"
     config.train.batch_size = 8
+    config.train.gradient_accumulation_steps = 4  # two images at a time: activations for eight would not fit beside the weights
     config.train.learning_rate = 2e-4
     config.train.warmup = "5000 steps"
     config.train.gradient_clip = 1.0

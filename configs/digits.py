@@ -6,16 +6,20 @@ from ddpm.config import base, with_variant
 def get_config(variant=None):
     config = base()
     config.model.model_channels = 32
+    config.model.num_res_blocks = 1
     config.diffusion.predict = "v"
-    config.train.length = "600 steps"
-    config.train.learning_rate = 1e-3
+    config.train.length = "1200 steps"
+    config.train.learning_rate = 2e-3
     config.train.warmup = "50 steps"
-    config.ema.decay = 0.999
+    config.train.learning_rate_decay = "cosine(length='1200 steps')"
+    config.ema.decay = 0.995
+    config.sample.sampler = "ddpm"
     config.sample.steps = 25
     config.evaluate.num_samples = 1797
+    config.evaluate.sampler = "ddpm"
     config.evaluate.steps = 25
-    config.every.log = "20 steps"
-    config.every.sample = "200 steps"
-    config.every.validate = "100 steps"
-    config.every.evaluate = "600 steps"
+    config.every.log = "50 steps"
+    config.every.sample = "300 steps"
+    config.every.validate = "200 steps"
+    config.every.evaluate = "1200 steps"
     return with_variant(config, variant, {})

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ddpm import checkpoint, clock, data, draw, metrics, optim, rng, score, spec, tracking
+from ddpm import checkpoint, clock, data, dist, draw, metrics, optim, rng, score, spec, tracking
 from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.dist import StepNetwork
 from ddpm.ema import EMA
 from ddpm.models import MODELS
 from ddpm.step import Meters, Step, Validation
-from ddpm.train import Best, Run
+from ddpm.train import Best, Run, Same
 
 
 def network(config):
@@ -84,8 +84,8 @@ def check(config):
     diffusion(config, net)
 
 
-def load(run_or_file, machine, **knobs):
-    """Rebuild what a checkpoint describes: (name for people, config, network with its averaged weights on the device).
+def load(run_or_file, device=None, **knobs):
+    """Rebuild what a checkpoint describes: (name for people, config, machine, network with its averaged weights there).
 
     `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps": 25}`. Raises ValueError
     for a missing, damaged or foreign file, and for knobs that cannot be.
@@ -95,7 +95,8 @@ def load(run_or_file, machine, **knobs):
     with torch.device("meta"):
         net = network(config)
     put_weights(net, weights, path, assign=True)
-    return f"{path} (EMA weights, step {step})", config, net.to(machine.device)
+    machine = dist.start(config.train.amp, config.train.deterministic, device)
+    return f"{path} (EMA weights, step {step})", config, machine, net.to(machine.device)
 
 
 def put_weights(net, weights, path, assign=False):
@@ -164,13 +165,14 @@ def assemble(config, folder, machine):
         put_weights(net, weights, path)
     ema = EMA(net, config.ema.decay, config.ema.warmup)
     model = diffusion(config, StepNetwork(net, machine))
-    meters = Meters(config.diffusion.timesteps, machine.device)
+    meters = Meters(config.diffusion.timesteps, machine)
     step = Step(
         net=net, diffusion=model, ema=ema, meters=meters, machine=machine, scaler=machine.scaler(),
         optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(net.parameters(), section.learning_rate),
         seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
         learning_rate=rate(config, len(learned)), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip)
-    parts = {"net": net, "ema": ema, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best()}
+    parts = {"net": net, "ema": ema, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best(),
+             "data": Same(images=len(images), fingerprint=images.fingerprint)}
     if content is not None:
         checkpoint.restore(content["parts"], parts)
     notes = [*machine.notes, *images.notes, f"{len(learned)} images to learn from, {len(held_out)} held out"]

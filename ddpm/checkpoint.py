@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ddpm.files import written_beside
 
@@ -29,6 +29,8 @@ def save(folder, step, config_json, parts, keep=2, milestone=False):
     path = Path(folder, "checkpoints", f"step_{step:08d}{'.keep' if milestone else ''}.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"format": FORMAT, "step": step, "config": config_json, "parts": states}
+    for torn in path.parent.glob("*.part"):  # of a process that was killed while it saved
+        torn.unlink()
     with written_beside(path) as part:
         torch.save(content, part)
     for _, old in [item for item in checkpoints(folder) if not NAME.fullmatch(item[1].name)[2]][:-keep]:
@@ -73,13 +75,13 @@ def restore(states, parts):
 def export(path, weights, step, config_json):
     """Write weights (name -> tensor) and the config into one safetensors file: all that drawing needs."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    header = {"format": str(FORMAT), "step": str(step), "config": config_json}
+    about = {"format": str(FORMAT), "step": str(step), "config": config_json}
     with written_beside(path) as part:
-        save_file(tensors, part, metadata=header)
+        save_file(tensors, part, metadata=about)
 
 
 def find(run_or_file):
-    """The file that a run folder or a file name means: final weights, else the newest checkpoint.
+    """The file that a run folder or a file name means: final weights, if no checkpoint is newer, else the newest checkpoint.
 
     Raises ValueError where there is none.
     """
@@ -88,9 +90,9 @@ def find(run_or_file):
         return path
     if not path.is_dir():
         raise ValueError(f"{path} is neither a file nor a run folder; give runs/NAME, or a .pt or .safetensors file in it")
-    if (path / "final.safetensors").is_file():
-        return path / "final.safetensors"
-    found = checkpoints(path)
+    final, found = path / "final.safetensors", checkpoints(path)
+    if final.is_file() and (not found or int(header(final)["step"]) >= found[-1][0]):  # a prolonged run has newer checkpoints
+        return final
     if not found:
         raise ValueError(f"{path} has no final.safetensors and no checkpoint yet; train longer, or give another run")
     return found[-1][1]
@@ -105,11 +107,16 @@ def load_weights(run_or_file):
     if path.suffix != ".safetensors":
         content = load(path)
         return path, content["step"], content["config"], content["parts"]["ema"]["shadow"]
+    about = header(path)
+    return path, int(about["step"]), about["config"], load_file(path)
+
+
+def header(path):
+    """The dict of `step` and `config` in a file that `export` wrote; raises ValueError for a damaged or foreign one."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            step, config = int(header["step"]), header["config"]
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, KeyError, ValueError):
+            about = file.metadata() or {}
+        int(about["step"]), about["config"]
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError):
         raise ValueError(f"{path} is damaged or not written by ddpm; use another file of the run") from None
-    return path, step, config, weights
+    return about

@@ -135,6 +135,8 @@ def run_door(main):
             return read_flags(argv)
         except ValueError as error:
             mistake(error)
+        except SystemExit:  # --help was asked for and given
+            sys.exit(DONE)
 
     def mistake(error):
         if os.environ.get("DDPM_TRACEBACK"):

@@ -122,7 +122,7 @@ def with_variant(config, variant, variants):
 
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
-FREE = ("train.length", "every.", "wandb.", "data.num_workers")
+FREE = ("train.length", "every.", "wandb.", "evaluate.", "data.num_workers", "sample.batch_size")
 
 RANGES = {
     "seed": (0, 2**63 - 1),

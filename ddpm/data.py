@@ -309,7 +309,7 @@ def left_out(names, reports):
     return [f"left out {len(found)} {fault}: {shortened(found)}" for fault, found in sorted(faults.items())]
 
 
-def shortened(names, most=5):
+def shortened(names, most=1000):
     """The first few names and how many more there are, safe to print on any terminal."""
     text = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return text.encode("utf-8", "replace").decode()

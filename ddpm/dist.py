@@ -37,7 +37,9 @@ class Machine:
         return self.rank == 0
 
     def put(self, tensor):
-        """The tensor on this device, without waiting for the copy where the memory is pinned."""
+        """The tensor on this device; the host does not wait for a copy to a card."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # a copy from other memory waits for what the card is doing
         return tensor.to(self.device, non_blocking=True)
 
     def autocast(self):
@@ -123,7 +125,8 @@ def start(amp="auto", deterministic=False, device=None):
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
-        chosen = torch.device(device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device("cuda", local) if str(chosen) == "cuda" else chosen
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {device!r} is not to be had on this machine; use cpu" +

@@ -3,6 +3,7 @@
 Image k of a drawing reads all its noise at (seed, k), so it is the same image at any batch size and on any number of ranks.
 """
 
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -52,8 +53,8 @@ def draw(net, process, recipe, seeds, shape, machine, **target):
     mine = list(seeds)[machine.share(len(seeds))]
     for start in range(0, len(mine), recipe.batch_size):
         batch = mine[start:start + recipe.batch_size]
-        *_, x = trajectory(net, process, recipe, batch, shape, machine, **target)
-        yield batch, images.decode(x).cpu()
+        steps = trajectory(net, process, recipe, batch, shape, machine, **target)
+        yield batch, images.decode(deque(steps, maxlen=1).pop()).cpu()
 
 
 def frames(net, process, recipe, seeds, shape, machine, **target):

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from ddpm import build, command, dist
+from ddpm import build, command
 
 
 def evaluate(checkpoint_path, device=None, **knobs):
@@ -11,8 +11,7 @@ def evaluate(checkpoint_path, device=None, **knobs):
     `knobs` as in `{"evaluate.num_samples": 5000}` take the place of the checkpoint's own. Raises ValueError, one line, for a
     missing checkpoint, data or extractor.
     """
-    machine = dist.start(device=device)
-    name, trained, net = build.load(checkpoint_path, machine, **knobs)
+    name, trained, machine, net = build.load(checkpoint_path, device, **knobs)
     measure = build.scorer(trained, build.dataset(trained), machine)
     print(f"measuring {name}: {measure.made}")
     return measure(build.drawer(trained, net, machine))
@@ -35,4 +34,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("extractor", None, "auto, digits or inception; by default the checkpoint's.")
     flags.DEFINE_string("inception_weights", None, "Path of torch-fidelity's Inception weights; by default the checkpoint's.")
     flags.DEFINE_string("source", None, "The real images, where they lie elsewhere now: folder(path='data/cats'), ...")
+    flags.adopt_module_key_flags(command)
     command.run_door(main)

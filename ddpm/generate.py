@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from ddpm import build, command, dist, draw
+from ddpm import build, command, draw
 from ddpm.images import FORMATS
 from ddpm.spec import check_choice
 
@@ -21,8 +21,7 @@ def generate_images(checkpoint_path, num_images, output_dir, device=None, format
     one line, for a missing or damaged checkpoint and for options that cannot be.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
-    machine = dist.start(device=device)
-    name, trained, net = build.load(checkpoint_path, machine, **knobs)
+    name, trained, machine, net = build.load(checkpoint_path, device, **knobs)
     recipe = build.grid_recipe(trained)
     print(f"drawing {num_images} images from {name}: {recipe}")
     film = format == "gif"  # a picture a step, of all images at once
@@ -53,4 +52,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_images", 16, "How many images.", lower_bound=1)
     flags.DEFINE_string("out", "samples", "Folder for the images.")
     flags.DEFINE_string("format", "png", f"One of {', '.join(FORMATS)}; gif shows how the images come out of the noise.")
+    flags.adopt_module_key_flags(command)
     command.run_door(main)

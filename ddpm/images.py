@@ -166,7 +166,8 @@ def gif(out, batches):
     frames = [flattened(picture(make_grid(images))) for _, images in batches]
     if not frames:
         raise ValueError("an animation needs at least one frame; give a sampler that takes at least one step")
-    pace = min(max(4000 // len(frames) // 10 * 10, 20), 200)  # ms; about 4 s in all, in the 10 ms ticks that GIF counts
+    # milliseconds, in GIF's ticks of 10: about 4 s in all, and longer for more than 200 frames
+    pace = min(max(4000 // len(frames) // 10 * 10, 20), 200)
     with written_beside(path) as part:
         durations = [pace] * (len(frames) - 1) + [2000]
         frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -3,10 +3,12 @@
 The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your mistake, 3 diverged, 75 interrupted and saved.
 """
 
+import traceback
+
 from absl import flags
 
 from ddpm import build, command, config, dist
-from ddpm.train import train
+from ddpm.train import Diverged, train
 
 CONFIG = command.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
@@ -24,6 +26,7 @@ def main():
     run = build.assemble(given, folder, machine)
     if run.start >= run.total:
         print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
+        dist.stop()
         return command.DONE
     build.track(given, run)
     code = command.FAILED
@@ -34,6 +37,12 @@ def main():
         else:
             code = command.INTERRUPTED
             run.tracker.say("interrupted and saved; the same command goes on")
+    except Diverged as error:
+        code = command.DIVERGED
+        run.tracker.say(f"diverged: {error}")
+    except Exception as error:  # no mistake of the command line's, even if it is a ValueError
+        run.tracker.say(f"failed: {command.one_line(error)}; the same command goes on from the last checkpoint")
+        traceback.print_exc()
     finally:
         run.tracker.close(code)
         dist.stop()
@@ -41,4 +50,5 @@ def main():
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(command)
     command.run_door(main)

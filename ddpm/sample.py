@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from ddpm import build, command, dist, images
+from ddpm import build, command, images
 from ddpm.draw import joined
 
 
@@ -13,8 +13,7 @@ def sample_from_checkpoint(ckpt_path, out_path, num_samples=16, device=None, **k
     damaged checkpoint, and for a picture format that is not known.
     """
     images.check_picture(out_path)
-    machine = dist.start(device=device)
-    _, trained, net = build.load(ckpt_path, machine, **knobs)
+    _, trained, machine, net = build.load(ckpt_path, device, **knobs)
     drawn = build.drawer(trained, net, machine)(range(num_samples), build.grid_recipe(trained))
     images.save_image_grid(joined(drawn), out_path)
 
@@ -31,4 +30,5 @@ if __name__ == "__main__":
     command.define_checkpoint_flags()
     flags.DEFINE_integer("num_samples", 16, "How many images.", lower_bound=1)
     flags.DEFINE_string("out", "samples.png", "The picture: png, jpg or webp.")
+    flags.adopt_module_key_flags(command)
     command.run_door(main)

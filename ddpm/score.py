@@ -14,7 +14,7 @@ class Scorer:
     def __init__(self, extractor, dataset, recipe, num_samples, weights, machine):
         self.extractor, self.dataset, self.recipe, self.machine = extractor, dataset, recipe, machine
         self.seeds = range(num_samples)
-        self.made = (f"{extractor.name}; {num_samples} samples of the {weights} weights; {recipe}; "
+        self.made = (f"{extractor.name}; {num_samples} samples of the {weights} weights in {str(machine.dtype)[6:]}; {recipe}; "
                      f"against {len(dataset)} images {dataset.fingerprint[:12]}")
 
     @cached_property

@@ -16,13 +16,15 @@ QUARTILES = 4
 class Meters:
     """What the steps since the last log measured, summed on the device so that no step waits; a checkpoint part.
 
-    Losses and counts [4] by quartile of t, and [3]: steps, their gradient norms, steps skipped as not finite.
+    Losses and counts [4] by quartile of t, which each rank sums for its own images; [3]: steps, their gradient norms, steps
+    skipped as not finite, the same on all ranks; and the number of skipped steps in a row.
     """
 
-    def __init__(self, timesteps, device):
-        self.timesteps = timesteps
-        self.sums = {"loss": torch.zeros(QUARTILES, device=device), "count": torch.zeros(QUARTILES, device=device),
-                     "steps": torch.zeros(3, device=device)}
+    def __init__(self, timesteps, machine):
+        self.timesteps, self.machine = timesteps, machine
+        self.sums = {name: torch.zeros(size, device=machine.device)
+                     for name, size in (("loss", QUARTILES), ("count", QUARTILES), ("steps", 3))}
+        self.streak = torch.zeros((), device=machine.device)
 
     def add_losses(self, t, losses):
         quartile = t * QUARTILES // self.timesteps
@@ -30,11 +32,12 @@ class Meters:
         self.sums["count"].index_add_(0, quartile, torch.ones_like(losses))
 
     def add_step(self, norm, skipped):
-        self.sums["steps"] += torch.stack([torch.ones_like(norm), torch.where(skipped, 0, norm), skipped.float()])
+        self.sums["steps"] += torch.stack([torch.ones_like(norm), norm.masked_fill(skipped, 0), skipped.float()])
+        self.streak.add_(1).mul_(skipped)
 
-    def read(self, machine):
+    def read(self):
         """The means under their tracked keys; this is where the host waits for the device."""
-        loss, count = (machine.sum(self.sums[name].clone()).tolist() for name in ("loss", "count"))
+        loss, count = (self.machine.sum(self.sums[name].clone()).tolist() for name in ("loss", "count"))
         steps, norm, skipped = self.sums["steps"].tolist()
         mean = {"train/loss": sum(loss) / max(sum(count), 1)}
         mean |= {f"train/loss_q{q}": loss[q] / count[q] for q in range(QUARTILES) if count[q]}
@@ -44,12 +47,19 @@ class Meters:
         for total in self.sums.values():
             total.zero_()
 
+    def collect(self):
+        """Bring the ranks' sums together on the main one, whose state is saved."""
+        for name in ("loss", "count"):
+            self.sums[name] = self.machine.sum(self.sums[name]) * self.machine.main
+
     def state_dict(self):
-        return dict(self.sums)
+        return self.sums | {"streak": self.streak}
 
     def load_state_dict(self, state):
-        for name, total in self.sums.items():
+        for name, total in (self.sums | {"streak": self.streak}).items():
             total.copy_(state[name])
+        for name in ("loss", "count"):
+            self.sums[name] *= self.machine.main
 
 
 class Step:
@@ -85,7 +95,7 @@ class Step:
 
     def _learn(self, step, micro, places, pixels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
-        x0 = images.encode(self.flip(self.machine.put(pixels), self.seed, step, places))
+        x0 = images.encode(self.machine.put(self.flip(pixels, self.seed, step, places)))
         t, noise = draw_times_and_noise(self.diffusion.process.timesteps, self.seed, "train", step, places, x0.shape[1:])
         t, noise = self.machine.put(t), self.machine.put(noise)
         losses = self.diffusion.losses(x0, t, noise)
@@ -106,7 +116,8 @@ class Validation:
     """
 
     def __init__(self, dataset, indices, net, diffusion, machine, batch_size, most=1024):
-        indices = list(indices)[:most]
+        kept = min(len(indices), most)
+        indices = [int(indices[i * len(indices) // kept]) for i in range(kept)]  # of a folder sorted by class, all classes
         order = rng.permutation(0, "validation time", 0, len(indices))
         self.times = torch.from_numpy((order + 0.5) * diffusion.process.timesteps / max(len(indices), 1)).long()
         self.dataset, self.indices, self.net = dataset, indices, net

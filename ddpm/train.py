@@ -6,6 +6,7 @@
 import contextlib
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,28 @@ from ddpm import checkpoint, draw, images
 from ddpm.clock import Every, Speed
 from ddpm.dist import Machine
 from ddpm.step import Meters, Step, Validation
+
+PATIENCE = 50  # skipped steps in a row: fp16 finds its loss scale in fewer
+
+
+class Diverged(Exception):
+    """The gradient has not been finite for many steps, and will not be again."""
+
+
+class Same:
+    """What must not change while a run goes on; a checkpoint part whose state is compared, not loaded."""
+
+    def __init__(self, **facts):
+        self.facts = facts
+
+    def state_dict(self):
+        return dict(self.facts)
+
+    def load_state_dict(self, state):
+        changes = [f"{name} was {state.get(name)}, is {fact}" for name, fact in self.facts.items() if state.get(name) != fact]
+        if changes:
+            raise ValueError(f"the data of this run have changed since its checkpoint ({'; '.join(changes)}); bring them back, "
+                             "or begin a new run with --workdir and --config.train.init_from")
 
 
 class Best:
@@ -67,10 +90,13 @@ class Run:
             tracker.say(note)
 
     def log_training(self, done):
-        """Log what the steps since the last log measured."""
-        readings = self.meters.read(self.machine) | self.speed.read(done) | self.machine.memory()
+        """Log what the steps since the last log measured; raises Diverged where none has been finite for long."""
+        readings = self.meters.read() | self.speed.read(done) | self.machine.memory()
         rate = self.step.learning_rate(done - 1)
         self.tracker.log(done, readings | {"train/learning_rate": rate, "train/loss_scale": self.step.scaler.get_scale()})
+        if self.meters.streak >= min(PATIENCE, self.total):
+            raise Diverged(f"no finite gradient in the last {int(self.meters.streak)} steps, up to step {done}: start again "
+                           "with a lower --config.train.learning_rate, or --config.train.amp=off")
 
     def validate(self, done):
         """Log the validation loss of the weights and of their average; keep the average where it is the best yet."""
@@ -105,15 +131,23 @@ class Run:
     def save(self, done, milestone=False):
         """Save everything to continue, once the rows up to here are on disk."""
         self.tracker.flush()
+        self.meters.collect()
         if self.machine.main:
             checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone)
 
 
 @contextlib.contextmanager
 def interruptible():
-    """Turns SIGINT and SIGTERM into a wish, `asked()`, that the loop grants after the step it is in."""
+    """Turns SIGINT and SIGTERM into a wish, `asked()`, granted after the step and its events; a second Ctrl-C does not wait."""
     asked = threading.Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number, _):
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+        print("stopping: this step is finished and saved", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked.is_set
     finally:

@@ -36,7 +36,7 @@ def test_every_config_trains_at_tiny_size(path, variant, tmp_path):
     size = 32 if 32 % 2 ** (levels - 1) == 0 else 2**levels
     run(config.changed(given, small | {
         "data.source": "digits", "data.image_size": size, "model.attention_resolutions": (size // 2,), "data.num_workers": 0,
-        "model.num_head_channels": 0, "train.batch_size": 2, "train.length": "2 steps", "every.evaluate": "0 steps"}), tmp_path)
+        "model.num_head_channels": 0, "train.batch_size": 4, "train.length": "2 steps", "every.evaluate": "0 steps"}), tmp_path)
     assert rows(tmp_path)[-1]["step"] == 2
 
 

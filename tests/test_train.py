@@ -2,6 +2,7 @@
 
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from ddpm import build, checkpoint, config, dist, images, rng
 from ddpm.step import draw_times_and_noise
+from ddpm.train import Diverged, train
 
 
 def equal(a, b):
@@ -65,7 +67,6 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
 
     interrupt.learning_rate, interrupt.scaler, interrupt.ema = learn.learning_rate, learn.scaler, learn.ema
     made.step = interrupt
-    from ddpm.train import train
     assert train(made) is False
     made.tracker.close()
     assert checkpoint.checkpoints(tmp_path / "parts")[-1][0] == 13
@@ -134,7 +135,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     made.step(0, next(made.batches(0)))
     after = made.step.net.state_dict()
     assert all(torch.equal(after[name].nan_to_num(7), poisoned[name].nan_to_num(7)) for name in before)
-    assert made.meters.read(made.machine)["train/skipped_steps"] == 1
+    assert made.meters.read()["train/skipped_steps"] == 1
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -168,3 +169,64 @@ def test_validation_shows_the_weights_and_their_average_apart(tmp_path):
     row = next(row for row in rows(tmp_path) if "val/loss" in row)
     assert row["val/loss"] != row["val/loss_ema"]
     assert images.PICTURES and row["val/loss"] > 0
+
+
+def test_two_threads_resume_bitwise_too(tmp_path):
+    torch.set_num_threads(2)
+    try:
+        run(tiny(train__length="20 steps", every__save="20 steps"), tmp_path / "whole")
+        run(tiny(train__length="7 steps", every__save="7 steps"), tmp_path / "parts")
+        run(tiny(train__length="20 steps", every__save="20 steps"), tmp_path / "parts")
+    finally:
+        torch.set_num_threads(1)
+    assert equal(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
+
+
+def test_a_run_without_a_finite_gradient_stops_and_says_so(tmp_path):
+    made = build.assemble(tiny(), tmp_path, dist.start())
+    build.track(tiny(), made)
+    with torch.no_grad():
+        next(made.step.net.parameters()).fill_(float("nan"))
+    with pytest.raises(Diverged, match="no finite gradient in the last 12 steps.*learning_rate"):
+        train(made)
+    made.tracker.close(3)
+    assert not (tmp_path / "final.safetensors").exists()
+
+
+def test_other_images_in_the_same_run_are_refused(tmp_path):
+    run(tiny(train__length="5 steps"), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="the data of this run have changed.*fingerprint was"):
+        build.assemble(tiny(data__image_size=32, model__attention_resolutions=(16,)), tmp_path, dist.start())
+
+
+def test_a_prolonged_run_is_drawn_from_its_newest_weights(tmp_path):
+    run(tiny(train__length="6 steps", every__save="6 steps"), tmp_path)
+    made = build.assemble(tiny(train__length="12 steps"), tmp_path, dist.start())
+    build.track(tiny(train__length="12 steps"), made)
+    made.save(9)
+    made.tracker.close()
+    assert checkpoint.find(tmp_path).name == "step_00000009.pt"
+
+
+def test_a_torn_checkpoint_of_another_step_does_not_stay(tmp_path):
+    torn = tmp_path / "checkpoints" / "step_00000003.pt.part"
+    torn.parent.mkdir()
+    torn.write_bytes(b"half")
+    run(tiny(train__length="5 steps"), tmp_path)
+    assert not torn.exists()
+
+
+def test_drawing_keeps_one_image_a_step(tmp_path):
+    given = tiny()
+    machine, alive, most = dist.start(), [], 0
+    net = build.network(given)
+    net.register_forward_pre_hook(lambda _, inputs: alive.append(weakref.ref(inputs[0])))
+
+    def count(*_):
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in alive))
+
+    net.register_forward_hook(count)
+    list(build.drawer(given, net, machine)(range(2), build.grid_recipe(given)._replace(steps=20)))
+    assert len(alive) == 20 and most <= 3
