@@ -301,15 +301,15 @@ def examine_item(found, image_size, index):
 
 
 def left_out(names, reports):
-    """One line per fault: how many images have it, and the first few by name."""
+    """One line per fault: how many images have it, and all of them by name."""
     faults = {}
     for name, report in zip(names, reports, strict=True):
         if report.fault:
             faults.setdefault(report.fault, []).append(name)
-    return [f"left out {len(found)} {fault}: {shortened(found)}" for fault, found in sorted(faults.items())]
+    return [f"left out {len(found)} {fault}: {shortened(found, len(found))}" for fault, found in sorted(faults.items())]
 
 
-def shortened(names, most=1000):
+def shortened(names, most=5):
     """The first few names and how many more there are, safe to print on any terminal."""
     text = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return text.encode("utf-8", "replace").decode()

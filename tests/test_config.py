@@ -271,7 +271,8 @@ def test_tracked_is_flat_and_has_the_names_of_the_flags():
 
 @pytest.mark.parametrize("key", KNOBS)
 def test_what_is_free_is_what_touches_no_number_of_a_step(key):
-    free = key in ("train.length", "data.num_workers") or key.split(".")[0] in ("every", "wandb")
+    free = (key in ("train.length", "data.num_workers", "sample.batch_size")
+            or key.split(".")[0] in ("every", "wandb", "evaluate"))
     assert config.is_free(key) == free
 
 
@@ -308,7 +309,7 @@ def test_check_continues(tmp_path):
     ("configs/digits.py", {"seed": 3, "sample.seed": 4}, "digits-sample.seed=4-seed=3"),
     ("configs/digits.py", {"diffusion.timesteps": 50, "model.dropout": 0.1}, "digits-timesteps=50-dropout=0.1"),
     ("configs/digits.py", {"model.dropout": 0.1, "diffusion.timesteps": 50}, "digits-timesteps=50-dropout=0.1"),
-    ("configs/digits.py", {"train.batch_size": 8, "sample.batch_size": 4}, "digits-sample.batch_size=4-train.batch_size=8"),
+    ("configs/digits.py", {"train.batch_size": 8, "sample.batch_size": 4}, "digits-train.batch_size=8"),
     ("configs/digits.py", {"train.learning_rate": 1e-5}, "digits-learning_rate=1e-05"),
     ("configs/digits.py", {"model.channel_mult": (1, 2, 4)}, "digits-channel_mult=1_2_4"),
     ("configs/digits.py", {"data.flip": True, "diffusion.predict": "v"}, "digits-flip=True-predict=v"),

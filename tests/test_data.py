@@ -151,12 +151,12 @@ def test_a_folder_with_nothing_to_use_says_why(tmp_path):
         open_folder(tmp_path)
 
 
-def test_many_faults_are_counted_and_few_are_named(tmp_path):
+def test_many_faults_are_counted_and_named(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "good.png")
     for k in range(9):
         (tmp_path / f"bad{k}.png").write_text("")
     note = open_folder(tmp_path).notes[1]
-    assert note == "left out 9 unreadable: bad0.png, bad1.png, bad2.png, bad3.png, bad4.png and 4 more"
+    assert note == "left out 9 unreadable: " + ", ".join(f"bad{k}.png" for k in range(9))
 
 
 def test_a_decompression_bomb_is_left_out(tmp_path, monkeypatch):
