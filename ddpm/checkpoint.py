@@ -10,7 +10,8 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 
 from ddpm.files import written_beside
 
@@ -77,7 +78,7 @@ def export(path, weights, step, config_json):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     about = {"format": str(FORMAT), "step": str(step), "config": config_json}
     with written_beside(path) as part:
-        save_file(tensors, part, metadata=about)
+        part.write_bytes(serialized(tensors, metadata=about))  # its own save_file hides the file from other users
 
 
 def find(run_or_file):
