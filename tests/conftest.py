@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ddpm import build, config, dist
 from ddpm.train import train
@@ -54,3 +55,20 @@ def rows(folder):
     measured = ("speed/", "memory/", "progress/epoch_seconds")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith(measured)} for row in lines]
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """Random Inception weights in a file, as anyone would save them."""
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            """Keep the first weights: the constructor insists on a file, and there is none yet."""
+
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = Untrained("untrained", ["2048"], folder / "empty.pth").state_dict()
+    torch.save(state, folder / "mine.pth")
+    return folder / "mine.pth"

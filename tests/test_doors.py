@@ -82,6 +82,42 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
     assert sorted(history) == list(range(1, 61))
 
 
+def test_fid_while_training_and_after(tmp_path, inception_file):
+    """Through torch-fidelity's own network, with random weights from a file."""
+    given = tiny(evaluate__extractor="inception", evaluate__inception_weights=str(inception_file), every__evaluate="2 steps",
+                 train__length="2 steps", data__source=f"folder(path='{photos(tmp_path)}')", data__channels=3)
+    run(given, tmp_path / "run")
+    logged = rows(tmp_path / "run")[-1]
+    assert {"eval/fid", "eval/kid", "eval/precision", "eval/recall", "eval/fid_floor"} <= set(logged)
+    assert logged["eval/made"].startswith("inception-") and "16 samples" in logged["eval/made"]
+    assert evaluate(tmp_path / "run")["eval/fid"] == pytest.approx(logged["eval/fid"], rel=1e-6)
+
+
+def photos(folder):
+    """A folder of twelve pictures."""
+    (folder / "photos").mkdir()
+    for k in range(12):
+        pixels = np.random.default_rng(k).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "photos" / f"{k}.png")
+    return folder / "photos"
+
+
+def test_torchrun_on_two_ranks_trains_as_one_process_does(tmp_path):
+    flags = [f"--config={ROOT}/configs/digits.py", "--config.model.model_channels=8", "--config.train.batch_size=8",
+             "--config.train.length=6 steps", "--config.every.log=1 steps", "--config.every.evaluate=6 steps",
+             "--config.evaluate.num_samples=10", "--config.evaluate.steps=2", "--config.sample.steps=2",
+             "--config.sample.num_images=4", "--config.wandb.mode=disabled"]
+    assert door("main", *flags, f"--workdir={tmp_path}/one", cwd=tmp_path)[0] == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddpm.main"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *flags, f"--workdir={tmp_path}/two"], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for key in one.keys() & {"train/loss", "train/grad_norm", "val/loss", "eval/fd_digits"}:
+            # gradients are summed in another order: float32 rounding, through six steps of Adam and a drawing
+            assert two[key] == pytest.approx(one[key], rel=1e-3), key
+
+
 def test_without_inception_weights_the_training_goes_on_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # the download fails at once, wherever the tests run
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")

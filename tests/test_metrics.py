@@ -64,23 +64,6 @@ def real(extractor, digits):
     return metrics.extract(extractor, [digits])
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """Random Inception weights in a file, as anyone would save them."""
-
-    class Untrained(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict):
-            """Keep the first weights: the constructor insists on a file, and there is none yet."""
-
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "empty.pth")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = Untrained("untrained", ["2048"], folder / "empty.pth").state_dict()
-    torch.save(state, folder / "mine.pth")
-    return folder / "mine.pth"
-
-
 # --- numbers ---
 
 
