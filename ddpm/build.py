@@ -131,12 +131,17 @@ def batches(config, images, indices, machine, start, total):
 
 
 def training_scorer(config, images, machine, notes):
-    """The scorer of a training: nothing, and a note, where its extractor is not to be had."""
+    """The scorer of a training: nothing, and a note, where its extractor is not to be had.
+
+    Raises ValueError for a file of weights that is named in the config and cannot be used.
+    """
     if clock.Every(config.every.evaluate, 1, 1).never:
         return score.no_score
     try:
         return scorer(config, images, machine)
     except ValueError as error:
+        if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
+            raise
         notes.append(f"going on without evaluation: {error}")
         return score.no_score
 

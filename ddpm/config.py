@@ -30,7 +30,7 @@ def base():
     return ConfigDict({
         "seed": 0,  # every random number of the training is an address below it
         "data": {
-            "source": "digits",  # digits, folder(path='data/cats'), torchvision(name='CIFAR10')
+            "source": "digits",  # digits, folder(path='data/cats'), torchvision(name='OxfordIIITPet', only='cats')
             "image_size": 16,  # pixels a side
             "channels": 1,  # 1 grey, 3 colour, 4 colour and transparency
             "matte": (255, 255, 255),  # red, green, blue (0 to 255) behind transparent pixels
@@ -99,9 +99,9 @@ def base():
         },
         "wandb": {
             "mode": "auto",  # auto (online when logged in, else offline), online, offline, disabled
-            "project": "ddpm",
+            "project": "",  # empty is $WANDB_PROJECT, else ddpm
             "entity": "",  # user or team; empty is the default of the login
-            "name": "",  # of the run; empty is the run folder's
+            "name": "",  # of the run; empty is $WANDB_NAME, else the run folder's
             "group": "",  # runs shown together
             "tags": (),  # words
             "notes": "",  # a sentence about the run

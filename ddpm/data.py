@@ -6,6 +6,7 @@ resumed run, another number of workers or another number of GPUs sees the same i
 """
 
 import atexit
+import contextlib
 import hashlib
 import inspect
 import io
@@ -356,6 +357,8 @@ def open_torchvision(name, root, split):
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         place = root / TORCHVISION[name]
+        with contextlib.suppress(OSError):
+            root.rmdir()  # which the attempt may have made; not if anything is in it
         raise ValueError(
             f"torchvision set {name!r} is not in {str(place)!r} and cannot be downloaded ({cause}); "
             f"put its files there, or run once where there is a network"
@@ -474,8 +477,8 @@ class ImageDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, data_dir, image_size, augment=False):
-        open_here = digits if str(data_dir) == "digits" else partial(folder, path=data_dir)
-        self.source = open_here(image_size, 3, WHITE)
+        text = "digits" if str(data_dir) == "digits" else f"folder(path={str(data_dir)!r})"
+        self.source = open_source(text, image_size, 3)
         self.augment = augment
 
     def __len__(self):

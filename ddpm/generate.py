@@ -21,6 +21,8 @@ def generate_images(checkpoint_path, num_images, output_dir, device=None, format
     one line, for a missing or damaged checkpoint and for options that cannot be.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; give 1 or more")
     name, trained, machine, net = build.load(checkpoint_path, device, **knobs)
     recipe = build.grid_recipe(trained)
     print(f"drawing {num_images} images from {name}: {recipe}")

@@ -56,9 +56,11 @@ def make_grid(images, nrow=None, padding=2):
 def save_image_grid(images, path, nrow=None):
     """Save images [b, c, h, w], uint8 or float in [-1, 1], as one picture at `path`, whose suffix picks the format.
 
-    Raises ValueError for a suffix that is not in `PICTURES`.
+    Raises ValueError for a suffix that is not in `PICTURES`, or another shape.
     """
     suffix = check_picture(path)
+    if images.ndim != 4:
+        raise ValueError(f"images have shape {tuple(images.shape)}; a grid takes [b, c, h, w], such as image.unsqueeze(0)")
     pixels = make_grid(images if images.dtype == torch.uint8 else decode(images.detach()), nrow)
     with written_beside(path) as part:
         save_picture(pixels, part, suffix)

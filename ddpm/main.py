@@ -21,13 +21,13 @@ def main():
     build.check(given)
     config.check_continues(given, folder)
     machine = dist.start(given.train.amp, given.train.deterministic)
-    if machine.main:
-        print(config.to_json(given))
     run = build.assemble(given, folder, machine)
     if run.start >= run.total:
         print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
         dist.stop()
         return command.DONE
+    if machine.main:
+        print(config.to_json(given))
     build.track(given, run)
     code = command.FAILED
     try:

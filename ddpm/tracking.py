@@ -154,11 +154,11 @@ class Wandb(Sink):
         except TimeoutError:
             logs = f"--include-online {self.run.settings.sync_dir}"
         if logs:
-            self.notice(f"not everything is on the W&B server; to upload it: wandb sync {logs}")
+            self.notice(f"W&B's log is complete on this disk; to upload it: wandb sync {logs}")
 
 
 class Text(Sink):
-    """training.log, and its lines on the console; on a terminal a progress bar stands for them."""
+    """training.log, and its lines on the console; on a terminal a progress bar stands for all but the evaluations."""
 
     name = "training.log"
 
@@ -176,7 +176,7 @@ class Text(Sink):
                           *(f"{key}: {value}" for key, value in row.items() if isinstance(value, str)),
                           *(f"{key} drawn" for key in images), f"eta {tqdm.format_interval(left)}"])
         self.tick(step)
-        if self.bar.disable:
+        if self.bar.disable or any(key.startswith("eval/") for key in row):
             self.say(line)
         else:
             self.bar.set_postfix_str(", ".join([*known[:1], *scores]))
@@ -243,13 +243,14 @@ def open_wandb(tracker, folder, config, options, mode, run_id, rows):
     quiet = wandb.Settings(silent=True, mode="online")
     waits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
     waits = {key: seconds for key, seconds in waits.items() if f"WANDB_{key.upper()}" not in os.environ}
-    named = {key: options[key] or None for key in ("project", "entity", "group", "tags", "notes")}
+    named = {key: options[key] or None for key in ("entity", "group", "tags", "notes")}
+    named["project"] = options["project"] or os.environ.get("WANDB_PROJECT") or "ddpm"
 
     def begin(mode, **which):
         settings = wandb.Settings(  # made anew each time: `init` writes into it
             silent=True, reinit="create_new", finish_timeout_raises=True, **waits,
             x_transaction_log_flush_interval=FLUSH_SECONDS)
-        name = options["name"] or folder.name
+        name = options["name"] or os.environ.get("WANDB_NAME") or folder.name
         try:
             return wandb.init(dir=folder, mode=mode, config=config, name=name, settings=settings, **named, **which)
         except Exception:

@@ -145,7 +145,7 @@ def interruptible():
         if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
-        print("stopping: this step is finished and saved", file=sys.stderr, flush=True)
+        print("stopping: finishing this step and saving", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

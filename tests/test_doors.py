@@ -126,6 +126,10 @@ def test_without_inception_weights_the_training_goes_on_and_says_so(tmp_path, mo
     assert "going on without evaluation: no Inception weights" in log and "--config.evaluate.inception_weights=PATH" in log
     with pytest.raises(ValueError, match="no Inception weights"):
         evaluate(tmp_path)
+    with pytest.raises(ValueError, match="/no/such/file"):
+        run(tiny(evaluate__extractor="inception", evaluate__inception_weights="/no/such/file", every__evaluate="12 steps"),
+            tmp_path / "named")
+    assert not (tmp_path / "named").exists()
 
 
 @pytest.mark.parametrize("format", images.FORMATS)

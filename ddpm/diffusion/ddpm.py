@@ -47,9 +47,9 @@ class DDPM(nn.Module):
                              "predict 'v' or 'x0' instead")
         self.samplers = samplers.SAMPLERS | {"ddpm": partial(samplers.ddpm, variance=variance)}
 
-    def q_sample(self, x0, t, noise):
-        """Return x_t ~ q(x_t | x0), the images noised to times t (Ho et al. 2020, eq. 4)."""
-        return self.process.q_sample(x0, t, noise)
+    def q_sample(self, x0, t, noise=None):
+        """Return x_t ~ q(x_t | x0), the images noised to times t (Ho et al. 2020, eq. 4), by torch's generator if need be."""
+        return self.process.q_sample(x0, t, torch.randn_like(x0) if noise is None else noise)
 
     def p_mean_variance(self, x, t, y=None):
         """Return the Step of p(x_{t-1} | x_t) that the network implies (Ho et al. 2020, eqs. 1 and 11)."""

@@ -6,6 +6,7 @@ this form by `tables`.
 """
 
 import math
+from numbers import Integral
 
 import torch
 
@@ -61,7 +62,7 @@ def get_schedule(name, timesteps):
     Raises ValueError for an unknown name or knob, T outside 1 .. 10,000, or knobs under which noise does not grow.
     """
     schedule = spec.choose("schedule", SCHEDULES, name)
-    if not isinstance(timesteps, int) or not 1 <= timesteps <= 10_000:
+    if isinstance(timesteps, bool) or not isinstance(timesteps, Integral) or not 1 <= timesteps <= 10_000:
         raise ValueError(f"timesteps {timesteps!r} is out of range; give a whole number from 1 to 10000")
     try:
         alpha, sigma = schedule(timesteps)
