@@ -37,22 +37,25 @@ def sample_knobs(section):
             f"{section}.batch_size": given.batch_size}
 
 
-def read_flags(argv):
-    """Read a door's command line into absl's FLAGS, and refuse what it does not say clearly.
+def read_flags(argv, values=flags.FLAGS, takes=None):
+    """Read a door's command line into absl's flags, refuse what it does not say clearly, and return [program, *arguments].
 
-    Raises ValueError for a mistake in it, or in the config file that it names.
+    `takes` says what arguments without a flag are, for a door that has them. Raises ValueError for a mistake in the command
+    line, or in the config file that it names.
     """
     check_knobs_exist(argv)
     logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
     try:
-        rest = flags.FLAGS(argv)
+        rest = values(argv)
     except Exception as error:  # whatever the config file raises is its author's to mend
         raise ValueError(explained(error)) from error
-    if len(rest) > 1:
+    if len(rest) > 1 and not takes:
         raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
-    if "config" not in flags.FLAGS:
+    if takes and len(rest) == 1:
+        raise ValueError(f"nothing given; write {takes}")
+    if "config" not in values:
         return rest
-    flag = flags.FLAGS["config"]
+    flag = values["config"]
     if flag.using_default_value or not flag.config_filename:
         raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")
     path = Path(flag.config_filename.partition(":")[0])
@@ -100,12 +103,19 @@ def explained(error):
     return one_line(error) + (f"; it takes {KINDS[type(flatten(base())[knob[1]])]}" if knob else "")
 
 
-def given_config(flag):
+def given_config(values=flags.FLAGS):
     """What `--config` says: (frozen config, file name, overrides); raises ValueError for a config that cannot be run."""
+    flag = values["config"]
     check(flag.value)
-    config_flag = flags.FLAGS["config"]
-    file, overrides = config_flags.get_config_filename(config_flag), config_flags.get_override_values(config_flag)
-    return freeze(flag.value), file, overrides
+    return freeze(flag.value), config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+
+
+def config_of(words):
+    """The same for a command line that is not this process's, `["--config=configs/digits.py", "--config.seed=1"]`."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=["", *words])
+    read_flags(["", *words], values)
+    return given_config(values)
 
 
 def fail(code, message):
@@ -123,8 +133,8 @@ def one_line(error):
     return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
-def run_door(main):
-    """Run a door: `main()` after the flags are read, its return value the exit code.
+def run_door(main, takes=None):
+    """Run a door: `main()` after the flags are read, its return value the exit code; `main(arguments)` if it takes any.
 
     A user's mistake (ValueError, or a file that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1 shows
     where it was raised.
@@ -132,7 +142,7 @@ def run_door(main):
 
     def read(argv):
         try:
-            return read_flags(argv)
+            return read_flags(argv, takes=takes)
         except ValueError as error:
             mistake(error)
         except SystemExit:  # --help was asked for and given
@@ -143,9 +153,9 @@ def run_door(main):
             traceback.print_exc()
         fail(MISTAKE, one_line(error))
 
-    def run(_):
+    def run(argv):
         try:
-            return main()
+            return main(argv[1:]) if takes else main()
         except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
             mistake(error)
 

@@ -10,13 +10,13 @@ from absl import flags
 from ddpm import build, command, config, dist
 from ddpm.train import Diverged, train
 
-CONFIG = command.define_config_flag()
+command.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
 
 
 def main():
     """Train, or go on training, what the flags say; returns the exit code."""
-    given, file, overrides = command.given_config(CONFIG)
+    given, file, overrides = command.given_config()
     folder = WORKDIR.value or config.default_workdir(file, overrides)
     build.check(given)
     config.check_continues(given, folder)
