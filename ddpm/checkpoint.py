@@ -4,8 +4,10 @@ A part is anything with `state_dict` and `load_state_dict`; a file also carries 
 itself. Files are written beside, fsynced and renamed, and an older one is deleted only after; nothing here unpickles code.
 """
 
+import json
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -32,8 +34,12 @@ def save(folder, step, config_json, parts, keep=2, milestone=False):
     content = {"format": FORMAT, "step": step, "config": config_json, "parts": states}
     for torn in path.parent.glob("*.part"):  # of a process that was killed while it saved
         torn.unlink()
-    with written_beside(path) as part:
-        torch.save(content, part)
+    with written_beside(path) as part, open(part, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # which hides that the disk is full
+            cause = error.__context__
+            raise OSError(cause.errno, cause.strerror) if isinstance(cause, OSError) else error from None
     for _, old in [item for item in checkpoints(folder) if not NAME.fullmatch(item[1].name)[2]][:-keep]:
         old.unlink()
     return path
@@ -45,17 +51,23 @@ def load(path):
     Raises ValueError, one line, for a file that is damaged or not one of ours.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of torch, about a file that is refused below
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
         assert content["format"] <= FORMAT and {"step", "config", "parts"} <= content.keys()
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, AssertionError, pickle.UnpicklingError):
-        raise ValueError(f"{path} is damaged or not a checkpoint of ddpm; use another of {Path(path).parent}") from None
+        raise ValueError(f"{path} is damaged or not a checkpoint of ddpm; use another file") from None
     return content
 
 
 def newest(folder):
     """What `load` reads from a run folder's newest checkpoint; None where there is none yet."""
     found = checkpoints(folder)
-    return load(found[-1][1]) if found else None
+    try:
+        return load(found[-1][1]) if found else None
+    except ValueError as error:
+        place = f"from step {found[-2][0]}" if len(found) > 1 else "from the start"
+        raise ValueError(f"{error}, or delete it to go on {place}") from None
 
 
 def restore(states, parts):
@@ -76,7 +88,7 @@ def restore(states, parts):
 def export(path, weights, step, config_json):
     """Write weights (name -> tensor) and the config into one safetensors file: all that drawing needs."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    about = {"format": str(FORMAT), "step": str(step), "config": config_json}
+    about = {"ddpm": json.dumps({"format": FORMAT, "step": step, "config": config_json})}  # one key: several have no order
     with written_beside(path) as part:
         part.write_bytes(serialized(tensors, metadata=about))  # its own save_file hides the file from other users
 
@@ -90,9 +102,11 @@ def find(run_or_file):
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ValueError(f"{path} is neither a file nor a run folder; give runs/NAME, or a .pt or .safetensors file in it")
+        runs = sorted(str(folder) for folder in Path("runs").glob("*") if folder.is_dir())
+        there = f" (there is {', '.join(runs[:5])}{' ...' if len(runs) > 5 else ''})" if runs else ""
+        raise ValueError(f"{path} is neither a file nor a run folder; give runs/NAME{there}, or a .pt or .safetensors file")
     final, found = path / "final.safetensors", checkpoints(path)
-    if final.is_file() and (not found or int(header(final)["step"]) >= found[-1][0]):  # a prolonged run has newer checkpoints
+    if final.is_file() and (not found or header(final)["step"] >= found[-1][0]):  # a prolonged run has newer checkpoints
         return final
     if not found:
         raise ValueError(f"{path} has no final.safetensors and no checkpoint yet; train longer, or give another run")
@@ -109,15 +123,15 @@ def load_weights(run_or_file):
         content = load(path)
         return path, content["step"], content["config"], content["parts"]["ema"]["shadow"]
     about = header(path)
-    return path, int(about["step"]), about["config"], load_file(path)
+    return path, about["step"], about["config"], load_file(path)
 
 
 def header(path):
     """The dict of `step` and `config` in a file that `export` wrote; raises ValueError for a damaged or foreign one."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        int(about["step"]), about["config"]
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError):
+            about = json.loads((file.metadata() or {})["ddpm"])
+        assert type(about["step"]) is int and type(about["config"]) is str and about["format"] <= FORMAT
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, AssertionError):
         raise ValueError(f"{path} is damaged or not written by ddpm; use another file of the run") from None
     return about

@@ -1,5 +1,6 @@
 """Command lines of the doors: flags become configs, and a user's mistake becomes one line and an exit code."""
 
+import errno
 import os
 import re
 import sys
@@ -18,6 +19,16 @@ DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 75
 def define_config_flag():
     """The flag `--config=FILE[:VARIANT]`, with `--config.section.leaf=value` for each knob of the file."""
     return config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py, or FILE.py:VARIANT.")
+
+
+def define_overrides_flag():
+    """Flags `--config.section.leaf=value` over the config that a checkpoint carries."""
+    config_flags.DEFINE_config_dict("config", base(), "Knobs in place of the checkpoint's, --config.evaluate.steps=10.")
+
+
+def overrides():
+    """What those flags say, `{"evaluate.steps": 10}`."""
+    return config_flags.get_override_values(flags.FLAGS["config"])
 
 
 def define_checkpoint_flags():
@@ -53,9 +64,9 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
         raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
     if takes and len(rest) == 1:
         raise ValueError(f"nothing given; write {takes}")
-    if "config" not in values:
+    flag = values["config"] if "config" in values else None
+    if flag is None or flag.default is not None:  # no config, or knobs over that of a checkpoint
         return rest
-    flag = values["config"]
     if flag.using_default_value or not flag.config_filename:
         raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")
     path = Path(flag.config_filename.partition(":")[0])
@@ -94,13 +105,28 @@ def explained(error):
     for cause in causes:
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             if frame.name in ("get_config", "<module>"):
-                return f"{frame.filename}, line {frame.lineno}: {one_line(cause)}"
+                return f"{frame.filename}, line {frame.lineno}: {plainly(one_line(cause))}"
     if "Error whilst parsing config file" in str(error):  # what ml_collections puts around a whole traceback
         return one_line(causes[-1])
+    if "get_config() takes 0 positional arguments" in str(error):
+        return "the config file takes no variant; leave out what follows ':', or write `def get_config(variant=None)`"
+    if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):
+        return f"no {missing[1]} given; write --{missing[1]}=..."
     if "has no attribute 'get_config'" in str(error):
         return "the config file has no function get_config; configs/digits.py shows one"
-    knob = re.match(r"flag --config\.([\w.]+)=", str(error))
-    return one_line(error) + (f"; it takes {KINDS[type(flatten(base())[knob[1]])]}" if knob else "")
+    knob = re.match(r"flag --config\.([\w.]+)=([^:]*)", str(error))
+    if knob:
+        return f"config.{knob[1]} is {knob[2]!r}; it takes {KINDS[type(flatten(base())[knob[1]])]}"
+    return one_line(error)
+
+
+def plainly(said):
+    """What ml_collections says of a knob that a config file sets, without its own words."""
+    if field := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type .* to type <class '(\w+)'>", said):
+        kinds = {kind.__name__: words for kind, words in KINDS.items()}
+        return f"{field[1]} cannot be {field[2]!r}; it takes {kinds.get(field[3], field[3])}"
+    return re.sub(r" and cannot be added.*?\.( Other fields present: .*?\}\S*)?(?= Did you mean|$)",
+                  "; base() in ddpm/config.py shows every knob.", said)
 
 
 def given_config(values=flags.FLAGS):
@@ -126,6 +152,9 @@ def fail(code, message):
 
 def one_line(error):
     """What an exception says, on one line and without its type where it speaks for itself."""
+    if isinstance(error, OSError) and error.strerror:
+        remedy = "free some space, or give another place" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another place"
+        return f"cannot use {error.filename or 'the disk'}: {error.strerror}; {remedy}"
     said = error
     while isinstance(said, (AttributeError, KeyError)) and said.args:  # whose text is a repr, or another such error
         said = said.args[0]
@@ -136,8 +165,8 @@ def one_line(error):
 def run_door(main, takes=None):
     """Run a door: `main()` after the flags are read, its return value the exit code; `main(arguments)` if it takes any.
 
-    A user's mistake (ValueError, or a file that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1 shows
-    where it was raised.
+    A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1
+    shows where it was raised.
     """
 
     def read(argv):
@@ -156,7 +185,7 @@ def run_door(main, takes=None):
     def run(argv):
         try:
             return main(argv[1:]) if takes else main()
-        except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        except (ValueError, OSError) as error:
             mistake(error)
 
     app.run(run, flags_parser=read)

@@ -184,6 +184,9 @@ def check(config):
             raise ValueError(f"config.{key} is {knobs[key]}; it must lie between {low} and {high}")
     for key, allowed in CHOICES.items():
         check_choice(f"config.{key}", knobs[key], list(allowed))
+    if "/" in knobs["data.source"] and "(" not in knobs["data.source"]:
+        raise ValueError(f"config.data.source is {knobs['data.source']!r}; for a folder of images write "
+                         f"\"folder(path={knobs['data.source']!r})\"")
     for key, table in SPECS.items():
         with about(key):
             chosen = choose(f"config.{key}", table, knobs[key])
@@ -220,7 +223,7 @@ def check(config):
     for key in ("sample.steps", "evaluate.steps"):
         if knobs[key] > knobs["diffusion.timesteps"]:
             raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
-                             f"--config.{key}={knobs['diffusion.timesteps']} or fewer")
+                             f"{knobs['diffusion.timesteps']} or fewer")
 
 
 @contextlib.contextmanager
@@ -312,11 +315,18 @@ def check_continues(config, folder):
         try:
             saved = from_json(path.read_text())
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}; give another --workdir, or delete it to continue with this config") from None
         differing = contradictions(saved, config)
         if differing:
             raise ValueError(f"{folder} holds a run with another config ({'; '.join(differing)}); "
                              "give another --workdir, or the same config to continue it")
+
+
+def check_measures(config, folder):
+    """Raise a ValueError where a folder that is to keep a measurement holds another one, or a training."""
+    path = Path(folder, "config.json")
+    if Path(folder, "checkpoints").exists() or path.exists() and path.read_text() != to_json(config) + "\n":
+        raise ValueError(f"{folder} holds another run; give another --workdir")
 
 
 def is_free(key):

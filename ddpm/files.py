@@ -1,6 +1,7 @@
 """Files that are never half-written: written beside, synced to the disk, then renamed into place."""
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
 
@@ -13,18 +14,52 @@ def written_beside(path):
     stands in the place of a folder.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"cannot write to {path.parent}: a file is in the way; choose another place") from None
+    make_folder(path.parent)
     part = path.with_name(path.name + ".part")
     try:
         yield part
         sync(part)
         os.replace(part, path)
         sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Keep a folder for this process while the block runs; it is made, and goes again if nothing came into it.
+
+    Raises ValueError where another process holds it, or where a file is in the way. The system lets go of it when a process
+    ends, however it ends.
+    """
+    new = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+    folder = make_folder(folder)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder} is in use by another process; wait for it, stop it, or use another folder") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # not empty
+            for path in new:
+                path.rmdir()
+
+
+def make_folder(folder):
+    """Make a folder, with those above it, and return its path; raises ValueError where a file is in the way."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"cannot write to {folder}: a file is in the way; choose another place") from None
+    return Path(folder)
 
 
 def sync(path):

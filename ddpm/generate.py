@@ -10,6 +10,7 @@ from absl import flags
 from tqdm import tqdm
 
 from ddpm import build, command, draw
+from ddpm.files import make_folder
 from ddpm.images import FORMATS
 from ddpm.spec import check_choice
 
@@ -23,7 +24,8 @@ def generate_images(checkpoint_path, num_images, output_dir, device=None, format
     write = FORMATS[check_choice("format", format, list(FORMATS))]
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; give 1 or more")
-    name, trained, machine, net = build.load(checkpoint_path, device, **knobs)
+    name, _, trained, machine, net = build.load(checkpoint_path, device, **knobs)
+    make_folder(output_dir)
     recipe = build.grid_recipe(trained)
     print(f"drawing {num_images} images from {name}: {recipe}")
     film = format == "gif"  # a picture a step, of all images at once

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
-from ddpm.files import written_beside
+from ddpm.files import make_folder, written_beside
 
 WHITE = 255
 
@@ -99,10 +99,7 @@ def numbered(suffix):
     """A writer of one file per image, `000017.png` for seed 17; unsynced, for a sync costs more than the image."""
 
     def write(out, batches):
-        try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"cannot write to {out}: a file is in the way; choose another place") from None
+        make_folder(out)  # also where no image comes
         paths = []
         for seeds, images in batches:
             for seed, pixels in zip(seeds, channels_last(images), strict=True):

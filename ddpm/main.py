@@ -3,11 +3,13 @@
 The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your mistake, 3 diverged, 75 interrupted and saved.
 """
 
+import contextlib
 import traceback
 
 from absl import flags
 
 from ddpm import build, command, config, dist
+from ddpm.files import held
 from ddpm.train import Diverged, train
 
 command.define_config_flag()
@@ -21,31 +23,40 @@ def main():
     build.check(given)
     config.check_continues(given, folder)
     machine = dist.start(given.train.amp, given.train.deterministic)
-    run = build.assemble(given, folder, machine)
-    if run.start >= run.total:
-        print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
+    try:
+        with held(folder) if machine.main else contextlib.nullcontext():
+            run = build.assemble(given, folder, machine)
+            if run.start >= run.total:
+                print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
+                return command.DONE
+            if machine.main:
+                print(config.to_json(given))
+            build.track(given, run)
+            return finish(run)
+    finally:
         dist.stop()
-        return command.DONE
-    if machine.main:
-        print(config.to_json(given))
-    build.track(given, run)
+
+
+def finish(run):
+    """Train a run to its end, or to what stops it; the tracker hears how it ended, and the exit code says it."""
     code = command.FAILED
     try:
         if train(run):
             code = command.DONE
-            run.tracker.say(f"done: images by python -m ddpm.generate --checkpoint={folder}")
+            run.tracker.say(f"done: images by python -m ddpm.generate --checkpoint={run.folder}")
         else:
             code = command.INTERRUPTED
             run.tracker.say("interrupted and saved; the same command goes on")
     except Diverged as error:
         code = command.DIVERGED
         run.tracker.say(f"diverged: {error}")
+    except OSError as error:
+        run.tracker.say(f"failed: {command.one_line(error)}; then the same command goes on from the last checkpoint")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
         run.tracker.say(f"failed: {command.one_line(error)}; the same command goes on from the last checkpoint")
         traceback.print_exc()
     finally:
         run.tracker.close(code)
-        dist.stop()
     return code
 
 

@@ -13,7 +13,7 @@ def sample_from_checkpoint(ckpt_path, out_path, num_samples=16, device=None, **k
     damaged checkpoint, and for a picture format that is not known.
     """
     images.check_picture(out_path)
-    _, trained, machine, net = build.load(ckpt_path, device, **knobs)
+    _, _, trained, machine, net = build.load(ckpt_path, device, **knobs)
     drawn = build.drawer(trained, net, machine)(range(num_samples), build.grid_recipe(trained))
     images.save_image_grid(joined(drawn), out_path)
 

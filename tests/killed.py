@@ -37,7 +37,7 @@ def arm(point):
         if name == "save":
             whole = io.BytesIO()
             original(arguments[0], whole)
-            Path(arguments[1]).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+            Path(arguments[1].name).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
         die()
 
     setattr(home, attribute, counted)

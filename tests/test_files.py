@@ -1,10 +1,15 @@
 """Files that are never half-written."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from ddpm.files import sync, written_beside
+from ddpm.files import held, sync, written_beside
+
+ROOT = str(Path(__file__).parents[1])
 
 
 def names(folder):
@@ -90,3 +95,17 @@ def test_sync_takes_files_and_folders(tmp_path):
     (tmp_path / "file").write_text("x")
     sync(tmp_path / "file")
     sync(tmp_path)
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    with held(folder):
+        command = [sys.executable, "-c", "import sys; from ddpm.files import held\nwith held(sys.argv[1]): pass", str(folder)]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
+        assert done.returncode == 1 and "is in use by another process; wait for it" in done.stderr
+    assert not (tmp_path / "runs").exists()  # nothing came into it
+    with held(folder):
+        (folder / "file").touch()
+    with held(folder):
+        pass
+    assert (folder / "file").exists()
