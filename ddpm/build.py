@@ -4,8 +4,10 @@ import math
 import os
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import checkpoint, clock, data, dist, draw, metrics, optim, rng, score, spec, tracking
 from ddpm import config as configs
@@ -44,6 +46,11 @@ def dataset(config):
     return data.open_source(section.source, section.image_size, section.channels, section.matte)
 
 
+def split(config, images):
+    """Indices of the images to learn from, and of those held out for validation; the same for every seed."""
+    return data.split(len(images), config.data.validation_fraction, 0)
+
+
 def grid_recipe(config):
     """How the grids of a config are drawn."""
     section = config.sample
@@ -67,7 +74,8 @@ def extractor(config, machine):
 def scorer(config, images, machine):
     """What measures drawn images as the config says."""
     how = evaluation_recipe(config)
-    return score.Scorer(extractor(config, machine), images, how, config.evaluate.num_samples, "EMA", machine)
+    return score.Scorer(extractor(config, machine), images, *split(config, images), how, config.evaluate.num_samples, "EMA",
+                        machine)
 
 
 def drawer(config, net, machine, how=draw.draw):
@@ -84,8 +92,25 @@ def check(config):
     diffusion(config, net)
 
 
+def flops_per_image(config):
+    """Floating-point operations, forward and backward, that training spends on one image, counted without computing any."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network(config)(torch.empty(1, *image_shape(config)), torch.zeros(1, dtype=torch.long)).sum().backward()
+    return counter.get_total_flops()
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint describes, with the network on the machine's device, its averaged weights in it."""
+
+    name: str  # for people
+    step: int
+    config: configs.FrozenConfigDict
+    machine: dist.Machine
+    net: torch.nn.Module
+
+
 def load(run_or_file, device=None, **knobs):
-    """Rebuild what a checkpoint describes: (name for people, config, machine, network with its averaged weights there).
+    """Rebuild what a checkpoint describes.
 
     `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps": 25}`. Raises ValueError
     for a missing, damaged or foreign file, and for knobs that cannot be.
@@ -96,7 +121,7 @@ def load(run_or_file, device=None, **knobs):
         net = network(config)
     put_weights(net, weights, path, assign=True)
     machine = dist.start(config.train.amp, config.train.deterministic, device)
-    return f"{path} (EMA weights, step {step})", config, machine, net.to(machine.device)
+    return Loaded(f"{path} (EMA weights, step {step})", step, config, machine, net.to(machine.device))
 
 
 def put_weights(net, weights, path, assign=False):
@@ -157,7 +182,7 @@ def assemble(config, folder, machine):
         raise ValueError(f"config.train.batch_size {section.batch_size} cannot be cut into {machine.world} ranks x "
                          f"{section.gradient_accumulation_steps} micro-batches; choose a multiple of {equal}")
     images = dataset(config)
-    learned, held_out = data.split(len(images), config.data.validation_fraction, 0)
+    learned, held_out = split(config, images)
     total = clock.steps_of(section.length, section.batch_size, len(learned))
     every = {name: clock.Every(text, section.batch_size, len(learned)) for name, text in config.every.items()}
     if not len(held_out):
@@ -185,16 +210,20 @@ def assemble(config, folder, machine):
         folder=folder, config_json=configs.to_json(config), machine=machine, start=content["step"] if content else 0,
         total=total, step=step, meters=meters, every=every, best=parts["best"], parts=parts, notes=notes,
         batches=lambda start: batches(config, images, learned, machine, start, total),
-        speed=clock.Speed(section.batch_size, len(learned)),
+        speed=clock.Speed(section.batch_size, len(learned), flops_per_image(config)),
         validation=Validation(images, held_out, net, model, machine, section.batch_size),
         draw=drawer(config, net, machine), grid=(range(config.sample.num_images), grid_recipe(config)),
         score=training_scorer(config, images, machine, notes), tracker_state=content and content["parts"]["tracker"])
 
 
+def tracker(config, folder, machine, start, total, state=None):
+    """Write a run's config.json and open its tracker, whose rows continue after step `start` of `total`."""
+    if machine.main:
+        configs.write(config, folder)
+    return tracking.open_tracker(folder, config=configs.tracked(config), wandb=dict(config.wandb), start_step=start,
+                                 total_steps=total, state=state, main=machine.main)
+
+
 def track(config, run):
-    """Write the run's config.json and open its tracker."""
-    if run.machine.main:
-        configs.write(config, run.folder)
-    run.track(tracking.open_tracker(
-        run.folder, config=configs.tracked(config), wandb=dict(config.wandb), start_step=run.start, total_steps=run.total,
-        state=run.tracker_state, main=run.machine.main))
+    """Let a run be followed by its tracker."""
+    run.track(tracker(config, run.folder, run.machine, run.start, run.total, run.tracker_state))

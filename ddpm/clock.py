@@ -87,8 +87,8 @@ class Stopwatch:
 class Speed:
     """How fast the training goes: images and steps a second, and the share of the time spent waiting for images."""
 
-    def __init__(self, batch_size, dataset_size, now=time.monotonic):
-        self.batch_size, self.dataset_size = batch_size, dataset_size
+    def __init__(self, batch_size, dataset_size, flops_per_image=0, now=time.monotonic):
+        self.batch_size, self.dataset_size, self.flops_per_image = batch_size, dataset_size, flops_per_image
         self.watch, self.steps, self.waited = Stopwatch(now), 0, 0.0
 
     def timed(self, batches):
@@ -107,6 +107,12 @@ class Speed:
     def pause(self):
         return self.watch.pause()
 
+    def progress(self, done):
+        """How far the training is after `done` steps: epochs, images, and operations in 10^15 (forward and backward)."""
+        images = done * self.batch_size
+        return {"progress/epoch": images / self.dataset_size, "progress/images": images,
+                "progress/petaflop": images * self.flops_per_image / 1e15}
+
     def read(self, done):
         """The rates since the last reading, at the end of a step, and how far the training is after `done` steps."""
         seconds, steps = max(self.watch.lap(), 1e-9), self.steps
@@ -115,9 +121,7 @@ class Speed:
             "speed/images_per_second": rate,
             "speed/step_ms": 1000 * seconds / steps,
             "speed/loader_wait": self.waited / seconds,
-            "progress/epoch": done * self.batch_size / self.dataset_size,
-            "progress/images": done * self.batch_size,
             "progress/epoch_seconds": self.dataset_size / rate,
-        }
+        } | self.progress(done)
         self.steps, self.waited = 0, 0.0
         return readings

@@ -1,38 +1,67 @@
-"""Measure a checkpoint: `python -m ddpm.evaluate --checkpoint=RUN_OR_FILE`, the numbers that a training logs."""
+"""Measure a checkpoint: `python -m ddpm.evaluate --checkpoint=RUN_OR_FILE`, the numbers that a training logs.
+
+`--workdir=DIR` keeps them as a run of their own, tracked like a training: so a sweep can vary sampler and steps.
+"""
+
+import os
+from pathlib import Path
 
 from absl import flags
 
-from ddpm import build, command
+from ddpm import build, command, config
+from ddpm.files import held
+from ddpm.train import show
+
+KNOBS = {"num_samples": "evaluate.num_samples", "extractor": "evaluate.extractor",
+         "inception_weights": "evaluate.inception_weights", "source": "data.source"}
 
 
-def evaluate(checkpoint_path, device=None, **knobs):
+def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
     """Draw images from a run folder or checkpoint file and measure them against its data; returns {"eval/fid": ...}.
 
-    `knobs` as in `{"evaluate.num_samples": 5000}` take the place of the checkpoint's own. Raises ValueError, one line, for a
-    missing checkpoint, data or extractor.
+    `knobs` as in `{"evaluate.num_samples": 5000}` take the place of the checkpoint's own; `workdir` is a folder that becomes a
+    run with config.json, metrics.jsonl and the nearest training images. Raises ValueError, one line, for a missing checkpoint,
+    data or extractor, and for a folder that holds something else.
     """
-    name, trained, machine, net = build.load(checkpoint_path, device, **knobs)
-    measure = build.scorer(trained, build.dataset(trained), machine)
-    print(f"measuring {name}: {measure.made}")
-    return measure(build.drawer(trained, net, machine))
+    made = build.load(checkpoint_path, device, **knobs)
+    if workdir is None:
+        return measure(made)[0]
+    with held(workdir):
+        config.check_measures(made.config, workdir)
+        numbers, pictures = measure(made)
+        tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)
+        tracker.log(made.step, numbers)
+        show(workdir, tracker, made.step, pictures)
+        tracker.close()
+    return numbers
+
+
+def measure(made):
+    """The numbers and pictures of what a checkpoint draws."""
+    measuring = build.scorer(made.config, build.dataset(made.config), made.machine)
+    print(f"measuring {made.name}: {measuring.made}")
+    return measuring(build.drawer(made.config, made.net, made.machine))
 
 
 def main():
     """Measure what the flags say and print a line for each number; returns the exit code."""
     given = flags.FLAGS
-    knobs = command.sample_knobs("evaluate") | {
-        "evaluate.num_samples": given.num_samples, "evaluate.extractor": given.extractor,
-        "evaluate.inception_weights": given.inception_weights, "data.source": given.source}
-    for name, value in evaluate(given.checkpoint, given.device, **knobs).items():
+    knobs = command.sample_knobs("evaluate") | {knob: given[flag].value for flag, knob in KNOBS.items()} | command.overrides()
+    workdir = given.workdir
+    if workdir is None and os.environ.get("WANDB_SWEEP_ID"):
+        workdir = config.default_workdir(f"{Path(given.checkpoint).stem}-measured", command.overrides())
+    for name, value in evaluate(given.checkpoint, given.device, workdir, **knobs).items():
         print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}")
     return command.DONE
 
 
 if __name__ == "__main__":
     command.define_checkpoint_flags()
+    command.define_overrides_flag()
     flags.DEFINE_integer("num_samples", None, "Images drawn; by default the checkpoint's.", lower_bound=4)
     flags.DEFINE_string("extractor", None, "auto, digits or inception; by default the checkpoint's.")
     flags.DEFINE_string("inception_weights", None, "Path of torch-fidelity's Inception weights; by default the checkpoint's.")
     flags.DEFINE_string("source", None, "The real images, where they lie elsewhere now: folder(path='data/cats'), ...")
+    flags.DEFINE_string("workdir", None, "Folder that becomes a run with these numbers; by default they are only printed.")
     flags.adopt_module_key_flags(command)
     command.run_door(main)

@@ -31,6 +31,7 @@ from ddpm.images import encode
 
 FEWEST = 4  # precision and recall look at the third neighbour
 MOST = 50_000  # reference images whose features are kept: 400 MB of Inception's
+NEAREST = 0.05  # a copy lies nearer to a training image than all but this share of the held-out images do
 ROWS = 2000  # of the distances between neighbours at once: 400 MB against that many
 CHUNK = 64  # images in the extractor at once; Inception needs about 10 MB of activations for each
 SUBSET = 1000  # images in each of the kernel distance's 100 subsets, where there are more
@@ -109,7 +110,8 @@ def published_inception():
     except Exception as error:
         raise ValueError(
             f"no Inception weights: {path} is not there and cannot be downloaded ({one_line(error)}); "
-            f"put {INCEPTION} there, or give its path as --config.evaluate.inception_weights=PATH"
+            f"put {INCEPTION} there, or give its path: --config.evaluate.inception_weights=PATH to ddpm.main, "
+            "--inception_weights=PATH to ddpm.evaluate"
         ) from None
     finally:
         socket.setdefaulttimeout(patience)
@@ -184,15 +186,15 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     """
     folder = Path(cache_dir or os.environ.get("DDPM_CACHE") or "~/.cache/ddpm").expanduser()
     path = folder / f"{dataset.fingerprint}-{extractor.name}.safetensors"
-    count = min(len(dataset), MOST)
     try:
         if path.exists():
             return safetensors.torch.load(path.read_bytes())["features"]
     except (SafetensorError, OSError, KeyError) as error:
         LOG.warning("features in %s cannot be read (%s); computing them again", path, error)
+    indices = reference_indices(len(dataset))
+    count = len(indices)
     if count < len(dataset):
         LOG.warning("%d of %d images stand for the reference, taken at even distances", count, len(dataset))
-    indices = [i * len(dataset) // count for i in range(count)]
     parts = [indices[first:first + batch_size] for first in range(0, count, batch_size)]
     shown = {"desc": "features of the real images", "unit": "batch", "leave": False, "delay": 2, "disable": None}
     with ThreadPool(8) as pool:  # decoding photographs lets go of Python's lock
@@ -203,6 +205,12 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     except OSError as error:
         LOG.warning("features cannot be kept in %s (%s); the next run computes them again", path, error)
     return features
+
+
+def reference_indices(n):
+    """Which of n images stand for them in the reference: all, or 50,000 at even distances."""
+    count = min(n, MOST)
+    return [i * n // count for i in range(count)]
 
 
 def keep(features, path):
@@ -239,6 +247,26 @@ def compare(generated, reference, extractor, seed=0):
         cover["recall"],
     )
     return dict(zip(extractor.metric_names, numbers, strict=True))
+
+
+def nearest(features, others):
+    """The distance [n] of each of the features [n, d] to its nearest among `others` [m, d], and which one [n] that is."""
+    found = [torch.cdist(rows, others).min(dim=1) for rows in features.split(ROWS)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def copying(drawn, held_out):
+    """How much nearer drawn images lie to the training images than unseen ones do, from both distances [n] and [m].
+
+    `copying` is the probability that a drawn image lies nearer than a held-out one (Meehan et al. 2020, section 3.1: the
+    Mann-Whitney statistic), 0.5 for a perfect generator; `copies` is the share of drawn images that lie nearer than all but
+    5 % of the held-out ones, 0.05 for a perfect generator.
+    """
+    held_out = held_out.sort().values
+    farther = len(held_out) - torch.searchsorted(held_out, drawn, right=True)
+    as_far = len(held_out) - torch.searchsorted(held_out, drawn) - farther
+    return {"copying": ((farther + as_far / 2) / len(held_out)).mean().item(),
+            "copies": (drawn < held_out.quantile(NEAREST)).float().mean().item()}
 
 
 def floor(reference, n, extractor, seed=0):

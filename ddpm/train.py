@@ -77,7 +77,7 @@ class Run:
     best: Best
     draw: Callable  # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
     grid: tuple[range, draw.Recipe]
-    score: Callable  # (draw) -> dict of eval/ numbers
+    score: Callable  # (draw) -> dict of eval/ numbers, dict of pictures
     parts: dict[str, Any]
     notes: list[str]  # what a person should read first
     tracker_state: dict | None  # what the tracker left in the checkpoint
@@ -103,7 +103,7 @@ class Run:
         loss = self.validation.loss()
         with self.step.ema.averaged():
             averaged = self.validation.loss()
-        self.tracker.log(done, {"val/loss": loss, "val/loss_ema": averaged})
+        self.tracker.log(done, {"val/loss": loss, "val/loss_ema": averaged} | self.speed.progress(done))
         if self.best.improved(averaged):
             self.tracker.summary("best/val_loss_ema", averaged)
             self.export("best.safetensors", done)
@@ -114,14 +114,15 @@ class Run:
         with self.step.ema.averaged():
             drawn = self.machine.gather(draw.joined(self.draw(seeds, recipe)))
         if self.machine.main:
-            path = self.folder / "samples" / f"step_{done:08d}.png"
-            images.save_image_grid(drawn, path)
-            self.tracker.log(done, {}, {"samples": images.make_grid(drawn)})
+            show(self.folder, self.tracker, done, {"samples": drawn})
 
     def evaluate(self, done):
-        """Log the distance of images drawn with the averaged weights to the real ones."""
+        """Log the distance of images drawn with the averaged weights to the real ones, and the real ones nearest to them."""
         with self.step.ema.averaged():
-            self.tracker.log(done, self.score(self.draw))
+            numbers, pictures = self.score(self.draw)
+        if numbers and self.machine.main:
+            self.tracker.log(done, numbers | self.speed.progress(done))
+            show(self.folder, self.tracker, done, pictures)
 
     def export(self, name, done):
         """Write the averaged weights as `name`: all that drawing needs."""
@@ -134,6 +135,14 @@ class Run:
         self.meters.collect()
         if self.machine.main:
             checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone)
+
+
+def show(folder, tracker, done, pictures):
+    """Keep images [b, c, h, w] by their tracked keys as grids in samples/ and in the tracker."""
+    for key, drawn in pictures.items():
+        name, nrow = ("step", None) if key == "samples" else (key.rpartition("/")[2], 8)
+        images.save_image_grid(drawn, Path(folder, "samples", f"{name}_{done:08d}.png"), nrow)
+        tracker.log(done, {}, {key: images.make_grid(drawn, nrow)})
 
 
 @contextlib.contextmanager

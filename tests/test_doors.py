@@ -16,6 +16,7 @@ from PIL import Image
 
 from ddpm import checkpoint, images
 from ddpm.evaluate import evaluate
+from ddpm.files import held
 from ddpm.generate import generate_images
 from ddpm.sample import sample_from_checkpoint
 
@@ -201,3 +202,60 @@ def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
     torch.save({"format": 1, "step": 3, "config": "[1, 2]", "parts": {"ema": {"shadow": {}}}}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="config"):
         generate_images(tmp_path / "foreign.pt", 1, tmp_path / "out")
+
+
+def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
+    code, out, err = door("evaluate", f"--checkpoint={trained}", "--config.evaluate.steps=3", "--config.evaluate.num_samples=20",
+                          f"--workdir={tmp_path}/run", cwd=tmp_path)
+    assert code == 0, err
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "training.log",
+                                                                  "samples"}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["evaluate"]["steps"] == 3
+    (row,) = rows(tmp_path / "run")
+    assert row["step"] == 12 and "20 samples" in row["eval/made"] and ", 3 steps" in row["eval/made"]
+    assert f"eval/fd_digits               {row['eval/fd_digits']:.4f}" in out
+    assert evaluate(trained, workdir=tmp_path / "run", **{"evaluate.steps": 3, "evaluate.num_samples": 20}) == {
+        key: value for key, value in row.items() if key != "step"}
+    before = (trained / "metrics.jsonl").read_bytes()
+    for folder in (trained, tmp_path / "run"):
+        with pytest.raises(ValueError, match="holds another run; give another --workdir"):
+            evaluate(trained, workdir=folder)
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    with held(tmp_path / "run"):
+        code, out, err = door("main", f"--config={ROOT}/configs/digits.py", f"--workdir={tmp_path}/run", cwd=tmp_path)
+    assert code == 2 and len(err) == 1 and "is in use by another process" in err[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_line(trained, tmp_path):
+    for name, flags in [("main", [f"--config={ROOT}/configs/digits.py", "--workdir=/proc/run"]),
+                        ("generate", [f"--checkpoint={trained}", "--out=/proc/images"]),
+                        ("sample", [f"--checkpoint={trained}", "--out=/proc/images/grid.png"])]:
+        code, out, err = door(name, *flags, cwd=tmp_path)
+        assert code == 2 and len(err) == 1 and "cannot use /proc/" in err[0] and "give another place" in err[0], (name, err)
+
+
+FULL_DISK = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file grows beyond, as on a full disk
+sys.argv[:] = sys.argv[1:]
+runpy.run_module("ddpm.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_full_disk_is_said_in_a_line_and_keeps_the_checkpoint_before(tmp_path):
+    flags = [f"--config={ROOT}/configs/digits.py", f"--workdir={tmp_path}/run", "--config.model.model_channels=16",
+             "--config.train.batch_size=8", "--config.every.sample=0 steps", "--config.every.evaluate=0 steps",
+             "--config.every.validate=0 steps", "--config.wandb.mode=disabled"]
+    assert door("main", *flags, "--config.train.length=2 steps", cwd=tmp_path)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.pt")}
+    command = [sys.executable, "-c", FULL_DISK, "ddpm.main", *flags, "--config.train.length=4 steps", "--config.every.save=3 steps"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"failed: cannot use {tmp_path}/run/checkpoints/step_00000003.pt: File too large" in done.stdout
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.pt*")}
+    assert door("main", *flags, "--config.train.length=4 steps", cwd=tmp_path)[0] == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 import torch_fidelity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -344,3 +345,25 @@ def test_a_large_reference_is_thinned_evenly(extractor, digits, tmp_path, caplog
     assert len(metrics.reference(extractor, pictures, tmp_path)) == 10
     assert sorted(pictures.read) == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]  # a folder sorted by class keeps all classes
     assert "10 of 25 images stand for the reference" in caplog.text
+
+
+def test_copying_against_the_mann_whitney_statistic_of_scipy():
+    drawn, held_out = torch.randn(60, generator=torch.Generator().manual_seed(0)), torch.arange(-20.0, 20.0)
+    drawn[:5] = held_out[10]  # ties
+    expected = scipy.stats.mannwhitneyu(held_out, drawn).statistic / (60 * 40)
+    found = metrics.copying(drawn, held_out)
+    assert found["copying"] == pytest.approx(expected, abs=1e-6)
+    assert found["copies"] == (drawn < np.quantile(held_out, 0.05)).float().mean()
+
+
+def test_copies_of_training_images_are_seen(digits):
+    """Training images score as copies, unseen ones as expected of a perfect generator."""
+    features = metrics.extract(metrics.digits("cpu"), digits.split(256))[rng.permutation(0, "test", 0, len(digits))]
+    learned, unseen, held_out = features[:1200], features[1200:1500], features[1500:]
+    distance = metrics.nearest(held_out, learned)[0]
+    copied, which = metrics.nearest(learned[:200], learned)
+    assert metrics.copying(copied, distance) == {"copying": 1.0, "copies": 1.0}
+    assert torch.equal(which, torch.arange(200))
+    honest = metrics.copying(metrics.nearest(unseen, learned)[0], distance)
+    # three standard errors of each, at 300 against 297 images: 0.5 +- 3 * 0.024 and 0.05 +- 3 * 0.018
+    assert abs(honest["copying"] - 0.5) < 0.072 and honest["copies"] < 0.104

@@ -82,12 +82,13 @@ def test_what_a_run_leaves_in_its_folder(tmp_path):
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
         "config.json", "training.log", "metrics.jsonl", "best.safetensors", "final.safetensors",
-        "samples/step_00000006.png", "samples/step_00000012.png",
+        "samples/step_00000006.png", "samples/step_00000012.png", "samples/nearest_00000012.png",
         "checkpoints/step_00000004.keep.pt", "checkpoints/step_00000008.keep.pt", "checkpoints/step_00000012.keep.pt",
         "checkpoints/step_00000005.pt", "checkpoints/step_00000010.pt"}
     keys = set().union(*rows(tmp_path))
     assert keys >= {"train/loss", *(f"train/loss_q{q}" for q in range(4)), "train/grad_norm", "train/learning_rate", "val/loss",
-                    "train/loss_scale", "val/loss_ema", "progress/epoch", "progress/images", "eval/fd_digits", "eval/made"}
+                    "train/loss_scale", "val/loss_ema", "progress/epoch", "progress/images", "progress/petaflop",
+                    "eval/fd_digits", "eval/made", "eval/copying", "eval/copies"}
     assert config.from_json((tmp_path / "config.json").read_text()) == given
     picture = Image.open(tmp_path / "samples" / "step_00000012.png")
     assert min(picture.size) >= 32  # four images of 16 pixels
