@@ -195,3 +195,7 @@ def train(run):
             if "stop" in due and not last:
                 return False
     return True
+
+
+if __name__ == "__main__":
+    sys.exit("error: the door that trains is `python -m ddpm.main --config=configs/digits.py`")
