@@ -153,8 +153,8 @@ def fail(code, message):
 def one_line(error):
     """What an exception says, on one line and without its type where it speaks for itself."""
     if isinstance(error, OSError) and error.strerror:
-        remedy = "free some space, or give another place" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "give another place"
-        return f"cannot use {error.filename or 'the disk'}: {error.strerror}; {remedy}"
+        remedy = "free some space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"cannot use {error.filename or 'the disk'}: {error.strerror}; {remedy}give another place"
     said = error
     while isinstance(said, (AttributeError, KeyError)) and said.args:  # whose text is a repr, or another such error
         said = said.args[0]

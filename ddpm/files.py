@@ -22,7 +22,8 @@ def written_beside(path):
         os.replace(part, path)
         sync(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say where
+        if error.errno and not error.filename:  # a full disk does not say where
+            error.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -76,7 +76,7 @@ def test_the_tables_are_whole():
     (dict(model__num_heads=3), "heads"),
     (dict(diffusion__beta_schedule="cosin"), r"did you mean 'cosine'\?"),
     (dict(train__gradient_accumulation_steps=3), "divisors of 8"),
-    (dict(sample__steps=21), "--config.sample.steps=20 or fewer"),
+    (dict(sample__steps=21), "sample.steps is 21 with only 20 timesteps; use 20 or fewer"),
     (dict(train__length="3 hours"), "could not be repeated"),
     (dict(data__source="folder(path='/no/such/folder')"), "/no/such/folder"),
 ])

@@ -205,8 +205,8 @@ def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
 
 
 def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
-    code, out, err = door("evaluate", f"--checkpoint={trained}", "--config.evaluate.steps=3", "--config.evaluate.num_samples=20",
-                          f"--workdir={tmp_path}/run", cwd=tmp_path)
+    code, out, err = door("evaluate", f"--checkpoint={trained}", f"--workdir={tmp_path}/run", "--config.evaluate.steps=3",
+                          "--config.evaluate.num_samples=20", cwd=tmp_path)
     assert code == 0, err
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "training.log",
                                                                   "samples"}
@@ -253,9 +253,10 @@ def test_a_full_disk_is_said_in_a_line_and_keeps_the_checkpoint_before(tmp_path)
              "--config.every.validate=0 steps", "--config.wandb.mode=disabled"]
     assert door("main", *flags, "--config.train.length=2 steps", cwd=tmp_path)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.pt")}
-    command = [sys.executable, "-c", FULL_DISK, "ddpm.main", *flags, "--config.train.length=4 steps", "--config.every.save=3 steps"]
+    longer = ["--config.train.length=4 steps", "--config.every.save=3 steps"]
+    command = [sys.executable, "-c", FULL_DISK, "ddpm.main", *flags, *longer]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"failed: cannot use {tmp_path}/run/checkpoints/step_00000003.pt: File too large" in done.stdout
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.pt*")}
-    assert door("main", *flags, "--config.train.length=4 steps", cwd=tmp_path)[0] == 0
+    assert door("main", *flags, *longer, cwd=tmp_path)[0] == 0
