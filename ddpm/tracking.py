@@ -76,7 +76,7 @@ class Tracker:
         return copy.deepcopy(self.state)
 
     def close(self, exit_code=0):
-        """Write what is left and end the sinks, in bounded time; an exit code other than 0 marks the run as failed."""
+        """Write what is left and end the sinks, in bounded time; code 75 marks the run preempted, others but 0 as failed."""
         self.flush()
         self._tell("close", exit_code)
 
@@ -150,6 +150,8 @@ class Wandb(Sink):
     def close(self, exit_code):
         logs = f"{self.folder}/wandb/offline-run-*-{self.run.id}*" if self.run.offline else ""
         try:
+            if exit_code == os.EX_TEMPFAIL:  # 75, interrupted and saved: a sweep hands such a run out again
+                self.run.mark_preempting()
             self.run.finish(exit_code=exit_code)
         except TimeoutError:
             logs = f"--include-online {self.run.settings.sync_dir}"

@@ -1,14 +1,11 @@
 """The tracker against what W&B itself keeps on disk, read by its own reader, and what it sends to a loopback server."""
 
-import gzip
-import http.server
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wandb_server import server as server
 
 from ddpm import tracking
 
@@ -256,75 +254,6 @@ def test_unreachable_server_falls_back_to_offline(tmp_path):
     assert rows_of(synced(tmp_path / "run")) == lines(tmp_path / "run")
 
 
-@pytest.fixture
-def server():
-    """A server as W&B's client sees it: histories of runs, whose lines are put at an offset and cut by a rewind."""
-    histories = {}
-
-    def bucket(name):
-        history = histories.get(name, [])
-        project = {"id": "p", "name": "p", "entity": {"id": "me", "name": "me"}}
-        return {"id": name, "name": name, "displayName": name, "project": project, "config": "{}", "wandbConfig": '{"t": 1}',
-                "tags": [], "summaryMetrics": "{}", "historyLineCount": len(history), "historyTail": json.dumps(history[-1:]),
-                "eventsLineCount": 0, "eventsTail": "[]", "logLineCount": 0}
-
-    def begin_run(v):
-        histories.setdefault(v["name"], [])
-        return {"upsertBucket": {"bucket": bucket(v["name"]), "inserted": True}}
-
-    def resume_run(v):
-        known = bucket(v["name"]) if v["name"] in histories else None
-        return {"model": {"id": "p", "name": "p", "entity": {"id": "me", "name": "me"}, "bucket": known}}
-
-    def rewind_run(v):
-        kept = [line for line in histories.get(v["runName"], []) if json.loads(line)["_step"] <= v["metricValue"]]
-        histories[v["runName"]] = kept
-        return {"rewindRun": {"rewoundRun": bucket(v["runName"])}}
-
-    def create_files(v):
-        files = [{"name": name, "uploadUrl": f"{http_server.login['WANDB_BASE_URL']}/upload"} for name in v["files"]]
-        return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
-
-    answers = {
-        "Viewer": lambda v: {"viewer": {"id": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}}},
-        "ServerFeaturesQuery": lambda v: {"serverInfo": {"features": []}},
-        "OrganizationCoreWeaveOrganizationID": lambda v: {"entity": {"organization": None}},
-        "UpsertBucket": begin_run, "RunResumeStatus": resume_run, "RewindRun": rewind_run, "CreateRunFiles": create_files,
-    }
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        log_message = log_error = lambda self, *arguments: None
-
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-            answer = {}
-            if self.path.endswith("/graphql"):
-                said = json.loads(body)
-                operation = re.search(r"(?:query|mutation) (\w+)", said["query"])[1]
-                answer["data"] = answers[operation](said.get("variables"))
-            elif self.path.endswith("/file_stream"):
-                time.sleep(60 if http_server.deaf else 0)
-                if lines := json.loads(body).get("files", {}).get("wandb-history.jsonl"):
-                    kept, start = histories[self.path.split("/")[-2]], lines["offset"]
-                    kept[start:start + len(lines["content"])] = lines["content"]
-            content = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_PUT = do_POST  # an upload, whose content nobody asks for
-
-    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http_server.deaf, http_server.histories, http_server.handle_error = False, histories, lambda *arguments: None
-    http_server.login = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{http_server.server_port}"}
-    threading.Thread(target=http_server.serve_forever, daemon=True).start()
-    yield http_server
-    http_server.shutdown()
-
-
 def test_online_curve_has_no_gap_and_no_double_row(tmp_path, server):
     """Offline, then online and killed before its rows are sent, then to the end, and again from an old checkpoint."""
     folder = tmp_path / "run"
@@ -333,9 +262,8 @@ def test_online_curve_has_no_gap_and_no_double_row(tmp_path, server):
     early = (folder / "saved").read_text()
     for _ in range(2):
         run_training(folder, mode="auto", **server.login)
-        (history,) = server.histories.values()
-        sent = [{key: value for key, value in json.loads(line).items() if key != "_runtime"} for line in history]
-        assert rows_of(sent) == lines(folder)
+        (online,) = server.runs.values()
+        assert rows_of(online.history) == lines(folder)
         assert numbers(folder) == EXPECTED
         (folder / "saved").write_text(early)
 
