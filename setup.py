@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+STUDY = ["matplotlib>=3.8", "optuna>=4.0", "wandb-workspaces>=0.3"]  # to run, compare and show studies
+
 setup(
     name="ddpm",
     version="0.1.0",
@@ -23,5 +25,8 @@ setup(
         "scikit-learn>=1.4",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "diffusers>=0.32", "ruff>=0.9"]},
+    extras_require={
+        "study": STUDY,
+        "test": [*STUDY, "pytest>=8", "diffusers>=0.32", "ruff>=0.9", "nbclient>=0.10", "ipykernel>=6"],
+    },
 )

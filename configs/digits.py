@@ -1,6 +1,17 @@
-"""The main job: 1,797 real handwritten digits at 16 pixels, without a download, minutes on two CPU cores."""
+"""The main job: 1,797 real handwritten digits at 16 pixels, without a download, minutes on two CPU cores.
+
+The variants are those of experiments/architectures.yaml.
+"""
 
 from ddpm.config import base, with_variant
+
+VARIANTS = {  # what differs in the network
+    "noattention": {"model.attention_resolutions": ()},
+    "scaleshift": {"model.use_scale_shift_norm": True},
+    "heads4": {"model.num_heads": 4},
+    "deep": {"model.num_res_blocks": 2, "model.model_channels": 26},
+    "deeper": {"model.num_res_blocks": 3, "model.model_channels": 23},
+}
 
 
 def get_config(variant=None):
@@ -22,4 +33,4 @@ def get_config(variant=None):
     config.every.sample = "300 steps"
     config.every.validate = "200 steps"
     config.every.evaluate = "1200 steps"
-    return with_variant(config, variant, {})
+    return with_variant(config, variant, VARIANTS)

@@ -108,6 +108,8 @@ def explained(error):
                 return f"{frame.filename}, line {frame.lineno}: {plainly(one_line(cause))}"
     if "Error whilst parsing config file" in str(error):  # what ml_collections puts around a whole traceback
         return one_line(causes[-1])
+    if re.search(r"Unknown command line flag 'config\.|before a value for --config", str(error)):
+        return "--config.x=... without --config=FILE before it; write --config=configs/digits.py, or another of configs/, first"
     if "get_config() takes 0 positional arguments" in str(error):
         return "the config file takes no variant; leave out what follows ':', or write `def get_config(variant=None)`"
     if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):

@@ -444,7 +444,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     ([DIGITS, "stray"], "did not expect 'stray'; flags are written --name=value"),
     ([DIGITS, "--config.seed", "1", "2"], "did not expect '2'; flags are written --name=value"),
     ([DIGITS, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
-    (["--config.seed=1", DIGITS], "Found --config.seed=1 in argv before a value for --config was specified"),
+    (["--config.seed=1", DIGITS], "--config.x=... without --config=FILE before it; write --config=configs/digits.py"),
     ([DIGITS, "--config.train.gradient_accumulation_steps=5"], "config.train.batch_size 64 cannot be cut into 5 equal "
      "micro-batches; choose gradient_accumulation_steps among the divisors of 64"),
     ([DIGITS, "--config.sample.steps=2000"],

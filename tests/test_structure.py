@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpm"
 FLOORS = {
     "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
     "assembly": ["build", "train"],
-    "craft": ["config", "command", "draw", "score", "step"],
+    "craft": ["config", "command", "study", "draw", "score", "step", "results", "report", "figures"],
     "services": ["data", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "ema", "optim", "images"],
     "ground": ["spec", "rng", "dist", "clock", "files"],
@@ -29,6 +29,8 @@ HOMES = {
     "wandb_workspaces": {"dashboard"},
     "torch.distributed": {"dist"},
     "ml_collections": {"config", "command"},
+    "matplotlib": {"figures"},
+    "scipy": {"results"},
 }
 
 

@@ -1,0 +1,310 @@
+"""Run a study on this machine, without a server: `python -m ddpm.sweep experiments/NAME.yaml [--parallel=2]`.
+
+Each run is a process of its own, in `runs/NAME/RUN`. The same command again leaves out what is finished and goes on with the
+rest. Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from absl import flags
+from tqdm import tqdm
+
+from ddpm import build, checkpoint, command, rng
+from ddpm import config as configs
+from ddpm.files import held, written_beside
+from ddpm.study import read
+from ddpm.tracking import whole_row
+
+STEP = re.compile(r"step (\d+)/(\d+) \(")
+ENDS = {command.FAILED: "failed", command.MISTAKE: "refused", command.DIVERGED: "diverged", command.INTERRUPTED: "interrupted"}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of the study: its folder's name, its point, its command, and a checksum of what is in the files named there."""
+
+    name: str
+    point: dict
+    words: list
+    content: int
+
+
+def trial_of(study, point):
+    """The run of a point; raises ValueError where it cannot be run."""
+    name = study.run_name(point)
+    try:
+        config = study.config(point)
+        build.check(config)
+        content = configs.to_json(config)
+        if "checkpoint" in point:
+            content += str(checkpoint.find(point["checkpoint"]).stat().st_mtime_ns)
+    except ValueError as error:
+        raise ValueError(f"{study.path}: {name} cannot run: {error}") from None
+    return Trial(name, point, study.command_of(point), zlib.crc32(content.encode()))
+
+
+class Record:
+    """sweep.json: {"runs": {RUN: {point, command, content, code, result}}}; the code is null until the run has ended."""
+
+    def __init__(self, folder):
+        self.folder, self.path = folder, folder / "sweep.json"
+        try:
+            self.runs = json.loads(self.path.read_text())["runs"] if self.path.exists() else {}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{self.path} is damaged; delete it, and every run is looked at again") from None
+
+    def put(self, trial, code=None, result=None):
+        """Keep that a run was begun or, with a code, how it ended."""
+        self.runs[trial.name] = {"point": trial.point, "command": trial.words, "content": trial.content, "code": code,
+                                 "result": result}
+        with written_beside(self.path) as part:
+            part.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n")
+
+    def finished(self, trial):
+        """True where this very run came to its end and its numbers are there."""
+        kept = self.runs.get(trial.name, {})
+        same = (kept.get("command"), kept.get("content"), kept.get("code")) == (trial.words, trial.content, command.DONE)
+        return same and (self.folder / trial.name / "metrics.jsonl").is_file()
+
+
+class Children:
+    """The processes of the runs. SIGINT and SIGTERM ask them to save and end, the second time they end at once."""
+
+    def __init__(self, study, folder, parallel):
+        self.folder, self.processes, self.asked = folder, set(), 0
+        self.places = list(range(parallel))  # lines of the terminal without a progress bar
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.environment = {"WANDB_RUN_GROUP": study.name, "OMP_NUM_THREADS": str(max(1, cores // parallel)), **os.environ}
+
+    def ask(self, *_):
+        self.asked += 1
+        print("stopping: the runs save and end; asked once more, they just end", file=sys.stderr, flush=True)
+        for process in list(self.processes):
+            process.terminate() if self.asked == 1 else process.kill()
+
+    @contextlib.contextmanager
+    def stoppable(self):
+        """The signals, and an error in the block, reach the processes."""
+        before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except BaseException:
+            self.ask()
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run(self, trial):
+        """Run a trial to its end: (exit code, seconds, the line of its output that says most)."""
+        began, place, log = time.monotonic(), self.places.pop(0), self.folder / f"{trial.name}.log"
+        macros = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable}
+        words = [*(macros.get(word, word) for word in trial.words), f"--workdir={self.folder / trial.name}"]
+        said = ["no output"]
+        with (open(log, "w", buffering=1) as kept,
+              tqdm(desc=trial.name, unit="step", position=place, leave=False, disable=not sys.stderr.isatty()) as bar,
+              subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               errors="replace", env=self.environment, start_new_session=True) as process):
+            self.processes.add(process)
+            if self.asked:  # before this process was known
+                process.terminate()
+            for line in process.stdout:
+                kept.write(line)
+                said = [*said[-50:], line.strip()] if line.strip() else said
+                if step := STEP.match(line):
+                    bar.total = int(step[2])
+                    bar.update(int(step[1]) - bar.n)
+        self.processes.remove(process)
+        self.places.append(place)
+        if process.returncode == command.DONE:
+            log.unlink()
+        reasons = [line for line in said if line.startswith(("error:", "failed:", "diverged:"))]
+        return process.returncode, time.monotonic() - began, (reasons or said)[-1]
+
+
+def chosen(study, count, seed, record):
+    """The points of a study, at most `count`; those of bayes are chosen when they are asked for."""
+    if study.method == "grid":
+        return study.grid()[:count]
+    if study.method == "random":
+        points = [study.draw(rng.generator(seed, "sweep", k)) for k in range(count)]
+        return list({study.run_name(point): point for point in points}.values())
+    return bayes(study, count, seed, record)
+
+
+def bayes(study, count, seed, record):
+    """The points in the record, then others by optuna's TPE (Bergstra et al. 2011), which learns from what is recorded by then.
+
+    A failed run counts as the worst so far, as in W&B's own search. Raises ValueError without optuna.
+    """
+    try:
+        import optuna
+    except ImportError:
+        raise ValueError("optuna is missing; pip install -e '.[study]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    states, space, lists = optuna.trial.TrialState, {}, {}
+    for name, (kind, arguments) in sorted(study.parameters.items()):
+        if kind in SPACES:
+            space[name] = SPACES[kind](optuna.distributions, **arguments)
+        elif listed := study.values(name):
+            lists[name], space[name] = listed, optuna.distributions.CategoricalDistribution(range(len(listed)))
+        else:
+            raise ValueError(f"bayes cannot choose {name} by {kind}; use a list of values or one of {', '.join(SPACES)}")
+
+    def past():
+        results = [kept["result"] for kept in record.runs.values() if kept["result"] is not None]
+        worst = (max if study.metric[1] == "minimize" else min)(results, default=None)
+        for kept in record.runs.values():
+            point, value = kept["point"], worst if kept["result"] is None else kept["result"]
+            state = states.RUNNING if kept["code"] is None else states.FAIL if value is None else states.COMPLETE
+            with contextlib.suppress(ValueError, KeyError):  # of a space that was changed since
+                params = {name: lists[name].index(point[name]) if name in lists else point[name] for name in space}
+                value = value if state is states.COMPLETE else None
+                yield point, optuna.trial.create_trial(state=state, value=value, params=params, distributions=space)
+
+    begun = [point for point, _ in past()]
+    yield from begun[:count]
+    for number in range(len(begun), count):
+        sampler = optuna.samplers.TPESampler(seed=int(rng.generator(seed, "sweep", number).integers(2**31)), constant_liar=True)
+        search = optuna.create_study(direction=study.metric[1], sampler=sampler)
+        search.add_trials([trial for _, trial in past()])
+        params = search.ask(space).params
+        yield {name: lists[name][value] if name in lists else value for name, value in params.items()}
+
+
+def result_of(folder, metric):
+    """The last value of a metric in a run folder, or the best where it is named best/val_loss; None where there is none."""
+    if metric is None or not (folder / "metrics.jsonl").is_file():
+        return None
+    name, goal = metric
+    key = name.removeprefix("best/").replace("_", "/", 1) if name.startswith("best/") else name
+    rows = filter(None, map(whole_row, (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)))
+    found = [row[key] for row in rows if key in row]
+    if key == name:
+        return found[-1] if found else None
+    return (min if goal == "minimize" else max)((value for value in found if value is not None), default=None)
+
+
+class Sweep:
+    """What is begun, and how it ends, told line by line."""
+
+    def __init__(self, study, folder, total, record, children):
+        self.study, self.folder, self.total, self.record, self.children = study, folder, total, record, children
+        self.numbers, self.before, self.done, self.failed = {}, 0, 0, []
+
+    def begins(self, trial):
+        """True where a trial is to be run now."""
+        if trial.name in self.numbers:  # bayes and random choose a point twice where there are few
+            return False
+        self.numbers[trial.name] = len(self.numbers) + 1
+        if self.record.finished(trial):
+            self.before += 1
+            return False
+        self.record.put(trial)
+        self.tell(trial, "started")
+        return True
+
+    def ends(self, trial, code, seconds, last):
+        """Keep and tell how a trial ended."""
+        after = f"after {tqdm.format_interval(seconds)}"
+        if code == command.DONE:
+            result = result_of(self.folder / trial.name, self.study.metric)
+            self.record.put(trial, code, result)
+            self.done += 1
+            shown = "missing" if result is None else f"{result:.4g}"
+            self.tell(trial, f"done {after}" + (f", {self.study.metric[0]} {shown}" if self.study.metric else ""))
+        elif self.children.asked:
+            self.tell(trial, f"interrupted {after}")
+        else:
+            self.record.put(trial, code)
+            self.failed.append(trial.name)
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"{ENDS.get(code, 'failed')} (exit code {code})"
+            self.tell(trial, f"{how} {after}: {last}; all it said is in {self.folder / trial.name}.log")
+
+    def summary(self):
+        """Tell what is done and what is not; returns the exit code."""
+        total = self.total if self.children.asked else len(self.numbers)
+        say(f"{self.study.name}: {self.before + self.done} of {total} runs are done, {self.before} of them before")
+        for name in self.failed:
+            say(f"not done: {name}")
+        if self.children.asked:
+            say("interrupted; the same command goes on")
+            return command.INTERRUPTED
+        say("the same command tries again" if self.failed else f"report: python -m ddpm.compare {self.study.path}")
+        return command.FAILED if self.failed else command.DONE
+
+    def tell(self, trial, what):
+        say(f"[{self.numbers[trial.name]}/{self.total}] {trial.name}: {what}")
+
+
+def sweep(study, folder, parallel=1, count=None, seed=0):
+    """Run what is not finished of a study in a folder, and return the exit code.
+
+    Raises ValueError for a point that cannot be run, and where another process holds the folder.
+    """
+    with held(folder):
+        record, children = Record(folder), Children(study, folder, parallel)
+        points = chosen(study, count, seed, record)
+        told = Sweep(study, folder, count if study.method == "bayes" else len(points), record, children)
+        trials = (trial_of(study, point) for point in points)
+        if study.method != "bayes":
+            trials = iter(list(trials))  # each is checked before the first is run
+        say(f"{study.name}: {told.total} runs by {study.method}, {parallel} at a time, in {folder}")
+        if study.early_terminate:
+            say("early_terminate is for W&B's server; here every run goes to its end")
+        running = {}
+        with ThreadPoolExecutor(parallel) as pool, children.stoppable():
+            while True:
+                trial = next(trials, None) if len(running) < parallel and not children.asked else None
+                if trial and told.begins(trial):
+                    running[pool.submit(children.run, trial)] = trial
+                elif running and not trial:
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        told.ends(running.pop(future), *future.result())
+                elif not trial:
+                    break
+    return told.summary()
+
+
+def say(text):
+    tqdm.write(text)  # above the bars
+    sys.stdout.flush()
+
+
+def main(arguments):
+    """Run the study that the command line names; returns the exit code."""
+    given = flags.FLAGS
+    if len(arguments) > 1:
+        raise ValueError(f"one study at a time; leave out {arguments[1]}")
+    study = read(arguments[0])
+    count = given.count or study.run_cap
+    if count is None and study.method != "grid":
+        raise ValueError(f"{study.path}: method {study.method} has no end of its own; give --count=20, or run_cap in the file")
+    return sweep(study, study.folder(given.runs), given.parallel, count, given.seed)
+
+
+SPACES = {  # W&B's distributions as optuna's
+    "int_uniform": lambda known, min, max: known.IntDistribution(min, max),
+    "uniform": lambda known, min, max: known.FloatDistribution(min, max),
+    "q_uniform": lambda known, min, max, q=1: (
+        known.IntDistribution if {type(min), type(max), type(q)} == {int} else known.FloatDistribution)(min, max, step=q),
+    "log_uniform_values": lambda known, min, max: known.FloatDistribution(min, max, log=True),
+}
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("parallel", 1, "Runs at a time.", lower_bound=1)
+    flags.DEFINE_string("runs", "runs", "Folder in which the study has one of its own.")
+    flags.DEFINE_integer("count", None, "Runs, at most; by default the study's run_cap, or its whole grid.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of what random and bayes choose.", lower_bound=0)
+    command.run_door(main, takes="experiments/NAME.yaml")
