@@ -1,0 +1,316 @@
+"""Turn runs into an answer: `python -m ddpm.compare experiments/NAME.yaml`, or run folders, or a W&B path.
+
+The runs of a study are read from runs/NAME or, where that is not there, from what its report keeps of them. The report is
+written to experiments/NAME: README.md, results.csv, figures, and below runs/ all that is needed to make it again. Other runs
+are compared on the terminal, and in a folder too with --out=DIR.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from absl import flags
+
+from ddpm import build, command, config, figures, report, results, study
+from ddpm.files import written_beside
+
+
+@dataclasses.dataclass
+class Source:
+    """Runs to compare and what is known of them; `absent` has a line for each run that is not there."""
+
+    name: str
+    question: str
+    folders: list
+    runs: list
+    absent: list
+    axes: list | None = None
+    metric: str | None = None
+    reference: dict | None = None
+    out: Path | None = None
+    again: str = ""  # how the report is made again
+
+
+def read_below(parent):
+    """The folders in a folder, the runs that they hold, and a line for each that holds none."""
+    folders, runs, absent = sorted(path for path in Path(parent).iterdir() if path.is_dir()), [], []
+    for folder in folders:
+        try:
+            runs.append(results.read(folder))
+        except ValueError as error:
+            absent.append(f"{folder.name}: {str(error).removeprefix(str(folder)).lstrip(' :/')}")
+    return folders, runs, absent
+
+
+def of_study(path, given=None, out=None):
+    """The runs of a study, in a given folder or where they belong, and those missing from its grid by name.
+
+    Raises ValueError where there are none.
+    """
+    wanted = study.read(path)
+    home, made = wanted.path.with_suffix(""), Path(given or wanted.folder())
+    folder = made if given or made.is_dir() else home / "runs"
+    folders, runs, absent = read_below(folder) if folder.is_dir() else ([], [], [])
+    if not runs:
+        raise ValueError(f"{made} has no runs yet; python -m ddpm.sweep {path} makes them")
+    points = {wanted.run_name(point): point for point in wanted.grid()} if wanted.method == "grid" else {}
+    runs = [with_file(wanted, points, run) for run in runs] if results.FILE in wanted.axes else runs
+    absent += [f"{name}: no run" for name in missing(wanted, points, runs) if name not in {folder.name for folder in folders}]
+    reference = setting(wanted, next(iter(points.values())), wanted.axes) if points else None
+    metric = wanted.metric[0] if wanted.metric and wanted.metric[1] == "minimize" else None
+    question = " ".join(wanted.description.split()) or f"How do the runs of {wanted.name} compare?"
+    measured = wanted.values("checkpoint") if "checkpoint" in wanted.parameters else []
+    again = AGAIN.format(path=f"experiments/{wanted.path.name}",
+                         first=f" It measures {report.listed(measured)}, which must be trained before." if measured else "")
+    return Source(wanted.name, question, folders, runs, absent, wanted.axes, metric, reference, Path(out or home), again)
+
+
+AGAIN = """    python -m ddpm.sweep {path}
+    python -m ddpm.compare {path}
+
+The first makes the runs in `runs/`.{first} The second writes this report from them; where they are not there, as in a fresh
+clone, from what is kept below `runs/` beside this file, and `results.csv` comes out the same, byte for byte."""
+
+AGAIN_FROM_KEPT = """    python -m ddpm.compare {out}/runs --out={out}
+
+writes this report from what is kept of the runs, and `results.csv` comes out the same, byte for byte."""
+
+
+def setting(wanted, point, axes):
+    """Where a study's point lies on some axes, {axis: value}, in the values that its runs have among their knobs."""
+    knobs = config.flatten(wanted.config(point))
+    return {axis: file_name(wanted, point[axis]) if axis == results.FILE else knobs[axis] for axis in axes}
+
+
+def file_name(wanted, file):
+    """What tells one config file of a study from the others: where all are one file, its variant, else the whole name."""
+    if len({other.partition(":")[0] for other in wanted.values(results.FILE)}) > 1:
+        return wanted.label(results.FILE, file)
+    return file.partition(":")[2] or Path(file).stem
+
+
+def with_file(wanted, points, run):
+    """A run of a study that varies the config file, with that file's name among its knobs.
+
+    It is told by the run's name, else by the config. Raises ValueError where no file of the study makes it.
+    """
+    file = points[run.name][results.FILE] if run.name in points else None
+    for candidate in wanted.values(results.FILE) if file is None else ():
+        point = {name: run.knobs[name.removeprefix("config.")] for name in wanted.parameters if name != results.FILE}
+        point = {name: list(value) if isinstance(value, tuple) else value for name, value in point.items()}
+        given = config.flatten(wanted.config(point | {results.FILE: candidate}))
+        if all(run.knobs[knob] == given[knob] for knob in given if results.is_related(knob)):
+            file = candidate
+    if file is None:
+        raise ValueError(f"{run.folder} is of another study: no config file of this one makes its config; move it away")
+    return dataclasses.replace(run, knobs=run.knobs | {results.FILE: file_name(wanted, file)})
+
+
+def missing(wanted, points, runs):
+    """The names of the points of a grid that have no run. Raises ValueError for a run that lies at no point."""
+    known = [name.removeprefix("config.") for name in wanted.parameters]
+    axes = [axis for axis in known if axis in wanted.axes or axis not in ("checkpoint", results.FILE)]
+    places = {name: setting(wanted, point, axes) for name, point in points.items()}
+    free = dict(places)
+    for run in sorted(runs, key=lambda run: run.name not in places) if points else ():
+        own = {axis: run.knobs[axis] for axis in axes}
+        there = [places[run.name]] if run.name in places else list(places.values())
+        for axis in axes:
+            if own[axis] not in (values := sorted({place[axis] for place in there}, key=str)):
+                raise ValueError(f"{run.folder} is of another study: config.{axis} is {own[axis]!r} there, this one has "
+                                 f"{', '.join(map(repr, values))}; move it away")
+        name = run.name if run.name in places else next((name for name in free if free[name] == own), None)
+        free.pop(name, None)
+    return list(free)
+
+
+def of_folders(folders):
+    """The runs in these folders, or in the folders below them. Raises ValueError where one holds none."""
+    found, runs, absent = [], [], []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ValueError(f"there is no run folder {folder}")
+        if (folder / "config.json").is_file() or not any(folder.glob("*/config.json")):
+            found.append(folder)
+            runs.append(results.read(folder))
+        else:
+            inside = read_below(folder)
+            for all_of_them, some in zip((found, runs, absent), inside, strict=True):
+                all_of_them += some
+    names = [folder.name for folder in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two run folders are named {twice[0]}; give one of them another name")
+    return found, sorted(runs, key=lambda run: run.name), sorted(absent)
+
+
+def of_wandb(path, folder):
+    """The runs of a W&B project or sweep, written below a folder. Raises ValueError where they cannot be had."""
+    import wandb  # a second of start-up
+
+    try:
+        api = wandb.Api()
+        found = api.sweep(path).runs if path.count("/") == 2 else api.runs(path)
+        for run in found:
+            keep_wandb(run, Path(folder, f"{re.sub('[^A-Za-z0-9_.=+-]+', '_', run.name)}-{run.id}"))
+    except (wandb.errors.Error, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no folder here and cannot be read from W&B: {command.one_line(error)[:200]}") from None
+    return read_below(folder)
+
+
+def keep_wandb(run, folder):
+    """Write a run of W&B's public API as a run folder; one that is not of ddpm stays without a config.json."""
+    folder.mkdir()
+    knobs = {key.removeprefix("config."): value for key, value in run.config.items() if key.startswith("config.")}
+    if knobs:
+        config.write(config.from_json(json.dumps(knobs)), folder)
+    with open(folder / "metrics.jsonl", "w") as file:
+        for row in run.scan_history():
+            row = {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
+            if "train/step" in row:
+                file.write(json.dumps({"step": row.pop("train/step"), **row}) + "\n")
+
+
+def source_of(arguments, runs, out, downloads):
+    """What the arguments name; runs of W&B are written into `downloads` first."""
+    if arguments[0].endswith((".yaml", ".yml")):
+        if len(arguments) > 1:
+            raise ValueError(f"one study at a time; leave out {arguments[1]}")
+        return of_study(arguments[0], runs, out)
+    remote = len(arguments) == 1 and not Path(arguments[0]).exists() and WANDB_PATH.fullmatch(arguments[0])
+    found = of_wandb(arguments[0], downloads) if remote else of_folders(arguments)
+    out = Path(out) if out else None
+    again = AGAIN_FROM_KEPT.format(out=out)
+    return Source(out.name if out else arguments[0], "How do these runs compare?", *found, out=out, again=again)
+
+
+WANDB_PATH = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # entity/project, entity/project/sweep
+
+
+@functools.cache
+def network_parameters(shape):
+    """The number of parameters of the network that these knobs describe."""
+    with torch.device("meta"):
+        net = build.network(config.changed(config.freeze(config.base()), dict(shape)))
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def parameters(run):
+    """The number of parameters of a run's network."""
+    return network_parameters(tuple((knob, value) for knob, value in run.knobs.items()
+                                    if knob.startswith("model.") or knob in ("data.image_size", "data.channels")))
+
+
+def provenance(out, runs, given=None):
+    """Where the runs come from: as it was recorded for the very same runs, else as it is here and now."""
+    digest = hashlib.sha256()
+    for path in [run.folder / name for run in runs for name in ("config.json", "metrics.jsonl")]:
+        digest.update(f"{path.parent.name}/{path.name}\n".encode() + (path.read_bytes() if path.is_file() else b""))
+    made = {"commit": commit(), "torch": version("torch"), "machine": this_machine(), "runs": digest.hexdigest()}
+    for home in (runs[0].folder.parent.parent, out):  # the report that kept the runs, if one did, and the one that is written
+        with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+            kept = json.loads((home / "made.json").read_text())
+            made = kept if kept["runs"] == made["runs"] else made
+    return made | ({"machine": given} if given else {})
+
+
+def this_machine():
+    """The class of this machine."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+
+
+def commit():
+    """The commit of this code, where it is known; with a word if the code was changed since."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short=7", "HEAD") if git("ls-files", "ddpm") else ""
+        return head + (" with changes" if head and git("status", "--porcelain", "--", "ddpm", "configs") else "")
+    except OSError:  # there is no git
+        return ""
+
+
+def keep(folders, out):
+    """Copy what the report is made from to `out`/runs: each run's config, metrics and last grid."""
+    place, part = out / "runs", out / "runs.part"
+    shutil.rmtree(part, ignore_errors=True)
+    for folder in folders:
+        copy = part / folder.name
+        copy.mkdir(parents=True)
+        (copy / "metrics.jsonl").touch()
+        for path in (folder / "config.json", folder / "metrics.jsonl", *sorted(folder.glob("samples/step_*.png"))[-1:]):
+            if path.is_file():
+                (copy / path.relative_to(folder)).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy / path.relative_to(folder))
+    shutil.rmtree(place, ignore_errors=True)
+    part.rename(place)
+
+
+def write(source, found, columns, machine=None):
+    """Write the report; returns the names of its files. Raises ValueError before it writes over what is not a report's."""
+    out = source.out
+    if (out / "runs").exists() and not (out / "made.json").exists():
+        raise ValueError(f"{out} holds runs that no report keeps; give another --out")
+    drawn = figures.draw(found)
+    made = provenance(out, found.runs, machine)
+    pictures = [(name, caption) for name, caption, _ in drawn]
+    texts = {"README.md": report.readme(source.name, source.question, found, columns, pictures, made, left_out(source, found),
+                                        source.again),
+             "results.csv": report.csv(found.groups, columns), "made.json": json.dumps(made, indent=2) + "\n"}
+    for name, text in texts.items():
+        with written_beside(out / name) as part:
+            part.write_text(text)
+    for name, _, figure in drawn:
+        figures.save(figure, out / name)
+    keep(source.folders, out)
+    return [*texts, *(name for name, _ in pictures)]
+
+
+def left_out(source, found):
+    """A line for each run that is in no average."""
+    return source.absent + [f"{run.name}: {run.fault}" for run in found.runs if run.fault]
+
+
+def compare(*arguments, runs=None, out=None, machine=None):
+    """Compare what the arguments name, print the result and write the report; returns the `results.Comparison`.
+
+    `runs` is where the runs of a study lie, `out` the folder of the report, `machine` the class of machine that ran them.
+    Raises ValueError, one line, where there is nothing to compare or what there is does not belong together; then nothing is
+    written.
+    """
+    with tempfile.TemporaryDirectory() as downloads:
+        source = source_of(arguments, runs, out, downloads)
+        found = results.compare(source.runs, source.axes, source.metric, source.reference)
+        columns = report.columns(found.groups, parameters)
+        files = write(source, found, columns, machine) if source.out else []
+    chief = ("val/loss_ema", found.metric, f"best {found.metric}")
+    shown = [column for column in columns if column.table and (
+        column.name in chief or not column.name.startswith(("best ", "val/")))]
+    print(f"{source.name}: {len(found.counted)} runs in {len(found.groups)} settings\n")
+    print(report.plain(report.table(found.groups, shown)), "", *report.differences(found), sep="\n")
+    print(*(f"left out: {line}" for line in left_out(source, found)), f"\nAnswer: {report.answer(found)}", sep="\n")
+    print(f"{source.out}: {', '.join(files)}" if files else "nothing is written; --out=DIR writes a report")
+    return found
+
+
+def main(arguments):
+    """Compare what the flags say; returns the exit code."""
+    compare(*arguments, runs=flags.FLAGS.runs, out=flags.FLAGS.out, machine=flags.FLAGS.machine)
+    return command.DONE
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("runs", None, "Where the runs of a study lie; by default runs/NAME.")
+    flags.DEFINE_string("out", None, "Folder of the report; by default experiments/NAME for a study, and none for other runs.")
+    flags.DEFINE_string("machine", None, "Class of the machine that ran the runs, '2 CPU cores'; by default this one's.")
+    command.run_door(main, takes="experiments/NAME.yaml, run folders, or a W&B path such as entity/project/sweep")

@@ -1,0 +1,236 @@
+"""Figures of a comparison, for print: axes with units, colours for colour-blind eyes, and lines that differ in grey too.
+
+Each function takes groups of runs (`ddpm.results`) and returns a matplotlib figure; `save` writes the same bytes every time.
+"""
+
+import contextlib
+import itertools
+import math
+
+from PIL import Image
+
+from ddpm.files import written_beside
+from ddpm.results import label, lines_along, numeric_axes
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")  # Okabe and Ito 2008
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
+MARKERS = "osD^vPX*"
+MOST = len(COLOURS)  # lines or grids in one figure
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
+    "lines.linewidth": 1.3, "lines.markersize": 4, "legend.frameon": False, "legend.handlelength": 3, "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 200, "axes.grid": True,
+    "grid.color": "#E5E5E5", "grid.linewidth": 0.5, "axes.axisbelow": True,
+}
+WIDTH = 7  # inches, the text of a page
+
+
+@contextlib.contextmanager
+def style():
+    """What is drawn inside looks the same whatever matplotlib is set to; raises ValueError where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("matplotlib is missing; pip install -e '.[study]'") from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def canvas(rows=1, columns=1, width=WIDTH, height=2.6, **shared):
+    """A figure and its axes [rows][columns]."""
+    from matplotlib.figure import Figure  # no pyplot: no windows
+
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
+
+
+def look(number):
+    return {"color": COLOURS[number % MOST], "linestyle": DASHES[number % MOST]}
+
+
+@style()
+def curves(groups, keys):
+    """Each key against the steps and against training compute: the mean over seeds, its 95 % interval as a band."""
+    compute = all(run.petaflop(1) is not None for group in groups for run in group.runs)
+    figure, axes = canvas(len(keys), 1 + compute, height=0.5 + 1.9 * len(keys), sharex="col", sharey="row")
+    unit = 1.0
+    if compute:
+        most = max(run.petaflop(run.rows[-1]["step"]) for group in groups for run in group.runs)
+        unit = 1000.0 ** math.floor(math.log10(most) / 3)
+    for row, key in zip(axes, keys, strict=True):
+        means = []
+        for number, group in enumerate(groups):
+            points = group.curve(key)
+            mean = [point[2] for point in points]
+            means += mean
+            for column, axis in enumerate(row):
+                x = [point[column] / (unit if column else 1) for point in points]
+                axis.plot(x, mean, label=group.name, marker=MARKERS[number % MOST] if len(x) < 12 else None, **look(number))
+                if points and points[0][3] is not None:
+                    low, high = ([point[2] + side * point[3] for point in points] for side in (-1, 1))
+                    axis.fill_between(x, low, high, color=COLOURS[number % MOST], alpha=0.15, linewidth=0)
+        scale(row[0], "y", means)
+        row[0].set_ylabel(label(key))
+    axes[-1][0].set_xlabel("training steps")
+    axes[-1][0].set_xlim(left=0)
+    if compute:
+        axes[-1][1].set_xlabel(f"training compute (10$^{{{15 + round(math.log10(unit))}}}$ operations)")
+        axes[-1][1].set_xlim(left=0)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    most = max(1, 110 // (8 + max(map(len, names))))
+    figure.legend(handles, names, loc="outside upper center", ncols=balanced(len(names), most))
+    return figure
+
+
+def scale(axis, which, values):
+    """Show positive values that span more than a factor of 4 on a logarithmic axis, with numbers that people read."""
+    if not values or min(values) <= 0 or max(values) <= 4 * min(values):
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = min(values), max(values)
+    getattr(axis, f"set_{which}scale")("log")
+    getattr(axis, f"set_{which}lim")(low / 1.3, high * 1.3)  # the means; an interval may reach to zero and below
+    ticks = getattr(axis, f"{which}axis")
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def balanced(count, most):
+    """The number of columns, at most `most`, that leaves the rows of `count` things about equally long."""
+    return math.ceil(count / math.ceil(count / most))
+
+
+@style()
+def settings(groups, metric):
+    """The metric of each setting: a dot for each seed, the mean and its 95 % interval beside them."""
+    figure, axes = canvas(height=0.8 + 0.3 * len(groups), width=0.7 * WIDTH)
+    axis, everything = axes[0][0], []
+    for place, group in enumerate(groups):
+        values, (mean, half) = list(group.values(lambda run: run.final(metric)).values()), group.final(metric)
+        everything += values
+        axis.plot(values, [place + 0.2] * len(values), "o", color="#7F7F7F", markersize=2.5, linestyle="none",
+                  label=None if place else "one seed")
+        axis.errorbar(mean, place - 0.1, xerr=half, fmt="o", color=COLOURS[0], capsize=2.5, linestyle="none",
+                      label=None if place else "mean and 95 % interval")
+    axis.set_yticks(range(len(groups)), [group.name for group in groups])
+    axis.set_ylim(len(groups) - 0.5, -0.5)
+    axis.grid(axis="y", visible=False)
+    axis.set_xlabel(label(metric))
+    scale(axis, "x", everything)
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+@style()
+def along(groups, metric, knob):
+    """The metric against a numeric axis, a line for each setting of the other axes: mean and 95 % interval over seeds."""
+    figure, axes = canvas(width=0.7 * WIDTH, height=3)
+    axis, means = axes[0][0], []
+    values = sorted({group.setting[knob] for group in groups})
+    at, kind = position(values)
+    for number, line in enumerate(itertools.islice(lines_along(groups, knob).values(), MOST)):
+        points = [group.final(metric) for group in line]
+        means += [mean for mean, _ in points]
+        others = ", ".join(words for key, words in zip(line[0].setting, line[0].labels, strict=True) if key != knob)
+        x = [at(group.setting[knob]) for group in line]
+        axis.errorbar(x, [mean for mean, _ in points], [half or 0 for _, half in points], label=others,
+                      marker=MARKERS[number % MOST], capsize=2.5, **look(number))
+    if kind != "linear":
+        axis.set_xscale("log")
+    if kind == "towards one":
+        axis.invert_xaxis()
+    axis.set_xticks([at(value) for value in values], spaced(values, at, kind))
+    axis.set_xticks([], minor=True)
+    scale(axis, "y", means)
+    axis.set_xlabel(AXES.get(knob, knob))
+    axis.set_ylabel(label(metric))
+    if len(groups[0].setting) > 1:
+        axis.legend()
+    return figure
+
+
+AXES = {
+    "evaluate.steps": "network evaluations an image", "sample.steps": "network evaluations an image",
+    "ema.decay": "decay of the averaged weights, a step", "train.learning_rate": "learning rate",
+}
+
+
+def position(values):
+    """Where values lie on an axis, and its kind: logarithmic where they are positive, in 1 - x where they approach one."""
+    if values[-1] < 1 and values[-1] >= 0.9 and values[0] >= 0:
+        return (lambda value: 1 - value), "towards one"
+    return (lambda value: value), "log" if values[0] > 0 else "linear"
+
+
+def spaced(values, at, kind):
+    """Labels of values on an axis, empty where they would run into the one before."""
+    places = [at(value) if kind == "linear" else math.log(at(value)) for value in values]
+    labels, end = [], -math.inf
+    for value, place in zip(values, places, strict=True):
+        words = f"{value:.4g}"
+        share, half = abs(place - places[0]) / abs(places[-1] - places[0]), 0.0075 * len(words)  # of the axis
+        labels.append(words if share - half >= end else "")
+        end = share + half if labels[-1] else end
+    return labels
+
+
+@style()
+def samples(groups, seed):
+    """The last grids of one seed, side by side."""
+    grids = [(group.name, run.grid) for group in groups for run in group.runs if run.knobs[group.unit] == seed and run.grid]
+    columns = balanced(len(grids), 4)
+    rows = math.ceil(len(grids) / columns)
+    figure, axes = canvas(rows, columns, height=rows * (WIDTH / columns + 0.2))
+    for axis in itertools.chain(*axes):
+        axis.axis("off")
+    for axis, (name, path) in zip(itertools.chain(*axes), grids, strict=False):
+        with Image.open(path) as picture:
+            zoom = max(1, 1200 // picture.width)  # whole pixels first, so that all keep one size
+            axis.imshow(picture.convert("RGB").resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST))
+        axis.set_title(name)
+    return figure
+
+
+@style()
+def save(figure, path):
+    """Write a figure as a png that depends on nothing but what it shows."""
+    with written_beside(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None})
+
+
+def draw(found):
+    """The figures of a comparison: [(file name, caption, figure)]."""
+    metric, drawn = found.metric, found.groups
+    few = drawn if len(drawn) <= MOST else sorted(drawn, key=lambda group: group.final(metric)[0])[:MOST]
+    best = f" of the {len(few)} best settings of {len(drawn)}" if few is not drawn else ""
+    named, made = label(metric), []
+    for knob in numeric_axes(drawn):
+        leaf = knob.rpartition(".")[2]
+        made.append((f"along_{leaf}.png", f"{named} against `{knob}`: mean and 95 % interval over seeds.",
+                     along(drawn, metric, knob)))
+    if not made:
+        made.append(("settings.png", f"{named} of each setting: every seed, mean and 95 % interval.",
+                     settings(drawn, metric)))
+    curved = [key for key in dict.fromkeys((metric, "val/loss_ema", "train/loss"))
+              if any(len(run.points(key)) > 1 for run in found.counted)]
+    if curved:
+        made.append(("curves.png", f"Learning curves{best} against steps and training compute: mean over seeds, 95 % interval "
+                     "as a band.", curves(few, curved)))
+    shared = set.intersection(*({run.knobs[group.unit] for run in group.runs if run.grid} for group in few))
+    if shared:
+        made.append(("samples.png", grid_caption(few, min(shared), best), samples(few, min(shared))))
+    return made
+
+
+def grid_caption(groups, seed, best):
+    """How the grids were made that stand side by side."""
+    runs = [run for group in groups for run in group.runs if run.knobs[group.unit] == seed]
+    knobs, step = runs[0].knobs, int(runs[0].grid.stem.rpartition("_")[2])
+    forms = {"sample.sampler": "{}", "sample.steps": "{} steps", "sample.spacing": "{} spacing"}
+    how = [form.format(knobs[key]) for key, form in forms.items() if len({run.knobs[key] for run in runs}) == 1]
+    latents = f"images 0 to {knobs['sample.num_images'] - 1} from the same latents (seed {knobs['sample.seed']})"
+    return f"Samples{best}, seed {seed}, after {step} steps: {latents}, averaged weights, {', '.join(how)}."

@@ -1,0 +1,261 @@
+"""Results in words and tables: what is larger than the noise, the answer in a sentence, csv, markdown, plain text."""
+
+import math
+import re
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ddpm import results
+from ddpm.results import FEWEST, FRECHET, KERNEL, LOSSES, Run, interval, keys, label
+
+
+class Column(NamedTuple):
+    """A number of each run: its name in the csv, its heading, how it is read, and the table it stands in, if any."""
+
+    name: str
+    heading: str
+    number: Callable[[Run], float | None]
+    table: str = ""
+    spread: bool = True  # whether an interval over seeds says something
+
+
+def columns(groups, parameters):
+    """The columns that these groups can fill; `parameters` counts those of a run's network."""
+    runs = [run for group in groups for run in group.runs]
+    distances = keys(runs, FRECHET) + keys(runs, KERNEL)
+    losses = [key for key in LOSSES if key in keys(runs)]
+    memory = "memory/vram_peak_gib" if "memory/vram_peak_gib" in keys(runs) else "memory/rss_gib"
+    found = []
+    for table, group in (("distances", distances), ("losses", losses)):
+        for key in group:
+            found.append(Column(key, label(key), lambda run, key=key: run.final(key), table))
+            if any(len(run.points(key)) > 1 for run in runs):
+                found.append(Column(f"best {key}", f"best {label(key)}", lambda run, key=key: run.best(key), table))
+    for key in keys(runs, "eval/.*"):
+        if key not in distances:
+            shown = "distances" if key in ("eval/copying", "eval/copies") else ""
+            spread = not key.endswith("_floor")
+            found.append(Column(key, label(key), lambda run, key=key: run.final(key), shown, spread))
+    found += [
+        Column("speed/images_per_second", "images/s", lambda run: run.median("speed/images_per_second"), "cost", False),
+        Column(memory, "peak memory, GiB", lambda run: run.highest(memory), "cost", False),
+        Column("parameters", "parameters", parameters, "cost", False),
+        Column("progress/petaflop", "petaflop of training", lambda run: run.final("progress/petaflop"), "cost", False)]
+    return [column for column in found if any(group.values(column.number) for group in groups)]
+
+
+def csv(groups, columns):
+    """A line for each group: its setting, its seeds, and each column with its interval; six digits, the same on any machine."""
+    heads = [*groups[0].setting, "seeds"]
+    for column in columns:
+        heads += [column.name, *([f"{column.name} low", f"{column.name} high"] if column.spread else [])]
+    lines = [heads]
+    for group in groups:
+        cells = [*map(results.shown, group.setting.values()), str(seeds(group))]
+        for column in columns:
+            values = group.values(column.number).values()
+            mean, half = interval(values) if values else (None, None)
+            cells.append(digits(mean))
+            if column.spread:
+                cells += ["", ""] if half is None else [digits(mean - half), digits(mean + half)]
+        lines.append(cells)
+    return "".join(",".join(map(quoted, line)) + "\n" for line in lines)
+
+
+def quoted(cell):
+    return '"' + cell.replace('"', '""') + '"' if re.search('[",\n]', cell) else cell
+
+
+def digits(value):
+    return "" if value is None else f"{value:.6g}"
+
+
+def seeds(group):
+    return len({run.knobs[group.unit] for run in group.runs})
+
+
+def repeats(groups):
+    """How many seeds the groups have, `5 seeds` or `4 to 5 seeds`."""
+    counts = sorted({seeds(group) for group in groups})
+    return f"{counts[0]}{f' to {counts[-1]}' if counts[1:] else ''} seed{'s' * (counts[-1] > 1)}"
+
+
+def table(groups, columns):
+    """Rows of words: the settings, the seeds, and the columns as mean ± half of the 95 % interval."""
+    rows = [[*(axis.rpartition(".")[2] for axis in groups[0].setting), "seeds", *(column.heading for column in columns)]]
+    for group in groups:
+        rows.append([*map(results.shown, group.setting.values()), str(seeds(group)),
+                     *(cell(group.values(column.number).values(), column.spread) for column in columns)])
+    return rows
+
+
+def cell(values, spread=True):
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    return amount(mean, half if spread else None)
+
+
+def amount(mean, half=None):
+    """A number with as many digits as its uncertainty leaves it, `0.546 ± 0.031`."""
+    if half:
+        places = places_of(half)
+        return f"{mean:,.{places}f} ± {half:,.{places}f}"
+    return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.3g}"
+
+
+def places_of(half):
+    """The decimal places that show two digits of an uncertainty."""
+    return max(0, 1 - math.floor(math.log10(half))) if half else 3
+
+
+def plain(rows):
+    """A table for the terminal, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def markdown(rows):
+    """The same for a README."""
+    rows = [[word.replace("|", "\\|") for word in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+
+
+# words
+
+
+def said(gap, metric):
+    """A difference in a sentence."""
+    pair, few = f"{gap.better.name} from {gap.worse.name}", f"{gap.seeds} seed{'s' * (gap.seeds > 1)}"
+    by = amount(gap.by, gap.half).partition(" ")[0]
+    if gap.half is None:
+        return f"cannot tell {pair}: {label(metric)} differs by {by}, and {few} show no noise ({FEWEST} are the fewest that do)"
+    if gap.by == gap.half == 0:
+        return f"cannot tell {pair}: the same in each of {few}"
+    places = places_of(gap.half)
+    span = f"{gap.by - gap.half:.{places}f} to {gap.by + gap.half:.{places}f}"
+    if gap.clear:
+        return (f"{gap.better.name} is better than {gap.worse.name}: {label(metric)} lower by {by} (95 % interval {span}) in "
+                f"{gap.wins} of {gap.seeds} seeds, {p_of(gap.p)} after correction")
+    if gap.by > gap.half:
+        return (f"cannot tell {pair}: the difference {by} ({span}, {few}) does not outlast the correction for the number of "
+                f"comparisons, {p_of(gap.p)}")
+    return f"cannot tell {pair}: the difference {by} lies within the noise ({span}), {few}"
+
+
+def p_of(p):
+    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
+
+
+def differences(found):
+    """A sentence for each comparison that was made, or one for why there is none."""
+    return [said(gap, found.metric) for gap in found.gaps] if any(gap.p is not None for gap in found.gaps) else [answer(found)]
+
+
+def answer(found):
+    """What a comparison says, in a sentence or two: the lowest setting, what it is better than, what it cannot be told from."""
+    metric, groups = found.metric, found.groups
+    enough = min(FEWEST, max(map(seeds, groups)))
+    best = min((group for group in groups if seeds(group) >= enough), key=lambda group: group.final(metric)[0])
+    reached = f"{label(metric)} {amount(*best.final(metric))}"
+    lowest = f"{best.name} has the lowest mean, {reached}"
+    over = f"{repeats(groups)} a setting"
+    if len(groups) == 1:
+        return f"There is one setting, so nothing to compare: {reached}, {over}."
+    if metric in LOSSES and found.unlike:
+        return (f"Cannot tell: no distance was measured, and the {label(metric)} is another quantity for each "
+                f"{listed([f'`{knob}`' for knob in found.unlike])}.")
+    if not any(gap.p is not None for gap in found.gaps):
+        return f"Cannot tell: {over} do not show the noise ({FEWEST} are the fewest that do). {lowest}."
+    beaten = [gap for gap in found.gaps if gap.clear and gap.better is best]
+    close = [gap.worse.name if gap.better is best else gap.better.name
+             for gap in found.gaps if not gap.clear and (gap.better is best or gap.worse is best)]
+    others = [f"{gap.better.name} is better than {gap.worse.name}" for gap in found.gaps
+              if gap.clear and gap.better is not best]
+    more = f" Apart from that, {listed(others)}." if 0 < len(others) < 4 else ""
+    if not beaten:
+        told = f", but its difference from {listed(close)} is not larger than the noise" if close else ""
+        return f"Cannot tell which is best: {lowest}{told} ({over}).{more}"
+    worst = p_of(max(gap.p for gap in beaten)).replace("=", "≤")
+    better = f"better than {listed([gap.worse.name for gap in beaten])} ({worst} after correction, {over})"
+    if len(beaten) == len(groups) - 1:
+        return f"{best.name} is best: {reached}, {better}."
+    return f"{lowest}; it is {better}{f', and cannot be told from {listed(close)}' if close else ''}.{more}"
+
+
+def listed(words):
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+# the report
+
+
+def protocol(found, record):
+    """How the numbers were made, sentence by sentence."""
+    knobs, groups, runs = found.counted[0].knobs, found.groups, found.counted
+    repeated = "of the training" if groups[0].unit == "seed" else "of the sampling, from one training,"
+    yield (f"{len(runs)} runs: {len(groups)} settings of {listed([f'`{axis}`' for axis in found.axes] or ['nothing'])}, "
+           f"{repeats(groups)} {repeated} each, by the commands below.")
+    if results.is_training(runs):
+        about = {"train.length": "{}", "train.batch_size": "of {} images", "data.source": "of {}",
+                 "data.image_size": "at {} pixels"}
+        yield f"Trained for {' '.join(form.format(knobs[key]) for key, form in about.items() if key not in found.axes)}."
+    if ways := [results.made(row["eval/made"]) for run in runs for row in run.rows if row.get("eval/made")]:
+        parts = {part: value if all(way.get(part) == value for way in ways) else "varied" for part, value in ways[0].items()}
+        yield f"Distances: {', '.join(f'{part} {value}' for part, value in parts.items())}."
+    for key in keys(runs, FRECHET):
+        floors = {run.final(f"{key}_floor") for run in runs} - {None}
+        if len(floors) == 1:
+            yield f"A perfect generator would get {label(key)} {amount(*floors)} from so many samples."
+    where = [record["commit"] and f"Commit {record['commit']}", f"torch {record['torch']}", record["machine"]]
+    yield f"{', '.join(filter(None, where))}."
+
+
+def limits(found):
+    """What a comparison does not show, sentence by sentence, from its facts."""
+    knobs = found.counted[0].knobs
+    halves = [gap.half for gap in found.gaps if gap.half]
+    yield f"{repeats(found.groups)} a setting" + (
+        f": a difference in {label(found.metric)} below about {statistics.median(halves):.2g} would mostly have stayed unseen."
+        if halves else f" do not show the noise, so no difference can be believed; {FEWEST} are the fewest that do.")
+    if found.groups[0].unit != "seed":
+        yield "All numbers are of one training: another seed of it may order the settings otherwise."
+    about = {"data.source": "data set ({})", "data.image_size": "size ({} pixels)", "train.length": "length of training ({})"}
+    if fixed := [form.format(knobs[key]) for key, form in about.items() if key not in found.axes]:
+        yield f"One {listed(fixed)}: elsewhere the settings may come in another order."
+    yield "One recipe for all settings: learning rate and the like were not tuned for each, which favours those they suit."
+    if found.unlike:
+        yield (f"Losses under different {listed([f'`{knob}`' for knob in found.unlike])} are different quantities: they show "
+               "the course of a training, not which is better.")
+    if any(len(run.points(found.metric)) > 1 for run in found.counted):
+        yield ("Best values are the lowest of several measurements of a run, so they flatter; answer and differences are about "
+               "the last values.")
+    if keys(found.counted, r"eval/fd_\w+"):
+        yield f"{label(keys(found.counted, FRECHET)[0])} is not FID, and compares only with itself."
+    if keys(found.counted, "speed/.*"):
+        yield "Speed and memory are as measured beside whatever else the machines were doing."
+
+
+METHOD = """By paired t-tests over the shared seeds in the last values, with p-values corrected for the number of comparisons
+(Holm). They are made on the metric's own scale: a paired test asks for no equal spread, and its interval is in the metric's
+units. Settings are compared that differ in one axis; along a numeric axis neighbours, and where an axis has more than four
+names each with the first."""
+
+
+def readme(title, question, found, columns, pictures, record, left_out, again):
+    """The report: question, answer, protocol, result, uncertainty, what was left out and not shown, and how to repeat it."""
+
+    def bullets(lines):
+        return "\n".join(f"- {line}" for line in lines)
+
+    tables = [[column for column in columns if column.table == name] for name in ("distances", "losses", "cost")]
+    tables = [markdown(table(found.groups, some)) for some in tables if some and [some[0].name] != ["parameters"]]
+    return "\n\n".join([
+        f"# {title}", f"**Question.** {question}", f"**Answer.** {answer(found)}",
+        f"**Protocol.** {' '.join(protocol(found, record))}",
+        "## Result", *tables, "Mean ± half of the 95 % interval over seeds (Student's t).",
+        *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in pictures),
+        "## Which differences are larger than the noise", bullets(differences(found)), METHOD,
+        *(["## Left out", "In no average and no figure:", bullets(left_out)] if left_out else []),
+        "## What this does not show", bullets(limits(found)), "## Again", again]) + "\n"

@@ -1,0 +1,339 @@
+"""Runs become an answer: statistics against scipy, words against known numbers, and reports of real runs."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import TINY, run, tiny
+from PIL import Image
+from wandb_server import server as server
+
+from ddpm import build, config, report, results, study
+from ddpm.compare import compare
+from ddpm.evaluate import evaluate
+
+ROOT = Path(__file__).parents[1]
+CONFIG = f"""from ddpm.config import base, with_variant
+
+
+def get_config(variant=None):
+    config = base()
+    config.update_from_flattened_dict({TINY | {"every.evaluate": "6 steps"}!r})
+    return with_variant(config, variant, {{"wide": {{"model.model_channels": 16}}}})
+"""
+STUDY = """method: grid
+description: Which schedule?
+metric: {{name: eval/fd_digits, goal: minimize}}
+parameters:
+  config.diffusion.beta_schedule: {{values: [linear, cosine]}}
+  config.seed: {{values: [0, 1, 2]}}
+command: ["${{env}}", "${{interpreter}}", "-m", "ddpm.main", "--config={config}", "${{args}}"]
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder as a user's, with a study and its six runs, of 12 steps each."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "experiments").mkdir()
+    (home / "tiny.py").write_text(CONFIG)
+    (home / "experiments" / "schedules.yaml").write_text(STUDY.format(config=home / "tiny.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_CACHE", str(home / "cache"))
+        wanted = study.read(home / "experiments" / "schedules.yaml")
+        for point in wanted.grid():
+            assert run(wanted.config(point), home / wanted.folder() / wanted.run_name(point))
+    return home
+
+
+@pytest.fixture
+def here(trained, tmp_path, monkeypatch):
+    """A copy of it to spoil, and the working directory."""
+    light = shutil.ignore_patterns("checkpoints", "*.safetensors", "training.log", "cache")
+    shutil.copytree(trained, tmp_path / "home", ignore=light)
+    monkeypatch.chdir(tmp_path / "home")
+    return tmp_path / "home"
+
+
+DONE = {"step": 12, "train/loss": 1.0, "progress/images": 96, "progress/epoch": 1.0}  # the last row of a training of 12 steps
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def written(folder, name, knobs, rows):
+    """A run folder with these rows of metrics."""
+    folder = Path(folder, name)
+    folder.mkdir(parents=True)
+    config.write(tiny(**knobs), folder)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return results.read(folder)
+
+
+def arms(folder, levels, seeds, axis="diffusion__beta_schedule"):
+    """Runs whose one measurement is known: `levels[value]` and then the seed's own noise."""
+    made = "digits-1; 16 samples of the EMA weights in float32; ddim, 2 steps, linear spacing, seed 0; against 9 images 1"
+    runs = []
+    for number, (value, level) in enumerate(levels.items()):
+        noise = np.random.default_rng(number).normal(0, 0.1, seeds)
+        for seed in range(seeds):
+            row = DONE | {"eval/made": made, "eval/fd_digits": level + seed + noise[seed]}
+            runs.append(written(folder, f"{value}-{seed}", {axis: value, "seed": seed}, [row]))
+    return runs
+
+
+# statistics
+
+
+def test_intervals_and_p_values_are_those_of_scipy():
+    random = np.random.default_rng(0)
+    for n in (2, 3, 5, 20):
+        first, second = random.normal(size=(2, n))
+        mean, half = results.interval(first)
+        low, high = scipy.stats.t.interval(0.95, n - 1, first.mean(), scipy.stats.sem(first))
+        assert (mean - half, mean + half) == pytest.approx((low, high))  # the same formula in another order of sums
+        assert results.paired_p(list(second - first)) == pytest.approx(scipy.stats.ttest_rel(second, first).pvalue)
+    assert results.interval([3.0]) == (3.0, None)
+    assert results.paired_p([0.0, 0.0, 0.0]) == 1 and results.paired_p([1.0, 1.0, 1.0]) == 0
+
+
+def test_holm_by_hand():
+    """Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1, and never below the one before."""
+    assert results.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert results.holm([0.5, 0.9]) == [1, 1] and results.holm([]) == []
+
+
+def test_a_difference_larger_than_the_noise_is_said_and_one_within_it_is_not(tmp_path):
+    """Seeds shift all schedules alike, by ten times the noise between pairs: only the pairing can see what is there."""
+    found = results.compare(arms(tmp_path, {"cosine": 5.0, "linear": 6.0, "sigmoid": 5.1}, 5))
+    words = report.differences(found)
+    assert [line.partition(":")[0] for line in words] == [
+        "cosine is better than linear", "cannot tell cosine from sigmoid", "sigmoid is better than linear"]
+    ps = []
+    for gap in found.gaps:
+        ones, others = ([run.final("eval/fd_digits") for run in group.runs] for group in (gap.worse, gap.better))
+        expected = scipy.stats.ttest_rel(ones, others)
+        assert (gap.by - gap.half, gap.by + gap.half) == pytest.approx(tuple(expected.confidence_interval()))
+        ps.append(expected.pvalue)
+    assert [gap.p for gap in found.gaps] == pytest.approx(results.holm(ps))
+    assert "in 5 of 5 seeds" in words[0] and "lies within the noise" in words[1] and "5 seeds" in words[1]
+    answer = report.answer(found)
+    assert answer.startswith("cosine has the lowest mean, FD (digits) 7.0") and "better than linear" in answer
+    assert "cannot be told from sigmoid" in answer
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_with_few_seeds_it_cannot_tell(tmp_path, seeds):
+    found = results.compare(arms(tmp_path, {"cosine": 5.0, "linear": 60.0}, seeds))
+    assert not any(gap.clear for gap in found.gaps)
+    assert report.answer(found).startswith(f"Cannot tell: {seeds} seed") and report.differences(found) == [report.answer(found)]
+
+
+def test_which_settings_are_compared(tmp_path):
+    """On a numeric axis neighbours; of many words each with the reference; one that differs in more, with all others.
+
+    And a setting with one seed is not called the lowest where others have three.
+    """
+
+    def compared(runs, **how):
+        return {tuple(sorted((gap.better.name, gap.worse.name))) for gap in results.compare(runs, **how).gaps}
+
+    decays = arms(tmp_path / "decays", {0.9: 1, 0.99: 2, 0.999: 3}, 3, "ema__decay")
+    assert compared(decays) == {("decay 0.9", "decay 0.99"), ("decay 0.99", "decay 0.999")}
+    words = {"linear": 1, "cosine": 2, "quadratic": 3, "sigmoid": 4, "sigmoid(tau=0.5)": 5}
+    schedules = arms(tmp_path / "schedules", words, 3)
+    assert len(compared(schedules)) == 10
+    assert compared(schedules, reference={"diffusion.beta_schedule": "quadratic"}) == {
+        tuple(sorted(("quadratic", word))) for word in words if word != "quadratic"}
+    far = written(tmp_path, "far", {"ema__decay": 0.5, "diffusion__predict": "v"}, decays[0].rows)
+    assert report.answer(results.compare([*decays, far])).startswith("eps, decay 0.9 has the lowest mean, FD (digits) ")
+    assert compared([*decays, far]) >= {tuple(sorted(("v, decay 0.5", f"eps, decay {decay}"))) for decay in (0.9, 0.99, 0.999)}
+
+
+def test_losses_of_different_schedules_decide_nothing(tmp_path):
+    runs = []
+    for schedule in ("cosine", "linear"):
+        runs += [written(tmp_path, f"{schedule}-{seed}", {"diffusion__beta_schedule": schedule, "seed": seed},
+                         [DONE | {"val/loss_ema": 0.1 + len(schedule)}]) for seed in range(3)]
+    found = results.compare(runs)
+    assert found.metric == "val/loss_ema" and "is another quantity for each `diffusion.beta_schedule`" in report.answer(found)
+
+
+# real runs
+
+
+def test_the_report_of_a_study(here, capsys):
+    found = compare("experiments/schedules.yaml", machine="the test's")
+    out, home = capsys.readouterr().out, here / "experiments" / "schedules"
+    readme = (home / "README.md").read_text()
+    answer = report.answer(found)
+    assert f"**Answer.** {answer}" in readme and f"Answer: {answer}" in out and "the test's" in readme
+    assert "6 runs: 2 settings of `diffusion.beta_schedule`, 3 seeds" in readme and "## Left out" not in readme
+    rows = table(home / "results.csv")
+    assert [row["diffusion.beta_schedule"] for row in rows] == ["linear", "cosine"] and rows[0]["seeds"] == "3"
+    last = [json.loads((here / "runs" / "schedules" / f"beta_schedule=cosine-seed={seed}" / "metrics.jsonl").read_text()
+                       .splitlines()[-1]) for seed in range(3)]
+    for key in ("eval/fd_digits", "eval/kd_digits", "eval/copying", "val/loss", "val/loss_ema", "progress/petaflop"):
+        assert float(rows[1][key]) == pytest.approx(np.mean([row[key] for row in last]), rel=1e-5)  # six digits are written
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean([row["val/loss"] for row in last]),
+                                       scipy.stats.sem([row["val/loss"] for row in last]))
+    assert (float(rows[1]["val/loss low"]), float(rows[1]["val/loss high"])) == pytest.approx((low, high), rel=1e-5)
+    assert float(rows[1]["best eval/fd_digits"]) <= float(rows[1]["eval/fd_digits"])
+    net = build.network(config.from_json((here / "runs/schedules/beta_schedule=cosine-seed=0/config.json").read_text()))
+    assert int(rows[1]["parameters"]) == sum(parameter.numel() for parameter in net.parameters())
+    for name in ("settings.png", "curves.png", "samples.png"):
+        assert f"]({name})" in readme
+        with Image.open(home / name) as picture:
+            assert min(picture.size) > 200
+    assert sorted(path.name for path in (home / "runs" / "beta_schedule=cosine-seed=2").rglob("*.*")) == [
+        "config.json", "metrics.jsonl", "step_00000012.png"]
+
+
+def test_the_report_is_made_again_from_what_it_keeps_byte_for_byte(here, tmp_path):
+    compare("experiments/schedules.yaml")
+    before = {path: path.read_bytes() for path in (here / "experiments").rglob("*.*") if path.is_file()}
+    shutil.rmtree(here / "runs")
+    compare("experiments/schedules.yaml")
+    assert {path: path.read_bytes() for path in before} == before
+    compare("experiments/schedules/runs", out="again")
+    assert Path("again/made.json").read_bytes() == before[here / "experiments/schedules/made.json"]
+    again = Path("again/README.md").read_bytes(), Path("again/results.csv").read_bytes()
+    compare("again/runs", out="again")
+    assert (Path("again/README.md").read_bytes(), Path("again/results.csv").read_bytes()) == again
+
+
+def test_what_is_missing_or_broken_is_named_and_left_out(here, capsys):
+    runs = here / "runs" / "schedules"
+
+    def spoil(name, change):
+        path = runs / name / "metrics.jsonl"
+        path.write_text(change(path.read_text()))
+
+    shutil.rmtree(runs / "beta_schedule=linear-seed=0")
+    (runs / "beta_schedule=linear-seed=1" / "config.json").unlink()
+    spoil("beta_schedule=linear-seed=2", lambda text: "".join(text.splitlines(keepends=True)[:-1]))
+    spoil("beta_schedule=cosine-seed=0", lambda text: text[:-20])
+    spoil("beta_schedule=cosine-seed=1", lambda text: text.replace('"eval/fd_digits": 2', '"eval/fd_digits": null, "was": 2'))
+    found = compare("experiments/schedules.yaml")
+    out = capsys.readouterr().out.splitlines()
+    readme = (here / "experiments" / "schedules" / "README.md").read_text()
+    for line in ("beta_schedule=linear-seed=0: no run",
+                 "beta_schedule=linear-seed=1: holds no run: there is no config.json in it",
+                 "beta_schedule=linear-seed=2: ends at step 8 of 12",
+                 "beta_schedule=cosine-seed=0: metrics.jsonl is torn after 3 rows",
+                 "beta_schedule=cosine-seed=1: eval/fd_digits is not finite at the end"):
+        assert f"left out: {line}" in out and f"- {line}\n" in readme
+    assert [run.name for run in found.counted] == ["beta_schedule=cosine-seed=2"]
+    before = (here / "experiments" / "schedules" / "README.md").read_bytes()
+    shutil.rmtree(here / "runs")
+    compare("experiments/schedules.yaml")
+    assert (here / "experiments" / "schedules" / "README.md").read_bytes() == before
+
+
+def test_numbers_made_in_different_ways_are_refused(here):
+    path = here / "runs" / "schedules" / "beta_schedule=linear-seed=2" / "metrics.jsonl"
+    text = path.read_text()
+    for part, there, other in (("extractor", "digits-e5", "digits-00"), ("samples", "16 samples", "17 samples"), (
+            "sampler", "ddim,", "ddpm,"), ("steps", "2 steps", "3 steps"), ("data", "images 1b", "images 2b")):
+        assert there in text
+        path.write_text(text.replace(there, other))
+        with pytest.raises(ValueError, match=f"do not compare: {part} is .* in beta_schedule=.*linear-seed=2") as caught:
+            compare("experiments/schedules.yaml")
+        assert "\n" not in str(caught.value) and not (here / "experiments" / "schedules").exists()
+
+
+def test_a_run_of_another_study_is_refused(here):
+    folder = here / "runs" / "schedules" / "beta_schedule=cosine-seed=1"
+    saved = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(saved.replace('"cosine"', '"sigmoid"'))
+    with pytest.raises(ValueError, match="cosine-seed=1 is of another study: config.diffusion.beta_schedule is 'sigmoid'"):
+        compare("experiments/schedules.yaml")
+    (folder / "config.json").write_text(saved.replace('"learning_rate": 0.001', '"learning_rate": 0.002'))
+    with pytest.raises(ValueError, match="cosine-seed=1 is of another study: config.train.learning_rate is 0.002 there"):
+        compare("experiments/schedules.yaml")
+    (folder / "config.json").write_text("{")
+    compare("experiments/schedules.yaml")  # damaged: named like any other broken run
+
+
+def test_folders_without_a_study(here, capsys):
+    """What varies is found; without --out nothing is written."""
+    found = compare(*map(str, sorted((here / "runs" / "schedules").iterdir())))
+    assert found.axes == ["diffusion.beta_schedule"] and "nothing is written" in capsys.readouterr().out
+    assert sorted(path.name for path in here.iterdir()) == ["experiments", "runs", "tiny.py"]
+    with pytest.raises(ValueError, match="runs that no report keeps"):
+        compare("runs/schedules", out=".")
+    assert len(list((here / "runs" / "schedules").iterdir())) == 6
+    with pytest.raises(ValueError, match="there is no run folder"):
+        compare("runs/schedules", "runs/other")
+
+
+def test_a_study_that_varies_the_config_file(here):
+    """Its settings have the variants' names, though the runs differ in other knobs."""
+    text = STUDY.replace("config.diffusion.beta_schedule: {{values: [linear, cosine]}}",
+                         "config: {{values: [{config}, '{config}:wide']}}").replace('"--config={config}", ', "")
+    (here / "experiments" / "widths.yaml").write_text(text.format(config=here / "tiny.py"))
+    wanted = study.read("experiments/widths.yaml")
+    for name, channels in (("tiny", 8), ("tiny-wide", 16)):
+        for seed in range(3):
+            folder = here / "runs" / "widths" / f"{name}-seed={seed or '0-agent'}"  # one has not the sweep's name
+            shutil.copytree(here / "runs" / "schedules" / f"beta_schedule=cosine-seed={seed}", folder)
+            path = folder / "config.json"
+            path.write_text(path.read_text().replace('"model_channels": 8', f'"model_channels": {channels}'))
+    assert {path.name for path in (here / "runs" / "widths").iterdir()} >= {
+        wanted.run_name(point) for point in wanted.grid() if point["config.seed"]}
+    found = compare("experiments/widths.yaml")
+    assert [group.name for group in found.groups] == ["tiny", "wide"] and len(found.counted) == 6
+    assert report.differences(found) == ["cannot tell tiny from wide: the same in each of 3 seeds"]
+
+
+def test_measurements_against_the_number_of_steps(here, trained, capsys):
+    """Runs of ddpm.evaluate: what they measure with may vary, and is drawn as a curve."""
+    for steps in (1, 2, 4):
+        evaluate(trained / "runs" / "schedules" / "beta_schedule=cosine-seed=0", workdir=here / "measured" / str(steps),
+                 **{"evaluate.steps": steps})
+    found = compare("measured", out="report")
+    assert found.axes == ["evaluate.steps"] and [group.setting["evaluate.steps"] for group in found.groups] == [1, 2, 4]
+    assert report.answer(found).startswith("Cannot tell: 1 seed a setting do not show the noise")
+    assert Path("report", "along_steps.png").is_file() and not Path("report", "curves.png").exists()
+    assert "steps varied" in Path("report", "README.md").read_text()
+
+
+def test_the_door(here):
+    def door(*arguments):
+        done = subprocess.run([sys.executable, "-m", "ddpm.compare", *arguments], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        return done.returncode, done.stdout, done.stderr.strip().splitlines()
+
+    code, out, _ = door("experiments/schedules.yaml")
+    assert code == 0 and "Answer: " in out and "results.csv" in out
+    shutil.rmtree(here / "runs")
+    shutil.rmtree(here / "experiments" / "schedules")
+    code, _, err = door("experiments/schedules.yaml")
+    assert code == 2 and err == [
+        "error: runs/schedules has no runs yet; python -m ddpm.sweep experiments/schedules.yaml makes them"]
+
+
+def test_runs_on_a_server(here, server):
+    """Runs of a W&B project come back as they are in their folders, and are compared by one command."""
+    environment = os.environ | server.login | {"PYTHONPATH": str(ROOT)}
+
+    def door(name, *arguments):
+        command = [sys.executable, "-m", f"ddpm.{name}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    door("main", "--config=tiny.py", "--config.wandb.mode=online", "--workdir=runs/mine")
+    assert "Answer: There is one setting" in door("compare", "me/ddpm", "--out=report")
+    kept, = map(results.read, Path("report", "runs").iterdir())
+    mine = results.read("runs/mine")
+    assert kept.knobs == mine.knobs and kept.rows == mine.rows and kept.name.startswith("mine-")
