@@ -2,7 +2,8 @@
 
 from setuptools import find_packages, setup
 
-STUDY = ["matplotlib>=3.8", "optuna>=4.0", "pyyaml>=6.0", "scipy>=1.11", "wandb-workspaces>=0.3"]  # to run, compare and show studies
+STUDY = [  # to run, compare and show studies
+    "matplotlib>=3.8", "optuna>=4.0", "pyyaml>=6.0", "scipy>=1.11", "wandb-workspaces>=0.3"]
 
 setup(
     name="ddpm",
