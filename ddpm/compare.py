@@ -199,8 +199,9 @@ WANDB_PATH = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # entity/project, entity
 @functools.cache
 def network_parameters(shape):
     """The number of parameters of the network that these knobs describe."""
+    described = config.changed(config.freeze(config.base()), dict(shape))
     with torch.device("meta"):
-        net = build.network(config.changed(config.freeze(config.base()), dict(shape)))
+        net = build.network(described)
     return sum(parameter.numel() for parameter in net.parameters())
 
 

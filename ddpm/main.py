@@ -12,14 +12,12 @@ from ddpm import build, command, config, dist
 from ddpm.files import held
 from ddpm.train import Diverged, train
 
-command.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
 
+def train_experiment(given, folder):
+    """Train a frozen config in a folder, or go on with what stands there; returns the exit code.
 
-def main():
-    """Train, or go on training, what the flags say; returns the exit code."""
-    given, file, overrides = command.given_config()
-    folder = WORKDIR.value or config.default_workdir(file, overrides)
+    Raises ValueError, one line, for what cannot be run, before anything is written.
+    """
     build.check(given)
     config.check_continues(given, folder)
     machine = dist.start(given.train.amp, given.train.deterministic)
@@ -35,6 +33,12 @@ def main():
             return finish(run)
     finally:
         dist.stop()
+
+
+def main():
+    """Train what the flags say; returns the exit code."""
+    given, file, overrides = command.given_config()
+    return train_experiment(given, flags.FLAGS.workdir or config.default_workdir(file, overrides))
 
 
 def finish(run):
@@ -61,5 +65,7 @@ def finish(run):
 
 
 if __name__ == "__main__":
+    command.define_config_flag()
+    flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
     flags.adopt_module_key_flags(command)
     command.run_door(main)
