@@ -337,3 +337,17 @@ def test_runs_on_a_server(here, server):
     kept, = map(results.read, Path("report", "runs").iterdir())
     mine = results.read("runs/mine")
     assert kept.knobs == mine.knobs and kept.rows == mine.rows and kept.name.startswith("mine-")
+
+
+REPORTS = [path for path in sorted((ROOT / "experiments").glob("*.yaml")) if path.with_suffix("").is_dir()]
+
+
+@pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
+def test_a_committed_report_is_made_again_from_what_it_keeps(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    home = path.with_suffix("")
+    found = compare(str(path.relative_to(ROOT)), runs=home / "runs", out=tmp_path)
+    for name in ("results.csv", "README.md"):
+        assert (tmp_path / name).read_bytes() == (home / name).read_bytes(), name
+    assert f"[{path.stem}]({path.stem}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+    assert not [run for run in found.runs if run.fault]
