@@ -16,9 +16,9 @@ import torch
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm import clock, data, dist, metrics, tracking
-from ddpm.diffusion.process import CLEAN, SPACINGS, TARGETS, Level
+from ddpm.diffusion.process import CLEAN, SPACINGS, TARGETS, Level, Process
 from ddpm.diffusion.samplers import SAMPLERS
-from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.diffusion.schedules import SCHEDULES, get_schedule
 from ddpm.files import written_beside
 from ddpm.models import MODELS
 from ddpm.optim import DECAYS, OPTIMIZERS
@@ -49,6 +49,10 @@ def base():
             "dropout": 0.0,  # share of activations dropped in residual blocks
             "use_scale_shift_norm": False,  # the time scales and shifts the norm, instead of being added
             "resblock_updown": False,  # residual blocks change the resolution, instead of single convolutions
+            "freq_shift": 1,  # frequencies of the time embedding: 1 as in Ho's code, 0 as in OpenAI's
+            "downsample_padding": 0,  # zeros where an image is halved: 0 at its far end, as Ho's, 1 at both, as OpenAI's
+            "norm_num_groups": 32,  # groups of a group norm, at most: fewer where they do not divide the channels
+            "norm_eps": 1e-6,  # added to the variance of a group: 1e-6 as in Ho's code, 1e-5 as in OpenAI's
         },
         "diffusion": {
             "timesteps": 1000,  # T, noise levels: 1 to 10000
@@ -74,9 +78,9 @@ def base():
             "warmup": True,  # average over fewer steps at first: decay at most (1 + n) / (10 + n) at step n
         },
         "sample": {
-            "sampler": "ddim",  # ddpm(variance='small'), ddim(eta=0.0)
+            "sampler": "ddim",  # ddpm, ddim(eta=0.0), euler, euler_ancestral, heun(churn=0.0), dpmpp(order=2), dpmpp_sde, unipc
             "steps": 50,  # network evaluations an image, at most diffusion.timesteps
-            "spacing": "linear",  # how the steps lie in the T levels: linear, trailing, leading
+            "spacing": "linear",  # linear, trailing, leading, quadratic, karras(rho=7.0), sections(counts=(10, 8, 4, 2, 1))
             "num_images": 64,  # in the grids drawn while training
             "batch_size": 64,  # images drawn at once
             "seed": 0,  # of the latents, apart from the training's seed so that grids of different seeds compare
@@ -134,6 +138,10 @@ RANGES = {
     "model.num_heads": (1, 1024),
     "model.num_head_channels": (0, 65536),
     "model.dropout": (0, 0.99),
+    "model.freq_shift": (0, 1),
+    "model.downsample_padding": (0, 1),
+    "model.norm_num_groups": (1, 1024),
+    "model.norm_eps": (0, 1),
     "diffusion.timesteps": (1, 10_000),
     "train.batch_size": (1, 2**20),
     "train.gradient_accumulation_steps": (1, 2**20),
@@ -153,7 +161,6 @@ CHOICES = {
     "model.name": MODELS,
     "diffusion.predict": TARGETS,
     "train.amp": dist.AMP,
-    "sample.spacing": SPACINGS,
     "evaluate.extractor": ("auto", *metrics.EXTRACTORS),
     "wandb.mode": tracking.MODES,
 }
@@ -163,6 +170,7 @@ SPECS = {
     "train.optimizer": OPTIMIZERS,
     "train.learning_rate_decay": DECAYS,
     "sample.sampler": SAMPLERS,
+    "sample.spacing": SPACINGS,
     "evaluate.sampler": SAMPLERS,
 }
 LENGTHS = ("train.length", "train.warmup")
@@ -220,10 +228,14 @@ def check(config):
     if size % parts:
         raise ValueError(f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; choose "
                          f"gradient_accumulation_steps among the divisors of {size}")
+    with about("diffusion.beta_schedule"):
+        process = Process(*get_schedule(knobs["diffusion.beta_schedule"], knobs["diffusion.timesteps"]))
     for key in ("sample.steps", "evaluate.steps"):
         if knobs[key] > knobs["diffusion.timesteps"]:
             raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
                              f"{knobs['diffusion.timesteps']} or fewer")
+        with about(key):
+            process.levels(knobs[key], knobs["sample.spacing"])
 
 
 @contextlib.contextmanager

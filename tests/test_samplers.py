@@ -175,7 +175,7 @@ def test_trajectories_agree_with_diffusers_ddpm(name, reference_name, steps, var
 def test_float32_stays_float32_with_host_numbers_in_double():
     denoise = denoiser(lambda x, t, y: x.tanh(), predict="v", clip=True)
     single = noises(dtype=torch.float32)
-    for sampler in (ddpm, ddim):
+    for sampler in SAMPLERS.values():
         assert last(sampler(denoise, single(0), process().levels(4), single)).dtype == torch.float32
 
 

@@ -10,6 +10,7 @@ Nothing here assumes alpha^2 + sigma^2 = 1.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,23 @@ class Level(NamedTuple):
     t: float | torch.Tensor
     alpha: float | torch.Tensor
     sigma: float | torch.Tensor
+
+    @property
+    def ratio(self):
+        """sigma/alpha of a level of Python floats: 0 at CLEAN, infinite in pure noise."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+
+class Levels(list):
+    """The levels of a walk, from noisy to CLEAN; `level_of(ratio)` is the process's level at any sigma/alpha between them."""
+
+    def __init__(self, levels, level_of):
+        super().__init__(levels)
+        self.level_of = level_of
+
+    def __getitem__(self, key):
+        part = super().__getitem__(key)
+        return Levels(part, self.level_of) if isinstance(key, slice) else part
 
 
 CLEAN = Level(-1.0, 1.0, 0.0)  # one step below t = 0, which is slightly noisy already; the network is never asked here
@@ -78,15 +96,26 @@ class Process:
         radius = math.hypot(alpha, sigma) ** (1 - part) * math.hypot(above.alpha, above.sigma) ** part
         return Level(float(t), radius / math.hypot(1, ratio), radius / math.hypot(1 / ratio, 1))
 
-    def levels(self, steps, spacing="linear"):
-        """Return the steps + 1 levels of a sampling run, from the noisiest down to CLEAN.
+    def level_of(self, ratio):
+        """Return the level at which sigma/alpha is `ratio`, the inverse of `level`; beyond the tables, their nearest end."""
+        above = int(torch.searchsorted(self.sigma / self.alpha, ratio))
+        if above in (0, self.timesteps):
+            return self.level(min(above, self.timesteps - 1))
+        low, high = self.level(above - 1), self.level(above)
+        return self.level(above - 1 + math.log(ratio / low.ratio) / math.log(high.ratio / low.ratio))
 
-        `spacing` names an entry of SPACINGS. Raises ValueError for steps outside 1 .. T.
+    def levels(self, steps, spacing="linear"):
+        """Return the steps + 1 Levels of a sampling run, from the noisiest down to CLEAN.
+
+        `spacing` names an entry of SPACINGS. Raises ValueError for steps outside 1 .. T, or that the spacing cannot make.
         """
-        times = spec.choose("spacing", SPACINGS, spacing)
+        space = spec.choose("spacing", SPACINGS, spacing)
         if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
             raise ValueError(f"{steps!r} steps is out of range; give 1 to {self.timesteps} (the timesteps)")
-        return [self.level(t) for t in times(self.timesteps, steps)] + [CLEAN]
+        times = space(self, steps)
+        if not all(before > after for before, after in pairwise(times)):
+            raise ValueError(f"spacing {spacing!r} finds no {steps} different levels here; give fewer steps or another spacing")
+        return Levels([self.level(t) for t in times] + [CLEAN], self.level_of)
 
     def at(self, t):
         """Return the level of each t [b] of a batch (-1 is CLEAN), float64 [b, 1, 1, 1] on t's device."""
@@ -149,19 +178,62 @@ def denoiser(net, *, predict, clip, y=None):
     return denoise
 
 
-def linear(timesteps, steps):
+def linear(process, steps):
     """Evenly from T-1 to 0, both included."""
-    return torch.linspace(timesteps - 1, 0, steps, dtype=torch.float64).round().tolist()
+    return torch.linspace(process.timesteps - 1, 0, steps, dtype=torch.float64).round().tolist()
 
 
-def trailing(timesteps, steps):
+def trailing(process, steps):
     """Evenly in strides of T/steps, down from T-1 (Lin et al. 2024, table 2)."""
-    return [round(timesteps * k / steps) - 1.0 for k in range(steps, 0, -1)]
+    return [round(process.timesteps * k / steps) - 1.0 for k in range(steps, 0, -1)]
 
 
-def leading(timesteps, steps):
+def leading(process, steps):
     """Evenly in strides of T//steps, up from 0, as DDIM was published; starts below T-1."""
-    return [float(timesteps // steps * k) for k in reversed(range(steps))]
+    return [float(process.timesteps // steps * k) for k in reversed(range(steps))]
+
+
+def quadratic(process, steps):
+    """Times whose roots lie evenly from that of T-1 to 0 (Song et al. 2021, DDIM, appendix D.2), many at low noise.
+
+    Times are fractional: whole ones, as published, would coincide near 0. (The authors' code begins at 0.8 T.)
+    """
+    return (torch.linspace(1, 0, steps, dtype=torch.float64) ** 2 * (process.timesteps - 1)).tolist()
+
+
+def karras(process, steps, *, rho=7.0, sigma_max=80.0):
+    """Fractional times at which (sigma/alpha)^(1/rho) falls evenly to that of 0 (Karras et al. 2022, eq. 5 and table 1).
+
+    It begins at sigma/alpha = sigma_max, or where tables without so much noise begin: a cosine schedule goes up to 20,000,
+    on which steps would be wasted. Raises ValueError for rho not above 0.
+    """
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho {rho} is out of range; give a number above 0, such as 7")
+    first, last = process.level_of(sigma_max), process.level(0)
+    roots = torch.linspace(first.ratio ** (1 / rho), last.ratio ** (1 / rho), steps, dtype=torch.float64)
+    return [first.t, *(process.level_of(root**rho).t for root in roots[1:-1].tolist()), 0.0][:steps]
+
+
+def sections(process, steps, *, counts=(10, 8, 4, 2, 1)):
+    """The timesteps in equal sections, from low noise to high, with so many steps in each (Nichol & Dhariwal 2021, code).
+
+    Evenly from the first to the last of a section, or its first where there is one step: then it starts below T-1. Raises
+    ValueError for counts that do not sum to `steps` or do not fit into their section.
+    """
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"counts {counts} are out of range; give whole numbers of 1 or more, such as (10, 8, 4, 2, 1)")
+    if sum(counts) != steps:
+        raise ValueError(f"sections of {counts} make {sum(counts)} steps, not {steps}; ask for {sum(counts)} steps or give "
+                         "other counts")
+    size, longer = divmod(process.timesteps, len(counts))
+    times, start = [], 0
+    for k, count in enumerate(counts):
+        end = start + size + (k < longer)
+        if count > end - start:
+            raise ValueError(f"{count} steps do not fit into a section of {end - start} timesteps; give a smaller count")
+        times += [float(start + round(i * (end - 1 - start) / max(count - 1, 1))) for i in range(count)]
+        start = end
+    return times[::-1]
 
 
 TARGETS = {
@@ -185,4 +257,7 @@ SPACINGS = {
     "linear": linear,
     "trailing": trailing,
     "leading": leading,
+    "quadratic": quadratic,
+    "karras": karras,
+    "sections": sections,
 }

@@ -5,10 +5,15 @@
     noise(k) -> standard normal, like x, for step k = 1, 2, ...; k = 0 was the initial latent, which the caller drew
 
 Numbers of a level are Python floats, so that no step waits for the device. No noise is added on the step to CLEAN.
+Papers that write x = x0 + sigma eps speak of x / alpha and sigma / alpha here; in these the probability flow is
+dx / dsigma = eps. Every form below is finite in pure noise (alpha = 0) and at CLEAN, on and off alpha^2 + sigma^2 = 1.
 """
 
 import math
+from collections import deque
 from itertools import pairwise
+
+import torch
 
 from ddpm import spec
 from ddpm.diffusion.process import VARIANCES, posterior
@@ -46,7 +51,127 @@ def ddim(denoise, x, levels, noise, *, eta=0.0):
         yield x
 
 
+def euler(denoise, x, levels, noise):
+    """Euler's method on the probability flow (Karras et al. 2022; k-diffusion), which is `ddim(eta=0)` on any levels."""
+    return ddim(denoise, x, levels, noise)
+
+
+def euler_ancestral(denoise, x, levels, noise, *, eta=1.0):
+    """Euler's method down to a lower level, then up by fresh noise (k-diffusion), which is `ddim` with the same eta."""
+    return ddim(denoise, x, levels, noise, eta=eta)
+
+
+def heun(denoise, x, levels, noise, *, churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
+    """Heun's second-order method with noise thrown in (Karras et al. 2022, algorithm 2): two evaluations a step, then one.
+
+    The knobs are their S_churn, S_min, S_max and S_noise. Noise is raised to that of the first level at most. A step on which
+    sigma/alpha falls a hundredfold is Euler's: the one to CLEAN, as there, and one from pure noise or nearly. Raises
+    ValueError for knobs below 0, and s_min above s_max.
+    """
+    if not (0 <= churn < math.inf and 0 <= s_min <= s_max and 0 <= s_noise < math.inf):
+        raise ValueError(f"churn {churn}, s_min {s_min}, s_max {s_max}, s_noise {s_noise} are out of range; give numbers of "
+                         "0 or more, s_min at most s_max")
+    gamma = min(churn / (len(levels) - 1), math.sqrt(2) - 1)
+    for k, (t, s) in enumerate(pairwise(levels), start=1):
+        if gamma > 0 and s_min <= t.ratio <= s_max and t.ratio < levels[0].ratio:
+            raised = levels.level_of(min((1 + gamma) * t.ratio, levels[0].ratio))
+            added = math.sqrt(max(raised.ratio**2 - t.ratio**2, 0))
+            x, t = raised.alpha * (x / t.alpha + s_noise * added * noise(k)), raised
+        x0, eps = denoise(x, t)
+        x = s.alpha * x0 + s.sigma * eps
+        if t.ratio < 100 * s.ratio:  # else half of t.ratio times a difference of two estimates swamps x
+            x = x + s.alpha * (s.ratio - t.ratio) / 2 * (denoise(x, s)[1] - eps)
+        yield x
+
+
+def dpmpp(denoise, x, levels, noise, *, order=2):
+    """DPM-Solver++ with 1, 2 or 3 estimates of x0: 2M, 3M (Lu et al. 2022, algorithm 2); of order 1 it is `ddim(eta=0)`.
+
+    The third order takes the second derivative of x0 in full; the authors' code takes half of it, and is of second order.
+    Raises ValueError for another order.
+    """
+    return multistep(denoise, x, levels, noise, order)
+
+
+def dpmpp_sde(denoise, x, levels, noise, *, eta=1.0, order=2):
+    """DPM-Solver++ on the reverse SDE, 2M SDE (Lu et al. 2022; eta as in k-diffusion); of order 1 it is `ddpm`.
+
+    eta is how much noise, from 0, where it is `dpmpp`. Raises ValueError for eta below 0 and for orders that are not 1, 2, 3.
+    """
+    if not 0 <= eta < math.inf:
+        raise ValueError(f"eta {eta} is out of range; give a number from 0 (no noise) up, such as 1 (the reverse process)")
+    return multistep(denoise, x, levels, noise, order, eta=eta)
+
+
+def unipc(denoise, x, levels, noise, *, order=2):
+    """UniPC with B_2(h) (Zhao et al. 2023): `dpmpp` steps, each corrected by the evaluation that the next one makes anyway.
+
+    The corrected step is an order higher. Raises ValueError for orders that are not 1, 2, 3.
+    """
+    return multistep(denoise, x, levels, noise, order, correct=True)
+
+
+def multistep(denoise, x, levels, noise, order, eta=0.0, correct=False):
+    """Walk by `integrate` with the last `order` estimates of x0, fewer at both ends; `correct` redoes each step with the next.
+
+    Raises ValueError for orders that are not 1, 2, 3.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order {order} is out of range; give 1, 2 or 3")
+    past, known, start = deque(maxlen=order), [], x
+    for k, (t, s) in enumerate(pairwise(levels), start=1):
+        x0, _ = denoise(x, t)
+        if correct and past:
+            x = integrate(start, past[-1][0], t, [*known, (t, x0)])
+        past.append((t, x0))
+        left = len(levels) - k if levels[-1].sigma == 0 else order
+        known = list(past)[-left:]
+        start, x = x, integrate(x, t, s, known, eta)
+        if eta > 0 and s.sigma > 0:
+            x = x + s.sigma * math.sqrt(1 - (s.ratio / t.ratio) ** (2 * eta)) * noise(k)
+        if t.alpha == 0:  # infinitely far from the levels below
+            past.clear()
+        yield x
+
+
+def integrate(x, t, s, estimates, eta=0.0):
+    """Take x from level t to s, with x0 a polynomial in log(sigma/alpha) through `estimates`, pairs (level, x0).
+
+    The integral is exact (Lu et al. 2022, DPM-Solver++, proposition 4.1; with eta that of the SDE, less its noise), but that
+    the slope through two estimates counts as half the step, as published.
+    """
+    fall = s.ratio / t.ratio
+    moments = [1 - fall ** (1 + eta)]  # of u^i over the step, u from 0 at t to 1 at s
+    weights = moments
+    if len(estimates) > 1:
+        h = -math.log(fall)
+        for i in range(1, len(estimates)):
+            moments.append(moments[0] / 2 if len(estimates) == 2 else 1 - i / (h * (1 + eta)) * moments[-1])
+        u = torch.tensor([math.log(t.ratio / level.ratio) / h for level, _ in estimates], dtype=torch.float64)
+        weights = torch.linalg.solve(torch.linalg.vander(u).T, torch.tensor(moments, dtype=torch.float64)).tolist()
+    mean = sum(weight * x0 for weight, (_, x0) in zip(weights, estimates, strict=True))
+    return s.sigma / t.sigma * fall**eta * x + s.alpha * mean
+
+
+def evaluations(sampler, levels):
+    """Return how often a sampler asks the network on its way through levels, by walking it on next to nothing."""
+    asked = []
+
+    def denoise(x, level):
+        asked.append(level)
+        return x, x
+
+    deque(sampler(denoise, torch.zeros(1), levels, lambda k: torch.zeros(1)), maxlen=0)
+    return len(asked)
+
+
 SAMPLERS = {
     "ddpm": ddpm,
     "ddim": ddim,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "dpmpp": dpmpp,
+    "dpmpp_sde": dpmpp_sde,
+    "unipc": unipc,
 }
