@@ -15,22 +15,23 @@ from einops import rearrange
 from torch import nn
 
 
-def timestep_embedding(t, dim, max_period=10000):
+def timestep_embedding(t, dim, max_period=10000, freq_shift=1):
     """Sines then cosines of t at geometric frequencies from 1 down to 1 / max_period: t [b] -> float32 [b, dim].
 
-    The convention of Ho's code: frequency k is max_period^(-k / (dim // 2 - 1)); an odd `dim` ends in a zero.
+    Frequency k is max_period^(-k / (dim // 2 - freq_shift)), with 1 in Ho's code and 0 in OpenAI's; an odd `dim` ends in
+    a zero.
     """
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(k * (-math.log(max_period) / max(half - 1, 1)))
+    frequencies = torch.exp(k * (-math.log(max_period) / max(half - freq_shift, 1)))
     angles = rearrange(t.float(), "b -> b 1") * frequencies
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
-def group_norm(channels):
-    """GroupNorm over the largest number of groups up to 32 that divides `channels`; epsilon 1e-6 as in Ho's code."""
-    groups = max(n for n in range(1, 33) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+def group_norm(channels, most=32, eps=1e-6):
+    """GroupNorm over the largest number of groups up to `most` that divides `channels`; epsilon as in Ho's code."""
+    groups = max(n for n in range(1, most + 1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 def linear(in_features, out_features):
@@ -61,17 +62,20 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size: a 3x3 convolution taken at every second pixel; [b, c, 2h, 2w] -> [b, c, h, w]."""
+    """Half the size: a 3x3 convolution taken at every second pixel; [b, c, 2h, 2w] -> [b, c, h, w].
 
-    def __init__(self, channels):
+    With `padding` 1 it is centred on the first pixel of each pair, as in OpenAI's code, with 0 on the second, as in Ho's.
+    """
+
+    def __init__(self, channels, padding=0):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
         nn.init.xavier_uniform_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x):
         # TensorFlow's "SAME" padding, as Ho's weights expect: an even side gets its one row of zeros at the far end.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class ResidualBlock(nn.Module):
@@ -79,20 +83,21 @@ class ResidualBlock(nn.Module):
 
     x [b, in_channels, h, w], emb [b, embedding_channels] -> [b, out_channels, h, w], or twice (`up`) or half (`down`)
     that size. The embedding is added before the second norm or, with `use_scale_shift_norm`, scales and shifts what
-    it returns.
+    it returns. `norm` makes a norm of so many channels.
     """
 
     def __init__(
-        self, in_channels, out_channels, embedding_channels, dropout=0, use_scale_shift_norm=False, up=False, down=False
+        self, in_channels, out_channels, embedding_channels, dropout=0, use_scale_shift_norm=False, up=False, down=False,
+        norm=group_norm,
     ):
         super().__init__()
         assert not (up and down), "a block resizes one way"
         self.use_scale_shift_norm = use_scale_shift_norm
         self.resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2) if down else nn.Identity()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = norm(in_channels)
         self.conv1 = conv(in_channels, out_channels, 3)
         self.project = linear(embedding_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(out_channels, out_channels, 3, zero=True)
         self.shortcut = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
@@ -125,14 +130,14 @@ def head_count(channels, num_heads, num_head_channels=None):
 class AttentionBlock(nn.Module):
     """Every pixel attends to every pixel, added to the input; x [b, c, h, w] -> the same shape.
 
-    There are `num_heads` heads, or as many as have `num_head_channels` channels each. Raises ValueError where they do
-    not divide `channels`.
+    There are `num_heads` heads, or as many as have `num_head_channels` channels each; `norm` makes a norm of so many
+    channels. Raises ValueError where the heads do not divide `channels`.
     """
 
-    def __init__(self, channels, num_heads=1, num_head_channels=None):
+    def __init__(self, channels, num_heads=1, num_head_channels=None, norm=group_norm):
         super().__init__()
         self.heads = head_count(channels, num_heads, num_head_channels)
-        self.norm = group_norm(channels)
+        self.norm = norm(channels)
         self.qkv = conv(channels, 3 * channels, 1)
         for weight in self.qkv.weight.data.chunk(3):  # three layers in one: each has its own fan-out
             nn.init.xavier_uniform_(weight)

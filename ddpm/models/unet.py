@@ -4,6 +4,8 @@ x [b, c, h, w] in [-1, 1]; t [b], float or integer, in units of training timeste
 out [b, out_channels, h, w], in the units of whatever target it is trained on.
 """
 
+from functools import partial
+
 import torch
 from einops import rearrange
 from torch import nn
@@ -50,7 +52,8 @@ class UNet(nn.Module):
     at image_size (64, 128) the resolution 16 is the 16x32 map. Level i has `model_channels * channel_mult[i]`
     channels; `num_head_channels`, where given, decides the heads in place of `num_heads`. Built for one size, it runs
     on any that can be halved as often. The class embedding has `num_classes` rows, standard normal at first; a label
-    of -1 is dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros.
+    of -1 is dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros. The last four
+    arguments are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5.
 
     Raises ValueError for a size that cannot be halved often enough, an attention resolution that never occurs, heads
     that do not divide the channels, and labels where there are no classes.
@@ -71,10 +74,15 @@ class UNet(nn.Module):
         use_scale_shift_norm=False,
         resblock_updown=False,
         num_classes=None,
+        freq_shift=1,
+        downsample_padding=0,
+        norm_num_groups=32,
+        norm_eps=1e-6,
     ):
         super().__init__()
         counts = {"in_channels": in_channels, "out_channels": out_channels, "model_channels": model_channels}
         counts |= {"num_res_blocks": num_res_blocks, "num_classes": 1 if num_classes is None else num_classes}
+        counts |= {"norm_num_groups": norm_num_groups}
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} is {count}; use 1 or more")
@@ -91,14 +99,15 @@ class UNet(nn.Module):
                     f"use any of {', '.join(map(str, resolutions))}"
                 )
 
-        self.model_channels = model_channels
+        self.model_channels, self.freq_shift = model_channels, freq_shift
         embedding_channels = 4 * model_channels
+        norm = partial(group_norm, most=norm_num_groups, eps=norm_eps)
 
         def block(inputs, outputs, **resize):
-            return ResidualBlock(inputs, outputs, embedding_channels, dropout, use_scale_shift_norm, **resize)
+            return ResidualBlock(inputs, outputs, embedding_channels, dropout, use_scale_shift_norm, norm=norm, **resize)
 
         def attention(channels):
-            return AttentionBlock(channels, num_heads, num_head_channels)
+            return AttentionBlock(channels, num_heads, num_head_channels, norm)
 
         def block_at(level, inputs, outputs):
             attends = resolutions[level] in attention_resolutions
@@ -119,7 +128,7 @@ class UNet(nn.Module):
                 channels = mult * model_channels
                 skips.append(channels)
             if level < self.halvings:
-                shrink = block(channels, channels, down=True) if resblock_updown else Downsample(channels)
+                shrink = block(channels, channels, down=True) if resblock_updown else Downsample(channels, downsample_padding)
                 self.encoder.append(Stage(shrink))
                 skips.append(channels)
 
@@ -133,11 +142,11 @@ class UNet(nn.Module):
             if level > 0:
                 self.decoder[-1].append(block(channels, channels, up=True) if resblock_updown else Upsample(channels))
 
-        self.head = nn.Sequential(group_norm(channels), nn.SiLU(), conv(channels, out_channels, 3, zero=True))
+        self.head = nn.Sequential(norm(channels), nn.SiLU(), conv(channels, out_channels, 3, zero=True))
 
     def embed(self, t, y, dtype):
         """The embedding [b, 4 model_channels] of times and labels; y None is every label dropped."""
-        emb = self.time_embedding(timestep_embedding(t, self.model_channels).to(dtype))
+        emb = self.time_embedding(timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift).to(dtype))
         if y is None:
             return emb
         if self.class_embedding is None:

@@ -1,0 +1,453 @@
+"""Exchange weights with others: `python -m ddpm.convert SOURCE --out=DEST`; what SOURCE is decides the direction.
+
+    a diffusers folder, a UNet2DModel and its DDPMScheduler -> a checkpoint, DEST.safetensors or DEST/final.safetensors
+    OpenAI's weights, guided- or improved-diffusion (.pt)   -> the same; FLAGS say what shapes do not, --num_heads=4 ...
+    a run folder or checkpoint of ours                      -> a diffusers folder, for DDPMPipeline.from_pretrained
+
+The network's output stays the same, and what has no counterpart is refused by its name. No code of the others is needed.
+"""
+
+import contextlib
+import json
+import pickle
+import re
+import warnings
+from math import sqrt
+from pathlib import Path
+
+import safetensors
+import torch
+from absl import flags
+from einops import rearrange
+from safetensors.torch import load_file, save
+from torch import nn
+
+from ddpm import build, checkpoint, command
+from ddpm import config as configs
+from ddpm.diffusion.schedules import SCHEDULES, get_beta_schedule, line
+from ddpm.files import written_beside
+from ddpm.models.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
+from ddpm.spec import parse
+
+
+def convert(source, out, **theirs):
+    """Convert `source` into `out` as above, `theirs` being OpenAI's flags; returns the path that was written.
+
+    Raises ValueError, one line, for what is damaged, has no counterpart on the other side, or is there already.
+    """
+    source, out = Path(source), Path(out)
+    given = {flag: value for flag, value in theirs.items() if value is not None}
+    if out.exists():
+        raise ValueError(f"{out} is there already; give another --out, or remove it")
+    tensors = tensors_of(source) if source.is_file() else {}
+    openai = "input_blocks.0.0.weight" in tensors
+    if given and not openai:
+        raise ValueError(f"--{min(given)} is for weights of OpenAI, which {source} does not hold; leave it out")
+    if "conv_in.weight" in tensors:
+        raise ValueError(f"{source} is one file of a diffusers model; give the folder, which has its configs too")
+    if not openai and "_class_name" not in json_of(source / "model_index.json") | json_of(part_of(source, "unet", "config")):
+        return to_diffusers(source, out)
+    try:
+        config, weights = from_openai(source, tensors, given) if openai else from_diffusers(source)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{source} is damaged, or no U-Net that ddpm knows: {command.one_line(error)}") from error
+    path = out if out.suffix == ".safetensors" else out / "final.safetensors"
+    checkpoint.export(path, weights, 0, configs.to_json(config))
+    return path
+
+
+def from_diffusers(folder):
+    """Return the config and the weights of a diffusers folder, as ours."""
+    parts = json_of(folder / "model_index.json")
+    allow(folder, "model_index.json's list", sorted(name for name in parts if name[0] != "_"), [["scheduler", "unet"], []])
+    path, other = part_of(folder, "unet", "config"), part_of(folder, "scheduler", "scheduler_config")
+    unet, scheduler = json_of(path), json_of(other)
+    if not scheduler:
+        raise ValueError(f"there is no {other}; put there the noise that the network was trained with")
+    knobs = fields_as_knobs(path, unet, UNET) | shape_as_knobs(path, unet) | fields_as_knobs(other, scheduler, SCHEDULER)
+    knobs["diffusion.beta_schedule"] = our_schedule(other, scheduler, knobs["diffusion.timesteps"])
+    stored = [file for suffix in (".safetensors", ".bin") if (file := path.with_name(STORED + suffix)).exists()]
+    if not stored:
+        raise ValueError(f"there is no {path.with_name(STORED)}.safetensors; give a folder with weights, in one file")
+    tensors = {re.sub(OLD_PART, lambda old: OLD[old[0]], name): value for name, value in tensors_of(stored[0]).items()}
+    return as_ours(stored[0], tensors, knobs, DIFFUSERS, cosines_first=unet.get("flip_sin_to_cos", True))
+
+
+def shape_as_knobs(path, unet):
+    """The knobs for what stands in several fields of a UNet2DModel's config."""
+    for field in unet:
+        allow(path, field, unet[field], [unet[field]] if field[0] == "_" or field in UNET or field in SHAPE else [])
+    widths, groups, size = unet["block_out_channels"], unet.get("norm_num_groups", 32), unet["sample_size"]
+    types = [allow(path, "down_block_types", name, BLOCKS) for name in unet["down_block_types"]]
+    allow(path, "up_block_types", unet["up_block_types"], [[BLOCKS[name][0] for name in types[::-1]]])
+    usual = [unet.get(field, "conv") for field in ("downsample_type", "upsample_type")]
+    ways = sorted({BLOCKS[name][2] or way for name in types for way in usual})
+    allow(path, "the way to resize in down_block_types, downsample_type, upsample_type", ways, [["conv"], ["resnet"]])
+    allow(path, "out_channels", unet.get("out_channels", 3), [unet.get("in_channels", 3)])
+    allow(path, "time_embedding_dim", unet.get("time_embedding_dim"), [None, 4 * widths[0]])
+    silent = [None] if unet.get("resnet_time_scale_shift", "default") == "default" else []  # else None is no norm in the middle
+    allow(path, "attn_norm_num_groups", unet.get("attn_norm_num_groups"), [groups, *silent])
+    return {
+        "model.model_channels": widths[0], "model.channel_mult": factors(path, "block_out_channels", widths, widths[0]),
+        "model.attention_resolutions": tuple(size >> level for level, name in enumerate(types) if BLOCKS[name][1]),
+        "model.num_head_channels": unet.get("attention_head_dim", 8) or 0, "model.resblock_updown": ways == ["resnet"],
+    }
+
+
+def our_schedule(path, scheduler, steps):
+    """Our name for the betas of a diffusers scheduler."""
+    betas = scheduler.get("trained_betas")
+    if betas is None:
+        name = allow(path, "beta_schedule", scheduler.get("beta_schedule", "linear"), BETAS)
+        betas = BETAS[name](scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02), steps)
+    betas = torch.as_tensor(betas, dtype=torch.float64)
+    ends = "(start={:.9g}, end={:.9g})".format(*(betas[[0, -1]] * steps / 1000).tolist())
+    for name in (scheduler.get(OUR_NAME), *SCHEDULES, f"linear{ends}", f"quadratic{ends}"):
+        with contextlib.suppress(ValueError):  # of what is no schedule, or has no betas
+            ours = get_beta_schedule(name, steps)
+            if ours.shape == betas.shape and torch.allclose(ours, betas, rtol=1e-5, atol=1e-9):  # theirs may be float32
+                return name
+    raise ValueError(f"{path}: its betas, {betas[0]:.3g} to {betas[-1]:.3g} in {steps} steps, are those of no schedule of ddpm")
+
+
+def from_openai(path, tensors, given):
+    """Return the config and the weights of OpenAI's tensors, as ours; `given` are their flags, for what shapes do not say."""
+
+    def numbers(pattern):
+        return {int(found[1]) for name in tensors if (found := re.match(pattern, name))}
+
+    ups, stages = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\."), numbers(r"output_blocks\.(\d+)\.")
+    blocks = len(stages) // (len(ups) + 1) - 1
+    firsts = [f"output_blocks.{level * (blocks + 1)}" for level in range(len(ups), -1, -1)]  # the largest images first
+    widths = [len(tensors[f"{first}.0.out_layers.3.bias"]) for first in firsts]
+    (stem, channels), width = tensors["input_blocks.0.0.weight"].shape[:2], tensors["time_embed.0.weight"].shape[1]
+    allow(path, "class_cond", "label_emb.weight" in tensors, [False])
+    allow(path, "the number of channels out (learn_sigma doubles it)", len(tensors["out.2.bias"]), [channels])
+    allow(path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True])  # else halving has no weights
+
+    given = {flag: value for flag, value in given.items() if value != -1}  # which is their None
+    heads = sorted({"num_heads", "num_head_channels"} & given.keys()) or ["num_heads"]
+    needed = ["image_size", "diffusion_steps", "noise_schedule", *heads, "use_new_attention_order"]
+    if missing := [FLAGS[flag][1] for flag in needed if flag not in given]:
+        raise ValueError(f"{path} does not say how it was trained; add what is true of {', '.join(missing)}")
+    steps, size = given["diffusion_steps"], given["image_size"]
+    allow(path, "rescale_timesteps", given.get("rescale_timesteps"), [False] if steps != 1000 else [None, True, False])
+    return as_ours(path, tensors, {
+        "data.image_size": size, "data.channels": channels,
+        "model.model_channels": width, "model.channel_mult": factors(path, "channel_mult", [stem, *widths], width)[1:],
+        "model.num_res_blocks": blocks, "model.resblock_updown": bool(numbers(r"output_blocks\.(\d+)\.[12]\.in_layers")),
+        "model.attention_resolutions": tuple(
+            size >> level for level, first in enumerate(firsts) if f"{first}.1.qkv.weight" in tensors),
+        "model.num_heads": given.get("num_heads", 1), "model.num_head_channels": given.get("num_head_channels", 0),
+        "model.use_scale_shift_norm": len(tensors["middle_block.0.emb_layers.1.bias"]) == 2 * widths[-1],
+        "model.freq_shift": 0, "model.downsample_padding": 1, "model.norm_num_groups": 32, "model.norm_eps": 1e-5,
+        "diffusion.timesteps": steps, "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
+        "diffusion.beta_schedule": allow(path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]),
+        "sample.sampler": "ddpm(variance='large')",
+    }, OPENAI, cosines_first=True, legacy=not given["use_new_attention_order"])
+
+
+def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False):
+    """Return base() with `knobs`, and their tensors under our names and in our order.
+
+    Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head by head.
+    """
+    steps, unknown = knobs["diffusion.timesteps"], "folder(path='the images it was trained on')"
+    knobs = knobs | {"data.source": unknown, "sample.steps": steps, "evaluate.steps": min(50, steps)}
+    config = configs.changed(configs.freeze(configs.base()), knobs)
+    build.check(config)
+    with torch.device("meta"):
+        net = build.network(config)
+    weights, rest = {}, dict(tensors)
+    for name, theirs, layer in names(net, config.model.num_res_blocks, dialect):
+        if lacking := [one for one in theirs if one not in rest]:
+            raise ValueError(f"{path}: the tensor {lacking[0]} is missing, which a network of this config has")
+        value = torch.cat([rest.pop(one).float() for one in theirs])
+        if legacy and ".qkv." in name:
+            value = rearrange(value, "(heads three d) ... -> (three heads d) ...", three=3, heads=layer.heads)
+        weights[name] = value.reshape(value.shape + (1,) * (net.get_parameter(name).dim() - value.dim()))
+    if rest:
+        raise ValueError(f"{path}: the tensor {min(rest)} has no place in a network of this config")
+    if cosines_first:
+        rows = weights["time_embedding.0.weight"]
+        half, odd = divmod(rows.shape[1], 2)
+        cosines, sines, zero = rows.split([half, half, odd], dim=1)
+        weights["time_embedding.0.weight"] = torch.cat([sines, cosines, zero], dim=1)
+    build.put_weights(net, weights, path, assign=True)
+    return config, weights
+
+
+def to_diffusers(source, folder):
+    """Write a run folder or checkpoint of ours as a diffusers folder; returns the folder."""
+    path, _, text, weights = checkpoint.load_weights(source)
+    config = configs.from_json(text)
+    with torch.device("meta"):
+        net = build.network(config)
+    build.put_weights(net, weights, path, assign=True)
+    unet, scheduler = their_unet(path, config, net), their_scheduler(path, config)
+    tensors = {}
+    for name, theirs, layer in names(net, config.model.num_res_blocks, DIFFUSERS):
+        value = net.get_parameter(name).detach().float()
+        if isinstance(layer, AttentionBlock) and value.dim() == 4:
+            value = rearrange(value, "o i 1 1 -> o i")
+        tensors |= {one: part.clone() for one, part in zip(theirs, value.chunk(len(theirs)), strict=True)}
+    with written_beside(folder / "unet" / f"{STORED}.safetensors") as part:
+        part.write_bytes(save(tensors, metadata={"format": "pt"}))
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    for file, fields in (("unet/config", unet), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
+        with written_beside(folder / f"{file}.json") as part:
+            part.write_text(json.dumps(fields, indent=2) + "\n")
+    return folder
+
+
+def their_unet(path, config, net):
+    """The fields of a UNet2DModel's config for a network of ours."""
+    knobs, usual = configs.flatten(config), configs.flatten(configs.base())
+    carried = {knob for _, knob, _ in UNET.values()}.union(*SHAPE.values())
+    for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
+        allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
+    model, channels = config.model, config.data.channels
+    allow(path, "the number of channels out", net.head[2].out_channels, [channels])
+    allow(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
+    groups = sorted({layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)})
+    allow(path, f"config.model.norm_num_groups {model.norm_num_groups}, in groups of its norms,", groups, [groups[:1]])
+    blocks = [layer for layer in net.modules() if isinstance(layer, AttentionBlock)]
+    heads = sorted({layer.norm.num_channels // layer.heads for layer in blocks})
+    heads = [None] if all(layer.heads == 1 for layer in blocks) else heads
+    allow(path, "config.model.num_heads, in channels a head,", heads, [heads[:1]])
+    resize = "resnet" if model.resblock_updown else "conv"
+    attends = [config.data.image_size >> level in model.attention_resolutions for level in range(len(model.channel_mult))]
+    downs = [next(name for name, (_, attention, way) in BLOCKS.items() if attention == yes and way in (None, resize))
+             for yes in attends]
+    return knobs_as_fields(path, knobs, UNET) | {
+        "out_channels": channels, "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
+        "down_block_types": downs, "up_block_types": [BLOCKS[name][0] for name in downs[::-1]],
+        "downsample_type": resize, "upsample_type": resize, "attention_head_dim": heads[0],
+        "norm_num_groups": groups[0], "attn_norm_num_groups": groups[0],
+    }
+
+
+def their_scheduler(path, config):
+    """The fields of a DDPMScheduler's config for a process of ours: a name for the betas if there is one, else themselves."""
+    sampler, arguments = parse(config.sample.sampler)
+    large, spacing = sampler == "ddpm" and arguments.get("variance") == "large", config.sample.spacing
+    fields = knobs_as_fields(path, configs.flatten(config) | {  # how to draw is anyone's choice, so this is never refused
+        "sample.sampler": f"ddpm(variance={'large' if large else 'small'!r})",
+        "sample.spacing": spacing if spacing in SCHEDULER["timestep_spacing"][2].values() else "leading",
+    }, SCHEDULER)
+    name, steps = config.diffusion.beta_schedule, config.diffusion.timesteps
+    betas = get_beta_schedule(name, steps)
+    start, end = (float(f"{beta:.9g}") for beta in betas[[0, -1]].tolist())
+    for theirs, make in BETAS.items():
+        if torch.allclose(make(start, end, steps), betas, rtol=1e-8, atol=0):
+            return fields | {"beta_schedule": theirs, "beta_start": start, "beta_end": end}
+    return fields | {"trained_betas": betas.tolist(), OUR_NAME: name}
+
+
+def names(net, blocks, dialect):
+    """Each tensor of a U-Net of `blocks` residual blocks a level: our name, the names of its rows in a dialect, its layer."""
+    for name, layer in net.named_modules():
+        place, numbers = name, {}
+        if found := re.fullmatch(r"(encoder|decoder)\.(\d+)\.(\d)", name):
+            stage, residual = int(found[2]), isinstance(layer, ResidualBlock)
+            kind = "block" if residual and isinstance(layer.resize, nn.Identity) else KINDS[type(layer)]
+            place = f"{found[1]} {kind}"
+            level, block = divmod(stage, blocks + 1)
+            numbers = {"level": level, "block": block, "stage": stage, "next": stage + 1, "layer": found[3]}
+        for part, theirs in PARTS.get(type(layer), PLAIN).items() if place in PLACES else ():
+            for leaf, _ in layer.get_submodule(part).named_parameters():
+                there = [(PLACES[place][dialect].format(**numbers), row, leaf) for row in theirs[dialect].split(" ")]
+                yield ".".join(filter(None, (name, part, leaf))), [".".join(filter(None, words)) for words in there], layer
+
+
+def fields_as_knobs(path, fields, table):
+    """Our knobs for those fields of a diffusers config that a table has."""
+    knobs = {}
+    for field, (usual, knob, values) in table.items():
+        value = fields.get(field, usual)
+        if isinstance(values, type):
+            allow(path, field, value, [value] if isinstance(value, (values, int)) else [f"a {values.__name__}"])
+        knobs[knob] = values(value) if isinstance(values, type) else values[allow(path, field, value, values)]
+    return {knob: value for knob, value in knobs.items() if knob}
+
+
+def knobs_as_fields(path, knobs, table):
+    """The fields of a diffusers config for our knobs."""
+    fields = {}
+    for field, (_, knob, values) in table.items():
+        if isinstance(values, type):
+            fields[field] = knobs[knob]
+        else:
+            ours = knob and allow(path, f"config.{knob}", knobs[knob], values.values())
+            fields[field] = next(there for there, here in values.items() if here == ours)
+    return fields
+
+
+def factors(path, field, widths, width):
+    """Widths in units of the first; raises ValueError where they are not whole multiples of it."""
+    whole = widths[0] == width and not any(one % width for one in widths)
+    allow(path, field, list(widths), [list(widths)] if whole else [f"{width} and multiples of it"])
+    return tuple(one // width for one in widths)
+
+
+def allow(path, field, value, allowed):
+    """Return the value if it is one of those allowed; raises ValueError, which names field and value, if it is not."""
+    if value not in list(allowed):
+        others = f"; it can be {', '.join(map(str, allowed))}" if allowed else ""
+        raise ValueError(f"{path}: {field} is {value!r}, which has no counterpart on the other side{others}")
+    return value
+
+
+def part_of(folder, part, name):
+    """The config of a part of a diffusers folder, which has a folder of its own or lies beside the others."""
+    return (folder / part if (folder / part).is_dir() else folder) / f"{name}.json"
+
+
+def json_of(path):
+    """The fields in a JSON file; none where there is no file. Raises ValueError where it holds something else."""
+    with contextlib.suppress(ValueError):
+        fields = json.loads(path.read_text()) if path.is_file() else {}
+        if isinstance(fields, dict):
+            return fields
+    raise ValueError(f"{path} is damaged or no config; use another file")
+
+
+def tensors_of(path):
+    """The tensors in a file, on the host; none where it holds something else besides. Raises ValueError if it is damaged."""
+    try:
+        with warnings.catch_warnings():  # of torch, about a file that is refused below
+            warnings.simplefilter("ignore")
+            safe = path.suffix == ".safetensors"
+            found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError):
+        raise ValueError(f"{path} is damaged or holds more than weights; use another file") from None
+    return found if isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values()) else {}
+
+
+def main(arguments):
+    """Convert what the command line names; returns the exit code."""
+    if len(arguments) > 1:
+        raise ValueError(f"one source at a time; leave out {arguments[1]}")
+    given = {flag: getattr(flags.FLAGS, flag) for flag in FLAGS}
+    print(f"wrote {convert(arguments[0], flags.FLAGS.out, **given)}")
+    return command.DONE
+
+
+DIFFUSERS, OPENAI = 0, 1  # the columns of the next tables
+PLACES = {  # where a layer of ours is: in a UNet2DModel, in OpenAI's UNetModel
+    "stem": ("conv_in", "input_blocks.0.0"),
+    "time_embedding.0": ("time_embedding.linear_1", "time_embed.0"),
+    "time_embedding.2": ("time_embedding.linear_2", "time_embed.2"),
+    "encoder block": ("down_blocks.{level}.resnets.{block}", "input_blocks.{next}.{layer}"),
+    "encoder attention": ("down_blocks.{level}.attentions.{block}", "input_blocks.{next}.{layer}"),
+    "encoder resize": ("down_blocks.{level}.downsamplers.0", "input_blocks.{next}.{layer}"),
+    "middle.0": ("mid_block.resnets.0", "middle_block.0"),
+    "middle.1": ("mid_block.attentions.0", "middle_block.1"),
+    "middle.2": ("mid_block.resnets.1", "middle_block.2"),
+    "decoder block": ("up_blocks.{level}.resnets.{block}", "output_blocks.{stage}.{layer}"),
+    "decoder attention": ("up_blocks.{level}.attentions.{block}", "output_blocks.{stage}.{layer}"),
+    "decoder resize": ("up_blocks.{level}.upsamplers.0", "output_blocks.{stage}.{layer}"),
+    "head.0": ("conv_norm_out", "out.0"),
+    "head.2": ("conv_out", "out.2"),
+}
+KINDS = {AttentionBlock: "attention", Downsample: "resize", Upsample: "resize", ResidualBlock: "resize"}
+PLAIN = {"": ("", "")}
+PARTS = {  # what a layer of ours consists of: in diffusers, in OpenAI's code
+    ResidualBlock: {
+        "norm1": ("norm1", "in_layers.0"),
+        "conv1": ("conv1", "in_layers.2"),
+        "project": ("time_emb_proj", "emb_layers.1"),
+        "norm2": ("norm2", "out_layers.0"),
+        "conv2": ("conv2", "out_layers.3"),
+        "shortcut": ("conv_shortcut", "skip_connection"),
+    },
+    AttentionBlock: {
+        "norm": ("group_norm", "norm"),
+        "qkv": ("to_q to_k to_v", "qkv"),
+        "project": ("to_out.0", "proj_out"),
+    },
+    Downsample: {"conv": ("conv", "op")},
+    Upsample: {"conv": ("conv", "conv")},
+}
+OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of early diffusers
+OLD_PART = "|".join(map(re.escape, OLD))
+STORED = "diffusion_pytorch_model"
+
+UNET = {  # a field of UNet2DModel: what it is if left out, our knob, {its values: ours} or the type of a value that is the same
+    "_class_name": (None, None, {"UNet2DModel": None}),
+    "sample_size": (None, "data.image_size", int),
+    "in_channels": (3, "data.channels", int),
+    "layers_per_block": (2, "model.num_res_blocks", int),
+    "dropout": (0.0, "model.dropout", float),
+    "freq_shift": (0, "model.freq_shift", {0: 0, 1: 1}),
+    "downsample_padding": (1, "model.downsample_padding", {0: 0, 1: 1}),
+    "norm_num_groups": (32, "model.norm_num_groups", int),
+    "norm_eps": (1e-5, "model.norm_eps", float),
+    "resnet_time_scale_shift": ("default", "model.use_scale_shift_norm", {"default": False, "scale_shift": True}),
+    "flip_sin_to_cos": (True, None, {False: None, True: None}),  # is a permutation of weights
+    "act_fn": ("silu", None, {"silu": None, "swish": None}),
+    "center_input_sample": (False, None, {False: None}),
+    "time_embedding_type": ("positional", None, {"positional": None}),
+    "mid_block_type": ("UNetMidBlock2D", None, {"UNetMidBlock2D": None}),
+    "mid_block_scale_factor": (1, None, {1: None}),
+    "add_attention": (True, None, {True: None}),
+    "class_embed_type": (None, None, {None: None}),
+    "num_class_embeds": (None, None, {None: None}),
+    "num_train_timesteps": (None, None, {None: None}),  # of a learned time embedding
+}
+SHAPE = {  # its other fields, which are read together, and the knobs that they make
+    "block_out_channels": ("model.model_channels", "model.channel_mult"),
+    "down_block_types": ("model.attention_resolutions", "model.resblock_updown"),
+    "up_block_types": (),
+    "downsample_type": (),
+    "upsample_type": (),
+    "attention_head_dim": ("model.num_heads", "model.num_head_channels"),
+    "attn_norm_num_groups": (),
+    "out_channels": (),
+    "time_embedding_dim": (),
+}
+BLOCKS = {  # diffusers' block on the way down: the one on the way up, with attention or not, how it resizes (None: see another)
+    "DownBlock2D": ("UpBlock2D", False, "conv"),
+    "AttnDownBlock2D": ("AttnUpBlock2D", True, None),
+    "ResnetDownsampleBlock2D": ("ResnetUpsampleBlock2D", False, "resnet"),
+}
+SCHEDULER = {  # a field of DDPMScheduler, as in UNET
+    "_class_name": (None, None, {"DDPMScheduler": None}),
+    "num_train_timesteps": (1000, "diffusion.timesteps", int),
+    "prediction_type": ("epsilon", "diffusion.predict", {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}),
+    "clip_sample": (True, "diffusion.clip", {True: True, False: False}),
+    "clip_sample_range": (1.0, None, {1.0: None}),
+    "variance_type": ("fixed_small", "sample.sampler", {
+        "fixed_small": "ddpm(variance='small')",
+        "fixed_small_log": "ddpm(variance='small')",
+        "fixed_large": "ddpm(variance='large')",
+    }),
+    "timestep_spacing": ("leading", "sample.spacing", {"leading": "leading", "linspace": "linear", "trailing": "trailing"}),
+    "steps_offset": (0, None, {0: None}),
+    "thresholding": (False, None, {False: None}),
+    "rescale_betas_zero_snr": (False, None, {False: None}),
+}
+BETAS = {  # beta_schedule: its betas from the first to the last
+    "linear": line,
+    "scaled_linear": lambda start, end, steps: line(sqrt(start), sqrt(end), steps) ** 2,
+    "squaredcos_cap_v2": lambda start, end, steps: get_beta_schedule("cosine", steps),
+}
+OUR_NAME = "_ddpm_schedule"  # says in a diffusers file which schedule its trained_betas are
+
+FLAGS = {  # OpenAI's flags, for what shapes do not say
+    "image_size": (flags.DEFINE_integer, "--image_size=64"),
+    "diffusion_steps": (flags.DEFINE_integer, "--diffusion_steps=1000"),
+    "noise_schedule": (flags.DEFINE_string, "--noise_schedule=linear"),
+    "num_heads": (flags.DEFINE_integer, "--num_heads=4 or --num_head_channels=64"),
+    "num_head_channels": (flags.DEFINE_integer, "--num_head_channels=64"),
+    "use_new_attention_order": (flags.DEFINE_bool, "--use_new_attention_order=False"),
+    "rescale_timesteps": (flags.DEFINE_bool, "--rescale_timesteps=True"),
+    "predict_xstart": (flags.DEFINE_bool, "--predict_xstart=True"),
+}
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "The folder, or the .safetensors file, to write.", required=True)
+    for flag, (define, example) in FLAGS.items():
+        define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")
+    command.run_door(main, takes="a diffusers folder, a file of OpenAI's weights, or a run folder or checkpoint of ddpm")
