@@ -106,12 +106,12 @@ def explained(error):
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             if frame.name in ("get_config", "<module>"):
                 return f"{frame.filename}, line {frame.lineno}: {plainly(one_line(cause))}"
+    if "get_config() takes 0 positional arguments" in str(causes[-1]):
+        return "the config file takes no variant; leave out what follows ':', or write `def get_config(variant=None)`"
     if "Error whilst parsing config file" in str(error):  # what ml_collections puts around a whole traceback
         return one_line(causes[-1])
     if re.search(r"Unknown command line flag 'config\.|before a value for --config", str(error)):
         return "--config.x=... without --config=FILE before it; write --config=configs/digits.py, or another of configs/, first"
-    if "get_config() takes 0 positional arguments" in str(error):
-        return "the config file takes no variant; leave out what follows ':', or write `def get_config(variant=None)`"
     if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):
         return f"no {missing[1]} given; write --{missing[1]}=..."
     if "has no attribute 'get_config'" in str(error):

@@ -12,6 +12,9 @@ from ddpm import build, command, config, dist
 from ddpm.files import held
 from ddpm.train import Diverged, train
 
+command.define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
+
 
 def train_experiment(given, folder):
     """Train a frozen config in a folder, or go on with what stands there; returns the exit code.
@@ -38,7 +41,7 @@ def train_experiment(given, folder):
 def main():
     """Train what the flags say; returns the exit code."""
     given, file, overrides = command.given_config()
-    return train_experiment(given, flags.FLAGS.workdir or config.default_workdir(file, overrides))
+    return train_experiment(given, WORKDIR.value or config.default_workdir(file, overrides))
 
 
 def finish(run):
@@ -65,7 +68,5 @@ def finish(run):
 
 
 if __name__ == "__main__":
-    command.define_config_flag()
-    flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
     flags.adopt_module_key_flags(command)
     command.run_door(main)

@@ -34,7 +34,7 @@ UNRELATED = (  # knobs that do not touch what is compared
     "evaluate.batch_size", "evaluate.inception_weights")
 MADE = re.compile(  # as ddpm.score writes it
     r"(?P<extractor>.+); (?P<samples>\d+) samples of the (?P<weights>.+) weights in (?P<arithmetic>\w+); (?P<sampler>.+), "
-    r"(?P<steps>\d+) steps, (?P<spacing>\w+) spacing, seed (?P<seed>\d+); against (?P<images>\d+) images (?P<data>\w+)")
+    r"(?P<steps>\d+) steps, (?P<spacing>.+?) spacing, seed (?P<seed>\d+); against (?P<images>\d+) images (?P<data>\w+)")
 ON_PURPOSE = {  # parts in which numbers may differ where the knob is an axis; other data or another extractor never compare
     "samples": "evaluate.num_samples", "arithmetic": "train.amp", "sampler": "evaluate.sampler", "steps": "evaluate.steps",
     "spacing": "sample.spacing"}
