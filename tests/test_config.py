@@ -413,7 +413,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     (["--config=(typo.py)"], 'Did you mean "length" instead of "lenght"?'),
     (["--config=(wrong_type.py)"], "(wrong_type.py), line 6: batch_size cannot be '64'; it takes a whole number"),
     (["--config=(none.py)"], "config.train.gradient_clip is None; it takes a number"),
-    (["--config=(plain.py):foo"], "the config file takes no variant; leave out what follows ':', or write `def get_config(variant=None)`"),
+    (["--config=(plain.py):foo"], "the config file takes no variant; leave out what follows ':', or write "),
     (["--config=(not_base.py)"], "(not_base.py) lacks data.channels; begin get_config with `config = base()`"),
     (["--config=(more.py)"], "(more.py) has an unknown knob train.colour; begin get_config with `config = base()`"),
     ([f"--config={ROOT}/configs/cifar10.py:foo"], "this config file has no variants; leave out ':foo'"),
