@@ -254,7 +254,7 @@ def open_wandb(tracker, folder, config, options, mode, run_id, rows):
             x_transaction_log_flush_interval=FLUSH_SECONDS)
         name = options["name"] or os.environ.get("WANDB_NAME") or folder.name
         try:
-            return wandb.init(dir=folder, mode=mode, config=config, name=name, settings=settings, **named, **which)
+            return wandb.init(dir=folder.resolve(), mode=mode, config=config, name=name, settings=settings, **named, **which)
         except Exception:
             wandb.teardown()  # or W&B's service calls the id in use when it is tried again
             wandb.setup(quiet)

@@ -19,7 +19,8 @@ def isolated(tmp_path_factory, monkeypatch):
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "DDPM_CACHE", "WANDB_DIR", "WANDB_CACHE_DIR",
                  "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(home))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "RANK", "WORLD_SIZE"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "WANDB_SERVICE", "RANK",
+                 "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
