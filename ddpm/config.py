@@ -16,9 +16,10 @@ import torch
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm import clock, data, dist, metrics, tracking
-from ddpm.diffusion.process import CLEAN, SPACINGS, TARGETS, Level, Process
+from ddpm.diffusion.process import CLEAN, TARGETS, Level, Process
 from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.schedules import SCHEDULES, get_schedule
+from ddpm.diffusion.spacings import SPACINGS
 from ddpm.files import written_beside
 from ddpm.models import MODELS
 from ddpm.optim import DECAYS, OPTIMIZERS

@@ -8,9 +8,10 @@ import torch
 from conftest import TINY, rows, run, tiny
 
 from ddpm import build, config, data, images
-from ddpm.diffusion.process import SPACINGS, TARGETS
+from ddpm.diffusion.process import TARGETS
 from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.diffusion.spacings import SPACINGS
 from ddpm.optim import DECAYS, OPTIMIZERS
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

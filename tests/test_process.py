@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm.diffusion.process import CLEAN, SPACINGS, TARGETS, Level, Process, denoiser, latent, posterior
+from ddpm.diffusion.process import CLEAN, TARGETS, Level, Process, denoiser, latent, posterior
 from ddpm.diffusion.schedules import SCHEDULES, get_beta_schedule, get_schedule, tables
+from ddpm.diffusion.spacings import SPACINGS
 
 EXACT = dict(rtol=1e-12, atol=1e-14)  # float64, a few operations
 
