@@ -25,14 +25,15 @@ def network(config):
     build = MODELS[arguments.pop("name")]
     arguments["num_head_channels"] = arguments["num_head_channels"] or None
     rng.reseed_torch(config.seed)
-    channels = config.data.channels
-    return build(image_size=config.data.image_size, in_channels=channels, out_channels=channels, **arguments)
+    channels, section = config.data.channels, config.diffusion
+    return build(
+        image_size=config.data.image_size, in_channels=channels * (1 + section.self_condition),
+        out_channels=channels * (1 + (section.variance == "learned")), **arguments)
 
 
 def diffusion(config, net):
     """The process and objective of a config around a network."""
-    section = config.diffusion
-    return DDPM(net, section.timesteps, section.beta_schedule, section.predict, clip=section.clip)
+    return DDPM(net, **config.diffusion)
 
 
 def image_shape(config):
@@ -80,9 +81,8 @@ def scorer(config, images, machine):
 
 def drawer(config, net, machine, how=draw.draw):
     """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is draw.draw or draw.frames."""
-    process = diffusion(config, net).process
-    target = {"predict": config.diffusion.predict, "clip": config.diffusion.clip}
-    return lambda seeds, recipe: how(net, process, recipe, seeds, image_shape(config), machine, **target)
+    model = diffusion(config, net)
+    return lambda seeds, recipe: how(model, recipe, seeds, image_shape(config), machine)
 
 
 def check(config):
@@ -95,7 +95,9 @@ def check(config):
 def flops_per_image(config):
     """Floating-point operations, forward and backward, that training spends on one image, counted without computing any."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network(config)(torch.empty(1, *image_shape(config)), torch.zeros(1, dtype=torch.long)).sum().backward()
+        net, (_, *size) = network(config), image_shape(config)
+        channels = config.data.channels * (1 + config.diffusion.self_condition)
+        net(torch.empty(1, channels, *size), torch.zeros(1, dtype=torch.long)).sum().backward()
     return counter.get_total_flops()
 
 
@@ -195,14 +197,18 @@ def assemble(config, folder, machine):
         put_weights(net, weights, path)
     ema = EMA(net, config.ema.decay, config.ema.warmup)
     model = diffusion(config, StepNetwork(net, machine))
+    model.objective.to(machine.device)
     meters = Meters(config.diffusion.timesteps, machine)
     step = Step(
         net=net, diffusion=model, ema=ema, meters=meters, machine=machine, scaler=machine.scaler(),
-        optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(net.parameters(), section.learning_rate),
+        optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
+            [*net.parameters(), *model.objective.parameters()], section.learning_rate),
         seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
         learning_rate=rate(config, len(learned)), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip)
     parts = {"net": net, "ema": ema, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best(),
              "data": Same(images=len(images), fingerprint=images.fingerprint)}
+    if model.objective.state_dict():  # a weighting or times that learn
+        parts["objective"] = model.objective
     if content is not None:
         checkpoint.restore(content["parts"], parts)
     notes = [*machine.notes, *images.notes, f"{len(learned)} images to learn from, {len(held_out)} held out"]

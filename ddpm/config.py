@@ -16,10 +16,12 @@ import torch
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm import clock, data, dist, metrics, tracking
-from ddpm.diffusion.process import CLEAN, TARGETS, Level, Process
+from ddpm.diffusion.losses import LOSSES, TIMES, WEIGHTINGS
+from ddpm.diffusion.process import CLEAN, VARIANCES, Level, Process
 from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.schedules import SCHEDULES, get_schedule
 from ddpm.diffusion.spacings import SPACINGS
+from ddpm.diffusion.targets import TARGETS
 from ddpm.files import written_beside
 from ddpm.models import MODELS
 from ddpm.optim import DECAYS, OPTIMIZERS
@@ -57,8 +59,14 @@ def base():
         },
         "diffusion": {
             "timesteps": 1000,  # T, noise levels: 1 to 10000
-            "beta_schedule": "cosine",  # linear, quadratic, cosine, sigmoid(tau=1.0)
-            "predict": "eps",  # what the network predicts: eps, x0, v
+            "beta_schedule": "cosine",  # linear, quadratic, cosine, sigmoid, laplace, shifted_cosine(resolution=128), flow, edm
+            "zero_terminal_snr": False,  # rescale the schedule so that it ends in pure noise; not with eps and edm
+            "predict": "eps",  # what the network predicts: eps, x0, v, flow, edm(sigma_data=0.5)
+            "variance": "small",  # of a step of the sampler ddpm: small, large, learned (by hybrid or vlb)
+            "loss": "mse",  # mse, hybrid(vlb_weight=0.001), vlb
+            "weighting": "simple",  # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid(bias=0.0), edm, uncertainty
+            "times": "uniform",  # uniform, stratified, antithetic, logit_normal, lognormal, importance
+            "self_condition": False,  # the network sees its last estimate of the image too
             "clip": True,  # samples: predicted images are clipped to [-1, 1] at each step
         },
         "train": {
@@ -160,7 +168,7 @@ RANGES = {
 CHOICES = {
     "data.channels": (1, 3, 4),
     "model.name": MODELS,
-    "diffusion.predict": TARGETS,
+    "diffusion.variance": VARIANCES,
     "train.amp": dist.AMP,
     "evaluate.extractor": ("auto", *metrics.EXTRACTORS),
     "wandb.mode": tracking.MODES,
@@ -168,6 +176,10 @@ CHOICES = {
 SPECS = {
     "data.source": data.SOURCES,
     "diffusion.beta_schedule": SCHEDULES,
+    "diffusion.predict": TARGETS,
+    "diffusion.loss": LOSSES,
+    "diffusion.weighting": WEIGHTINGS,
+    "diffusion.times": TIMES,
     "train.optimizer": OPTIMIZERS,
     "train.learning_rate_decay": DECAYS,
     "sample.sampler": SAMPLERS,
@@ -200,7 +212,7 @@ def check(config):
         with about(key):
             chosen = choose(f"config.{key}", table, knobs[key])
             if table is SAMPLERS:
-                rehearse(chosen)
+                rehearse(chosen, knobs["diffusion.variance"] == "learned")
     for key, (low, high) in INTEGER_TUPLES.items():
         if not all(type(item) is int and low <= item <= high for item in knobs[key]):
             raise ValueError(
@@ -230,7 +242,8 @@ def check(config):
         raise ValueError(f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; choose "
                          f"gradient_accumulation_steps among the divisors of {size}")
     with about("diffusion.beta_schedule"):
-        process = Process(*get_schedule(knobs["diffusion.beta_schedule"], knobs["diffusion.timesteps"]))
+        process = Process(*get_schedule(*(knobs[f"diffusion.{key}"] for key in (
+            "beta_schedule", "timesteps", "zero_terminal_snr"))))
     for key in ("sample.steps", "evaluate.steps"):
         if knobs[key] > knobs["diffusion.timesteps"]:
             raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
@@ -249,10 +262,10 @@ def about(key):
         raise ValueError(str(error) if known else f"config.{key}: {error}") from None
 
 
-def rehearse(sampler):
+def rehearse(sampler, learned):
     """Run a sampler on next to nothing, so that it refuses its arguments now and not at the first grid."""
     levels = [Level(0.0, math.sqrt(0.5), math.sqrt(0.5)), CLEAN]
-    for _ in sampler(lambda x, level: (x, x), torch.zeros(1), levels, lambda k: torch.zeros(1)):
+    for _ in sampler(lambda x, level: (x, x, x) if learned else (x, x), torch.zeros(1), levels, lambda k: torch.zeros(1)):
         pass
 
 

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ddpm import images, rng, spec
-from ddpm.diffusion.process import denoiser, latent
-from ddpm.diffusion.samplers import SAMPLERS
+from ddpm.diffusion.process import latent
 
 
 class Recipe(NamedTuple):
@@ -26,7 +25,7 @@ class Recipe(NamedTuple):
         return f"{self.sampler}, {self.steps} steps, {self.spacing} spacing, seed {self.seed}"
 
 
-def trajectory(net, process, recipe, seeds, shape, machine, *, predict, clip):
+def trajectory(model, recipe, seeds, shape, machine):
     """Yield x [b, c, h, w] in about [-1, 1] on the device: the latents of `seeds`, then x after each step of the sampler."""
 
     def noise(k):
@@ -34,32 +33,32 @@ def trajectory(net, process, recipe, seeds, shape, machine, *, predict, clip):
 
     def autocast(x, t, y=None):
         with machine.autocast():
-            return net(x, t, y).float()
+            return model.net(x, t, y).float()
 
-    sampler = spec.choose("sampler", SAMPLERS, recipe.sampler)
-    levels = process.levels(recipe.steps, recipe.spacing)
-    net.eval()
+    sampler = spec.choose("sampler", model.samplers, recipe.sampler)
+    levels = model.process.levels(recipe.steps, recipe.spacing)
+    model.net.eval()
     with torch.no_grad():
         x = latent(levels[0], noise(0))
         yield x
-        yield from sampler(denoiser(autocast, predict=predict, clip=clip), x, levels, noise)
+        yield from sampler(model.denoiser(autocast), x, levels, noise)
 
 
-def draw(net, process, recipe, seeds, shape, machine, **target):
+def draw(model, recipe, seeds, shape, machine):
     """Yield (seeds, uint8 [b, c, h, w] on the host), batch by batch, for this rank's share of `seeds`.
 
-    `net` is the plain network with the weights to draw from, `shape` is (c, h, w), `target` holds `predict` and `clip`.
+    `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h, w).
     """
     mine = list(seeds)[machine.share(len(seeds))]
     for start in range(0, len(mine), recipe.batch_size):
         batch = mine[start:start + recipe.batch_size]
-        steps = trajectory(net, process, recipe, batch, shape, machine, **target)
+        steps = trajectory(model, recipe, batch, shape, machine)
         yield batch, images.decode(deque(steps, maxlen=1).pop()).cpu()
 
 
-def frames(net, process, recipe, seeds, shape, machine, **target):
+def frames(model, recipe, seeds, shape, machine):
     """Yield (seeds, uint8 [b, c, h, w]) after each step: how the images of `seeds` come out of the noise."""
-    for x in trajectory(net, process, recipe, list(seeds), shape, machine, **target):
+    for x in trajectory(model, recipe, list(seeds), shape, machine):
         yield list(seeds), images.decode(x).cpu()
 
 

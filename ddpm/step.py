@@ -6,6 +6,8 @@ What a step draws (times, noise, flips, dropout) is addressed by (seed, step, pl
 stopped goes on as if it had not been, and micro-batches and ranks change nothing.
 """
 
+from functools import partial
+
 import torch
 
 from ddpm import data, images, rng
@@ -68,12 +70,15 @@ class Step:
     def __init__(self, *, net, diffusion, optimizer, scaler, ema, meters, machine, seed, batch_size, micro_batches,
                  learning_rate, gradient_clip, flip):
         self.net, self.diffusion, self.optimizer, self.scaler, self.ema = net, diffusion, optimizer, scaler, ema
+        self.objective = diffusion.objective
+        self.parameters = [*net.parameters(), *self.objective.parameters()]
         self.meters, self.machine, self.seed = meters, machine, seed
         self.learning_rate, self.gradient_clip = learning_rate, gradient_clip
         self.flip = data.flip if flip else lambda batch, *address: batch
         places = range(batch_size)[machine.share(batch_size)]
         size = len(places) // micro_batches
         self.parts = [places[i * size:(i + 1) * size] for i in range(micro_batches)]
+        self.seen = torch.zeros(2, batch_size, device=machine.device)  # t and loss of the effective batch
 
     def __call__(self, step, batch):
         """Learn from this rank's share of the effective batch, uint8 [b, c, h, w] in the order of the places."""
@@ -83,8 +88,10 @@ class Step:
         for micro, (places, pixels) in enumerate(zip(self.parts, batch.split(len(self.parts[0])), strict=True)):
             with self.diffusion.net.accumulating(more=micro + 1 < len(self.parts)):
                 self._learn(step, micro, places, pixels)
+        for parameter in self.objective.parameters():  # which the network's wrapper does not know
+            parameter.grad = self.machine.sum(parameter.grad) / self.machine.world
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip)
         skipped = ~norm.isfinite()
         self.optimizer.found_inf = skipped.float()  # a fused optimiser leaves everything as it is where this is 1
         self.scaler.step(self.optimizer)
@@ -92,21 +99,23 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
         self.meters.add_step(norm, skipped)
+        if self.objective.watches:
+            t, losses = self.machine.sum(self.seen)
+            self.objective.observe(t.long(), losses)
+            self.seen.zero_()
 
     def _learn(self, step, micro, places, pixels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
         x0 = images.encode(self.machine.put(self.flip(pixels, self.seed, step, places)))
-        t, noise = draw_times_and_noise(self.diffusion.process.timesteps, self.seed, "train", step, places, x0.shape[1:])
-        t, noise = self.machine.put(t), self.machine.put(noise)
-        losses = self.diffusion.losses(x0, t, noise)
-        self.scaler.scale(losses.mean() / len(self.parts)).backward()
+        times = partial(rng.uniform, self.seed, "train time", step)
+        t, importance = self.objective.times(self.diffusion.process, places, self.seen.shape[1], times)
+        t, noise = self.machine.put(t), self.machine.put(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
+        conditioned = self.machine.put(rng.uniform(self.seed, "train self-condition", step, places) < 0.5)
+        losses = self.diffusion.losses(x0, t, noise, conditioned=conditioned)
+        weighted = losses if importance is None else losses * importance
+        self.scaler.scale(weighted.mean() / len(self.parts)).backward()
         self.meters.add_losses(t, losses)
-
-
-def draw_times_and_noise(timesteps, seed, purpose, step, places, shape):
-    """Uniform times int64 [b] in 0 .. T-1 and noise [b, *shape], each at the address of its place in the batch."""
-    t = (rng.uniform(seed, f"{purpose} time", step, places) * timesteps).long()
-    return t, rng.normal(seed, f"{purpose} noise", step, places, shape)
+        self.seen[0, places.start:places.stop], self.seen[1, places.start:places.stop] = t, losses.detach()
 
 
 class Validation:

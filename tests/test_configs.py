@@ -8,11 +8,7 @@ import torch
 from conftest import TINY, rows, run, tiny
 
 from ddpm import build, config, data, images
-from ddpm.diffusion.process import TARGETS
-from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.schedules import SCHEDULES
-from ddpm.diffusion.spacings import SPACINGS
-from ddpm.optim import DECAYS, OPTIMIZERS
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -45,23 +41,6 @@ def test_every_config_trains_at_tiny_size(path, variant, tmp_path):
 def test_an_unknown_variant_is_refused(path):
     with pytest.raises(ValueError, match="variant"):
         module_of(path).get_config("no_such_variant")
-
-
-ENTRIES = (
-    [("diffusion.beta_schedule", name) for name in SCHEDULES]
-    + [("diffusion.predict", name) for name in TARGETS]
-    + [("sample.sampler", name) for name in SAMPLERS]
-    + [("sample.spacing", name if name != "sections" else "sections(counts=(2, 1))") for name in SPACINGS]
-    + [("train.optimizer", name) for name in OPTIMIZERS]
-    + [("train.learning_rate_decay", name if name == "constant" else f"{name}(length='2 steps')") for name in DECAYS]
-)
-
-
-@pytest.mark.parametrize("key, name", ENTRIES)
-def test_every_entry_of_every_table_trains_and_draws(key, name, tmp_path):
-    run(tiny(train__length="2 steps", evaluate__steps=3, **{key.replace(".", "__"): name}), tmp_path)
-    assert rows(tmp_path)[-1]["train/loss"] > 0
-    assert (tmp_path / "samples" / "step_00000002.png").stat().st_size > 0
 
 
 def test_the_tables_are_whole():

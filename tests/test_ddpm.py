@@ -65,7 +65,7 @@ def test_times_and_noise_come_from_torch_when_not_given():
     torch.manual_seed(5)
     drawn = model(x0)
     torch.manual_seed(5)
-    t, noise = torch.randint(3, (4,)), torch.randn(SHAPE)
+    t, noise = (torch.rand(4, dtype=torch.float64) * 3).long(), torch.randn(SHAPE)
     assert torch.equal(drawn, model(x0, t=t, noise=noise))
 
 
@@ -207,7 +207,7 @@ def test_pure_noise_is_refused_for_eps_and_accepted_for_others(monkeypatch):
         return 1 - sigma, sigma
 
     monkeypatch.setitem(schedules.SCHEDULES, "straight", straight)
-    with pytest.raises(ValueError, match="ends in pure noise.*predict 'v' or 'x0'"):
+    with pytest.raises(ValueError, match="ends in pure noise.*predict 'v', 'x0' or 'flow'"):
         DDPM(Tiny(), timesteps=10, beta_schedule="straight")
     for sampler in SAMPLERS:
         model = DDPM(Tiny(), timesteps=10, beta_schedule="straight", predict="v")

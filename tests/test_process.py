@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm.diffusion.process import CLEAN, TARGETS, Level, Process, denoiser, latent, posterior
-from ddpm.diffusion.schedules import SCHEDULES, get_beta_schedule, get_schedule, tables
+from ddpm.diffusion.process import CLEAN, Level, Process, latent, posterior
+from ddpm.diffusion.schedules import get_beta_schedule, get_schedule, tables
 from ddpm.diffusion.spacings import SPACINGS
+from ddpm.diffusion.targets import TARGETS, denoiser, get_target
 
 EXACT = dict(rtol=1e-12, atol=1e-14)  # float64, a few operations
 
@@ -49,7 +50,7 @@ def test_q_sample_takes_each_image_to_its_own_time_in_its_own_dtype():
     assert process().q_sample(x0.float(), t, noise.float()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", list(SCHEDULES))
+@pytest.mark.parametrize("name", ["linear", "cosine", "quadratic", "sigmoid"])
 def test_posterior_is_bayes_rule(name):
     # q(x_{t-1} | x0) is N(m, p), x_t = a x_{t-1} + sqrt(b) eps; precisions add, by completing the square
     betas = get_beta_schedule(name, 50)
@@ -109,8 +110,8 @@ def test_posterior_is_bayes_rule_off_the_circle_and_finite_in_pure_noise():
 @pytest.mark.parametrize("predict", list(TARGETS))
 def test_x0_comes_back_from_every_target_on_and_off_the_circle(predict, alpha, sigma):
     x0, eps = images(2, 3, 4, 4), images(2, 3, 4, 4, seed=1)
-    out = TARGETS[predict].make(x0, eps, alpha, sigma)
-    torch.testing.assert_close(TARGETS[predict].x0(alpha * x0 + sigma * eps, out, alpha, sigma), x0, rtol=0, atol=1e-12)
+    out = get_target(predict).make(x0, eps, alpha, sigma)
+    torch.testing.assert_close(get_target(predict).x0(alpha * x0 + sigma * eps, out, alpha, sigma), x0, rtol=0, atol=1e-12)
 
 
 def test_targets_are_the_published_ones():
@@ -119,9 +120,38 @@ def test_targets_are_the_published_ones():
     reference = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
     _, alpha, sigma = process().at(t)
     # its tables are float32: 6e-8 an operation over a product of up to 1000 factors
-    ours = TARGETS["v"].make(x0, eps, alpha, sigma)
+    ours = get_target("v").make(x0, eps, alpha, sigma)
     torch.testing.assert_close(ours, reference.get_velocity(x0, eps, t), rtol=0, atol=3e-5)
-    assert TARGETS["eps"].make(x0, eps, alpha, sigma) is eps and TARGETS["x0"].make(x0, eps, alpha, sigma) is x0
+    assert get_target("eps").make(x0, eps, alpha, sigma) is eps and get_target("x0").make(x0, eps, alpha, sigma) is x0
+    torch.testing.assert_close(get_target("flow").make(x0, eps, alpha, sigma), eps - x0)
+    # on the circle EDM's preconditioning with images of unit deviation is the velocity, up to its sign
+    torch.testing.assert_close(get_target("edm(sigma_data=1.0)").make(x0, eps, alpha, sigma), -ours.double(), rtol=0, atol=3e-5)
+
+
+def test_edm_is_the_published_preconditioning():
+    sigma, data, y = 3.0, 0.5, images(2, 3, 4, 4)  # alpha = 1: x is theirs
+    target, out = get_target("edm"), images(2, 3, 4, 4, seed=1)
+    c_skip, c_out = data**2 / (sigma**2 + data**2), sigma * data / math.sqrt(sigma**2 + data**2)
+    torch.testing.assert_close(target.x0(y, out, 1.0, sigma), c_skip * y + c_out * out)
+    torch.testing.assert_close(target.shown(y, 1.0, sigma), y / math.sqrt(sigma**2 + data**2))
+    assert target.told(17.0, 1.0, sigma) == math.log(sigma) / 4
+    asked = []
+    denoiser(lambda x, t, y: asked.append((x, t)) or x, predict="edm", clip=False)(y, Level(17.0, 1.0, sigma))
+    torch.testing.assert_close(asked[0][0], y / math.sqrt(sigma**2 + data**2))
+    assert asked[0][1].tolist() == pytest.approx([math.log(sigma) / 4] * 2, rel=1e-6)  # float32
+
+
+def test_a_self_conditioned_network_sees_its_last_estimate():
+    seen = []
+
+    def net(x, t, y):
+        seen.append(x[:, 1:])
+        return x[:, :1] + 1
+
+    x, denoise = images(2, 1, 4, 4), denoiser(net, predict="x0", clip=False, self_condition=True)
+    first, _ = denoise(x, Level(2.0, 0.8, 0.6))
+    denoise(first, Level(1.0, 0.9, 0.4))
+    assert (seen[0] == 0).all() and torch.equal(seen[1], first)
 
 
 @pytest.mark.parametrize("predict", list(TARGETS))
@@ -132,13 +162,14 @@ def test_denoiser_recovers_x0_and_eps_and_tells_the_network_its_time(predict):
 
     def net(x, t, y):
         asked.append((t, y))
-        return TARGETS[predict].make(x0, eps, level.alpha, level.sigma)
+        return get_target(predict).make(x0, eps, level.alpha, level.sigma)
 
     for clip in (False, True):
         got = denoiser(net, predict=predict, clip=clip, y=labels)(level.alpha * x0 + level.sigma * eps, level)
         # float32, 6e-8 an operation, over sigma = 0.65
         torch.testing.assert_close(got, (x0, eps), rtol=0, atol=2e-6)
-    assert asked[0][0].dtype == torch.float32 and asked[0][0].tolist() == [250.5] * 3 and asked[0][1] is labels
+    told = get_target(predict).told(250.5, level.alpha, level.sigma)
+    assert asked[0][0].dtype == torch.float32 and asked[0][0].tolist() == [pytest.approx(told)] * 3 and asked[0][1] is labels
 
 
 def test_clipping_x0_changes_eps_so_that_both_still_make_x():

@@ -9,9 +9,10 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from ddpm import spec
-from ddpm.diffusion.process import CLEAN, Process, denoiser, latent
+from ddpm.diffusion.process import CLEAN, Process, latent
 from ddpm.diffusion.samplers import SAMPLERS, ddim, ddpm
 from ddpm.diffusion.schedules import get_schedule
+from ddpm.diffusion.targets import denoiser
 
 SHAPE = (2, 3, 4, 4)
 FLOAT32_TABLES = 6e-4  # as diffusers has them: off by 1e-6 to 3e-4 over 10 to 1000 steps; twice that

@@ -14,7 +14,7 @@ ROUNDING = dict(rtol=0, atol=1e-14)  # betas read back from tables: some ulps of
 
 
 @pytest.mark.parametrize("timesteps", LENGTHS)
-@pytest.mark.parametrize("name", [*SCHEDULES, "sigmoid(tau=0.3)"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "quadratic", "sigmoid", "sigmoid(tau=0.3)"])
 def test_every_schedule_is_finite_and_adds_noise_at_every_step(name, timesteps):
     alpha, sigma = get_schedule(name, timesteps)
     betas = get_beta_schedule(name, timesteps)
@@ -24,6 +24,51 @@ def test_every_schedule_is_finite_and_adds_noise_at_every_step(name, timesteps):
     assert (torch.diff(alpha) < 0).all() and (torch.diff(sigma / alpha) > 0).all()
     assert 0 < alpha[-1] and alpha[0] < 1 and 0 < sigma[0] and sigma[-1] <= 1  # 1 - 1e-17 is 1
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), **ROUNDING)
+
+
+@pytest.mark.parametrize("timesteps", LENGTHS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_path_is_finite_and_adds_noise_at_every_step(name, timesteps):
+    for zero_terminal in (False, True):
+        alpha, sigma = get_schedule(name, timesteps, zero_terminal)
+        assert alpha.shape == sigma.shape == (timesteps,) and alpha.dtype == sigma.dtype == torch.float64
+        assert alpha.isfinite().all() and sigma.isfinite().all() and 0 < sigma[0]
+        assert (torch.diff(sigma / alpha) > 0).all()
+        assert (alpha[-1] == 0) == ((zero_terminal and timesteps > 1) or name == "flow")
+
+
+def test_laplace_quantiles_are_those_of_its_distribution():
+    log_snr = 2 * (torch.div(*get_schedule("laplace(mean=1.0, scale=0.7)", 999))).log()
+    t = torch.arange(1, 1000, dtype=torch.float64) / 1000
+    one, scale = torch.tensor([1.0, 0.7], dtype=torch.float64)
+    # t is the probability of more than this log-SNR; sigmoid and its inverse keep 1e-15 of values up to 1e3
+    torch.testing.assert_close(torch.distributions.Laplace(one, scale).icdf(1 - t), log_snr, rtol=0, atol=1e-9)
+
+
+def test_shifted_cosine_is_the_cosine_of_a_smaller_image():
+    plain, shifted = (get_schedule(f"shifted_cosine(resolution={size})", 100) for size in (64, 256))
+    # averaging 4x4 pixels divides the noise's deviation by 4: the published reason for the shift
+    torch.testing.assert_close(plain[1] / plain[0], shifted[1] / shifted[0] / 4, rtol=1e-12, atol=0)
+    t = torch.arange(1, 101, dtype=torch.float64) / 101
+    torch.testing.assert_close(plain[0], torch.cos(t * math.pi / 2), rtol=0, atol=1e-12)
+
+
+def test_flow_is_a_straight_line_and_edm_a_geometric_one():
+    alpha, sigma = get_schedule("flow", 10)
+    torch.testing.assert_close(sigma, torch.arange(1, 11, dtype=torch.float64) / 10, **ROUNDING)
+    torch.testing.assert_close(alpha + sigma, torch.ones_like(alpha), **ROUNDING)
+    assert get_schedule("flow(shift=3.0)", 10)[1][4].item() == pytest.approx(3 * 0.5 / (1 + 2 * 0.5))
+    alpha, sigma = get_schedule("edm", 1000)
+    assert (alpha == 1).all() and sigma[0] == pytest.approx(0.002) and sigma[-1] == pytest.approx(80)
+    assert torch.diff(sigma.log()).std() < 1e-12
+
+
+def test_zero_terminal_snr_is_the_published_rescaling():
+    ours = get_schedule("linear", 1000, zero_terminal=True)[0]
+    theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True).alphas_cumprod.sqrt()
+    # theirs is float32, ends at 2^-24 instead of 0, and multiplies a thousand factors
+    torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=3e-4)
+    assert ours[0] == pytest.approx(get_schedule("linear", 1000)[0][0].item(), rel=1e-12)
 
 
 def test_linear_and_quadratic_are_the_published_lines_at_1000():

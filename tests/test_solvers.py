@@ -17,8 +17,9 @@ from scipy.integrate import solve_ivp
 from test_samplers import MEAN, SPREAD, Tiny, flow_to, gaussian, last, noises, process
 
 from ddpm import config, spec
-from ddpm.diffusion.process import CLEAN, Level, Levels, Process, denoiser, latent
+from ddpm.diffusion.process import CLEAN, Level, Levels, Process, latent
 from ddpm.diffusion.samplers import SAMPLERS, euler, evaluations, heun
+from ddpm.diffusion.targets import denoiser
 
 VARIANTS = [*SAMPLERS, "heun(churn=40.0)", "dpmpp(order=1)", "dpmpp(order=3)", "dpmpp_sde(eta=0.5, order=3)", "unipc(order=3)"]
 

@@ -1,7 +1,7 @@
 """The diffusion model as one module: a network, its process, the training loss, and a convenient `sample`.
 
     x0, x, noise [b, c, h, w], images in [-1, 1]; t [b] int64 in 0 .. T-1; y [b] class labels or None
-    net(x, t, y) -> out [b, c, h, w], with t float32 [b]
+    net(x, t, y) -> out [b, c, h, w], with t float32 [b]; out has 2c channels where the variance is learned
 """
 
 from collections import deque
@@ -9,16 +9,19 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from einops import reduce
+from einops import rearrange, reduce
 from torch import nn
 
 from ddpm import spec
 from ddpm.diffusion import samplers, schedules
-from ddpm.diffusion.process import TARGETS, VARIANCES, Process, denoiser, estimate, latent
+from ddpm.diffusion.likelihood import bound_term
+from ddpm.diffusion.losses import Objective
+from ddpm.diffusion.process import VARIANCES, Process, latent
+from ddpm.diffusion.targets import ask, denoiser, estimate, get_target
 
 
 class Step(NamedTuple):
-    """p(x_{t-1} | x_t): mean and x0 [b, c, h, w], variance and log-variance [b, 1, 1, 1]."""
+    """p(x_{t-1} | x_t): mean and x0 [b, c, h, w], variance and log-variance [b, 1, 1, 1], or [b, c, h, w] where learned."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -30,22 +33,39 @@ class DDPM(nn.Module):
     """A denoising diffusion probabilistic model (Ho et al. 2020) around a network `net(x, t, y)`.
 
     `beta_schedule` names an entry of SCHEDULES, `predict` one of TARGETS (what the network says), `variance` one of
-    VARIANCES (of ancestral sampling); `clip` holds the estimate of x0 in [-1, 1] while sampling. Attributes:
-    `process`, and `samplers`, which is SAMPLERS with this model's variance as the default. Raises ValueError for
-    unknown names, and for `eps` where the schedule ends in pure noise.
+    VARIANCES (of ancestral sampling; for a learned one the network has twice the channels out); `clip` holds the estimate
+    of x0 in [-1, 1] while sampling; `zero_terminal_snr` lets the schedule end in pure noise; `loss`, `weighting` and
+    `times` name entries of LOSSES, WEIGHTINGS and TIMES; with `self_condition` the network takes twice the channels, the
+    second half being its last estimate of x0. Attributes: `process`, `objective`, and `samplers`, which is SAMPLERS with
+    this model's variance as the default. Raises ValueError for unknown names, and for what contradicts itself.
     """
 
-    def __init__(self, net, timesteps=1000, beta_schedule="linear", predict="eps", variance="small", clip=True):
+    def __init__(
+        self, net, timesteps=1000, beta_schedule="linear", predict="eps", variance="small", clip=True,
+        zero_terminal_snr=False, loss="mse", weighting="simple", times="uniform", self_condition=False,
+    ):
         super().__init__()
         self.net = net
-        self.predict = spec.check_choice("target", predict, TARGETS)
+        self.predict, self.target = predict, get_target(predict)
         self.variance = spec.check_choice("variance", variance, VARIANCES)
-        self.clip = clip
-        self.process = Process(*schedules.get_schedule(beta_schedule, timesteps))
-        if predict == "eps" and self.process.alpha[-1].float() == 0:  # the precision that x is divided in
-            raise ValueError(f"schedule {beta_schedule!r} ends in pure noise, from which 'eps' tells nothing about x0; "
-                             "predict 'v' or 'x0' instead")
+        self.clip, self.self_condition = clip, self_condition
+        self.process = Process(*schedules.get_schedule(beta_schedule, timesteps, zero_terminal_snr))
+        if not self.target.pure_noise and self.process.alpha[-1].float() == 0:  # the precision that x is divided in
+            which = f"schedule {beta_schedule!r}{' with zero_terminal_snr' if zero_terminal_snr else ''}"
+            raise ValueError(f"{which} ends in pure noise, from which {predict!r} tells nothing about x0; "
+                             "predict 'v', 'x0' or 'flow' instead")
+        self.objective = Objective(self.process, self.target, loss, weighting, times, self.learned)
         self.samplers = samplers.SAMPLERS | {"ddpm": partial(samplers.ddpm, variance=variance)}
+
+    @property
+    def learned(self):
+        """Whether the network tells a variance too."""
+        return self.variance == "learned"
+
+    def denoiser(self, net=None, y=None):
+        """Make the `denoise(x, level)` that samplers call, for one walk, of this network or another one like it."""
+        return denoiser(self.net if net is None else net, predict=self.predict, clip=self.clip, y=y, learned=self.learned,
+                        self_condition=self.self_condition)
 
     def q_sample(self, x0, t, noise=None):
         """Return x_t ~ q(x_t | x0), the images noised to times t (Ho et al. 2020, eq. 4), by torch's generator if need be."""
@@ -53,23 +73,63 @@ class DDPM(nn.Module):
 
     def p_mean_variance(self, x, t, y=None):
         """Return the Step of p(x_{t-1} | x_t) that the network implies (Ho et al. 2020, eqs. 1 and 11)."""
-        level = self.process.at(t)
-        level = level._replace(alpha=level.alpha.to(x.dtype), sigma=level.sigma.to(x.dtype))
-        x0, _ = estimate(x, self.net(x, t.float(), y), level, self.predict, self.clip)
-        return Step(*self.process.posterior(x0, x, t, self.variance), x0)
+        level = self.level(t, x.dtype)
+        before = torch.zeros_like(x) if self.self_condition else None
+        out = ask(self.net, self.target, x, level, y, before)
+        x0, _, *mix = estimate(x, out, level, self.target, self.clip, self.learned)
+        return Step(*self.process.posterior(x0, x, t, self.variance, *mix), x0)
 
-    def losses(self, x0, t, noise, y=None):
-        """Return each image's mean squared error on the target, float32 [b] (Ho et al. 2020, eq. 14)."""
-        _, alpha, sigma = self.process.at(t)
-        target = TARGETS[self.predict].make(x0, noise, alpha.to(x0.dtype), sigma.to(x0.dtype))
-        out = self.net(self.q_sample(x0, t, noise), t.float(), y)
-        return reduce((out.float() - target.float()) ** 2, "b c h w -> b", "mean")
+    def level(self, t, dtype):
+        """The level of each t [b], as tensors [b, 1, 1, 1]."""
+        level = self.process.at(t)
+        return level._replace(alpha=level.alpha.to(dtype), sigma=level.sigma.to(dtype))
+
+    def losses(self, x0, t, noise, y=None, conditioned=None):
+        """Return each image's loss, float32 [b]: by default the mean squared error on the target (Ho et al. 2020, eq. 14).
+
+        A network that takes its own estimate of x0 is given one for the images that `conditioned`, bool [b], names.
+        """
+        level = self.level(t, x0.dtype)
+        x = self.q_sample(x0, t, noise)
+        out = ask(self.net, self.target, x, level, y, self.own_estimate(x, level, y, conditioned)).float()
+        said, objective = out.chunk(2, dim=1)[0] if self.learned else out, self.objective
+        losses = 0
+        if objective.mse:
+            target = self.target.make(x0, noise, level.alpha, level.sigma)
+            error = reduce((said - target.float()) ** 2, "b c h w -> b", "mean")
+            losses = objective.weighting(error, self.process.at(t), self.target)
+        if objective.bound:
+            if objective.mse:  # then the bound teaches the variance alone
+                out = torch.cat([said.detach(), out.chunk(2, dim=1)[1]], dim=1)
+            guess, _, *mix = estimate(x, out, level, self.target, clip=False, learned=self.learned)
+            mean, _, log_variance = self.process.posterior(guess, x, t, self.variance, *mix)
+            weight = objective.bound * self.process.timesteps
+            losses = losses + weight * bound_term(self.process, x0, x, t, mean, log_variance)
+        return losses
+
+    @torch.no_grad()
+    def own_estimate(self, x, level, y, conditioned):
+        """What the network is given of its own: None where it takes nothing, nothing yet (0) for images not conditioned."""
+        if not self.self_condition:
+            return None
+        before = torch.zeros_like(x)
+        if conditioned is None:
+            return before
+        first = estimate(x, ask(self.net, self.target, x, level, y, before), level, self.target, self.clip, self.learned)[0]
+        return torch.where(rearrange(conditioned, "b -> b 1 1 1"), first, before)
 
     def forward(self, x0, y=None, t=None, noise=None):
         """Return the training loss, a scalar; times and noise not given are drawn from torch's generator."""
-        t = torch.randint(self.process.timesteps, (len(x0),), device=x0.device) if t is None else t
+        importance = None
+        if t is None:
+            numbers = torch.rand(len(x0), dtype=torch.float64)
+            t, importance = self.objective.times(self.process, range(len(x0)), len(x0), lambda places: numbers[list(places)])
+            t = t.to(x0.device)
         noise = torch.randn_like(x0) if noise is None else noise
-        return self.losses(x0, t, noise, y).mean()
+        conditioned = torch.rand(len(x0), device=x0.device) < 0.5 if self.self_condition else None
+        losses = self.losses(x0, t, noise, y, conditioned)
+        self.objective.observe(t, losses)
+        return (losses if importance is None else losses * importance).mean()
 
     @torch.no_grad()
     def sample(self, shape, steps=None, sampler="ddpm", y=None, noise=None):
@@ -85,8 +145,7 @@ class DDPM(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            denoise = denoiser(self.net, predict=self.predict, clip=self.clip, y=y)
-            x = deque(walk(denoise, latent(levels[0], noise(0)), levels, noise), maxlen=1).pop()  # the last one
+            x = deque(walk(self.denoiser(y=y), latent(levels[0], noise(0)), levels, noise), maxlen=1).pop()  # the last one
         finally:
             for module, training in modes:
                 module.training = training

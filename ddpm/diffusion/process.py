@@ -1,15 +1,13 @@
-"""The diffusion process: from tables to noising, posteriors, noise levels, and the denoiser that samplers call.
+"""The diffusion process: from tables to noising, posteriors and noise levels.
 
-    x0, x, eps, noise, out [b, c, h, w]; t [b] integers from 0 (nearly clean) to T-1 (nearly noise)
+    x0, x, eps, noise [b, c, h, w]; t [b] integers from 0 (nearly clean) to T-1 (nearly noise)
     a level is (t, alpha, sigma) with x_t = alpha x0 + sigma eps: Python floats for samplers,
     float64 [b, 1, 1, 1] for batches
-    denoise(x, level) -> (x0, eps), both [b, c, h, w]
 
 Nothing here assumes alpha^2 + sigma^2 = 1.
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -55,6 +53,11 @@ class Posterior(NamedTuple):
     of_x: float | torch.Tensor
     small: float | torch.Tensor
     large: float | torch.Tensor
+
+    def learned(self, mix):
+        """The variance between them, in the logarithm, at the network's `mix`, 0 to 1 (Nichol & Dhariwal 2021, eq. 15)."""
+        low, high = (torch.as_tensor(end, dtype=torch.float64).log() for end in (self.small, self.large))
+        return torch.exp(low.to(mix) + mix * (high - low).to(mix))
 
 
 def posterior(s, t):
@@ -130,19 +133,23 @@ class Process:
         _, alpha, sigma = self.at(t)
         return alpha.to(x0.dtype) * x0 + sigma.to(x0.dtype) * noise
 
-    def posterior(self, x0, x_t, t, variance="small"):
+    def posterior(self, x0, x_t, t, variance="small", mix=None):
         """Return mean [b, c, h, w], variance and log-variance [b, 1, 1, 1] of q(x_{t-1} | x_t, x0), in x_t's dtype.
 
-        `variance` is one of VARIANCES. The log-variance at t = 0, where the true one is -inf, is that of `small` at
-        t = 1. Ho et al. 2020, eqs. 6-7.
+        `variance` is one of VARIANCES; with `learned` ones, all are [b, c, h, w] and lie at `mix` between small and large.
+        The log-variance at t = 0, where the true one is -inf, is that of `small` at t = 1. Ho et al. 2020, eqs. 6-7.
         """
         step = posterior(self.at(t - 1), self.at(t))
         mean = step.of_x0.to(x_t.dtype) * x0 + step.of_x.to(x_t.dtype) * x_t
         inner = t.clamp(min=min(1, self.timesteps - 1))
         inner_step = posterior(self.at(inner - 1), self.at(inner))
         at_zero = rearrange(t == 0, "b -> b 1 1 1")
+        small = torch.where(at_zero, inner_step.small, step.small).clamp(min=1e-20)  # with T = 1 there is no t = 1
+        if variance == "learned":
+            between = step._replace(small=small).learned(mix)
+            return mean, between, between.log()
         clipped = torch.where(at_zero, inner_step.small, getattr(inner_step, variance))
-        log_variance = clipped.clamp(min=1e-20).log()  # with T = 1 there is no t = 1
+        log_variance = clipped.clamp(min=1e-20).log()
         return mean, getattr(step, variance).to(x_t.dtype), log_variance.to(x_t.dtype)
 
 
@@ -151,47 +158,4 @@ def latent(level, noise):
     return math.hypot(level.alpha, level.sigma) * noise
 
 
-class Target(NamedTuple):
-    """What a network is trained to say, and how x0 is read from it; alpha and sigma are numbers or [b, 1, 1, 1]."""
-
-    make: Callable  # (x0, eps, alpha, sigma) -> target
-    x0: Callable  # (x, out, alpha, sigma) -> x0
-
-
-def estimate(x, out, level, predict, clip):
-    """Return (x0, eps) from a network's output; `clip` holds x0 in [-1, 1], and eps is what then remains of x."""
-    x0 = TARGETS[predict].x0(x, out.to(x.dtype), level.alpha, level.sigma)
-    x0 = x0.clamp(-1, 1) if clip else x0
-    return x0, (x - level.alpha * x0) / level.sigma
-
-
-def denoiser(net, *, predict, clip, y=None):
-    """Make `denoise(x, level) -> (x0, eps)` of a network, for samplers; x is float32 and so are the results.
-
-    Raises ValueError for an unknown target.
-    """
-    spec.check_choice("target", predict, TARGETS)
-
-    def denoise(x, level):
-        t = torch.full((len(x),), level.t, dtype=torch.float32, device=x.device)
-        return estimate(x, net(x, t, y), level, predict, clip)
-
-    return denoise
-
-
-TARGETS = {
-    "eps": Target(
-        lambda x0, eps, alpha, sigma: eps,
-        lambda x, out, alpha, sigma: (x - sigma * out) / alpha,
-    ),
-    "x0": Target(
-        lambda x0, eps, alpha, sigma: x0,
-        lambda x, out, alpha, sigma: out,
-    ),
-    "v": Target(  # Salimans & Ho 2022, section 4
-        lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,
-        lambda x, out, alpha, sigma: (alpha * x - sigma * out) / (alpha**2 + sigma**2),
-    ),
-}
-
-VARIANCES = ("small", "large")
+VARIANCES = ("small", "large", "learned")

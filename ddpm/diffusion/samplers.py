@@ -1,7 +1,7 @@
 """Samplers: generators that walk an image from noise to clean, yielding it after every step.
 
     sampler(denoise, x, levels, noise, *, knobs) -> iterator of x [b, c, h, w]; the last is the sample
-    denoise(x, level) -> (x0, eps); levels from noisy to CLEAN, as of Process.levels
+    denoise(x, level) -> (x0, eps), and a third where the variance is learned; levels from noisy to CLEAN, as of Process.levels
     noise(k) -> standard normal, like x, for step k = 1, 2, ...; k = 0 was the initial latent, which the caller drew
 
 Numbers of a level are Python floats, so that no step waits for the device. No noise is added on the step to CLEAN.
@@ -22,15 +22,18 @@ from ddpm.diffusion.process import VARIANCES, posterior
 def ddpm(denoise, x, levels, noise, *, variance="small"):
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on any levels; with `small` variance it is `ddim(eta=1)`.
 
-    Raises ValueError for a variance that is neither `small` nor `large`.
+    Raises ValueError for a variance that is not one of VARIANCES, and for `learned` with a network that has learned none.
     """
     spec.check_choice("variance", variance, VARIANCES)
     for k, (t, s) in enumerate(pairwise(levels), start=1):
-        x0, _ = denoise(x, t)
+        x0, _, *mix = denoise(x, t)
         step = posterior(s, t)
         x = step.of_x0 * x0 + step.of_x * x
+        if variance == "learned" and not mix:
+            raise ValueError("the network has learned no variance; use ddpm(variance='small') or ddpm(variance='large')")
         if s.sigma > 0:
-            x = x + math.sqrt(getattr(step, variance)) * noise(k)
+            deviation = step.learned(*mix).sqrt() if variance == "learned" else math.sqrt(getattr(step, variance))
+            x = x + deviation * noise(k)
         yield x
 
 
@@ -43,7 +46,7 @@ def ddim(denoise, x, levels, noise, *, eta=0.0):
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta} is out of range; give a number from 0 (no noise) to 1 (as much as ddpm)")
     for k, (t, s) in enumerate(pairwise(levels), start=1):
-        x0, eps = denoise(x, t)
+        x0, eps, *_ = denoise(x, t)
         variance = eta**2 * posterior(s, t).small
         x = s.alpha * x0 + math.sqrt(s.sigma**2 - variance) * eps
         if variance > 0:
@@ -77,7 +80,7 @@ def heun(denoise, x, levels, noise, *, churn=0.0, s_min=0.0, s_max=math.inf, s_n
             raised = levels.level_of(min((1 + gamma) * t.ratio, levels[0].ratio))
             added = math.sqrt(max(raised.ratio**2 - t.ratio**2, 0))
             x, t = raised.alpha * (x / t.alpha + s_noise * added * noise(k)), raised
-        x0, eps = denoise(x, t)
+        x0, eps, *_ = denoise(x, t)
         x = s.alpha * x0 + s.sigma * eps
         if t.ratio < 100 * s.ratio:  # else half of t.ratio times a difference of two estimates swamps x
             x = x + s.alpha * (s.ratio - t.ratio) / 2 * (denoise(x, s)[1] - eps)
@@ -120,7 +123,7 @@ def multistep(denoise, x, levels, noise, order, eta=0.0, correct=False):
         raise ValueError(f"order {order} is out of range; give 1, 2 or 3")
     past, known, start = deque(maxlen=order), [], x
     for k, (t, s) in enumerate(pairwise(levels), start=1):
-        x0, _ = denoise(x, t)
+        x0, *_ = denoise(x, t)
         if correct and past:
             x = integrate(start, past[-1][0], t, [*known, (t, x0)])
         past.append((t, x0))
@@ -159,7 +162,7 @@ def evaluations(sampler, levels):
 
     def denoise(x, level):
         asked.append(level)
-        return x, x
+        return x, x, x
 
     deque(sampler(denoise, torch.zeros(1), levels, lambda k: torch.zeros(1)), maxlen=0)
     return len(asked)

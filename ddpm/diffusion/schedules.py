@@ -56,16 +56,60 @@ def sigmoid(timesteps, *, start=-3.0, end=3.0, tau=1.0):
     return tables(betas.clamp(max=MAX_BETA))
 
 
-def get_schedule(name, timesteps):
+def from_log_snr(values):
+    """Turn log(alpha^2 / sigma^2) [T] into variance-preserving tables."""
+    return torch.sigmoid(values).sqrt(), torch.sigmoid(-values).sqrt()
+
+
+def laplace(timesteps, *, mean=0.0, scale=0.5):
+    """log(SNR) Laplace-distributed over t: most steps near its mean (Hang et al. 2024, Improved Noise Schedule, table 1)."""
+    t = line(0, 1, timesteps + 2)[1:-1]
+    return from_log_snr(mean - scale * torch.sign(0.5 - t) * torch.log1p(-2 * (t - 0.5).abs()))
+
+
+def shifted_cosine(timesteps, *, resolution=128, base=64):
+    """Cosine with log(SNR) moved by 2 log(base / resolution): large images need more noise (Hoogeboom et al. 2023, eq. 9)."""
+    t = line(0, 1, timesteps + 2)[1:-1]
+    return from_log_snr(-2 * torch.tan(t * (math.pi / 2)).log() + 2 * math.log(base / resolution))
+
+
+def flow(timesteps, *, shift=1.0):
+    """The straight path alpha = 1 - t, sigma = t, of rectified flow (Liu et al. 2023; Lipman et al. 2023), up to pure noise.
+
+    `shift` moves times to more noise, t -> shift t / (1 + (shift - 1) t), as large images need (Esser et al. 2024, eq. 23).
+    """
+    t = line(0, 1, timesteps + 1)[1:]
+    t = shift * t / (1 + (shift - 1) * t)
+    return 1 - t, t
+
+
+def edm(timesteps, *, sigma_min=0.002, sigma_max=80.0):
+    """alpha = 1 and sigma from sigma_min to sigma_max, evenly in the logarithm (the range of Karras et al. 2022, table 1)."""
+    sigma = torch.exp(line(math.log(sigma_min), math.log(sigma_max), timesteps))
+    return torch.ones_like(sigma), sigma
+
+
+def zero_terminal_snr(alpha, sigma):
+    """Move alpha, at its radius, so that the last is 0 and the first stays (Lin et al. 2024, algorithm 1)."""
+    radius = torch.hypot(alpha, sigma)
+    share = alpha / radius
+    share = (share - share[-1]) * (share[0] / (share[0] - share[-1]))
+    return share * radius, torch.sqrt((1 - share) * (1 + share)) * radius
+
+
+def get_schedule(name, timesteps, zero_terminal=False):
     """Return the tables (alpha, sigma), float64 [T], of a schedule named like `"cosine"` or `"sigmoid(tau=0.5)"`.
 
-    Raises ValueError for an unknown name or knob, T outside 1 .. 10,000, or knobs under which noise does not grow.
+    `zero_terminal` rescales them by `zero_terminal_snr`. Raises ValueError for an unknown name or knob, T outside
+    1 .. 10,000, or knobs under which noise does not grow.
     """
     schedule = spec.choose("schedule", SCHEDULES, name)
     if isinstance(timesteps, bool) or not isinstance(timesteps, Integral) or not 1 <= timesteps <= 10_000:
         raise ValueError(f"timesteps {timesteps!r} is out of range; give a whole number from 1 to 10000")
     try:
         alpha, sigma = schedule(timesteps)
+        if zero_terminal and timesteps > 1:
+            alpha, sigma = zero_terminal_snr(alpha, sigma)
         grows = bool((alpha >= 0).all() and (sigma > 0).all() and (torch.diff(sigma / alpha) > 0).all())
     except (ValueError, ZeroDivisionError):  # the root of a negative start, a width of zero
         grows = False
@@ -91,4 +135,8 @@ SCHEDULES = {
     "cosine": cosine,
     "quadratic": quadratic,
     "sigmoid": sigmoid,
+    "laplace": laplace,
+    "shifted_cosine": shifted_cosine,
+    "flow": flow,
+    "edm": edm,
 }

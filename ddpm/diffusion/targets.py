@@ -1,0 +1,141 @@
+"""Targets: what a network is trained to say, and the denoiser that samplers call, which reads x0 from what it says.
+
+    x0, x, eps, out [b, c, h, w]; a level is (t, alpha, sigma) with x = alpha x0 + sigma eps, of floats or of [b, 1, 1, 1]
+    denoise(x, level) -> (x0, eps), both [b, c, h, w], and where the variance is learned a third, `mix`, in about [0, 1]
+
+The inverses are general: they hold off alpha^2 + sigma^2 = 1 as well.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from ddpm import spec
+
+
+class Target(NamedTuple):
+    """What a network is trained to say, and how x0 is read from it; alpha and sigma are numbers or [b, 1, 1, 1]."""
+
+    make: Callable  # (x0, eps, alpha, sigma) -> target
+    x0: Callable  # (x, out, alpha, sigma) -> x0, linear in x and out
+    pure_noise: bool = True  # whether it tells x0 where alpha = 0
+    shown: Callable = lambda x, alpha, sigma: x  # what the network sees of x
+    told: Callable = lambda t, alpha, sigma: t  # what it is told of the level
+
+    def gain(self, alpha, sigma):
+        """How far x0 moves with the network's output: errors on x0 are this often those on the target."""
+        return self.x0(0, 1, alpha, sigma)
+
+
+def eps():
+    """The noise (Ho et al. 2020, eq. 14)."""
+    return Target(lambda x0, eps, alpha, sigma: eps, lambda x, out, alpha, sigma: (x - sigma * out) / alpha, pure_noise=False)
+
+
+def x0():
+    """The image."""
+    return Target(lambda x0, eps, alpha, sigma: x0, lambda x, out, alpha, sigma: out)
+
+
+def v():
+    """The velocity on the circle, alpha eps - sigma x0 (Salimans & Ho 2022, section 4)."""
+    return Target(
+        lambda x0, eps, alpha, sigma: alpha * eps - sigma * x0,
+        lambda x, out, alpha, sigma: (alpha * x - sigma * out) / (alpha**2 + sigma**2),
+    )
+
+
+def flow():
+    """The velocity on a straight line, eps - x0 (Liu et al. 2023, rectified flow; Lipman et al. 2023)."""
+    return Target(
+        lambda x0, eps, alpha, sigma: eps - x0,
+        lambda x, out, alpha, sigma: (x - sigma * out) / (alpha + sigma),
+    )
+
+
+def edm(*, sigma_data=0.5):
+    """EDM's preconditioning c_skip, c_out, c_in, c_noise (Karras et al. 2022, table 1) at their sigma = sigma/alpha here.
+
+    `sigma_data` is the standard deviation of the images; with 1 on alpha^2 + sigma^2 = 1 this is -v. Raises ValueError where
+    it is not above 0.
+    """
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f"sigma_data {sigma_data} is out of range; give the images' standard deviation, such as 0.5")
+
+    def spread(alpha, sigma):
+        return (sigma**2 + (alpha * sigma_data) ** 2) ** 0.5
+
+    def read(x, out, alpha, sigma):
+        c_skip = alpha * sigma_data**2 / spread(alpha, sigma) ** 2
+        c_out = sigma * sigma_data / spread(alpha, sigma)
+        return c_skip * x + c_out * out
+
+    return Target(
+        lambda x0, eps, alpha, sigma: (sigma * x0 - alpha * sigma_data**2 * eps) / (sigma_data * spread(alpha, sigma)),
+        read,
+        pure_noise=False,  # c_noise is infinite there
+        shown=lambda x, alpha, sigma: x / spread(alpha, sigma),
+        told=lambda t, alpha, sigma: log(sigma / alpha) / 4,
+    )
+
+
+def log(value):
+    """The logarithm of a number or a tensor."""
+    return value.log() if isinstance(value, torch.Tensor) else math.log(value)
+
+
+def get_target(name):
+    """Return the Target of a name like `"v"` or `"edm(sigma_data=0.5)"`; raises ValueError for an unknown one."""
+    return spec.choose("target", TARGETS, name)()
+
+
+def ask(net, target, x, level, y=None, before=None):
+    """Return a network's output at x and a level, in x's dtype; `before` is an earlier estimate of x0 for one that takes it."""
+    shown, told = target.shown(x, level.alpha, level.sigma), target.told(level.t, level.alpha, level.sigma)
+    if before is not None:
+        shown = torch.cat([shown, before], dim=1)
+    if isinstance(told, torch.Tensor):
+        told = told.flatten().float()
+    else:
+        told = torch.full((len(x),), told, dtype=torch.float32, device=x.device)
+    return net(shown, told, y).to(x.dtype)
+
+
+def estimate(x, out, level, target, clip, learned=False):
+    """Return (x0, eps) from a network's output, and `mix` where the second half of its channels tells a learned variance.
+
+    `clip` holds x0 in [-1, 1], and eps is what then remains of x.
+    """
+    said, *channels = out.chunk(2, dim=1) if learned else [out]
+    x0 = target.x0(x, said, level.alpha, level.sigma)
+    x0 = x0.clamp(-1, 1) if clip else x0
+    return x0, (x - level.alpha * x0) / level.sigma, *((channel + 1) / 2 for channel in channels)
+
+
+def denoiser(net, *, predict, clip, y=None, learned=False, self_condition=False):
+    """Make `denoise(x, level)` of a network, for one walk of a sampler; x is float32 and so are the results.
+
+    `learned` and `self_condition` say what the network was made for: a learned variance, and its last estimate of x0 beside x
+    (Chen et al. 2023, "Analog Bits", section 2.3). Raises ValueError for an unknown target.
+    """
+    target, last = get_target(predict), None
+
+    def denoise(x, level):
+        nonlocal last
+        before = (torch.zeros_like(x) if last is None else last) if self_condition else None
+        told = estimate(x, ask(net, target, x, level, y, before), level, target, clip, learned)
+        last = told[0]
+        return told
+
+    return denoise
+
+
+TARGETS = {
+    "eps": eps,
+    "x0": x0,
+    "v": v,
+    "flow": flow,
+    "edm": edm,
+}

@@ -1,0 +1,103 @@
+"""Every entry of every table, and every pair of entries across tables, trains two steps and draws, or is refused in one line.
+
+Rows that hold one entry of each table are chosen so that together they hold every pair that can be: a covering array.
+"""
+
+import itertools
+import random
+
+import pytest
+import torch
+from conftest import rows, run, tiny
+
+from ddpm import build
+from ddpm.diffusion.losses import LOSSES, TIMES, WEIGHTINGS
+from ddpm.diffusion.process import VARIANCES
+from ddpm.diffusion.samplers import SAMPLERS
+from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.diffusion.spacings import SPACINGS
+from ddpm.diffusion.targets import TARGETS
+from ddpm.optim import DECAYS, OPTIMIZERS
+
+DECAY = {"cosine": "cosine(length='2 steps')", "linear": "linear(length='2 steps')"}
+AXES = {
+    "diffusion.beta_schedule": list(SCHEDULES),
+    "diffusion.zero_terminal_snr": [False, True],
+    "diffusion.predict": list(TARGETS),
+    "diffusion.variance": list(VARIANCES),
+    "diffusion.loss": list(LOSSES),
+    "diffusion.weighting": list(WEIGHTINGS),
+    "diffusion.times": list(TIMES),
+    "diffusion.self_condition": [False, True],
+    "diffusion.clip": [True, False],
+    "sample.sampler": list(SAMPLERS),
+    "sample.spacing": ["sections(counts=(2, 1))" if name == "sections" else name for name in SPACINGS],
+    "train.optimizer": list(OPTIMIZERS),
+    "train.learning_rate_decay": [DECAY.get(name, name) for name in DECAYS],
+}
+CONTRADICTIONS = {  # pairs that no other choice can bring together, and what is said of them
+    (("diffusion.beta_schedule", "flow"), ("diffusion.predict", "eps")): "ends in pure noise",
+    (("diffusion.beta_schedule", "flow"), ("diffusion.predict", "edm")): "ends in pure noise",
+    (("diffusion.zero_terminal_snr", True), ("diffusion.predict", "eps")): "ends in pure noise",
+    (("diffusion.zero_terminal_snr", True), ("diffusion.predict", "edm")): "ends in pure noise",
+    (("diffusion.variance", "learned"), ("diffusion.loss", "mse")): "learns nothing",
+    (("diffusion.variance", "small"), ("diffusion.loss", "hybrid")): "for a learned variance",
+    (("diffusion.variance", "large"), ("diffusion.loss", "hybrid")): "for a learned variance",
+} | {(("diffusion.loss", "vlb"), ("diffusion.weighting", name)): "has its own weights" for name in WEIGHTINGS if name != "simple"}
+
+
+def config_of(row):
+    given = {key.replace(".", "__"): value for key, value in row.items()}
+    return tiny(train__length="2 steps", train__warmup="1 steps", evaluate__steps=3, **given)
+
+
+def refusal(row):
+    """What is said of a row that cannot be; nothing if it can."""
+    try:
+        build.check(config_of(row))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def contradicts(row):
+    return any(row[a] == x and row[b] == y for (a, x), (b, y) in CONTRADICTIONS)
+
+
+def covering():
+    """Rows that together hold every pair that is no contradiction."""
+    choose = random.Random(0)
+    pairs = {pair for a, b in itertools.combinations(AXES, 2) for pair in itertools.product(
+        ((a, x) for x in AXES[a]), ((b, y) for y in AXES[b])) if pair not in CONTRADICTIONS}
+    while pairs:
+        wanted = dict(min(pairs, key=repr))
+        tried = []
+        while len(tried) < 40:
+            row = {axis: wanted.get(axis, choose.choice(values)) for axis, values in AXES.items()}
+            if not contradicts(row):
+                tried.append((len(pairs & set(itertools.combinations(row.items(), 2))), len(tried), row))
+        *_, row = max(tried)
+        pairs -= set(itertools.combinations(row.items(), 2))
+        yield row
+
+
+ROWS = list(covering())
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_every_pair_that_can_be_trains_and_draws(part, tmp_path):
+    for number, row in enumerate(ROWS[part::8]):
+        folder = tmp_path / str(number)
+        try:
+            run(config_of(row), folder)
+        except Exception as error:
+            error.add_note(f"in {row}")
+            raise
+        assert torch.tensor(rows(folder)[-1]["train/loss"]).isfinite(), row
+        assert (folder / "samples" / "step_00000002.png").stat().st_size > 0, row
+
+
+@pytest.mark.parametrize("pair, said", CONTRADICTIONS.items(), ids=lambda value: str(value)[:80])
+def test_contradictions_are_refused_in_one_line(pair, said):
+    told = refusal({"diffusion.predict": "v"} | dict(pair))
+    assert said in told and "\n" not in told and any(word in told for word in ("predict ", "set "))
