@@ -12,13 +12,12 @@ import re
 import zlib
 from pathlib import Path
 
-import torch
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm import clock, data, dist, metrics, tracking
 from ddpm.diffusion.losses import LOSSES, TIMES, WEIGHTINGS
 from ddpm.diffusion.process import CLEAN, VARIANCES, Level, Process
-from ddpm.diffusion.samplers import SAMPLERS
+from ddpm.diffusion.samplers import SAMPLERS, evaluations
 from ddpm.diffusion.schedules import SCHEDULES, get_schedule
 from ddpm.diffusion.spacings import SPACINGS
 from ddpm.diffusion.targets import TARGETS
@@ -186,6 +185,7 @@ SPECS = {
     "sample.spacing": SPACINGS,
     "evaluate.sampler": SAMPLERS,
 }
+REHEARSAL = [Level(0.0, math.sqrt(0.5), math.sqrt(0.5)), CLEAN]
 LENGTHS = ("train.length", "train.warmup")
 INTEGER_TUPLES = {"data.matte": (0, 255), "model.channel_mult": (1, 64), "model.attention_resolutions": (1, 4096)}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple such as (1, 2)"}
@@ -212,7 +212,7 @@ def check(config):
         with about(key):
             chosen = choose(f"config.{key}", table, knobs[key])
             if table is SAMPLERS:
-                rehearse(chosen, knobs["diffusion.variance"] == "learned")
+                evaluations(chosen, REHEARSAL, knobs["diffusion.variance"] == "learned")  # which refuses what it cannot do
     for key, (low, high) in INTEGER_TUPLES.items():
         if not all(type(item) is int and low <= item <= high for item in knobs[key]):
             raise ValueError(
@@ -260,13 +260,6 @@ def about(key):
     except ValueError as error:
         known = f"config.{key}" in str(error)
         raise ValueError(str(error) if known else f"config.{key}: {error}") from None
-
-
-def rehearse(sampler, learned):
-    """Run a sampler on next to nothing, so that it refuses its arguments now and not at the first grid."""
-    levels = [Level(0.0, math.sqrt(0.5), math.sqrt(0.5)), CLEAN]
-    for _ in sampler(lambda x, level: (x, x, x) if learned else (x, x), torch.zeros(1), levels, lambda k: torch.zeros(1)):
-        pass
 
 
 def flatten(config, prefix=""):

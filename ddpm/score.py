@@ -35,6 +35,14 @@ class Scorer:
         self.machine.agree("the reference is in the cache")
         return features if self.machine.main else metrics.reference(self.extractor, self.dataset)
 
+    @cached_property
+    def split(self):
+        """Rows of the reference that were learned from, with the indices of their images, and how near held-out ones lie."""
+        places = np.asarray(metrics.reference_indices(len(self.dataset)))
+        learned, held_out = (torch.from_numpy(np.flatnonzero(np.isin(places, part))) for part in (self.learned, self.held_out))
+        near = metrics.nearest(self.reference[held_out], self.reference[learned])[0] if len(held_out) else None
+        return learned, places[learned], near
+
     def __call__(self, draw):
         """Draw and measure; returns the same on every rank.
 
@@ -46,12 +54,11 @@ class Scorer:
         drawn, first = self.machine.gather(drawn), self.machine.gather(torch.cat(first or [torch.empty(0, dtype=torch.uint8)]))
         numbers = metrics.compare(drawn, reference, self.extractor) | metrics.floor(reference, len(drawn), self.extractor)
 
-        places = np.asarray(metrics.reference_indices(len(self.dataset)))
-        learned, held_out = (torch.from_numpy(np.flatnonzero(np.isin(places, part))) for part in (self.learned, self.held_out))
+        learned, images, held_out = self.split
         distances, which = metrics.nearest(drawn, reference[learned])
-        if len(held_out):
-            numbers |= metrics.copying(distances, metrics.nearest(reference[held_out], reference[learned])[0])
-        originals = torch.stack([self.dataset[int(places[learned[which[k]]])] for k in range(len(first))])
+        if held_out is not None:
+            numbers |= metrics.copying(distances, held_out)
+        originals = torch.stack([self.dataset[int(images[which[k]])] for k in range(len(first))])
         pairs = torch.stack([first, originals], dim=1).flatten(0, 1)
         return {f"eval/{name}": value for name, value in numbers.items()} | {"eval/made": self.made}, {"eval/nearest": pairs}
 

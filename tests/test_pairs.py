@@ -43,7 +43,9 @@ CONTRADICTIONS = {  # pairs that no other choice can bring together, and what is
     (("diffusion.variance", "learned"), ("diffusion.loss", "mse")): "learns nothing",
     (("diffusion.variance", "small"), ("diffusion.loss", "hybrid")): "for a learned variance",
     (("diffusion.variance", "large"), ("diffusion.loss", "hybrid")): "for a learned variance",
-} | {(("diffusion.loss", "vlb"), ("diffusion.weighting", name)): "has its own weights" for name in WEIGHTINGS if name != "simple"}
+} | {
+    (("diffusion.loss", "vlb"), ("diffusion.weighting", name)): "has its own weights" for name in WEIGHTINGS if name != "simple"
+}
 
 
 def config_of(row):

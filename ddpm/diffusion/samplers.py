@@ -156,13 +156,16 @@ def integrate(x, t, s, estimates, eta=0.0):
     return s.sigma / t.sigma * fall**eta * x + s.alpha * mean
 
 
-def evaluations(sampler, levels):
-    """Return how often a sampler asks the network on its way through levels, by walking it on next to nothing."""
+def evaluations(sampler, levels, learned=False):
+    """Return how often a sampler asks the network on its way through levels, by walking it on next to nothing.
+
+    `learned` says whether the network tells a variance. Raises ValueError for knobs that the sampler refuses.
+    """
     asked = []
 
     def denoise(x, level):
         asked.append(level)
-        return x, x, x
+        return (x, x, x) if learned else (x, x)
 
     deque(sampler(denoise, torch.zeros(1), levels, lambda k: torch.zeros(1)), maxlen=0)
     return len(asked)
