@@ -1,13 +1,15 @@
 """Every config file trains at tiny size, every entry of every table runs, and contradictions are refused with the remedy."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, rows, run, tiny
 
-from ddpm import build, config, data, images
+from ddpm import build, config, data, images, spec
+from ddpm.diffusion.process import VARIANCES
 from ddpm.diffusion.schedules import SCHEDULES
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -43,6 +45,24 @@ def test_an_unknown_variant_is_refused(path):
         module_of(path).get_config("no_such_variant")
 
 
+def test_the_readme_documents_every_entry_as_it_can_be_written():
+    documented, knob = {}, ""
+    for line in (Path(__file__).parents[1] / "README.md").read_text().partition("### What can be compared")[2].splitlines():
+        if line.startswith("#"):
+            break
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 4:
+            knob = cells[0].strip("`") or knob
+            documented.setdefault(knob, []).extend(re.findall(r"`([^`]+)`", cells[1]))
+    for knob, table in config.SPECS.items():
+        if knob in ("data.source", "evaluate.sampler"):  # described elsewhere; as sample.sampler
+            continue
+        for text in documented[knob]:
+            spec.choose(knob, table, text)
+        assert {spec.parse(text)[0] for text in documented[knob]} == set(table), knob
+    assert set(documented["diffusion.variance"]) == set(VARIANCES)
+
+
 def test_the_tables_are_whole():
     assert set(SCHEDULES) >= {"linear", "cosine", "quadratic", "sigmoid"}
     assert set(data.SOURCES) == {"digits", "folder", "torchvision"}
@@ -73,5 +93,5 @@ def test_the_paper_networks_have_their_size():
             net = build.network(module_of(FILES[0].parent / f"{name}.py").get_config())
         return sum(parameter.numel() for parameter in net.parameters())
 
-    assert parameters("cifar10") == 35_746_307  # Ho et al. 2020
+    assert parameters("ddpm_cifar10") == 35_746_307  # Ho et al. 2020
     assert parameters("cats128") == 200_321_475

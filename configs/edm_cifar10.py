@@ -1,0 +1,41 @@
+"""CIFAR-10 by the recipe of Karras et al. 2022: their preconditioning, noise levels, sampler and hyperparameters.
+
+The network has the widths of their DDPM++ (128 channels, mult 2,2,2, 4 blocks), built of our residual blocks.
+"""
+
+from ddpm.config import base, with_variant
+
+
+def get_config(variant=None):
+    config = base()
+    config.data.source = "torchvision(name='CIFAR10')"
+    config.data.image_size = 32
+    config.data.channels = 3
+    config.data.validation_fraction = 0.02
+    config.model.model_channels = 128
+    config.model.channel_mult = (2, 2, 2)
+    config.model.num_res_blocks = 4
+    config.model.attention_resolutions = (16,)
+    config.model.dropout = 0.13
+    config.diffusion.beta_schedule = "edm"
+    config.diffusion.predict = "edm"
+    config.diffusion.times = "lognormal"
+    config.diffusion.clip = False
+    config.train.length = "200000000 images"
+    config.train.batch_size = 512
+    config.train.gradient_accumulation_steps = 4
+    config.train.optimizer = "adam"
+    config.train.learning_rate = 1e-3
+    config.train.warmup = "10000000 images"
+    config.train.gradient_clip = 0.0
+    config.ema.decay = 0.99929  # half of it is of the last 500,000 images
+    config.sample.sampler = "heun"
+    config.sample.steps = 18
+    config.sample.spacing = "karras"
+    config.evaluate.sampler = "heun"
+    config.evaluate.steps = 18
+    config.every.log = "100 steps"
+    config.every.sample = "2500000 images"
+    config.every.validate = "2500000 images"
+    config.every.evaluate = "20000000 images"
+    return with_variant(config, variant, {})
