@@ -87,7 +87,7 @@ def base():
         },
         "sample": {
             "sampler": "ddim",  # ddpm, ddim(eta=0.0), euler, euler_ancestral, heun(churn=0.0), dpmpp(order=2), dpmpp_sde, unipc
-            "steps": 50,  # network evaluations an image, at most diffusion.timesteps
+            "steps": 50,  # of the sampler, at most diffusion.timesteps; each is one network evaluation, or two by heun and dpm2
             "spacing": "linear",  # linear, trailing, leading, quadratic, karras(rho=7.0), sections(counts=(10, 8, 4, 2, 1))
             "num_images": 64,  # in the grids drawn while training
             "batch_size": 64,  # images drawn at once

@@ -71,8 +71,8 @@ def mixture_flow(x, start, end):
     return torch.tensor(done.y[:, -1]).reshape(x.shape) * end.alpha
 
 
-ORDERS = {"ddim": 1, "euler": 1, "dpmpp(order=1)": 1, "heun": 2, "dpmpp": 2, "dpmpp_sde(eta=0.0)": 2, "unipc(order=1)": 2,
-          "dpmpp(order=3)": 3, "unipc": 3, "unipc(order=3)": 4}
+ORDERS = {"ddim": 1, "euler": 1, "dpmpp(order=1)": 1, "heun": 2, "dpm2": 2, "dpmpp": 2, "dpmpp_sde(eta=0.0)": 2,
+          "unipc(order=1)": 2, "dpmpp(order=3)": 3, "unipc": 3, "unipc(order=3)": 4}
 
 
 def orders(name, denoise, flow, path, steps):
@@ -131,8 +131,11 @@ def test_every_solver_is_finite_from_either_end_and_ends_at_x0(name, path):
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "churn" not in name])
 def test_walks_on_two_paths_of_equal_ratios_are_one_walk(name):
+    def twice(level):
+        return Level(level.t, 2.0, 2 * level.ratio)
+
     levels = process("cosine").levels(12)
-    scaled = [Level(level.t, 2.0, 2 * level.ratio) for level in levels[:-1]] + [CLEAN]
+    scaled = Levels([*map(twice, levels[:-1]), CLEAN], lambda ratio: twice(levels.level_of(ratio)))
     walks = [sampler(name)(gaussian, latent(way[0], noises()(0)), way, noises()) for way in (levels, scaled)]
     for (ours, level), (theirs, other) in zip(*(zip(walk, way[1:], strict=True) for walk, way in
                                                 zip(walks, (levels, scaled), strict=True)), strict=True):
@@ -191,7 +194,7 @@ def test_a_part_of_the_levels_can_be_churned_too():
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_evaluations_are_counted(name, steps):
-    twice = steps - 1 if "heun" in name else 0
+    twice = steps - 1 if "heun" in name or name == "dpm2" else 0
     assert evaluations(sampler(name), process().levels(steps, "trailing")) == steps + twice
     for path in (straight(10), process("cosine")):  # from pure noise, or nearly, the first step is Euler's
         assert evaluations(sampler(name), path.levels(steps, "trailing")) == steps + max(twice - 1, 0)
@@ -212,7 +215,7 @@ def test_heun_stays_near_the_flow_where_the_first_step_is_huge(steps):
 def test_noise_is_asked_for_by_step_and_only_by_those_that_need_it(name):
     asked = []
     last(sampler(name)(gaussian, noises()(0), process().levels(6), lambda k: asked.append(k) or noises()(k)))
-    none = name in ("ddim", "euler", "heun") or name.startswith(("dpmpp(", "unipc")) or name == "dpmpp"
+    none = name in ("ddim", "euler", "heun", "dpm2") or name.startswith(("dpmpp(", "unipc")) or name == "dpmpp"
     assert asked == ([] if none else [2, 3, 4, 5, 6] if "churn" in name else [1, 2, 3, 4, 5])
 
 

@@ -87,6 +87,21 @@ def heun(denoise, x, levels, noise, *, churn=0.0, s_min=0.0, s_max=math.inf, s_n
         yield x
 
 
+def dpm2(denoise, x, levels, noise):
+    """DPM-Solver-2 (Lu et al. 2022, algorithm 1): the slope from halfway in log(sigma/alpha), two evaluations a step.
+
+    Steps on which sigma/alpha falls a hundredfold are Euler's, as in `heun`.
+    """
+    for t, s in pairwise(levels):
+        x0, eps, *_ = denoise(x, t)
+        if t.ratio < 100 * s.ratio:
+            middle = levels.level_of(math.sqrt(t.ratio * s.ratio))
+            _, eps, *_ = denoise(middle.alpha * x0 + middle.sigma * eps, middle)
+            x0 = (x - t.sigma * eps) / t.alpha
+        x = s.alpha * x0 + s.sigma * eps
+        yield x
+
+
 def dpmpp(denoise, x, levels, noise, *, order=2):
     """DPM-Solver++ with 1, 2 or 3 estimates of x0: 2M, 3M (Lu et al. 2022, algorithm 2); of order 1 it is `ddim(eta=0)`.
 
@@ -177,6 +192,7 @@ SAMPLERS = {
     "euler": euler,
     "euler_ancestral": euler_ancestral,
     "heun": heun,
+    "dpm2": dpm2,
     "dpmpp": dpmpp,
     "dpmpp_sde": dpmpp_sde,
     "unipc": unipc,
