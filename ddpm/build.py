@@ -79,6 +79,14 @@ def scorer(config, images, machine):
                         machine)
 
 
+def remarks(config, section):
+    """What a person should know of how a section of the config, `sample` or `evaluate`, draws: lines, mostly none."""
+    sampler = spec.parse(config[section].sampler)[0]
+    if config.diffusion.variance == "learned" and sampler != "ddpm":
+        return [f"the sampler {sampler!r} has no use for the learned variance; {section}.sampler=ddpm has"]
+    return []
+
+
 def drawer(config, net, machine, how=draw.draw):
     """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is draw.draw or draw.frames."""
     model = diffusion(config, net)
@@ -211,7 +219,8 @@ def assemble(config, folder, machine):
         parts["objective"] = model.objective
     if content is not None:
         checkpoint.restore(content["parts"], parts)
-    notes = [*machine.notes, *images.notes, f"{len(learned)} images to learn from, {len(held_out)} held out"]
+    notes = [*machine.notes, *images.notes, *remarks(config, "sample"),
+             f"{len(learned)} images to learn from, {len(held_out)} held out"]
     return Run(
         folder=folder, config_json=configs.to_json(config), machine=machine, start=content["step"] if content else 0,
         total=total, step=step, meters=meters, every=every, best=parts["best"], parts=parts, notes=notes,

@@ -65,6 +65,9 @@ def from_diffusers(folder):
     if not scheduler:
         raise ValueError(f"there is no {other}; put there the noise that the network was trained with")
     knobs = fields_as_knobs(path, unet, UNET) | shape_as_knobs(path, unet) | fields_as_knobs(other, scheduler, SCHEDULER)
+    learned, channels = knobs["diffusion.variance"] == "learned", knobs["data.channels"]
+    knobs["diffusion.loss"] = "hybrid" if learned else "mse"
+    allow(path, "out_channels", unet.get("out_channels", 3), [channels * (1 + learned)])
     knobs["diffusion.beta_schedule"] = our_schedule(other, scheduler, knobs["diffusion.timesteps"])
     stored = [file for suffix in (".safetensors", ".bin") if (file := path.with_name(STORED + suffix)).exists()]
     if not stored:
@@ -83,7 +86,6 @@ def shape_as_knobs(path, unet):
     usual = [unet.get(field, "conv") for field in ("downsample_type", "upsample_type")]
     ways = sorted({BLOCKS[name][2] or way for name in types for way in usual})
     allow(path, "the way to resize in down_block_types, downsample_type, upsample_type", ways, [["conv"], ["resnet"]])
-    allow(path, "out_channels", unet.get("out_channels", 3), [unet.get("in_channels", 3)])
     allow(path, "time_embedding_dim", unet.get("time_embedding_dim"), [None, 4 * widths[0]])
     silent = [None] if unet.get("resnet_time_scale_shift", "default") == "default" else []  # else None is no norm in the middle
     allow(path, "attn_norm_num_groups", unet.get("attn_norm_num_groups"), [groups, *silent])
@@ -122,7 +124,8 @@ def from_openai(path, tensors, given):
     widths = [len(tensors[f"{first}.0.out_layers.3.bias"]) for first in firsts]
     (stem, channels), width = tensors["input_blocks.0.0.weight"].shape[:2], tensors["time_embed.0.weight"].shape[1]
     allow(path, "class_cond", "label_emb.weight" in tensors, [False])
-    allow(path, "the number of channels out (learn_sigma doubles it)", len(tensors["out.2.bias"]), [channels])
+    learned = allow(path, "the number of channels out (learn_sigma doubles it)", len(tensors["out.2.bias"]),
+                    [channels, 2 * channels]) > channels
     allow(path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True])  # else halving has no weights
 
     given = {flag: value for flag, value in given.items() if value != -1}  # which is their None
@@ -143,7 +146,7 @@ def from_openai(path, tensors, given):
         "model.freq_shift": 0, "model.downsample_padding": 1, "model.norm_num_groups": 32, "model.norm_eps": 1e-5,
         "diffusion.timesteps": steps, "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
         "diffusion.beta_schedule": allow(path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]),
-        "sample.sampler": "ddpm(variance='large')",
+        "diffusion.variance": "learned" if learned else "large", "diffusion.loss": "hybrid" if learned else "mse",
     }, OPENAI, cosines_first=True, legacy=not given["use_new_attention_order"])
 
 
@@ -153,7 +156,7 @@ def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False):
     Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head by head.
     """
     steps, unknown = knobs["diffusion.timesteps"], "folder(path='the images it was trained on')"
-    knobs = knobs | {"data.source": unknown, "sample.steps": steps, "evaluate.steps": min(50, steps)}
+    knobs = knobs | {"data.source": unknown, "sample.sampler": "ddpm", "sample.steps": steps, "evaluate.steps": min(50, steps)}
     config = configs.changed(configs.freeze(configs.base()), knobs)
     build.check(config)
     with torch.device("meta"):
@@ -206,8 +209,8 @@ def their_unet(path, config, net):
     carried = {knob for _, knob, _ in UNET.values()}.union(*SHAPE.values())
     for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
         allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
-    model, channels = config.model, config.data.channels
-    allow(path, "the number of channels out", net.head[2].out_channels, [channels])
+    model = config.model
+    allow(path, "config.diffusion.self_condition", config.diffusion.self_condition, [False])
     allow(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
     groups = sorted({layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)})
     allow(path, f"config.model.norm_num_groups {model.norm_num_groups}, in groups of its norms,", groups, [groups[:1]])
@@ -220,7 +223,8 @@ def their_unet(path, config, net):
     downs = [next(name for name, (_, attention, way) in BLOCKS.items() if attention == yes and way in (None, resize))
              for yes in attends]
     return knobs_as_fields(path, knobs, UNET) | {
-        "out_channels": channels, "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
+        "out_channels": net.head[2].out_channels,
+        "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
         "down_block_types": downs, "up_block_types": [BLOCKS[name][0] for name in downs[::-1]],
         "downsample_type": resize, "upsample_type": resize, "attention_head_dim": heads[0],
         "norm_num_groups": groups[0], "attn_norm_num_groups": groups[0],
@@ -229,14 +233,17 @@ def their_unet(path, config, net):
 
 def their_scheduler(path, config):
     """The fields of a DDPMScheduler's config for a process of ours: a name for the betas if there is one, else themselves."""
-    sampler, arguments = parse(config.sample.sampler)
-    large, spacing = sampler == "ddpm" and arguments.get("variance") == "large", config.sample.spacing
+    variance = parse(config.sample.sampler)[1].get("variance", config.diffusion.variance)
+    spacing = config.sample.spacing
     fields = knobs_as_fields(path, configs.flatten(config) | {  # how to draw is anyone's choice, so this is never refused
-        "sample.sampler": f"ddpm(variance={'large' if large else 'small'!r})",
+        "diffusion.variance": config.diffusion.variance if config.diffusion.variance == "learned" else variance,
         "sample.spacing": spacing if spacing in SCHEDULER["timestep_spacing"][2].values() else "leading",
     }, SCHEDULER)
     name, steps = config.diffusion.beta_schedule, config.diffusion.timesteps
-    betas = get_beta_schedule(name, steps)
+    try:
+        betas = get_beta_schedule(name, steps)
+    except ValueError:
+        allow(path, "config.diffusion.beta_schedule", name, [])
     start, end = (float(f"{beta:.9g}") for beta in betas[[0, -1]].tolist())
     for theirs, make in BETAS.items():
         if torch.allclose(make(start, end, steps), betas, rtol=1e-8, atol=0):
@@ -417,15 +424,16 @@ SCHEDULER = {  # a field of DDPMScheduler, as in UNET
     "prediction_type": ("epsilon", "diffusion.predict", {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}),
     "clip_sample": (True, "diffusion.clip", {True: True, False: False}),
     "clip_sample_range": (1.0, None, {1.0: None}),
-    "variance_type": ("fixed_small", "sample.sampler", {
-        "fixed_small": "ddpm(variance='small')",
-        "fixed_small_log": "ddpm(variance='small')",
-        "fixed_large": "ddpm(variance='large')",
+    "variance_type": ("fixed_small", "diffusion.variance", {
+        "fixed_small": "small",
+        "fixed_small_log": "small",
+        "fixed_large": "large",
+        "learned_range": "learned",
     }),
     "timestep_spacing": ("leading", "sample.spacing", {"leading": "leading", "linspace": "linear", "trailing": "trailing"}),
     "steps_offset": (0, None, {0: None}),
     "thresholding": (False, None, {False: None}),
-    "rescale_betas_zero_snr": (False, None, {False: None}),
+    "rescale_betas_zero_snr": (False, "diffusion.zero_terminal_snr", {False: False, True: True}),
 }
 BETAS = {  # beta_schedule: its betas from the first to the last
     "linear": line,

@@ -39,7 +39,7 @@ def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
 def measure(made):
     """The numbers and pictures of what a checkpoint draws."""
     measuring = build.scorer(made.config, build.dataset(made.config), made.machine)
-    print(f"measuring {made.name}: {measuring.made}")
+    print("\n".join([f"measuring {made.name}: {measuring.made}", *build.remarks(made.config, "evaluate")]))
     return measuring(build.drawer(made.config, made.net, made.machine))
 
 

@@ -117,17 +117,19 @@ SCHEDULERS = {
 @pytest.mark.parametrize("given, name", SCHEDULERS.values(), ids=SCHEDULERS)
 @pytest.mark.parametrize("predict", ["epsilon", "sample", "v_prediction"])
 def test_schedules_there_and_back(tmp_path, given, name, predict):
-    given = given | dict(prediction_type=predict, clip_sample=predict != "sample", variance_type="fixed_large")
+    given = given | dict(prediction_type=predict, clip_sample=predict != "sample", variance_type="fixed_large",
+                         rescale_betas_zero_snr=predict == "v_prediction")
     fields = dict(DDPMScheduler(**given).config)
     knobs = convert.fields_as_knobs(tmp_path, fields | {"_class_name": "DDPMScheduler"}, convert.SCHEDULER)
     assert convert.our_schedule(tmp_path, fields, knobs["diffusion.timesteps"]) == name
     made = tiny(**knobs | {"diffusion.beta_schedule": name})
-    assert made.sample.sampler == "ddpm(variance='large')"
+    assert made.diffusion.variance == "large" and made.diffusion.zero_terminal_snr == (predict == "v_prediction")
     back = DDPMScheduler.from_config(convert.their_scheduler(tmp_path, made))
     there = DDPMScheduler(**given)
     # their tables are products of a thousand float32
     torch.testing.assert_close(back.alphas_cumprod, there.alphas_cumprod, rtol=1e-4, atol=1e-7)
-    for field in ("prediction_type", "clip_sample", "variance_type", "num_train_timesteps", "timestep_spacing"):
+    for field in ("prediction_type", "clip_sample", "variance_type", "num_train_timesteps", "timestep_spacing",
+                  "rescale_betas_zero_snr"):
         assert back.config[field] == there.config[field]
 
 
@@ -175,17 +177,41 @@ def test_a_run_goes_out_and_comes_back(tmp_path, trained, file):
     back, out = ours(convert.convert(tmp_path / "theirs", tmp_path / "back"))
     torch.testing.assert_close(out, expected, **SAME)
     before = build.load(trained, "cpu").config
-    assert back.diffusion == before.diffusion and back.model == before.model and back.sample.sampler == before.sample.sampler
+    assert back.model == before.model and back.sample.sampler == "ddpm"
+    assert before.sample.sampler == "ddpm(variance='large')" and back.diffusion.variance == "large"
+    assert dict(back.diffusion) | {"variance": "small"} == dict(before.diffusion)
 
 
-def test_an_exported_pipeline_draws_the_same_images(tmp_path, trained):
+def test_a_learned_variance_goes_out_and_comes_back(tmp_path):
+    run(tiny(model__norm_num_groups=8, diffusion__variance="learned", diffusion__loss="hybrid", train__length="4 steps"),
+        tmp_path / "run")
+    convert.convert(tmp_path / "run", tmp_path / "theirs")
+    expected = ours(tmp_path / "run")[1]
+    assert expected.shape[1] == 2
+    torch.testing.assert_close(theirs(tmp_path / "theirs"), expected, **SAME)
+    back, out = ours(convert.convert(tmp_path / "theirs", tmp_path / "back"))
+    torch.testing.assert_close(out, expected, **SAME)
+    assert back.diffusion.variance == "learned" and back.diffusion.loss == "hybrid"
+    test_an_exported_pipeline_draws_the_same_images(tmp_path / "again", tmp_path / "run", "ddpm")
+
+
+def test_what_their_process_cannot_be_is_refused(tmp_path):
+    for knobs, said in ((dict(diffusion__beta_schedule="flow", diffusion__predict="v"), "diffusion.beta_schedule is 'flow'"),
+                        (dict(diffusion__predict="flow"), "config.diffusion.predict is 'flow'"),
+                        (dict(diffusion__self_condition=True), "config.diffusion.self_condition is True")):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        run(tiny(model__norm_num_groups=8, train__length="1 steps", train__warmup="0 steps", **knobs), folder)
+        refuses(said, folder, tmp_path / "theirs")
+
+
+def test_an_exported_pipeline_draws_the_same_images(tmp_path, trained, sampler=None):
     """From the same noise, by all 20 steps of ancestral sampling in either's own code."""
     pipeline = DDPMPipeline.from_pretrained(convert.convert(trained, tmp_path / "theirs"))
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(2, torch.Generator().manual_seed(5), num_inference_steps=20, output_type="pt").images
     loaded, generator = build.load(trained, "cpu"), torch.Generator().manual_seed(5)
     model, shape = build.diffusion(loaded.config, loaded.net), (2, 1, 16, 16)
-    sampler = loaded.config.sample.sampler
+    sampler = sampler or loaded.config.sample.sampler
     mine = model.sample(shape, sampler=sampler, noise=lambda k: torch.randn(shape, generator=generator))
     # their tables are float32, and x0 is divided by small alphas on the way
     torch.testing.assert_close(images, mine / 2 + 0.5, rtol=0, atol=1e-3)
@@ -198,10 +224,12 @@ def test_an_exported_pipeline_draws_the_same_images(tmp_path, trained):
 class OpenAI:
     """Random weights under OpenAI's names, and what their network makes of them."""
 
-    def __init__(self, mult=(1, 2), blocks=1, attends=(False, True), scale_shift=False, updown=False, heads=1, new_order=False):
+    def __init__(
+        self, mult=(1, 2), blocks=1, attends=(False, True), scale_shift=False, updown=False, heads=1, new_order=False, out=3,
+    ):
         self.mult, self.blocks, self.attends, self.updown = mult, blocks, attends, updown
         self.scale_shift, self.heads, self.new_order = scale_shift, heads, new_order
-        self.width, self.weights, self.generator = 32, {}, torch.Generator().manual_seed(3)
+        self.out, self.width, self.weights, self.generator = out, 32, {}, torch.Generator().manual_seed(3)
         self.make()
 
     def add(self, name, *shape, mean=0.0):
@@ -265,7 +293,7 @@ class OpenAI:
                 self.plan["out"].append((number, self.attends[level], up))
                 number += 1
         self.add("out.0", width, mean=1.0)
-        self.add("out.2", 3, width, 3, 3)
+        self.add("out.2", self.out, width, 3, 3)
 
     def parameters(self, name):
         return self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
@@ -342,6 +370,7 @@ THEIR_FLAGS = dict(image_size=8, diffusion_steps=1000, noise_schedule="linear", 
     (dict(mult=(1, 1, 2), blocks=2, attends=(False, True, False), scale_shift=True), dict(predict_xstart=True)),
     (dict(mult=(1, 3), blocks=3, attends=(True, True), updown=True, heads=2), dict(num_heads=2)),
     (dict(mult=(1,), attends=(False,)), dict()),
+    (dict(out=6), dict()),
 ])
 def test_weights_of_openai(tmp_path, options, flags):
     net, flags = OpenAI(**options), THEIR_FLAGS | flags
@@ -353,6 +382,7 @@ def test_weights_of_openai(tmp_path, options, flags):
     torch.testing.assert_close(out, expected, **SAME)
     assert made.diffusion.beta_schedule == flags["noise_schedule"] and made.diffusion.timesteps == flags["diffusion_steps"]
     assert made.diffusion.predict == ("x0" if "predict_xstart" in flags else "eps")
+    assert made.diffusion.variance == ("learned" if net.out == 6 else "large")
 
 
 def test_the_order_of_heads_matters(tmp_path):
@@ -424,8 +454,7 @@ def small(tmp_path_factory):
     ("scheduler/scheduler_config.json", "_class_name", "PNDMScheduler"),
     ("scheduler/scheduler_config.json", "beta_schedule", "sigmoid"),
     ("scheduler/scheduler_config.json", "prediction_type", "flow"),
-    ("scheduler/scheduler_config.json", "variance_type", "learned_range"),
-    ("scheduler/scheduler_config.json", "rescale_betas_zero_snr", True),
+    ("scheduler/scheduler_config.json", "variance_type", "learned"),
     ("scheduler/scheduler_config.json", "thresholding", True),
     ("scheduler/scheduler_config.json", "clip_sample_range", 2.0),
     ("scheduler/scheduler_config.json", "num_train_timesteps", "many"),
@@ -495,8 +524,8 @@ def test_no_code_is_run(tmp_path):
 
 @pytest.mark.parametrize("change, flags, message", [
     ({"label_emb.weight": torch.zeros(10, 128)}, {}, "class_cond is True"),
-    ({"out.2.weight": torch.zeros(6, 32, 3, 3), "out.2.bias": torch.zeros(6)}, {},
-     "the number of channels out (learn_sigma doubles it) is 6"),
+    ({"out.2.weight": torch.zeros(9, 32, 3, 3), "out.2.bias": torch.zeros(9)}, {},
+     "the number of channels out (learn_sigma doubles it) is 9"),
     ({"input_blocks.2.0.op.weight": None, "input_blocks.2.0.op.bias": None}, {}, "conv_resample is False"),
     ({"time_embed.0.weight": torch.zeros(256, 64)}, {}, "channel_mult is [32, 32, 64]"),
     ({"middle_block.1.qkv.bias": None}, {}, "the tensor middle_block.1.qkv.bias is missing"),
