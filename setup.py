@@ -28,6 +28,6 @@ setup(
     ],
     extras_require={
         "study": STUDY,
-        "test": [*STUDY, "pytest>=8", "diffusers>=0.32", "ruff>=0.9", "nbclient>=0.10", "ipykernel>=6"],
+        "test": [*STUDY, "pytest>=8", "pytest-xdist>=3.6", "diffusers>=0.32", "ruff>=0.9", "nbclient>=0.10", "ipykernel>=6"],
     },
 )
