@@ -11,6 +11,7 @@ VARIANTS = {  # what differs from the full recipe
     "tiny": {"model.model_channels": 64, "model.num_res_blocks": 1, "train.gradient_accumulation_steps": 1},
     "64px": {"data.image_size": 64, "model.model_channels": 128, "train.batch_size": 16,
              "train.gradient_accumulation_steps": 2},
+    "dit": {"model.name": "dit(size='B', patch_size=4)", "model.dropout": 0.0, "train.learning_rate": 1e-4},  # 1,024 patches
 }
 
 

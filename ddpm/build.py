@@ -1,5 +1,6 @@
 """The only reader of config sections: config -> objects."""
 
+import inspect
 import math
 import os
 from functools import partial
@@ -20,15 +21,16 @@ from ddpm.train import Best, Run, Same
 
 
 def network(config):
-    """The plain network of a config, its weights drawn at the config's seed."""
-    arguments = dict(config.model)
-    build = MODELS[arguments.pop("name")]
-    arguments["num_head_channels"] = arguments["num_head_channels"] or None
+    """The plain network of a config, its weights drawn at the config's seed; it gets those knobs of `model` that it names."""
+    model, channels, section = dict(config.model), config.data.channels, config.diffusion
+    make = spec.choose("config.model.name", MODELS, model.pop("name"))
+    model["num_head_channels"] = model["num_head_channels"] or None
+    named = {p.name for p in inspect.signature(make.func).parameters.values() if p.kind is not p.KEYWORD_ONLY}
     rng.reseed_torch(config.seed)
-    channels, section = config.data.channels, config.diffusion
-    return build(
+    return make(
         image_size=config.data.image_size, in_channels=channels * (1 + section.self_condition),
-        out_channels=channels * (1 + (section.variance == "learned")), **arguments)
+        out_channels=channels * (1 + (section.variance == "learned")),
+        **{name: value for name, value in model.items() if name in named})
 
 
 def diffusion(config, net):

@@ -41,14 +41,17 @@ def base():
             "num_workers": 0,  # processes that decode images; 0 decodes in the training process
         },
         "model": {
-            "name": "unet",  # unet
+            "name": "unet",  # unet, dit(size='S', patch_size=2), whose depth, width and heads can be given too
+            "dropout": 0.0,  # share of activations dropped in every block
+            "qk_norm": False,  # attention: each head's queries and keys are normed
+            # from here on: the unet's alone
             "model_channels": 64,  # width of the first level
             "channel_mult": (1, 2, 2),  # width of each level in model_channels; each level after the first halves the image
             "num_res_blocks": 2,  # residual blocks a level
+            "res_blocks_per_level": (),  # residual blocks of each level, where they differ: as many as channel_mult; or ()
             "attention_resolutions": (8,),  # sizes of feature maps, in pixels, that get self-attention
             "num_heads": 1,  # attention heads, where num_head_channels is 0
             "num_head_channels": 0,  # channels a head; 0 counts by num_heads
-            "dropout": 0.0,  # share of activations dropped in residual blocks
             "use_scale_shift_norm": False,  # the time scales and shifts the norm, instead of being added
             "resblock_updown": False,  # residual blocks change the resolution, instead of single convolutions
             "freq_shift": 1,  # frequencies of the time embedding: 1 as in Ho's code, 0 as in OpenAI's
@@ -166,7 +169,6 @@ RANGES = {
 }
 CHOICES = {
     "data.channels": (1, 3, 4),
-    "model.name": MODELS,
     "diffusion.variance": VARIANCES,
     "train.amp": dist.AMP,
     "evaluate.extractor": ("auto", *metrics.EXTRACTORS),
@@ -174,6 +176,7 @@ CHOICES = {
 }
 SPECS = {
     "data.source": data.SOURCES,
+    "model.name": MODELS,
     "diffusion.beta_schedule": SCHEDULES,
     "diffusion.predict": TARGETS,
     "diffusion.loss": LOSSES,
@@ -187,7 +190,12 @@ SPECS = {
 }
 REHEARSAL = [Level(0.0, math.sqrt(0.5), math.sqrt(0.5)), CLEAN]
 LENGTHS = ("train.length", "train.warmup")
-INTEGER_TUPLES = {"data.matte": (0, 255), "model.channel_mult": (1, 64), "model.attention_resolutions": (1, 4096)}
+INTEGER_TUPLES = {
+    "data.matte": (0, 255),
+    "model.channel_mult": (1, 64),
+    "model.res_blocks_per_level": (1, 64),
+    "model.attention_resolutions": (1, 4096),
+}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple such as (1, 2)"}
 
 

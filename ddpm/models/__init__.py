@@ -1,5 +1,10 @@
-"""The table of architectures: name -> constructor of a `net(x, t, y) -> out`; its arguments are the config's."""
+"""The table of architectures: name -> constructor of a `net(x, t, y) -> out`.
 
+Its keyword-only arguments are the knobs of its name, "dit(size='S')"; of the others it gets those that the config's
+section `model` has.
+"""
+
+from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
 
-MODELS = {"unet": UNet}
+MODELS = {"unet": UNet, "dit": DiT}

@@ -34,10 +34,10 @@ def group_norm(channels, most=32, eps=1e-6):
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
-def linear(in_features, out_features):
-    """A dense layer with Glorot-uniform weights and zero bias."""
+def linear(in_features, out_features, zero=False):
+    """A dense layer with Glorot-uniform (`zero`: zero) weights and zero bias."""
     layer = nn.Linear(in_features, out_features)
-    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -114,6 +114,28 @@ class ResidualBlock(nn.Module):
         return self.shortcut(self.resize(x)) + h
 
 
+def check_multiple(size, factor, trouble, remedy):
+    """Raise ValueError where a side of `size` (h, w) is no multiple of `factor`: the trouble, sizes that fit, the remedy."""
+    if all(side >= factor and side % factor == 0 for side in size):
+        return
+    smaller = tuple(max(side // factor, 1) * factor for side in size)
+    larger = tuple(max(-(-side // factor), 1) * factor for side in size)
+    given, *fitting = (f"{h}" if h == w else f"({h}, {w})" for h, w in (size, smaller, larger))
+    raise ValueError(f"image_size {given} {trouble}; use {' or '.join(dict.fromkeys(fitting))}, or {remedy}")
+
+
+def add_class(emb, y, embedding):
+    """Add the embedding of labels y [b], or None, to emb [b, e]; a label of -1 is dropped: it adds zero.
+
+    Raises ValueError for labels where there is no embedding.
+    """
+    if y is None:
+        return emb
+    if embedding is None:
+        raise ValueError("labels were given to a network without classes; set num_classes, or pass y=None")
+    return emb + embedding(y.clamp(min=0)) * rearrange(y >= 0, "b -> b 1")
+
+
 def head_count(channels, num_heads, num_head_channels=None):
     """The number of attention heads: `num_heads`, or `channels / num_head_channels` where that is given.
 
@@ -127,20 +149,35 @@ def head_count(channels, num_heads, num_head_channels=None):
     return given if num_head_channels is None else channels // given
 
 
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm for numbers of another type than its learned scale, as autocast makes them: it keeps their type."""
+
+    def forward(self, x):
+        return (F.rms_norm(x, self.normalized_shape, eps=self.eps) * self.weight).to(x.dtype)
+
+
+def query_key_norms(dim, wanted):
+    """What is done to each head's queries and keys [..., dim]: a learned RMS norm each (epsilon as in SD3), or nothing."""
+    return [RMSNorm(dim, eps=1e-6) if wanted else nn.Identity() for _ in range(2)]
+
+
 class AttentionBlock(nn.Module):
     """Every pixel attends to every pixel, added to the input; x [b, c, h, w] -> the same shape.
 
     There are `num_heads` heads, or as many as have `num_head_channels` channels each; `norm` makes a norm of so many
-    channels. Raises ValueError where the heads do not divide `channels`.
+    channels. With `qk_norm` each head's queries and keys have a learned RMS norm, so that logits cannot grow without
+    bound (Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters"; Esser et al. 2024). Raises
+    ValueError where the heads do not divide `channels`.
     """
 
-    def __init__(self, channels, num_heads=1, num_head_channels=None, norm=group_norm):
+    def __init__(self, channels, num_heads=1, num_head_channels=None, norm=group_norm, qk_norm=False):
         super().__init__()
         self.heads = head_count(channels, num_heads, num_head_channels)
         self.norm = norm(channels)
         self.qkv = conv(channels, 3 * channels, 1)
         for weight in self.qkv.weight.data.chunk(3):  # three layers in one: each has its own fan-out
             nn.init.xavier_uniform_(weight)
+        self.norm_q, self.norm_k = query_key_norms(channels // self.heads, qk_norm)
         self.project = conv(channels, channels, 1, zero=True)
 
     def forward(self, x):
@@ -150,5 +187,5 @@ class AttentionBlock(nn.Module):
         )
         # the fused attention kernels want neighbouring channels side by side in memory, and step aside otherwise
         q, k, v = qkv.contiguous()
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
         return x + self.project(rearrange(out, "b heads (h w) d -> b (heads d) h w", h=h, w=w))

@@ -7,7 +7,6 @@ out [b, out_channels, h, w], in the units of whatever target it is trained on.
 from functools import partial
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from ddpm.models.layers import (
@@ -15,6 +14,8 @@ from ddpm.models.layers import (
     Downsample,
     ResidualBlock,
     Upsample,
+    add_class,
+    check_multiple,
     conv,
     group_norm,
     linear,
@@ -24,16 +25,7 @@ from ddpm.models.layers import (
 
 def check_size(size, halvings):
     """Raise ValueError where a side of `size` (h, w) cannot be halved `halvings` times."""
-    factor = 2**halvings
-    if all(side >= factor and side % factor == 0 for side in size):
-        return
-    smaller = tuple(max(side // factor, 1) * factor for side in size)
-    larger = tuple(max(-(-side // factor), 1) * factor for side in size)
-    given, *fitting = (f"{h}" if h == w else f"({h}, {w})" for h, w in (size, smaller, larger))
-    raise ValueError(
-        f"image_size {given} cannot be halved {halvings} time{'s' * (halvings > 1)}; "
-        f"use {' or '.join(dict.fromkeys(fitting))}, or a shorter channel_mult"
-    )
+    check_multiple(size, 2**halvings, f"cannot be halved {halvings} time{'s' * (halvings > 1)}", "a shorter channel_mult")
 
 
 class Stage(nn.Sequential):
@@ -50,13 +42,14 @@ class UNet(nn.Module):
 
     `image_size` is an int or (h, w). `attention_resolutions` are sizes of feature maps, counted by the shorter side:
     at image_size (64, 128) the resolution 16 is the 16x32 map. Level i has `model_channels * channel_mult[i]`
-    channels; `num_head_channels`, where given, decides the heads in place of `num_heads`. Built for one size, it runs
-    on any that can be halved as often. The class embedding has `num_classes` rows, standard normal at first; a label
-    of -1 is dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros. The last four
-    arguments are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5.
+    channels and `num_res_blocks` residual blocks, or `res_blocks_per_level[i]` where those are given;
+    `num_head_channels`, where given, decides the heads in place of `num_heads`. Built for one size, it runs on any that
+    can be halved as often. The class embedding has `num_classes` rows, standard normal at first; a label of -1 is
+    dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros. `freq_shift` to `norm_eps`
+    are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5.
 
     Raises ValueError for a size that cannot be halved often enough, an attention resolution that never occurs, heads
-    that do not divide the channels, and labels where there are no classes.
+    that do not divide the channels, blocks for other levels than there are, and labels where there are no classes.
     """
 
     def __init__(
@@ -78,20 +71,26 @@ class UNet(nn.Module):
         downsample_padding=0,
         norm_num_groups=32,
         norm_eps=1e-6,
+        qk_norm=False,
+        res_blocks_per_level=(),
     ):
         super().__init__()
+        levels = len(channel_mult)
+        blocks = res_blocks_per_level or (num_res_blocks,) * levels
         counts = {"in_channels": in_channels, "out_channels": out_channels, "model_channels": model_channels}
         counts |= {"num_res_blocks": num_res_blocks, "num_classes": 1 if num_classes is None else num_classes}
-        counts |= {"norm_num_groups": norm_num_groups}
+        counts |= {"norm_num_groups": norm_num_groups, "res_blocks_per_level": min(blocks, default=1)}
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} is {count}; use 1 or more")
         if not channel_mult or min(channel_mult) < 1:
             raise ValueError(f"channel_mult is {channel_mult}; use one or more whole numbers from 1 up, as (1, 2, 2)")
+        if len(blocks) != levels:
+            raise ValueError(f"res_blocks_per_level has {len(blocks)} numbers for {levels} levels; give one for each")
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.halvings = len(channel_mult) - 1
+        self.halvings = levels - 1
         check_size(size, self.halvings)
-        resolutions = [min(size) >> level for level in range(len(channel_mult))]
+        resolutions = [min(size) >> level for level in range(levels)]
         for resolution in attention_resolutions:
             if resolution not in resolutions:
                 raise ValueError(
@@ -107,7 +106,7 @@ class UNet(nn.Module):
             return ResidualBlock(inputs, outputs, embedding_channels, dropout, use_scale_shift_norm, norm=norm, **resize)
 
         def attention(channels):
-            return AttentionBlock(channels, num_heads, num_head_channels, norm)
+            return AttentionBlock(channels, num_heads, num_head_channels, norm, qk_norm)
 
         def block_at(level, inputs, outputs):
             attends = resolutions[level] in attention_resolutions
@@ -123,7 +122,7 @@ class UNet(nn.Module):
         skips = [channels]
         self.encoder = nn.ModuleList()
         for level, mult in enumerate(channel_mult):
-            for _ in range(num_res_blocks):
+            for _ in range(blocks[level]):
                 self.encoder.append(Stage(*block_at(level, channels, mult * model_channels)))
                 channels = mult * model_channels
                 skips.append(channels)
@@ -136,7 +135,7 @@ class UNet(nn.Module):
 
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
-            for _ in range(num_res_blocks + 1):
+            for _ in range(blocks[level] + 1):
                 self.decoder.append(Stage(*block_at(level, channels + skips.pop(), mult * model_channels)))
                 channels = mult * model_channels
             if level > 0:
@@ -147,11 +146,7 @@ class UNet(nn.Module):
     def embed(self, t, y, dtype):
         """The embedding [b, 4 model_channels] of times and labels; y None is every label dropped."""
         emb = self.time_embedding(timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift).to(dtype))
-        if y is None:
-            return emb
-        if self.class_embedding is None:
-            raise ValueError("labels were given to a network without classes; set num_classes, or pass y=None")
-        return emb + self.class_embedding(y.clamp(min=0)) * rearrange(y >= 0, "b -> b 1")
+        return add_class(emb, y, self.class_embedding)
 
     def forward(self, x, t, y=None):
         check_size(x.shape[-2:], self.halvings)
