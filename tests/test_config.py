@@ -416,7 +416,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     (["--config=(plain.py):foo"], "the config file takes no variant; leave out what follows ':', or write "),
     (["--config=(not_base.py)"], "(not_base.py) lacks data.channels; begin get_config with `config = base()`"),
     (["--config=(more.py)"], "(more.py) has an unknown knob train.colour; begin get_config with `config = base()`"),
-    ([f"--config={ROOT}/configs/ddpm_cifar10.py:foo"], "this config file has no variants; leave out ':foo'"),
+    ([f"--config={ROOT}/configs/edm_cifar10.py:foo"], "this config file has no variants; leave out ':foo'"),
     ([f"--config={ROOT}/configs/cats128.py:smal"], "unknown variant 'smal' (did you mean 'small'?); choose one of small, "),
     ([DIGITS, "--config.train.lenght=5 steps"], "there is no knob config.train.lenght (did you mean 'train.length'?); "),
     ([DIGITS, "--config.trian.length=5 steps"], "there is no knob config.trian.length (did you mean 'train.length'?); "),

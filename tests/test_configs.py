@@ -11,6 +11,7 @@ from conftest import TINY, rows, run, tiny
 from ddpm import build, config, data, images, spec
 from ddpm.diffusion.process import VARIANCES
 from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.spec import parse
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -33,9 +34,12 @@ def test_every_config_trains_at_tiny_size(path, variant, tmp_path):
     small = {key: value for key, value in TINY.items() if key not in ("model.channel_mult", "diffusion.timesteps")}
     levels = len(given.model.channel_mult)
     size = 32 if 32 % 2 ** (levels - 1) == 0 else 2**levels
+    name, knobs = parse(given.model.name)
+    patch = f"depth=2, width=16, heads=2, patch_size={knobs.get('patch_size', 2)}"
     run(config.changed(given, small | {
         "data.source": "digits", "data.image_size": size, "model.attention_resolutions": (size // 2,), "data.num_workers": 0,
-        "model.num_head_channels": 0, "train.batch_size": 4, "train.length": "2 steps", "every.evaluate": "0 steps"}), tmp_path)
+        "model.name": f"dit({patch})" if name == "dit" else name, "model.num_head_channels": 0, "train.batch_size": 4,
+        "train.length": "2 steps", "every.evaluate": "0 steps"}), tmp_path)
     assert rows(tmp_path)[-1]["step"] == 2
 
 
@@ -74,6 +78,13 @@ def test_the_tables_are_whole():
     (dict(model__channel_mult=(1, 2, 2, 2, 2, 2, 2)), "cannot be halved"),
     (dict(model__attention_resolutions=(5,)), "5"),
     (dict(model__num_heads=3), "heads"),
+    (dict(model__res_blocks_per_level=(1, 2, 3)), "3 numbers for 2 levels; give one for each"),
+    (dict(model__name="dti"), r"'dti' \(did you mean 'dit'\?\); choose one of unet, dit"),
+    (dict(model__name="unet(depth=3)"), "config.model.name 'unet' has no argument 'depth'; it takes none"),
+    (dict(model__name="dit(size='M')"), "unknown size of a DiT 'M'; choose one of S, B, L, XL"),
+    (dict(model__name="dit(patch=3)"), "has no argument 'patch'; it accepts size, patch_size, depth, width, heads"),
+    (dict(model__name="dit(patch_size='2')"), "takes patch_size as int, such as 2; got '2'"),
+    (dict(model__name="dit(patch_size=3)"), "cannot be cut into patches of 3; use 15 or 18, or a patch_size of 1, 2, 4"),
     (dict(diffusion__beta_schedule="cosin"), r"did you mean 'cosine'\?"),
     (dict(train__gradient_accumulation_steps=3), "divisors of 8"),
     (dict(sample__steps=21), "sample.steps is 21 with only 20 timesteps; use 20 or fewer"),
@@ -95,3 +106,19 @@ def test_the_paper_networks_have_their_size():
 
     assert parameters("ddpm_cifar10") == 35_746_307  # Ho et al. 2020
     assert parameters("cats128") == 200_321_475
+
+
+@pytest.mark.parametrize("name, within", [("digits", 0.04), ("ddpm_cifar10", 0.03)])
+def test_the_dit_spends_what_the_unet_spends(name, within):
+    recipes = module_of(FILES[0].parent / f"{name}.py")
+    unet, dit = (build.flops_per_image(recipes.get_config(variant)) for variant in (None, "dit"))
+    assert abs(dit / unet - 1) < within
+
+
+def test_a_network_gets_the_knobs_that_it_names():
+    given = tiny(model__name="dit(depth=2, width=16, heads=2)", model__dropout=0.25, model__qk_norm=True, model__num_heads=4)
+    net = build.network(given)
+    assert [block.attention.heads for block in net.blocks] == [2, 2] and net.blocks[0].dropout.p == 0.25
+    assert net.blocks[0].attention.norm_q.weight.shape == (8,)
+    unet = build.network(config.changed(given, {"model.name": "unet"}))
+    assert unet.middle[1].heads == 4 and unet.middle[1].norm_q.weight.shape == (4,) and unet.middle[0].dropout.p == 0.25

@@ -548,6 +548,9 @@ def test_openais_that_do_not_fit_are_one_line(tmp_path, change, flags, message):
     (dict(model__norm_num_groups=8, model__channel_mult=(2, 2)), "config.model.channel_mult, its first, is 2"),
     (dict(model__norm_num_groups=8, model__attention_resolutions=(16, 8), model__num_heads=2),
      "config.model.num_heads, in channels a head, is [4, 8]"),
+    (dict(model__name="dit(depth=2, width=16, heads=2)"), "config.model.name is 'dit(depth=2, width=16, heads=2)'"),
+    (dict(model__qk_norm=True), "config.model.qk_norm is True"),
+    (dict(model__res_blocks_per_level=(1, 2)), "config.model.res_blocks_per_level is (1, 2)"),
 ])
 def test_ours_that_do_not_fit_are_one_line(tmp_path, knobs, message):
     made = tiny(**knobs)

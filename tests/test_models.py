@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddpm.models import MODELS, UNet
+from ddpm.models import MODELS, DiT, UNet
 from ddpm.models.layers import (
     AttentionBlock,
     Downsample,
@@ -83,6 +83,79 @@ def test_ho_cifar10_network_has_35746307_parameters():
             attention_head_dim=None,
         )
     assert parameters(net) == parameters(theirs) == 35_746_307
+
+
+def closed_form(channels, mult, blocks, attention, outputs=3, classes=0, scale_shift=True, updown=False):
+    """The number of weights of such a U-Net, counted from Ho et al. 2020 and Dhariwal and Nichol 2021, tables and figures.
+
+    `attention` has the levels with attention, the whole image being 0; `blocks` the residual blocks of each.
+    """
+
+    def conv(i, o, kernel=3):
+        return i * o * kernel**2 + o
+
+    def block(i, o):
+        shortcut = conv(i, o, 1) if i != o else 0
+        return 2 * i + conv(i, o) + conv(4 * channels, (1 + scale_shift) * o, 1) + 2 * o + conv(o, o) + shortcut
+
+    def attend(c):
+        return 2 * c + conv(c, 3 * c, 1) + conv(c, c, 1)
+
+    resize = (lambda c: block(c, c)) if updown else (lambda c: conv(c, c))
+    count = conv(channels, 4 * channels, 1) + conv(4 * channels, 4 * channels, 1) + 4 * channels * classes + conv(3, channels)
+    here, skips = channels, [channels]
+    for level, factor in enumerate(mult):
+        for _ in range(blocks[level]):
+            count += block(here, factor * channels) + (level in attention) * attend(factor * channels)
+            here = factor * channels
+            skips.append(here)
+        if level < len(mult) - 1:
+            count += resize(here)
+            skips.append(here)
+    count += 2 * block(here, here) + attend(here)
+    for level, factor in reversed(list(enumerate(mult))):
+        for _ in range(blocks[level] + 1):
+            count += block(here + skips.pop(), factor * channels) + (level in attention) * attend(factor * channels)
+            here = factor * channels
+        count += resize(here) if level else 0
+    return count + 2 * here + conv(here, outputs)
+
+
+OPENAI = dict(in_channels=3, out_channels=6, use_scale_shift_norm=True, freq_shift=0, downsample_padding=1, norm_eps=1e-5)
+IMPROVED_CIFAR10 = OPENAI | dict(
+    image_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=3, attention_resolutions=(16, 8), num_heads=4)
+ADM = OPENAI | dict(attention_resolutions=(32, 16, 8), resblock_updown=True)
+ADM64 = ADM | dict(image_size=64, model_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3, num_head_channels=64)
+ADM128 = ADM | dict(image_size=128, model_channels=256, channel_mult=(1, 1, 2, 3, 4), num_res_blocks=2, num_heads=4)
+ADM256 = ADM | dict(image_size=256, model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, num_head_channels=64)
+
+
+@pytest.mark.parametrize("network, classes, count", [
+    # Published to the unit: Ho's, and ADM's at 256 pixels without classes, whose file of float32 weights has 4 bytes for each
+    # of so many; a class adds a row of 1,024. ADM's others are published in millions: 296, 422, 554 (its table 11).
+    (HO_CIFAR10, 0, 35_746_307),
+    (IMPROVED_CIFAR10, 0, 52_546_438),
+    (ADM64, 1000, 295_904_454),
+    (ADM128, 1000, 421_529_606),
+    (ADM256, 0, 552_814_086),
+    (ADM256, 1000, 553_838_086),
+], ids=["ho", "improved", "adm64", "adm128", "adm256_unconditional", "adm256"])
+def test_published_parameter_counts(network, classes, count):
+    with torch.device("meta"):
+        net = UNet(**network, num_classes=classes or None)
+    mult, size = network["channel_mult"], network["image_size"]
+    levels = [level for level in range(len(mult)) if size >> level in network["attention_resolutions"]]
+    other = closed_form(
+        network["model_channels"], mult, [network["num_res_blocks"]] * len(mult), levels, network["out_channels"], classes,
+        network.get("use_scale_shift_norm", False), network.get("resblock_updown", False))
+    assert parameters(net) == other == count
+
+
+def test_blocks_of_each_level():
+    net = tiny(channel_mult=(1, 2, 2), num_res_blocks=5, res_blocks_per_level=(1, 3, 2))
+    assert parameters(net) == closed_form(8, (1, 2, 2), (1, 3, 2), [1], scale_shift=False)
+    same, (x, t) = tiny(num_res_blocks=2, res_blocks_per_level=(2, 2)), inputs()
+    assert net(x, t).shape == x.shape and torch.equal(same(x, t), tiny(num_res_blocks=2)(x, t))
 
 
 def test_no_transposed_convolution():
@@ -426,7 +499,20 @@ def test_construction_is_a_function_of_torchs_seed():
 
 
 def test_table_of_architectures():
-    assert MODELS == {"unet": UNet}
+    assert MODELS == {"unet": UNet, "dit": DiT}
+
+
+def test_normed_queries_and_keys_do_not_depend_on_their_scale():
+    for qk_norm in (False, True):
+        net, (x, t) = tiny(num_heads=4, qk_norm=qk_norm), inputs()
+        before = net(x, t)
+        for layer in net.modules():
+            if isinstance(layer, AttentionBlock):
+                queries_and_keys = 2 * layer.norm.num_channels
+                layer.qkv.weight.data[:queries_and_keys] *= 3
+                layer.qkv.bias.data[:queries_and_keys] *= 3
+        # float32 through twenty layers, and epsilon 1e-6 beside squares of about 1
+        assert torch.allclose(net(x, t), before, rtol=0, atol=1e-4 * before.abs().max().item()) == qk_norm
 
 
 # mistakes
@@ -461,6 +547,11 @@ def test_labels_without_classes():
 @pytest.mark.parametrize("name", ["in_channels", "out_channels", "model_channels", "num_res_blocks", "num_classes"])
 def test_counts_start_at_one(name):
     refuses(f"{name} is 0; use 1 or more", UNet, **{**TINY, name: 0})
+
+
+def test_blocks_for_levels_that_are_not_there():
+    refuses("res_blocks_per_level has 3 numbers for 2 levels; give one for each", UNet, **TINY, res_blocks_per_level=(1, 2, 1))
+    refuses("res_blocks_per_level is 0; use 1 or more", UNet, **TINY, res_blocks_per_level=(1, 0))
 
 
 @pytest.mark.parametrize("mult", [(), (1, 0)])

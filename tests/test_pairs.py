@@ -17,10 +17,13 @@ from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.diffusion.spacings import SPACINGS
 from ddpm.diffusion.targets import TARGETS
+from ddpm.models import MODELS
 from ddpm.optim import DECAYS, OPTIMIZERS
 
 DECAY = {"cosine": "cosine(length='2 steps')", "linear": "linear(length='2 steps')"}
 AXES = {
+    "model.name": ["dit(depth=2, width=16, heads=2)" if name == "dit" else name for name in MODELS],
+    "model.qk_norm": [False, True],
     "diffusion.beta_schedule": list(SCHEDULES),
     "diffusion.zero_terminal_snr": [False, True],
     "diffusion.predict": list(TARGETS),
