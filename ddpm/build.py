@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import checkpoint, clock, data, dist, draw, metrics, optim, rng, score, spec, tracking
+from ddpm import checkpoint, clock, data, dist, draw, metrics, optim, posthoc, rng, score, spec, tracking
 from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.dist import StepNetwork
@@ -77,8 +77,8 @@ def extractor(config, machine):
 def scorer(config, images, machine):
     """What measures drawn images as the config says."""
     how = evaluation_recipe(config)
-    return score.Scorer(extractor(config, machine), images, *split(config, images), how, config.evaluate.num_samples, "EMA",
-                        machine)
+    return score.Scorer(extractor(config, machine), images, *split(config, images), how, config.evaluate.num_samples,
+                        weights_name(config), machine)
 
 
 def remarks(config, section):
@@ -129,11 +129,13 @@ def load(run_or_file, device=None, **knobs):
     """
     path, step, text, weights = checkpoint.load_weights(run_or_file)
     config = configs.changed(configs.from_json(text), knobs)
+    if (name := weights_name(config)) != "EMA":
+        step, weights = chosen_weights(path, step, config)
     with torch.device("meta"):
         net = network(config)
     put_weights(net, weights, path, assign=True)
     machine = dist.start(config.train.amp, config.train.deterministic, device)
-    return Loaded(f"{path} (EMA weights, step {step})", step, config, machine, net.to(machine.device))
+    return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net.to(machine.device))
 
 
 def put_weights(net, weights, path, assign=False):
@@ -143,6 +145,51 @@ def put_weights(net, weights, path, assign=False):
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the weights in {path} are of another network than the config's: {reason}") from None
+
+
+def part_name(number):
+    """The checkpoint's part that holds a further average: of a decay, or of a sigma_rel."""
+    return f"ema {number}"
+
+
+def averages_of(config, net):
+    """The averages of a training by the names of their parts; the first is the one that is drawn and measured."""
+    section = config.ema
+    averages = {"ema": EMA(net, section.decay, section.warmup)}
+    averages |= {part_name(decay): EMA(net, decay, section.warmup) for decay in section.more}
+    return averages | {part_name(width): EMA(net, posthoc.power_function(width)) for width in section.profiles}
+
+
+def weights_name(config):
+    """The weights that are drawn and measured, in words."""
+    chosen = config.sample.ema
+    if chosen in (0, config.ema.decay):
+        return "EMA"
+    return f"EMA {'sigma_rel' if chosen <= posthoc.WIDEST else 'decay'} {chosen}"
+
+
+def chosen_weights(path, step, config):
+    """(step, weights) of the average that config.sample.ema asks for, up to the step of a file of weights.
+
+    A further decay is in the checkpoint of that step; a sigma_rel is made from the snapshots. Raises ValueError where there
+    are none, or where they come nowhere near it.
+    """
+    chosen, section, folder = config.sample.ema, config.ema, checkpoint.folder_of(path)
+    if chosen in section.more:
+        found = [path] if path.suffix == ".pt" else [other for at, other in checkpoint.checkpoints(folder) if at == step]
+        if found:
+            return step, checkpoint.load(found[-1])["parts"][part_name(chosen)]["shadow"]
+        raise ValueError(f"the average with decay {chosen} is kept in checkpoints, and {folder} has none of step {step}; give "
+                         "one of its .pt files")
+    found = [item for item in checkpoint.snapshots(folder) if item[0] <= step]
+    if chosen > posthoc.WIDEST or not found:
+        decays = ", ".join(map(str, (section.decay, *section.more)))
+        raise ValueError(f"{folder} has no {weights_name(config)} weights; it has the decays {decays} and {len(found)} "
+                         "snapshots for any sigma_rel up to 0.288. Choose of those, or train with config.ema.more, or with "
+                         "config.ema.profiles and config.every.snapshot")
+    stored = [(at, width, partial(checkpoint.load_snapshot, snapshot, part_name(width)))
+              for at, snapshot in found for width in section.profiles]
+    return found[-1][0], posthoc.reconstruct(stored, chosen)
 
 
 def rate(config, dataset_size):
@@ -193,29 +240,33 @@ def assemble(config, folder, machine):
     if section.batch_size % equal:
         raise ValueError(f"config.train.batch_size {section.batch_size} cannot be cut into {machine.world} ranks x "
                          f"{section.gradient_accumulation_steps} micro-batches; choose a multiple of {equal}")
+    if config.sample.ema:
+        raise ValueError(f"config.sample.ema is {config.sample.ema}, and a training draws with config.ema.decay; leave it at "
+                         "0, and give --ema to generate, sample or evaluate")
     images = dataset(config)
     learned, held_out = split(config, images)
     total = clock.steps_of(section.length, section.batch_size, len(learned))
     every = {name: clock.Every(text, section.batch_size, len(learned)) for name, text in config.every.items()}
-    if not len(held_out):
-        every["validate"] = clock.Every("0 steps", section.batch_size, len(learned))
+    for name, nothing in (("validate", not len(held_out)), ("snapshot", not config.ema.profiles)):
+        if nothing:
+            every[name] = clock.Every("0 steps", section.batch_size, len(learned))
 
     content = checkpoint.newest(folder)
     net = network(config).to(machine.device)
     if content is None and section.init_from:
         path, _, _, weights = checkpoint.load_weights(section.init_from)
         put_weights(net, weights, path)
-    ema = EMA(net, config.ema.decay, config.ema.warmup)
+    averages = averages_of(config, net)
     model = diffusion(config, StepNetwork(net, machine))
     model.objective.to(machine.device)
     meters = Meters(config.diffusion.timesteps, machine)
     step = Step(
-        net=net, diffusion=model, ema=ema, meters=meters, machine=machine, scaler=machine.scaler(),
+        net=net, diffusion=model, averages=list(averages.values()), meters=meters, machine=machine, scaler=machine.scaler(),
         optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
             [*net.parameters(), *model.objective.parameters()], section.learning_rate),
         seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
         learning_rate=rate(config, len(learned)), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip)
-    parts = {"net": net, "ema": ema, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best(),
+    parts = {"net": net, **averages, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best(),
              "data": Same(images=len(images), fingerprint=images.fingerprint)}
     if model.objective.state_dict():  # a weighting or times that learn
         parts["objective"] = model.objective
@@ -226,6 +277,7 @@ def assemble(config, folder, machine):
     return Run(
         folder=folder, config_json=configs.to_json(config), machine=machine, start=content["step"] if content else 0,
         total=total, step=step, meters=meters, every=every, best=parts["best"], parts=parts, notes=notes,
+        stored=[part_name(width) for width in config.ema.profiles],
         batches=lambda start: batches(config, images, learned, machine, start, total),
         speed=clock.Speed(section.batch_size, len(learned), flops_per_image(config)),
         validation=Validation(images, held_out, net, model, machine, section.batch_size),

@@ -19,6 +19,7 @@ from ddpm.files import written_beside
 
 FORMAT = 1
 NAME = re.compile(r"step_(\d{8,})(\.keep)?\.pt")
+SNAPSHOT = re.compile(r"step_(\d{8,})\.safetensors")
 
 
 def checkpoints(folder):
@@ -91,6 +92,43 @@ def export(path, weights, step, config_json):
     about = {"ddpm": json.dumps({"format": FORMAT, "step": step, "config": config_json})}  # one key: several have no order
     with written_beside(path) as part:
         part.write_bytes(serialized(tensors, metadata=about))  # its own save_file hides the file from other users
+
+
+def snapshots(folder):
+    """The snapshots of a run folder, oldest first, as [(step, path)]."""
+    paths = Path(folder, "snapshots").glob("step_*.safetensors")
+    return sorted((int(match[1]), path) for path in paths if (match := SNAPSHOT.fullmatch(path.name)))
+
+
+def save_snapshot(folder, step, config_json, averages, buffers=()):
+    """Write averages, word -> (name -> tensor), into one file, to be combined later; returns its path.
+
+    In half precision, as Karras et al. 2024 do: rounding by 2^-11 of a weight is far below what averages differ by. `buffers`
+    are names of tensors that stay as they are.
+    """
+    path = Path(folder, "snapshots", f"step_{step:08d}.safetensors")
+    export(path, {f"{word}/{name}": value.half() if value.is_floating_point() and name not in buffers else value
+                  for word, average in averages.items() for name, value in average.items()}, step, config_json)
+    return path
+
+
+def load_snapshot(path, word):
+    """One of the averages in a snapshot, name -> tensor on the host; raises ValueError for a damaged file."""
+    header(path)
+    with safetensors.safe_open(path, "pt") as file:
+        return {name.removeprefix(f"{word}/"): file.get_tensor(name) for name in file.keys() if name.startswith(f"{word}/")}
+
+
+def cut_snapshots(folder, step):
+    """Delete the snapshots past a step, from which a run is about to go on, or to begin."""
+    for _, path in [item for item in snapshots(folder) if item[0] > step]:
+        path.unlink()
+
+
+def folder_of(run_or_file):
+    """The run folder that a run folder or a file in one means."""
+    path = Path(run_or_file)
+    return path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def find(run_or_file):

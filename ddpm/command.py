@@ -36,6 +36,7 @@ def define_checkpoint_flags():
     flags.DEFINE_string("checkpoint", None, "Run folder, or a .pt or .safetensors file in one.", required=True)
     flags.DEFINE_string("sampler", None, "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the checkpoint's.")
     flags.DEFINE_integer("steps", None, "Network evaluations an image; by default the checkpoint's.", lower_bound=1)
+    flags.DEFINE_float("ema", None, "Averaged weights: a decay of config.ema, or a sigma_rel up to 0.288 made from snapshots.")
     flags.DEFINE_integer("seed", None, "Seed of the noise; by default the checkpoint's.", lower_bound=0)
     flags.DEFINE_integer("batch_size", None, "Images drawn at once; by default the checkpoint's.", lower_bound=1)
     flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the card if there is one.")
@@ -44,8 +45,8 @@ def define_checkpoint_flags():
 def sample_knobs(section):
     """What those flags say, as knobs of a section, `sample` or `evaluate`; None where they say nothing."""
     given = flags.FLAGS
-    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.seed": given.seed,
-            f"{section}.batch_size": given.batch_size}
+    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.ema": given.ema,
+            "sample.seed": given.seed, f"{section}.batch_size": given.batch_size}
 
 
 def read_flags(argv, values=flags.FLAGS, takes=None):

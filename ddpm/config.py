@@ -87,6 +87,8 @@ def base():
         "ema": {
             "decay": 0.9999,  # of the averaged weights, a step
             "warmup": True,  # average over fewer steps at first: decay at most (1 + n) / (10 + n) at step n
+            "more": (),  # further decays averaged beside it, from 0.3 up, for --ema=0.999
+            "profiles": (),  # power-function averages to store, by sigma_rel: (0.05, 0.1) makes any --ema up to 0.288
         },
         "sample": {
             "sampler": "ddim",  # ddpm, ddim(eta=0.0), euler, euler_ancestral, heun(churn=0.0), dpmpp(order=2), dpmpp_sde, unipc
@@ -94,6 +96,7 @@ def base():
             "spacing": "linear",  # linear, trailing, leading, quadratic, karras(rho=7.0), sections(counts=(10, 8, 4, 2, 1))
             "num_images": 64,  # in the grids drawn while training
             "batch_size": 64,  # images drawn at once
+            "ema": 0.0,  # weights after training: 0 is ema.decay's, from 0.3 another of ema.more, below a sigma_rel
             "seed": 0,  # of the latents, apart from the training's seed so that grids of different seeds compare
         },
         "evaluate": {
@@ -110,6 +113,7 @@ def base():
             "validate": "500 steps",
             "evaluate": "0 steps",
             "save": "5000 steps, 10 minutes",
+            "snapshot": "0 steps",  # storing ema.profiles: 16 to 64 times a training
             "milestone": "0 steps",  # checkpoints that are kept for good
         },
         "wandb": {
@@ -162,6 +166,7 @@ RANGES = {
     "sample.steps": (1, 10_000),
     "sample.num_images": (1, 4096),
     "sample.batch_size": (1, 65536),
+    "sample.ema": (0, 0.999999999),
     "sample.seed": (0, 2**63 - 1),
     "evaluate.num_samples": (metrics.FEWEST, 10_000_000),
     "evaluate.steps": (1, 10_000),
@@ -196,6 +201,8 @@ INTEGER_TUPLES = {
     "model.res_blocks_per_level": (1, 64),
     "model.attention_resolutions": (1, 4096),
 }
+FRACTION_TUPLES = {  # apart, so that a number says which of the two it is
+    "ema.more": (0.3, 0.999999999, (0.999, 0.9995)), "ema.profiles": (0.001, 0.288, (0.05, 0.1))}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple such as (1, 2)"}
 
 
@@ -225,6 +232,11 @@ def check(config):
         if not all(type(item) is int and low <= item <= high for item in knobs[key]):
             raise ValueError(
                 f"config.{key} is {knobs[key]}; it takes whole numbers between {low} and {high}, such as (1, 2, 2)")
+    for key, (low, high, example) in FRACTION_TUPLES.items():
+        if not all(type(item) is float and low <= item <= high for item in knobs[key]):
+            raise ValueError(f"config.{key} is {knobs[key]}; it takes numbers between {low} and {high}, such as {example}")
+        if len({*knobs[key], knobs["ema.decay"]}) <= len(knobs[key]):
+            raise ValueError(f"config.{key} is {knobs[key]} beside ema.decay {knobs['ema.decay']}; give each number once")
     if len(knobs["data.matte"]) != 3:
         raise ValueError(
             f"config.data.matte is {knobs['data.matte']}; it takes red, green and blue, such as (255, 255, 255)")
@@ -245,6 +257,9 @@ def check(config):
     for key in config["every"]:
         with about(f"every.{key}"):
             clock.Every(knobs[f"every.{key}"], 1, 1)
+    if knobs["ema.profiles"] and clock.Every(knobs["every.snapshot"], 1, 1).never:
+        raise ValueError(f"config.ema.profiles is {knobs['ema.profiles']}, but never stored; set config.every.snapshot, such "
+                         "as '500 steps'")
     size, parts = knobs["train.batch_size"], knobs["train.gradient_accumulation_steps"]
     if size % parts:
         raise ValueError(f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; choose "

@@ -14,11 +14,12 @@ class EMA:
     """shadow <- decay * shadow + (1 - decay) * weights, at every `update()` (Ho et al. 2020, appendix B).
 
     With `warmup` the decay of update n = 0, 1, ... is min(decay, (1 + n) / (10 + n)), so that a young average forgets
-    the initial weights. Raises ValueError for a decay outside [0, 1).
+    the initial weights. A `decay` that is a function of n (posthoc.power_function) is taken as it is. Raises ValueError for a
+    number outside [0, 1).
     """
 
     def __init__(self, model, decay=0.9999, warmup=True):
-        if not 0 <= decay < 1:
+        if not callable(decay) and not 0 <= decay < 1:
             raise ValueError(f"ema decay {decay} is outside [0, 1); use a number such as 0.9999, or 0 for no averaging")
         self.model, self.decay, self.warmup = model, decay, warmup
         self.updates = 0
@@ -31,12 +32,18 @@ class EMA:
             for name, value in state.items()
         }
 
+    def next_decay(self):
+        """The decay of the next update."""
+        if callable(self.decay):
+            return self.decay(self.updates)
+        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+
     @torch.no_grad()
     def update(self):
         """Take the model's present weights into the average. Raises RuntimeError while the average is applied."""
         if self._weights is not None:
             raise RuntimeError("the averaged weights are applied; call restore() before update()")
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = self.next_decay()
         state = self.model.state_dict()
         floating = [name for name, value in state.items() if value.is_floating_point()]
         averages, weights = [self.shadow[name] for name in floating], [state[name].float() for name in floating]

@@ -30,14 +30,14 @@ LABELS = {
 FILE = "config"  # the axis of a study that varies the config file itself; its runs have it among their knobs
 UNITS = ("seed", "sample.seed")
 UNRELATED = (  # knobs that do not touch what is compared
-    "wandb.", "every.log", "every.sample", "every.save", "every.milestone", "data.num_workers", "sample.batch_size",
-    "evaluate.batch_size", "evaluate.inception_weights")
+    "wandb.", "every.log", "every.sample", "every.save", "every.milestone", "every.snapshot", "data.num_workers",
+    "sample.batch_size", "evaluate.batch_size", "evaluate.inception_weights")
 MADE = re.compile(  # as ddpm.score writes it
     r"(?P<extractor>.+); (?P<samples>\d+) samples of the (?P<weights>.+) weights in (?P<arithmetic>\w+); (?P<sampler>.+), "
     r"(?P<steps>\d+) steps, (?P<spacing>.+?) spacing, seed (?P<seed>\d+); against (?P<images>\d+) images (?P<data>\w+)")
 ON_PURPOSE = {  # parts in which numbers may differ where the knob is an axis; other data or another extractor never compare
-    "samples": "evaluate.num_samples", "arithmetic": "train.amp", "sampler": "evaluate.sampler", "steps": "evaluate.steps",
-    "spacing": "sample.spacing"}
+    "samples": "evaluate.num_samples", "weights": "sample.ema", "arithmetic": "train.amp", "sampler": "evaluate.sampler",
+    "steps": "evaluate.steps", "spacing": "sample.spacing"}
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,10 @@ class Meters:
 class Step:
     """One optimiser step on one effective batch: `step(number, images)`."""
 
-    def __init__(self, *, net, diffusion, optimizer, scaler, ema, meters, machine, seed, batch_size, micro_batches,
+    def __init__(self, *, net, diffusion, optimizer, scaler, averages, meters, machine, seed, batch_size, micro_batches,
                  learning_rate, gradient_clip, flip):
-        self.net, self.diffusion, self.optimizer, self.scaler, self.ema = net, diffusion, optimizer, scaler, ema
+        self.net, self.diffusion, self.optimizer, self.scaler = net, diffusion, optimizer, scaler
+        self.averages, self.ema = averages, averages[0]  # the first is sampled and measured
         self.objective = diffusion.objective
         self.parameters = [*net.parameters(), *self.objective.parameters()]
         self.meters, self.machine, self.seed = meters, machine, seed
@@ -97,7 +98,8 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        for average in self.averages:
+            average.update()
         self.meters.add_step(norm, skipped)
         if self.objective.watches:
             t, losses = self.machine.sum(self.seen)

@@ -1,7 +1,8 @@
 """A study is one YAML file, a W&B sweep: what varies, how it is chosen, and the command that makes a run of each choice.
 
 Parameters are named as flags: a knob, `config.diffusion.beta_schedule`; the config file itself, `config`; and where the
-command starts ddpm.evaluate, `checkpoint`. A point is `{parameter: value}` with a value for each.
+command starts ddpm.evaluate, `checkpoint`, and `ema` for `config.sample.ema`. A point is `{parameter: value}` with a value
+for each.
 """
 
 import inspect
@@ -27,6 +28,7 @@ COMMAND = '["${env}", "${interpreter}", "-m", "ddpm.main", "--config=configs/dig
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")  # W&B's other forms of ${args} are none that a door reads
 OWN = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}  # by the program: the parameter that is no knob
 REPEATS = ("config.seed", "config.sample.seed", "checkpoint")  # vary to show the noise
+SHORT = {("ddpm.evaluate", "ema"): "config.sample.ema"}  # a flag that is a knob
 MANY, MOST = 200, 10_000  # points of a grid: up to MANY each is tried before the first runs, beyond that each value
 
 
@@ -176,7 +178,8 @@ def understood(path, given):
     if cap is not None and (type(cap) is not int or cap < 1):
         raise ValueError(f"run_cap is {cap!r}; it takes a whole number of runs, 1 or more")
     return Study(path, check_choice("method", given["method"], ("grid", "random", "bayes")),
-                 {name: distribution(program, name, said) for name, said in given["parameters"].items()},
+                 {SHORT.get((program, name), name): distribution(program, SHORT.get((program, name), name), said)
+                  for name, said in given["parameters"].items()},
                  tuple(map(str, command)), program, metric, str(given.get("description", "")).strip(), cap,
                  "early_terminate" in given)
 

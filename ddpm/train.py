@@ -79,12 +79,15 @@ class Run:
     grid: tuple[range, draw.Recipe]
     score: Callable  # (draw) -> dict of eval/ numbers, dict of pictures
     parts: dict[str, Any]
+    stored: list[str]  # the parts that are power-function averages
     notes: list[str]  # what a person should read first
     tracker_state: dict | None  # what the tracker left in the checkpoint
     tracker: Any = None
 
     def track(self, tracker):
-        """Begin to be followed by a tracker, which from now on is a part of the checkpoint."""
+        """Begin to be followed by a tracker, which from now on is a part of the checkpoint; what lies past it is cut."""
+        if self.machine.main:
+            checkpoint.cut_snapshots(self.folder, self.start)
         self.tracker = self.parts["tracker"] = tracker
         for note in self.notes:
             tracker.say(note)
@@ -128,6 +131,12 @@ class Run:
         """Write the averaged weights as `name`: all that drawing needs."""
         if self.machine.main:
             checkpoint.export(self.folder / name, self.step.ema.shadow, done, self.config_json)
+
+    def snapshot(self, done):
+        """Store the power-function averages, from which any profile is made later."""
+        if self.machine.main:
+            averages = {name: self.parts[name].shadow for name in self.stored}
+            checkpoint.save_snapshot(self.folder, done, self.config_json, averages, dict(self.step.net.named_buffers()))
 
     def save(self, done, milestone=False):
         """Save everything to continue, once the rows up to here are on disk."""
@@ -190,6 +199,8 @@ def train(run):
                     run.evaluate(done)
                 if last:
                     run.export("final.safetensors", done)
+                if "snapshot" in now:
+                    run.snapshot(done)
                 if now & {"save", "milestone", "stop"}:
                     run.save(done, milestone="milestone" in due)
             if "stop" in due and not last:

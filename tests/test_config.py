@@ -58,7 +58,8 @@ def test_a_new_config_has_the_sections_of_the_design_and_is_locked():
 
 def test_every_knob_is_checked_in_one_way():
     """A new knob belongs into one of the tables, or is text that may be anything."""
-    tables = (config.RANGES, config.CHOICES, config.SPECS, config.LENGTHS, config.INTEGER_TUPLES, FREE_TEXT)
+    tables = (config.RANGES, config.CHOICES, config.SPECS, config.LENGTHS, config.INTEGER_TUPLES, config.FRACTION_TUPLES,
+              FREE_TEXT)
     for key, value in KNOBS.items():
         ways = [key in table for table in tables]
         ways += [key.startswith("every."), isinstance(value, bool), key == "wandb.tags"]
