@@ -6,5 +6,10 @@ section `model` has.
 
 from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
+from ddpm.models.unet_mp import UNetMP
 
-MODELS = {"unet": UNet, "dit": DiT}
+MODELS = {
+    "unet": UNet,
+    "unet_mp": UNetMP,
+    "dit": DiT,
+}
