@@ -41,10 +41,10 @@ def base():
             "num_workers": 0,  # processes that decode images; 0 decodes in the training process
         },
         "model": {
-            "name": "unet",  # unet, dit(size='S', patch_size=2), whose depth, width and heads can be given too
+            "name": "unet",  # unet, unet_mp, dit(size='S', patch_size=2), whose depth, width and heads can be given too
             "dropout": 0.0,  # share of activations dropped in every block
             "qk_norm": False,  # attention: each head's queries and keys are normed
-            # from here on: the unet's alone
+            # from here on: the U-Nets' alone
             "model_channels": 64,  # width of the first level
             "channel_mult": (1, 2, 2),  # width of each level in model_channels; each level after the first halves the image
             "num_res_blocks": 2,  # residual blocks a level
@@ -78,7 +78,7 @@ def base():
             "optimizer": "adamw(weight_decay=0.0)",  # adamw, adam; knobs betas, eps, weight_decay
             "learning_rate": 2e-4,
             "warmup": "500 steps",  # the rate rises linearly from 0
-            "learning_rate_decay": "constant",  # constant, cosine(length='10000 steps'), linear(length='10000 steps')
+            "learning_rate_decay": "constant",  # constant, cosine(length='10000 steps'), linear(...), inverse_sqrt(...)
             "gradient_clip": 1.0,  # largest norm of the gradient; 0 never clips
             "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
             "deterministic": False,  # on a card, bitwise repeatable and slower

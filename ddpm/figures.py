@@ -155,7 +155,8 @@ def along(groups, metric, knob):
 
 AXES = {
     "evaluate.steps": "network evaluations an image", "sample.steps": "network evaluations an image",
-    "ema.decay": "decay of the averaged weights, a step", "train.learning_rate": "learning rate",
+    "ema.decay": "decay of the averaged weights, a step", "sample.ema": "sigma_rel or decay of the averaged weights",
+    "train.learning_rate": "learning rate",
 }
 
 

@@ -65,10 +65,18 @@ def linear(step, *, length, floor=0.0):
     return _fall(step, length, floor, lambda u: 1 - u)
 
 
+def inverse_sqrt(step, *, length):
+    """1 for `length` steps, then the root of length / step (Karras et al. 2024, EDM2): for runs of any length."""
+    if not 0 < length < math.inf:
+        raise ValueError(f"learning-rate decay has length {length}; use 1 step or more")
+    return math.sqrt(length / max(step, length))
+
+
 DECAYS = {
     "constant": constant,
     "cosine": cosine,
     "linear": linear,
+    "inverse_sqrt": inverse_sqrt,
 }
 
 

@@ -160,6 +160,8 @@ def test_decays_by_hand():
         [1.0, 0.8, 0.6, 0.4, 0.2, 0.2], rel=1e-12
     )
     assert [decay("constant")(step) for step in (0, 10**9)] == [1.0, 1.0]
+    root = decay("inverse_sqrt(length=200)")
+    assert [root(step) for step in (0, 199, 200, 800, 20_000)] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.1], rel=1e-12)
     assert decay("linear(length=10)")(10) == decay("cosine(length=10)")(10) == 0.0
 
 
@@ -188,9 +190,11 @@ def test_warm_up_longer_than_the_run():
     assert learning_rate(11, 1e-3, 1000, decay("constant")) == pytest.approx(1.2e-5, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "inverse_sqrt"])
 def test_decays_out_of_range(name):
     with pytest.raises(ValueError, match="has length 0; use 1 step or more"):
         DECAYS[name](0, length=0)
+    if name == "inverse_sqrt":
+        return
     with pytest.raises(ValueError, match="has floor 1.5; use a fraction of the learning rate from 0 to 1"):
         DECAYS[name](0, length=5, floor=1.5)

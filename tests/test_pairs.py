@@ -20,7 +20,8 @@ from ddpm.diffusion.targets import TARGETS
 from ddpm.models import MODELS
 from ddpm.optim import DECAYS, OPTIMIZERS
 
-DECAY = {"cosine": "cosine(length='2 steps')", "linear": "linear(length='2 steps')"}
+DECAY = {"cosine": "cosine(length='2 steps')", "linear": "linear(length='2 steps')",
+         "inverse_sqrt": "inverse_sqrt(length='1 step')"}
 AXES = {
     "model.name": ["dit(depth=2, width=16, heads=2)" if name == "dit" else name for name in MODELS],
     "model.qk_norm": [False, True],
@@ -33,6 +34,7 @@ AXES = {
     "diffusion.times": list(TIMES),
     "diffusion.self_condition": [False, True],
     "diffusion.clip": [True, False],
+    "model.name": list(MODELS),
     "sample.sampler": list(SAMPLERS),
     "sample.spacing": ["sections(counts=(2, 1))" if name == "sections" else name for name in SPACINGS],
     "train.optimizer": list(OPTIMIZERS),

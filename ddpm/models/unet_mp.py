@@ -21,7 +21,7 @@ LIMIT = 256.0  # of activations, so that none overflows in half precision
 
 
 def unit(x, dims, eps=1e-4):
-    """x over its root mean square along `dims` (eq. 30); along channels it is pixel norm."""
+    """x over its root mean square along `dims`; along channels it is pixel norm."""
     size = math.prod(x.shape[dim] for dim in dims)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     return x / (norm / math.sqrt(size) + eps).to(x.dtype)
