@@ -184,6 +184,7 @@ def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
         ("generate", [f"--checkpoint={trained}", "--format=bmp"], "choose one of png"),
         ("generate", [f"--checkpoint={trained}", "--sampler=dim"], "did you mean 'ddim'?"),
         ("sample", [f"--checkpoint={trained}", "--out=grid.xyz"], "xyz"),
+        ("sample", [f"--checkpoint={trained}", "--ema=0.7"], "has no EMA decay 0.7 weights; it has the decays 0.9"),
         ("evaluate", [f"--checkpoint={trained}", "--steps=1000"], "with only 20 timesteps"),
     ]:
         code, out, err = door(name, *flags, cwd=tmp_path)
