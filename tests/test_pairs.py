@@ -34,7 +34,6 @@ AXES = {
     "diffusion.times": list(TIMES),
     "diffusion.self_condition": [False, True],
     "diffusion.clip": [True, False],
-    "model.name": list(MODELS),
     "sample.sampler": list(SAMPLERS),
     "sample.spacing": ["sections(counts=(2, 1))" if name == "sections" else name for name in SPACINGS],
     "train.optimizer": list(OPTIMIZERS),
