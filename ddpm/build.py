@@ -25,7 +25,10 @@ def network(config):
     model, channels, section = dict(config.model), config.data.channels, config.diffusion
     make = spec.choose("config.model.name", MODELS, model.pop("name"))
     model["num_head_channels"] = model["num_head_channels"] or None
-    named = {p.name for p in inspect.signature(make.func).parameters.values() if p.kind is not p.KEYWORD_ONLY}
+    parameters = inspect.signature(make.func).parameters.values()
+    named = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):  # it says itself what it cannot take
+        named |= model.keys()
     rng.reseed_torch(config.seed)
     return make(
         image_size=config.data.image_size, in_channels=channels * (1 + section.self_condition),

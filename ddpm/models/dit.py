@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from ddpm.models.layers import add_class, check_multiple, linear, query_key_norms, timestep_embedding
+from ddpm.models.layers import (
+    add_augmentation,
+    add_class,
+    augmentation_embedding,
+    check_multiple,
+    linear,
+    query_key_norms,
+    timestep_embedding,
+)
 from ddpm.spec import check_choice
 
 FREQUENCIES = 256  # sines and cosines that a time is told apart by, at any width
@@ -69,7 +77,8 @@ class DiT(nn.Module):
     `image_size` is an int or (h, w); built for one size, it runs on any that `patch_size` divides. `size` names an entry
     of SIZES, of which `depth`, `width` and `heads` replace single numbers where they are not 0. The class embedding has
     `num_classes` rows; a label of -1 is dropped: it adds zero. `dropout` is that of each branch before its gate, and
-    `qk_norm` norms each head's queries and keys; the paper has neither. The last layer starts at zero, so a fresh network
+    `qk_norm` norms each head's queries and keys; the paper has neither. With `augmentation` the forward pass takes a fourth
+    argument [b, augmentation], what was done to the images; None is nothing. The last layer starts at zero, so a fresh network
     returns zeros.
 
     Raises ValueError for an image size that the patch does not divide, an unknown size, a width that its heads do not
@@ -84,6 +93,7 @@ class DiT(nn.Module):
         dropout=0,
         num_classes=None,
         qk_norm=False,
+        augmentation=0,
         *,
         size="S",
         patch_size=2,
@@ -108,6 +118,7 @@ class DiT(nn.Module):
         self.patches = linear(in_channels * patch_size**2, width)
         self.time_embedding = nn.Sequential(linear(FREQUENCIES, width), nn.SiLU(), linear(width, width))
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, width)
+        self.augmentation_embedding = augmentation_embedding(augmentation, width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout, qk_norm) for _ in range(depth))
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
         self.head = linear(width, out_channels * patch_size**2, zero=True)
@@ -125,9 +136,9 @@ class DiT(nn.Module):
         waves = timestep_embedding(t, FREQUENCIES, freq_shift=0).roll(FREQUENCIES // 2, dims=1)  # the paper has cosines first
         return add_class(self.time_embedding(waves.to(dtype)), y, self.class_embedding)
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, y=None, augmentation=None):
         self.check_size(x.shape[-2:])
-        emb, p = self.embed(t, y, x.dtype), self.patch_size
+        emb, p = add_augmentation(self.embed(t, y, x.dtype), augmentation, self.augmentation_embedding), self.patch_size
         h, w = (side // p for side in x.shape[-2:])
         tokens = self.patches(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
         tokens = tokens + positions(h, w, tokens.shape[-1], x.device).to(x.dtype)

@@ -136,6 +136,27 @@ def add_class(emb, y, embedding):
     return emb + embedding(y.clamp(min=0)) * rearrange(y >= 0, "b -> b 1")
 
 
+def augmentation_embedding(augmentation, channels):
+    """What brings [b, augmentation] to [b, channels]: zeros to zeros, and everything at first; None for no augmentation."""
+    if not augmentation:
+        return None
+    layer = nn.Linear(augmentation, channels, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def add_augmentation(emb, augmentation, embedding):
+    """Add what was done to the images, [b, n] as ddpm.augment tells it, to emb [b, e]; None is nothing: it adds zero.
+
+    Raises ValueError where the network was not made to be told.
+    """
+    if augmentation is None:
+        return emb
+    if embedding is None:
+        raise ValueError("this network cannot be told of augmentation; make it with augmentation=9, or augment nothing")
+    return emb + embedding(augmentation.to(emb.dtype))
+
+
 def head_count(channels, num_heads, num_head_channels=None):
     """The number of attention heads: `num_heads`, or `channels / num_head_channels` where that is given.
 

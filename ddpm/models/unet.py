@@ -14,7 +14,9 @@ from ddpm.models.layers import (
     Downsample,
     ResidualBlock,
     Upsample,
+    add_augmentation,
     add_class,
+    augmentation_embedding,
     check_multiple,
     conv,
     group_norm,
@@ -46,7 +48,8 @@ class UNet(nn.Module):
     `num_head_channels`, where given, decides the heads in place of `num_heads`. Built for one size, it runs on any that
     can be halved as often. The class embedding has `num_classes` rows, standard normal at first; a label of -1 is
     dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros. `freq_shift` to `norm_eps`
-    are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5.
+    are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5. With
+    `augmentation` the forward pass takes a fourth argument [b, augmentation], what was done to the images; None is nothing.
 
     Raises ValueError for a size that cannot be halved often enough, an attention resolution that never occurs, heads
     that do not divide the channels, blocks for other levels than there are, and labels where there are no classes.
@@ -73,6 +76,7 @@ class UNet(nn.Module):
         norm_eps=1e-6,
         qk_norm=False,
         res_blocks_per_level=(),
+        augmentation=0,
     ):
         super().__init__()
         levels = len(channel_mult)
@@ -116,6 +120,7 @@ class UNet(nn.Module):
             linear(model_channels, embedding_channels), nn.SiLU(), linear(embedding_channels, embedding_channels)
         )
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, embedding_channels)
+        self.augmentation_embedding = augmentation_embedding(augmentation, embedding_channels)
 
         channels = model_channels
         self.stem = conv(in_channels, channels, 3)
@@ -148,9 +153,9 @@ class UNet(nn.Module):
         emb = self.time_embedding(timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift).to(dtype))
         return add_class(emb, y, self.class_embedding)
 
-    def forward(self, x, t, y=None):
+    def forward(self, x, t, y=None, augmentation=None):
         check_size(x.shape[-2:], self.halvings)
-        emb = self.embed(t, y, x.dtype)
+        emb = add_augmentation(self.embed(t, y, x.dtype), augmentation, self.augmentation_embedding)
         h = self.stem(x)
         skips = [h]
         for stage in self.encoder:
