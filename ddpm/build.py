@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import checkpoint, clock, data, dist, draw, metrics, optim, posthoc, rng, score, spec, tracking
 from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
+from ddpm.diffusion.guidance import unlabelled
 from ddpm.dist import StepNetwork
 from ddpm.ema import EMA
 from ddpm.models import MODELS
@@ -33,6 +35,7 @@ def network(config):
     return make(
         image_size=config.data.image_size, in_channels=channels * (1 + section.self_condition),
         out_channels=channels * (1 + (section.variance == "learned")),
+        num_classes=len(config.data.classes) or None,
         **{name: value for name, value in model.items() if name in named})
 
 
@@ -57,16 +60,46 @@ def split(config, images):
     return data.split(len(images), config.data.validation_fraction, 0)
 
 
+def class_names(config, images):
+    """The names of the classes that a config learns from its images; none where it learns none.
+
+    Raises ValueError where the images have no labels, or other classes than the config names.
+    """
+    given = config.data.classes
+    if not config.data.class_labels:
+        return ()
+    if images.labels is None:
+        raise ValueError(f"config.data.class_labels is True, and {config.data.source} has no labels; put the images of a "
+                         "folder into a sub-folder for each class, or set data.class_labels=False")
+    if given and given != tuple(images.classes):
+        raise ValueError(f"{config.data.source} has the classes {data.shortened(images.classes)}, and the config has "
+                         f"{data.shortened(list(given))}; bring those images back, or begin a new run without data.classes")
+    return tuple(images.classes)
+
+
+def with_classes(config, names):
+    """The config with the names of its classes, by which a checkpoint is rebuilt without the data."""
+    return configs.changed(config, {"data.classes": names}) if names else config
+
+
 def grid_recipe(config):
-    """How the grids of a config are drawn."""
-    section = config.sample
-    return draw.Recipe(section.sampler, section.steps, section.spacing, section.seed, section.batch_size)
+    """How the grids of a config are drawn: of its classes, one after the other."""
+    numbers = range(len(config.data.classes))
+    return recipe(config, config.sample, data.class_numbers(config.sample.classes, config.data.classes) or numbers, "in turn")
 
 
-def evaluation_recipe(config):
-    """How the images are drawn that are measured."""
-    section = config.evaluate
-    return draw.Recipe(section.sampler, section.steps, config.sample.spacing, config.sample.seed, section.batch_size)
+def evaluation_recipe(config, images):
+    """How the images are drawn that are measured against `images`: of classes in their proportions."""
+    order = rng.permutation(0, "label", 0, len(images)) if config.data.classes else ()
+    return recipe(config, config.evaluate, [images.labels[index] for index in order], "as in the data")
+
+
+def recipe(config, section, labels, usual):
+    """How a section of the config draws images of labels that come round; what it lacks is the section `sample`'s."""
+    shared, names = config.sample, config.data.classes
+    said = ", ".join(names[number] for number in data.class_numbers(section.classes, names)) or usual
+    return draw.Recipe(section.sampler, section.steps, shared.spacing, shared.seed, section.batch_size, labels, said,
+                       shared.guidance, shared.guidance_interval, shared.guide)
 
 
 def extractor(config, machine):
@@ -78,9 +111,20 @@ def extractor(config, machine):
 
 
 def scorer(config, images, machine):
-    """What measures drawn images as the config says."""
-    how = evaluation_recipe(config)
-    return score.Scorer(extractor(config, machine), images, *split(config, images), how, config.evaluate.num_samples,
+    """What measures drawn images as the config says.
+
+    Raises ValueError where the images have other classes than the config, or too few of those that it measures.
+    """
+    config = with_classes(config, class_names(config, images))
+    learned, held_out = split(config, images)
+    if wanted := data.class_numbers(config.evaluate.classes, config.data.classes):
+        kept = np.flatnonzero(np.isin(images.labels, wanted))
+        if len(kept) < metrics.FEWEST:
+            raise ValueError(f"config.evaluate.classes {config.evaluate.classes} has {len(kept)} images, too few to compare; "
+                             f"choose classes with {metrics.FEWEST} or more")
+        images, learned, held_out = data.part(images, kept), *(np.flatnonzero(np.isin(kept, x)) for x in (learned, held_out))
+    how = evaluation_recipe(config, images)
+    return score.Scorer(extractor(config, machine), images, learned, held_out, how, config.evaluate.num_samples,
                         weights_name(config), machine)
 
 
@@ -93,9 +137,43 @@ def remarks(config, section):
 
 
 def drawer(config, net, machine, how=draw.draw):
-    """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is draw.draw or draw.frames."""
-    model = diffusion(config, net)
-    return lambda seeds, recipe: how(model, recipe, seeds, image_shape(config), machine)
+    """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is draw.draw or draw.frames.
+
+    Raises ValueError where the config names a guide that cannot be one.
+    """
+    model, weaker = diffusion(config, net), guide(config, machine)
+    return lambda seeds, recipe: how(model, recipe, seeds, image_shape(config), machine, weaker)
+
+
+def guide(config, machine):
+    """The network net(x, t, y) that guides the drawing of a config, its averaged weights in it; None where none is asked.
+
+    It may be of any size, and learn classes or not. Raises ValueError where it is of another process or target.
+    """
+    if config.sample.guidance == 1 or not config.sample.guide:
+        return None
+    path, _, text, weights = checkpoint.load_weights(config.sample.guide)
+    other = configs.from_json(text)
+    ours, theirs = configs.flatten(config), configs.flatten(other)
+    for key in SHARED:
+        if theirs[key] != ours[key] and (key != "data.classes" or theirs[key]):
+            raise ValueError(f"{path} cannot guide: its config.{key} is {theirs[key]!r}, not {ours[key]!r}; give as "
+                             "sample.guide a training that differs in network, length and optimiser alone")
+    with torch.device("meta"):
+        net = network(other)
+    put_weights(net, weights, path, assign=True)
+    net = net.to(machine.device).eval()
+    return net if other.data.classes else unlabelled(net)
+
+
+SHARED = (  # what a guide's config has in common with that of the network it guides
+    "data.image_size", "data.channels", "data.classes", "diffusion.timesteps", "diffusion.beta_schedule",
+    "diffusion.zero_terminal_snr", "diffusion.predict", "diffusion.self_condition")
+
+
+def evaluations(config, recipe):
+    """How many network evaluations an image takes."""
+    return draw.evaluations(diffusion(config, None), recipe)
 
 
 def check(config):
@@ -134,6 +212,8 @@ def load(run_or_file, device=None, **knobs):
     config = configs.changed(configs.from_json(text), knobs)
     if (name := weights_name(config)) != "EMA":
         step, weights = chosen_weights(path, step, config)
+    if knobs.get("sample.guide") and config.sample.guidance == 1:
+        raise ValueError(f"the guide {config.sample.guide} is not asked where guidance is 1; give such as --guidance=2 too")
     with torch.device("meta"):
         net = network(config)
     put_weights(net, weights, path, assign=True)
@@ -210,11 +290,11 @@ def rate(config, dataset_size):
 
 
 def batches(config, images, indices, machine, start, total):
-    """This rank's share of each effective batch from step `start` to `total`, uint8 [b, c, h, w]."""
+    """This rank's share of each effective batch from step `start` to `total`: uint8 [b, c, h, w] and labels int64 [b]."""
     size, share = config.train.batch_size, machine.share(config.train.batch_size)
     order = (indices[data.batch_indices(config.seed, len(indices), step, size)[share]] for step in range(start, total))
     workers = min(config.data.num_workers, os.cpu_count() or 1)
-    return (pixels for pixels, _ in data.loader(images, order, workers, pin_memory=machine.device.type == "cuda"))
+    return data.loader(images, order, workers, pin_memory=machine.device.type == "cuda")
 
 
 def training_scorer(config, images, machine, notes):
@@ -247,6 +327,8 @@ def assemble(config, folder, machine):
         raise ValueError(f"config.sample.ema is {config.sample.ema}, and a training draws with config.ema.decay; leave it at "
                          "0, and give --ema to generate, sample or evaluate")
     images = dataset(config)
+    classes = class_names(config, images)
+    config = with_classes(config, classes)
     learned, held_out = split(config, images)
     total = clock.steps_of(section.length, section.batch_size, len(learned))
     every = {name: clock.Every(text, section.batch_size, len(learned)) for name, text in config.every.items()}
@@ -268,9 +350,10 @@ def assemble(config, folder, machine):
         optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
             [*net.parameters(), *model.objective.parameters()], section.learning_rate),
         seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
-        learning_rate=rate(config, len(learned)), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip)
+        learning_rate=rate(config, len(learned)), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
+        label_dropout=section.label_dropout if classes else None)
     parts = {"net": net, **averages, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best(),
-             "data": Same(images=len(images), fingerprint=images.fingerprint)}
+             "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
     if model.objective.state_dict():  # a weighting or times that learn
         parts["objective"] = model.objective
     if content is not None:
@@ -278,12 +361,13 @@ def assemble(config, folder, machine):
     notes = [*machine.notes, *images.notes, *remarks(config, "sample"),
              f"{len(learned)} images to learn from, {len(held_out)} held out"]
     return Run(
-        folder=folder, config_json=configs.to_json(config), machine=machine, start=content["step"] if content else 0,
-        total=total, step=step, meters=meters, every=every, best=parts["best"], parts=parts, notes=notes,
-        stored=[part_name(width) for width in config.ema.profiles],
+        folder=folder, config_json=configs.to_json(config), classes=classes, machine=machine,
+        start=content["step"] if content else 0, total=total, step=step, meters=meters, every=every, best=parts["best"],
+        parts=parts, notes=notes, stored=[part_name(width) for width in config.ema.profiles],
         batches=lambda start: batches(config, images, learned, machine, start, total),
         speed=clock.Speed(section.batch_size, len(learned), flops_per_image(config)),
-        validation=Validation(images, held_out, net, model, machine, section.batch_size),
+        validation=Validation(images, held_out, net, model, machine, section.batch_size,
+                              images.labels if classes else None),
         draw=drawer(config, net, machine), grid=(range(config.sample.num_images), grid_recipe(config)),
         score=training_scorer(config, images, machine, notes), tracker_state=content and content["parts"]["tracker"])
 
@@ -298,4 +382,4 @@ def tracker(config, folder, machine, start, total, state=None):
 
 def track(config, run):
     """Let a run be followed by its tracker."""
-    run.track(tracker(config, run.folder, run.machine, run.start, run.total, run.tracker_state))
+    run.track(tracker(with_classes(config, run.classes), run.folder, run.machine, run.start, run.total, run.tracker_state))

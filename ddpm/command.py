@@ -1,5 +1,6 @@
 """Command lines of the doors: flags become configs, and a user's mistake becomes one line and an exit code."""
 
+import contextlib
 import errno
 import os
 import re
@@ -35,8 +36,12 @@ def define_checkpoint_flags():
     """The flags of the doors that begin at a checkpoint."""
     flags.DEFINE_string("checkpoint", None, "Run folder, or a .pt or .safetensors file in one.", required=True)
     flags.DEFINE_string("sampler", None, "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the checkpoint's.")
-    flags.DEFINE_integer("steps", None, "Network evaluations an image; by default the checkpoint's.", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "Steps of the sampler; by default the checkpoint's.", lower_bound=1)
     flags.DEFINE_float("ema", None, "Averaged weights: a decay of config.ema, or a sigma_rel up to 0.288 made from snapshots.")
+    flags.DEFINE_list("classes", None, "Classes to draw, names or numbers such as 3,5; empty for all.")
+    flags.DEFINE_float("guidance", None, "Scale of the guidance, such as 2; 1 for none.")
+    flags.DEFINE_list("guidance_interval", None, "Noise levels sigma/alpha to guide between, such as 0.2,5; empty for all.")
+    flags.DEFINE_string("guide", None, "A weaker run or its file that guides, in place of the network without its label.")
     flags.DEFINE_integer("seed", None, "Seed of the noise; by default the checkpoint's.", lower_bound=0)
     flags.DEFINE_integer("batch_size", None, "Images drawn at once; by default the checkpoint's.", lower_bound=1)
     flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the card if there is one.")
@@ -45,8 +50,12 @@ def define_checkpoint_flags():
 def sample_knobs(section):
     """What those flags say, as knobs of a section, `sample` or `evaluate`; None where they say nothing."""
     given = flags.FLAGS
+    classes, interval = (value if value is None else tuple(value) for value in (given.classes, given.guidance_interval))
+    with contextlib.suppress(ValueError):  # of a word that is no number, which the config's check tells
+        interval = interval and tuple(map(float, interval))
     return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.ema": given.ema,
-            "sample.seed": given.seed, f"{section}.batch_size": given.batch_size}
+            "sample.seed": given.seed, f"{section}.batch_size": given.batch_size, f"{section}.classes": classes,
+            "sample.guidance": given.guidance, "sample.guidance_interval": interval, "sample.guide": given.guide}
 
 
 def read_flags(argv, values=flags.FLAGS, takes=None):

@@ -208,7 +208,11 @@ def network_parameters(shape):
 def parameters(run):
     """The number of parameters of a run's network."""
     return network_parameters(tuple((knob, value) for knob, value in run.knobs.items()
-                                    if knob.startswith("model.") or knob in ("data.image_size", "data.channels")))
+                                    if knob.startswith("model.") or knob in SHAPES))
+
+
+SHAPES = (  # knobs outside of the section `model` that give the network its size
+    "data.image_size", "data.channels", "data.class_labels", "data.classes", "diffusion.variance", "diffusion.self_condition")
 
 
 def provenance(out, runs, given=None):

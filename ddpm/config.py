@@ -37,6 +37,8 @@ def base():
             "channels": 1,  # 1 grey, 3 colour, 4 colour and transparency
             "matte": (255, 255, 255),  # red, green, blue (0 to 255) behind transparent pixels
             "flip": False,  # mirror images left to right at random: for photos, not for digits
+            "class_labels": False,  # learn the classes too: a folder's sub-folders, or a data set's labels
+            "classes": (),  # their names in order, which a training fills in from its data
             "validation_fraction": 0.1,  # share of the images held out for the validation loss; 0 holds none
             "num_workers": 0,  # processes that decode images; 0 decodes in the training process
         },
@@ -82,6 +84,7 @@ def base():
             "gradient_clip": 1.0,  # largest norm of the gradient; 0 never clips
             "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
             "deterministic": False,  # on a card, bitwise repeatable and slower
+            "label_dropout": 0.1,  # share of class labels dropped, for guidance: the network learns to do without too
             "init_from": "",  # run folder or file whose EMA weights a new run begins with
         },
         "ema": {
@@ -94,6 +97,10 @@ def base():
             "sampler": "ddim",  # ddpm, ddim(eta=0.0), euler, euler_ancestral, heun(churn=0.0), dpmpp(order=2), dpmpp_sde, unipc
             "steps": 50,  # of the sampler, at most diffusion.timesteps; each is one network evaluation, or two by heun and dpm2
             "spacing": "linear",  # linear, trailing, leading, quadratic, karras(rho=7.0), sections(counts=(10, 8, 4, 2, 1))
+            "classes": (),  # drawn in turn, names or numbers; empty is all of them
+            "guidance": 1.0,  # scale: 1 is none and asks one network once; above 1 follows the class, or leaves the guide, more
+            "guidance_interval": (),  # noise levels sigma/alpha between which to guide, such as (0.2, 5.0); empty is all
+            "guide": "",  # run folder or file of a weaker training that guides, in place of the network without labels
             "num_images": 64,  # in the grids drawn while training
             "batch_size": 64,  # images drawn at once
             "ema": 0.0,  # weights after training: 0 is ema.decay's, from 0.3 another of ema.more, below a sigma_rel
@@ -105,6 +112,7 @@ def base():
             "num_samples": 10000,  # images drawn for the Frechet distance
             "sampler": "ddim",  # as sample.sampler
             "steps": 50,  # as sample.steps
+            "classes": (),  # the only ones drawn, and measured against; empty is all, in the proportions of the data
             "batch_size": 256,  # images drawn and measured at once
         },
         "every": {  # intervals in steps, epochs, images or minutes, several joined by commas; "0 steps" is never
@@ -141,7 +149,7 @@ def with_variant(config, variant, variants):
 
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
-FREE = ("train.length", "every.", "wandb.", "evaluate.", "data.num_workers", "sample.batch_size")
+FREE = ("train.length", "every.", "wandb.", "evaluate.", "data.classes", "data.num_workers", "sample.batch_size")
 
 RANGES = {
     "seed": (0, 2**63 - 1),
@@ -162,8 +170,10 @@ RANGES = {
     "train.gradient_accumulation_steps": (1, 2**20),
     "train.learning_rate": (0, 1),
     "train.gradient_clip": (0, float("inf")),
+    "train.label_dropout": (0, 0.99),
     "ema.decay": (0, 0.999999999),
     "sample.steps": (1, 10_000),
+    "sample.guidance": (0, 1000),
     "sample.num_images": (1, 4096),
     "sample.batch_size": (1, 65536),
     "sample.ema": (0, 0.999999999),
@@ -244,6 +254,7 @@ def check(config):
         raise ValueError("config.model.channel_mult is empty; it takes a factor for each level, such as (1, 2, 2)")
     if not all(type(tag) is str for tag in knobs["wandb.tags"]):
         raise ValueError(f"config.wandb.tags is {knobs['wandb.tags']}; it takes words, such as ('cats', 'small')")
+    check_classes(knobs)
     for key in LENGTHS:
         with about(key):
             clock.parse_duration(knobs[key], times=False)
@@ -273,6 +284,33 @@ def check(config):
                              f"{knobs['diffusion.timesteps']} or fewer")
         with about(key):
             process.levels(knobs[key], knobs["sample.spacing"])
+
+
+def check_classes(knobs):
+    """Raise a ValueError for what cannot be of guidance, and of classes as far as they are known yet."""
+    learned, classes = knobs["data.class_labels"], knobs["data.classes"]
+    for key in ("data.classes", "sample.classes", "evaluate.classes"):
+        if not all(type(one) is str or type(one) is int and key != "data.classes" for one in knobs[key]):
+            raise ValueError(f"config.{key} is {knobs[key]}; it takes the names of classes, such as ('cat', 'dog')")
+        if knobs[key] and not learned:
+            raise ValueError(f"config.{key} is {knobs[key]}, and the network knows no classes; leave it out, or train with "
+                             "data.class_labels=True")
+        if classes:
+            with about(key):
+                data.class_numbers(knobs[key], classes)
+    between = knobs["sample.guidance_interval"]
+    if between != () and not (len(between) == 2 and all(type(one) in (int, float) for one in between)
+                              and 0 <= between[0] < between[1]):
+        raise ValueError(f"config.sample.guidance_interval is {between}; it takes two noise levels sigma/alpha, the lower "
+                         "first, such as (0.2, 5.0), or () for all")
+    if knobs["sample.guidance"] == 1 or knobs["sample.guide"]:
+        return
+    given = f"config.sample.guidance is {knobs['sample.guidance']}, and the network"
+    otherwise = "name a weaker run as sample.guide, or set sample.guidance=1"
+    if not learned:
+        raise ValueError(f"{given} knows no classes to be guided by; train with data.class_labels=True, {otherwise}")
+    if not knobs["train.label_dropout"]:
+        raise ValueError(f"{given} has never done without its label; train with train.label_dropout=0.1, {otherwise}")
 
 
 @contextlib.contextmanager

@@ -210,6 +210,7 @@ def their_unet(path, config, net):
     for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
         allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
     model = config.model
+    allow(path, "config.data.class_labels", config.data.class_labels, [False])
     allow(path, "config.diffusion.self_condition", config.diffusion.self_condition, [False])
     allow(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
     groups = sorted({layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)})

@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections import Counter, namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -418,6 +418,40 @@ def flip(batch, seed, step, indices):
     """
     mirrored = (rng.uniform(seed, "flip", step, indices) < 0.5).to(batch.device, non_blocking=True)
     return torch.where(rearrange(mirrored, "b -> b 1 1 1"), batch.flip(-1), batch)
+
+
+def drop(labels, share, seed, step, indices):
+    """Drop each of the labels [b] with probability `share`: it becomes -1, at the address (seed, "label drop", step, index).
+
+    `indices` are the b places in the effective batch.
+    """
+    return torch.where(rng.uniform(seed, "label drop", step, indices) < share, -1, labels)
+
+
+def class_numbers(wanted, classes):
+    """The numbers of classes that are given by name, or else by number: `("dog", "0") -> [1, 0]`, for classes cat and dog.
+
+    Raises ValueError for one that is neither.
+    """
+    known = {str(number): number for number in range(len(classes))} | {name: number for number, name in enumerate(classes)}
+    for one in wanted:
+        if str(one) not in known:
+            raise ValueError(f"unknown class {one!r}{spec.suggest(one, classes)}; choose of {shortened(list(classes))}, or a "
+                             f"number from 0 to {len(classes) - 1}")
+    return [known[str(one)] for one in wanted]
+
+
+def part(source, indices):
+    """The source of some of a source's images."""
+    indices = [int(index) for index in indices]
+    return replace(
+        source, fetch=partial(fetch_part, source.fetch, indices), length=len(indices), notes=(),
+        labels=[source.labels[index] for index in indices] if source.labels else None,
+        fingerprint=fingerprint("part", source.fingerprint, indices))
+
+
+def fetch_part(fetch, indices, index):
+    return fetch(indices[index])
 
 
 class Labelled(torch.utils.data.Dataset):

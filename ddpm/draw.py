@@ -4,61 +4,92 @@ Image k of a drawing reads all its noise at (seed, k), so it is the same image a
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from ddpm import images, rng, spec
+from ddpm.diffusion import samplers
+from ddpm.diffusion.guidance import Guidance, unlabelled
 from ddpm.diffusion.process import latent
 
 
 class Recipe(NamedTuple):
-    """How images are drawn: a sampler's spec, its number of steps and their spacing, the seed, and how many at once."""
+    """How images are drawn: a sampler's spec, its number of steps and their spacing, the seed, and how many at once.
+
+    Image k has the k-th of `labels`, which come round again, or no label; `classes` says in words which they are. `guidance`,
+    `interval` and `guide`, which says in words what guides if not the network itself, are of diffusion.guidance.
+    """
 
     sampler: str
     steps: int
     spacing: str
     seed: int
     batch_size: int
+    labels: Sequence[int] = ()
+    classes: str = ""
+    guidance: float = 1.0
+    interval: tuple = ()
+    guide: str = ""
 
     def __str__(self):
-        return f"{self.sampler}, {self.steps} steps, {self.spacing} spacing, seed {self.seed}"
+        said = f"{self.sampler}, {self.steps} steps, {self.spacing} spacing, seed {self.seed}"
+        if self.guidance != 1:
+            said += f", guidance {self.guidance}"
+            said += f" in sigma/alpha {self.interval[0]} to {self.interval[1]}" if self.interval else ""
+            said += f" by {self.guide}" if self.guide else ""
+        return said + (f", classes {self.classes}" if self.labels else "")
 
 
-def trajectory(model, recipe, seeds, shape, machine):
-    """Yield x [b, c, h, w] in about [-1, 1] on the device: the latents of `seeds`, then x after each step of the sampler."""
+def evaluations(model, recipe):
+    """How often networks are asked for an image: by the sampler, and where guidance applies once more."""
+    sampler, guidance = spec.choose("sampler", model.samplers, recipe.sampler), Guidance(None, recipe.guidance, recipe.interval)
+    levels = samplers.asked(sampler, model.process.levels(recipe.steps, recipe.spacing), model.learned)
+    return len(levels) + sum(map(guidance.applies, levels))
+
+
+def trajectory(model, recipe, seeds, shape, machine, guide=None):
+    """Yield x [b, c, h, w] in about [-1, 1] on the device: the latents of `seeds`, then x after each step of the sampler.
+
+    `guide` is the network net(x, t, y) that guides, in evaluation mode, or None for the model's own without labels.
+    """
 
     def noise(k):
         return machine.put(rng.normal(recipe.seed, "sample", k, seeds, shape))
 
-    def autocast(x, t, y=None):
-        with machine.autocast():
-            return model.net(x, t, y).float()
+    def autocast(net):
+        def ask(x, t, y=None):
+            with machine.autocast():
+                return net(x, t, y).float()
+        return ask
 
+    y = machine.put(torch.tensor([recipe.labels[k % len(recipe.labels)] for k in seeds])) if recipe.labels else None
+    guidance = Guidance(autocast(guide or unlabelled(model.net)), recipe.guidance, recipe.interval)
     sampler = spec.choose("sampler", model.samplers, recipe.sampler)
     levels = model.process.levels(recipe.steps, recipe.spacing)
     model.net.eval()
     with torch.no_grad():
         x = latent(levels[0], noise(0))
         yield x
-        yield from sampler(model.denoiser(autocast), x, levels, noise)
+        yield from sampler(model.denoiser(autocast(model.net), y, guidance), x, levels, noise)
 
 
-def draw(model, recipe, seeds, shape, machine):
+def draw(model, recipe, seeds, shape, machine, guide=None):
     """Yield (seeds, uint8 [b, c, h, w] on the host), batch by batch, for this rank's share of `seeds`.
 
-    `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h, w).
+    `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h, w), `guide` as above.
     """
     mine = list(seeds)[machine.share(len(seeds))]
     for start in range(0, len(mine), recipe.batch_size):
         batch = mine[start:start + recipe.batch_size]
-        steps = trajectory(model, recipe, batch, shape, machine)
+        steps = trajectory(model, recipe, batch, shape, machine, guide)
         yield batch, images.decode(deque(steps, maxlen=1).pop()).cpu()
 
 
-def frames(model, recipe, seeds, shape, machine):
+def frames(model, recipe, seeds, shape, machine, guide=None):
     """Yield (seeds, uint8 [b, c, h, w]) after each step: how the images of `seeds` come out of the noise."""
-    for x in trajectory(model, recipe, list(seeds), shape, machine):
+    for x in trajectory(model, recipe, list(seeds), shape, machine, guide):
         yield list(seeds), images.decode(x).cpu()
 
 

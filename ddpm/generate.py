@@ -27,7 +27,9 @@ def generate_images(checkpoint_path, num_images, output_dir, device=None, format
     name, _, trained, machine, net = build.load(checkpoint_path, device, **knobs)
     make_folder(output_dir)
     recipe = build.grid_recipe(trained)
-    print("\n".join([f"drawing {num_images} images from {name}: {recipe}", *build.remarks(trained, "sample")]))
+    times = build.evaluations(trained, recipe)
+    print("\n".join([f"drawing {num_images} images from {name}: {recipe}; {times} network evaluations an image",
+                     *build.remarks(trained, "sample")]))
     film = format == "gif"  # a picture a step, of all images at once
     drawn = build.drawer(trained, net, machine, draw.frames if film else draw.draw)(range(num_images), recipe)
     total, unit = (recipe.steps + 1, "step") if film else (num_images, "image")

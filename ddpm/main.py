@@ -31,7 +31,7 @@ def train_experiment(given, folder):
                 print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
                 return command.DONE
             if machine.main:
-                print(config.to_json(given))
+                print(run.config_json)
             build.track(given, run)
             return finish(run)
     finally:

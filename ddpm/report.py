@@ -202,7 +202,8 @@ def protocol(found, record):
                  "data.image_size": "at {} pixels"}
         yield f"Trained for {' '.join(form.format(knobs[key]) for key, form in about.items() if key not in found.axes)}."
     if ways := [results.made(row["eval/made"]) for run in runs for row in run.rows if row.get("eval/made")]:
-        parts = {part: value if all(way.get(part) == value for way in ways) else "varied" for part, value in ways[0].items()}
+        last = {part: value for way in ways for part, value in way.items()}
+        parts = {part: value if all(way.get(part) == value for way in ways) else "varied" for part, value in last.items()}
         yield f"Distances: {', '.join(f'{part} {value}' for part, value in parts.items())}."
     for key in keys(runs, FRECHET):
         floors = {run.final(f"{key}_floor") for run in runs} - {None}

@@ -31,13 +31,16 @@ FILE = "config"  # the axis of a study that varies the config file itself; its r
 UNITS = ("seed", "sample.seed")
 UNRELATED = (  # knobs that do not touch what is compared
     "wandb.", "every.log", "every.sample", "every.save", "every.milestone", "every.snapshot", "data.num_workers",
-    "sample.batch_size", "evaluate.batch_size", "evaluate.inception_weights")
+    "data.classes", "sample.batch_size", "evaluate.batch_size", "evaluate.inception_weights")
 MADE = re.compile(  # as ddpm.score writes it
     r"(?P<extractor>.+); (?P<samples>\d+) samples of the (?P<weights>.+) weights in (?P<arithmetic>\w+); (?P<sampler>.+), "
-    r"(?P<steps>\d+) steps, (?P<spacing>.+?) spacing, seed (?P<seed>\d+); against (?P<images>\d+) images (?P<data>\w+)")
-ON_PURPOSE = {  # parts in which numbers may differ where the knob is an axis; other data or another extractor never compare
-    "samples": "evaluate.num_samples", "weights": "sample.ema", "arithmetic": "train.amp", "sampler": "evaluate.sampler",
-    "steps": "evaluate.steps", "spacing": "sample.spacing"}
+    r"(?P<steps>\d+) steps, (?P<spacing>.+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
+    r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)")
+ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare
+    "samples": {"evaluate.num_samples"}, "weights": {"sample.ema"}, "arithmetic": {"train.amp"},
+    "sampler": {"evaluate.sampler"}, "steps": {"evaluate.steps"}, "spacing": {"sample.spacing"},
+    "classes": {"data.class_labels", "evaluate.classes"},
+    "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide"}}
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,8 @@ def check_same(runs, axes):
 def made(text):
     """The parts of an `eval/made`, {"extractor": "digits-e5b6c631", "samples": "1797", ...}."""
     match = MADE.fullmatch(text)
-    return match.groupdict() if match else {"eval/made": text}
+    parts = match.groupdict() if match else {"eval/made": text}
+    return {part: value for part, value in parts.items() if value is not None}
 
 
 def check_made(runs, axes):
@@ -194,7 +198,7 @@ def check_made(runs, axes):
         found = defaultdict(list)
         for name, way in ways:
             found[way.get(part, "something else")].append(name)
-        if len(found) > 1 and part != "seed" and ON_PURPOSE.get(part) not in axes:
+        if len(found) > 1 and part != "seed" and not ON_PURPOSE.get(part, set()) & {*axes}:
             who = "; ".join(f"{value} in {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
                             for value, names in found.items())
             raise ValueError(f"numbers made in different ways do not compare: {part} is {who}; leave runs out, or measure them "

@@ -1,9 +1,10 @@
 """What one step of training is, and what is read off it.
 
-    images uint8 [b, c, h, w] from the loader; x0 in [-1, 1]; t [b] int64; `step` counts from 0
+    images uint8 [b, c, h, w] and labels int64 [b], -1 for none, from the loader; x0 in [-1, 1]; t [b] int64
+    `step` counts from 0
 
-What a step draws (times, noise, flips, dropout) is addressed by (seed, step, place in the effective batch), so a run that was
-stopped goes on as if it had not been, and micro-batches and ranks change nothing.
+What a step draws (times, noise, flips, dropped labels, dropout) is addressed by (seed, step, place in the effective batch),
+so a run that was stopped goes on as if it had not been, and micro-batches and ranks change nothing.
 """
 
 from functools import partial
@@ -65,10 +66,13 @@ class Meters:
 
 
 class Step:
-    """One optimiser step on one effective batch: `step(number, images)`."""
+    """One optimiser step on one effective batch: `step(number, (images, labels))`.
+
+    `label_dropout` is the share of labels that are dropped, or None for a network that learns none.
+    """
 
     def __init__(self, *, net, diffusion, optimizer, scaler, averages, meters, machine, seed, batch_size, micro_batches,
-                 learning_rate, gradient_clip, flip):
+                 learning_rate, gradient_clip, flip, label_dropout):
         self.net, self.diffusion, self.optimizer, self.scaler = net, diffusion, optimizer, scaler
         self.averages, self.ema = averages, averages[0]  # the first is sampled and measured
         self.objective = diffusion.objective
@@ -76,19 +80,22 @@ class Step:
         self.meters, self.machine, self.seed = meters, machine, seed
         self.learning_rate, self.gradient_clip = learning_rate, gradient_clip
         self.flip = data.flip if flip else lambda batch, *address: batch
+        self.label = (lambda labels, *address: None) if label_dropout is None else (
+            lambda labels, *address: machine.put(data.drop(labels, label_dropout, *address)))
         places = range(batch_size)[machine.share(batch_size)]
         size = len(places) // micro_batches
         self.parts = [places[i * size:(i + 1) * size] for i in range(micro_batches)]
         self.seen = torch.zeros(2, batch_size, device=machine.device)  # t and loss of the effective batch
 
     def __call__(self, step, batch):
-        """Learn from this rank's share of the effective batch, uint8 [b, c, h, w] in the order of the places."""
+        """Learn from this rank's share of the effective batch, images and labels in the order of the places."""
         self.net.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        for micro, (places, pixels) in enumerate(zip(self.parts, batch.split(len(self.parts[0])), strict=True)):
+        split = (tensor.split(len(self.parts[0])) for tensor in batch)
+        for micro, (places, pixels, labels) in enumerate(zip(self.parts, *split, strict=True)):
             with self.diffusion.net.accumulating(more=micro + 1 < len(self.parts)):
-                self._learn(step, micro, places, pixels)
+                self._learn(step, micro, places, pixels, labels)
         for parameter in self.objective.parameters():  # which the network's wrapper does not know
             parameter.grad = self.machine.sum(parameter.grad) / self.machine.world
         self.scaler.unscale_(self.optimizer)
@@ -106,14 +113,15 @@ class Step:
             self.objective.observe(t.long(), losses)
             self.seen.zero_()
 
-    def _learn(self, step, micro, places, pixels):
+    def _learn(self, step, micro, places, pixels, labels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
         x0 = images.encode(self.machine.put(self.flip(pixels, self.seed, step, places)))
         times = partial(rng.uniform, self.seed, "train time", step)
         t, importance = self.objective.times(self.diffusion.process, places, self.seen.shape[1], times)
         t, noise = self.machine.put(t), self.machine.put(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
         conditioned = self.machine.put(rng.uniform(self.seed, "train self-condition", step, places) < 0.5)
-        losses = self.diffusion.losses(x0, t, noise, conditioned=conditioned)
+        y = self.label(labels, self.seed, step, places)
+        losses = self.diffusion.losses(x0, t, noise, y, conditioned)
         weighted = losses if importance is None else losses * importance
         self.scaler.scale(weighted.mean() / len(self.parts)).backward()
         self.meters.add_losses(t, losses)
@@ -123,15 +131,18 @@ class Step:
 class Validation:
     """The loss on a fixed set of (image, t, noise) that no training changes: `loss()` is that of the weights in the network.
 
+    `labels` are those of all images of the dataset, for a network that learns them.
+
     The times are spread evenly over 0 .. T-1, in an order of their own. Every seed has the same set, so that runs compare.
     """
 
-    def __init__(self, dataset, indices, net, diffusion, machine, batch_size, most=1024):
+    def __init__(self, dataset, indices, net, diffusion, machine, batch_size, labels=None, most=1024):
         kept = min(len(indices), most)
         indices = [int(indices[i * len(indices) // kept]) for i in range(kept)]  # of a folder sorted by class, all classes
         order = rng.permutation(0, "validation time", 0, len(indices))
         self.times = torch.from_numpy((order + 0.5) * diffusion.process.timesteps / max(len(indices), 1)).long()
         self.dataset, self.indices, self.net = dataset, indices, net
+        self.labels = None if labels is None else torch.tensor([labels[index] for index in indices])
         self.diffusion, self.machine, self.batch_size = diffusion, machine, batch_size
 
     @torch.no_grad()
@@ -142,7 +153,8 @@ class Validation:
         for places in (mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)):
             x0 = images.encode(self.machine.put(torch.stack([self.dataset[self.indices[place]] for place in places])))
             noise = rng.normal(0, "validation noise", 0, places, x0.shape[1:])
-            losses = self.diffusion.losses(x0, self.machine.put(self.times[list(places)]), self.machine.put(noise))
+            y = None if self.labels is None else self.machine.put(self.labels[list(places)])
+            losses = self.diffusion.losses(x0, self.machine.put(self.times[list(places)]), self.machine.put(noise), y)
             total += torch.stack([losses.double().sum().cpu(), torch.tensor(len(places), dtype=torch.float64)])
         loss, count = self.machine.sum(self.machine.put(total)).tolist()
         return loss / count

@@ -65,10 +65,11 @@ class Run:
 
     folder: Path
     config_json: str
+    classes: tuple  # names of those that it learns
     machine: Machine
     start: int
     total: int
-    batches: Callable[[int], Any]  # (step) -> iterator of uint8 [b, c, h, w], from that step on
+    batches: Callable[[int], Any]  # (step) -> iterator of images uint8 [b, c, h, w] and labels [b], from that step on
     step: Step
     meters: Meters
     speed: Speed

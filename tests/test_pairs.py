@@ -25,6 +25,7 @@ DECAY = {"cosine": "cosine(length='2 steps')", "linear": "linear(length='2 steps
 AXES = {
     "model.name": ["dit(depth=2, width=16, heads=2)" if name == "dit" else name for name in MODELS],
     "model.qk_norm": [False, True],
+    "data.class_labels": [False, True],
     "diffusion.beta_schedule": list(SCHEDULES),
     "diffusion.zero_terminal_snr": [False, True],
     "diffusion.predict": list(TARGETS),
@@ -34,12 +35,14 @@ AXES = {
     "diffusion.times": list(TIMES),
     "diffusion.self_condition": [False, True],
     "diffusion.clip": [True, False],
+    "sample.guidance": [1.0, 2.0],
     "sample.sampler": list(SAMPLERS),
     "sample.spacing": ["sections(counts=(2, 1))" if name == "sections" else name for name in SPACINGS],
     "train.optimizer": list(OPTIMIZERS),
     "train.learning_rate_decay": [DECAY.get(name, name) for name in DECAYS],
 }
 CONTRADICTIONS = {  # pairs that no other choice can bring together, and what is said of them
+    (("data.class_labels", False), ("sample.guidance", 2.0)): "knows no classes",
     (("diffusion.beta_schedule", "flow"), ("diffusion.predict", "eps")): "ends in pure noise",
     (("diffusion.beta_schedule", "flow"), ("diffusion.predict", "edm")): "ends in pure noise",
     (("diffusion.zero_terminal_snr", True), ("diffusion.predict", "eps")): "ends in pure noise",

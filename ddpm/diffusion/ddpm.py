@@ -14,6 +14,7 @@ from torch import nn
 
 from ddpm import spec
 from ddpm.diffusion import samplers, schedules
+from ddpm.diffusion.guidance import NONE, Guidance, unlabelled
 from ddpm.diffusion.likelihood import bound_term
 from ddpm.diffusion.losses import Objective
 from ddpm.diffusion.process import VARIANCES, Process, latent
@@ -62,10 +63,10 @@ class DDPM(nn.Module):
         """Whether the network tells a variance too."""
         return self.variance == "learned"
 
-    def denoiser(self, net=None, y=None):
+    def denoiser(self, net=None, y=None, guidance=NONE):
         """Make the `denoise(x, level)` that samplers call, for one walk, of this network or another one like it."""
         return denoiser(self.net if net is None else net, predict=self.predict, clip=self.clip, y=y, learned=self.learned,
-                        self_condition=self.self_condition)
+                        self_condition=self.self_condition, guidance=guidance)
 
     def q_sample(self, x0, t, noise=None):
         """Return x_t ~ q(x_t | x0), the images noised to times t (Ho et al. 2020, eq. 4), by torch's generator if need be."""
@@ -132,10 +133,11 @@ class DDPM(nn.Module):
         return (losses if importance is None else losses * importance).mean()
 
     @torch.no_grad()
-    def sample(self, shape, steps=None, sampler="ddpm", y=None, noise=None):
+    def sample(self, shape, steps=None, sampler="ddpm", y=None, noise=None, guidance=1.0):
         """Return new images [b, c, h, w] in [-1, 1], for shape (b, c, h, w), in `steps` steps, or as many as timesteps.
 
-        `noise(k)` gives standard-normal noise for the latent (k = 0) and for step k; without it torch's generator does.
+        `noise(k)` gives standard-normal noise for the latent (k = 0) and for step k; without it torch's generator does. Labels
+        y [b] are followed the more, the more `guidance` is above 1 (Ho & Salimans 2022).
         Raises ValueError for an unknown sampler and for steps outside 1 .. T.
         """
         walk = spec.choose("sampler", self.samplers, sampler)
@@ -145,7 +147,8 @@ class DDPM(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            x = deque(walk(self.denoiser(y=y), latent(levels[0], noise(0)), levels, noise), maxlen=1).pop()  # the last one
+            denoise = self.denoiser(y=y, guidance=Guidance(unlabelled(self.net), guidance))
+            x = deque(walk(denoise, latent(levels[0], noise(0)), levels, noise), maxlen=1).pop()  # the last one
         finally:
             for module, training in modes:
                 module.training = training

@@ -172,18 +172,23 @@ def integrate(x, t, s, estimates, eta=0.0):
 
 
 def evaluations(sampler, levels, learned=False):
-    """Return how often a sampler asks the network on its way through levels, by walking it on next to nothing.
+    """Return how often a sampler asks for an estimate on its way through levels; knobs and errors as of `asked`."""
+    return len(asked(sampler, levels, learned))
+
+
+def asked(sampler, levels, learned=False):
+    """Return the levels at which a sampler asks for an estimate on its way through levels, by walking it on next to nothing.
 
     `learned` says whether the network tells a variance. Raises ValueError for knobs that the sampler refuses.
     """
-    asked = []
+    at = []
 
     def denoise(x, level):
-        asked.append(level)
+        at.append(level)
         return (x, x, x) if learned else (x, x)
 
     deque(sampler(denoise, torch.zeros(1), levels, lambda k: torch.zeros(1)), maxlen=0)
-    return len(asked)
+    return at
 
 
 SAMPLERS = {

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ddpm import spec
+from ddpm.diffusion.guidance import NONE
 
 
 class Target(NamedTuple):
@@ -114,18 +115,22 @@ def estimate(x, out, level, target, clip, learned=False):
     return x0, (x - level.alpha * x0) / level.sigma, *((channel + 1) / 2 for channel in channels)
 
 
-def denoiser(net, *, predict, clip, y=None, learned=False, self_condition=False):
+def denoiser(net, *, predict, clip, y=None, learned=False, self_condition=False, guidance=NONE):
     """Make `denoise(x, level)` of a network, for one walk of a sampler; x is float32 and so are the results.
 
     `learned` and `self_condition` say what the network was made for: a learned variance, and its last estimate of x0 beside x
-    (Chen et al. 2023, "Analog Bits", section 2.3). Raises ValueError for an unknown target.
+    (Chen et al. 2023, "Analog Bits", section 2.3); `guidance` moves what it says, before x0 is clipped. Raises ValueError for
+    an unknown target.
     """
     target, last = get_target(predict), None
 
     def denoise(x, level):
         nonlocal last
         before = (torch.zeros_like(x) if last is None else last) if self_condition else None
-        told = estimate(x, ask(net, target, x, level, y, before), level, target, clip, learned)
+        out = ask(net, target, x, level, y, before)
+        if guidance.applies(level):
+            out = guidance.move(out, ask(guidance.worse, target, x, level, y, before), x.shape[1])
+        told = estimate(x, out, level, target, clip, learned)
         last = told[0]
         return told
 
