@@ -115,6 +115,8 @@ def scorer(config, images, machine):
 
     Raises ValueError where the images have other classes than the config, or too few of those that it measures.
     """
+    if config.evaluate.extractor == "none":
+        return score.Nothing()
     config = with_classes(config, class_names(config, images))
     learned, held_out = split(config, images)
     if wanted := data.class_numbers(config.evaluate.classes, config.data.classes):
@@ -134,6 +136,19 @@ def remarks(config, section):
     if config.diffusion.variance == "learned" and sampler != "ddpm":
         return [f"the sampler {sampler!r} has no use for the learned variance; {section}.sampler=ddpm has"]
     return []
+
+
+def likelihood(config, net, images, machine):
+    """What measures bits a dimension as the config says: of held-out images or, where there are none, of those learned from."""
+    section, (learned, held_out) = config.evaluate, split(config, images)
+    if section.likelihood == "none":
+        return score.Nothing()
+    whose, indices = ("held-out", held_out) if len(held_out) else ("training", learned)
+    kept = min(len(indices), section.likelihood_images)
+    indices = [int(indices[k * len(indices) // kept]) for k in range(kept)]  # of a folder sorted by class, all classes
+    fit = max(config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1)  # with gradients
+    return score.Likelihood(images, indices, whose, diffusion(config, net), section.likelihood,
+                            section.likelihood_evaluations, min(section.batch_size, fit), machine)
 
 
 def drawer(config, net, machine, how=draw.draw):
@@ -303,14 +318,14 @@ def training_scorer(config, images, machine, notes):
     Raises ValueError for a file of weights that is named in the config and cannot be used.
     """
     if clock.Every(config.every.evaluate, 1, 1).never:
-        return score.no_score
+        return score.Nothing()
     try:
         return scorer(config, images, machine)
     except ValueError as error:
         if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
             raise
         notes.append(f"going on without evaluation: {error}")
-        return score.no_score
+        return score.Nothing()
 
 
 def assemble(config, folder, machine):
@@ -369,7 +384,8 @@ def assemble(config, folder, machine):
         validation=Validation(images, held_out, net, model, machine, section.batch_size,
                               images.labels if classes else None),
         draw=drawer(config, net, machine), grid=(range(config.sample.num_images), grid_recipe(config)),
-        score=training_scorer(config, images, machine, notes), tracker_state=content and content["parts"]["tracker"])
+        score=training_scorer(config, images, machine, notes), likelihood=likelihood(config, net, images, machine),
+        tracker_state=content and content["parts"]["tracker"])
 
 
 def tracker(config, folder, machine, start, total, state=None):

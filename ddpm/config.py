@@ -15,6 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm import clock, data, dist, metrics, tracking
+from ddpm.diffusion.likelihood import LIKELIHOODS
 from ddpm.diffusion.losses import LOSSES, TIMES, WEIGHTINGS
 from ddpm.diffusion.process import CLEAN, VARIANCES, Level, Process
 from ddpm.diffusion.samplers import SAMPLERS, evaluations
@@ -107,13 +108,16 @@ def base():
             "seed": 0,  # of the latents, apart from the training's seed so that grids of different seeds compare
         },
         "evaluate": {
-            "extractor": "auto",  # auto (digits for the digits, else inception), digits, inception
+            "extractor": "auto",  # auto (digits for the digits, else inception), digits, inception, none (nothing is drawn)
             "inception_weights": "",  # path of torch-fidelity's Inception weights; empty looks in its cache, then downloads
             "num_samples": 10000,  # images drawn for the Frechet distance
             "sampler": "ddim",  # as sample.sampler
             "steps": 50,  # as sample.steps
             "classes": (),  # the only ones drawn, and measured against; empty is all, in the proportions of the data
             "batch_size": 256,  # images drawn and measured at once
+            "likelihood": "none",  # bits/dim of held-out images: none, bound (of ancestral sampling), flow (of the ODE), both
+            "likelihood_images": 256,  # held-out images that it is the mean of, at most
+            "likelihood_evaluations": 100,  # of the network, an image: at so many t, and in a quarter of steps of the ODE
         },
         "every": {  # intervals in steps, epochs, images or minutes, several joined by commas; "0 steps" is never
             "log": "50 steps",
@@ -181,12 +185,15 @@ RANGES = {
     "evaluate.num_samples": (metrics.FEWEST, 10_000_000),
     "evaluate.steps": (1, 10_000),
     "evaluate.batch_size": (1, 65536),
+    "evaluate.likelihood_images": (1, 10_000_000),
+    "evaluate.likelihood_evaluations": (4, 10_000),
 }
 CHOICES = {
     "data.channels": (1, 3, 4),
     "diffusion.variance": VARIANCES,
     "train.amp": dist.AMP,
-    "evaluate.extractor": ("auto", *metrics.EXTRACTORS),
+    "evaluate.extractor": ("auto", *metrics.EXTRACTORS, "none"),
+    "evaluate.likelihood": LIKELIHOODS,
     "wandb.mode": tracking.MODES,
 }
 SPECS = {

@@ -10,9 +10,10 @@ from absl import flags
 
 from ddpm import build, command, config
 from ddpm.files import held
+from ddpm.score import keep
 from ddpm.train import show
 
-KNOBS = {"num_samples": "evaluate.num_samples", "extractor": "evaluate.extractor",
+KNOBS = {"likelihood": "evaluate.likelihood", "num_samples": "evaluate.num_samples", "extractor": "evaluate.extractor",
          "inception_weights": "evaluate.inception_weights", "source": "data.source"}
 
 
@@ -20,27 +21,34 @@ def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
     """Draw images from a run folder or checkpoint file and measure them against its data; returns {"eval/fid": ...}.
 
     `knobs` as in `{"evaluate.num_samples": 5000}` take the place of the checkpoint's own; `workdir` is a folder that becomes a
-    run with config.json, metrics.jsonl and the nearest training images. Raises ValueError, one line, for a missing checkpoint,
-    data or extractor, and for a folder that holds something else.
+    run with config.json, metrics.jsonl, the nearest training images and likelihood.csv, if that is measured. Raises ValueError,
+    one line, for a missing checkpoint, data or extractor, for nothing to measure, and for a folder that holds something else.
     """
     made = build.load(checkpoint_path, device, **knobs)
     if workdir is None:
         return measure(made)[0]
     with held(workdir):
         config.check_measures(made.config, workdir)
-        numbers, pictures = measure(made)
+        numbers, pictures, files = measure(made)
         tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)
         tracker.log(made.step, numbers)
         show(workdir, tracker, made.step, pictures)
+        if made.machine.main:
+            keep(workdir, files)
         tracker.close()
     return numbers
 
 
 def measure(made):
-    """The numbers and pictures of what a checkpoint draws."""
-    measuring = build.scorer(made.config, build.dataset(made.config), made.machine)
-    print("\n".join([f"measuring {made.name}: {measuring.made}", *build.remarks(made.config, "evaluate")]))
-    return measuring(build.drawer(made.config, made.net, made.machine))
+    """The numbers and pictures of what a checkpoint draws, and numbers and files of how likely it finds the real images."""
+    images = build.dataset(made.config)
+    score, likelihood = (build.scorer(made.config, images, made.machine),
+                         build.likelihood(made.config, made.net, images, made.machine))
+    if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
+        raise ValueError("nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set one of them")
+    print("\n".join([f"measuring {made.name}: {how}", *build.remarks(made.config, "evaluate")]))
+    (numbers, pictures), (bits, files) = score(build.drawer(made.config, made.net, made.machine)), likelihood()
+    return numbers | bits, pictures, files
 
 
 def main():
@@ -59,7 +67,8 @@ if __name__ == "__main__":
     command.define_checkpoint_flags()
     command.define_overrides_flag()
     flags.DEFINE_integer("num_samples", None, "Images drawn; by default the checkpoint's.", lower_bound=4)
-    flags.DEFINE_string("extractor", None, "auto, digits or inception; by default the checkpoint's.")
+    flags.DEFINE_string("extractor", None, "auto, digits, inception or none; by default the checkpoint's.")
+    flags.DEFINE_string("likelihood", None, "Bits/dim by bound, flow, both or none; by default the checkpoint's.")
     flags.DEFINE_string("inception_weights", None, "Path of torch-fidelity's Inception weights; by default the checkpoint's.")
     flags.DEFINE_string("source", None, "The real images, where they lie elsewhere now: folder(path='data/cats'), ...")
     flags.DEFINE_string("workdir", None, "Folder that becomes a run with these numbers; by default they are only printed.")

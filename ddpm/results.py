@@ -26,20 +26,22 @@ QUANTITY = (  # knobs that decide what the validation loss is a mean of
     "data.matte", "data.validation_fraction")
 LABELS = {
     "val/loss_ema": "validation loss", "val/loss": "validation loss, raw weights", "train/loss": "training loss",
-    "eval/copying": "copying", "eval/copies": "copies"}
+    "eval/copying": "copying", "eval/copies": "copies", "eval/bits_per_dim": "bits/dim",
+    "eval/bits_per_dim_flow": "bits/dim (flow)"}
 FILE = "config"  # the axis of a study that varies the config file itself; its runs have it among their knobs
 UNITS = ("seed", "sample.seed")
 UNRELATED = (  # knobs that do not touch what is compared
     "wandb.", "every.log", "every.sample", "every.save", "every.milestone", "every.snapshot", "data.num_workers",
     "data.classes", "sample.batch_size", "evaluate.batch_size", "evaluate.inception_weights")
-MADE = re.compile(  # as ddpm.score writes it
+MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances and of bits/dim
     r"(?P<extractor>.+); (?P<samples>\d+) samples of the (?P<weights>.+) weights in (?P<arithmetic>\w+); (?P<sampler>.+), "
     r"(?P<steps>\d+) steps, (?P<spacing>.+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
-    r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)")
+    r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)",
+    r"bits/dim of (?P<likelihood_images>.+) under the (?P<weights>.+) weights, by (?P<evaluations>\d+) evaluations")]
 ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare
     "samples": {"evaluate.num_samples"}, "weights": {"sample.ema"}, "arithmetic": {"train.amp"},
     "sampler": {"evaluate.sampler"}, "steps": {"evaluate.steps"}, "spacing": {"sample.spacing"},
-    "classes": {"data.class_labels", "evaluate.classes"},
+    "evaluations": {"evaluate.likelihood_evaluations"}, "classes": {"data.class_labels", "evaluate.classes"},
     "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide"}}
 
 
@@ -182,18 +184,23 @@ def check_same(runs, axes):
 
 def made(text):
     """The parts of an `eval/made`, {"extractor": "digits-e5b6c631", "samples": "1797", ...}."""
-    match = MADE.fullmatch(text)
-    parts = match.groupdict() if match else {"eval/made": text}
+    matches = filter(None, (form.fullmatch(text) for form in MADE))
+    parts = next((match.groupdict() for match in matches), {"eval/made": text})
     return {part: value for part, value in parts.items() if value is not None}
 
 
 def check_made(runs, axes):
-    """Raise a ValueError that names the part and the runs where distances were made in different ways.
+    """Raise a ValueError that names the part and the runs where distances, or bits/dim, were made in different ways.
 
     What the axes vary may differ, and the seed.
     """
-    ways = [(run.name, made(text)) for run in runs for text in dict.fromkeys(
-        row["eval/made"] for row in run.rows if row.get("eval/made"))]
+    for key in ("eval/made", "eval/bits_per_dim_made"):
+        check_ways([(run.name, made(text)) for run in runs for text in dict.fromkeys(
+            row[key] for row in run.rows if row.get(key))], axes)
+
+
+def check_ways(ways, axes):
+    """Raise a ValueError where the parts of (name, parts) differ, but for what the axes vary and the seed."""
     for part in dict.fromkeys(part for _, way in ways for part in way):
         found = defaultdict(list)
         for name, way in ways:

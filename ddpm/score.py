@@ -1,15 +1,20 @@
-"""Drawn images become numbers: distances to the real ones, each with how it was made; used while training and after.
+"""A model becomes numbers, each with how it was made, while training and after: what it draws, and how likely it finds images.
 
     draw(seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]): this rank's share
 """
 
+import math
 from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ddpm import metrics
+from ddpm import images, metrics, rng
+from ddpm.diffusion import likelihood
+from ddpm.files import written_beside
 
 PAIRS = 32  # drawn images that are shown beside the training image nearest to them
 
@@ -72,6 +77,90 @@ class Scorer:
                 bar.update(len(seeds))
 
 
-def no_score(draw):
-    """Stands where no extractor is to be had: nothing is drawn and nothing is measured."""
-    return {}, {}
+class Likelihood:
+    """Measures in bits a dimension how likely a model finds the images at `indices`, by what `kind` of LIKELIHOODS names.
+
+    `whose` says in a word which images these are. The network is asked `evaluations` times for an image: by the bound at one t
+    in each of so many stretches, or at every t where there are no more; by the flow in steps of Karras spacing. In float32,
+    whatever drawing is in: terms at low noise are small differences. An image has its own noise, the same for every seed, so
+    that runs compare.
+    """
+
+    def __init__(self, dataset, indices, whose, model, kind, evaluations, batch_size, machine):
+        self.dataset, self.indices, self.model, self.batch_size, self.machine = dataset, indices, model, batch_size, machine
+        self.by = [name for name in ("bound", "flow") if kind in (name, "both")]
+        process = model.process
+        self.edges = likelihood.stretches(process.timesteps, evaluations)
+        self.levels = process.levels(min(evaluations // 4 + 1, process.timesteps), "karras")[:-1]
+        self.made = (f"bits/dim of {len(indices)} {whose} images of {dataset.fingerprint[:12]} under the EMA weights, by "
+                     f"{evaluations} evaluations")
+
+    def __call__(self):
+        """Measure; returns the same on every rank: the numbers, and as a text for likelihood.csv the terms over t."""
+        self.model.net.eval()
+        found = {name: self.mean(getattr(self, name)) for name in self.by}
+        numbers, files = {}, {}
+        if "bound" in found:
+            terms = prior, reconstruction, *kl = found["bound"].tolist()
+            numbers = {"eval/bits_per_dim": sum(terms), "eval/bits_per_dim_prior": prior,
+                       "eval/bits_per_dim_kl": sum(kl), "eval/bits_per_dim_reconstruction": reconstruction}
+            files = {"likelihood.csv": self.curve(prior, [reconstruction, *kl])}
+        if "flow" in found:
+            numbers["eval/bits_per_dim_flow"] = found["flow"].item()
+        return numbers | {"eval/bits_per_dim_made": self.made}, files
+
+    def bound(self, x0, batch):
+        """The terms of the bound of images x0 at the indices `batch`: prior, reconstruction and kl [b, 1 + stretches]."""
+        def u(k):
+            return self.machine.put(rng.uniform(0, "likelihood time", k, batch))
+
+        def noise(k):
+            return self.noise("noise", k, batch, x0)
+
+        found = likelihood.bound(self.model, x0, self.edges, u, noise)
+        return torch.column_stack([found.prior, found.reconstruction, found.kl])
+
+    def flow(self, x0, batch):
+        """The bits under the flow [b, 1]."""
+        u, probe = torch.special.ndtr(self.noise("pixel", 0, batch, x0)), self.noise("probe", 0, batch, x0).sign()
+        return torch.column_stack([likelihood.flow_bits(self.model, x0, self.levels, u, probe)])
+
+    def noise(self, purpose, k, batch, like):
+        return self.machine.put(rng.normal(0, f"likelihood {purpose}", k, batch, like.shape[1:]))
+
+    def mean(self, measure):
+        """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images, of which each rank takes a share."""
+        mine, found = self.indices[self.machine.share(len(self.indices))], []
+        with tqdm(total=len(mine), desc="measuring bits/dim", unit="image", leave=False,
+                  disable=None if self.machine.main else True) as bar:
+            for batch in (mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)):
+                x0 = images.encode(self.machine.put(torch.stack([self.dataset[index] for index in batch])))
+                found.append(measure(x0, batch).double().cpu())
+                bar.update(len(batch))
+        return self.machine.gather(torch.cat(found or [torch.empty(0)])).mean(0)
+
+    def curve(self, prior, terms):
+        """The terms as csv, from the pixels to pure noise: each with its t, or its stretch of t, and log SNR in its middle."""
+        ends = [*((first, end - 1) for first, end in pairwise(self.edges)), (self.edges[-1] - 1,) * 2]
+        names = ["reconstruction", *["kl"] * (len(terms) - 1), "prior"]
+        lines = ["term,first_t,last_t,log_snr,bits_per_dim"]
+        for name, (first, last), bits in zip(names, ends, [*terms, prior], strict=True):
+            log_snr = -2 * math.log(self.model.process.level((first + last) // 2).ratio)
+            lines.append(f"{name},{first},{last},{log_snr:.6g},{bits:.6g}")
+        return "\n".join(lines) + "\n"
+
+
+class Nothing:
+    """Stands where nothing is to be measured; nothing is drawn for it."""
+
+    made = ""
+
+    def __call__(self, *arguments):
+        return {}, {}
+
+
+def keep(folder, files):
+    """Write texts by their names into a folder."""
+    for name, text in files.items():
+        with written_beside(Path(folder, name)) as part:
+            part.write_text(text)

@@ -16,6 +16,7 @@ from typing import Any
 from ddpm import checkpoint, draw, images
 from ddpm.clock import Every, Speed
 from ddpm.dist import Machine
+from ddpm.score import keep
 from ddpm.step import Meters, Step, Validation
 
 PATIENCE = 50  # skipped steps in a row: fp16 finds its loss scale in fewer
@@ -79,6 +80,7 @@ class Run:
     draw: Callable  # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
     grid: tuple[range, draw.Recipe]
     score: Callable  # (draw) -> dict of eval/ numbers, dict of pictures
+    likelihood: Callable  # () -> dict of eval/ numbers, dict of texts by file name
     parts: dict[str, Any]
     stored: list[str]  # the parts that are power-function averages
     notes: list[str]  # what a person should read first
@@ -121,12 +123,14 @@ class Run:
             show(self.folder, self.tracker, done, {"samples": drawn})
 
     def evaluate(self, done):
-        """Log the distance of images drawn with the averaged weights to the real ones, and the real ones nearest to them."""
+        """Log how far from real images drawn ones are, the real ones nearest to them, and bits/dim, by the averaged weights."""
         with self.step.ema.averaged():
             numbers, pictures = self.score(self.draw)
-        if numbers and self.machine.main:
-            self.tracker.log(done, numbers | self.speed.progress(done))
+            bits, files = self.likelihood()
+        if (numbers or bits) and self.machine.main:
+            self.tracker.log(done, numbers | bits | self.speed.progress(done))
             show(self.folder, self.tracker, done, pictures)
+            keep(self.folder, files)
 
     def export(self, name, done):
         """Write the averaged weights as `name`: all that drawing needs."""
