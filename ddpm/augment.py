@@ -25,7 +25,7 @@ def augment(x, numbers, probability):
     """
     coins = numbers[:, :6] < math.sqrt(2) * torch.erfinv(torch.tensor(2 * probability - 1, dtype=torch.float64)).item()
     flips, size, turned, stretch, direction, moved = numbers[:, 6:8], *numbers[:, 8:12].T, numbers[:, 12:14]
-    flips = coins[:, :2] * (flips < 0)
+    flips = (coins[:, :2] & (flips < 0)).to(numbers.dtype)
     size = coins[:, 2] * 0.2 * size
     turned = coins[:, 3] * 2 * math.pi * torch.special.ndtr(turned)
     stretch, direction = coins[:, 4] * 0.2 * stretch, 2 * math.pi * torch.special.ndtr(direction)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import checkpoint, clock, data, dist, draw, metrics, optim, posthoc, rng, score, spec, tracking
+from ddpm import augment, checkpoint, clock, data, dist, draw, metrics, optim, posthoc, rng, score, spec, tracking
 from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.guidance import unlabelled
@@ -35,7 +35,7 @@ def network(config):
     return make(
         image_size=config.data.image_size, in_channels=channels * (1 + section.self_condition),
         out_channels=channels * (1 + (section.variance == "learned")),
-        num_classes=len(config.data.classes) or None,
+        num_classes=len(config.data.classes) or None, augmentation=augment.TOLD if config.data.augment else 0,
         **{name: value for name, value in model.items() if name in named})
 
 
@@ -366,7 +366,7 @@ def assemble(config, folder, machine):
             [*net.parameters(), *model.objective.parameters()], section.learning_rate),
         seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
         learning_rate=rate(config, len(learned)), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
-        label_dropout=section.label_dropout if classes else None)
+        augmentation=config.data.augment, label_dropout=section.label_dropout if classes else None)
     parts = {"net": net, **averages, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best(),
              "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
     if model.objective.state_dict():  # a weighting or times that learn

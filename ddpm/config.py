@@ -40,6 +40,7 @@ def base():
             "flip": False,  # mirror images left to right at random: for photos, not for digits
             "class_labels": False,  # learn the classes too: a folder's sub-folders, or a data set's labels
             "classes": (),  # their names in order, which a training fills in from its data
+            "augment": 0.0,  # how likely each of six transformations of an image is, which the network is told: 0.12 for photos
             "validation_fraction": 0.1,  # share of the images held out for the validation loss; 0 holds none
             "num_workers": 0,  # processes that decode images; 0 decodes in the training process
         },
@@ -158,6 +159,7 @@ FREE = ("train.length", "every.", "wandb.", "evaluate.", "data.classes", "data.n
 RANGES = {
     "seed": (0, 2**63 - 1),
     "data.image_size": (1, 4096),
+    "data.augment": (0, 0.9),
     "data.validation_fraction": (0, 0.9),
     "data.num_workers": (0, 256),
     "model.model_channels": (1, 65536),

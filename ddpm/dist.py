@@ -96,9 +96,9 @@ class StepNetwork:
         self.machine = machine
         self.wrapped = DistributedDataParallel(net) if machine.world > 1 else net
 
-    def __call__(self, x, t, y=None):
+    def __call__(self, x, t, y=None, **told):
         with self.machine.autocast():
-            return self.wrapped(x, t, y).float()
+            return self.wrapped(x, t, y, **told).float()
 
     def accumulating(self, more):
         """The context of a micro-step: ranks exchange gradients only when no more micro-steps follow."""

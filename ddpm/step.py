@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ddpm import data, images, rng
+from ddpm import augment, data, images, rng
 
 QUARTILES = 4
 
@@ -68,11 +68,12 @@ class Meters:
 class Step:
     """One optimiser step on one effective batch: `step(number, (images, labels))`.
 
-    `label_dropout` is the share of labels that are dropped, or None for a network that learns none.
+    `augmentation` is the probability of each transformation of an image, `label_dropout` the share of labels that are dropped,
+    or None for a network that learns none.
     """
 
     def __init__(self, *, net, diffusion, optimizer, scaler, averages, meters, machine, seed, batch_size, micro_batches,
-                 learning_rate, gradient_clip, flip, label_dropout):
+                 learning_rate, gradient_clip, flip, augmentation, label_dropout):
         self.net, self.diffusion, self.optimizer, self.scaler = net, diffusion, optimizer, scaler
         self.averages, self.ema = averages, averages[0]  # the first is sampled and measured
         self.objective = diffusion.objective
@@ -80,6 +81,7 @@ class Step:
         self.meters, self.machine, self.seed = meters, machine, seed
         self.learning_rate, self.gradient_clip = learning_rate, gradient_clip
         self.flip = data.flip if flip else lambda batch, *address: batch
+        self.augment = partial(self._augmented, augmentation) if augmentation else lambda x0, *address: (x0, None)
         self.label = (lambda labels, *address: None) if label_dropout is None else (
             lambda labels, *address: machine.put(data.drop(labels, label_dropout, *address)))
         places = range(batch_size)[machine.share(batch_size)]
@@ -116,16 +118,22 @@ class Step:
     def _learn(self, step, micro, places, pixels, labels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
         x0 = images.encode(self.machine.put(self.flip(pixels, self.seed, step, places)))
+        x0, augmentation = self.augment(x0, step, places)
         times = partial(rng.uniform, self.seed, "train time", step)
         t, importance = self.objective.times(self.diffusion.process, places, self.seen.shape[1], times)
         t, noise = self.machine.put(t), self.machine.put(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
         conditioned = self.machine.put(rng.uniform(self.seed, "train self-condition", step, places) < 0.5)
         y = self.label(labels, self.seed, step, places)
-        losses = self.diffusion.losses(x0, t, noise, y, conditioned)
+        losses = self.diffusion.losses(x0, t, noise, y, conditioned, augmentation)
         weighted = losses if importance is None else losses * importance
         self.scaler.scale(weighted.mean() / len(self.parts)).backward()
         self.meters.add_losses(t, losses)
         self.seen[0, places.start:places.stop], self.seen[1, places.start:places.stop] = t, losses.detach()
+
+
+    def _augmented(self, probability, x0, step, places):
+        numbers = rng.normal(self.seed, "augment", step, places, (augment.NUMBERS,))
+        return augment.augment(x0, self.machine.put(numbers), probability)
 
 
 class Validation:

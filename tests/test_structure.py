@@ -14,7 +14,7 @@ FLOORS = {
     "assembly": ["build", "train"],
     "craft": ["config", "command", "study", "draw", "score", "step", "results", "report", "figures"],
     "services": ["data", "checkpoint", "tracking", "metrics"],
-    "mathematics": ["diffusion", "models", "ema", "posthoc", "optim", "images"],
+    "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],
     "ground": ["spec", "rng", "dist", "clock", "files"],
 }
 HEIGHT = {room: height for height, rooms in enumerate(reversed(FLOORS.values())) for room in rooms}

@@ -85,14 +85,16 @@ class DDPM(nn.Module):
         level = self.process.at(t)
         return level._replace(alpha=level.alpha.to(dtype), sigma=level.sigma.to(dtype))
 
-    def losses(self, x0, t, noise, y=None, conditioned=None):
+    def losses(self, x0, t, noise, y=None, conditioned=None, augmentation=None):
         """Return each image's loss, float32 [b]: by default the mean squared error on the target (Ho et al. 2020, eq. 14).
 
-        A network that takes its own estimate of x0 is given one for the images that `conditioned`, bool [b], names.
+        A network that takes its own estimate of x0 is given one for the images that `conditioned`, bool [b], names; one that
+        learns augmented images is told of it, as ddpm.augment has it.
         """
+        net = self.net if augmentation is None else partial(self.net, augmentation=augmentation)
         level = self.level(t, x0.dtype)
         x = self.q_sample(x0, t, noise)
-        out = ask(self.net, self.target, x, level, y, self.own_estimate(x, level, y, conditioned)).float()
+        out = ask(net, self.target, x, level, y, self.own_estimate(net, x, level, y, conditioned)).float()
         said, objective = out.chunk(2, dim=1)[0] if self.learned else out, self.objective
         losses = 0
         if objective.mse:
@@ -109,14 +111,14 @@ class DDPM(nn.Module):
         return losses
 
     @torch.no_grad()
-    def own_estimate(self, x, level, y, conditioned):
+    def own_estimate(self, net, x, level, y, conditioned):
         """What the network is given of its own: None where it takes nothing, nothing yet (0) for images not conditioned."""
         if not self.self_condition:
             return None
         before = torch.zeros_like(x)
         if conditioned is None:
             return before
-        first = estimate(x, ask(self.net, self.target, x, level, y, before), level, self.target, self.clip, self.learned)[0]
+        first = estimate(x, ask(net, self.target, x, level, y, before), level, self.target, self.clip, self.learned)[0]
         return torch.where(rearrange(conditioned, "b -> b 1 1 1"), first, before)
 
     def forward(self, x0, y=None, t=None, noise=None):

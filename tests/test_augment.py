@@ -1,0 +1,126 @@
+"""Augmentation: each transformation against its closed form, and what the network is told of it."""
+
+import math
+
+import pytest
+import torch
+from conftest import rows, run, tiny
+
+from ddpm import rng
+from ddpm.augment import NUMBERS, TOLD, augment
+from ddpm.models.dit import DiT
+from ddpm.models.unet import UNet
+
+NEVER, MIRROR, FLIP, SIZE, TURN, STRETCH, MOVE = range(-1, 6)
+
+
+def images(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def numbers(coin, **how):
+    """Numbers that toss one coin alone; the quantiles that say how stand at 6 to 13."""
+    given = torch.full((2, NUMBERS), 9.0)
+    if coin != NEVER:
+        given[:, coin] = -9.0
+    for place, value in how.items():
+        given[:, int(place[1:])] = value
+    return given.double()
+
+
+def changed(x, coin, **how):
+    return augment(x, numbers(coin, **how), 0.5)
+
+
+X = images(2, 3, 8, 8)
+SAME = dict(rtol=0, atol=1e-5)  # float32 coordinates of an 8-pixel grid
+
+
+def test_nothing_is_nothing_bit_for_bit():
+    x, told = changed(X, NEVER)
+    assert torch.equal(x, X) and (told == 0).all() and told.shape == (2, TOLD)
+    for probability in (0.0, 0.5):
+        assert torch.equal(augment(X, numbers(MIRROR, n6=1.0), probability)[0], X)  # the coin fell, and the mirror stayed
+
+
+def test_mirrors_are_flips():
+    x, told = changed(X, MIRROR, n6=-1.0)
+    torch.testing.assert_close(x, X.flip(-1), **SAME)
+    assert told[0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 0]
+    x, told = changed(X, FLIP, n7=-1.0)
+    torch.testing.assert_close(x, X.flip(-2), **SAME)
+    assert told[0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_quarter_turn_is_exact():
+    quarter = torch.special.ndtri(torch.tensor(0.25, dtype=torch.float64)).item()
+    x, told = changed(X, TURN, n9=quarter)
+    torch.testing.assert_close(x, X.rot90(-1, (-2, -1)), rtol=0, atol=1e-4)  # a float32 cosine of 90 degrees
+    assert told[0, 3].item() == pytest.approx(-1) and told[0, 4].item() == pytest.approx(1)
+
+
+def test_a_move_by_an_eighth_is_a_pixel_of_eight():
+    x, told = changed(X, MOVE, n12=1.0, n13=0.0)
+    torch.testing.assert_close(x[..., 1:], X[..., :-1], **SAME)
+    torch.testing.assert_close(x[..., 0], X[..., 0], **SAME)  # mirrored at the border
+    assert told[0].tolist() == [0, 0, 0, 0, 0, 0, 0, 0.125, 0]
+    wide, _ = changed(images(2, 1, 8, 16), MOVE, n12=0.0, n13=-2.0)
+    torch.testing.assert_close(wide[:, :, :-2], images(2, 1, 8, 16)[:, :, 2:], **SAME)
+
+
+def test_size_and_stretch_are_powers_of_two():
+    plane = torch.linspace(-7, 7, 8).expand(2, 1, 8, 8)  # the column of a pixel, twice its place from the middle
+    x, told = changed(plane, SIZE, n8=5.0)  # 2^1: twice as large
+    torch.testing.assert_close(x[..., 2:6], plane[..., 2:6] / 2, **SAME)
+    assert told[0, 2].item() == pytest.approx(1.0)
+    along = torch.special.ndtri(torch.tensor(0.5, dtype=torch.float64)).item()  # direction pi: along the row
+    x, told = changed(plane, STRETCH, n10=5.0, n11=along)
+    torch.testing.assert_close(x[..., 2:6], plane[..., 2:6] / 2, rtol=0, atol=1e-4)
+    assert told[0, 5].item() == pytest.approx(1.0) and told[0, 6].item() == pytest.approx(0.0, abs=1e-9)
+
+
+def test_turning_a_wide_image_keeps_its_circles_round():
+    side = torch.stack(torch.meshgrid(torch.arange(32) - 15.5, torch.arange(64) - 31.5, indexing="ij"))
+    disc = torch.exp(-(side**2).sum(0) / 40).expand(2, 1, 32, 64)
+    x, _ = changed(disc, TURN, n9=0.3)
+    middle = (..., slice(8, 24), slice(24, 40))  # what turns into it comes from inside
+    torch.testing.assert_close(x[middle], disc[middle], rtol=0, atol=0.01)  # bilinear, on a bump a few pixels wide
+
+
+def test_each_is_done_as_often_as_asked():
+    x = images(4000, 1, 4, 4)
+    _, told = augment(x, rng.normal(0, "augment", 0, range(4000), (NUMBERS,)), 0.3)
+    rates = (told != 0).float().mean(0)
+    share = torch.tensor([0.15, 0.15, *[0.3] * 7])  # a mirror is as likely to be left as to be turned
+    assert (rates - share).abs().max() < 4 * math.sqrt(0.25 / 4000)
+
+
+@pytest.mark.parametrize("net", [  # a norm of single channels would take an embedding away that does not scale
+    UNet(8, 3, 3, 8, (1, 2), 1, (), use_scale_shift_norm=True, augmentation=TOLD),
+    DiT(8, 3, 3, augmentation=TOLD, depth=1, width=16, heads=2),
+])
+def test_nothing_told_is_zeros_told_and_something_is_heard(net):
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    t = torch.tensor([3.0, 900.0])
+    assert torch.equal(net(X, t), net(X, t, None, torch.zeros(2, TOLD)))
+    assert (net(X, t) - net(X, t, None, torch.ones(2, TOLD))).abs().max() > 1e-3
+
+
+def test_networks_that_were_not_made_for_it_say_so():
+    with pytest.raises(ValueError, match="cannot be told of augmentation"):
+        UNet(8, 3, 3, 8, (1, 2), 1, ())(X, torch.zeros(2), None, torch.ones(2, TOLD))
+
+
+def test_a_training_is_continued_and_cut_into_micro_batches(tmp_path):
+    knobs = dict(data__augment=0.5, train__length="6 steps")
+    run(tiny(**knobs), tmp_path / "whole")
+    run(tiny(**knobs | dict(train__length="3 steps")), tmp_path / "parts")
+    run(tiny(**knobs), tmp_path / "parts")
+    whole, parts = (torch.load(tmp_path / name / "checkpoints" / "step_00000006.pt", weights_only=True)["parts"]["net"]
+                    for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert whole["augmentation_embedding.weight"].abs().sum() > 0
+    run(tiny(**knobs, train__gradient_accumulation_steps=4), tmp_path / "cut")
+    one, four = (rows(tmp_path / name)[-1]["train/loss"] for name in ("whole", "cut"))
+    assert one == pytest.approx(four, rel=1e-4)  # float32 sums in another order, over six steps
