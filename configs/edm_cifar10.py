@@ -11,6 +11,7 @@ def get_config(variant=None):
     config.data.source = "torchvision(name='CIFAR10')"
     config.data.image_size = 32
     config.data.channels = 3
+    config.data.augment = 0.12
     config.data.validation_fraction = 0.02
     config.model.model_channels = 128
     config.model.channel_mult = (2, 2, 2)

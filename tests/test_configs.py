@@ -38,8 +38,9 @@ def test_every_config_trains_at_tiny_size(path, variant, tmp_path):
     patch = f"depth=2, width=16, heads=2, patch_size={knobs.get('patch_size', 2)}"
     run(config.changed(given, small | {
         "data.source": "digits", "data.image_size": size, "model.attention_resolutions": (size // 2,), "data.num_workers": 0,
-        "model.name": f"dit({patch})" if name == "dit" else name, "model.num_head_channels": 0, "train.batch_size": 4,
-        "train.length": "2 steps", "every.evaluate": "0 steps"}), tmp_path)
+        "model.name": f"dit({patch})" if name == "dit" else name, "model.num_head_channels": 0,
+        "model.norm_num_groups": 4, "train.batch_size": 4,  # a group of one channel at 1x1 has nothing to norm
+        "train.gradient_accumulation_steps": 1, "train.length": "2 steps", "every.evaluate": "0 steps"}), tmp_path)
     assert rows(tmp_path)[-1]["step"] == 2
 
 
@@ -99,12 +100,22 @@ def test_contradictions_are_refused_before_anything_is_written(knobs, remedy, tm
 
 
 def test_the_paper_networks_have_their_size():
-    def parameters(name):
+    def parameters(name, classes=0):
+        given = module_of(FILES[0].parent / f"{name}.py").get_config()
+        given.data.classes = tuple(map(str, range(classes)))
         with torch.device("meta"):
-            net = build.network(module_of(FILES[0].parent / f"{name}.py").get_config())
+            net = build.network(given)
         return sum(parameter.numel() for parameter in net.parameters())
 
     assert parameters("ddpm_cifar10") == 35_746_307  # Ho et al. 2020
+    assert parameters("improved_ddpm_cifar10") == 52_546_438  # Nichol & Dhariwal 2021: 52.5 M
+    assert parameters("adm_imagenet64", 1000) == 295_904_454  # Dhariwal & Nichol 2021, table 4: 296 M, 422 M, 554 M
+    assert parameters("adm_imagenet128", 1000) == 421_529_606
+    assert parameters("adm_imagenet256", 1000) == 553_838_086
+    # Peebles & Xie 2023 count 675,129,632 with 1,001 rows of labels, patches of 4 channels in and 8 out in place of 3 and 6,
+    # and the 256 fixed positions
+    latent = 675_129_632 - (1001 - 10) * 1152 - 4 * 1152 - 2 * 4 * 1153 - 256 * 1152
+    assert parameters("dit_xl_2", 10) == latent
     assert parameters("cats128") == 200_321_475
 
 
