@@ -127,7 +127,7 @@ def scorer(config, images, machine):
         images, learned, held_out = data.part(images, kept), *(np.flatnonzero(np.isin(kept, x)) for x in (learned, held_out))
     how = evaluation_recipe(config, images)
     return score.Scorer(extractor(config, machine), images, learned, held_out, how, config.evaluate.num_samples,
-                        weights_name(config), machine)
+                        weights_name(config), evaluations(config, how), machine)
 
 
 def remarks(config, section):

@@ -128,15 +128,21 @@ def settings(groups, metric):
 @style()
 def along(groups, metric, knob):
     """The metric against a numeric axis, a line for each setting of the other axes: mean and 95 % interval over seeds."""
+    counted = knob in STEPS and all(run.final(ASKED) for group in groups for run in group.runs)
+
+    def place(group):
+        """Where a group lies: for steps, at its network evaluations, if all have counted them."""
+        return group.final(ASKED)[0] if counted else group.setting[knob]
+
     figure, axes = canvas(width=0.7 * WIDTH, height=3)
     axis, means = axes[0][0], []
-    values = sorted({group.setting[knob] for group in groups})
+    values = sorted({place(group) for group in groups})
     at, kind = position(values)
     for number, line in enumerate(itertools.islice(lines_along(groups, knob).values(), MOST)):
         points = [group.final(metric) for group in line]
         means += [mean for mean, _ in points]
         others = ", ".join(words for key, words in zip(line[0].setting, line[0].labels, strict=True) if key != knob)
-        x = [at(group.setting[knob]) for group in line]
+        x = [at(place(group)) for group in line]
         axis.errorbar(x, [mean for mean, _ in points], [half or 0 for _, half in points], label=others,
                       marker=MARKERS[number % MOST], capsize=2.5, **look(number))
     if kind != "linear":
@@ -153,8 +159,8 @@ def along(groups, metric, knob):
     return figure
 
 
-AXES = {
-    "evaluate.steps": "network evaluations an image", "sample.steps": "network evaluations an image",
+ASKED, STEPS = "eval/evaluations", ("evaluate.steps", "sample.steps")
+AXES = dict.fromkeys(STEPS, "network evaluations an image") | {
     "ema.decay": "decay of the averaged weights, a step", "sample.ema": "sigma_rel or decay of the averaged weights",
     "train.learning_rate": "learning rate",
 }

@@ -20,6 +20,9 @@ class Column(NamedTuple):
     spread: bool = True  # whether an interval over seeds says something
 
 
+MEASURED = ("eval/copying", "eval/copies", "eval/bits_per_dim", "eval/bits_per_dim_flow")  # beside the distances
+
+
 def columns(groups, parameters):
     """The columns that these groups can fill; `parameters` counts those of a run's network."""
     runs = [run for group in groups for run in group.runs]
@@ -34,8 +37,9 @@ def columns(groups, parameters):
                 found.append(Column(f"best {key}", f"best {label(key)}", lambda run, key=key: run.best(key), table))
     for key in keys(runs, "eval/.*"):
         if key not in distances:
-            shown = "distances" if key in ("eval/copying", "eval/copies") else ""
-            spread = not key.endswith("_floor")
+            asked = key == "eval/evaluations" and len({run.final(key) for run in runs}) > 1
+            shown = "distances" if asked or key in MEASURED else ""
+            spread = not key.endswith("_floor") and key != "eval/evaluations"
             found.append(Column(key, label(key), lambda run, key=key: run.final(key), shown, spread))
     found += [
         Column("speed/images_per_second", "images/s", lambda run: run.median("speed/images_per_second"), "cost", False),

@@ -22,11 +22,13 @@ MANY = 4  # words on an axis that are all compared with each other
 FRECHET, KERNEL = re.compile(r"eval/(fid|fd_\w+)(?<!_floor)"), re.compile(r"eval/(kid|kd_\w+)")
 LOSSES = ("val/loss_ema", "val/loss")
 QUANTITY = (  # knobs that decide what the validation loss is a mean of
-    "diffusion.timesteps", "diffusion.beta_schedule", "diffusion.predict", "data.source", "data.image_size", "data.channels",
+    "diffusion.timesteps", "diffusion.beta_schedule", "diffusion.zero_terminal_snr", "diffusion.predict", "diffusion.loss",
+    "diffusion.weighting", "diffusion.self_condition", "data.class_labels", "data.source", "data.image_size", "data.channels",
     "data.matte", "data.validation_fraction")
 LABELS = {
     "val/loss_ema": "validation loss", "val/loss": "validation loss, raw weights", "train/loss": "training loss",
     "eval/copying": "copying", "eval/copies": "copies", "eval/bits_per_dim": "bits/dim",
+    "eval/evaluations": "network evaluations",
     "eval/bits_per_dim_flow": "bits/dim (flow)"}
 FILE = "config"  # the axis of a study that varies the config file itself; its runs have it among their knobs
 UNITS = ("seed", "sample.seed")

@@ -22,13 +22,14 @@ PAIRS = 32  # drawn images that are shown beside the training image nearest to t
 class Scorer:
     """Measures `num_samples` drawn images against all images of a data set, through one feature extractor.
 
-    `learned` and `held_out` are the indices of the images that the network was trained on, and was not.
+    `learned` and `held_out` are the indices of the images that the network was trained on, and was not; `evaluations` is how
+    often the network is asked for an image.
     """
 
-    def __init__(self, extractor, dataset, learned, held_out, recipe, num_samples, weights, machine):
+    def __init__(self, extractor, dataset, learned, held_out, recipe, num_samples, weights, evaluations, machine):
         self.extractor, self.dataset, self.recipe, self.machine = extractor, dataset, recipe, machine
         self.learned, self.held_out = learned, held_out
-        self.seeds = range(num_samples)
+        self.seeds, self.evaluations = range(num_samples), evaluations
         self.made = (f"{extractor.name}; {num_samples} samples of the {weights} weights in {str(machine.dtype)[6:]}; {recipe}; "
                      f"against {len(dataset)} images {dataset.fingerprint[:12]}")
 
@@ -58,6 +59,7 @@ class Scorer:
         drawn = metrics.extract(self.extractor, self.watched(draw(self.seeds, self.recipe), first))
         drawn, first = self.machine.gather(drawn), self.machine.gather(torch.cat(first or [torch.empty(0, dtype=torch.uint8)]))
         numbers = metrics.compare(drawn, reference, self.extractor) | metrics.floor(reference, len(drawn), self.extractor)
+        numbers |= {"evaluations": self.evaluations}
 
         learned, images, held_out = self.split
         distances, which = metrics.nearest(drawn, reference[learned])

@@ -10,7 +10,6 @@ from conftest import rows, run, tiny
 from PIL import Image
 
 from ddpm import build, checkpoint, config, dist, images, rng
-from ddpm.step import draw_times_and_noise
 from ddpm.train import Diverged, train
 
 
@@ -116,14 +115,6 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path):
     for one, four in zip(rows(tmp_path / "one"), rows(tmp_path / "four"), strict=True):
         # sums in another order: float32 rounding, amplified by 12 steps of Adam
         assert four["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4) if "train/loss" in one else True
-
-
-def test_times_are_uniform_and_noise_is_addressed():
-    t, noise = draw_times_and_noise(1000, 0, "train", 7, range(4096), (1, 2, 2))
-    assert t.min() >= 0 and t.max() <= 999
-    assert abs(t.double().mean() - 499.5) < 4 * 289 / 64  # four standard errors of a uniform mean
-    t5, noise5 = draw_times_and_noise(1000, 0, "train", 7, [5], (1, 2, 2))
-    assert t5[0] == t[5] and torch.equal(noise5[0], noise[5])
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
