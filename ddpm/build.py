@@ -163,7 +163,7 @@ def drawer(config, net, machine, how=draw.draw):
 def guide(config, machine):
     """The network net(x, t, y) that guides the drawing of a config, its averaged weights in it; None where none is asked.
 
-    It may be of any size, and learn classes or not. Raises ValueError where it is of another process or target.
+    It may be of any size, and without classes. Raises ValueError where it is of another process or target.
     """
     if config.sample.guidance == 1 or not config.sample.guide:
         return None
