@@ -148,7 +148,8 @@ def likelihood(config, net, images, machine):
     indices = [int(indices[k * len(indices) // kept]) for k in range(kept)]  # of a folder sorted by class, all classes
     fit = max(config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1)  # with gradients
     return score.Likelihood(images, indices, whose, diffusion(config, net), section.likelihood,
-                            section.likelihood_evaluations, min(section.batch_size, fit), machine)
+                            section.likelihood_evaluations, min(section.batch_size, fit), machine,
+                            images.labels if config.data.classes else None)
 
 
 def drawer(config, net, machine, how=draw.draw):

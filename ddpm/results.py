@@ -39,11 +39,13 @@ MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances 
     r"(?P<extractor>.+); (?P<samples>\d+) samples of the (?P<weights>.+) weights in (?P<arithmetic>\w+); (?P<sampler>.+), "
     r"(?P<steps>\d+) steps, (?P<spacing>.+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
     r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)",
-    r"bits/dim of (?P<likelihood_images>.+) under the (?P<weights>.+) weights, by (?P<evaluations>\d+) evaluations")]
+    r"bits/dim of (?P<likelihood_images>.+?)(, given (?P<given>.+),)? under the (?P<weights>.+) weights, "
+    r"by (?P<evaluations>\d+) evaluations")]
 ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare
     "samples": {"evaluate.num_samples"}, "weights": {"sample.ema"}, "arithmetic": {"train.amp"},
     "sampler": {"evaluate.sampler"}, "steps": {"evaluate.steps"}, "spacing": {"sample.spacing"},
     "evaluations": {"evaluate.likelihood_evaluations"}, "classes": {"data.class_labels", "evaluate.classes"},
+    "given": {"data.class_labels"},
     "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide"}}
 
 

@@ -85,17 +85,18 @@ class Likelihood:
     `whose` says in a word which images these are. The network is asked `evaluations` times for an image: by the bound at one t
     in each of so many stretches, or at every t where there are no more; by the flow in steps of Karras spacing. In float32,
     whatever drawing is in: terms at low noise are small differences. An image has its own noise, the same for every seed, so
-    that runs compare.
+    that runs compare. With `labels`, those of all images of the dataset, it is the likelihood given an image's label.
     """
 
-    def __init__(self, dataset, indices, whose, model, kind, evaluations, batch_size, machine):
+    def __init__(self, dataset, indices, whose, model, kind, evaluations, batch_size, machine, labels=None):
         self.dataset, self.indices, self.model, self.batch_size, self.machine = dataset, indices, model, batch_size, machine
         self.by = [name for name in ("bound", "flow") if kind in (name, "both")]
         process = model.process
         self.edges = likelihood.stretches(process.timesteps, evaluations)
         self.levels = process.levels(min(evaluations // 4 + 1, process.timesteps), "karras")[:-1]
-        self.made = (f"bits/dim of {len(indices)} {whose} images of {dataset.fingerprint[:12]} under the EMA weights, by "
-                     f"{evaluations} evaluations")
+        self.labels = labels
+        self.made = (f"bits/dim of {len(indices)} {whose} images of {dataset.fingerprint[:12]}"
+                     f"{'' if labels is None else ', given their labels,'} under the EMA weights, by {evaluations} evaluations")
 
     def __call__(self):
         """Measure; returns the same on every rank: the numbers, and as a text for likelihood.csv the terms over t."""
@@ -119,13 +120,17 @@ class Likelihood:
         def noise(k):
             return self.noise("noise", k, batch, x0)
 
-        found = likelihood.bound(self.model, x0, self.edges, u, noise)
+        found = likelihood.bound(self.model, x0, self.edges, u, noise, self.y(batch))
         return torch.column_stack([found.prior, found.reconstruction, found.kl])
 
     def flow(self, x0, batch):
         """The bits under the flow [b, 1]."""
         u, probe = torch.special.ndtr(self.noise("pixel", 0, batch, x0)), self.noise("probe", 0, batch, x0).sign()
-        return torch.column_stack([likelihood.flow_bits(self.model, x0, self.levels, u, probe)])
+        return torch.column_stack([likelihood.flow_bits(self.model, x0, self.levels, u, probe, self.y(batch))])
+
+    def y(self, batch):
+        """The labels of the images at the indices `batch`, or None."""
+        return None if self.labels is None else self.machine.put(torch.tensor([self.labels[index] for index in batch]))
 
     def noise(self, purpose, k, batch, like):
         return self.machine.put(rng.normal(0, f"likelihood {purpose}", k, batch, like.shape[1:]))
