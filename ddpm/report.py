@@ -20,7 +20,7 @@ class Column(NamedTuple):
     spread: bool = True  # whether an interval over seeds says something
 
 
-MEASURED = ("eval/copying", "eval/copies", "eval/bits_per_dim", "eval/bits_per_dim_flow")  # beside the distances
+ASKED = "eval/evaluations"
 
 
 def columns(groups, parameters):
@@ -37,9 +37,8 @@ def columns(groups, parameters):
                 found.append(Column(f"best {key}", f"best {label(key)}", lambda run, key=key: run.best(key), table))
     for key in keys(runs, "eval/.*"):
         if key not in distances:
-            asked = key == "eval/evaluations" and len({run.final(key) for run in runs}) > 1
-            shown = "distances" if asked or key in MEASURED else ""
-            spread = not key.endswith("_floor") and key != "eval/evaluations"
+            known = key in results.LABELS and (key != ASKED or len({run.final(key) for run in runs}) > 1)
+            shown, spread = "distances" if known else "", not key.endswith("_floor") and key != ASKED
             found.append(Column(key, label(key), lambda run, key=key: run.final(key), shown, spread))
     found += [
         Column("speed/images_per_second", "images/s", lambda run: run.median("speed/images_per_second"), "cost", False),
@@ -209,6 +208,8 @@ def protocol(found, record):
         last = {part: value for way in ways for part, value in way.items()}
         parts = {part: value if all(way.get(part) == value for way in ways) else "varied" for part, value in last.items()}
         yield f"Distances: {', '.join(f'{part} {value}' for part, value in parts.items())}."
+    if ways := sorted({row["eval/bits_per_dim_made"] for run in runs for row in run.rows if row.get("eval/bits_per_dim_made")}):
+        yield f"Likelihood: {listed(ways)}."
     for key in keys(runs, FRECHET):
         floors = {run.final(f"{key}_floor") for run in runs} - {None}
         if len(floors) == 1:

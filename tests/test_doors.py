@@ -107,14 +107,16 @@ def test_torchrun_on_two_ranks_trains_as_one_process_does(tmp_path):
     flags = [f"--config={ROOT}/configs/digits.py", "--config.model.model_channels=8", "--config.train.batch_size=8",
              "--config.train.length=6 steps", "--config.every.log=1 steps", "--config.every.evaluate=6 steps",
              "--config.evaluate.num_samples=10", "--config.evaluate.steps=2", "--config.sample.steps=2",
-             "--config.sample.num_images=4", "--config.wandb.mode=disabled"]
+             "--config.sample.num_images=4", "--config.wandb.mode=disabled", "--config.evaluate.likelihood=both",
+             "--config.evaluate.likelihood_images=5", "--config.evaluate.likelihood_evaluations=8"]
     assert door("main", *flags, f"--workdir={tmp_path}/one", cwd=tmp_path)[0] == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddpm.main"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *flags, f"--workdir={tmp_path}/two"], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for key in one.keys() & {"train/loss", "train/grad_norm", "val/loss", "eval/fd_digits"}:
+        for key in one.keys() & {"train/loss", "train/grad_norm", "val/loss", "eval/fd_digits", "eval/bits_per_dim",
+                                        "eval/bits_per_dim_flow"}:
             # gradients are summed in another order: float32 rounding, through six steps of Adam and a drawing
             assert two[key] == pytest.approx(one[key], rel=1e-3), key
 

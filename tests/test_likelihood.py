@@ -7,15 +7,15 @@ from itertools import pairwise, product
 import pytest
 import torch
 from conftest import rows, run, tiny
-from einops import rearrange
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.polynomial.legendre import leggauss
 from test_samplers import MEAN, SPREAD, gaussian
 from torch.distributions import Normal, kl_divergence
 
+from ddpm import results
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.ddpm import DDPM
-from ddpm.diffusion.process import Level, latent
+from ddpm.diffusion.process import latent
 from ddpm.evaluate import evaluate
 
 PATHS = {"linear": {}, "cosine": {}, "flow": {}, "edm": {}, "pure": {"beta_schedule": "linear", "zero_terminal_snr": True}}
@@ -30,8 +30,8 @@ class Exact(torch.nn.Module):
         self.mix = mix
 
     def forward(self, x, t, y):
-        levels = torch.tensor([self.noise.level(time) for time in t.tolist()], dtype=torch.float64)
-        x0 = gaussian(x, Level(*rearrange(levels, "b level -> level b 1 1 1")))[0]
+        time, = set(t.tolist())  # of all images one, here
+        x0 = gaussian(x, self.noise.level(time))[0]
         return x0 if self.mix is None else torch.cat([x0, torch.full_like(x0, 2 * self.mix - 1)], dim=1)
 
 
@@ -160,7 +160,7 @@ def test_the_flow_has_the_exact_density_with_an_error_of_fourth_order(path):
         expected = (start.log_prob(end) + 0.5 * math.log(high / low)).flatten()
         errors[steps] = (likelihood.flow(gaussian, y, levels, trace) - expected).abs().max().item()
     assert math.log2(errors[50] / errors[100]) == pytest.approx(4, abs=0.3)  # the rest is of the next order
-    assert errors[25] < 2e-3  # nats: what 100 evaluations come to
+    assert errors[25] < 5e-3  # nats, of the 10 in the tails: what 100 evaluations come to
     # noise at sigma/alpha = 80 lacks the Gaussian's mean: 0.4 / 80 for each deviation, and 0.9 / 80^2 in its variance
     torch.testing.assert_close(expected, Normal(MEAN, math.sqrt(low)).log_prob(y).flatten(), rtol=0, atol=2.5 * 0.4 / 80 + 1e-3)
 
@@ -228,3 +228,16 @@ def test_without_held_out_images_it_says_whose_bits_they_are(tmp_path):
     logged = rows(tmp_path)[-1]
     assert "5 training images" in logged["eval/bits_per_dim_made"] and "eval/bits_per_dim_flow" not in logged
     assert logged["eval/bits_per_dim_prior"] == 0
+
+
+def test_bits_made_in_different_ways_do_not_compare():
+    def measured(made):
+        return results.Run("a", None, {}, [{"step": 1, "eval/bits_per_dim": 3.0, "eval/bits_per_dim_made": made}])
+
+    text = "bits/dim of {} held-out images of 0123456789ab under the EMA weights, by {} evaluations".format
+    results.check_made([measured(text(9, 100)), measured(text(9, 100))], [])
+    with pytest.raises(ValueError, match="likelihood_images is 9 .* in a; 8 .* in a"):
+        results.check_made([measured(text(9, 100)), measured(text(8, 100))], [])
+    with pytest.raises(ValueError, match="evaluations is 100 in a; 40 in a"):
+        results.check_made([measured(text(9, 100)), measured(text(9, 40))], ["diffusion.timesteps"])
+    results.check_made([measured(text(9, 100)), measured(text(9, 40))], ["evaluate.likelihood_evaluations"])
