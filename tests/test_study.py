@@ -36,7 +36,7 @@ def here(monkeypatch):
     ("schedules", ["diffusion.beta_schedule"], 5, 20),
     ("architectures", ["config"], 3, 18),
     ("ema", ["ema.decay"], 3, 12),
-    ("samplers", ["evaluate.sampler", "evaluate.steps"], 3, 30),
+    ("samplers", ["evaluate.sampler", "evaluate.steps"], 3, 24),
 ])
 def test_committed_studies(here, name, axes, seeds, runs):
     study = read(f"experiments/{name}.yaml")
