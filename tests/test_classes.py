@@ -167,7 +167,7 @@ def test_classes_and_guidance_at_the_doors(trained, tmp_path):
     code, out, err = door("generate", f"--checkpoint={trained}", "--guidance_interval=5,x", cwd=tmp_path)
     assert code == 2 and len(err) == 1 and "takes two noise levels" in err[0], err
     for knobs, said in [
-        ({"sample.classes": ("3", "11")}, r"unknown class '11' .*; choose of 0, 1, 2, 3, 4 and 5 more, or a number"),
+        ({"sample.classes": ("3", "11")}, r"unknown class '11' .*; choose of 0, 1, 2, 3, 4 and 5 more, or a number from 0"),
         ({"sample.guidance": 2.0, "sample.guide": "/no/such/run"}, "neither a file nor a run folder"),
     ]:
         with pytest.raises(ValueError, match=said):

@@ -198,6 +198,7 @@ def test_a_learned_variance_goes_out_and_comes_back(tmp_path):
 def test_what_their_process_cannot_be_is_refused(tmp_path):
     for knobs, said in ((dict(diffusion__beta_schedule="flow", diffusion__predict="v"), "diffusion.beta_schedule is 'flow'"),
                         (dict(diffusion__predict="flow"), "config.diffusion.predict is 'flow'"),
+                        (dict(data__class_labels=True), "config.data.class_labels is True"),
                         (dict(diffusion__self_condition=True), "config.diffusion.self_condition is True")):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         run(tiny(model__norm_num_groups=8, train__length="1 steps", train__warmup="0 steps", **knobs), folder)
