@@ -88,6 +88,19 @@ def grid_recipe(config):
     return recipe(config, config.sample, data.class_numbers(config.sample.classes, config.data.classes) or numbers, "in turn")
 
 
+def edit_recipe(config):
+    """How pictures are edited: as images of the classes that the config names, and without a label where it names none.
+
+    Raises ValueError where the network has never done without a label, and for a guidance without one to be guided to.
+    """
+    classes, section = config.data.classes, config.sample
+    if classes and not section.classes and not config.train.label_dropout:
+        raise ValueError(f"the network has never done without its label; write --classes={classes[0]}, or another class")
+    if section.guidance != 1 and not section.classes and not section.guide:
+        raise ValueError(f"guidance {section.guidance} of an edit has no class to guide to; write --classes=, or --guidance=1")
+    return recipe(config, section, data.class_numbers(section.classes, classes), "none")
+
+
 def evaluation_recipe(config, images):
     """How the images are drawn that are measured against `images`: of classes in their proportions."""
     order = rng.permutation(0, "label", 0, len(images)) if config.data.classes else ()
@@ -187,9 +200,28 @@ SHARED = (  # what a guide's config has in common with that of the network it gu
     "diffusion.zero_terminal_snr", "diffusion.predict", "diffusion.self_condition")
 
 
-def evaluations(config, recipe):
-    """How many network evaluations an image takes."""
-    return draw.evaluations(diffusion(config, None), recipe)
+def evaluations(config, recipe, edit=None):
+    """How many network evaluations an image takes, drawn or edited; raises ValueError where the recipe cannot make the edit."""
+    return draw.evaluations(diffusion(config, None), recipe, edit)
+
+
+def pictures(config, paths, mask=None):
+    """The pictures at `paths`, uint8 [c, h, w] each, as a config's training data are, and the mask, bool [h, w], or None.
+
+    Raises ValueError for a file that cannot be read, and a mask that does not lie over the first picture or has nothing white.
+    """
+    section = config.data
+    read = [data.open_picture(path, section.image_size, section.channels, section.matte) for path in paths]
+    if mask is None:
+        return [pixels for pixels, _ in read], None
+    (grey,), (width, height) = data.open_picture(mask, section.image_size, 1)
+    if (width, height) != read[0][1] and not (width == height and len(set(read[0][1])) == 1):
+        raise ValueError(f"mask {str(mask)!r} is {width}x{height} and the image {'x'.join(map(str, read[0][1]))}; give one of "
+                         "the image's size, or two squares")
+    area = grey >= 128
+    if not area.any():
+        raise ValueError(f"mask {str(mask)!r} has nothing white, where the image is painted anew; give another")
+    return [pixels for pixels, _ in read], area
 
 
 def check(config):

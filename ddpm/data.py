@@ -197,11 +197,31 @@ def decode_file(file, image_size, channels, matte=WHITE):
         reduced = image.draft(None, (2 * image_size, 2 * image_size))
         image.load()
         extent = reduced[1][2:] if reduced else image.size
-        try:
-            orientation = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # a broken EXIF block does not make a picture unreadable
-            orientation = 1
-        return to_pixels(image, image_size, channels, matte, extent, orientation)
+        return to_pixels(image, image_size, channels, matte, extent, orientation_of(image))
+
+
+def orientation_of(image):
+    """A PIL image's EXIF orientation, 1 to 8; 1 is upright."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a broken EXIF block does not make a picture unreadable
+        return 1
+
+
+def open_picture(path, image_size, channels, matte=WHITE):
+    """Read a picture that a person names as `decode_file` does: (uint8 [channels, image_size, image_size], (width, height)).
+
+    Width and height are those of the upright picture. Raises ValueError where it is missing or cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            size = image.size[::-1] if orientation_of(image) >= 5 else image.size
+        return decode_file(path, image_size, channels, matte), size
+    except FileNotFoundError:
+        raise ValueError(f"there is no picture {str(path)!r}; give the path of an image file") from None
+    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
+        raise ValueError(f"cannot read {str(path)!r} as a picture ({type(error).__name__}); give another file, one of "
+                         f"{', '.join(SUFFIXES)}") from None
 
 
 def to_pixels(image, image_size, channels, matte, extent, orientation=1):

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange, repeat
 
 from ddpm import images, rng, spec
-from ddpm.diffusion import samplers
+from ddpm.diffusion import editing, samplers
 from ddpm.diffusion.guidance import Guidance, unlabelled
 from ddpm.diffusion.process import latent
 
@@ -42,15 +43,38 @@ class Recipe(NamedTuple):
         return said + (f", classes {self.classes}" if self.labels else "")
 
 
-def evaluations(model, recipe):
-    """How often networks are asked for an image: by the sampler, and where guidance applies once more."""
+def evaluations(model, recipe, edit=None):
+    """How often networks are asked for an image: by the sampler, or by an Edit, and where guidance applies once more.
+
+    Raises ValueError where the recipe cannot make the edit.
+    """
     sampler, guidance = spec.choose("sampler", model.samplers, recipe.sampler), Guidance(None, recipe.guidance, recipe.interval)
-    levels = samplers.asked(sampler, model.process.levels(recipe.steps, recipe.spacing), model.learned)
-    return len(levels) + sum(map(guidance.applies, levels))
+    levels = model.process.levels(recipe.steps, recipe.spacing)
+    at = editing.asked(edit, sampler, levels) if edit else samplers.asked(sampler, levels, model.learned)
+    return len(at) + sum(map(guidance.applies, at))
 
 
-def trajectory(model, recipe, seeds, shape, machine, guide=None):
-    """Yield x [b, c, h, w] in about [-1, 1] on the device: the latents of `seeds`, then x after each step of the sampler.
+def afresh(sampler, denoiser, levels, noise, seeds):
+    """Walk from noise alone."""
+    x = latent(levels[0], noise(0))
+    yield x
+    yield from sampler(denoiser(), x, levels, noise)
+
+
+def edited(edit, pictures, mask, count, machine):
+    """The walk of an Edit of `pictures`, uint8 [c, h, w] each, with a mask [h, w] or None, to the results 0 .. count - 1."""
+
+    def walk(sampler, denoiser, levels, noise, seeds):
+        given = [repeat(machine.put(images.encode(pixels)), "c h w -> b c h w", b=len(seeds)) for pixels in pictures]
+        places = machine.put(torch.tensor(seeds, dtype=torch.float64) / max(count - 1, 1))
+        area = None if mask is None else rearrange(machine.put(mask), "h w -> 1 1 h w")
+        yield from edit.walk(sampler, denoiser, levels, noise, editing.Given(tuple(given), area, places))
+
+    return walk
+
+
+def trajectory(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
+    """Yield x [b, c, h, w] in about [-1, 1] on the device: where the walk of `seeds` begins, then x after each of its steps.
 
     `guide` is the network net(x, t, y) that guides, in evaluation mode, or None for the model's own without labels.
     """
@@ -70,12 +94,10 @@ def trajectory(model, recipe, seeds, shape, machine, guide=None):
     levels = model.process.levels(recipe.steps, recipe.spacing)
     model.net.eval()
     with torch.no_grad():
-        x = latent(levels[0], noise(0))
-        yield x
-        yield from sampler(model.denoiser(autocast(model.net), y, guidance), x, levels, noise)
+        yield from walk(sampler, lambda: model.denoiser(autocast(model.net), y, guidance), levels, noise, seeds)
 
 
-def draw(model, recipe, seeds, shape, machine, guide=None):
+def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
     """Yield (seeds, uint8 [b, c, h, w] on the host), batch by batch, for this rank's share of `seeds`.
 
     `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h, w), `guide` as above.
@@ -83,13 +105,13 @@ def draw(model, recipe, seeds, shape, machine, guide=None):
     mine = list(seeds)[machine.share(len(seeds))]
     for start in range(0, len(mine), recipe.batch_size):
         batch = mine[start:start + recipe.batch_size]
-        steps = trajectory(model, recipe, batch, shape, machine, guide)
+        steps = trajectory(model, recipe, batch, shape, machine, guide, walk)
         yield batch, images.decode(deque(steps, maxlen=1).pop()).cpu()
 
 
-def frames(model, recipe, seeds, shape, machine, guide=None):
+def frames(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
     """Yield (seeds, uint8 [b, c, h, w]) after each step: how the images of `seeds` come out of the noise."""
-    for x in trajectory(model, recipe, list(seeds), shape, machine, guide):
+    for x in trajectory(model, recipe, list(seeds), shape, machine, guide, walk):
         yield list(seeds), images.decode(x).cpu()
 
 
