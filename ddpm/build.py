@@ -152,7 +152,10 @@ def remarks(config, section):
 
 
 def likelihood(config, net, images, machine):
-    """What measures bits a dimension as the config says: of held-out images or, where there are none, of those learned from."""
+    """What measures bits a dimension as the config says: of held-out images or, where there are none, of those learned from.
+
+    Raises ValueError where the images have other classes than the config.
+    """
     section, (learned, held_out) = config.evaluate, split(config, images)
     if section.likelihood == "none":
         return score.Nothing()
@@ -161,8 +164,8 @@ def likelihood(config, net, images, machine):
     indices = [int(indices[k * len(indices) // kept]) for k in range(kept)]  # of a folder sorted by class, all classes
     fit = max(config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1)  # with gradients
     return score.Likelihood(images, indices, whose, diffusion(config, net), section.likelihood,
-                            section.likelihood_evaluations, min(section.batch_size, fit), machine,
-                            images.labels if config.data.classes else None)
+                            section.likelihood_evaluations, min(section.batch_size, fit), weights_name(config),
+                            machine, images.labels if class_names(config, images) else None)
 
 
 def drawer(config, net, machine, how=draw.draw):

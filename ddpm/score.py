@@ -82,21 +82,22 @@ class Scorer:
 class Likelihood:
     """Measures in bits a dimension how likely a model finds the images at `indices`, by what `kind` of LIKELIHOODS names.
 
-    `whose` says in a word which images these are. The network is asked `evaluations` times for an image: by the bound at one t
-    in each of so many stretches, or at every t where there are no more; by the flow in steps of Karras spacing. In float32,
-    whatever drawing is in: terms at low noise are small differences. An image has its own noise, the same for every seed, so
-    that runs compare. With `labels`, those of all images of the dataset, it is the likelihood given an image's label.
+    `whose` says in a word which images these are, `weights` which weights the model has; `labels` are those of all images, for
+    a network that learns them. The network is asked `evaluations` times for an image: by the bound at one t in each of so many
+    stretches, or at every t where there are no more; by the flow in steps of Karras spacing. In float32, whatever drawing is
+    in: terms at low noise are small differences. An image has its own noise, the same for every seed, so that runs compare.
     """
 
-    def __init__(self, dataset, indices, whose, model, kind, evaluations, batch_size, machine, labels=None):
+    def __init__(self, dataset, indices, whose, model, kind, evaluations, batch_size, weights, machine, labels=None):
         self.dataset, self.indices, self.model, self.batch_size, self.machine = dataset, indices, model, batch_size, machine
+        self.labels = labels
         self.by = [name for name in ("bound", "flow") if kind in (name, "both")]
         process = model.process
-        self.edges = likelihood.stretches(process.timesteps, evaluations)
+        self.edges = likelihood.stretches(process, evaluations)
         self.levels = process.levels(min(evaluations // 4 + 1, process.timesteps), "karras")[:-1]
-        self.labels = labels
         self.made = (f"bits/dim of {len(indices)} {whose} images of {dataset.fingerprint[:12]}"
-                     f"{'' if labels is None else ', given their labels,'} under the EMA weights, by {evaluations} evaluations")
+                     f"{'' if labels is None else ', given their labels,'} under the {weights} weights, by {evaluations} "
+                     "evaluations")
 
     def __call__(self):
         """Measure; returns the same on every rank: the numbers, and as a text for likelihood.csv the terms over t."""

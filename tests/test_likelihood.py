@@ -46,7 +46,7 @@ def exact(path="linear", timesteps=20, mix=None, **knobs):
 
 def whole(model, x0, noise):
     """The bound with every t, at one noise for all of them."""
-    edges = likelihood.stretches(model.process.timesteps, model.process.timesteps + 1)
+    edges = likelihood.stretches(model.process, model.process.timesteps + 1)
     return likelihood.bound(model, x0, edges, lambda k: torch.zeros(len(x0), dtype=torch.float64), lambda k: noise)
 
 
@@ -103,12 +103,19 @@ def test_the_reconstruction_is_the_mass_on_the_pixel(path, knobs):
     torch.testing.assert_close(ours[known], -mass[known].log2(), rtol=1e-5, atol=1e-6)  # float32 at the end
 
 
-def test_a_stretch_stands_for_its_times():
-    for timesteps, count in ((20, 6), (7, 3), (5, 5), (5, 9), (1, 4)):
-        edges = likelihood.stretches(timesteps, count)
+@pytest.mark.parametrize("path", PATHS)
+def test_stretches_hold_each_time_once_and_no_more_than_their_share(path):
+    for timesteps, count in ((1000, 100), (20, 6), (7, 3), (5, 5), (5, 9), (1, 4), (2, 2)):
+        noise = exact(path, timesteps).process
+        edges = likelihood.stretches(noise, count)
         assert edges[:2] == [0, 1] and edges[-1] == timesteps and len(edges) == min(count, timesteps) + 1
-        lengths = [end - first for first, end in pairwise(edges[1:])]
-        assert not lengths or max(lengths) - min(lengths) <= 1
+        assert all(before < after for before, after in pairwise(edges))
+        adds = torch.diff(((noise.alpha / noise.sigma) ** 2).log1p()).abs()  # of t = 1, 2, ...
+        for first, end in pairwise(edges[1:]):  # its share may begin within its first t
+            assert end == first + 1 or adds[first:end - 1].sum() <= adds.sum() / (len(edges) - 2) + 1e-9
+
+
+def test_a_stretch_stands_for_its_times():
     model, x0 = exact(), PIXELS[::64]
     full = whole(model, x0, torch.ones_like(x0)).kl
     edges = [0, 1, 5, 20]
@@ -209,7 +216,7 @@ def test_bits_are_tracked_repeated_by_the_door_and_add_up(tmp_path):
     assert logged["eval/bits_per_dim_made"].startswith("bits/dim of 5 held-out images of ")
     curve = list(csv.DictReader((tmp_path / "likelihood.csv").open()))
     assert [row["term"] for row in curve] == ["reconstruction", *["kl"] * 7, "prior"]
-    assert [int(row["first_t"]) for row in curve[1:-1]] == [1 + 19 * k // 7 for k in range(7)]
+    assert all(int(after["first_t"]) == int(before["last_t"]) + 1 for before, after in pairwise(curve[:-1]))
     for name, value in terms.items():  # six digits there
         assert sum(float(row["bits_per_dim"]) for row in curve if row["term"] == name) == pytest.approx(value, rel=1e-5)
     assert all(float(before["log_snr"]) > float(after["log_snr"]) for before, after in pairwise(curve[:-1]))

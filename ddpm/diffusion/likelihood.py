@@ -80,15 +80,24 @@ class Bound(NamedTuple):
         return self.prior + self.kl.sum(1) + self.reconstruction
 
 
-def stretches(timesteps, count):
-    """t = 0 alone, and 1 .. T-1 cut into count - 1 stretches of about one length: the first t of each, and T, as a list.
+def stretches(process, count):
+    """t = 0 alone, and 1 .. T-1 cut into count - 1 stretches: the first t of each, and T, as a list of rising numbers.
 
-    Where `count` is T or more, each t is a stretch. Raises ValueError for less than 2.
+    A stretch holds one t, or more where they hold no more than its share of log(1 + SNR), which falls by twice what white noise
+    adds to the bound at a t: many stretches at low noise, where terms are large. With a `count` of T or more each t is one.
+    Raises ValueError for less than 2.
     """
     if count < 2:
         raise ValueError(f"{count} stretches of t are too few; give 2 or more, T for every t")
-    pieces = min(count, timesteps) - 1
-    return [0, *(1 + (timesteps - 1) * k // max(pieces, 1) for k in range(pieces + 1))]
+    pieces = min(count, process.timesteps) - 1
+    if pieces == 0:
+        return [0, 1]
+    information = torch.log1p((process.alpha / process.sigma) ** 2)
+    share = (information[0] - information) / (information[0] - information[-1]) * pieces
+    place = torch.arange(pieces)
+    first = torch.searchsorted(share, place.double()).clamp(min=1)  # of the t at which so many shares are full
+    first = (first - place).cummax(0).values + place  # each stretch has one t at least, and so have those that follow
+    return [0, *torch.minimum(first, process.timesteps - pieces + place).tolist(), process.timesteps]
 
 
 @torch.no_grad()
@@ -97,7 +106,8 @@ def bound(model, x0, edges, u, noise, y=None):
 
     It is of the model as `ddpm` samples it: with its variance and with clipping if it clips. In stretch k of `edges`, as of
     `stretches`, each image is noised by noise(k) [b, c, h, w] to the t at share u(k) [b] in [0, 1) of it, whose term stands
-    for all of them: right in the mean over u, and in every case where a stretch is one t.
+    for all of them: right in the mean over u, and in every case where a stretch is one t. Of a network that learns classes y,
+    it is the likelihood of an image given its class.
     """
     terms = []
     for k, (first, end) in enumerate(pairwise(edges)):
