@@ -56,7 +56,8 @@ def edit_images(checkpoint_path, edit, images, output_dir, mask=None, num_images
     recipe = build.edit_recipe(trained)
     times = build.evaluations(trained, recipe, made)
     make_folder(output_dir)
-    print(f"{edit}: {count} image{'s' * (count > 1)} from {name}: {recipe}; {times} network evaluations an image")
+    print("\n".join([f"{edit}: {count} image{'s' * (count > 1)} from {name}: {recipe}; {times} network evaluations an image",
+                     *build.remarks(trained, "sample")]))
     film, results = format == "gif", []
     how = partial(draw.frames if film else draw.draw, walk=draw.edited(made, pictures, area, count, machine))
     with progress(None if film else count, film) as bar:

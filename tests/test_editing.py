@@ -14,7 +14,7 @@ from test_doors import door
 from test_samplers import FLOAT32_TABLES, MEAN, SHAPE, SPREAD, Tiny, flow_to, gaussian, last, noises, process
 from test_solvers import PATHS, VARIANTS, mixture, sampler
 
-from ddpm import data
+from ddpm import build, data
 from ddpm.diffusion.editing import EDITS, STEPWISE, Given, asked, get_edit, invert, repaint, resampled, slerp
 from ddpm.diffusion.process import CLEAN, latent
 from ddpm.diffusion.samplers import ddim, ddpm
@@ -350,6 +350,17 @@ def test_inversion_and_interpolation_through_the_door(trained, tmp_path):
     assert np.abs(row[2:18, 20:36].astype(int) - read(alone[0])[2:18, 20:36]).max() <= 1
     film = edit_images(trained, "invert", tmp_path / "0.png", tmp_path / "film", format="gif")
     assert Image.open(film[0]).n_frames > 12 and film[1].name == "grid.png"
+
+
+def test_pictures_are_edited_as_the_classes_that_are_asked_for():
+    classes = {"data__class_labels": True, "data__classes": ("cat", "dog")}
+    assert build.edit_recipe(tiny(**classes)).labels == [] and build.edit_recipe(tiny()).labels == []
+    recipe = build.edit_recipe(tiny(**classes, sample__classes=("dog",), sample__guidance=2.0))
+    assert recipe.labels == [1] and recipe.guidance == 2.0
+    with pytest.raises(ValueError, match="write --classes=cat"):
+        build.edit_recipe(tiny(**classes, train__label_dropout=0.0))
+    with pytest.raises(ValueError, match="write --classes=, or --guidance=1"):
+        build.edit_recipe(tiny(**classes, sample__guidance=2.0))
 
 
 def test_mistakes_are_one_line(trained, tmp_path):
