@@ -72,25 +72,23 @@ def refusal(row):
     return ""
 
 
-def contradicts(row):
-    return any(row[a] == x and row[b] == y for (a, x), (b, y) in CONTRADICTIONS)
+def pairs_of(row):
+    return set(map(frozenset, itertools.combinations(row.items(), 2)))
 
 
 def covering():
-    """Rows that together hold every pair that is no contradiction."""
-    choose = random.Random(0)
-    pairs = {pair for a, b in itertools.combinations(AXES, 2) for pair in itertools.product(
-        ((a, x) for x in AXES[a]), ((b, y) for y in AXES[b])) if pair not in CONTRADICTIONS}
-    while pairs:
-        wanted = dict(min(pairs, key=repr))
-        tried = []
-        while len(tried) < 40:
-            row = {axis: wanted.get(axis, choose.choice(values)) for axis, values in AXES.items()}
-            if not contradicts(row):
-                tried.append((len(pairs & set(itertools.combinations(row.items(), 2))), len(tried), row))
-        *_, row = max(tried)
-        pairs -= set(itertools.combinations(row.items(), 2))
-        yield row
+    """Rows that together hold every pair that is no contradiction: each is built around a pair that is wanted still."""
+    choose, never = random.Random(0), set(map(frozenset, CONTRADICTIONS))
+    left = {frozenset(pair) for a, b in itertools.combinations(AXES, 2)
+            for pair in itertools.product(((a, x) for x in AXES[a]), ((b, y) for y in AXES[b]))} - never
+    while left:
+        row = dict(min(left, key=lambda pair: sorted(map(repr, pair))))
+        for axis in choose.sample(sorted(AXES.keys() - row.keys()), len(AXES) - len(row)):
+            fits = [value for value in AXES[axis] if not never & {frozenset([(axis, value), other]) for other in row.items()}]
+            row[axis] = max(fits, key=lambda value, axis=axis, row=row: (
+                len(left & {frozenset([(axis, value), other]) for other in row.items()}), choose.random()))
+        left -= pairs_of(row)
+        yield {axis: row[axis] for axis in AXES}
 
 
 ROWS = list(covering())
