@@ -14,8 +14,9 @@ from ddpm import command, config, main
 from ddpm.config import base, changed, check, flatten, freeze, from_json, to_json
 
 ROOT = Path(__file__).parents[1]
-FREE_TEXT = {"train.init_from", "evaluate.inception_weights", "wandb.project", "wandb.entity", "wandb.name", "wandb.group",
-             "wandb.notes"}
+FREE_TEXT = {"train.init_from", "sample.guide", "evaluate.inception_weights", "wandb.project", "wandb.entity", "wandb.name",
+             "wandb.group", "wandb.notes"}
+WORDS = {"wandb.tags", "data.classes", "sample.classes", "evaluate.classes", "sample.guidance_interval"}  # and pairs of numbers
 KNOBS = flatten(base())
 DURATION = "; write a number and one of steps, epochs, images, such as '500 steps'"
 NUMBERS = {key for key, value in KNOBS.items() if type(value) in (int, float)}
@@ -62,7 +63,7 @@ def test_every_knob_is_checked_in_one_way():
               FREE_TEXT)
     for key, value in KNOBS.items():
         ways = [key in table for table in tables]
-        ways += [key.startswith("every."), isinstance(value, bool), key == "wandb.tags"]
+        ways += [key.startswith("every."), isinstance(value, bool), key in WORDS]
         assert sum(ways) == 1, f"{key} = {value!r} is checked {sum(ways)} times: give it a line in RANGES, CHOICES, SPECS ..."
     for table in tables:
         assert set(table) <= set(KNOBS)
@@ -272,7 +273,7 @@ def test_tracked_is_flat_and_has_the_names_of_the_flags():
 
 @pytest.mark.parametrize("key", KNOBS)
 def test_what_is_free_is_what_touches_no_number_of_a_step(key):
-    free = (key in ("train.length", "data.num_workers", "sample.batch_size")
+    free = (key in ("train.length", "data.classes", "data.num_workers", "sample.batch_size")
             or key.split(".")[0] in ("every", "wandb", "evaluate"))
     assert config.is_free(key) == free
 
@@ -415,7 +416,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     (["--config=(wrong_type.py)"], "(wrong_type.py), line 6: batch_size cannot be '64'; it takes a whole number"),
     (["--config=(none.py)"], "config.train.gradient_clip is None; it takes a number"),
     (["--config=(plain.py):foo"], "the config file takes no variant; leave out what follows ':', or write "),
-    (["--config=(not_base.py)"], "(not_base.py) lacks data.channels; begin get_config with `config = base()`"),
+    (["--config=(not_base.py)"], "(not_base.py) lacks data.augment; begin get_config with `config = base()`"),
     (["--config=(more.py)"], "(more.py) has an unknown knob train.colour; begin get_config with `config = base()`"),
     ([f"--config={ROOT}/configs/edm_cifar10.py:foo"], "this config file has no variants; leave out ':foo'"),
     ([f"--config={ROOT}/configs/cats128.py:smal"], "unknown variant 'smal' (did you mean 'small'?); choose one of small, "),
