@@ -1,6 +1,7 @@
 """What every test stands on: no trace outside its own folder, one thread, and a run small enough to train in a second."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from ddpm import build, config, dist
 from ddpm.train import train
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background; children would not hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # sums depend on it bit for bit; and two threads on a busy machine are slower than one
 
 

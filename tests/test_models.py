@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddpm.models import MODELS, DiT, UNet
+from ddpm.models import MODELS, DiT, UNet, UNetMP
 from ddpm.models.layers import (
     AttentionBlock,
     Downsample,
@@ -499,7 +499,7 @@ def test_construction_is_a_function_of_torchs_seed():
 
 
 def test_table_of_architectures():
-    assert MODELS == {"unet": UNet, "dit": DiT}
+    assert MODELS == {"unet": UNet, "unet_mp": UNetMP, "dit": DiT}
 
 
 def test_normed_queries_and_keys_do_not_depend_on_their_scale():
