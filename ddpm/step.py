@@ -84,10 +84,12 @@ class Step:
         self.augment = partial(self._augmented, augmentation) if augmentation else lambda x0, *address: (x0, None)
         self.label = (lambda labels, *address: None) if label_dropout is None else (
             lambda labels, *address: machine.put(data.drop(labels, label_dropout, *address)))
+        self.condition = self._conditioned if diffusion.self_condition else lambda *address: None
         places = range(batch_size)[machine.share(batch_size)]
         size = len(places) // micro_batches
         self.parts = [places[i * size:(i + 1) * size] for i in range(micro_batches)]
-        self.seen = torch.zeros(2, batch_size, device=machine.device)  # t and loss of the effective batch
+        self.batch_size = batch_size
+        self.seen = torch.zeros(2, batch_size, device=machine.device)  # t and loss of a batch, for times that learn from them
 
     def __call__(self, step, batch):
         """Learn from this rank's share of the effective batch, images and labels in the order of the places."""
@@ -120,16 +122,18 @@ class Step:
         x0 = images.encode(self.machine.put(self.flip(pixels, self.seed, step, places)))
         x0, augmentation = self.augment(x0, step, places)
         times = partial(rng.uniform, self.seed, "train time", step)
-        t, importance = self.objective.times(self.diffusion.process, places, self.seen.shape[1], times)
+        t, importance = self.objective.times(self.diffusion.process, places, self.batch_size, times)
         t, noise = self.machine.put(t), self.machine.put(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
-        conditioned = self.machine.put(rng.uniform(self.seed, "train self-condition", step, places) < 0.5)
         y = self.label(labels, self.seed, step, places)
-        losses = self.diffusion.losses(x0, t, noise, y, conditioned, augmentation)
+        losses = self.diffusion.losses(x0, t, noise, y, self.condition(step, places), augmentation)
         weighted = losses if importance is None else losses * importance
         self.scaler.scale(weighted.mean() / len(self.parts)).backward()
         self.meters.add_losses(t, losses)
-        self.seen[0, places.start:places.stop], self.seen[1, places.start:places.stop] = t, losses.detach()
+        if self.objective.watches:
+            self.seen[:, places.start:places.stop] = torch.stack([t.to(losses.dtype), losses.detach()])
 
+    def _conditioned(self, step, places):
+        return self.machine.put(rng.uniform(self.seed, "train self-condition", step, places) < 0.5)
 
     def _augmented(self, probability, x0, step, places):
         numbers = rng.normal(self.seed, "augment", step, places, (augment.NUMBERS,))

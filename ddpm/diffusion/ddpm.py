@@ -63,10 +63,13 @@ class DDPM(nn.Module):
         """Whether the network tells a variance too."""
         return self.variance == "learned"
 
-    def denoiser(self, net=None, y=None, guidance=NONE):
-        """Make the `denoise(x, level)` that samplers call, for one walk, of this network or another one like it."""
-        return denoiser(self.net if net is None else net, predict=self.predict, clip=self.clip, y=y, learned=self.learned,
-                        self_condition=self.self_condition, guidance=guidance)
+    def denoiser(self, net=None, y=None, guidance=NONE, clip=None):
+        """Make the `denoise(x, level)` that samplers call, for one walk, of this network or another one like it.
+
+        `clip` takes the place of the model's.
+        """
+        return denoiser(self.net if net is None else net, predict=self.predict, clip=self.clip if clip is None else clip, y=y,
+                        learned=self.learned, self_condition=self.self_condition, guidance=guidance)
 
     def q_sample(self, x0, t, noise=None):
         """Return x_t ~ q(x_t | x0), the images noised to times t (Ho et al. 2020, eq. 4), by torch's generator if need be."""
@@ -74,16 +77,10 @@ class DDPM(nn.Module):
 
     def p_mean_variance(self, x, t, y=None):
         """Return the Step of p(x_{t-1} | x_t) that the network implies (Ho et al. 2020, eqs. 1 and 11)."""
-        level = self.level(t, x.dtype)
-        before = torch.zeros_like(x) if self.self_condition else None
-        out = ask(self.net, self.target, x, level, y, before)
+        level = rounded(self.process.at(t), x.dtype)
+        out = ask(self.net, self.target, x, level, y, self.own_estimate(self.net, x, level, y))
         x0, _, *mix = estimate(x, out, level, self.target, self.clip, self.learned)
         return Step(*self.process.posterior(x0, x, t, self.variance, *mix), x0)
-
-    def level(self, t, dtype):
-        """The level of each t [b], as tensors [b, 1, 1, 1]."""
-        level = self.process.at(t)
-        return level._replace(alpha=level.alpha.to(dtype), sigma=level.sigma.to(dtype))
 
     def losses(self, x0, t, noise, y=None, conditioned=None, augmentation=None):
         """Return each image's loss, float32 [b]: by default the mean squared error on the target (Ho et al. 2020, eq. 14).
@@ -92,15 +89,16 @@ class DDPM(nn.Module):
         learns augmented images is told of it, as ddpm.augment has it.
         """
         net = self.net if augmentation is None else partial(self.net, augmentation=augmentation)
-        level = self.level(t, x0.dtype)
-        x = self.q_sample(x0, t, noise)
+        exact = self.process.at(t)
+        level = rounded(exact, x0.dtype)
+        x = level.alpha * x0 + level.sigma * noise
         out = ask(net, self.target, x, level, y, self.own_estimate(net, x, level, y, conditioned)).float()
         said, objective = out.chunk(2, dim=1)[0] if self.learned else out, self.objective
         losses = 0
         if objective.mse:
             target = self.target.make(x0, noise, level.alpha, level.sigma)
             error = reduce((said - target.float()) ** 2, "b c h w -> b", "mean")
-            losses = objective.weighting(error, self.process.at(t), self.target)
+            losses = objective.weighting(error, exact, self.target)
         if objective.bound:
             if objective.mse:  # then the bound teaches the variance alone
                 out = torch.cat([said.detach(), out.chunk(2, dim=1)[1]], dim=1)
@@ -111,7 +109,7 @@ class DDPM(nn.Module):
         return losses
 
     @torch.no_grad()
-    def own_estimate(self, net, x, level, y, conditioned):
+    def own_estimate(self, net, x, level, y, conditioned=None):
         """What the network is given of its own: None where it takes nothing, nothing yet (0) for images not conditioned."""
         if not self.self_condition:
             return None
@@ -155,3 +153,8 @@ class DDPM(nn.Module):
             for module, training in modes:
                 module.training = training
         return x.clamp(-1, 1)
+
+
+def rounded(level, dtype):
+    """The float64 level of a batch in the dtype that networks compute in."""
+    return level._replace(alpha=level.alpha.to(dtype), sigma=level.sigma.to(dtype))

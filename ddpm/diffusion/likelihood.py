@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from einops import reduce
 
-from ddpm.diffusion.targets import denoiser
-
 BITS = 1 / math.log(2)
 HALF_PIXEL = 1 / 255  # of 256 values over [-1, 1]
 LIKELIHOODS = ("none", "bound", "flow", "both")
@@ -167,8 +165,7 @@ def flow_bits(model, x0, levels, u, probe, y=None):
     Estimates of x0 are not clipped; the divergence is estimated with `probe`, as of `hutchinson`.
     """
     def denoise(x, level):
-        return denoiser(model.net, predict=model.predict, clip=False, y=y, learned=model.learned,
-                        self_condition=model.self_condition)(x, level)  # made anew, or it remembers its last estimate
+        return model.denoiser(y=y, clip=False)(x, level)  # made anew, or it remembers its last estimate
 
     log_density = flow(denoise, x0 + (2 * u - 1) * HALF_PIXEL, levels, hutchinson(probe))
     return (-log_density / x0[0].numel() * BITS - math.log2(2 * HALF_PIXEL)).float()
