@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from ddpm import build, command, config
+from ddpm.draw import joined
 from ddpm.files import held
 from ddpm.score import keep
 from ddpm.train import show
@@ -21,15 +22,16 @@ def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
     """Draw images from a run folder or checkpoint file and measure them against its data; returns {"eval/fid": ...}.
 
     `knobs` as in `{"evaluate.num_samples": 5000}` take the place of the checkpoint's own; `workdir` is a folder that becomes a
-    run with config.json, metrics.jsonl, the nearest training images and likelihood.csv, if that is measured. Raises ValueError,
-    one line, for a missing checkpoint, data or extractor, for nothing to measure, and for a folder that holds something else.
+    run with config.json, metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training images
+    and likelihood.csv, if that is measured. Raises ValueError, one line, for a missing checkpoint, data or extractor, for
+    nothing to measure, and for a folder that holds something else.
     """
     made = build.load(checkpoint_path, device, **knobs)
     if workdir is None:
         return measure(made)[0]
     with held(workdir):
         config.check_measures(made.config, workdir)
-        numbers, pictures, files = measure(made)
+        numbers, pictures, files = measure(made, made.config.sample.num_images)
         tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)
         tracker.log(made.step, numbers)
         show(workdir, tracker, made.step, pictures)
@@ -39,15 +41,18 @@ def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
     return numbers
 
 
-def measure(made):
-    """The numbers and pictures of what a checkpoint draws, and numbers and files of how likely it finds the real images."""
+def measure(made, shown=0):
+    """Numbers and pictures of what a checkpoint draws, of which the first are `shown`; numbers and files of the likelihood."""
     images = build.dataset(made.config)
     score, likelihood = (build.scorer(made.config, images, made.machine),
                          build.likelihood(made.config, made.net, images, made.machine))
     if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
         raise ValueError("nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set one of them")
     print("\n".join([f"measuring {made.name}: {how}", *build.remarks(made.config, "evaluate")]))
-    (numbers, pictures), (bits, files) = score(build.drawer(made.config, made.net, made.machine)), likelihood()
+    draw = build.drawer(made.config, made.net, made.machine)
+    (numbers, pictures), (bits, files) = score(draw), likelihood()
+    if numbers and shown:
+        pictures["samples"] = made.machine.gather(joined(draw(range(shown), score.recipe)))
     return numbers | bits, pictures, files
 
 

@@ -10,7 +10,7 @@ import math
 from PIL import Image
 
 from ddpm.files import written_beside
-from ddpm.results import label, lines_along, numeric_axes
+from ddpm.results import is_training, label, lines_along, numeric_axes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")  # Okabe and Ito 2008
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
@@ -237,7 +237,8 @@ def grid_caption(groups, seed, best):
     """How the grids were made that stand side by side."""
     runs = [run for group in groups for run in group.runs if run.knobs[group.unit] == seed]
     knobs, step = runs[0].knobs, int(runs[0].grid.stem.rpartition("_")[2])
-    forms = {"sample.sampler": "{}", "sample.steps": "{} steps", "sample.spacing": "{} spacing"}
+    section = "sample" if is_training(runs) else "evaluate"
+    forms = {f"{section}.sampler": "{}", f"{section}.steps": "{} steps", "sample.spacing": "{} spacing"}
     how = [form.format(knobs[key]) for key, form in forms.items() if len({run.knobs[key] for run in runs}) == 1]
     latents = f"images 0 to {knobs['sample.num_images'] - 1} from the same latents (seed {knobs['sample.seed']})"
     return f"Samples{best}, seed {seed}, after {step} steps: {latents}, averaged weights, {', '.join(how)}."

@@ -304,7 +304,10 @@ def test_measurements_against_the_number_of_steps(here, trained, capsys):
     assert found.axes == ["evaluate.steps"] and [group.setting["evaluate.steps"] for group in found.groups] == [1, 2, 4]
     assert report.answer(found).startswith("Cannot tell: 1 seed a setting do not show the noise")
     assert Path("report", "along_steps.png").is_file() and not Path("report", "curves.png").exists()
-    assert "steps varied" in Path("report", "README.md").read_text()
+    text = Path("report", "README.md").read_text()
+    assert "steps varied" in text and "Samples, seed 0, after " in text
+    grids = {Path("report", "runs", steps, "samples").glob("step_*.png").__next__().read_bytes() for steps in "124"}
+    assert len(grids) == 3  # each drawn as it was measured
 
 
 def test_the_door(here):

@@ -217,6 +217,9 @@ def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
     (row,) = rows(tmp_path / "run")
     assert row["step"] == 12 and "20 samples" in row["eval/made"] and ", 3 steps" in row["eval/made"]
     assert f"eval/fd_digits               {row['eval/fd_digits']:.4f}" in out
+    grid = (tmp_path / "run" / "samples" / "step_00000012.png").read_bytes()
+    sample_from_checkpoint(trained, tmp_path / "grid.png", 4, **{"sample.sampler": "ddim", "sample.steps": 3})
+    assert grid == (tmp_path / "grid.png").read_bytes()  # what is measured, from the latents that every drawing begins at
     assert evaluate(trained, workdir=tmp_path / "run", **{"evaluate.steps": 3, "evaluate.num_samples": 20}) == {
         key: value for key, value in row.items() if key != "step"}
     before = (trained / "metrics.jsonl").read_bytes()
