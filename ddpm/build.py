@@ -24,7 +24,7 @@ from ddpm.train import Best, Run, Same
 
 def network(config):
     """The plain network of a config, its weights drawn at the config's seed; it gets those knobs of `model` that it names."""
-    model, channels, section = dict(config.model), config.data.channels, config.diffusion
+    model = dict(config.model)
     make = spec.choose("config.model.name", MODELS, model.pop("name"))
     model["num_head_channels"] = model["num_head_channels"] or None
     parameters = inspect.signature(make.func).parameters.values()
@@ -33,10 +33,15 @@ def network(config):
         named |= model.keys()
     rng.reseed_torch(config.seed)
     return make(
-        image_size=config.data.image_size, in_channels=channels * (1 + section.self_condition),
-        out_channels=channels * (1 + (section.variance == "learned")),
+        image_size=config.data.image_size, in_channels=channels_in(config),
+        out_channels=config.data.channels * (1 + (config.diffusion.variance == "learned")),
         num_classes=len(config.data.classes) or None, augmentation=augment.TOLD if config.data.augment else 0,
         **{name: value for name, value in model.items() if name in named})
+
+
+def channels_in(config):
+    """The channels that the network takes: those of the images, and of its last guess where it is given that too."""
+    return config.data.channels * (1 + config.diffusion.self_condition)
 
 
 def diffusion(config, net):
@@ -160,8 +165,7 @@ def likelihood(config, net, images, machine):
     if section.likelihood == "none":
         return score.Nothing()
     whose, indices = ("held-out", held_out) if len(held_out) else ("training", learned)
-    kept = min(len(indices), section.likelihood_images)
-    indices = [int(indices[k * len(indices) // kept]) for k in range(kept)]  # of a folder sorted by class, all classes
+    indices = data.thinned(indices, section.likelihood_images)
     fit = max(config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1)  # with gradients
     return score.Likelihood(images, indices, whose, diffusion(config, net), section.likelihood,
                             section.likelihood_evaluations, min(section.batch_size, fit), weights_name(config),
@@ -191,10 +195,7 @@ def guide(config, machine):
         if theirs[key] != ours[key] and (key != "data.classes" or theirs[key]):
             raise ValueError(f"{path} cannot guide: its config.{key} is {theirs[key]!r}, not {ours[key]!r}; give as "
                              "sample.guide a training that differs in network, length and optimiser alone")
-    with torch.device("meta"):
-        net = network(other)
-    put_weights(net, weights, path, assign=True)
-    net = net.to(machine.device).eval()
+    net = network_with(other, weights, path).to(machine.device).eval()
     return net if other.data.classes else unlabelled(net)
 
 
@@ -238,8 +239,7 @@ def flops_per_image(config):
     """Floating-point operations, forward and backward, that training spends on one image, counted without computing any."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net, (_, *size) = network(config), image_shape(config)
-        channels = config.data.channels * (1 + config.diffusion.self_condition)
-        net(torch.empty(1, channels, *size), torch.zeros(1, dtype=torch.long)).sum().backward()
+        net(torch.empty(1, channels_in(config), *size), torch.zeros(1, dtype=torch.long)).sum().backward()
     return counter.get_total_flops()
 
 
@@ -265,11 +265,17 @@ def load(run_or_file, device=None, **knobs):
         step, weights = chosen_weights(path, step, config)
     if knobs.get("sample.guide") and config.sample.guidance == 1:
         raise ValueError(f"the guide {config.sample.guide} is not asked where guidance is 1; give such as --guidance=2 too")
+    net = network_with(config, weights, path)
+    machine = dist.start(config.train.amp, config.train.deterministic, device)
+    return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net.to(machine.device))
+
+
+def network_with(config, weights, path):
+    """The network of a config that takes over the weights that a file holds; raises ValueError where they are of another."""
     with torch.device("meta"):
         net = network(config)
     put_weights(net, weights, path, assign=True)
-    machine = dist.start(config.train.amp, config.train.deterministic, device)
-    return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net.to(machine.device))
+    return net
 
 
 def put_weights(net, weights, path, assign=False):

@@ -415,6 +415,12 @@ def split(n, fraction, seed):
     return np.sort(shuffled[held:]), np.sort(shuffled[:held])
 
 
+def thinned(indices, most):
+    """At most so many of the indices, evenly from first to last: of a folder sorted by class, all classes."""
+    kept = min(len(indices), most)
+    return [int(indices[k * len(indices) // kept]) for k in range(kept)]
+
+
 @lru_cache(maxsize=4)  # a batch lies in one epoch, or in a few neighbours
 def epoch_order(seed, n, epoch):
     return rng.permutation(seed, "order", epoch, n)

@@ -149,8 +149,7 @@ class Validation:
     """
 
     def __init__(self, dataset, indices, net, diffusion, machine, batch_size, labels=None, most=1024):
-        kept = min(len(indices), most)
-        indices = [int(indices[i * len(indices) // kept]) for i in range(kept)]  # of a folder sorted by class, all classes
+        indices = data.thinned(indices, most)
         order = rng.permutation(0, "validation time", 0, len(indices))
         self.times = torch.from_numpy((order + 0.5) * diffusion.process.timesteps / max(len(indices), 1)).long()
         self.dataset, self.indices, self.net = dataset, indices, net
