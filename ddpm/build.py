@@ -1,25 +1,18 @@
-"""The only reader of config sections: config -> objects."""
+"""Config -> objects. With `assemble`, which puts a training together, the only reader of config sections."""
 
 import inspect
-import math
-import os
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import augment, checkpoint, clock, data, dist, draw, metrics, optim, posthoc, rng, score, spec, tracking
+from ddpm import augment, checkpoint, data, dist, draw, metrics, posthoc, rng, score, spec, tracking
 from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.guidance import unlabelled
-from ddpm.dist import StepNetwork
-from ddpm.ema import EMA
 from ddpm.models import MODELS
-from ddpm.step import Meters, Step, Validation
-from ddpm.train import Best, Run, Same
 
 
 def network(config):
@@ -292,14 +285,6 @@ def part_name(number):
     return f"ema {number}"
 
 
-def averages_of(config, net):
-    """The averages of a training by the names of their parts; the first is the one that is drawn and measured."""
-    section = config.ema
-    averages = {"ema": EMA(net, section.decay, section.warmup)}
-    averages |= {part_name(decay): EMA(net, decay, section.warmup) for decay in section.more}
-    return averages | {part_name(width): EMA(net, posthoc.power_function(width)) for width in section.profiles}
-
-
 def weights_name(config):
     """The weights that are drawn and measured, in words."""
     chosen = config.sample.ema
@@ -332,112 +317,9 @@ def chosen_weights(path, step, config):
     return found[-1][0], posthoc.reconstruct(stored, chosen)
 
 
-def rate(config, dataset_size):
-    """The learning rate as a function of the step."""
-    section = config.train
-
-    def steps(text):
-        return clock.steps_of(text, section.batch_size, dataset_size)
-
-    name, arguments = spec.parse(section.learning_rate_decay)
-    if "length" in arguments:
-        arguments["length"] = steps(arguments["length"])
-    decay = partial(optim.DECAYS[name], **arguments)
-    return lambda step: optim.learning_rate(step, section.learning_rate, steps(section.warmup), decay)
-
-
-def batches(config, images, indices, machine, start, total):
-    """This rank's share of each effective batch from step `start` to `total`: uint8 [b, c, h, w] and labels int64 [b]."""
-    size, share = config.train.batch_size, machine.share(config.train.batch_size)
-    order = (indices[data.batch_indices(config.seed, len(indices), step, size)[share]] for step in range(start, total))
-    workers = min(config.data.num_workers, os.cpu_count() or 1)
-    return data.loader(images, order, workers, pin_memory=machine.device.type == "cuda")
-
-
-def training_scorer(config, images, machine, notes):
-    """The scorer of a training: nothing, and a note, where its extractor is not to be had.
-
-    Raises ValueError for a file of weights that is named in the config and cannot be used.
-    """
-    if clock.Every(config.every.evaluate, 1, 1).never:
-        return score.Nothing()
-    try:
-        return scorer(config, images, machine)
-    except ValueError as error:
-        if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
-            raise
-        notes.append(f"going on without evaluation: {error}")
-        return score.Nothing()
-
-
-def assemble(config, folder, machine):
-    """Make the run of a config in a folder: new, or standing where its newest checkpoint left it.
-
-    Raises ValueError for what cannot be run, before anything is written.
-    """
-    section, folder = config.train, Path(folder)
-    equal = machine.world * section.gradient_accumulation_steps
-    if section.batch_size % equal:
-        raise ValueError(f"config.train.batch_size {section.batch_size} cannot be cut into {machine.world} ranks x "
-                         f"{section.gradient_accumulation_steps} micro-batches; choose a multiple of {equal}")
-    if config.sample.ema:
-        raise ValueError(f"config.sample.ema is {config.sample.ema}, and a training draws with config.ema.decay; leave it at "
-                         "0, and give --ema to generate, sample or evaluate")
-    images = dataset(config)
-    classes = class_names(config, images)
-    config = with_classes(config, classes)
-    learned, held_out = split(config, images)
-    total = clock.steps_of(section.length, section.batch_size, len(learned))
-    every = {name: clock.Every(text, section.batch_size, len(learned)) for name, text in config.every.items()}
-    for name, nothing in (("validate", not len(held_out)), ("snapshot", not config.ema.profiles)):
-        if nothing:
-            every[name] = clock.Every("0 steps", section.batch_size, len(learned))
-
-    content = checkpoint.newest(folder)
-    net = network(config).to(machine.device)
-    if content is None and section.init_from:
-        path, _, _, weights = checkpoint.load_weights(section.init_from)
-        put_weights(net, weights, path)
-    averages = averages_of(config, net)
-    model = diffusion(config, StepNetwork(net, machine))
-    model.objective.to(machine.device)
-    meters = Meters(config.diffusion.timesteps, machine)
-    step = Step(
-        net=net, diffusion=model, averages=list(averages.values()), meters=meters, machine=machine, scaler=machine.scaler(),
-        optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
-            [*net.parameters(), *model.objective.parameters()], section.learning_rate),
-        seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
-        learning_rate=rate(config, len(learned)), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
-        augmentation=config.data.augment, label_dropout=section.label_dropout if classes else None)
-    parts = {"net": net, **averages, "optimizer": step.optimizer, "scaler": step.scaler, "meters": meters, "best": Best(),
-             "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
-    if model.objective.state_dict():  # a weighting or times that learn
-        parts["objective"] = model.objective
-    if content is not None:
-        checkpoint.restore(content["parts"], parts)
-    notes = [*machine.notes, *images.notes, *remarks(config, "sample"),
-             f"{len(learned)} images to learn from, {len(held_out)} held out"]
-    return Run(
-        folder=folder, config_json=configs.to_json(config), classes=classes, machine=machine,
-        start=content["step"] if content else 0, total=total, step=step, meters=meters, every=every, best=parts["best"],
-        parts=parts, notes=notes, stored=[part_name(width) for width in config.ema.profiles],
-        batches=lambda start: batches(config, images, learned, machine, start, total),
-        speed=clock.Speed(section.batch_size, len(learned), flops_per_image(config)),
-        validation=Validation(images, held_out, net, model, machine, section.batch_size,
-                              images.labels if classes else None),
-        draw=drawer(config, net, machine), grid=(range(config.sample.num_images), grid_recipe(config)),
-        score=training_scorer(config, images, machine, notes), likelihood=likelihood(config, net, images, machine),
-        tracker_state=content and content["parts"]["tracker"])
-
-
 def tracker(config, folder, machine, start, total, state=None):
     """Write a run's config.json and open its tracker, whose rows continue after step `start` of `total`."""
     if machine.main:
         configs.write(config, folder)
     return tracking.open_tracker(folder, config=configs.tracked(config), wandb=dict(config.wandb), start_step=start,
                                  total_steps=total, state=state, main=machine.main)
-
-
-def track(config, run):
-    """Let a run be followed by its tracker."""
-    run.track(tracker(with_classes(config, run.classes), run.folder, run.machine, run.start, run.total, run.tracker_state))

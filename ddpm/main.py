@@ -8,7 +8,7 @@ import traceback
 
 from absl import flags
 
-from ddpm import build, command, config, dist
+from ddpm import assemble, build, command, config, dist
 from ddpm.files import held
 from ddpm.train import Diverged, train
 
@@ -26,13 +26,13 @@ def train_experiment(given, folder):
     machine = dist.start(given.train.amp, given.train.deterministic)
     try:
         with held(folder) if machine.main else contextlib.nullcontext():
-            run = build.assemble(given, folder, machine)
+            run = assemble.run(given, folder, machine)
             if run.start >= run.total:
                 print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
                 return command.DONE
             if machine.main:
                 print(run.config_json)
-            build.track(given, run)
+            assemble.track(given, run)
             return finish(run)
     finally:
         dist.stop()

@@ -62,7 +62,7 @@ class Best:
 
 @dataclass
 class Run:
-    """A training that stands at `start` steps done of `total`, with all it needs; `build.assemble` makes it."""
+    """A training that stands at `start` steps done of `total`, with all it needs; `assemble.run` makes it."""
 
     folder: Path
     config_json: str

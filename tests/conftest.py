@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from ddpm import build, config, dist
+from ddpm import assemble, build, config, dist
 from ddpm.train import train
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background; children would not hear it
@@ -47,8 +47,8 @@ def run(given, folder):
     """Train a config in a folder, or go on with it, as the door does; returns True if it came to its end."""
     build.check(given)
     config.check_continues(given, folder)
-    made = build.assemble(given, folder, dist.start(given.train.amp, given.train.deterministic))
-    build.track(given, made)
+    made = assemble.run(given, folder, dist.start(given.train.amp, given.train.deterministic))
+    assemble.track(given, made)
     finished = train(made)
     made.tracker.close()
     return finished

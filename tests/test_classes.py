@@ -9,7 +9,7 @@ from conftest import run, tiny
 from PIL import Image
 from test_doors import door
 
-from ddpm import build, checkpoint, config, data, dist, draw, results
+from ddpm import assemble, build, checkpoint, config, data, dist, draw, results
 from ddpm.evaluate import evaluate
 from ddpm.generate import generate_images
 
@@ -77,7 +77,7 @@ def test_micro_batches_see_the_same_labels(tmp_path):
     seen = {}
     for parts in (1, 4):
         given = learning(train__gradient_accumulation_steps=parts, train__label_dropout=0.5)
-        made = build.assemble(given, tmp_path, dist.start())
+        made = assemble.run(given, tmp_path, dist.start())
         told = seen.setdefault(parts, [])
         made.step.net.register_forward_pre_hook(lambda _, inputs, told=told: told.append(inputs[2]))
         made.step(3, next(made.batches(3)))
@@ -222,7 +222,7 @@ def test_the_network_that_draws_without_guidance_is_asked_once_a_step(trained):
 
 
 def test_validation_and_likelihood_are_told_the_labels(tmp_path):
-    made = build.assemble(learning(evaluate__likelihood="bound", evaluate__likelihood_images=4,
+    made = assemble.run(learning(evaluate__likelihood="bound", evaluate__likelihood_images=4,
                                    evaluate__likelihood_evaluations=4), tmp_path, dist.start())
     net = made.step.net
     for parameter in net.parameters():  # the last layer begins at zero, and would hide what the network does

@@ -5,7 +5,7 @@ import torch
 from conftest import rows, run, tiny
 from test_train import equal, final_state
 
-from ddpm import build, checkpoint, dist
+from ddpm import assemble, checkpoint, dist
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 
@@ -32,7 +32,7 @@ def test_resume_on_a_card_is_bitwise_when_deterministic(tmp_path):
 
 
 def test_a_step_does_not_wait_for_the_card(tmp_path):
-    made = build.assemble(tiny(data__flip=True), tmp_path, dist.start(device="cuda"))
+    made = assemble.run(tiny(data__flip=True), tmp_path, dist.start(device="cuda"))
     batches = made.batches(0)
     for step in range(3):
         made.step(step, next(batches))

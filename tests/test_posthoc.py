@@ -10,7 +10,7 @@ from conftest import rows, run, tiny
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpm import build, checkpoint, compare, config, dist, study
+from ddpm import assemble, build, checkpoint, compare, config, dist, study
 from ddpm.ema import EMA
 from ddpm.evaluate import evaluate
 from ddpm.generate import generate_images
@@ -151,9 +151,9 @@ def test_snapshots_past_the_checkpoint_are_of_a_run_that_was_lost(trained, tmp_p
     given = tiny(**SEVERAL | dict(every__snapshot="2 steps", every__save="5 steps"), train__length="6 steps")
     run(given, tmp_path)
     checkpoint.checkpoints(tmp_path)[-1][1].unlink()  # as if it had been killed after its snapshot at step 6
-    made = build.assemble(tiny(**SEVERAL), tmp_path, dist.start())
+    made = assemble.run(tiny(**SEVERAL), tmp_path, dist.start())
     assert made.start == 5 and [step for step, _ in checkpoint.snapshots(tmp_path)] == [2, 4, 6]
-    build.track(tiny(**SEVERAL), made)
+    assemble.track(tiny(**SEVERAL), made)
     made.tracker.close()
     assert [step for step, _ in checkpoint.snapshots(tmp_path)] == [2, 4]
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpm"
 
 FLOORS = {
     "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
-    "assembly": ["build", "train"],
+    "assembly": ["build", "assemble", "train"],
     "craft": ["config", "command", "study", "draw", "score", "step", "results", "report", "figures"],
     "services": ["data", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],

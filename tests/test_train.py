@@ -9,7 +9,7 @@ import torch
 from conftest import rows, run, tiny
 from PIL import Image
 
-from ddpm import build, checkpoint, config, dist, images, rng
+from ddpm import assemble, build, checkpoint, config, dist, images, rng
 from ddpm.train import Diverged, train
 
 
@@ -55,8 +55,8 @@ def test_forty_steps_are_seventeen_and_twenty_three(tmp_path):
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
     given = tiny(train__length="30 steps")
     run(given, tmp_path / "whole")
-    made = build.assemble(given, tmp_path / "parts", dist.start())
-    build.track(given, made)
+    made = assemble.run(given, tmp_path / "parts", dist.start())
+    assemble.track(given, made)
     learn = made.step
 
     def interrupt(step, batch):
@@ -119,7 +119,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     given = tiny(train__length="1 steps")
-    made = build.assemble(given, tmp_path, dist.start())
+    made = assemble.run(given, tmp_path, dist.start())
     before = {name: value.clone() for name, value in made.step.net.state_dict().items()}
     with torch.no_grad():
         next(made.step.net.parameters()).view(-1)[0] = float("nan")
@@ -142,11 +142,11 @@ def test_mixed_precision_learns_on_the_cpu_too(tmp_path, amp):
 def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
     run(tiny(), tmp_path / "a")
     given = tiny(train__init_from=str(tmp_path / "a"), seed=3)
-    made = build.assemble(given, tmp_path / "b", dist.start())
+    made = assemble.run(given, tmp_path / "b", dist.start())
     assert made.start == 0
     assert equal(dict(made.step.net.state_dict()), checkpoint.load_weights(tmp_path / "a")[3])
     with pytest.raises(ValueError, match="are of another network than the config's"):
-        build.assemble(tiny(train__init_from=str(tmp_path / "a"), model__model_channels=16), tmp_path / "c", dist.start())
+        assemble.run(tiny(train__init_from=str(tmp_path / "a"), model__model_channels=16), tmp_path / "c", dist.start())
 
 
 def test_another_config_in_the_same_folder_is_refused_with_the_knobs_named(tmp_path):
@@ -175,8 +175,8 @@ def test_two_threads_resume_bitwise_too(tmp_path):
 
 
 def test_a_run_without_a_finite_gradient_stops_and_says_so(tmp_path):
-    made = build.assemble(tiny(), tmp_path, dist.start())
-    build.track(tiny(), made)
+    made = assemble.run(tiny(), tmp_path, dist.start())
+    assemble.track(tiny(), made)
     with torch.no_grad():
         next(made.step.net.parameters()).fill_(float("nan"))
     with pytest.raises(Diverged, match="no finite gradient in the last 12 steps.*learning_rate"):
@@ -189,13 +189,13 @@ def test_other_images_in_the_same_run_are_refused(tmp_path):
     run(tiny(train__length="5 steps"), tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="the data of this run have changed.*fingerprint was"):
-        build.assemble(tiny(data__image_size=32, model__attention_resolutions=(16,)), tmp_path, dist.start())
+        assemble.run(tiny(data__image_size=32, model__attention_resolutions=(16,)), tmp_path, dist.start())
 
 
 def test_a_prolonged_run_is_drawn_from_its_newest_weights(tmp_path):
     run(tiny(train__length="6 steps", every__save="6 steps"), tmp_path)
-    made = build.assemble(tiny(train__length="12 steps"), tmp_path, dist.start())
-    build.track(tiny(train__length="12 steps"), made)
+    made = assemble.run(tiny(train__length="12 steps"), tmp_path, dist.start())
+    assemble.track(tiny(train__length="12 steps"), made)
     made.save(9)
     made.tracker.close()
     assert checkpoint.find(tmp_path).name == "step_00000009.pt"

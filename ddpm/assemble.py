@@ -1,0 +1,129 @@
+"""Config -> a training, its parts put together; what drawing and measuring need too, `build` makes."""
+
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+from ddpm import build, checkpoint, clock, data, optim, posthoc, score, spec
+from ddpm import config as configs
+from ddpm.dist import StepNetwork
+from ddpm.ema import EMA
+from ddpm.step import Meters, Step, Validation
+from ddpm.train import Best, Run, Same
+
+
+def averages(config, net):
+    """The averages of a training by the names of their parts; the first is the one that is drawn and measured."""
+    section = config.ema
+    made = {"ema": EMA(net, section.decay, section.warmup)}
+    made |= {build.part_name(decay): EMA(net, decay, section.warmup) for decay in section.more}
+    return made | {build.part_name(width): EMA(net, posthoc.power_function(width)) for width in section.profiles}
+
+
+def rate(config, dataset_size):
+    """The learning rate as a function of the step."""
+    section = config.train
+
+    def steps(text):
+        return clock.steps_of(text, section.batch_size, dataset_size)
+
+    name, arguments = spec.parse(section.learning_rate_decay)
+    if "length" in arguments:
+        arguments["length"] = steps(arguments["length"])
+    decay = partial(optim.DECAYS[name], **arguments)
+    return lambda step: optim.learning_rate(step, section.learning_rate, steps(section.warmup), decay)
+
+
+def batches(config, images, indices, machine, start, total):
+    """This rank's share of each effective batch from step `start` to `total`: uint8 [b, c, h, w] and labels int64 [b]."""
+    size, share = config.train.batch_size, machine.share(config.train.batch_size)
+    order = (indices[data.batch_indices(config.seed, len(indices), step, size)[share]] for step in range(start, total))
+    workers = min(config.data.num_workers, os.cpu_count() or 1)
+    return data.loader(images, order, workers, pin_memory=machine.device.type == "cuda")
+
+
+def step(config, net, averages, machine, dataset_size):
+    """The step that trains a network and its averages."""
+    section, model = config.train, build.diffusion(config, StepNetwork(net, machine))
+    model.objective.to(machine.device)
+    return Step(
+        net=net, diffusion=model, averages=averages, meters=Meters(config.diffusion.timesteps, machine), machine=machine,
+        scaler=machine.scaler(), optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
+            [*net.parameters(), *model.objective.parameters()], section.learning_rate),
+        seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
+        learning_rate=rate(config, dataset_size), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
+        augmentation=config.data.augment, label_dropout=section.label_dropout if config.data.classes else None)
+
+
+def training_scorer(config, images, machine, notes):
+    """The scorer of a training: nothing, and a note, where its extractor is not to be had.
+
+    Raises ValueError for a file of weights that is named in the config and cannot be used.
+    """
+    if clock.Every(config.every.evaluate, 1, 1).never:
+        return score.Nothing()
+    try:
+        return build.scorer(config, images, machine)
+    except ValueError as error:
+        if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
+            raise
+        notes.append(f"going on without evaluation: {error}")
+        return score.Nothing()
+
+
+def run(config, folder, machine):
+    """Make the run of a config in a folder: new, or standing where its newest checkpoint left it.
+
+    Raises ValueError for what cannot be run, before anything is written.
+    """
+    section, folder = config.train, Path(folder)
+    equal = machine.world * section.gradient_accumulation_steps
+    if section.batch_size % equal:
+        raise ValueError(f"config.train.batch_size {section.batch_size} cannot be cut into {machine.world} ranks x "
+                         f"{section.gradient_accumulation_steps} micro-batches; choose a multiple of {equal}")
+    if config.sample.ema:
+        raise ValueError(f"config.sample.ema is {config.sample.ema}, and a training draws with config.ema.decay; leave it at "
+                         "0, and give --ema to generate, sample or evaluate")
+    images = build.dataset(config)
+    classes = build.class_names(config, images)
+    config = build.with_classes(config, classes)
+    learned, held_out = build.split(config, images)
+    total = clock.steps_of(section.length, section.batch_size, len(learned))
+    every = {name: clock.Every(text, section.batch_size, len(learned)) for name, text in config.every.items()}
+    for name, nothing in (("validate", not len(held_out)), ("snapshot", not config.ema.profiles)):
+        if nothing:
+            every[name] = clock.Every("0 steps", section.batch_size, len(learned))
+
+    content = checkpoint.newest(folder)
+    net = build.network(config).to(machine.device)
+    if content is None and section.init_from:
+        path, _, _, weights = checkpoint.load_weights(section.init_from)
+        build.put_weights(net, weights, path)
+    averaged = averages(config, net)
+    made = step(config, net, list(averaged.values()), machine, len(learned))
+    parts = {"net": net, **averaged, "optimizer": made.optimizer, "scaler": made.scaler, "meters": made.meters, "best": Best(),
+             "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
+    if made.objective.state_dict():  # a weighting or times that learn
+        parts["objective"] = made.objective
+    if content is not None:
+        checkpoint.restore(content["parts"], parts)
+    notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
+             f"{len(learned)} images to learn from, {len(held_out)} held out"]
+    return Run(
+        folder=folder, config_json=configs.to_json(config), classes=classes, machine=machine,
+        start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, best=parts["best"],
+        parts=parts, notes=notes, stored=[build.part_name(width) for width in config.ema.profiles],
+        batches=lambda start: batches(config, images, learned, machine, start, total),
+        speed=clock.Speed(section.batch_size, len(learned), build.flops_per_image(config)),
+        validation=Validation(images, held_out, net, made.diffusion, machine, section.batch_size,
+                              images.labels if classes else None),
+        draw=build.drawer(config, net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),
+        score=training_scorer(config, images, machine, notes), likelihood=build.likelihood(config, net, images, machine),
+        tracker_state=content and content["parts"]["tracker"])
+
+
+def track(config, made):
+    """Let a run be followed by its tracker."""
+    made.track(build.tracker(build.with_classes(config, made.classes), made.folder, made.machine, made.start, made.total,
+                             made.tracker_state))
