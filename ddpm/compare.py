@@ -58,7 +58,9 @@ def of_study(path, given=None, out=None):
     Raises ValueError where there are none.
     """
     wanted = study.read(path)
-    home, made = wanted.path.with_suffix(""), Path(given or wanted.folder())
+    home, made = wanted.path.with_suffix(""), wanted.folder(given) if given else wanted.folder()
+    parent = f" --runs={given}" if given and made.is_dir() else ""
+    made = Path(given) if given and not parent else made  # the folder of its runs itself
     folder = made if given or made.is_dir() else home / "runs"
     folders, runs, absent = read_below(folder) if folder.is_dir() else ([], [], [])
     if not runs:
@@ -70,16 +72,17 @@ def of_study(path, given=None, out=None):
     metric = wanted.metric[0] if wanted.metric and wanted.metric[1] == "minimize" else None
     question = " ".join(wanted.description.split()) or f"How do the runs of {wanted.name} compare?"
     measured = wanted.values("checkpoint") if "checkpoint" in wanted.parameters else []
-    again = AGAIN.format(path=f"experiments/{wanted.path.name}",
+    again = AGAIN.format(path=path, runs=parent, made=made if parent else f"runs/{wanted.name}",
                          first=f" It measures {report.listed(measured)}, which must be trained before." if measured else "")
     return Source(wanted.name, question, folders, runs, absent, wanted.axes, metric, reference, Path(out or home), again)
 
 
-AGAIN = """    python -m ddpm.sweep {path}
-    python -m ddpm.compare {path}
+AGAIN = """    python -m ddpm.sweep {path}{runs}
+    python -m ddpm.compare {path}{runs}
 
-The first makes the runs in `runs/`.{first} The second writes this report from them; where they are not there, as in a fresh
-clone, from what is kept below `runs/` beside this file, and `results.csv` comes out the same, byte for byte."""
+The first makes the runs in `{made}`, two at a time with `--parallel=2`.{first} The second writes this report from them; where
+they are not there, as in a fresh clone, from what is kept below `runs/` beside this file, and `results.csv` comes out the same,
+byte for byte."""
 
 AGAIN_FROM_KEPT = """    python -m ddpm.compare {out}/runs --out={out}
 
@@ -212,7 +215,8 @@ def parameters(run):
 
 
 SHAPES = (  # knobs outside of the section `model` that give the network its size
-    "data.image_size", "data.channels", "data.class_labels", "data.classes", "diffusion.variance", "diffusion.self_condition")
+    "data.image_size", "data.channels", "data.class_labels", "data.classes", "data.augment", "diffusion.variance",
+    "diffusion.self_condition")
 
 
 def provenance(out, runs, given=None):
@@ -269,16 +273,17 @@ def write(source, found, columns, machine=None):
     drawn = figures.draw(found)
     made = provenance(out, found.runs, machine)
     pictures = [(name, caption) for name, caption, _ in drawn]
+    files = [(Path(name).with_suffix(kind), figure) for name, _, figure in drawn for kind in {".png", Path(name).suffix}]
     texts = {"README.md": report.readme(source.name, source.question, found, columns, pictures, made, left_out(source, found),
                                         source.again),
              "results.csv": report.csv(found.groups, columns), "made.json": json.dumps(made, indent=2) + "\n"}
     for name, text in texts.items():
         with written_beside(out / name) as part:
             part.write_text(text)
-    for name, _, figure in drawn:
+    for name, figure in files:
         figures.save(figure, out / name)
     keep(source.folders, out)
-    return [*texts, *(name for name, _ in pictures)]
+    return [*texts, *sorted(str(name) for name, _ in files)]
 
 
 def left_out(source, found):
@@ -303,7 +308,7 @@ def compare(*arguments, runs=None, out=None, machine=None):
         column.name in chief or not column.name.startswith(("best ", "val/")))]
     print(f"{source.name}: {len(found.counted)} runs in {len(found.groups)} settings\n")
     print(report.plain(report.table(found.groups, shown)), "", *report.differences(found), sep="\n")
-    print(*(f"left out: {line}" for line in left_out(source, found)), f"\nAnswer: {report.answer(found)}", sep="\n")
+    print(*(f"left out: {line}" for line in left_out(source, found)), f"\nAnswer: {report.answer_and_trends(found)}", sep="\n")
     print(f"{source.out}: {', '.join(files)}" if files else "nothing is written; --out=DIR writes a report")
     return found
 
@@ -315,7 +320,8 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("runs", None, "Where the runs of a study lie; by default runs/NAME.")
+    flags.DEFINE_string("runs", None, "Folder in which the study has one of its own, as for ddpm.sweep, or that one itself; by "
+                        "default runs.")
     flags.DEFINE_string("out", None, "Folder of the report; by default experiments/NAME for a study, and none for other runs.")
     flags.DEFINE_string("machine", None, "Class of the machine that ran the runs, '2 CPU cores'; by default this one's.")
     command.run_door(main, takes="experiments/NAME.yaml, run folders, or a W&B path such as entity/project/sweep")

@@ -1,6 +1,7 @@
 """Figures of a comparison, for print: axes with units, colours for colour-blind eyes, and lines that differ in grey too.
 
-Each function takes groups of runs (`ddpm.results`) and returns a matplotlib figure; `save` writes the same bytes every time.
+Each function takes groups of runs (`ddpm.results`) and returns a matplotlib figure; `save` writes the same bytes every time, in
+pixels and, for what consists of lines, as a PDF too.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import math
 from PIL import Image
 
 from ddpm.files import written_beside
-from ddpm.results import is_training, label, lines_along, numeric_axes
+from ddpm.results import ASKED, LEARNED, is_training, label, lines_along, numeric_axes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")  # Okabe and Ito 2008
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
@@ -53,7 +54,7 @@ def look(number):
 @style()
 def curves(groups, keys):
     """Each key against the steps and against training compute: the mean over seeds, its 95 % interval as a band."""
-    compute = all(run.petaflop(1) is not None for group in groups for run in group.runs)
+    compute = counts_compute(groups)
     figure, axes = canvas(len(keys), 1 + compute, height=0.5 + 1.9 * len(keys), sharex="col", sharey="row")
     unit = 1.0
     if compute:
@@ -73,6 +74,7 @@ def curves(groups, keys):
                     axis.fill_between(x, low, high, color=COLOURS[number % MOST], alpha=0.15, linewidth=0)
         scale(row[0], "y", means)
         row[0].set_ylabel(label(key))
+    lettered(axes)
     axes[-1][0].set_xlabel("training steps")
     axes[-1][0].set_xlim(left=0)
     if compute:
@@ -82,6 +84,18 @@ def curves(groups, keys):
     most = max(1, 110 // (8 + max(map(len, names))))
     figure.legend(handles, names, loc="outside upper center", ncols=balanced(len(names), most))
     return figure
+
+
+def counts_compute(groups):
+    """True where all runs have counted their operations."""
+    return all(run.petaflop(1) is not None for group in groups for run in group.runs)
+
+
+def lettered(axes):
+    """Name panels (a), (b) ..., where there are several."""
+    panels = list(itertools.chain(*axes))
+    for letter, axis in zip("abcdefgh", panels if len(panels) > 1 else [], strict=False):
+        axis.set_title(f"({letter})", loc="left")
 
 
 def scale(axis, which, values):
@@ -138,11 +152,12 @@ def along(groups, metric, knob):
     axis, means = axes[0][0], []
     values = sorted({place(group) for group in groups})
     at, kind = position(values)
-    for number, line in enumerate(itertools.islice(lines_along(groups, knob).values(), MOST)):
+    lines = list(itertools.islice(lines_along(groups, knob).values(), MOST))
+    for number, line in enumerate(lines):
         points = [group.final(metric) for group in line]
         means += [mean for mean, _ in points]
         others = ", ".join(words for key, words in zip(line[0].setting, line[0].labels, strict=True) if key != knob)
-        x = [at(place(group)) for group in line]
+        x = beside([at(place(group)) for group in line], number - (len(lines) - 1) / 2, kind)
         axis.errorbar(x, [mean for mean, _ in points], [half or 0 for _, half in points], label=others,
                       marker=MARKERS[number % MOST], capsize=2.5, **look(number))
     if kind != "linear":
@@ -159,7 +174,7 @@ def along(groups, metric, knob):
     return figure
 
 
-ASKED, STEPS = "eval/evaluations", ("evaluate.steps", "sample.steps")
+STEPS = ("evaluate.steps", "sample.steps")
 AXES = dict.fromkeys(STEPS, "network evaluations an image") | {
     "ema.decay": "decay of the averaged weights, a step", "sample.ema": "sigma_rel or decay of the averaged weights",
     "train.learning_rate": "learning rate",
@@ -171,6 +186,13 @@ def position(values):
     if values[-1] < 1 and values[-1] >= 0.9 and values[0] >= 0:
         return (lambda value: 1 - value), "towards one"
     return (lambda value: value), "log" if values[0] > 0 else "linear"
+
+
+def beside(x, places, kind):
+    """Move points to the side of where they are, so that the intervals of several lines can be told apart."""
+    span = max(x) - min(x) if kind == "linear" else math.log(max(x) / min(x))
+    shift = 0.012 * span * places
+    return [value + shift if kind == "linear" else value * math.exp(shift) for value in x]
 
 
 def spaced(values, at, kind):
@@ -204,29 +226,34 @@ def samples(groups, seed):
 
 @style()
 def save(figure, path):
-    """Write a figure as a png that depends on nothing but what it shows."""
+    """Write a figure as a png or pdf that depends on nothing but what it shows."""
+    kind = path.suffix.removeprefix(".")
     with written_beside(path) as part:
-        figure.savefig(part, format="png", metadata={"Software": None})
+        figure.savefig(part, format=kind, metadata=dict.fromkeys(TIMELESS[kind]))
+
+
+TIMELESS = {"png": ("Software",), "pdf": ("CreationDate", "Creator", "Producer")}  # what would differ from day to day
 
 
 def draw(found):
-    """The figures of a comparison: [(file name, caption, figure)]."""
+    """The figures of a comparison: [(file name, caption, figure)]; those whose name ends in .pdf are drawn in lines."""
     metric, drawn = found.metric, found.groups
     few = drawn if len(drawn) <= MOST else sorted(drawn, key=lambda group: group.final(metric)[0])[:MOST]
     best = f" of the {len(few)} best settings of {len(drawn)}" if few is not drawn else ""
     named, made = label(metric), []
     for knob in numeric_axes(drawn):
-        leaf = knob.rpartition(".")[2]
-        made.append((f"along_{leaf}.png", f"{named} against `{knob}`: mean and 95 % interval over seeds.",
-                     along(drawn, metric, knob)))
+        leaf, several = knob.rpartition(".")[2], len(drawn[0].setting) > 1
+        made.append((f"along_{leaf}.pdf", f"{named} against `{knob}`: mean and 95 % interval over seeds"
+                     f"{', drawn side by side' * several}.", along(drawn, metric, knob)))
     if not made:
-        made.append(("settings.png", f"{named} of each setting: every seed, mean and 95 % interval.",
+        made.append(("settings.pdf", f"{named} of each setting: every seed, mean and 95 % interval.",
                      settings(drawn, metric)))
-    curved = [key for key in dict.fromkeys((metric, "val/loss_ema", "train/loss"))
+    curved = [key for key in dict.fromkeys((metric, "val/loss_ema", LEARNED))
               if any(len(run.points(key)) > 1 for run in found.counted)]
     if curved:
-        made.append(("curves.png", f"Learning curves{best} against steps and training compute: mean over seeds, 95 % interval "
-                     "as a band.", curves(few, curved)))
+        against = " and training compute (right)" if counts_compute(few) else ""
+        made.append(("curves.pdf", f"Learning curves{best} against steps{against}: mean over seeds, 95 % interval as a band.",
+                     curves(few, curved)))
     shared = set.intersection(*({run.knobs[group.unit] for run in group.runs if run.grid} for group in few))
     if shared:
         made.append(("samples.png", grid_caption(few, min(shared), best), samples(few, min(shared))))

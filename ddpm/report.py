@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ddpm import results
-from ddpm.results import FEWEST, FRECHET, KERNEL, LOSSES, Run, interval, keys, label
+from ddpm.results import ASKED, FEWEST, FRECHET, KERNEL, LEARNED, LOSSES, Run, interval, keys, label
 
 
 class Column(NamedTuple):
@@ -20,21 +20,19 @@ class Column(NamedTuple):
     spread: bool = True  # whether an interval over seeds says something
 
 
-ASKED = "eval/evaluations"
-
-
 def columns(groups, parameters):
     """The columns that these groups can fill; `parameters` counts those of a run's network."""
     runs = [run for group in groups for run in group.runs]
     distances = keys(runs, FRECHET) + keys(runs, KERNEL)
-    losses = [key for key in LOSSES if key in keys(runs)]
+    losses = [key for key in (*LOSSES, LEARNED) if key in keys(runs)]
     memory = "memory/vram_peak_gib" if "memory/vram_peak_gib" in keys(runs) else "memory/rss_gib"
     found = []
     for table, group in (("distances", distances), ("losses", losses)):
         for key in group:
             found.append(Column(key, label(key), lambda run, key=key: run.final(key), table))
-            if any(len(run.points(key)) > 1 for run in runs):
-                found.append(Column(f"best {key}", f"best {label(key)}", lambda run, key=key: run.best(key), table))
+            if key != LEARNED and any(len(run.points(key)) > 1 for run in runs):  # in the csv always, to be seen if it differs
+                found.append(Column(f"best {key}", f"best {label(key)}", lambda run, key=key: run.best(key),
+                                    table if flatters(runs, key) else ""))
     for key in keys(runs, "eval/.*"):
         if key not in distances:
             known = key in results.LABELS and (key != ASKED or len({run.final(key) for run in runs}) > 1)
@@ -46,6 +44,11 @@ def columns(groups, parameters):
         Column("parameters", "parameters", parameters, "cost", False),
         Column("progress/petaflop", "petaflop of training", lambda run: run.final("progress/petaflop"), "cost", False)]
     return [column for column in found if any(group.values(column.number) for group in groups)]
+
+
+def flatters(runs, key):
+    """True where the best value of a run is not its last."""
+    return any(run.best(key) != run.final(key) for run in runs)
 
 
 def csv(groups, columns):
@@ -180,11 +183,36 @@ def answer(found):
     if not beaten:
         told = f", but its difference from {listed(close)} is not larger than the noise" if close else ""
         return f"Cannot tell which is best: {lowest}{told} ({over}).{more}"
-    worst = p_of(max(gap.p for gap in beaten)).replace("=", "≤")
-    better = f"better than {listed([gap.worse.name for gap in beaten])} ({worst} after correction, {over})"
+    weakest = max(beaten, key=lambda gap: gap.p)
+    against = f"least certain against {weakest.worse.name}, " if beaten[1:] else ""
+    better = f"better than {listed([gap.worse.name for gap in beaten])} ({against}{p_of(weakest.p)} after correction, {over})"
     if len(beaten) == len(groups) - 1:
         return f"{best.name} is best: {reached}, {better}."
     return f"{lowest}; it is {better}{f', and cannot be told from {listed(close)}' if close else ''}.{more}"
+
+
+def trends(found):
+    """The metric along each numeric axis, in the words of one sentence each; nothing where there are many lines."""
+    for axis in results.numeric_axes(found.groups):
+        lines = results.lines_along(found.groups, axis)
+        if len(lines) > MOST_LINES:
+            continue
+        several = {}
+        for line in lines.values():
+            others = ", ".join(words for knob, words in zip(line[0].setting, line[0].labels, strict=True) if knob != axis)
+            values = ", ".join(results.shown(group.setting[axis]) for group in line)
+            means = " → ".join(amount(*group.final(found.metric)).partition(" ")[0] for group in line)
+            several.setdefault(values, []).append(f"{others} {means}".strip())
+        for values, told in several.items():
+            yield f"{label(found.metric)} along {axis.rpartition('.')[2]} {values}: {'; '.join(told)}."
+
+
+MOST_LINES = 4
+
+
+def answer_and_trends(found):
+    """All that a comparison says in short."""
+    return " ".join([answer(found), *trends(found)])
 
 
 def listed(words):
@@ -204,7 +232,7 @@ def protocol(found, record):
         about = {"train.length": "{}", "train.batch_size": "of {} images", "data.source": "of {}",
                  "data.image_size": "at {} pixels"}
         yield f"Trained for {' '.join(form.format(knobs[key]) for key, form in about.items() if key not in found.axes)}."
-    if ways := [results.made(row["eval/made"]) for run in runs for row in run.rows if row.get("eval/made")]:
+    if ways := found.ways:
         last = {part: value for way in ways for part, value in way.items()}
         parts = {part: value if all(way.get(part) == value for way in ways) else "varied" for part, value in last.items()}
         yield f"Distances: {', '.join(f'{part} {value}' for part, value in parts.items())}."
@@ -230,23 +258,50 @@ def limits(found):
     about = {"data.source": "data set ({})", "data.image_size": "size ({} pixels)", "train.length": "length of training ({})"}
     if fixed := [form.format(knobs[key]) for key, form in about.items() if key not in found.axes]:
         yield f"One {listed(fixed)}: elsewhere the settings may come in another order."
+    if ways := found.ways:
+        how = {"samples": "{} samples", "sampler": "{}", "steps": "{} steps", "spacing": "{} spacing",
+               "guidance": "guidance {}"}
+        alike = [form.format(ways[0][part]) for part, form in how.items()
+                 if part in ways[0] and all(way.get(part) == ways[0][part] for way in ways)]
+        yield f"One way of drawing ({', '.join(alike)}): drawn otherwise the settings may come in another order."
+        if len({way.get("seed") for way in ways}) == 1:
+            yield f"One seed of the sampling ({ways[0].get('seed')}): the intervals, over trainings, know no noise of drawing."
     yield "One recipe for all settings: learning rate and the like were not tuned for each, which favours those they suit."
     if found.unlike:
         yield (f"Losses under different {listed([f'`{knob}`' for knob in found.unlike])} are different quantities: they show "
                "the course of a training, not which is better.")
-    if any(len(run.points(found.metric)) > 1 for run in found.counted):
+    if flatters(found.counted, found.metric):
         yield ("Best values are the lowest of several measurements of a run, so they flatter; answer and differences are about "
                "the last values.")
     if keys(found.counted, r"eval/fd_\w+"):
         yield f"{label(keys(found.counted, FRECHET)[0])} is not FID, and compares only with itself."
     if keys(found.counted, "speed/.*"):
-        yield "Speed and memory are as measured beside whatever else the machines were doing."
+        yield ("images/s and peak memory are as measured beside whatever else the machines did, other runs of the study too: "
+               "they do not tell the settings apart.")
 
 
 METHOD = """By paired t-tests over the shared seeds in the last values, with p-values corrected for the number of comparisons
 (Holm). They are made on the metric's own scale: a paired test asks for no equal spread, and its interval is in the metric's
 units. Settings are compared that differ in one axis; along a numeric axis neighbours, and where an axis has more than four
 names each with the first."""
+
+
+def picture(name, caption):
+    """A picture with its caption; where it is a PDF, drawn in lines, the png beside it is shown and the PDF linked."""
+    linked = f" ([PDF]({name}))" * name.endswith(".pdf")
+    return f"![{caption}]({name.removesuffix('.pdf') + '.png' if linked else name})\n\n*{caption}*{linked}"
+
+
+INTERVALS = """Mean ± half of the 95 % interval over seeds (Student's t), each by itself: which settings differ is told
+below, by pairs of runs of one seed and corrected for the number of comparisons, and not by whether intervals overlap."""
+
+MEANINGS = {
+    LEARNED: "training loss: the mean over the last logged steps, of images, times and noise drawn there; the validation loss, "
+             "of fixed ones, rises above it where a network overfits.",
+    "eval/copying": "copying: the probability that a drawn image lies nearer to a training image than a held-out one does, 0.5 "
+                    "for a perfect generator and 1 for one that copies.",
+    "eval/copies": "copies: the share of drawn images that lie nearer than 95 % of the held-out ones, 0.05 for a perfect "
+                   "generator."}
 
 
 def readme(title, question, found, columns, pictures, record, left_out, again):
@@ -257,11 +312,15 @@ def readme(title, question, found, columns, pictures, record, left_out, again):
 
     tables = [[column for column in columns if column.table == name] for name in ("distances", "losses", "cost")]
     tables = [markdown(table(found.groups, some)) for some in tables if some and [some[0].name] != ["parameters"]]
+    names = [column.name for column in columns]
+    meanings = [words for key, words in MEANINGS.items() if key in names]
+    if any(column.name.startswith("best ") and not column.table for column in columns):
+        meanings.append("best values: where none is shown, a run's best is its last; results.csv has them.")
     return "\n\n".join([
-        f"# {title}", f"**Question.** {question}", f"**Answer.** {answer(found)}",
+        f"# {title}", f"**Question.** {question}", f"**Answer.** {answer_and_trends(found)}",
         f"**Protocol.** {' '.join(protocol(found, record))}",
-        "## Result", *tables, "Mean ± half of the 95 % interval over seeds (Student's t).",
-        *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in pictures),
+        "## Result", *tables, INTERVALS, *([bullets(meanings)] if meanings else []),
+        *(picture(name, caption) for name, caption in pictures),
         "## Which differences are larger than the noise", bullets(differences(found)), METHOD,
         *(["## Left out", "In no average and no figure:", bullets(left_out)] if left_out else []),
         "## What this does not show", bullets(limits(found)), "## Again", again]) + "\n"

@@ -20,16 +20,16 @@ from ddpm.tracking import whole_row
 FEWEST = 3  # seeds: of two differences the spread is hardly known
 MANY = 4  # words on an axis that are all compared with each other
 FRECHET, KERNEL = re.compile(r"eval/(fid|fd_\w+)(?<!_floor)"), re.compile(r"eval/(kid|kd_\w+)")
-LOSSES = ("val/loss_ema", "val/loss")
+LOSSES, LEARNED = ("val/loss_ema", "val/loss"), "train/loss"
+ASKED = "eval/evaluations"
 QUANTITY = (  # knobs that decide what the validation loss is a mean of
     "diffusion.timesteps", "diffusion.beta_schedule", "diffusion.zero_terminal_snr", "diffusion.predict", "diffusion.loss",
     "diffusion.weighting", "diffusion.self_condition", "data.class_labels", "data.source", "data.image_size", "data.channels",
     "data.matte", "data.validation_fraction")
 LABELS = {
-    "val/loss_ema": "validation loss", "val/loss": "validation loss, raw weights", "train/loss": "training loss",
+    "val/loss_ema": "validation loss", "val/loss": "validation loss, raw weights", LEARNED: "training loss, raw weights",
     "eval/copying": "copying", "eval/copies": "copies", "eval/bits_per_dim": "bits/dim",
-    "eval/evaluations": "network evaluations",
-    "eval/bits_per_dim_flow": "bits/dim (flow)"}
+    ASKED: "network evaluations", "eval/bits_per_dim_flow": "bits/dim (flow)"}
 FILE = "config"  # the axis of a study that varies the config file itself; its runs have it among their knobs
 UNITS = ("seed", "sample.seed")
 UNRELATED = (  # knobs that do not touch what is compared
@@ -109,12 +109,14 @@ def read(folder):
 
 
 def is_training(runs):
-    """True for trainings, False for runs that only measured a checkpoint."""
-    return any("train/loss" in row for run in runs for row in run.rows)
+    """True where any of the runs is a training, False where all only measured a checkpoint."""
+    return any(LEARNED in row for run in runs for row in run.rows)
 
 
 def cut_short(run):
-    """Why a training is not finished: where it ends, and where it should have; nothing if it is."""
+    """Why a run is no finished training: where it ends, and where it should have; nothing if it is one."""
+    if not is_training([run]):
+        return "measures a checkpoint, and others are trainings: compare those by themselves"
     sizes = [row["progress/images"] / row["progress/epoch"] for row in run.rows if row.get("progress/epoch")]
     total = clock.steps_of(run.knobs["train.length"], run.knobs["train.batch_size"], round(sizes[-1]) if sizes else 1)
     last = run.rows[-1]["step"]
@@ -125,6 +127,16 @@ def finished(runs):
     """The runs, those that came to no end marked with a fault."""
     training = is_training(runs)
     return [replace(run, fault=cut_short(run)) if training and not run.fault else run for run in runs]
+
+
+def distinct(runs):
+    """The runs, those marked with a fault that repeat one before them, knob for knob and seed for seed."""
+    training, first, told = is_training(runs), {}, []
+    for run in runs:
+        point = tuple((knob, value) for knob, value in run.knobs.items() if knob in UNITS or is_related(knob, training))
+        other = run if run.fault else first.setdefault(point, run)
+        told.append(run if other is run else replace(run, fault=f"repeats {other.name}, with the same knobs and seeds"))
+    return told
 
 
 def measured(runs, metric):
@@ -425,6 +437,11 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
     @property
+    def ways(self):
+        """How the distances were made, in parts, one for each time."""
+        return [made(row["eval/made"]) for run in self.counted for row in run.rows if row.get("eval/made")]
+
+    @property
     def unlike(self):
         """The varied knobs under which a loss is not the same quantity: other noise levels, targets or images."""
         return [knob for knob in varied(self.counted) if knob in QUANTITY]
@@ -439,6 +456,7 @@ def compare(runs, axes=None, wanted=None, reference=None):
     runs = finished(runs)
     axes = varied(runs) if axes is None else list(axes)
     check_same(runs, axes)
+    runs = distinct(runs)
     whole = [run for run in runs if not run.fault]
     if whole:
         check_made(whole, axes)

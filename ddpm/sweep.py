@@ -200,7 +200,7 @@ class Sweep:
 
     def __init__(self, study, folder, total, record, children):
         self.study, self.folder, self.total, self.record, self.children = study, folder, total, record, children
-        self.numbers, self.before, self.done, self.failed = {}, 0, 0, []
+        self.numbers, self.before, self.done, self.failed, self.began = {}, 0, 0, [], time.monotonic()
 
     def begins(self, trial):
         """True where a trial is to be run now."""
@@ -234,13 +234,15 @@ class Sweep:
     def summary(self):
         """Tell what is done and what is not; returns the exit code."""
         total = self.total if self.children.asked else len(self.numbers)
-        say(f"{self.study.name}: {self.before + self.done} of {total} runs are done, {self.before} of them before")
+        took = tqdm.format_interval(time.monotonic() - self.began)
+        say(f"{self.study.name}: {self.before + self.done} of {total} runs are done, {self.before} of them before, in {took}")
         for name in self.failed:
             say(f"not done: {name}")
         if self.children.asked:
             say("interrupted; the same command goes on")
             return command.INTERRUPTED
-        say("the same command tries again" if self.failed else f"report: python -m ddpm.compare {self.study.path}")
+        runs = "" if self.folder == self.study.folder() else f" --runs={self.folder.parent}"
+        say("the same command tries again" if self.failed else f"report: python -m ddpm.compare {self.study.path}{runs}")
         return command.FAILED if self.failed else command.DONE
 
     def tell(self, trial, what):

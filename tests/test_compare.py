@@ -159,6 +159,41 @@ def test_which_settings_are_compared(tmp_path):
     assert compared([*decays, far]) >= {tuple(sorted(("v, decay 0.5", f"eps, decay {decay}"))) for decay in (0.9, 0.99, 0.999)}
 
 
+def test_the_weakest_comparison_and_the_trend_are_said(tmp_path):
+    three = results.compare(arms(tmp_path / "three", {"cosine": 5.0, "linear": 9.0, "sigmoid": 6.0}, 5))
+    weakest = max(gap.p for gap in three.gaps if gap.better.name == "cosine")
+    assert weakest == max(gap.p for gap in three.gaps if gap.worse.name == "sigmoid")
+    assert (f"better than linear and sigmoid (least certain against sigmoid, {report.p_of(weakest)} after correction, 5 seeds"
+            in report.answer(three))
+    decays = results.compare(arms(tmp_path / "decays", {0.99: 1, 0.9: 2, 0.999: 30}, 3, "ema__decay"))
+    means = " → ".join(f"{group.final('eval/fd_digits')[0]:.1f}" for group in decays.groups)
+    assert report.answer_and_trends(decays).endswith(f". FD (digits) along decay 0.9, 0.99, 0.999: {means}.")
+
+
+def test_a_run_that_repeats_another_and_a_measurement_among_trainings_are_left_out(tmp_path):
+    runs = arms(tmp_path, {"cosine": 5.0, "linear": 9.0}, 3)
+    runs.append(written(tmp_path, "twin", {"seed": 1, "diffusion__beta_schedule": "cosine"}, runs[1].rows))
+    runs.append(written(tmp_path, "measured", {"seed": 3, "diffusion__beta_schedule": "cosine"}, [
+        {key: value for key, value in runs[0].rows[0].items() if key == "step" or key.startswith("eval/")}]))
+    found = results.compare(runs)
+    assert {run.name: run.fault for run in found.runs if run.fault} == {
+        "twin": "repeats cosine-1, with the same knobs and seeds",
+        "measured": "measures a checkpoint, and others are trainings: compare those by themselves"}
+    assert [len(group.runs) for group in found.groups] == [3, 3]
+
+
+@pytest.mark.parametrize("first, shown", [(9.0, False), (1.0, True)])
+def test_best_values_are_shown_where_they_are_not_the_last(tmp_path, first, shown):
+    runs = [written(tmp_path, str(seed), {"seed": seed}, [{"step": 6, "eval/fd_digits": first}, DONE | {"eval/fd_digits": 5.0}])
+            for seed in range(3)]
+    found = results.compare(runs)
+    columns = report.columns(found.groups, lambda run: 1)
+    assert "best eval/fd_digits" in report.csv(found.groups, columns).splitlines()[0]
+    text = report.readme("best", "?", found, columns, [], {"commit": "", "torch": "2", "machine": "the test's"}, [], "")
+    assert ("best FD (digits)" in text) is shown and ("a run's best is its last" in text) is not shown
+    assert ("so they flatter" in text) is shown
+
+
 def test_losses_of_different_schedules_decide_nothing(tmp_path):
     runs = []
     for schedule in ("cosine", "linear"):
@@ -209,6 +244,18 @@ def test_the_report_is_made_again_from_what_it_keeps_byte_for_byte(here, tmp_pat
     again = Path("again/README.md").read_bytes(), Path("again/results.csv").read_bytes()
     compare("again/runs", out="again")
     assert (Path("again/README.md").read_bytes(), Path("again/results.csv").read_bytes()) == again
+
+
+def test_runs_elsewhere(here, capsys):
+    """--runs is the same folder for ddpm.sweep and ddpm.compare, and the report's commands have it; the study's own will do."""
+    (here / "runs").rename("elsewhere")
+    compare("experiments/schedules.yaml", runs="elsewhere")
+    readme = (here / "experiments/schedules/README.md").read_text()
+    for door in ("sweep", "compare"):
+        assert f"    python -m ddpm.{door} experiments/schedules.yaml --runs=elsewhere\n" in readme
+    assert "makes the runs in `elsewhere/schedules`" in readme
+    compare("experiments/schedules.yaml", runs="elsewhere/schedules")
+    assert "--runs" not in (here / "experiments/schedules/README.md").read_text()
 
 
 def test_what_is_missing_or_broken_is_named_and_left_out(here, capsys):
