@@ -13,9 +13,12 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
+from _thread import interrupt_main
 from importlib.metadata import version
 from pathlib import Path
 
@@ -127,12 +130,12 @@ class Rows(Sink):
 
 
 class Wandb(Sink):
-    """A run of Weights & Biases, whose step is the training step."""
+    """A run of Weights & Biases, whose step is the training step; `stopped` is set where it was stopped there, for good."""
 
     name = "W&B"
 
-    def __init__(self, image, run, folder, notice):
-        self.image, self.run, self.folder, self.notice = image, run, folder, notice
+    def __init__(self, image, run, folder, notice, stopped):
+        self.image, self.run, self.folder, self.notice, self.stopped = image, run, folder, notice, stopped
         run.define_metric("train/step")
         run.define_metric("*", step_metric="train/step")
 
@@ -150,7 +153,7 @@ class Wandb(Sink):
     def close(self, exit_code):
         logs = f"{self.folder}/wandb/offline-run-*-{self.run.id}*" if self.run.offline else ""
         try:
-            if exit_code == os.EX_TEMPFAIL:  # 75, interrupted and saved: a sweep hands such a run out again
+            if exit_code == os.EX_TEMPFAIL and not self.stopped.is_set():  # 75: saved, and a sweep hands the run out again
                 self.run.mark_preempting()
             self.run.finish(exit_code=exit_code)
         except TimeoutError:
@@ -248,9 +251,16 @@ def open_wandb(tracker, folder, config, options, mode, run_id, rows):
     named = {key: options[key] or None for key in ("entity", "group", "tags", "notes")}
     named["project"] = options["project"] or os.environ.get("WANDB_PROJECT") or "ddpm"
 
+    stopped = threading.Event()
+
+    def stop():
+        """The button of W&B's page: the run is interrupted, once, where it can save, as by SIGTERM."""
+        stopped.set()
+        interrupt_main(signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT)
+
     def begin(mode, **which):
         settings = wandb.Settings(  # made anew each time: `init` writes into it
-            silent=True, reinit="create_new", finish_timeout_raises=True, **waits,
+            silent=True, reinit="create_new", finish_timeout_raises=True, **waits, stop_fn=stop,
             x_transaction_log_flush_interval=FLUSH_SECONDS)
         name = options["name"] or os.environ.get("WANDB_NAME") or folder.name
         try:
@@ -275,7 +285,7 @@ def open_wandb(tracker, folder, config, options, mode, run_id, rows):
     if run is None:
         held = None if held is None else min(held, last)
         run = begin("offline", **({"id": run_id} if held is None else {"resume_from": f"{run_id}?_step={held}"}))
-    sink = Wandb(wandb.Image, run, folder, tracker.say)
+    sink = Wandb(wandb.Image, run, folder, tracker.say, stopped)
     for row in rows:
         if held is None or row["step"] > held:
             sink.write(row["step"], {key: value for key, value in row.items() if key != "step"}, {})

@@ -75,9 +75,9 @@ class Desk:
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
-    def create_sweep(self):
-        """`wandb sweep` of the study; returns the sweep as the server has it, found by the command that the client prints."""
-        path = re.search(r"wandb agent (\S+)", self.wandb("sweep", "schedules.yaml"))[1]
+    def create_sweep(self, file="schedules.yaml"):
+        """`wandb sweep` of a study; returns the sweep as the server has it, found by the command that the client prints."""
+        path = re.search(r"wandb agent (\S+)", self.wandb("sweep", file))[1]
         return self.server.sweeps[path.split("/")[-1]]
 
     def start_agent(self, sweep):
@@ -252,6 +252,40 @@ def test_a_failing_run_is_visible_as_failed(desk, bad_day):
     assert (one.state, one.exit_code) == ("failed", 1)
     assert "failed: " in (desk.folder_of(one) / "training.log").read_text()
     assert bad_day.sweep.state == "FINISHED"
+
+
+def test_a_bayes_study_whose_first_run_is_stopped_early(desk, bad_day):
+    """The server chooses the points, and has the agent stop a run that looks bad: it saves and ends, and the next one runs."""
+    study = {**STUDY, "method": "bayes", "run_cap": 2, "early_terminate": {"type": "hyperband", "min_iter": 1}, "parameters": {
+        "config.train.learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-3}}}
+    (desk.folder / "rates.yaml").write_text(yaml.safe_dump(study))
+    desk.set_length(100_000)
+    sweep = desk.create_sweep("rates.yaml")
+    agent = desk.start_agent(sweep)
+    first, folder, _ = desk.caught(sweep, 0)
+    desk.set_length(8)
+    first.stopped = True
+    assert agent.wait(timeout=300) == 0
+    _, second = desk.runs_of(sweep)
+    assert (first.exit_code, first.state, second.state, sweep.state) == (75, "killed", "finished", "FINISHED")
+    assert "interrupted and saved" in (folder / "training.log").read_text() and list((folder / "checkpoints").glob("*.pt"))
+    assert numbers(first.history) == lines(folder)
+    rates = [one.config["config.train.learning_rate"] for one in (first, second)]
+    assert rates == [1e-4, 1e-3] and desk.server.unknown == []
+
+
+def test_a_run_that_is_stopped_on_its_page_saves_and_is_not_handed_out_again(desk, tmp_path):
+    """The client asks every 15 seconds whether it was stopped."""
+    desk.set_length(100_000)
+    command = [sys.executable, "-m", "ddpm.main", "--config=tiny.py", f"--workdir={tmp_path / 'run'}",
+               "--config.wandb.project=stopped"]
+    process = subprocess.Popen(command, cwd=desk.folder, env=desk.environment, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    until(lambda: list(tmp_path.glob("run/checkpoints/*.pt")), "the run has saved a checkpoint")
+    (one,) = [one for one in desk.server.runs.values() if one.project == "stopped"]
+    one.stopped = True
+    assert process.wait(timeout=120) == 75
+    assert (one.exit_code, one.preempting) == (75, False) and numbers(one.history) == lines(tmp_path / "run")
 
 
 def test_a_run_is_complete_after_an_offline_training_and_wandb_sync(desk, tmp_path):

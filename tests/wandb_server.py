@@ -22,12 +22,12 @@ import pytest
 import yaml
 
 ENTITY, MADE = "me", "2026-01-01T00:00:00Z"
-ENDED = ("finished", "failed", "crashed", "preempted")
+ENDED = ("finished", "failed", "crashed", "preempted", "killed")
 
 
 @dataclass
 class Run:
-    """A run as the server knows it: pending, running, then one of ENDED."""
+    """A run as the server knows it: pending, running, then one of ENDED; one that was stopped is not handed out again."""
 
     id: str
     project: str
@@ -37,6 +37,7 @@ class Run:
     state: str = "pending"
     exit_code: int | None = None
     preempting: bool = False
+    stopped: bool = False  # by a person, or early: its client and its agent are told so
     group: str = ""
     notes: str = ""
     tags: list = field(default_factory=list)
@@ -58,7 +59,7 @@ class Run:
 
 @dataclass
 class Sweep:
-    """A grid and what is left of it."""
+    """The points of a sweep and what is left of them: a grid, or `run_cap` points evenly along ranges from min to max."""
 
     id: str
     project: str
@@ -67,8 +68,13 @@ class Sweep:
 
     def __post_init__(self):
         self.config = yaml.safe_load(self.text)
-        axes = {name: given.get("values", [given.get("value")]) for name, given in self.config["parameters"].items()}
-        self.expected = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+        given, shares = self.config["parameters"], range(self.config.get("run_cap", 0))
+        if self.config["method"] == "grid":
+            axes = {name: one.get("values", [one.get("value")]) for name, one in given.items()}
+            self.expected = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+        else:
+            self.expected = [{name: one["min"] + (one["max"] - one["min"]) * share / max(len(shares) - 1, 1) if "min" in one
+                              else one["value"] for name, one in given.items()} for share in shares]
         self.points = iter(self.expected)
 
 
@@ -154,7 +160,8 @@ class Server(http.server.ThreadingHTTPServer):
         run.preempting = run.preempting or sent.get("preempting", False)
         if sent.get("complete"):
             run.exit_code = sent["exitcode"]
-            run.state = "finished" if run.exit_code == 0 else "preempted" if run.preempting else "failed"
+            waits = run.preempting and not run.stopped
+            run.state = "finished" if run.exit_code == 0 else "preempted" if waits else "killed" if run.stopped else "failed"
 
     # sweeps
 
@@ -177,7 +184,8 @@ class Server(http.server.ThreadingHTTPServer):
             agent.given.remove(run.id)
             if run.state not in ENDED:  # without a last word; the real server believes it after minutes of silence
                 run.state = "crashed"
-        commands = [] if alive else [self.next_command(agent, self.sweeps[agent.sweep])]
+        stops = [{"id": new_id(), "type": "stop", "run_id": run_id} for run_id in alive if self.runs[run_id].stopped]
+        commands = stops or ([] if alive else [self.next_command(agent, self.sweeps[agent.sweep])])
         return {"agentHeartbeat": {"agent": {"id": v["id"]}, "commands": json.dumps(commands)}}
 
     def next_command(self, agent, sweep):
@@ -257,7 +265,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path.endswith("/file_stream"):
             time.sleep(60 if self.server.deaf else 0)
             with self.server.lock:
-                self.server.stream(self.server.runs[self.path.split("/")[-2]], json.loads(body))
+                run = self.server.runs[self.path.split("/")[-2]]
+                self.server.stream(run, json.loads(body))
+            answer = {"stopped": run.stopped}
         elif self.path.startswith("/upload/"):
             run, name = self.path.removeprefix("/upload/").split("/", 1)
             self.server.runs[run].files[urllib.parse.unquote(name)] = body
