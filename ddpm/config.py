@@ -70,7 +70,7 @@ def base():
             "predict": "eps",  # what the network predicts: eps, x0, v, flow, edm(sigma_data=0.5)
             "variance": "small",  # of a step of the sampler ddpm: small, large, learned (by hybrid or vlb)
             "loss": "mse",  # mse, hybrid(vlb_weight=0.001), vlb
-            "weighting": "simple",  # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid(bias=0.0), edm, uncertainty
+            "weighting": "simple",  # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid(bias=2.0), edm, uncertainty
             "times": "uniform",  # uniform, stratified, antithetic, logit_normal, lognormal, importance
             "self_condition": False,  # the network sees its last estimate of the image too
             "clip": True,  # samples: predicted images are clipped to [-1, 1] at each step

@@ -1,5 +1,6 @@
 """Losses, weightings and distributions of times against their closed forms, and against loops written out."""
 
+import itertools
 import math
 from functools import partial
 
@@ -69,6 +70,15 @@ def test_a_weighting_is_of_the_estimate_and_not_of_the_target(name, path):
         losses.append(choose("weighting", WEIGHTINGS, name)(error, level, target))
     for other in losses[1:]:
         torch.testing.assert_close(other, losses[0], rtol=1e-8, atol=0)  # float64; eps at sigma = 40 loses six digits
+
+
+def test_no_two_weightings_are_one_at_their_defaults():
+    """Sigmoid with bias 0 and P2 are one function, as the study `targets` found out: 1 / (1 + SNR)."""
+    level = process().at(T)
+    found = {name: weigh(name, "eps", level) for name in WEIGHTINGS if name != "uncertainty"}
+    for one, other in itertools.combinations(found, 2):
+        assert not torch.allclose(found[one], found[other], rtol=1e-3), f"{one} is {other}"
+    torch.testing.assert_close(weigh("sigmoid(bias=0.0)", "eps", level), found["p2"], rtol=1e-12, atol=0)
 
 
 def test_edm_weighting_is_simple_on_its_own_target():

@@ -39,8 +39,8 @@ def p2(error, level, target, *, k=1.0, gamma=1.0):
     return on_x0(error, level, target, snr(level) * (k + snr(level)) ** -gamma)
 
 
-def sigmoid(error, level, target, *, bias=0.0):
-    """sigmoid(bias - log SNR) on eps (Kingma & Gao 2023, section 4; Hoogeboom et al. 2025, eq. 5)."""
+def sigmoid(error, level, target, *, bias=2.0):
+    """sigmoid(bias - log SNR) on eps (Kingma & Gao 2023, section 4; Hoogeboom et al. 2025, eq. 5): with bias 0 it is p2."""
     return on_x0(error, level, target, snr(level) * torch.sigmoid(bias - snr(level).log()))
 
 
