@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ddpm import build, command, config
+from ddpm import build, command, config, figures
 from ddpm.draw import joined
 from ddpm.files import held
 from ddpm.score import keep
@@ -23,8 +23,8 @@ def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
 
     `knobs` as in `{"evaluate.num_samples": 5000}` take the place of the checkpoint's own; `workdir` is a folder that becomes a
     run with config.json, metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training images
-    and likelihood.csv, if that is measured. Raises ValueError, one line, for a missing checkpoint, data or extractor, for
-    nothing to measure, and for a folder that holds something else.
+    and, where the bound is measured, likelihood.csv and its picture. Raises ValueError, one line, for a missing checkpoint,
+    data or extractor, for nothing to measure, and for a folder that holds something else.
     """
     made = build.load(checkpoint_path, device, **knobs)
     if workdir is None:
@@ -37,8 +37,18 @@ def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
         show(workdir, tracker, made.step, pictures)
         if made.machine.main:
             keep(workdir, files)
+            picture(workdir, files)
         tracker.close()
     return numbers
+
+
+def picture(workdir, files):
+    """Draw the terms of the bound, if they were measured, beside their csv; without matplotlib that is told, and no more."""
+    for name, text in files.items():
+        try:
+            figures.save(figures.likelihood(text), Path(workdir, name).with_suffix(".png"))
+        except ValueError as error:
+            print(f"{name} is not drawn: {error}")
 
 
 def measure(made, shown=0):

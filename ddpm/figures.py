@@ -5,6 +5,7 @@ pixels and, for what consists of lines, as a PDF too.
 """
 
 import contextlib
+import csv
 import itertools
 import math
 
@@ -221,6 +222,30 @@ def samples(groups, seed):
             zoom = max(1, 1200 // picture.width)  # whole pixels first, so that all keep one size
             axis.imshow(picture.convert("RGB").resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST))
         axis.set_title(name)
+    return figure
+
+
+@style()
+def likelihood(text):
+    """The terms of a variational bound, as likelihood.csv has them: for each step t (Nichol and Dhariwal 2021, figure 2), and
+    their sum from pure noise down to t.
+    """
+    terms = list(csv.DictReader(text.splitlines()))
+    spans = [(int(term["first_t"]) + 1, int(term["last_t"]) + 2) for term in terms[:-1]]  # t counted from 1; prior is no step
+    bits = [float(term["bits_per_dim"]) for term in terms]
+    edges = [first for first, _ in spans] + [spans[-1][1]]
+    figure, axes = canvas(1, 2, height=2.8, sharex=True)
+    lettered(axes)
+    (each, summed), = axes
+    each.stairs([value / (end - first) for value, (first, end) in zip(bits, spans, strict=False)], edges,
+                baseline=None, color=COLOURS[0])
+    each.set(xscale="log", yscale="log", xlabel="t", ylabel="bits/dim for one step t")
+    left = list(itertools.accumulate(reversed(bits)))[::-1]
+    summed.plot(edges, left, **look(0))
+    summed.plot(edges[-1], bits[-1], MARKERS[0], color=COLOURS[1], label=f"prior, {bits[-1]:.2g}")
+    summed.plot(edges[0], left[0], MARKERS[1], color=COLOURS[2], label=f"with reconstruction ({bits[0]:.2g}): {left[0]:.4g}")
+    summed.set(xscale="log", xlabel="t", ylabel="bits/dim from pure noise down to t")
+    summed.legend()
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import sys
 from itertools import pairwise, product
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 from conftest import rows, run, tiny
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.polynomial.legendre import leggauss
+from PIL import Image
 from test_samplers import MEAN, SPREAD, gaussian
 from torch.distributions import Normal, kl_divergence
 
-from ddpm import results
+from ddpm import figures, results
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.process import latent
@@ -207,7 +209,7 @@ LIKELIHOOD = dict(evaluate__extractor="none", evaluate__likelihood="both", evalu
                   evaluate__likelihood_evaluations=8, every__evaluate="6 steps")
 
 
-def test_bits_are_tracked_repeated_by_the_door_and_add_up(tmp_path):
+def test_bits_are_tracked_repeated_by_the_door_and_add_up(tmp_path, monkeypatch, capsys):
     run(tiny(**LIKELIHOOD, diffusion__variance="learned", diffusion__loss="hybrid"), tmp_path)
     logged = rows(tmp_path)[-1]
     terms = {name: logged[f"eval/bits_per_dim_{name}"] for name in ("prior", "kl", "reconstruction")}
@@ -223,8 +225,18 @@ def test_bits_are_tracked_repeated_by_the_door_and_add_up(tmp_path):
     again = evaluate(tmp_path, workdir=tmp_path / "again")
     assert again == {key: pytest.approx(logged[key], rel=1e-5) if "made" not in key else logged[key] for key in again}
     assert (tmp_path / "again" / "likelihood.csv").exists()
+    with Image.open(tmp_path / "again" / "likelihood.png") as picture:
+        assert min(picture.size) > 200
+    drawn = figures.likelihood((tmp_path / "likelihood.csv").read_text()).axes
+    assert drawn[0].patches[0].get_data().values[-1] == pytest.approx(float(curve[-2]["bits_per_dim"]) / (
+        int(curve[-2]["last_t"]) - int(curve[-2]["first_t"]) + 1))
+    assert drawn[1].lines[0].get_ydata()[0] == pytest.approx(logged["eval/bits_per_dim"], rel=1e-5)
     other = evaluate(tmp_path, **{"evaluate.batch_size": 2})  # convolutions sum in another order
     assert other["eval/bits_per_dim"] == pytest.approx(logged["eval/bits_per_dim"], rel=1e-5)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluate(tmp_path, workdir=tmp_path / "bare")
+    assert "likelihood.csv is not drawn: matplotlib is missing; pip install" in capsys.readouterr().out
+    assert (tmp_path / "bare" / "likelihood.csv").exists() and not (tmp_path / "bare" / "likelihood.png").exists()
     with pytest.raises(ValueError, match="nothing to measure"):
         evaluate(tmp_path, **{"evaluate.likelihood": "none"})
 
