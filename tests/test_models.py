@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from einops import rearrange
@@ -452,6 +453,22 @@ def test_autocast_on_the_cpu(dtype, tolerance):
     # an 8-bit (11-bit) mantissa rounds at 4e-3 (5e-4) of a value; some twenty layers leave it below five times that
     assert (out.float() - expected).std() < tolerance * expected.std()
     assert all(weight.grad.isfinite().all() for weight in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_are_kept_from_a_card_s_autocast(dtype, monkeypatch):
+    """There it would bring group_norm to float32, input and output: so it is off inside, and all is of the type that came in."""
+    seen, norm = [], F.group_norm
+
+    def watched(x, groups, weight, bias, eps):
+        seen.append((torch.is_autocast_enabled("cpu"), {x.dtype, weight.dtype, bias.dtype}))
+        return norm(x, groups, weight, bias, eps)
+
+    monkeypatch.setattr(F, "group_norm", watched)
+    net, (x, t) = tiny(use_scale_shift_norm=True), inputs()
+    with torch.autocast("cpu", dtype=dtype):
+        net(x, t)
+    assert seen and all(one == (False, {dtype}) for one in seen)
 
 
 def test_float64_and_bfloat16_networks():

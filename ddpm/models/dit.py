@@ -33,7 +33,7 @@ def positions(h, w, width, device):
 
 def modulated(tokens, shift, scale):
     """Tokens normed each by itself, then scaled and shifted by the embedding [b, 1, d]: the paper's adaptive layer norm."""
-    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).to(scale.dtype) * (1 + scale) + shift
 
 
 class Attention(nn.Module):

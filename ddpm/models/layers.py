@@ -28,10 +28,22 @@ def timestep_embedding(t, dim, max_period=10000, freq_shift=1):
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that answers in the type that it is given; its kernels sum in float32 whatever that is.
+
+    Autocast on a card would answer in float32, and a network would keep twice the memory for its backward pass.
+    """
+
+    def forward(self, x):
+        kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # meta has none to be turned off
+        with torch.autocast(kind, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 def group_norm(channels, most=32, eps=1e-6):
     """GroupNorm over the largest number of groups up to `most` that divides `channels`; epsilon as in Ho's code."""
     groups = max(n for n in range(1, most + 1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
 
 
 def linear(in_features, out_features, zero=False):
