@@ -1,14 +1,19 @@
 """Config -> a training, its parts put together; what drawing and measuring need too, `build` makes."""
 
+import itertools
 import math
 import os
+from bisect import bisect_left
 from functools import partial
 from pathlib import Path
 
-from ddpm import build, checkpoint, clock, data, optim, posthoc, score, spec
+import torch
+
+from ddpm import build, checkpoint, clock, data, dist, memory, optim, posthoc, score, spec
 from ddpm import config as configs
 from ddpm.dist import StepNetwork
 from ddpm.ema import EMA
+from ddpm.models.layers import recompute
 from ddpm.step import Meters, Step, Validation
 from ddpm.train import Best, Run, Same
 
@@ -56,6 +61,52 @@ def step(config, net, averages, machine, dataset_size):
         augmentation=config.data.augment, label_dropout=section.label_dropout if config.data.classes else None)
 
 
+def account(config, dtype, images, levels=0):
+    """The memory of a step of a config on one card, by part: `images` at a time, `levels` of the network recomputed.
+
+    Nothing is allocated or computed. Gradients are accumulated where the config does so.
+    """
+    parts = min(config.train.gradient_accumulation_steps, 2)  # a third micro-batch is like the second
+    config = configs.changed(config, {"train.batch_size": images * parts, "train.gradient_accumulation_steps": parts})
+    ledger = memory.Ledger()
+    with ledger:
+        net = build.network(config)
+        weights = ledger.live
+        recompute(itertools.chain(*net.levels[:levels]))
+        averaged = list(averages(config, net).values())
+    made = step(config, net, averaged, dist.Machine(torch.device("cpu"), dtype), dataset_size=config.train.batch_size)
+    labels = torch.full((images * parts,), 0 if config.data.classes else -1)
+    batch = torch.zeros(images * parts, *build.image_shape(config), dtype=torch.uint8), labels
+    return memory.account(ledger, made, batch, weights, ledger.live - weights)
+
+
+def recomputed(config, net, machine, note):
+    """How many levels of a network keep no activations; `note(text)` is told why, where it is any or none of them fit.
+
+    `auto` is as few as fit into what is free on the card beside a training step, and none on a CPU.
+    """
+    wanted, free, count = config.train.activation_checkpointing, machine.free(), len(net.levels)
+    images = config.train.batch_size // (config.train.gradient_accumulation_steps * machine.world)
+
+    def needed(levels):
+        found = account(config, machine.dtype, images, levels)
+        return memory.with_margin(found.total + (found.weights if machine.world > 1 else 0))  # ranks have a copy to exchange
+
+    if wanted == "auto":
+        levels = 0 if free is None else min(bisect_left(range(count + 1), True, key=lambda n: needed(n) <= free), count)
+    else:
+        levels = count if wanted == "all" else 0
+    if levels:
+        sizes = f"{needed(0) / GIB:.1f} GiB without, {needed(levels) / GIB:.1f} so"
+        sizes += "" if free is None else f", {free / GIB:.1f} free"
+        note(f"{levels} of {count} levels of the network are computed again in the backward pass, as "
+             f"train.activation_checkpointing is {wanted}: {sizes}")
+    return levels
+
+
+GIB = 2**30
+
+
 def training_scorer(config, images, machine, notes):
     """The scorer of a training: nothing, and a note, where its extractor is not to be had.
 
@@ -97,6 +148,9 @@ def run(config, folder, machine):
 
     content = checkpoint.newest(folder)
     net = build.network(config).to(machine.device)
+    notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
+             f"{len(learned)} images to learn from, {len(held_out)} held out"]
+    recompute(itertools.chain(*net.levels[:recomputed(config, net, machine, notes.append)]))
     if content is None and section.init_from:
         path, _, _, weights = checkpoint.load_weights(section.init_from)
         build.put_weights(net, weights, path)
@@ -108,8 +162,6 @@ def run(config, folder, machine):
         parts["objective"] = made.objective
     if content is not None:
         checkpoint.restore(content["parts"], parts)
-    notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
-             f"{len(learned)} images to learn from, {len(held_out)} held out"]
     return Run(
         folder=folder, config_json=configs.to_json(config), classes=classes, machine=machine,
         start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, best=parts["best"],

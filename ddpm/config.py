@@ -86,6 +86,7 @@ def base():
             "gradient_clip": 1.0,  # largest norm of the gradient; 0 never clips
             "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
             "deterministic": False,  # on a card, bitwise repeatable and slower
+            "activation_checkpointing": "auto",  # levels computed twice to save memory: none, all, auto (as the card needs)
             "label_dropout": 0.1,  # share of class labels dropped, for guidance: the network learns to do without too
             "init_from": "",  # run folder or file whose EMA weights a new run begins with
         },
@@ -154,7 +155,8 @@ def with_variant(config, variant, variants):
 
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
-FREE = ("train.length", "every.", "wandb.", "evaluate.", "data.classes", "data.num_workers", "sample.batch_size")
+FREE = ("train.length", "train.activation_checkpointing", "every.", "wandb.", "evaluate.", "data.classes", "data.num_workers",
+        "sample.batch_size")
 
 RANGES = {
     "seed": (0, 2**63 - 1),
@@ -194,6 +196,7 @@ CHOICES = {
     "data.channels": (1, 3, 4),
     "diffusion.variance": VARIANCES,
     "train.amp": dist.AMP,
+    "train.activation_checkpointing": ("none", "auto", "all"),
     "evaluate.extractor": ("auto", *metrics.EXTRACTORS, "none"),
     "evaluate.likelihood": LIKELIHOODS,
     "wandb.mode": tracking.MODES,

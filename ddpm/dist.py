@@ -76,6 +76,10 @@ class Machine:
         distributed.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def free(self):
+        """The bytes that are free on the card; None on a CPU, where other things decide how much a process may have."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+
     def memory(self):
         """Peak memory so far in GiB under its tracked keys."""
         unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss counts bytes there, KiB elsewhere

@@ -120,6 +120,7 @@ class DiT(nn.Module):
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, width)
         self.augmentation_embedding = augmentation_embedding(augmentation, width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout, qk_norm) for _ in range(depth))
+        self.levels = [[block] for block in self.blocks]  # all of one size
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
         self.head = linear(width, out_channels * patch_size**2, zero=True)
         for layer in (self.time_embedding[0], self.time_embedding[2], self.class_embedding):

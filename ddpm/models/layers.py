@@ -8,11 +8,13 @@ residual branch or the network.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(t, dim, max_period=10000, freq_shift=1):
@@ -60,6 +62,15 @@ def conv(in_channels, out_channels, kernel_size, zero=False):
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def recompute(modules):
+    """Let modules keep nothing but their inputs, and compute the rest again in the backward pass: the same numbers.
+
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; it costs one more forward pass of theirs.
+    """
+    for module in modules:
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 class Upsample(nn.Module):

@@ -126,22 +126,27 @@ class UNet(nn.Module):
         self.stem = conv(in_channels, channels, 3)
         skips = [channels]
         self.encoder = nn.ModuleList()
+        self.levels = [[] for _ in channel_mult]  # the stages at each size of image, the largest first
         for level, mult in enumerate(channel_mult):
             for _ in range(blocks[level]):
                 self.encoder.append(Stage(*block_at(level, channels, mult * model_channels)))
+                self.levels[level].append(self.encoder[-1])
                 channels = mult * model_channels
                 skips.append(channels)
             if level < self.halvings:
                 shrink = block(channels, channels, down=True) if resblock_updown else Downsample(channels, downsample_padding)
                 self.encoder.append(Stage(shrink))
+                self.levels[level].append(self.encoder[-1])
                 skips.append(channels)
 
         self.middle = Stage(block(channels, channels), attention(channels), block(channels, channels))
+        self.levels[-1].append(self.middle)
 
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for _ in range(blocks[level] + 1):
                 self.decoder.append(Stage(*block_at(level, channels + skips.pop(), mult * model_channels)))
+                self.levels[level].append(self.decoder[-1])
                 channels = mult * model_channels
             if level > 0:
                 self.decoder[-1].append(block(channels, channels, up=True) if resblock_updown else Upsample(channels))

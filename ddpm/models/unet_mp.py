@@ -154,25 +154,31 @@ class UNetMP(nn.Module):
         self.stem = MPConv(in_channels + 1, channels, 3)
         skips = [channels]
         self.encoder = nn.ModuleList()
+        self.levels = [[] for _ in widths]  # the blocks at each size of image, the largest first
         for level, width in enumerate(widths):
             if level:
                 self.encoder.append(block(channels, channels, resize="down"))
+                self.levels[level - 1].append(self.encoder[-1])
                 skips.append(channels)
             for _ in range(num_res_blocks):
                 self.encoder.append(block(channels, width, side >> level in attention_resolutions))
+                self.levels[level].append(self.encoder[-1])
                 channels = width
                 skips.append(channels)
 
         self.middle = nn.ModuleList([block(channels, channels, True, encodes=False), block(channels, channels, encodes=False)])
 
+        self.levels[-1] += self.middle
         self.decoder = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(num_res_blocks + 1):
                 attends = side >> level in attention_resolutions
                 self.decoder.append(block(channels + skips.pop(), width, attends, encodes=False))
+                self.levels[level].append(self.decoder[-1])
                 channels = width
             if level:
                 self.decoder.append(block(channels, channels, encodes=False, resize="up"))
+                self.levels[level].append(self.decoder[-1])
 
         self.head, self.gain = MPConv(channels, out_channels, 3), nn.Parameter(torch.zeros(()))
 
