@@ -1,0 +1,111 @@
+"""What a computation would hold in memory, counted on fake tensors, which have shapes and no numbers."""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Ledger(TorchDispatchMode):
+    """Inside, tensors are fake ones of the CPU, and the bytes of those that live are added up.
+
+    `live` now; `peak` the most so far, and `peak_gradients` the gradients of `parameters` in it; `forward` what lived when the
+    last backward pass began. What kernels take for themselves is not seen. Tensors of before stay as they are.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake, self.seen, self.parameters = FakeTensorMode(allow_non_fake_inputs=True), weakref.WeakSet(), []
+        self.live = self.peak = self.peak_gradients = self.forward = 0
+        self.rising, self.backward = False, False
+
+    def __enter__(self):
+        self.fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *how):
+        super().__exit__(*how)
+        self.fake.__exit__(*how)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        backward = torch._C._current_graph_task_id() != -1
+        if backward and not self.backward:
+            self.forward = self.live
+        self.backward = backward
+        if self.rising and self.live < self.peak:
+            self.rising, self.peak_gradients = False, self.gradients()
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage):
+        if storage in self.seen:
+            return
+        self.seen.add(storage)
+        size = storage.nbytes()
+        weakref.finalize(storage, self.remove, size)
+        self.live += size
+        if self.live > self.peak:
+            self.peak, self.rising = self.live, True
+
+    def remove(self, size):
+        self.live -= size
+
+    def gradients(self):
+        """The bytes of the gradients that there are."""
+        return sum(size_of(one.grad) for one in self.parameters if one.grad is not None)
+
+    def restart(self):
+        """Look for a peak from now on."""
+        self.peak, self.peak_gradients = self.live, self.gradients()
+
+
+def with_margin(size):
+    """What a card must have free for a count of bytes: kernels' own workspace, and gaps between blocks, are not counted."""
+    return size * 1.1 + 2**29
+
+
+def size_of(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Account:
+    """The bytes of a training step at its peak, by part; they add up to `total`."""
+
+    weights: int
+    averages: int  # of the weights
+    optimizer: int
+    gradients: int  # those that there are at the peak
+    activations: int  # kept by the forward pass for the backward pass
+    workspace: int  # results on their way, beyond those
+
+    @property
+    def total(self):
+        return self.weights + self.averages + self.optimizer + self.gradients + self.activations + self.workspace
+
+
+def account(ledger, step, batch, weights, averages):
+    """The account of a training step, `step(number, batch)` on fake weights, once its optimiser has begun.
+
+    The first step, on gradients of zero, gives the optimiser what it keeps; the second is looked at.
+    """
+    ledger.parameters = step.parameters
+    with ledger:
+        for one in step.parameters:
+            one.grad = torch.zeros_like(one)
+        before = ledger.live
+        step.optimizer.step()
+        optimizer = ledger.live - before
+        step.optimizer.zero_grad(set_to_none=True)
+        start = ledger.live
+        ledger.restart()
+        step(0, batch)
+    held = ledger.peak - start - ledger.peak_gradients
+    kept = min(ledger.forward - start, held)
+    return Account(weights, averages, optimizer, ledger.peak_gradients, kept, held - kept)
