@@ -14,9 +14,10 @@ from PIL import Image
 from ddpm.files import written_beside
 from ddpm.results import ASKED, LEARNED, is_training, label, lines_along, numeric_axes
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")  # Okabe and Ito 2008
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)))
-MARKERS = "osD^vPX*"
+COLOURS = (  # Okabe and Ito 2008, and two of Tol 2021
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F", "#882255", "#999933")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (2, 2)), (0, (10, 2, 2, 2)))
+MARKERS = "osD^vPX*hp"
 MOST = len(COLOURS)  # lines or grids in one figure
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
@@ -158,7 +159,7 @@ def along(groups, metric, knob):
         points = [group.final(metric) for group in line]
         means += [mean for mean, _ in points]
         others = ", ".join(words for key, words in zip(line[0].setting, line[0].labels, strict=True) if key != knob)
-        x = beside([at(place(group)) for group in line], number - (len(lines) - 1) / 2, kind)
+        x = beside([at(place(group)) for group in line], (number + 0.5) / len(lines) - 0.5, len(lines), kind)
         axis.errorbar(x, [mean for mean, _ in points], [half or 0 for _, half in points], label=others,
                       marker=MARKERS[number % MOST], capsize=2.5, **look(number))
     if kind != "linear":
@@ -189,10 +190,10 @@ def position(values):
     return (lambda value: value), "log" if values[0] > 0 else "linear"
 
 
-def beside(x, places, kind):
-    """Move points to the side of where they are, so that the intervals of several lines can be told apart."""
+def beside(x, share, count, kind):
+    """Move the points of one of `count` lines to the side, from -0.5 to 0.5, so that their intervals can be told apart."""
     span = max(x) - min(x) if kind == "linear" else math.log(max(x) / min(x))
-    shift = 0.012 * span * places
+    shift = min(0.012 * count, 0.05) * span * share
     return [value + shift if kind == "linear" else value * math.exp(shift) for value in x]
 
 
