@@ -17,7 +17,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from torch import nn
 
-from ddpm import build, checkpoint, config, convert
+from ddpm import build, checkpoint, config, convert, dialects
 
 # float32 carries 6e-8; some twenty layers in another order of summation make it about a hundred times that
 SAME = dict(rtol=0, atol=1e-5)
@@ -120,7 +120,7 @@ def test_schedules_there_and_back(tmp_path, given, name, predict):
     given = given | dict(prediction_type=predict, clip_sample=predict != "sample", variance_type="fixed_large",
                          rescale_betas_zero_snr=predict == "v_prediction")
     fields = dict(DDPMScheduler(**given).config)
-    knobs = convert.fields_as_knobs(tmp_path, fields | {"_class_name": "DDPMScheduler"}, convert.SCHEDULER)
+    knobs = dialects.fields_as_knobs(tmp_path, fields | {"_class_name": "DDPMScheduler"}, dialects.SCHEDULER)
     assert convert.our_schedule(tmp_path, fields, knobs["diffusion.timesteps"]) == name
     made = tiny(**knobs | {"diffusion.beta_schedule": name})
     assert made.diffusion.variance == "large" and made.diffusion.zero_terminal_snr == (predict == "v_prediction")

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "ddpm"
 FLOORS = {
     "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
     "assembly": ["build", "assemble", "train"],
-    "craft": ["config", "command", "study", "draw", "score", "step", "results", "report", "figures"],
+    "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures"],
     "services": ["data", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],
     "ground": ["spec", "rng", "dist", "clock", "files", "memory"],
