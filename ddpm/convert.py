@@ -5,6 +5,10 @@
     a run folder or checkpoint of ours                      -> a diffusers folder, for DDPMPipeline.from_pretrained
 
 The network's output stays the same, and what has no counterpart is refused by its name. No code of the others is needed.
+
+Labels are the same too. For no label our network adds zero, and others look up one more row, or do without: so a network that
+was trained with label dropout goes out with a row of zeros as its last, and of one that comes in --no_label=10 says which row
+that is. It is added to the bias before it and taken from the other rows, which makes the same network.
 """
 
 import contextlib
@@ -30,6 +34,7 @@ from ddpm.dialects import (
     OLD,
     OLD_PART,
     OPENAI,
+    OUR_CLASSES,
     OUR_NAME,
     SCHEDULER,
     SHAPE,
@@ -47,13 +52,15 @@ from ddpm.models.layers import AttentionBlock
 from ddpm.spec import parse
 
 
-def convert(source, out, **theirs):
+def convert(source, out, classes=None, no_label=None, **theirs):
     """Convert `source` into `out` as above, `theirs` being OpenAI's flags; returns the path that was written.
 
-    Raises ValueError, one line, for what is damaged, has no counterpart on the other side, or is there already.
+    `classes` are names for those of a network that comes in, by default their numbers; `no_label` is the label by which it
+    was told none. Raises ValueError, one line, for what is damaged, has no counterpart on the other side, or is there already.
     """
     source, out = Path(source), Path(out)
     given = {flag: value for flag, value in theirs.items() if value is not None}
+    labels = ({"classes": tuple(classes)} if classes else {}) | ({} if no_label is None else {"no_label": no_label})
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out, or remove it")
     tensors = tensors_of(source) if source.is_file() else {}
@@ -63,9 +70,12 @@ def convert(source, out, **theirs):
     if "conv_in.weight" in tensors:
         raise ValueError(f"{source} is one file of a diffusers model; give the folder, which has its configs too")
     if not openai and "_class_name" not in json_of(source / "model_index.json") | json_of(part_of(source, "unet", "config")):
+        if labels:
+            ours = checkpoint.find(source)
+            raise ValueError(f"--{min(labels)} is for a network of others, and {ours} is one of ddpm; leave it out")
         return to_diffusers(source, out)
     try:
-        config, weights = from_openai(source, tensors, given) if openai else from_diffusers(source)
+        config, weights = from_openai(source, tensors, given, labels) if openai else from_diffusers(source, labels)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{source} is damaged, or no U-Net that ddpm knows: {command.one_line(error)}") from error
     path = out if out.suffix == ".safetensors" else out / "final.safetensors"
@@ -73,8 +83,8 @@ def convert(source, out, **theirs):
     return path
 
 
-def from_diffusers(folder):
-    """Return the config and the weights of a diffusers folder, as ours."""
+def from_diffusers(folder, labels):
+    """Return the config and the weights of a diffusers folder, as ours; `labels` as for `label_knobs`."""
     parts = json_of(folder / "model_index.json")
     allow(folder, "model_index.json's list", sorted(name for name in parts if name[0] != "_"), [["scheduler", "unet"], []])
     path, other = part_of(folder, "unet", "config"), part_of(folder, "scheduler", "scheduler_config")
@@ -86,11 +96,14 @@ def from_diffusers(folder):
     knobs["diffusion.loss"] = "hybrid" if learned else "mse"
     allow(path, "out_channels", unet.get("out_channels", 3), [channels * (1 + learned)])
     knobs["diffusion.beta_schedule"] = our_schedule(other, scheduler, knobs["diffusion.timesteps"])
+    rows = unet.get("num_class_embeds")
+    allow(path, "num_class_embeds", rows, [rows] if rows is None or type(rows) is int and rows > 0 else [None, "1 or more"])
+    named, no_label = label_knobs(path, rows, labels, unet.get(OUR_CLASSES, ()))
     stored = [file for suffix in (".safetensors", ".bin") if (file := path.with_name(STORED + suffix)).exists()]
     if not stored:
         raise ValueError(f"there is no {path.with_name(STORED)}.safetensors; give a folder with weights, in one file")
     tensors = {re.sub(OLD_PART, lambda old: OLD[old[0]], name): value for name, value in tensors_of(stored[0]).items()}
-    return as_ours(stored[0], tensors, knobs, DIFFUSERS, cosines_first=unet.get("flip_sin_to_cos", True))
+    return as_ours(stored[0], tensors, knobs | named, DIFFUSERS, unet.get("flip_sin_to_cos", True), no_label=no_label)
 
 
 def shape_as_knobs(path, unet):
@@ -129,8 +142,11 @@ def our_schedule(path, scheduler, steps):
     raise ValueError(f"{path}: its betas, {betas[0]:.3g} to {betas[-1]:.3g} in {steps} steps, are those of no schedule of ddpm")
 
 
-def from_openai(path, tensors, given):
-    """Return the config and the weights of OpenAI's tensors, as ours; `given` are their flags, for what shapes do not say."""
+def from_openai(path, tensors, given, labels):
+    """Return the config and the weights of OpenAI's tensors, as ours.
+
+    `given` are their flags, for what shapes do not say, and `labels` as for `label_knobs`.
+    """
 
     def numbers(pattern):
         return {int(found[1]) for name in tensors if (found := re.match(pattern, name))}
@@ -140,7 +156,7 @@ def from_openai(path, tensors, given):
     firsts = [f"output_blocks.{level * (blocks + 1)}" for level in range(len(ups), -1, -1)]  # the largest images first
     widths = [len(tensors[f"{first}.0.out_layers.3.bias"]) for first in firsts]
     (stem, channels), width = tensors["input_blocks.0.0.weight"].shape[:2], tensors["time_embed.0.weight"].shape[1]
-    allow(path, "class_cond", "label_emb.weight" in tensors, [False])
+    named, no_label = label_knobs(path, len(tensors.get("label_emb.weight", ())), labels)
     learned = allow(path, "the number of channels out (learn_sigma doubles it)", len(tensors["out.2.bias"]),
                     [channels, 2 * channels]) > channels
     allow(path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True])  # else halving has no weights
@@ -164,13 +180,37 @@ def from_openai(path, tensors, given):
         "diffusion.timesteps": steps, "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
         "diffusion.beta_schedule": allow(path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]),
         "diffusion.variance": "learned" if learned else "large", "diffusion.loss": "hybrid" if learned else "mse",
-    }, OPENAI, cosines_first=True, legacy=not given["use_new_attention_order"])
+    } | named, OPENAI, cosines_first=True, legacy=not given["use_new_attention_order"], no_label=no_label)
 
 
-def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False):
+def label_knobs(path, rows, labels, names=()):
+    """The knobs for the classes of a network with so many `rows` of labels, or none, and its row for no label, or None.
+
+    `labels` are the flags that were given, of "classes" and "no_label"; `names` are those that came with the network, one fewer
+    than rows where the last is for no label. Raises ValueError where they do not fit the rows.
+    """
+    if not rows:
+        if labels:
+            raise ValueError(f"--{min(labels)} is for a network with labels, which {path} has not; leave it out")
+        return {}, None
+    no_label = labels.get("no_label", rows - 1 if len(names) == rows - 1 > 0 else None)
+    if no_label is not None and (rows == 1 or no_label not in range(rows)):
+        raise ValueError(f"--no_label is {no_label}, and {path} has " + (
+            "one label, a class; leave it out" if rows == 1 else f"the labels 0 to {rows - 1}; give one of them"))
+    numbers = tuple(str(row) for row in range(rows) if row != no_label)
+    names = labels.get("classes", tuple(names) or numbers)
+    if not len(names) == len(set(names)) == len(numbers):
+        raise ValueError(f"{path} has {len(numbers)} classes, and {len(names)} are named, {len(set(names))} differently; give "
+                         "--classes= and a name for each, and --no_label= if a label means none")
+    known = {"data.class_labels": True, "data.classes": names}
+    return known | ({"train.label_dropout": 0.0} if no_label is None else {}), no_label  # by which guidance is refused
+
+
+def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False, no_label=None):
     """Return base() with `knobs`, and their tensors under our names and in our order.
 
-    Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head by head.
+    Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head by head; what they look up
+    for the label `no_label` is here the zero that is added without one.
     """
     steps, unknown = knobs["diffusion.timesteps"], "folder(path='the images it was trained on')"
     knobs = knobs | {"data.source": unknown, "sample.sampler": "ddpm", "sample.steps": steps, "evaluate.steps": min(50, steps)}
@@ -193,6 +233,10 @@ def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False):
         half, odd = divmod(rows.shape[1], 2)
         cosines, sines, zero = rows.split([half, half, odd], dim=1)
         weights["time_embedding.0.weight"] = torch.cat([sines, cosines, zero], dim=1)
+    if no_label is not None:
+        rows = weights["class_embedding.weight"]
+        weights["time_embedding.2.bias"] = weights["time_embedding.2.bias"] + rows[no_label]
+        weights["class_embedding.weight"] = torch.cat([rows[:no_label], rows[no_label + 1:]]) - rows[no_label]
     build.put_weights(net, weights, path, assign=True)
     return config, weights
 
@@ -208,6 +252,8 @@ def to_diffusers(source, folder):
         value = net.get_parameter(name).detach().float()
         if isinstance(layer, AttentionBlock) and value.dim() == 4:
             value = rearrange(value, "o i 1 1 -> o i")
+        if isinstance(layer, nn.Embedding):
+            value = torch.cat([value, value.new_zeros(unet["num_class_embeds"] - len(value), value.shape[1])])
         tensors |= {one: part.clone() for one, part in zip(theirs, value.chunk(len(theirs)), strict=True)}
     with written_beside(folder / "unet" / f"{STORED}.safetensors") as part:
         part.write_bytes(save(tensors, metadata={"format": "pt"}))
@@ -225,7 +271,6 @@ def their_unet(path, config, net):
     for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
         allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
     model = config.model
-    allow(path, "config.data.class_labels", config.data.class_labels, [False])
     allow(path, "config.diffusion.self_condition", config.diffusion.self_condition, [False])
     allow(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
     groups = sorted({layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)})
@@ -238,7 +283,9 @@ def their_unet(path, config, net):
     attends = [config.data.image_size >> level in model.attention_resolutions for level in range(len(model.channel_mult))]
     downs = [next(name for name, (_, attention, way) in BLOCKS.items() if attention == yes and way in (None, resize))
              for yes in attends]
-    return knobs_as_fields(path, knobs, UNET) | {
+    classes = list(config.data.classes)
+    labels = {"num_class_embeds": len(classes) + (config.train.label_dropout > 0), OUR_CLASSES: classes} if classes else {}
+    return knobs_as_fields(path, knobs, UNET) | labels | {
         "out_channels": net.head[2].out_channels,
         "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
         "down_block_types": downs, "up_block_types": [BLOCKS[name][0] for name in downs[::-1]],
@@ -297,7 +344,7 @@ def main(arguments):
     """Convert what the command line names; returns the exit code."""
     if len(arguments) > 1:
         raise ValueError(f"one source at a time; leave out {arguments[1]}")
-    given = {flag: getattr(flags.FLAGS, flag) for flag in FLAGS}
+    given = {flag: getattr(flags.FLAGS, flag) for flag in (*FLAGS, "classes", "no_label")}
     print(f"wrote {convert(arguments[0], flags.FLAGS.out, **given)}")
     return command.DONE
 
@@ -316,6 +363,8 @@ FLAGS = {  # OpenAI's flags, for what shapes do not say
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The folder, or the .safetensors file, to write.", required=True)
+    flags.DEFINE_list("classes", None, "Names for the classes of a network of others, in order; by default their numbers.")
+    flags.DEFINE_integer("no_label", None, "The label by which a network of others was told none: what guidance needs.")
     for flag, (define, example) in FLAGS.items():
         define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")
     command.run_door(main, takes="a diffusers folder, a file of OpenAI's weights, or a run folder or checkpoint of ddpm")

@@ -74,6 +74,7 @@ PLACES = {  # where a layer of ours is: in a UNet2DModel, in OpenAI's UNetModel
     "encoder block": ("down_blocks.{level}.resnets.{block}", "input_blocks.{next}.{layer}"),
     "encoder attention": ("down_blocks.{level}.attentions.{block}", "input_blocks.{next}.{layer}"),
     "encoder resize": ("down_blocks.{level}.downsamplers.0", "input_blocks.{next}.{layer}"),
+    "class_embedding": ("class_embedding", "label_emb"),
     "middle.0": ("mid_block.resnets.0", "middle_block.0"),
     "middle.1": ("mid_block.attentions.0", "middle_block.1"),
     "middle.2": ("mid_block.resnets.1", "middle_block.2"),
@@ -125,7 +126,6 @@ UNET = {  # a field of UNet2DModel: what it is if left out, our knob, {its value
     "mid_block_scale_factor": (1, None, {1: None}),
     "add_attention": (True, None, {True: None}),
     "class_embed_type": (None, None, {None: None}),
-    "num_class_embeds": (None, None, {None: None}),
     "num_train_timesteps": (None, None, {None: None}),  # of a learned time embedding
 }
 SHAPE = {  # its other fields, which are read together, and the knobs that they make
@@ -136,6 +136,7 @@ SHAPE = {  # its other fields, which are read together, and the knobs that they 
     "upsample_type": (),
     "attention_head_dim": ("model.num_heads", "model.num_head_channels"),
     "attn_norm_num_groups": (),
+    "num_class_embeds": ("data.classes",),
     "out_channels": (),
     "time_embedding_dim": (),
 }
@@ -167,3 +168,4 @@ BETAS = {  # beta_schedule: its betas from the first to the last
     "squaredcos_cap_v2": lambda start, end, steps: get_beta_schedule("cosine", steps),
 }
 OUR_NAME = "_ddpm_schedule"  # says in a diffusers file which schedule its trained_betas are
+OUR_CLASSES = "_ddpm_classes"  # and what its labels are called, but for the last if that is no label

@@ -1,5 +1,6 @@
 """Weights of others: the real diffusers there and back, OpenAI's U-Net written out here, and what is refused."""
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ddpm import build, checkpoint, config, convert, dialects
+from ddpm.generate import generate_images
 
 # float32 carries 6e-8; some twenty layers in another order of summation make it about a hundred times that
 SAME = dict(rtol=0, atol=1e-5)
@@ -27,7 +29,8 @@ def randomize(net, seed=0):
     """Weights of which none is special, and outputs of order one."""
     torch.manual_seed(seed)
     for name, weight in net.named_parameters():
-        nn.init.normal_(weight, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.05)
+        std = 1.0 if name.startswith("class_embedding") else 0.05  # as it is at first, so that labels make a difference
+        nn.init.normal_(weight, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=std)
     return net.eval()
 
 
@@ -37,10 +40,11 @@ def inputs(channels=3, size=8):
 
 
 @torch.no_grad()
-def ours(path):
-    """A converted checkpoint: its config, and its output."""
+def ours(path, label=None):
+    """A converted checkpoint: its config, and its output for a label."""
     loaded = build.load(path, "cpu")
-    return loaded.config, loaded.net.eval()(*inputs(loaded.config.data.channels, loaded.config.data.image_size))
+    x, t = inputs(loaded.config.data.channels, loaded.config.data.image_size)
+    return loaded.config, loaded.net.eval()(x, t, None if label is None else torch.full((3,), label))
 
 
 # diffusers, there and back
@@ -77,10 +81,11 @@ NETWORKS = {
 
 
 @torch.no_grad()
-def theirs(folder):
-    """A diffusers folder: its output."""
+def theirs(folder, label=None):
+    """A diffusers folder: its output for a label."""
     net = DDPMPipeline.from_pretrained(folder).unet.eval()
-    return net(*inputs(net.config.in_channels, net.config.sample_size)).sample
+    x, t = inputs(net.config.in_channels, net.config.sample_size)
+    return net(x, t, class_labels=None if label is None else torch.full((3,), label)).sample
 
 
 def saved(folder, network=SMALL, **scheduler):
@@ -101,6 +106,76 @@ def test_diffusers_there_and_back(tmp_path, network):
     convert.convert(tmp_path / "back", tmp_path / "again")
     first, again = load_file(path), load_file(tmp_path / "again" / "final.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first) and first.keys() == again.keys()
+
+
+def differ(outputs):
+    """Whether a label makes a difference far above the tolerance, so that the comparison of labels is about something."""
+    return min((one - other).abs().max() for one, other in itertools.combinations(outputs, 2)) > 1e-3
+
+
+def same(outputs, expected):
+    for one, other in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(one, other, **SAME)
+
+
+LABELLED = [
+    SMALL | dict(num_class_embeds=4),
+    SMALL | HO | dict(num_class_embeds=2),
+    SMALL | RESNET | dict(num_class_embeds=3),
+    THREE | dict(in_channels=1, out_channels=1, num_class_embeds=3),
+    SMALL | dict(num_class_embeds=1),
+]
+
+
+@pytest.mark.parametrize("network", LABELLED)
+def test_labels_there_and_back(tmp_path, network):
+    folder, labels = saved(tmp_path / "theirs", network), range(network["num_class_embeds"])
+    expected = [theirs(folder, label) for label in labels]
+    assert len(labels) == 1 or differ(expected)
+    path = convert.convert(folder, tmp_path / "ours")
+    same([ours(path, label)[1] for label in labels], expected)
+    made = build.load(path, "cpu").config
+    assert made.data.class_labels and made.data.classes == tuple(map(str, labels)) and made.train.label_dropout == 0
+    with pytest.raises(ValueError, match="guidance is 2.0, and the network has never done without its label"):
+        build.load(path, "cpu", **{"sample.guidance": 2.0})
+    convert.convert(path, tmp_path / "back")
+    same([theirs(tmp_path / "back", label) for label in labels], expected)
+    first, again = load_file(path), load_file(convert.convert(tmp_path / "back", tmp_path / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first) and first.keys() == again.keys()
+
+
+@pytest.mark.parametrize("no_label", [0, 2, 3])
+def test_a_label_that_means_none_is_ours_without_one(tmp_path, no_label):
+    """As networks are trained for classifier-free guidance elsewhere; it goes out as the last."""
+    folder = saved(tmp_path / "theirs", SMALL | dict(num_class_embeds=4))
+    order = [label for label in range(4) if label != no_label] + [no_label]
+    expected = [theirs(folder, label) for label in order]
+    assert differ(expected)
+    path = convert.convert(folder, tmp_path / "ours", no_label=no_label)
+    same([ours(path, label)[1] for label in (0, 1, 2, None)], expected)
+    same([ours(path, -1)[1]], expected[-1:])
+    made = build.load(path, "cpu", **{"sample.guidance": 2.0}).config
+    assert made.data.classes == tuple(map(str, order[:3]))  # which are still their numbers there
+    convert.convert(path, tmp_path / "back")
+    same([theirs(tmp_path / "back", label) for label in range(4)], expected)
+    again = convert.convert(tmp_path / "back", tmp_path / "again", classes=["cat", "dog", "owl"])
+    first, second = load_file(path), load_file(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert build.load(again, "cpu").config.data.classes == ("cat", "dog", "owl")
+
+
+def test_a_converted_network_draws_its_classes(tmp_path):
+    folder = saved(tmp_path / "theirs", SMALL | dict(num_class_embeds=6), num_train_timesteps=4)
+    path = convert.convert(folder, tmp_path / "ours")
+    knobs = {"sample.steps": 2, "sample.seed": 0, "sample.batch_size": 1}
+    folders = {}
+    for chosen in (("3", "5"), ("3",), ("5",)):
+        folders[chosen] = tmp_path / "".join(chosen)
+        generate_images(path, 2, folders[chosen], "cpu", **knobs | {"sample.classes": chosen})
+    pixels = {chosen: [file.read_bytes() for file in sorted(folder.glob("*.png"))] for chosen, folder in folders.items()}
+    assert pixels["3", "5"] == [pixels["3",][0], pixels["5",][1]] and pixels["3",] != pixels["5",]
+    with pytest.raises(ValueError, match="unknown class '6'"):
+        generate_images(path, 2, tmp_path / "out", "cpu", **knobs | {"sample.classes": ("6",)})
 
 
 SCHEDULERS = {
@@ -182,6 +257,26 @@ def test_a_run_goes_out_and_comes_back(tmp_path, trained, file):
     assert dict(back.diffusion) | {"variance": "small"} == dict(before.diffusion)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_classes_go_out_and_come_back(tmp_path, dropout):
+    """With one more label, the last, where the network knows what it is to have none."""
+    made = tiny(model__norm_num_groups=8, data__class_labels=True, data__classes=("cat", "dog"), train__label_dropout=dropout)
+    weights, path = randomize(build.network(made)).state_dict(), tmp_path / "ours.safetensors"
+    checkpoint.export(path, weights, 0, config.to_json(made))
+    labels = [0, 1, None] if dropout else [0, 1]
+    expected = [ours(path, label)[1] for label in labels]
+    assert differ(expected)
+    convert.convert(path, tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs/unet/config.json").read_text())["num_class_embeds"] == len(labels)
+    same([theirs(tmp_path / "theirs", label) for label in range(len(labels))], expected)
+    back = convert.convert(tmp_path / "theirs", tmp_path / "back")
+    same([ours(back, label)[1] for label in labels], expected)
+    config_back = build.load(back, "cpu").config
+    assert config_back.data.classes == ("cat", "dog") and (config_back.train.label_dropout > 0) == (dropout > 0)
+    again = load_file(back)
+    assert all(torch.equal(weights[name], again[name]) for name in weights) and weights.keys() == again.keys()
+
+
 def test_a_learned_variance_goes_out_and_comes_back(tmp_path):
     run(tiny(model__norm_num_groups=8, diffusion__variance="learned", diffusion__loss="hybrid", train__length="4 steps"),
         tmp_path / "run")
@@ -198,7 +293,6 @@ def test_a_learned_variance_goes_out_and_comes_back(tmp_path):
 def test_what_their_process_cannot_be_is_refused(tmp_path):
     for knobs, said in ((dict(diffusion__beta_schedule="flow", diffusion__predict="v"), "diffusion.beta_schedule is 'flow'"),
                         (dict(diffusion__predict="flow"), "config.diffusion.predict is 'flow'"),
-                        (dict(data__class_labels=True), "config.data.class_labels is True"),
                         (dict(diffusion__self_condition=True), "config.diffusion.self_condition is True")):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         run(tiny(model__norm_num_groups=8, train__length="1 steps", train__warmup="0 steps", **knobs), folder)
@@ -227,11 +321,14 @@ class OpenAI:
 
     def __init__(
         self, mult=(1, 2), blocks=1, attends=(False, True), scale_shift=False, updown=False, heads=1, new_order=False, out=3,
+        classes=0,
     ):
         self.mult, self.blocks, self.attends, self.updown = mult, blocks, attends, updown
         self.scale_shift, self.heads, self.new_order = scale_shift, heads, new_order
         self.out, self.width, self.weights, self.generator = out, 32, {}, torch.Generator().manual_seed(3)
         self.make()
+        if classes:
+            self.weights["label_emb.weight"] = torch.randn(classes, 4 * self.width, generator=self.generator)
 
     def add(self, name, *shape, mean=0.0):
         draw = torch.randn(shape, generator=self.generator) * 0.05
@@ -331,11 +428,12 @@ class OpenAI:
         return x + F.conv1d(out, *self.parameters(f"{name}.proj_out")).reshape(x.shape)
 
     @torch.no_grad()
-    def __call__(self, x, t):
+    def __call__(self, x, t, label=None):
         half = self.width // 2
         angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
         emb = F.linear(torch.cat([angles.cos(), angles.sin()], dim=1), *self.parameters("time_embed.0"))
         emb = F.linear(F.silu(emb), *self.parameters("time_embed.2"))
+        emb = emb if label is None else emb + self.weights["label_emb.weight"][label]
         h = self.conv("input_blocks.0.0", x, padding=1)
         skips = [h]
         for number, attends, down in self.plan["in"]:
@@ -386,6 +484,20 @@ def test_weights_of_openai(tmp_path, options, flags):
     assert made.diffusion.variance == ("learned" if net.out == 6 else "large")
 
 
+@pytest.mark.parametrize("options", [dict(classes=3), dict(classes=2, scale_shift=True, updown=True, out=6)])
+def test_labels_of_openai(tmp_path, options):
+    net, labels = OpenAI(**options), range(options["classes"])
+    torch.save(net.weights, tmp_path / "model.pt")
+    expected = [net(*inputs(), label) for label in labels]
+    assert differ(expected)
+    path = convert.convert(tmp_path / "model.pt", tmp_path / "ours", **THEIR_FLAGS)
+    same([ours(path, label)[1] for label in labels], expected)
+    made = build.load(path, "cpu").config
+    assert made.data.classes == tuple(map(str, labels)) and made.train.label_dropout == 0
+    path = convert.convert(tmp_path / "model.pt", tmp_path / "guided", no_label=0, **THEIR_FLAGS)
+    same([ours(path, label)[1] for label in (None, *labels[:-1])], expected)
+
+
 def test_the_order_of_heads_matters(tmp_path):
     """The test above could tell: the other order of the same weights is another network."""
     net = OpenAI(heads=4)
@@ -407,14 +519,15 @@ def door(*arguments, cwd):
 
 
 def test_the_door(tmp_path):
-    torch.save(OpenAI().weights, tmp_path / "model.pt")
+    torch.save(OpenAI(classes=2).weights, tmp_path / "model.pt")
     code, out, err = door("model.pt", "--out=ours.safetensors", cwd=tmp_path)
     assert code == 2 and out == "" and err == (
         "error: model.pt does not say how it was trained; add what is true of --image_size=64, --diffusion_steps=1000, "
         "--noise_schedule=linear, --num_heads=4 or --num_head_channels=64, --use_new_attention_order=False\n")
     code, out, err = door("model.pt", "--out=ours.safetensors", "--image_size=8", "--diffusion_steps=1000", "--num_heads=1",
-                          "--noise_schedule=linear", "--nouse_new_attention_order", cwd=tmp_path)
+                          "--noise_schedule=linear", "--nouse_new_attention_order", "--classes=cat,dog", cwd=tmp_path)
     assert (code, out) == (0, "wrote ours.safetensors\n"), err
+    assert build.load(tmp_path / "ours.safetensors", "cpu").config.data.classes == ("cat", "dog")
     convert.convert(tmp_path / "ours.safetensors", tmp_path / "theirs")
     assert DDPMPipeline.from_pretrained(tmp_path / "theirs").unet.config.sample_size == 8
 
@@ -436,7 +549,8 @@ def small(tmp_path_factory):
     ("unet/config.json", "sample_size", None),
     ("unet/config.json", "sample_size", [8, 8]),
     ("unet/config.json", "out_channels", 6),
-    ("unet/config.json", "num_class_embeds", 10),
+    ("unet/config.json", "num_class_embeds", 0),
+    ("unet/config.json", "num_class_embeds", "ten"),
     ("unet/config.json", "class_embed_type", "timestep"),
     ("unet/config.json", "center_input_sample", True),
     ("unet/config.json", "time_embedding_type", "fourier"),
@@ -473,6 +587,7 @@ def test_a_field_without_a_counterpart_is_named(tmp_path, small, file, field, va
     ("unet/config.json", {"resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups is None"),
     ("unet/config.json", {"layers_per_block": 2}, "the tensor down_blocks.0.resnets.1.norm1.weight is missing"),
     ("unet/config.json", {"block_out_channels": [32, 96]}, "are of another network than the config's: "),
+    ("unet/config.json", {"num_class_embeds": 10}, "the tensor class_embedding.weight is missing"),
     ("unet/config.json", {"attention_head_dim": 5}, "num_head_channels 5 does not divide 64 channels"),
     ("unet/config.json", {"sample_size": 7}, "image_size 7 cannot be halved"),
     ("unet/config.json", {"in_channels": 2, "out_channels": 2}, "config.data.channels"),
@@ -494,6 +609,7 @@ def test_files_that_are_missing_or_damaged_are_one_line(tmp_path, small):
     refuses("--num_heads is for weights of OpenAI", small, out, num_heads=4)
     refuses("give the folder", small / weights, out)
     refuses("neither a file nor a run folder", tmp_path / "nothing", out)
+    refuses("neither a file nor a run folder", tmp_path / "nothing", out, no_label=3)
     with pytest.raises(ValueError, match="is there already; give another --out"):
         convert.convert(small, tmp_path)
     for name, message in ((weights, "model.safetensors; give"), ("scheduler/scheduler_config.json", "there is no ")):
@@ -505,6 +621,32 @@ def test_files_that_are_missing_or_damaged_are_one_line(tmp_path, small):
     refuses("is damaged or holds more than weights", folder, out)
     (folder / "unet/config.json").write_text("{")
     refuses("config.json is damaged or no config", folder, out)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(no_label=3), "--no_label is 3, and {} has the labels 0 to 2; give one of them"),
+    (dict(no_label=-1), "--no_label is -1, and {} has the labels 0 to 2"),
+    (dict(classes=["cat", "dog"]), "{} has 3 classes, and 2 are named, 2 differently; give --classes= and a name for each"),
+    (dict(classes=["cat", "dog", "cat"]), "{} has 3 classes, and 3 are named, 2 differently"),
+    (dict(classes=["cat", "dog", "owl"], no_label=2), "{} has 2 classes, and 3 are named"),
+    (dict(num_heads=4), "--num_heads is for weights of OpenAI"),
+])
+def test_labels_that_do_not_fit_are_one_line(tmp_path, flags, message):
+    folder = saved(tmp_path / "model", SMALL | dict(num_class_embeds=3))
+    refuses(message.format(folder / "unet" / "config.json"), folder, tmp_path / "out", **flags)
+
+
+def test_labels_that_are_none_are_one_line(tmp_path, small):
+    refuses(f"--no_label is for a network with labels, which {small / 'unet/config.json'} has not", small, tmp_path / "out",
+            no_label=3)
+    folder = saved(tmp_path / "one", SMALL | dict(num_class_embeds=1))
+    refuses("has one label, a class; leave it out", folder, tmp_path / "out", no_label=0)
+    path = convert.convert(folder, tmp_path / "ours.safetensors")
+    refuses(f"--classes is for a network of others, and {path} is one of ddpm", path, tmp_path / "out", classes=["cat"])
+    for count, said in ((2, "are of another network than the config's: "), (None, "class_embedding.weight has no place")):
+        file = folder / "unet/config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"num_class_embeds": count}))
+        refuses(said, folder, tmp_path / "out")
 
 
 class Opens:
@@ -524,7 +666,9 @@ def test_no_code_is_run(tmp_path):
 
 
 @pytest.mark.parametrize("change, flags, message", [
-    ({"label_emb.weight": torch.zeros(10, 128)}, {}, "class_cond is True"),
+    ({"label_emb.weight": torch.zeros(10, 64)}, {}, "are of another network than the config's: "),
+    ({"label_emb.weight": torch.zeros(10, 128)}, {"no_label": 10}, "has the labels 0 to 9; give one of them"),
+    ({}, {"classes": ["cat"]}, "--classes is for a network with labels, which"),
     ({"out.2.weight": torch.zeros(9, 32, 3, 3), "out.2.bias": torch.zeros(9)}, {},
      "the number of channels out (learn_sigma doubles it) is 9"),
     ({"input_blocks.2.0.op.weight": None, "input_blocks.2.0.op.bias": None}, {}, "conv_resample is False"),
