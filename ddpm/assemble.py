@@ -97,14 +97,11 @@ def recomputed(config, net, machine, note):
     else:
         levels = count if wanted == "all" else 0
     if levels:
-        sizes = f"{needed(0) / GIB:.1f} GiB without, {needed(levels) / GIB:.1f} so"
-        sizes += "" if free is None else f", {free / GIB:.1f} free"
+        sizes = f"{needed(0) / memory.GIB:.1f} GiB without, {needed(levels) / memory.GIB:.1f} so"
+        sizes += "" if free is None else f", {free / memory.GIB:.1f} free"
         note(f"{levels} of {count} levels of the network are computed again in the backward pass, as "
              f"train.activation_checkpointing is {wanted}: {sizes}")
     return levels
-
-
-GIB = 2**30
 
 
 def training_scorer(config, images, machine, notes):
@@ -167,7 +164,7 @@ def run(config, folder, machine):
         start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, best=parts["best"],
         parts=parts, notes=notes, stored=[build.part_name(width) for width in config.ema.profiles],
         batches=lambda start: batches(config, images, learned, machine, start, total),
-        speed=clock.Speed(section.batch_size, len(learned), build.flops_per_image(config)),
+        speed=clock.Speed(section.batch_size, len(learned), build.flops_per_image(config), machine.peak()),
         validation=Validation(images, held_out, net, made.diffusion, machine, section.batch_size,
                               images.labels if classes else None),
         draw=build.drawer(config, net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),

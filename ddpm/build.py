@@ -115,10 +115,13 @@ def recipe(config, section, labels, usual):
 
 def extractor(config, machine):
     """The feature extractor of a config; raises ValueError where its weights are not to be had."""
+    return metrics.EXTRACTORS[extractor_name(config)](machine.device, config.evaluate.inception_weights)
+
+
+def extractor_name(config):
+    """The name of the extractor of a config, what `auto` means for its data."""
     name = config.evaluate.extractor
-    if name == "auto":
-        name = "digits" if spec.parse(config.data.source)[0] == "digits" else "inception"
-    return metrics.EXTRACTORS[name](machine.device, config.evaluate.inception_weights)
+    return name if name != "auto" else "digits" if spec.parse(config.data.source)[0] == "digits" else "inception"
 
 
 def scorer(config, images, machine):

@@ -85,10 +85,15 @@ class Stopwatch:
 
 
 class Speed:
-    """How fast the training goes: images and steps a second, and the share of the time spent waiting for images."""
+    """How fast the training goes: images and steps a second, and the share of the time spent waiting for images.
 
-    def __init__(self, batch_size, dataset_size, flops_per_image=0, now=time.monotonic):
-        self.batch_size, self.dataset_size, self.flops_per_image = batch_size, dataset_size, flops_per_image
+    With `peak`, the operations a second that the devices are made for, also the share of them that the training reaches (model
+    FLOPs utilisation, Chowdhery et al. 2022, appendix B: what is computed twice to save memory does not count).
+    """
+
+    def __init__(self, batch_size, dataset_size, flops_per_image=0, peak=0, now=time.monotonic):
+        self.batch_size, self.dataset_size = batch_size, dataset_size
+        self.flops_per_image, self.peak = flops_per_image, peak
         self.watch, self.steps, self.waited = Stopwatch(now), 0, 0.0
 
     def timed(self, batches):
@@ -122,6 +127,6 @@ class Speed:
             "speed/step_ms": 1000 * seconds / steps,
             "speed/loader_wait": self.waited / seconds,
             "progress/epoch_seconds": self.dataset_size / rate,
-        } | self.progress(done)
+        } | ({"speed/mfu": rate * self.flops_per_image / self.peak} if self.peak else {}) | self.progress(done)
         self.steps, self.waited = 0, 0.0
         return readings

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm import cards
+
 AMP = ("auto", "off", "bf16", "fp16")
 
 
@@ -75,6 +77,11 @@ class Machine:
         box = [value]
         distributed.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
+
+    def peak(self):
+        """The operations a second, at most, of all ranks' cards together; 0 on a CPU and on cards that ddpm.cards lacks."""
+        card = cards.card_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return card.peak(self.dtype) * self.world if card else 0
 
     def free(self):
         """The bytes that are free on the card; None on a CPU, where other things decide how much a process may have."""

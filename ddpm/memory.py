@@ -1,8 +1,10 @@
 """What a computation would hold in memory, counted on fake tensors, which have shapes and no numbers."""
 
 import weakref
+from bisect import bisect_left
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,15 +14,16 @@ from torch.utils._pytree import tree_leaves
 class Ledger(TorchDispatchMode):
     """Inside, tensors are fake ones of the CPU, and the bytes of those that live are added up.
 
-    `live` now; `peak` the most so far, and `peak_gradients` the gradients of `parameters` in it; `forward` what lived when the
-    last backward pass began. What kernels take for themselves is not seen. Tensors of before stay as they are.
+    `live` now, and `course` at each allocation; `peak` the most so far, and `peak_gradients` the gradients of `parameters` in
+    it; `forward` what lived when the last backward pass began. What kernels take for themselves is not seen. Tensors of before
+    stay as they are.
     """
 
     def __init__(self):
         super().__init__()
         self.fake, self.seen, self.parameters = FakeTensorMode(allow_non_fake_inputs=True), weakref.WeakSet(), []
         self.live = self.peak = self.peak_gradients = self.forward = 0
-        self.rising, self.backward = False, False
+        self.rising, self.backward, self.course = False, False, []
 
     def __enter__(self):
         self.fake.__enter__()
@@ -50,6 +53,7 @@ class Ledger(TorchDispatchMode):
         size = storage.nbytes()
         weakref.finalize(storage, self.remove, size)
         self.live += size
+        self.course.append(self.live)
         if self.live > self.peak:
             self.peak, self.rising = self.live, True
 
@@ -62,7 +66,10 @@ class Ledger(TorchDispatchMode):
 
     def restart(self):
         """Look for a peak from now on."""
-        self.peak, self.peak_gradients = self.live, self.gradients()
+        self.peak, self.peak_gradients, self.course = self.live, self.gradients(), []
+
+
+GIB = 2**30
 
 
 def with_margin(size):
@@ -76,7 +83,7 @@ def size_of(tensor):
 
 @dataclass(frozen=True)
 class Account:
-    """The bytes of a training step at its peak, by part; they add up to `total`."""
+    """The bytes of a training step at its peak, by part; they add up to `total`. `course` has the total at each allocation."""
 
     weights: int
     averages: int  # of the weights
@@ -84,10 +91,15 @@ class Account:
     gradients: int  # those that there are at the peak
     activations: int  # kept by the forward pass for the backward pass
     workspace: int  # results on their way, beyond those
+    course: list
+
+    @property
+    def parts(self):
+        return [self.weights, self.averages, self.optimizer, self.gradients, self.activations, self.workspace]
 
     @property
     def total(self):
-        return self.weights + self.averages + self.optimizer + self.gradients + self.activations + self.workspace
+        return sum(self.parts)
 
 
 def account(ledger, step, batch, weights, averages):
@@ -108,4 +120,14 @@ def account(ledger, step, batch, weights, averages):
         step(0, batch)
     held = ledger.peak - start - ledger.peak_gradients
     kept = min(ledger.forward - start, held)
-    return Account(weights, averages, optimizer, ledger.peak_gradients, kept, held - kept)
+    return Account(weights, averages, optimizer, ledger.peak_gradients, kept, held - kept, ledger.course)
+
+
+def most_images(one, images, other, others, room):
+    """The most images at a time whose step fits, with its margin, into `room` bytes, from the accounts of two numbers of them.
+
+    What lives at any one moment of a step is a line in the images; the accounts are `one` of `images`, `other` of `others`.
+    """
+    first, second = np.array(one.course), np.array(other.course)
+    each = (second - first) / (others - images)
+    return bisect_left(range(10**6), True, key=lambda n: with_margin((first + each * (n - images)).max()) > room) - 1

@@ -174,7 +174,7 @@ def test_a_stopwatch_leaves_out_its_pauses():
 def test_speed_counts_whole_steps_without_the_pauses():
     """8 images a step; 1 s of waiting and 3 s of work each; read at steps 2, 5 and 6 and paused after each step."""
     now = Hand()
-    speed = Speed(batch_size=8, dataset_size=80, flops_per_image=5e12, now=now)
+    speed = Speed(batch_size=8, dataset_size=80, flops_per_image=5e12, peak=4e13, now=now)
     now.move(500)  # opening a tracker, say
 
     def slow():
@@ -193,7 +193,7 @@ def test_speed_counts_whole_steps_without_the_pauses():
         assert reading == {
             "speed/images_per_second": 2.0, "speed/step_ms": 4000.0, "speed/loader_wait": 0.25,
             "progress/epoch": done / 10, "progress/images": 8 * done, "progress/epoch_seconds": 40.0,
-            "progress/petaflop": done / 25}
+            "progress/petaflop": done / 25, "speed/mfu": 0.25}  # 10 of 40 TFLOP/s
 
 
 def test_speed_gives_the_batches_on_and_ends_with_them():

@@ -1,0 +1,138 @@
+"""What a run will need, before it starts: `python -m ddpm.plan --config=configs/cats128.py [--vram=8]`; no card is needed.
+
+Memory is counted on the very training step, run on tensors without numbers; operations are counted on the network. Hours follow
+from what the makers of cards publish and from --mfu, the share of it that is reached, which is a guess until it is measured:
+a training tracks its own as `speed/mfu`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from absl import flags
+
+from ddpm import assemble, build, clock, command, memory
+from ddpm.cards import CARDS
+from ddpm.config import changed
+from ddpm.report import amount, plain
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INCEPTION = 11.4e9  # operations of the Inception network on one image
+GIB = memory.GIB
+
+
+class Memory(NamedTuple):
+    """How one arithmetic, with so many levels recomputed, takes memory: at the config's micro-batch, and at most on a card."""
+
+    types: str
+    checkpointing: str
+    account: memory.Account
+    most: int  # images at a time in the memory that was asked about; -1 where not even the weights fit
+
+
+def memory_of(config, images, vram):
+    """A `Memory` for each size of number, without and with activation checkpointing, on a card of `vram` bytes."""
+    with torch.device("meta"):
+        count = len(build.network(config).levels)
+    for types, dtype in (("fp32", torch.float32), ("bf16, fp16", torch.bfloat16)):
+        for name, levels in (("none", 0), ("all", count)):
+            one, other = (assemble.account(config, dtype, n, levels) for n in (images, 2 * images))
+            yield Memory(types, name, one, memory.most_images(one, images, other, 2 * images, vram))
+
+
+def hours(images, flops, card, dtype, mfu, cards=1, batch_size=1, weights=0):
+    """Hours for so many images on one card or several, and the images a second.
+
+    Several exchange gradients of `weights` bytes after every step, around a ring (2 (n - 1) / n of them through each link), and
+    nothing of that is taken to be hidden behind the computation.
+    """
+    step = batch_size / cards * flops / (mfu * card.peak(dtype)) + 2 * (cards - 1) / cards * weights / (card.link * 1e9)
+    return images / batch_size * step / 3600, batch_size / step
+
+
+def drawing(config, flops):
+    """The operations of one evaluation: drawing its images, and looking at them with Inception, if that is the extractor."""
+    with torch.device("meta"):
+        recipe = build.recipe(config, config.evaluate, (), "")
+    looks = INCEPTION if build.extractor_name(config) == "inception" else 0
+    return config.evaluate.num_samples * (build.evaluations(config, recipe) * flops / 3 + looks)  # forward is a third
+
+
+def plan(config, vram, mfu, cards):
+    """Yield the plan as lines. Raises ValueError, one line, for a config that cannot be run."""
+    build.check(config)
+    section, images = config.train, config.train.batch_size // config.train.gradient_accumulation_steps
+    with torch.device("meta"):
+        weights = sum(one.numel() for one in build.network(config).parameters())
+    flops, shape = build.flops_per_image(config), "x".join(map(str, build.image_shape(config)[::-1]))
+    yield (f"{config.model.name}: {weights:,} parameters, images {shape}, {flops / 1e9:,.4g} GFLOP an image, forward and "
+           "backward\n")
+
+    yield (f"memory of a training step on one card, GiB, {images} images at a time (a batch of {section.batch_size} in "
+           f"{section.gradient_accumulation_steps} parts); most images at a time on a card of {vram:g} GiB")
+    rows = [["type", "checkpointing", "weights", "EMA", "optimizer", "gradients", "activations", "workspace", "sum",
+             "card has", "most images"]]
+    for found in memory_of(config, images, vram * GIB):
+        parts = (*found.account.parts, found.account.total, memory.with_margin(found.account.total))
+        rows.append([found.types, found.checkpointing, *(f"{part / GIB:.2f}" for part in parts), str(max(found.most, 0))])
+    yield plain(rows) + "\n'card has' is the sum, a tenth and half a GiB: kernels' own workspace and gaps are not counted\n"
+
+    total, size = length(config)
+    evaluation = drawing(config, flops)
+    yield (f"time, if a card reaches {mfu:.0%} of what its maker publishes (--mfu): {section.length} are "
+           f"{total * section.batch_size:,} images{size}")
+    rows = [["card", "GiB", "type", "images/s", "hours", f"images/s, {cards} cards", "hours", "an evaluation, minutes"]]
+    for name, card in CARDS.items():
+        kind = chosen(section.amp, card)
+        rates = [hours(total * section.batch_size, flops, card, DTYPES[kind], mfu, n, section.batch_size, 4 * weights)
+                 for n in (1, cards)]
+        minutes = evaluation / (mfu * card.peak(DTYPES[kind])) / 60
+        rows.append([name, str(card.gib), kind, *(words for spent, rate in rates for words in (amount(rate), brief(spent))),
+                     brief(minutes)])
+    yield plain(rows)
+    yield (f"an evaluation of {config.evaluate.num_samples:,} images costs as much as training on {evaluation / flops:,.0f}; "
+           f"every.evaluate is {config.every.evaluate!r}\n")
+
+    file = 4 * weights / GIB
+    state = file * (4 + len(config.ema.more) + len(config.ema.profiles))
+    yield (f"disk, GiB: {state:.2f} a checkpoint, of which two are kept, beside best and final of {file:.2f} each: "
+           f"{2 * state + 2 * file:.2f}, and {state:.2f} more while one is written")
+
+
+def brief(time):
+    return amount(time) if time >= 0.01 else "< 0.01"
+
+
+def chosen(amp, card):
+    """The arithmetic of a run on a card, as `train.amp` says."""
+    if amp == "auto":
+        return "bf16" if card.bf16 else "fp16"
+    return "fp32" if amp == "off" else amp
+
+
+def length(config):
+    """(steps, words): the length of the training; where it is in epochs the images of the data are counted."""
+    section, size = config.train, 1
+    if "epoch" in section.length:
+        size = len(build.split(config, build.dataset(config))[0])
+    words = f", of {size:,} in the data" if "epoch" in section.length else ""
+    return clock.steps_of(section.length, section.batch_size, size), words
+
+
+def main():
+    """Print the plan of the config that the flags name; returns the exit code."""
+    given, _, _ = command.given_config()
+    if given.data.class_labels and not given.data.classes:
+        given = changed(given, {"data.classes": build.class_names(given, build.dataset(given))})
+    for lines in plan(given, flags.FLAGS.vram, flags.FLAGS.mfu, flags.FLAGS.cards):
+        print(lines, flush=True)
+    return command.DONE
+
+
+command.define_config_flag()
+
+if __name__ == "__main__":
+    flags.DEFINE_float("vram", 8.0, "Memory of the card that is asked about, in GiB.", lower_bound=0.1)
+    flags.DEFINE_float("mfu", 0.4, "Share of a card's published peak that is reached.", lower_bound=0.001, upper_bound=1.0)
+    flags.DEFINE_integer("cards", 8, "How many cards the last columns of the hours are for.", lower_bound=1)
+    flags.adopt_module_key_flags(command)
+    command.run_door(main)

@@ -1,0 +1,73 @@
+"""The plan's figures follow from the network itself: counted memory, counted operations, published peaks."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny
+from test_configs import FILES, module_of
+
+from ddpm import assemble, config, memory, plan
+from ddpm.cards import CARDS, card_of
+
+GIB = memory.GIB
+
+
+def door(*arguments):
+    done = subprocess.run([sys.executable, "-m", "ddpm.plan", *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr.strip().splitlines()
+
+
+def test_the_most_images_fit_and_one_more_does_not():
+    """The line through two accounts is exact: the account of so many images says so itself."""
+    given, room = tiny(model__name="dit(depth=2, width=64, heads=2)"), 0.7 * GIB
+    for found in plan.memory_of(given, 4, room):
+        dtype, levels = torch.float32 if found.types == "fp32" else torch.bfloat16, 9 * (found.checkpointing == "all")
+        sizes = [memory.with_margin(assemble.account(given, dtype, n, levels).total) for n in (found.most, found.most + 1)]
+        assert sizes[0] <= room < sizes[1]
+        assert found.account.total == sum(found.account.parts) and min(found.account.parts) >= 0
+    assert all(found.most < 0 for found in plan.memory_of(given, 4, 0.1 * GIB))
+
+
+def test_cats128_fits_into_8_gib_with_its_batch_of_8():
+    given = config.freeze(module_of(FILES[0].with_name("cats128.py")).get_config())
+    assert given.train.batch_size == 8
+    found = assemble.account(given, torch.bfloat16, 8 // given.train.gradient_accumulation_steps)
+    assert memory.with_margin(found.total) < 8 * GIB
+    # weights, gradients, Adam's two and the average of 200.3 million parameters in float32, and Adam's counters
+    assert sum(found.parts[:4]) / GIB == pytest.approx(5 * 4 * 200_321_475 / GIB, rel=1e-4)
+
+
+def test_hours_by_hand():
+    """A thousand images of 10^12 operations at half of 10^14 a second; two cards halve it, and send their gradients once."""
+    card = CARDS["L4"]._replace(half=100, link=10)
+    spent, rate = plan.hours(1000, 1e12, card, torch.bfloat16, 0.5)
+    assert (spent * 3600, rate) == pytest.approx((20, 50))
+    spent, rate = plan.hours(1000, 1e12, card, torch.bfloat16, 0.5, cards=2, batch_size=10, weights=1e9)
+    assert (spent * 3600, rate) == pytest.approx((100 * (0.1 + 0.1), 10 / 0.2))
+
+
+def test_cards_are_found_by_the_names_that_torch_gives_them():
+    names = {"NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA GeForce RTX 3070": "RTX 3070", "Tesla T4": "T4",
+             "Tesla V100-SXM2-16GB": "V100", "NVIDIA L4": "L4"}
+    assert {name: card_of(name) for name in names} == {name: CARDS[card] for name, card in names.items()}
+    assert card_of("NVIDIA GeForce RTX 2080 Ti") is None and card_of("NVIDIA L40S") is None
+    assert (CARDS["T4"].peak(torch.float16), CARDS["A100"].peak(torch.float32)) == (65e12, 156e12)
+
+
+def test_the_door():
+    small = [f"--config.model.{knob}" for knob in ("model_channels=8", "num_res_blocks=1")]
+    code, out, _ = door("--config=configs/digits.py", *small, "--config.train.length=3 epochs", "--vram=2", "--cards=4")
+    assert code == 0 and "4,864 images, of 1,618 in the data" in out and "on a card of 2 GiB" in out and "4 cards" in out
+    assert all(f"\n{card} " in out for card in CARDS) and "GiB: 0.0" in out
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--config=configs/digits.py", "--vram=0"], "--vram"),
+    (["--config=configs/none.py"], "there is no config file configs/none.py"),
+    (["--config=configs/digits.py", "--config.model.attention_resolutions=7,"], "attention resolution 7 does not occur"),
+])
+def test_bad_input_is_one_line(flags, message):
+    code, out, err = door(*flags)
+    assert code == 2 and out == "" and len(err) == 1 and message in err[0]
