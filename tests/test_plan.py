@@ -59,7 +59,7 @@ def test_cards_are_found_by_the_names_that_torch_gives_them():
 def test_the_door():
     small = [f"--config.model.{knob}" for knob in ("model_channels=8", "num_res_blocks=1")]
     code, out, _ = door("--config=configs/digits.py", *small, "--config.train.length=3 epochs", "--vram=2", "--cards=4")
-    assert code == 0 and "4,864 images, of 1,618 in the data" in out and "on a card of 2 GiB" in out and "4 cards" in out
+    assert code == 0 and "4,864 images, of 1,617 in the data" in out and "on a card of 2 GiB" in out and "4 cards" in out
     assert all(f"\n{card} " in out for card in CARDS) and "GiB: 0.0" in out
 
 
