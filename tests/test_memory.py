@@ -1,34 +1,16 @@
 """What is counted on fake tensors is what a training step takes, and levels that are computed twice give the same numbers."""
 
-import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import rows, run, tiny
-from torch.profiler import ProfilerActivity, profile
+from test_configs import module_of
 
 from ddpm import assemble, build, config, dist, memory
-from ddpm.models.layers import recompute
 
+MEASURE = module_of(Path(__file__).parents[1] / "experiments" / "memory" / "measure.py")
 WIDE = dict(model__model_channels=32, train__batch_size=16, diffusion__timesteps=20)
-
-
-def measured(given, dtype, levels):
-    """The peak of a real training step on this CPU, in bytes, by torch's profiler; what is loaded before is counted by size."""
-    net = build.network(given)
-    recompute(itertools.chain(*net.levels[:levels]))
-    averages = list(assemble.averages(given, net).values())
-    step = assemble.step(given, net, averages, dist.Machine(torch.device("cpu"), dtype), 100)
-    size, shape = given.train.batch_size, build.image_shape(given)
-    batch = torch.zeros(size, *shape, dtype=torch.uint8), torch.full((size,), -1)
-    step(0, batch)  # the optimiser has begun
-    held = [*net.state_dict().values(), *(value for average in averages for value in average.shadow.values()),
-            *(value for state in step.optimizer.state.values() for value in state.values())]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        step(1, batch)
-    sizes = [event.nbytes() for event in sorted(watch.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-             if event.name() == "[memory]"]
-    return sum(map(memory.size_of, held)) + max(itertools.accumulate(sizes))
 
 
 @pytest.mark.parametrize("knobs", [
@@ -43,7 +25,7 @@ def test_the_account_of_a_step_is_what_the_profiler_sees(knobs, dtype, levels):
     images = given.train.batch_size // given.train.gradient_accumulation_steps
     found = assemble.account(given, dtype, images, levels)
     # the CPU's kernels take workspace of their own, which the account does not see, most of it in bfloat16
-    assert found.total == pytest.approx(measured(given, dtype, levels), rel=0.1)
+    assert found.total == pytest.approx(MEASURE.measured(given, dtype, levels), rel=0.1)
     weights = sum(map(memory.size_of, build.network(given).state_dict().values()))
     assert found.weights >= weights and found.averages == weights and found.optimizer >= 2 * weights * 0.99
 
