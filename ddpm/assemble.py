@@ -1,5 +1,6 @@
 """Config -> a training, its parts put together; what drawing and measuring need too, `build` makes."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -102,6 +103,21 @@ def recomputed(config, net, machine, note):
         note(f"{levels} of {count} levels of the network are computed again in the backward pass, as "
              f"train.activation_checkpointing is {wanted}: {sizes}")
     return levels
+
+
+def savings(config, machine):
+    """What would take less memory than a step of the config with one image at a time: words, by what it saves."""
+    now, found = account(config, machine.dtype, 1).total, []
+    for knob, value in (("train.activation_checkpointing", "all"), ("train.amp", "bf16"),
+                        ("model.model_channels", config.model.model_channels // 2),
+                        ("data.image_size", config.data.image_size // 2)):
+        dtype = torch.bfloat16 if knob == "train.amp" else machine.dtype
+        with contextlib.suppress(ValueError):  # of a network that cannot be so
+            other = configs.changed(config, {knob: value})
+            build.check(other)
+            saved = now - account(other, dtype, 1, 99 * (value == "all")).total
+            found.append((saved, f"--config.{knob}={value} (saves {saved / 2**20:,.1f} MiB)"))
+    return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]
 
 
 def training_scorer(config, images, machine, notes):

@@ -78,6 +78,11 @@ class Machine:
         distributed.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def release(self):
+        """Give back what the card's allocator holds and nothing uses."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def peak(self):
         """The operations a second, at most, of all ranks' cards together; 0 on a CPU and on cards that ddpm.cards lacks."""
         card = cards.card_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None

@@ -10,6 +10,7 @@ from absl import flags
 
 from ddpm import assemble, build, command, config, dist
 from ddpm.files import held
+from ddpm.step import NoRoom
 from ddpm.train import Diverged, train
 
 command.define_config_flag()
@@ -57,6 +58,9 @@ def finish(run):
     except Diverged as error:
         code = command.DIVERGED
         run.tracker.say(f"diverged: {error}")
+    except NoRoom as error:
+        helps = ", ".join(assemble.savings(config.from_json(run.config_json), run.machine))
+        run.tracker.say(f"failed: {error}; what helps, by what it saves: {helps}")
     except OSError as error:
         run.tracker.say(f"failed: {command.one_line(error)}; then the same command goes on from the last checkpoint")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError

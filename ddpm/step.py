@@ -16,6 +16,10 @@ from ddpm import augment, data, images, rng
 QUARTILES = 4
 
 
+class NoRoom(MemoryError):
+    """Memory runs out with one image at a time."""
+
+
 class Meters:
     """What the steps since the last log measured, summed on the device so that no step waits; a checkpoint part.
 
@@ -37,6 +41,15 @@ class Meters:
     def add_step(self, norm, skipped):
         self.sums["steps"] += torch.stack([torch.ones_like(norm), norm.masked_fill(skipped, 0), skipped.float()])
         self.streak.add_(1).mul_(skipped)
+
+    def losses(self):
+        """A copy of what `add_losses` has summed, for `forget`."""
+        return {name: self.sums[name].clone() for name in ("loss", "count")}
+
+    def forget(self, before):
+        """Take back the losses that were added since `before`."""
+        for name, total in before.items():
+            self.sums[name].copy_(total)
 
     def read(self):
         """The means under their tracked keys; this is where the host waits for the device."""
@@ -69,7 +82,7 @@ class Step:
     """One optimiser step on one effective batch: `step(number, (images, labels))`.
 
     `augmentation` is the probability of each transformation of an image, `label_dropout` the share of labels that are dropped,
-    or None for a network that learns none.
+    or None for a network that learns none. Where memory runs out, the batch is cut into more parts, and `say(text)` tells it.
     """
 
     def __init__(self, *, net, diffusion, optimizer, scaler, averages, meters, machine, seed, batch_size, micro_batches,
@@ -85,21 +98,20 @@ class Step:
         self.label = (lambda labels, *address: None) if label_dropout is None else (
             lambda labels, *address: machine.put(data.drop(labels, label_dropout, *address)))
         self.condition = self._conditioned if diffusion.self_condition else lambda *address: None
-        places = range(batch_size)[machine.share(batch_size)]
-        size = len(places) // micro_batches
-        self.parts = [places[i * size:(i + 1) * size] for i in range(micro_batches)]
-        self.batch_size = batch_size
+        self.places, self.batch_size, self.say = range(batch_size)[machine.share(batch_size)], batch_size, print
+        self.cut(micro_batches)
         self.seen = torch.zeros(2, batch_size, device=machine.device)  # t and loss of a batch, for times that learn from them
 
     def __call__(self, step, batch):
-        """Learn from this rank's share of the effective batch, images and labels in the order of the places."""
+        """Learn from this rank's share of the effective batch, images and labels in the order of the places.
+
+        Raises NoRoom where memory runs out with one image at a time.
+        """
         self.net.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        split = (tensor.split(len(self.parts[0])) for tensor in batch)
-        for micro, (places, pixels, labels) in enumerate(zip(self.parts, *split, strict=True)):
-            with self.diffusion.net.accumulating(more=micro + 1 < len(self.parts)):
-                self._learn(step, micro, places, pixels, labels)
+        while not self._gradients(step, batch):
+            self._cut_further()
         for parameter in self.objective.parameters():  # which the network's wrapper does not know
             parameter.grad = self.machine.sum(parameter.grad) / self.machine.world
         self.scaler.unscale_(self.optimizer)
@@ -116,6 +128,37 @@ class Step:
             t, losses = self.machine.sum(self.seen)
             self.objective.observe(t.long(), losses)
             self.seen.zero_()
+
+    def cut(self, parts):
+        """Cut the effective batch into so many micro-batches of one size."""
+        size = len(self.places) // parts
+        self.parts = [self.places[i * size:(i + 1) * size] for i in range(parts)]
+
+    def _gradients(self, step, batch):
+        """Gather the gradients of the effective batch; False where memory ran out, and then nothing of them is left."""
+        before, split = self.meters.losses(), (tensor.split(len(self.parts[0])) for tensor in batch)
+        try:
+            for micro, (places, pixels, labels) in enumerate(zip(self.parts, *split, strict=True)):
+                with self.diffusion.net.accumulating(more=micro + 1 < len(self.parts)):
+                    self._learn(step, micro, places, pixels, labels)
+            return True
+        except torch.OutOfMemoryError:
+            if self.machine.world > 1:  # the others wait in the middle of an exchange
+                raise NoRoom(f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images at a time") from None
+        self.optimizer.zero_grad(set_to_none=True)
+        self.meters.forget(before)
+        self.machine.release()
+        return False
+
+    def _cut_further(self):
+        """Halve the micro-batches, or as near as divides the batch. Raises NoRoom where they are single images."""
+        count = len(self.parts)
+        more = next((n for n in range(2 * count, len(self.places) + 1) if len(self.places) % n == 0), None)
+        if more is None and count == len(self.places):
+            raise NoRoom("out of memory with one image at a time")
+        self.cut(more or len(self.places))
+        self.say(f"out of memory with {len(self.places) // count} images at a time: from now on {len(self.parts[0])}; "
+                 f"train.gradient_accumulation_steps={len(self.parts)} begins so, and the numbers stay the same")
 
     def _learn(self, step, micro, places, pixels, labels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout

@@ -92,6 +92,7 @@ class Run:
         if self.machine.main:
             checkpoint.cut_snapshots(self.folder, self.start)
         self.tracker = self.parts["tracker"] = tracker
+        self.step.say = tracker.say
         for note in self.notes:
             tracker.say(note)
 

@@ -1,6 +1,7 @@
 """A run as a whole: what it leaves in its folder, and that stopping it anywhere changes nothing."""
 
 import os
+import re
 import signal
 import weakref
 
@@ -10,6 +11,7 @@ from conftest import rows, run, tiny
 from PIL import Image
 
 from ddpm import assemble, build, checkpoint, config, dist, images, rng
+from ddpm.main import finish
 from ddpm.train import Diverged, train
 
 
@@ -50,6 +52,49 @@ def test_forty_steps_are_seventeen_and_twenty_three(tmp_path):
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     assert [row["step"] for row in whole] == [10, 20, 30, 40]
     assert [row for row in parts if row["step"] != 17] == whole  # the first part also logged its own end
+
+
+def crowded(made, fits):
+    """Let the network of a run have memory for a batch where `fits(images, calls before)`."""
+    calls = []
+
+    def check(_, inputs):
+        calls.append(len(inputs[0]))
+        if made.step.net.training and not fits(calls[-1], len(calls) - 1):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    made.step.net.register_forward_pre_hook(check)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(tmp_path):
+    """It runs out with all 8 images, and then in the second half: what the first half has added is taken back."""
+    given = tiny(train__length="4 steps", every__log="1 step", model__dropout=0.2)
+    assert run(config.changed(given, {"train.gradient_accumulation_steps": 4}), tmp_path / "quarters")
+    made = assemble.run(given, tmp_path / "crowded", dist.start())
+    assemble.track(given, made)
+    crowded(made, lambda images, before: images <= 2 or (images == 4 and before == 1))
+    assert train(made)
+    made.tracker.close()
+    log = (tmp_path / "crowded" / "training.log").read_text()
+    for line in ("out of memory with 8 images at a time: from now on 4; train.gradient_accumulation_steps=2 begins so",
+                 "out of memory with 4 images at a time: from now on 2; train.gradient_accumulation_steps=4 begins so"):
+        assert log.count(line) == 1
+    first, second = (build.load(tmp_path / name, "cpu").net.state_dict() for name in ("quarters", "crowded"))
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    losses = [[row["train/loss"] for row in rows(tmp_path / name)] for name in ("quarters", "crowded")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_without_room_for_one_image_it_stops_and_says_what_helps(tmp_path):
+    made = assemble.run(tiny(model__model_channels=32), tmp_path, dist.start())
+    assemble.track(tiny(model__model_channels=32), made)
+    crowded(made, lambda images, before: False)
+    assert finish(made) == 1
+    last = (tmp_path / "training.log").read_text().splitlines()[-1]
+    assert "failed: out of memory with one image at a time; what helps, by what it saves: --config." in last
+    saved = [float(size) for size in re.findall(r"saves ([\d.]+) MiB", last)]
+    assert saved == sorted(saved, reverse=True) and len(saved) >= 2
+    assert "--config.model.model_channels=16" in last and "--config.data.image_size=8" in last
 
 
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
