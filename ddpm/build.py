@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import augment, checkpoint, data, dist, draw, metrics, posthoc, rng, score, spec, tracking
+from ddpm import augment, cache, checkpoint, data, dist, draw, metrics, posthoc, rng, score, spec, tracking
 from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.guidance import unlabelled
@@ -50,7 +50,10 @@ def image_shape(config):
 def dataset(config):
     """The images of a config, all of them; raises ValueError where there are none."""
     section = config.data
-    return data.open_source(section.source, section.image_size, section.channels, section.matte)
+    images = data.open_source(section.source, section.image_size, section.channels, section.matte)
+    if section.cache == "none" or section.cache == "auto" and spec.parse(section.source)[0] == "digits":  # in memory as it is
+        return images
+    return cache.decoded(images, None if section.cache == "auto" else section.cache)
 
 
 def split(config, images):

@@ -42,7 +42,8 @@ def base():
             "classes": (),  # their names in order, which a training fills in from its data
             "augment": 0.0,  # how likely each of six transformations of an image is, which the network is told: 0.12 for photos
             "validation_fraction": 0.1,  # share of the images held out for the validation loss; 0 holds none
-            "num_workers": 0,  # processes that decode images; 0 decodes in the training process
+            "cache": "auto",  # decoded images in a file: auto ($DDPM_CACHE, else ~/.cache/ddpm), none, or a folder
+            "num_workers": 0,  # processes that read images; 0 reads in the training process
         },
         "model": {
             "name": "unet",  # unet, unet_mp, dit(size='S', patch_size=2), whose depth, width and heads can be given too
@@ -155,8 +156,8 @@ def with_variant(config, variant, variants):
 
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
-FREE = ("train.length", "train.activation_checkpointing", "every.", "wandb.", "evaluate.", "data.classes", "data.num_workers",
-        "sample.batch_size")
+FREE = ("train.length", "train.activation_checkpointing", "every.", "wandb.", "evaluate.", "data.classes", "data.cache",
+        "data.num_workers", "sample.batch_size")
 
 RANGES = {
     "seed": (0, 2**63 - 1),

@@ -26,7 +26,7 @@ from einops import reduce, repeat
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ddpm import rng
+from ddpm import cache, rng
 from ddpm.images import encode
 
 FEWEST = 4  # precision and recall look at the third neighbour
@@ -184,7 +184,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     extractor. Beyond 50,000 images, 50,000 are taken at even distances. `cache_dir` defaults to `$DDPM_CACHE`, else
     `~/.cache/ddpm`; a cache that cannot be read is computed again and one that cannot be written is done without.
     """
-    folder = Path(cache_dir or os.environ.get("DDPM_CACHE") or "~/.cache/ddpm").expanduser()
+    folder = Path(cache_dir or cache.home())
     path = folder / f"{dataset.fingerprint}-{extractor.name}.safetensors"
     try:
         if path.exists():

@@ -5,6 +5,7 @@ from what the makers of cards publish and from --mfu, the share of it that is re
 a training tracks its own as `speed/mfu`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -77,9 +78,10 @@ def plan(config, vram, mfu, cards):
     yield plain(rows) + "\n'card has' is the sum, a tenth and half a GiB: kernels' own workspace and gaps are not counted\n"
 
     total, size = length(config)
+    among = f", of {size:,} in the data" if size else ""
     evaluation = drawing(config, flops)
     yield (f"time, if a card reaches {mfu:.0%} of what its maker publishes (--mfu): {section.length} are "
-           f"{total * section.batch_size:,} images{size}")
+           f"{total * section.batch_size:,} images{among}")
     rows = [["card", "GiB", "type", "images/s", "hours", f"images/s, {cards} cards", "hours", "an evaluation, minutes"]]
     for name, card in CARDS.items():
         kind = chosen(section.amp, card)
@@ -95,7 +97,9 @@ def plan(config, vram, mfu, cards):
     file = 4 * weights / GIB
     state = file * (4 + len(config.ema.more) + len(config.ema.profiles))
     yield (f"disk, GiB: {state:.2f} a checkpoint, of which two are kept, beside best and final of {file:.2f} each: "
-           f"{2 * state + 2 * file:.2f}, and {state:.2f} more while one is written")
+           f"{2 * state + 2 * file:.2f}, and {state:.2f} more while one is written; {math.prod(build.image_shape(config)):,} "
+           "bytes for each decoded image of a folder (data.cache)" +
+           (f", {size * math.prod(build.image_shape(config)) / GIB:.2f} in all" if size else ""))
 
 
 def brief(time):
@@ -110,12 +114,10 @@ def chosen(amp, card):
 
 
 def length(config):
-    """(steps, words): the length of the training; where it is in epochs the images of the data are counted."""
-    section, size = config.train, 1
-    if "epoch" in section.length:
-        size = len(build.split(config, build.dataset(config))[0])
-    words = f", of {size:,} in the data" if "epoch" in section.length else ""
-    return clock.steps_of(section.length, section.batch_size, size), words
+    """(steps, images): the length of the training; where it is in epochs the images of the data are counted, else 0."""
+    section = config.train
+    size = len(build.split(config, build.dataset(config))[0]) if "epoch" in section.length else 0
+    return clock.steps_of(section.length, section.batch_size, size), size
 
 
 def main():

@@ -34,7 +34,7 @@ FILE = "config"  # the axis of a study that varies the config file itself; its r
 UNITS = ("seed", "sample.seed")
 UNRELATED = (  # knobs that do not touch what is compared
     "wandb.", "every.log", "every.sample", "every.save", "every.milestone", "every.snapshot", "train.activation_checkpointing",
-    "data.num_workers", "data.classes", "sample.batch_size", "evaluate.batch_size", "evaluate.inception_weights")
+    "data.num_workers", "data.cache", "data.classes", "sample.batch_size", "evaluate.batch_size", "evaluate.inception_weights")
 MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances and of bits/dim
     r"(?P<extractor>.+); (?P<samples>\d+) samples of the (?P<weights>.+) weights in (?P<arithmetic>\w+); (?P<sampler>.+), "
     r"(?P<steps>\d+) steps, (?P<spacing>.+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"

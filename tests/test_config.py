@@ -14,8 +14,8 @@ from ddpm import command, config, main
 from ddpm.config import base, changed, check, flatten, freeze, from_json, to_json
 
 ROOT = Path(__file__).parents[1]
-FREE_TEXT = {"train.init_from", "sample.guide", "evaluate.inception_weights", "wandb.project", "wandb.entity", "wandb.name",
-             "wandb.group", "wandb.notes"}
+FREE_TEXT = {"data.cache", "train.init_from", "sample.guide", "evaluate.inception_weights", "wandb.project", "wandb.entity",
+             "wandb.name", "wandb.group", "wandb.notes"}
 WORDS = {"wandb.tags", "data.classes", "sample.classes", "evaluate.classes", "sample.guidance_interval"}  # and pairs of numbers
 KNOBS = flatten(base())
 DURATION = "; write a number and one of steps, epochs, images, such as '500 steps'"
@@ -273,7 +273,8 @@ def test_tracked_is_flat_and_has_the_names_of_the_flags():
 
 @pytest.mark.parametrize("key", KNOBS)
 def test_what_is_free_is_what_touches_no_number_of_a_step(key):
-    free = (key in ("train.length", "train.activation_checkpointing", "data.classes", "data.num_workers", "sample.batch_size")
+    free = (key in ("train.length", "train.activation_checkpointing", "data.classes", "data.cache", "data.num_workers",
+                    "sample.batch_size")
             or key.split(".")[0] in ("every", "wandb", "evaluate"))
     assert config.is_free(key) == free
 

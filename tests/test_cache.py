@@ -1,0 +1,122 @@
+"""Decoded images are those of the source, decoded once whatever happens, and change nothing that is learned."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows, run, tiny
+from PIL import Image
+
+from ddpm import build, cache, data
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def opened(photos, size=16):
+    return data.open_source(f"folder(path={str(photos)!r})", size, 3)
+
+
+def slow(fetch, log, seconds, index):
+    with open(log, "a") as file:
+        file.write(f"{index}\n")
+    time.sleep(seconds)
+    return fetch(index)
+
+
+def watched(source, log, seconds=0.0):
+    """The source, with a line in a log for each image that it decodes."""
+    return replace(source, fetch=partial(slow, source.fetch, log, seconds))
+
+
+def test_rows_are_the_images_and_are_decoded_once(photos, tmp_path):
+    source, log = opened(photos), tmp_path / "log"
+    for _ in range(2):
+        found = cache.decoded(watched(source, log), tmp_path / "cache")
+        for copy in (found, pickle.loads(pickle.dumps(found))):
+            assert all(torch.equal(copy[index], source[index]) for index in range(len(source)))
+        assert sorted(map(int, log.read_text().split())) == list(range(12))
+    assert (found.fingerprint, found.labels, len(found)) == (source.fingerprint, source.labels, 12)
+    found[0].zero_()  # a copy: the file is nobody's to change
+    assert torch.equal(found[0], source[0]) and found.notes[-1].startswith("decoded images: ")
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".u8"]
+    cache.decoded(watched(opened(photos, 8), log), tmp_path / "cache")
+    assert len(log.read_text().split()) == 24  # of another size: another file
+
+
+BUILDER = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+from ddpm import cache
+from test_cache import opened, watched
+found = cache.decoded(watched(opened({photos!r}), {log!r}, {seconds}), {folder!r})
+print(found[11].sum().item())
+"""
+
+
+def builder(photos, tmp_path, seconds):
+    """Another process that wants the same rows."""
+    code = BUILDER.format(tests=os.path.dirname(__file__), photos=str(photos), log=str(tmp_path / "log"), seconds=seconds,
+                          folder=str(tmp_path / "cache"))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(photos, tmp_path):
+    expected = opened(photos)[11].sum().item()
+    both = [builder(photos, tmp_path, 0.1) for _ in range(2)]
+    assert [int(process.communicate(timeout=120)[0]) for process in both] == [expected] * 2
+    assert len((tmp_path / "log").read_text().split()) == 12
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_counts(photos, tmp_path):
+    process = builder(photos, tmp_path, 5)
+    end = time.monotonic() + 120
+    while not (tmp_path / "log").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list((tmp_path / "cache").glob("*.u8"))
+    source = opened(photos)
+    found = cache.decoded(source, tmp_path / "cache")
+    assert all(torch.equal(found[index], source[index]) for index in range(12))
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_disk_without_room_is_told_and_done_without(photos, tmp_path, monkeypatch):
+    source = opened(photos)
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "cache"):
+        found = cache.decoded(source, folder)
+        assert ("images are decoded at each use" in found.notes[-1]) is (folder.name == "file")
+        assert torch.equal(found[3], source[3])
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
+    found = cache.decoded(source, tmp_path / "full")
+    assert "0.0 GiB free, and 0.0 are needed" in found.notes[-1] and torch.equal(found[3], source[3])
+
+
+def test_a_training_learns_the_same_from_rows(photos, tmp_path):
+    knobs = dict(data__source=f"folder(path={str(photos)!r})", data__channels=3, train__batch_size=4, data__image_size=16,
+                 evaluate__extractor="none", data__num_workers=1)
+    for where in ("none", str(tmp_path / "cache")):
+        assert run(tiny(**knobs, data__cache=where), tmp_path / f"run-{where == 'none'}")
+    losses = [[row["train/loss"] for row in rows(tmp_path / f"run-{plain}") if "train/loss" in row] for plain in (True, False)]
+    assert losses[0] == losses[1] and "decoded images: " in (tmp_path / "run-False" / "training.log").read_text()
+    assert len(list((tmp_path / "cache").glob("*.u8"))) == 1
+    assert not isinstance(build.dataset(tiny(data__cache="auto")).fetch, cache.Rows)  # the digits are in memory
