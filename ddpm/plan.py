@@ -130,9 +130,8 @@ def main():
     return command.DONE
 
 
-command.define_config_flag()
-
 if __name__ == "__main__":
+    command.define_config_flag()
     flags.DEFINE_float("vram", 8.0, "Memory of the card that is asked about, in GiB.", lower_bound=0.1)
     flags.DEFINE_float("mfu", 0.4, "Share of a card's published peak that is reached.", lower_bound=0.001, upper_bound=1.0)
     flags.DEFINE_integer("cards", 8, "How many cards the last columns of the hours are for.", lower_bound=1)
