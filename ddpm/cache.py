@@ -27,15 +27,18 @@ def home():
 def decoded(source, folder=None):
     """The same source, its images read from a file in `folder`, by default below `home()`; the file is made if it is not there.
 
-    Where the disk has no room for it or cannot be written, the source itself, with a note.
+    Where the disk has no room for it or cannot be written, the source itself, with a note. Unasked, without a `folder`, at most
+    a quarter of what is free is taken.
     """
-    size, folder = len(source) * int(np.prod(source.image_shape)), Path(folder or home() / "decoded")
+    size, most = len(source) * int(np.prod(source.image_shape)), 0.9 if folder else 0.25
+    folder = Path(folder or home() / "decoded")
     path = folder / f"{source.fingerprint}.u8"
     try:
         with alone(make_folder(folder) / f"{source.fingerprint}.lock"):
             if not path.exists() or path.stat().st_size != size:
-                if (free := shutil.disk_usage(folder).free) < 1.1 * size:
-                    raise OSError(f"it has {free / 2**30:.1f} GiB free, and {size / 2**30:.1f} are needed")
+                if size > most * (free := shutil.disk_usage(folder).free):
+                    raise OSError(f"{size / 2**30:.1f} GiB are more than {most:.0%} of the {free / 2**30:.1f} free; name another "
+                                  "folder as data.cache")
                 build(source, path)
     except (OSError, ValueError) as error:
         return replace(source, notes=(*source.notes, f"images are decoded at each use, as {folder} cannot keep them: {error}"))

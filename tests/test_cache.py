@@ -106,9 +106,14 @@ def test_a_disk_without_room_is_told_and_done_without(photos, tmp_path, monkeypa
         found = cache.decoded(source, folder)
         assert ("images are decoded at each use" in found.notes[-1]) is (folder.name == "file")
         assert torch.equal(found[3], source[3])
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1))
-    found = cache.decoded(source, tmp_path / "full")
-    assert "0.0 GiB free, and 0.0 are needed" in found.notes[-1] and torch.equal(found[3], source[3])
+    size = 12 * 3 * 16 * 16
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "home"))
+    for folder, free, fits in ((None, 3 * size, False), (tmp_path / "full", size, False), (tmp_path / "full", 2 * size, True),
+                               (None, 5 * size, True)):  # the one that was asked for may take more
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        found = cache.decoded(source, folder)
+        assert ("free; name another folder as data.cache" in found.notes[-1]) is not fits and torch.equal(found[3], source[3])
+    assert len(list((tmp_path / "home" / "decoded").glob("*.u8"))) == 1
 
 
 def test_a_training_learns_the_same_from_rows(photos, tmp_path):
