@@ -37,8 +37,8 @@ def decoded(source, folder=None):
         with alone(make_folder(folder) / f"{source.fingerprint}.lock"):
             if not path.exists() or path.stat().st_size != size:
                 if size > most * (free := shutil.disk_usage(folder).free):
-                    raise OSError(f"{size / 2**30:.1f} GiB are more than {most:.0%} of the {free / 2**30:.1f} free; name another "
-                                  "folder as data.cache")
+                    raise OSError(f"{size / 2**30:.1f} GiB are more than {most:.0%} of the {free / 2**30:.1f} free; name "
+                                  "another folder as data.cache")
                 build(source, path)
     except (OSError, ValueError) as error:
         return replace(source, notes=(*source.notes, f"images are decoded at each use, as {folder} cannot keep them: {error}"))
