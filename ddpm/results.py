@@ -102,7 +102,7 @@ def read(folder):
         raise ValueError(f"{path}: {error}") from None
     log = folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
-    rows = list(itertools.takewhile(lambda row: isinstance(row, dict) and "step" in row, map(whole_row, lines)))
+    rows = list(itertools.takewhile(lambda row: row is not None, map(whole_row, lines)))
     fault = f"metrics.jsonl is torn after {len(rows)} rows" if len(rows) < len(lines) else "" if rows else "no rows"
     grids = sorted(folder.glob("samples/step_*.png"))
     return Run(folder.name, folder, knobs, rows, grids[-1] if grids else None, fault)

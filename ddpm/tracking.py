@@ -335,9 +335,10 @@ def plain(value):
 
 
 def whole_row(line):
-    """The row in a line of metrics.jsonl, None in a torn line."""
-    with contextlib.suppress(ValueError):
-        return json.loads(line) if line.endswith(b"\n") else None
+    """The row in a line of metrics.jsonl, None in a line that is torn, or holds no row."""
+    with contextlib.suppress(ValueError, RecursionError):
+        row = json.loads(line) if line.endswith(b"\n") else None
+        return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def in_short(problem):
