@@ -1,13 +1,14 @@
 """Run a study on this machine, without a server: `python -m ddpm.sweep experiments/NAME.yaml [--parallel=2]`.
 
 Each run is a process of its own, in `runs/NAME/RUN`. The same command again leaves out what is finished and goes on with the
-rest. Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted.
+rest. Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted (the same command goes on).
 """
 
 import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,11 +20,10 @@ from dataclasses import dataclass
 from absl import flags
 from tqdm import tqdm
 
-from ddpm import build, checkpoint, command, rng
+from ddpm import build, checkpoint, command, results, rng
 from ddpm import config as configs
 from ddpm.files import held, written_beside
 from ddpm.study import read
-from ddpm.tracking import whole_row
 
 STEP = re.compile(r"step (\d+)/(\d+) \(")
 ENDS = {command.FAILED: "failed", command.MISTAKE: "refused", command.DIVERGED: "diverged", command.INTERRUPTED: "interrupted"}
@@ -182,17 +182,15 @@ def bayes(study, count, seed, record):
         yield {name: lists[name][value] if name in lists else value for name, value in params.items()}
 
 
-def result_of(folder, metric):
-    """The last value of a metric in a run folder, or the best where it is named best/val_loss; None where there is none."""
-    if metric is None or not (folder / "metrics.jsonl").is_file():
+def result_of(run, metric):
+    """The last value of a metric in a run, or the best where it is named best/val_loss; None where there is none."""
+    if metric is None:
         return None
     name, goal = metric
-    key = name.removeprefix("best/").replace("_", "/", 1) if name.startswith("best/") else name
-    rows = filter(None, map(whole_row, (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)))
-    found = [row[key] for row in rows if key in row]
-    if key == name:
-        return found[-1] if found else None
-    return (min if goal == "minimize" else max)((value for value in found if value is not None), default=None)
+    if not name.startswith("best/"):
+        return run.final(name)
+    key = name.removeprefix("best/").replace("_", "/", 1)
+    return run.best(key) if goal == "minimize" else run.highest(key)
 
 
 class Sweep:
@@ -208,21 +206,36 @@ class Sweep:
             return False
         self.numbers[trial.name] = len(self.numbers) + 1
         if self.record.finished(trial):
-            self.before += 1
+            self.before += self.left_by(trial) is not None
             return False
         self.record.put(trial)
         self.tell(trial, "started")
         return True
 
+    def left_by(self, trial):
+        """The run that a trial came to its end with; None, which is told, where its files are damaged."""
+        folder = self.folder / trial.name
+        try:
+            run = results.read(folder)
+            damage = run.fault
+        except ValueError as error:
+            damage = error
+        if not damage:
+            return run
+        self.failed.append(trial.name)
+        self.tell(trial, f"came to its end, but {damage}; delete {folder}, and the same command makes it again")
+        return None
+
     def ends(self, trial, code, seconds, last):
         """Keep and tell how a trial ended."""
         after = f"after {tqdm.format_interval(seconds)}"
         if code == command.DONE:
-            result = result_of(self.folder / trial.name, self.study.metric)
-            self.record.put(trial, code, result)
-            self.done += 1
-            shown = "missing" if result is None else f"{result:.4g}"
-            self.tell(trial, f"done {after}" + (f", {self.study.metric[0]} {shown}" if self.study.metric else ""))
+            if run := self.left_by(trial):
+                result = result_of(run, self.study.metric)
+                self.record.put(trial, code, result)
+                self.done += 1
+                shown = "missing" if result is None else f"{result:.4g}"
+                self.tell(trial, f"done {after}" + (f", {self.study.metric[0]} {shown}" if self.study.metric else ""))
         elif self.children.asked:
             self.tell(trial, f"interrupted {after}")
         else:
@@ -241,8 +254,9 @@ class Sweep:
         if self.children.asked:
             say("interrupted; the same command goes on")
             return command.INTERRUPTED
-        runs = "" if self.folder == self.study.folder() else f" --runs={self.folder.parent}"
-        say("the same command tries again" if self.failed else f"report: python -m ddpm.compare {self.study.path}{runs}")
+        runs = [] if self.folder == self.study.folder() else [f"--runs={self.folder.parent}"]
+        report = shlex.join(["python", "-m", "ddpm.compare", str(self.study.path), *runs])
+        say("the same command tries again" if self.failed else f"report: {report}")
         return command.FAILED if self.failed else command.DONE
 
     def tell(self, trial, what):

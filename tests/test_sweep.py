@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +16,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from ddpm import command
+from ddpm import command, config, results
 from ddpm.study import read
-from ddpm.sweep import Children, Record, Trial, bayes, chosen, result_of, sweep
+from ddpm.sweep import Children, Record, Trial, bayes, chosen, result_of, sweep, trial_of
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["${env}", "${interpreter}", "-m", "ddpm.main", f"--config={ROOT}/configs/digits.py", "${args}"]
@@ -68,6 +71,38 @@ def test_a_grid_with_broken_runs(tmp_path, capsys):
     assert "started" not in said and "early_terminate is for W&B's server" in said
 
 
+def test_the_closing_line_and_damage_to_what_is_done(tmp_path, capsys):
+    """A done run is read before it counts as done; the report's command has the folder that was given; the whole is timed."""
+    asked = study(tmp_path, {"config.seed": {"values": [0, 1]}})
+    folder = asked.folder(tmp_path / "my runs")
+    trials = [trial_of(asked, point) for point in asked.grid()]
+    rows = '{"step": 1, "val/loss_ema": 0.5}\n{"step": 2, "val/loss_ema": 0.25}\n'
+    for trial in trials:
+        config.write(asked.config(trial.point), folder / trial.name)
+        (folder / trial.name / "metrics.jsonl").write_text(rows)
+        Record(folder).put(trial, command.DONE, 0.25)
+    assert sweep(asked, folder) == command.DONE
+    *_, counted, report = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"asked: 2 of 2 runs are done, 2 of them before, in \d\d:\d\d", counted)
+    assert shlex.split(report.removeprefix("report: ")) == [
+        "python", "-m", "ddpm.compare", str(tmp_path / "asked.yaml"), f"--runs={tmp_path / 'my runs'}"]
+
+    torn = "metrics.jsonl is torn after"
+    for damaged, fault in {rows[:-5]: f"{torn} 1 rows", rows + "5\n": f"{torn} 2 rows", "": "no rows"}.items():
+        (folder / "seed=1" / "metrics.jsonl").write_text(damaged)
+        assert sweep(asked, folder) == command.FAILED
+        _, told, counted, *rest = capsys.readouterr().out.splitlines()
+        remedy = f"delete {folder / 'seed=1'}, and the same command makes it again"
+        assert told == f"[2/2] seed=1: came to its end, but {fault}; {remedy}"
+        assert counted.startswith("asked: 1 of 2 runs are done, 1 of them before")
+        assert rest == ["not done: seed=1", "the same command tries again"]
+    (folder / "seed=1" / "config.json").unlink()
+    assert sweep(asked, folder) == command.FAILED
+    assert "there is no config.json in it; delete" in capsys.readouterr().out
+    shutil.rmtree(folder / "seed=1")
+    assert [Record(folder).finished(trial) for trial in trials] == [True, False]
+
+
 def test_an_interrupted_sweep_goes_on(tmp_path):
     """SIGTERM reaches the run, which saves; meanwhile nobody else sweeps there; the same command then completes it."""
     asked = study(tmp_path, {"config.seed": {"values": [7]}, "config.train.length": {"value": "1000000 steps"}})
@@ -100,6 +135,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert (process.returncode, said) == (command.MISTAKE, "")
     assert errors.startswith(f"error: {path}: unknown parameter 'config.sede' (did you mean 'config.seed'?)")
     assert errors.count("\n") == 1 and not (tmp_path / "runs").exists()
+    said, _ = door(tmp_path, "--help").communicate(timeout=120)
+    assert "Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted" in said
 
 
 def test_networks_are_checked_before_anything_runs(tmp_path):
@@ -179,11 +216,11 @@ def test_bayes_refuses_what_optuna_cannot_draw(tmp_path):
 
 def test_results_are_the_last_or_the_best(tmp_path):
     rows = [{"step": 1, "val/loss_ema": 0.5}, {"step": 2, "val/loss_ema": 0.3}, {"step": 3, "val/loss_ema": 0.4}, {"step": 4}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "val/lo')
-    assert result_of(tmp_path, ("val/loss_ema", "minimize")) == 0.4
-    assert result_of(tmp_path, ("best/val_loss_ema", "minimize")) == 0.3
-    assert result_of(tmp_path, ("best/val_loss_ema", "maximize")) == 0.5
-    assert [result_of(folder, ("eval/fid", "minimize")) for folder in (tmp_path, tmp_path / "no")] == [None, None]
+    run = results.Run("one", tmp_path, {}, rows)
+    assert result_of(run, ("val/loss_ema", "minimize")) == 0.4
+    assert result_of(run, ("best/val_loss_ema", "minimize")) == 0.3
+    assert result_of(run, ("best/val_loss_ema", "maximize")) == 0.5
+    assert [result_of(run, metric) for metric in (("eval/fid", "minimize"), None)] == [None, None]
 
 
 def test_runs_share_cores_and_a_group(tmp_path, monkeypatch):
