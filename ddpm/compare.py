@@ -2,7 +2,8 @@
 
 The runs of a study are read from runs/NAME or, where that is not there, from what its report keeps of them. The report is
 written to experiments/NAME: README.md, results.csv, figures, and below runs/ all that is needed to make it again. Other runs
-are compared on the terminal, and in a folder too with --out=DIR.
+are compared on the terminal, and in a folder too with --out=DIR. Exit codes: 0 done, with a line for each run that is left
+out, 2 your mistake or nothing to compare.
 """
 
 import contextlib

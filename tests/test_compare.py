@@ -365,6 +365,8 @@ def test_the_door(here):
 
     code, out, _ = door("experiments/schedules.yaml")
     assert code == 0 and "Answer: " in out and "results.csv" in out
+    code, out, _ = door("--help")
+    assert code == 0 and "Exit codes: 0 done" in out and "2 your mistake or nothing to compare" in out
     shutil.rmtree(here / "runs")
     shutil.rmtree(here / "experiments" / "schedules")
     code, _, err = door("experiments/schedules.yaml")
