@@ -1,13 +1,16 @@
-"""Decoded images in a file: uint8 rows under the fingerprint of their source, which all runs and ranks of a machine share.
+"""What was worked out once for all runs and ranks of a machine: decoded images, and what was found in files.
 
-A source decodes a photo each time it is asked for it; a row of the file is there at once, and what is read often stays in the
-memory that the system has to spare. The file is built under a lock and renamed into place whole.
+A source decodes a photo each time it is asked for it. Here its images are uint8 rows of a file under the fingerprint of the
+source, and the file is mapped: what is read of it lies in memory that the system has to spare, once for all processes. A copy
+of one's own would be hardly faster (experiments/throughput). What is kept is made under a lock and renamed into place whole.
 """
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ddpm.files import make_folder, sync
+from ddpm.files import make_folder, sync, written_beside
 
 
 def home():
@@ -28,29 +31,51 @@ def decoded(source, folder=None):
     """The same source, its images read from a file in `folder`, by default below `home()`; the file is made if it is not there.
 
     Where the disk has no room for it or cannot be written, the source itself, with a note. Unasked, without a `folder`, at most
-    a quarter of what is free is taken.
+    a quarter of what is free is taken. A file of up to half of the memory is read through, to be there from the first step on.
     """
     size, most = len(source) * int(np.prod(source.image_shape)), 0.9 if folder else 0.25
     folder = Path(folder or home() / "decoded")
     path = folder / f"{source.fingerprint}.u8"
     try:
-        with alone(make_folder(folder) / f"{source.fingerprint}.lock"):
+        with alone(make_folder(folder) / f"{source.fingerprint}.lock", "it decodes the same images"):
             if not path.exists() or path.stat().st_size != size:
                 if size > most * (free := shutil.disk_usage(folder).free):
                     raise OSError(f"{size / 2**30:.1f} GiB are more than {most:.0%} of the {free / 2**30:.1f} free; name "
                                   "another folder as data.cache")
-                build(source, path)
+                build(source, path, size)
+        if fits := size <= memory() / 2:
+            read_through(path)
     except (OSError, ValueError) as error:
         return replace(source, notes=(*source.notes, f"images are decoded at each use, as {folder} cannot keep them: {error}"))
-    note = f"decoded images: {path}, {size / 2**20:,.1f} MiB"
-    return replace(source, fetch=Rows(path, (len(source), *source.image_shape)), notes=(*source.notes, note))
+    note = f"decoded images: {path}, {size / 2**20:,.1f} MiB, {'in memory' if fits else 'more than half of the memory'}"
+    rows = Rows(path, (len(source), *source.image_shape))
+    return replace(source, fetch=rows, in_memory=fits, notes=(*source.notes, note))
 
 
-def build(source, path):
-    """Decode all images of a source in threads into a file, whole or not at all."""
+def memory():
+    """How many bytes of memory this machine has, or the container that it is."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def read_through(path):
+    with open(path, "rb", buffering=0) as file:
+        piece = bytearray(2**24)
+        while file.readinto(piece):
+            pass
+
+
+def build(source, path, size):
+    """Decode all images of a source, `size` bytes, in threads into a file, whole or not at all."""
     part = path.with_suffix(".part")  # of a build that was killed too: the lock is ours
     try:
-        rows = np.memmap(part, np.uint8, "w+", shape=(len(source), *source.image_shape))
+        with open(part, "wb") as file:
+            if hasattr(os, "posix_fallocate"):  # a disk that turns out full later kills the process that writes to the map
+                os.posix_fallocate(file.fileno(), 0, size)
+            file.truncate(size)
+        rows = np.memmap(part, np.uint8, "r+", shape=(len(source), *source.image_shape))
 
         def decode(index):
             rows[index] = source[index].numpy()
@@ -67,27 +92,54 @@ def build(source, path):
 
 
 @contextlib.contextmanager
-def alone(path):
+def remembered(name):
+    """A dict that lasts under a name below `home()`: one process has it at a time, and what is in it afterwards is kept.
+
+    Empty where there is none yet or it cannot be read, and lost again where it cannot be written.
+    """
+    path = home() / f"{name}.json"
+    with contextlib.ExitStack() as lock:
+        with contextlib.suppress(OSError, ValueError):
+            lock.enter_context(alone(make_folder(path.parent) / f"{path.name}.lock", "it reads the same files"))
+        found = {}
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found = dict(json.loads(path.read_text()))
+        before = dict(found)
+        yield found
+        if found != before:
+            with contextlib.suppress(OSError, ValueError), written_beside(path) as part:
+                part.write_text(json.dumps(found))
+
+
+@contextlib.contextmanager
+def alone(path, reason):
     """Wait until no other process is inside, and keep them outside; the system opens the lock when a process ends."""
     handle = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process: {reason}", file=sys.stderr, flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
 
 
 class Rows:
-    """`rows(index)` is the image at an index from a file of shape [n, c, h, w], mapped once in each process that asks."""
+    """`rows(index)` is the image at an index from a file of shape [n, c, h, w], `rows(indices)` a batch at an array of them.
+
+    The file is mapped once in each process that asks.
+    """
 
     def __init__(self, path, shape):
         self.path, self.shape, self.rows = path, shape, None
 
     def __call__(self, index):
         if self.rows is None:
-            self.rows = np.memmap(self.path, np.uint8, "r", shape=self.shape)
-        return torch.from_numpy(self.rows[index].copy())
+            self.rows = np.asarray(np.memmap(self.path, np.uint8, "r", shape=self.shape))
+        return torch.from_numpy(self.rows.take(index, axis=0))
 
     def __getstate__(self):
         return {"path": self.path, "shape": self.shape, "rows": None}

@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import io
 import json
-import operator
 import os
 import signal
 import warnings
@@ -24,13 +23,14 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm import images, rng, spec
+from ddpm import cache, images, rng, spec
 
 WHITE = (255, 255, 255)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -49,7 +49,8 @@ class Source:
     """A dataset: `source[i]` is a uint8 tensor [c, h, w] and always the same one.
 
     `labels` holds a class number per image or is None, `classes` their names or None; `fingerprint` (sha256 in hex) is
-    the same wherever the content, size and preprocessing are; `notes` are lines for the log.
+    the same wherever the content, size and preprocessing are; `notes` are lines for the log. Where the images are `in_memory`,
+    `fetch` takes an array of indices too, for a batch.
     """
 
     fetch: Callable
@@ -59,6 +60,7 @@ class Source:
     labels: list | None = None
     classes: list | None = None
     notes: tuple = ()
+    in_memory: bool = False
 
     def __len__(self):
         return self.length
@@ -67,6 +69,10 @@ class Source:
         if not 0 <= index < self.length:
             raise IndexError(f"image {index} of {self.length}")
         return self.fetch(int(index))
+
+    def batch(self, indices):
+        """The images at some indices, uint8 [b, c, h, w]; from memory at once, which is several times faster."""
+        return self.fetch(np.asarray(indices)) if self.in_memory else torch.stack([self[index] for index in indices])
 
 
 def open_source(text, image_size, channels=3, matte=WHITE):
@@ -101,21 +107,22 @@ def digits(image_size, channels, matte):
     if channels != colours:
         pixels = torch.cat([pixels, torch.full_like(grey, 255)], dim=1)
     return Source(
-        fetch=partial(operator.getitem, pixels),
+        fetch=partial(take, pixels.numpy()),
         length=len(pixels),
         image_shape=tuple(pixels.shape[1:]),
         fingerprint=fingerprint("digits", pixels.shape, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()),
         labels=found.target.tolist(),
         classes=[str(name) for name in found.target_names],
         notes=(f"digits: {len(pixels)} images of 8x8 pixels as {image_size}x{image_size}",),
+        in_memory=True,
     )
 
 
 def folder(image_size, channels, matte, *, path):
     """Every image in a folder and its sub-folders, in the order of their relative paths.
 
-    Each file is read once here: unreadable ones and ones whose shorter side is below `image_size` are left out and
-    named in the notes. First-level sub-folders are classes if no image lies beside them. Raises ValueError where no
+    Each file is read here, once and for all runs: unreadable ones and ones whose shorter side is below `image_size` are left
+    out and named in the notes. First-level sub-folders are classes if no image lies beside them. Raises ValueError where no
     image is left.
     """
     root = Path(str(path)).expanduser()
@@ -126,7 +133,7 @@ def folder(image_size, channels, matte, *, path):
     strangers = shortened([f"{others[kind]} {kind}" for kind in sorted(others, key=lambda kind: (-others[kind], kind))])
     if not names:
         raise ValueError(f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is {', '.join(SUFFIXES)}")
-    reports = scan(partial(examine_file, root, image_size, channels, matte), names, f"reading {root}")
+    reports = examine(root, names, image_size)
     kept = [i for i, report in enumerate(reports) if not report.fault]
     faults = left_out(names, reports)
     if not kept:
@@ -293,16 +300,41 @@ def scan(examine, items, title):
         return list(tqdm(work, title, len(items), leave=False, disable=None, unit=" images"))
 
 
-def examine_file(root, image_size, channels, matte, name):
-    """Read, hash and decode one file."""
+def examine(root, names, image_size):
+    """A report on each file below a folder; one that nobody has touched since it was read last is not read again."""
+    with cache.remembered(f"files/{fingerprint(PREPROCESSING, PIL.__version__, os.path.realpath(root))}") as known:
+        stamps = {name: stamp(root / name) for name in names}
+        new = [name for name in names if stamps[name] is None or known.get(name, [None])[0] != stamps[name]]
+        read = scan(partial(examine_file, root), new, f"reading {root}")
+        known.update({name: [stamps[name], *facts] for name, facts in zip(new, read, strict=True)})
+        for name in known.keys() - stamps.keys():
+            del known[name]
+
+    def report(stamp, digest, side):
+        return Report(digest, "unreadable" if not digest else TOO_SMALL if side < image_size else "")
+
+    return [report(*known[name]) for name in names]
+
+
+def stamp(path):
+    """What changes when a file is written to, or another takes its place; None where it cannot be said."""
+    try:
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    except OSError:
+        return None
+
+
+def examine_file(root, name):
+    """Read and decode a file: the sha256 of its content, empty where it is no image that can be read, and its shorter side."""
     try:
         content = (root / name).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            small = min(image.size) < image_size
-        decode_file(io.BytesIO(content), image_size, channels, matte)
+            side = min(image.size)
+        decode_file(io.BytesIO(content), 1, 3)
     except Exception:  # PIL's plugins raise OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
-        return Report(fault="unreadable")
-    return Report(hashlib.sha256(content).hexdigest(), TOO_SMALL if small else "")
+        return "", 0
+    return hashlib.sha256(content).hexdigest(), side
 
 
 def examine_item(found, image_size, index):
@@ -339,6 +371,11 @@ def shortened(names, most=5):
 def fingerprint(*parts):
     """Sha256 in hex over anything that JSON can write."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def take(pixels, index):
+    """A copy of the image at an index of an array [n, c, h, w], or of a batch at an array of indices."""
+    return torch.from_numpy(pixels.take(index, axis=0))
 
 
 def fetch_file(root, names, image_size, channels, matte, index):
@@ -471,7 +508,7 @@ def part(source, indices):
     """The source of some of a source's images."""
     indices = [int(index) for index in indices]
     return replace(
-        source, fetch=partial(fetch_part, source.fetch, indices), length=len(indices), notes=(),
+        source, fetch=partial(fetch_part, source.fetch, indices), length=len(indices), notes=(), in_memory=False,
         labels=[source.labels[index] for index in indices] if source.labels else None,
         fingerprint=fingerprint("part", source.fingerprint, indices))
 
@@ -480,24 +517,24 @@ def fetch_part(fetch, indices, index):
     return fetch(indices[index])
 
 
-class Labelled(torch.utils.data.Dataset):
-    """A source as pairs (image, label), label -1 where there is none."""
+class Batches(torch.utils.data.Dataset):
+    """A source by lists of indices: uint8 [b, c, h, w] and labels int64 [b], -1 where there are none."""
 
     def __init__(self, source):
         self.source = source
 
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        return self.source[index], self.source.labels[index] if self.source.labels else -1
+    def __getitem__(self, indices):
+        labels = self.source.labels
+        return self.source.batch(indices), torch.tensor([labels[index] if labels else -1 for index in indices])
 
 
 def loader(source, batches, num_workers=0, pin_memory=False):
     """Iterate once over an iterable of index lists: (uint8 [b, c, h, w], int64 labels [b], -1 where there are none).
 
-    The batches are the same for any number of workers, and torch's global generator is left alone.
+    The batches are the same for any number of workers, and torch's global generator is left alone. What is in memory needs no
+    workers: they would only carry it from process to process.
     """
+    num_workers = 0 if source.in_memory else num_workers
     running = load(source, batches, num_workers, pin_memory)
     if num_workers:  # workers that ignore SIGTERM would hold up the end of a process that left a loader standing
         atexit.register(close_if_alive, weakref.ref(running))
@@ -506,8 +543,9 @@ def loader(source, batches, num_workers=0, pin_memory=False):
 
 def load(source, batches, num_workers, pin_memory):
     yield from torch.utils.data.DataLoader(
-        Labelled(source),
-        batch_sampler=batches,
+        Batches(source),
+        sampler=batches,
+        batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=leave_signals_to_the_trainer,

@@ -1,5 +1,7 @@
 """Decoded images are those of the source, decoded once whatever happens, and change nothing that is learned."""
 
+import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -114,6 +116,68 @@ def test_a_disk_without_room_is_told_and_done_without(photos, tmp_path, monkeypa
         found = cache.decoded(source, folder)
         assert ("free; name another folder as data.cache" in found.notes[-1]) is not fits and torch.equal(found[3], source[3])
     assert len(list((tmp_path / "home" / "decoded").glob("*.u8"))) == 1
+
+
+def test_a_file_is_read_once_until_someone_touches_it(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "home"))
+    first = opened(photos)
+    (kept,) = (tmp_path / "home" / "files").glob("*.json")
+    known = json.loads(kept.read_text())
+    assert set(known) == {f"{number}.png" for number in range(12)}
+    known["3.png"][1], known["5.png"][1:], known["6.png"][2] = "another digest", ["", 0], 15
+    kept.write_text(json.dumps(known))
+    second = opened(photos)  # says what it was told, and has not looked itself
+    assert second.fingerprint != first.fingerprint and len(second) == 10
+    assert "left out 1 too small: 6.png" in second.notes and "left out 1 unreadable: 5.png" in second.notes
+    for number in (3, 5, 6):
+        os.utime(photos / f"{number}.png")
+    third = opened(photos)
+    assert (third.fingerprint, third.notes) == (first.fingerprint, first.notes)
+    (photos / "7.png").write_bytes((photos / "8.png").read_bytes())
+    (photos / "9.png").unlink()
+    assert len(opened(photos)) == 11 and "9.png" not in json.loads(kept.read_text())
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "elsewhere"))
+    assert opened(photos).fingerprint not in (first.fingerprint, second.fingerprint)
+    for broken in ("[1, 2]", "{", ""):
+        kept.write_text(broken)
+        monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "home"))
+        assert len(opened(photos)) == 11 and len(json.loads(kept.read_text())) == 11
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "file"))
+    assert len(opened(photos)) == 11
+
+
+def test_what_fits_is_in_memory_and_read_in_whole_batches(photos, tmp_path, monkeypatch):
+    source = opened(photos)
+    size = 12 * 3 * 16 * 16
+    for memory, fits in ((2 * size, True), (2 * size - 1, False)):
+        monkeypatch.setattr(cache, "memory", lambda memory=memory: memory)
+        found = cache.decoded(source, tmp_path / "cache")
+        assert found.in_memory is fits and ("in memory" in found.notes[-1]) is fits
+        indices = np.array([5, 0, 11, 5])
+        assert torch.equal(found.batch(indices), torch.stack([source[index] for index in indices]))
+        running = data.loader(found, [indices, [1, 2]], num_workers=1)
+        pixels, labels = next(running)
+        assert len(multiprocessing.active_children()) == (not fits)  # workers would only carry it about
+        assert torch.equal(pixels, source.batch(indices)) and labels.tolist() == [-1] * 4
+        assert torch.equal(next(running)[0], source.batch([1, 2])) and next(running, None) is None
+    part = data.part(found, [3, 4])
+    assert torch.equal(part.batch([1, 0]), source.batch([4, 3]))
+
+
+def test_a_disk_that_turns_out_full_is_told_too(photos, tmp_path, monkeypatch):
+    """Another process may fill it; a write to a map would end in SIGBUS."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
+        found = cache.decoded(opened(photos), small / "cache")  # 9,216 bytes
+        assert "decoded at each use" in found.notes[-1] and "No space left" in found.notes[-1]
+        assert not list(small.glob("cache/*.part"))
+    finally:
+        subprocess.run(["umount", small], check=True)
 
 
 def test_a_training_learns_the_same_from_rows(photos, tmp_path):
