@@ -5,6 +5,9 @@ from setuptools import find_packages, setup
 STUDY = [  # to run, compare and show studies
     "matplotlib>=3.8", "optuna>=4.0", "pyyaml>=6.0", "scipy>=1.11", "wandb-workspaces>=0.3"]
 
+BENCH = [  # what the benchmarks stand beside
+    "accelerate>=1.0", "denoising-diffusion-pytorch>=2.1", "diffusers>=0.32", "matplotlib>=3.8"]
+
 setup(
     name="ddpm",
     version="0.1.0",
@@ -28,6 +31,7 @@ setup(
     ],
     extras_require={
         "study": STUDY,
-        "test": [*STUDY, "pytest>=8", "pytest-xdist>=3.6", "diffusers>=0.32", "ruff>=0.9", "nbclient>=0.10", "ipykernel>=6"],
+        "bench": BENCH,
+        "test": [*STUDY, *BENCH, "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "nbclient>=0.10", "ipykernel>=6"],
     },
 )

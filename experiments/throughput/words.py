@@ -1,0 +1,195 @@
+"""The report of results.json: README.md and step.png, from its numbers alone."""
+
+import json
+from statistics import median
+from textwrap import fill
+
+from ddpm import figures
+from ddpm.report import listed, markdown, plain
+
+OURS, EQUAL, NEAREST = "ddpm", "diffusers", "denoising-diffusion-pytorch"
+GIB = 2**30
+
+
+def key(row):
+    return row["task"], row["type"], row["compiled"]
+
+
+def ratios(row, rows, of="seconds"):
+    """How many times as long as ours a row's image takes, in each round; the rounds alternate, so they are pairs."""
+    ours = next(other for other in rows if other["contender"] == OURS and key(other) == key(row))
+    return [(theirs / row["batch"]) / (mine / ours["batch"]) for theirs, mine in zip(row[of], ours[of], strict=True)]
+
+
+def spread(values, form="{:.2f}"):
+    """The median, and least and most where there are several."""
+    ends = f" ({form} to {form})".format(min(values), max(values)) if len(values) > 1 else ""
+    return form.format(median(values)) + ends
+
+
+def step_table(rows, made):
+    table = [["task", "by", "type", "batch", "parameters, M", "GFLOP an image", "ms a step", "images/s", "GFLOP/s",
+              "time an image / ours", "peak, GiB"]]
+    peaks = made["peaks"]
+    table[0][9:9] = ["MFU"] * bool(peaks)
+    for row in rows:
+        rate = row["batch"] / median(row["seconds"])
+        way = row["type"] + ", compiled" * row["compiled"]
+        mfu = [f"{rate * row['flops'] / peaks[row['type']]:.1%}"] if peaks else []
+        table.append([
+            row["task"], row["contender"], way, str(row["batch"]), f"{row['parameters'] / 1e6:.2f}",
+            f"{row['flops'] / 1e9:.3g}", f"{1000 * median(row['seconds']):,.1f}", f"{rate:,.3g}",
+            f"{rate * row['flops'] / 1e9:,.1f}", *mfu, spread(ratios(row, rows)), f"{row['peak_bytes'] / GIB:.2f}"])
+    return table
+
+
+def terminal(rows):
+    return plain([[row["task"], row["contender"], row["type"] + ", compiled" * row["compiled"],
+                   f"{1000 * median(row['seconds']):,.1f} ms a step", f"{row['batch'] / median(row['seconds']):,.3g} images/s"]
+                  for row in rows])
+
+
+def stage_table(rows):
+    names = list(rows[0]["seconds"])
+    table = [["ms a step", *names, "sum"]]
+    for row in rows:
+        spent = [1000 * row["seconds"][name] for name in names]
+        table.append([row["task"], *(f"{ms:,.1f}" for ms in spent), f"{sum(spent):,.1f}"])
+    return table
+
+
+def outside(row):
+    """Milliseconds that a drawing spends outside the network, for each time it asks it, in each round."""
+    return [1000 * (whole - inside) / row["evaluations"]
+            for whole, inside in zip(row["seconds"], row["network_seconds"], strict=True)]
+
+
+def draw_table(rows):
+    table = [["by", "sampler", "evaluations", "ms in the network, each", "ms outside, each", "images/s"]]
+    for row in rows:
+        inside = [1000 * spent / row["evaluations"] for spent in row["network_seconds"]]
+        table.append([row["contender"], row["sampler"], str(row["evaluations"]), f"{median(inside):.2f}",
+                      spread(outside(row), "{:.3f}"), f"{row['images'] / median(row['seconds']):.3g}"])
+    return table
+
+
+def answer(found):
+    rows, words = found["steps"], []
+    for name, network in ((EQUAL, "the same network"), (NEAREST, "its network that comes nearest")):
+        theirs = [median(ratios(row, rows)) for row in rows if row["contender"] == name]
+        each = [f"{median(ratios(row, rows)):.2f} ({row['task']})" for row in rows if row["contender"] == name
+                and (len(theirs) < 4 or row["task"] == rows[-1]["task"])]
+        beyond = "" if len(each) == len(theirs) else f", in all {min(theirs):.2f} to {max(theirs):.2f}"
+        words.append(f"with {network}, {name} takes {listed(each)} times as long as ours for an image{beyond}")
+    most = max(median(outside(row)) for row in found["draws"] if row["contender"] == OURS)
+    words.append(f"outside the network, a step of our drawing takes at most {most:.2f} ms (goal: under 1)")
+    return ". ".join(word[0].upper() + word[1:] for word in words) + "."
+
+
+@figures.style()
+def picture(found):
+    """Left the time of an image against ours, right where the time of our step goes."""
+    figure, ((left, right),) = figures.canvas(1, 2, height=2.2)
+    plain_rows = [row for row in found["steps"] if not row["compiled"] and row["type"] == found["steps"][0]["type"]]
+    names = list(dict.fromkeys(row["contender"] for row in plain_rows))
+    tasks = list(dict.fromkeys(row["task"] for row in plain_rows))
+    for number, name in enumerate(names):
+        heights = [median(ratios(row, found["steps"])) for row in plain_rows if row["contender"] == name]
+        left.bar([place + 0.27 * (number - 1) for place in range(len(tasks))], heights, 0.25, label=name,
+                 color=figures.COLOURS[number])
+    left.set_xticks(range(len(tasks)), [task.replace(" ", "\n") for task in tasks])
+    left.set_ylabel("time of an image / ours")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    base = [0.0] * len(found["stages"])
+    for number, stage in enumerate(found["stages"][0]["seconds"]):
+        share = [100 * row["seconds"][stage] / sum(row["seconds"].values()) for row in found["stages"]]
+        right.bar([row["task"].replace(" ", "\n") for row in found["stages"]], share, 0.5, base, label=stage,
+                  color=figures.COLOURS[number])
+        base = [low + more for low, more in zip(base, share, strict=True)]
+    right.set_ylabel("share of our step, %")
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def data_part(folder):
+    """What data.py found, if it was run."""
+    path = folder / "data.json"
+    if not path.is_file():
+        return ""
+    rows = json.loads(path.read_text())["rows"]
+    return TEXT_DATA.format(table=markdown([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]))
+
+
+def write(found, folder):
+    """Write the report of results into a folder."""
+    figures.save(picture(found), folder / "step.png")
+    made, first = found["made"], found["draws"][0]
+    (folder / "README.md").write_text(TEXT.format(
+        answer=fill(answer(found), 128), steps=markdown(step_table(found["steps"], made)),
+        stages=markdown(stage_table(found["stages"])), draws=markdown(draw_table(found["draws"])),
+        data=data_part(folder), rounds=len(found["steps"][0]["seconds"]),
+        images=first["images"], evaluations=first["steps"], smallest=first["task"], waits=CARD_WAITS if made["card"] else "",
+        missing="" if made["card"] else NO_CARD,
+        **made | {"versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items())}))
+
+
+NO_CARD = """ No card was at hand: the same command measures bf16 and fp16, compiled steps and the share of a card's peak
+on one."""
+
+CARD_WAITS = """ The host waits for the card around each stage and each call of
+the network, so what would overlap is counted twice."""
+
+TEXT = """# Throughput: a training step and a drawing, beside two others
+
+**Question.** How fast are a training step and a drawing of ours beside diffusers and denoising-diffusion-pytorch, each in its
+own loop?
+
+**Answer.** {answer}
+
+![Time of an image against ours, and the stages of our step](step.png)
+
+## The training step
+
+{steps}
+
+Milliseconds are the median of {rounds} rounds; behind the median of the ratio stand the least and the most of the rounds.
+GFLOP/s are images a second times the operations of an image, forward and backward: what can be compared where networks differ.
+
+Stages of our step, in the mean; *the rest* is flips, times and noise drawn by address, pixels to numbers, and meters.{waits}
+
+{stages}
+
+## Drawing
+
+{images} images of the task {smallest} in {evaluations} steps, with the networks as above; the first drawing of each warmed up.
+*Outside* is the whole drawing less the calls of the network, timed within it.
+
+{draws}
+{data}
+## Protocol
+
+All contenders of a task are in one process and take turns (A B C A B C ...), in {clock}, on the same pixels from memory; a
+drawing begins at noise and ends in pixels on the host.
+
+- **ddpm**: the step that `assemble.run` makes of the shipped config, with its flips, dropout, clipping, EMA and meters.
+- **diffusers**: `UNet2DModel` with our weights, through `ddpm.convert` (the same parameters and operations, which is checked),
+  in the loop of its `train_unconditional.py --use_ema` with that script's settings: `DDPMScheduler.add_noise`, AdamW, clipping
+  at 1, a cosine rate, `EMAModel`, the loss read at every step. Of accelerate only autocast and loss scaling.
+- **denoising-diffusion-pytorch**: `Trainer.train` itself, with its defaults (`GaussianDiffusion`, Adam, EMA every 10 steps,
+  accelerate), but for the batch size, and with images in memory in place of its loader. Its `Unet` has other blocks (linear
+  attention at every level, RMS norm), so `dim` and `dim_mults` were chosen for the nearest parameters and operations, at a
+  width that vectors of 16 divide.
+- Peak memory: of building the training, and two steps. On a CPU it is the sum of torch's allocations, as its profiler has them.
+
+**What this does not show.** Loaders: images lie in memory here. Several cards, and batches that fill one.{missing}
+
+By `python experiments/throughput/run.py` at commit {commit}, {versions}, {machine}, CPU threads: {threads}.
+"""
+
+TEXT_DATA = """
+## Data
+
+{table}
+
+By `python experiments/throughput/data.py`.
+"""

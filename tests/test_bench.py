@@ -1,0 +1,70 @@
+"""The benchmarks run, at a size that says nothing, and their reports follow from the numbers alone."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from test_configs import module_of
+
+for peer in ("accelerate", "denoising_diffusion_pytorch", "diffusers"):
+    pytest.importorskip(peer, reason="needs pip install -e '.[bench]'")
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def test_throughput(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS / "throughput")
+    bench = module_of(EXPERIMENTS / "throughput" / "run.py")
+    bench.main(["--toy", f"--out={tmp_path}"])
+    found, text = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "README.md").read_text()
+    ours, theirs, other = found["steps"][:3]
+    assert [ours["contender"], theirs["contender"], other["contender"]] == list(bench.CONTENDERS)
+    assert (ours["parameters"], ours["flops"]) == (theirs["parameters"], theirs["flops"])
+    for row in found["steps"]:
+        assert row["peak_bytes"] > 4 * 4 * row["parameters"]  # weights, their average and Adam's two
+        assert 0 < min(row["seconds"])
+    spent = found["stages"][0]["seconds"]
+    assert min(spent.values()) > 0 and spent["noise, network, loss"] + spent["backward"] > sum(spent.values()) / 2
+    assert all(row["evaluations"] == 5 for row in found["draws"]) and len(found["draws"]) == 5
+    assert all(0 < inside < whole for row in found["draws"]
+               for inside, whole in zip(row["network_seconds"], row["seconds"], strict=True))
+    assert "MFU" not in text or found["made"]["peaks"]
+
+    bench.main(["--report", f"--out={tmp_path}"])
+    assert (tmp_path / "README.md").read_text() == text
+    row = next(row for row in found["steps"] if row["contender"] == "diffusers")
+    ratio = row["seconds"][0] / found["steps"][0]["seconds"][0]
+    assert f"diffusers takes {ratio:.2f} (" in " ".join(text.split())
+
+    found["made"]["peaks"] = {"float32": 1e12}  # as on a card that is known
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    (tmp_path / "data.json").write_text(json.dumps({"rows": [{"by": "ddpm", "images/s": 12345}]}))
+    bench.main(["--report", f"--out={tmp_path}"])
+    text = (tmp_path / "README.md").read_text()
+    assert f"{found['steps'][0]['batch'] / found['steps'][0]['seconds'][0] * found['steps'][0]['flops'] / 1e12:.1%}" in text
+    assert "| 12345 |" in text
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # of the peer's loader, without a card
+def test_time_to_quality(tmp_path):
+    bench = module_of(EXPERIMENTS / "time_to_quality" / "run.py")
+    bench.main(["--toy", f"--out={tmp_path}"])
+    text = (tmp_path / "README.md").read_text()
+    with (tmp_path / "results.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [int(row["steps"]) for row in rows if row["recipe"] == bench.OURS] == [2, 2, 4, 4, 6]
+    assert len([row for row in rows if row["recipe"] == bench.PEER]) == len(bench.TOY.points) - 1 + len(bench.TOY.samplers)
+    assert all(float(row["fd_digits"]) > 1 and float(row["cpu_seconds"]) > 0 for row in rows)
+
+    for row in rows:  # ours is nearer from 4 steps on, in half of the time
+        steps, peer = int(row["steps"]), row["recipe"] == bench.PEER
+        row["fd_digits"], row["cpu_seconds"] = (9, 480) if peer else (5 if steps > 2 else 12, 60 * steps)
+    with (tmp_path / "results.csv").open("w") as lines:
+        writer = csv.DictWriter(lines, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    bench.main(["--report", f"--out={tmp_path}"])
+    assert (tmp_path / "README.md").read_text() != text
+    assert "in each of 2 seeds after 240 CPU seconds, 4 steps (5.00): 1 / 2.0 of the time" in " ".join(
+        (tmp_path / "README.md").read_text().split())
