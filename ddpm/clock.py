@@ -5,6 +5,7 @@ minutes"`, and is due when any of them is. `"0 steps"` means never.
 """
 
 import contextlib
+import itertools
 import math
 import re
 import time
@@ -12,6 +13,7 @@ from fractions import Fraction
 
 SECONDS = {"second": 1, "minute": 60, "hour": 3600}
 COUNTS = ("step", "epoch", "image")
+WARM_UP = 3  # steps in which a process sets up kernels and memory
 
 
 def parse_duration(text, times=True):
@@ -87,29 +89,34 @@ class Stopwatch:
 class Speed:
     """How fast the training goes: images and steps a second, and the share of the time spent waiting for images.
 
+    The first WARM_UP steps of a process do not count, nor do pauses; `wait()` lets the device come to an end of its work first.
     With `peak`, the operations a second that the devices are made for, also the share of them that the training reaches (model
     FLOPs utilisation, Chowdhery et al. 2022, appendix B: what is computed twice to save memory does not count).
     """
 
-    def __init__(self, batch_size, dataset_size, flops_per_image=0, peak=0, now=time.monotonic):
+    def __init__(self, batch_size, dataset_size, flops_per_image=0, peak=0, wait=lambda: None, now=time.monotonic):
         self.batch_size, self.dataset_size = batch_size, dataset_size
-        self.flops_per_image, self.peak = flops_per_image, peak
+        self.flops_per_image, self.peak, self.wait = flops_per_image, peak, wait
         self.watch, self.steps, self.waited = Stopwatch(now), 0, 0.0
 
     def timed(self, batches):
-        """The same batches, while the wait for each is measured; what came before the first does not count."""
+        """The same batches, while the wait for each is measured."""
         batches = iter(batches)
-        self.watch.lap()
-        while True:
+        for count in itertools.count():
+            if count == WARM_UP:
+                self.wait()
+                self.watch.lap()
+                self.steps, self.waited = 0, 0.0
             before = self.watch.now()
             batch = next(batches, None)
             self.waited += self.watch.now() - before
             if batch is None:
                 return
-            self.steps += 1
+            self.steps += count >= WARM_UP
             yield batch
 
     def pause(self):
+        """The time inside this context does not count."""
         return self.watch.pause()
 
     def progress(self, done):
@@ -119,8 +126,13 @@ class Speed:
                 "progress/petaflop": images * self.flops_per_image / 1e15}
 
     def read(self, done):
-        """The rates since the last reading, at the end of a step, and how far the training is after `done` steps."""
+        """The rates since the last reading, at the end of a step, and how far the training is after `done` steps.
+
+        There are no rates before the first step that counts.
+        """
         seconds, steps = max(self.watch.lap(), 1e-9), self.steps
+        if not steps:
+            return self.progress(done)
         rate = steps * self.batch_size / seconds
         readings = {
             "speed/images_per_second": rate,

@@ -78,6 +78,11 @@ class Machine:
         distributed.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def wait(self):
+        """Let a card come to the end of what it was given to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def release(self):
         """Give back what the card's allocator holds and nothing uses."""
         if self.device.type == "cuda":

@@ -191,6 +191,8 @@ def train(run):
             due = {name for name, every in run.every.items() if every.due(done)} | ({"stop"} if asked() else set())
             due = run.machine.agree(due)
             now = due | wanted if last else due
+            if now:
+                run.machine.wait()  # steps that a card has not come to yet would be counted to the pause
 
             if "log" in now:
                 run.log_training(done)

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from ddpm.clock import Every, Speed, Stopwatch, parse_duration, steps_of
+from ddpm.clock import WARM_UP, Every, Speed, Stopwatch, parse_duration, steps_of
 
 
 class Hand:
@@ -172,23 +172,27 @@ def test_a_stopwatch_leaves_out_its_pauses():
 
 
 def test_speed_counts_whole_steps_without_the_pauses():
-    """8 images a step; 1 s of waiting and 3 s of work each; read at steps 2, 5 and 6 and paused after each step."""
+    """8 images a step; 1 s of waiting and 3 s of work each, 50 s at first; read at some steps and paused after each one.
+
+    The device is 20 s behind when the warm-up ends.
+    """
     now = Hand()
-    speed = Speed(batch_size=8, dataset_size=80, flops_per_image=5e12, peak=4e13, now=now)
+    speed = Speed(batch_size=8, dataset_size=80, flops_per_image=5e12, peak=4e13, wait=lambda: now.move(20), now=now)
     now.move(500)  # opening a tracker, say
 
     def slow():
-        for batch in range(1, 7):
+        for batch in range(1, WARM_UP + 7):
             now.move(1)
             yield batch
 
     readings = {}
     for done in speed.timed(slow()):
-        now.move(3)
-        if done in (2, 5, 6):
+        now.move(3 if done > WARM_UP else 50)
+        if done in (1, *(WARM_UP + k for k in (2, 5, 6))):
             readings[done] = speed.read(done)
         with speed.pause():
             now.move(1000)
+    assert readings.pop(1) == {"progress/epoch": 0.1, "progress/images": 8, "progress/petaflop": 0.04}
     for done, reading in readings.items():
         assert reading == {
             "speed/images_per_second": 2.0, "speed/step_ms": 4000.0, "speed/loader_wait": 0.25,
@@ -204,7 +208,7 @@ def test_speed_gives_the_batches_on_and_ends_with_them():
 def test_speed_of_a_resumed_run_counts_its_own_steps():
     now = Hand()
     speed = Speed(4, 80, now=now)
-    for done, _ in enumerate(speed.timed(range(3)), 101):
+    for done, _ in enumerate(speed.timed(range(WARM_UP + 3)), 103 - WARM_UP - 2):
         now.move(2)
         reading = speed.read(done) if done == 103 else None
     assert reading["speed/images_per_second"] == 2.0 and reading["progress/images"] == 412
