@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import os
+import time
 from bisect import bisect_left
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ def batches(config, images, indices, machine, start, total):
     size, share = config.train.batch_size, machine.share(config.train.batch_size)
     order = (indices[data.batch_indices(config.seed, len(indices), step, size)[share]] for step in range(start, total))
     workers = min(config.data.num_workers, os.cpu_count() or 1)
-    return data.loader(images, order, workers, pin_memory=machine.device.type == "cuda")
+    return machine.ahead(data.loader(images, order, workers, pin_memory=machine.device.type == "cuda"))
 
 
 def step(config, net, averages, machine, dataset_size):
@@ -60,6 +61,27 @@ def step(config, net, averages, machine, dataset_size):
         seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
         learning_rate=rate(config, dataset_size), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
         augmentation=config.data.augment, label_dropout=section.label_dropout if config.data.classes else None)
+
+
+def blank(config, count):
+    """A batch of black images, of the first class where there are any."""
+    labels = torch.full((count,), 0 if config.data.classes else -1)
+    return torch.zeros(count, *build.image_shape(config), dtype=torch.uint8), labels
+
+
+def compiled(config, made):
+    """Let a step learn through torch.compile, tried on a blank batch; says how long that took, or why it is not done."""
+    net, begun = made.diffusion.net, time.monotonic()
+    net.compiled()
+    try:
+        made.rehearse(blank(config, len(made.places)))
+        made.machine.wait()
+    except torch.OutOfMemoryError:  # the step will cut its batch
+        made.machine.release()
+    except Exception as error:  # a compiler has many
+        net.compiled(False)
+        return f"the network is not compiled, as torch.compile failed: {dist.first_words(error)}"
+    return f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
 
 
 def account(config, dtype, images, levels=0):
@@ -76,9 +98,7 @@ def account(config, dtype, images, levels=0):
         recompute(itertools.chain(*net.levels[:levels]))
         averaged = list(averages(config, net).values())
     made = step(config, net, averaged, dist.Machine(torch.device("cpu"), dtype), dataset_size=config.train.batch_size)
-    labels = torch.full((images * parts,), 0 if config.data.classes else -1)
-    batch = torch.zeros(images * parts, *build.image_shape(config), dtype=torch.uint8), labels
-    return memory.account(ledger, made, batch, weights, ledger.live - weights)
+    return memory.account(ledger, made, blank(config, images * parts), weights, ledger.live - weights)
 
 
 def recomputed(config, net, machine, note):
@@ -160,7 +180,8 @@ def run(config, folder, machine):
             every[name] = clock.Every("0 steps", section.batch_size, len(learned))
 
     content = checkpoint.newest(folder)
-    net = build.network(config).to(machine.device)
+    layout = torch.channels_last if section.channels_last else torch.contiguous_format
+    net = build.network(config).to(machine.device, memory_format=layout)
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
              f"{len(learned)} images to learn from, {len(held_out)} held out"]
     recompute(itertools.chain(*net.levels[:recomputed(config, net, machine, notes.append)]))
@@ -175,6 +196,11 @@ def run(config, folder, machine):
         parts["objective"] = made.objective
     if content is not None:
         checkpoint.restore(content["parts"], parts)
+    if section.compile:
+        notes.append(compiled(config, made))
+    else:
+        notes.append("the network is not compiled (train.compile): " + (
+            "that takes minutes on a CPU" if machine.free() is None else "what that saves on a card is yet to be measured"))
     return Run(
         folder=folder, config_json=configs.to_json(config), classes=classes, machine=machine,
         start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, best=parts["best"],

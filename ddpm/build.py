@@ -176,7 +176,7 @@ def drawer(config, net, machine, how=draw.draw):
 
     Raises ValueError where the config names a guide that cannot be one.
     """
-    model, weaker = diffusion(config, net), guide(config, machine)
+    model, weaker = diffusion(config, dist.Compiled(net) if config.sample.compile else net), guide(config, machine)
     return lambda seeds, recipe: how(model, recipe, seeds, image_shape(config), machine, weaker)
 
 

@@ -44,6 +44,7 @@ def define_checkpoint_flags():
     flags.DEFINE_string("guide", None, "A weaker run or its file that guides, in place of the network without its label.")
     flags.DEFINE_integer("seed", None, "Seed of the noise; by default the checkpoint's.", lower_bound=0)
     flags.DEFINE_integer("batch_size", None, "Images drawn at once; by default the checkpoint's.", lower_bound=1)
+    flags.DEFINE_boolean("compile", None, "Through torch.compile: for many images, as the first wait a minute or more.")
     flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the card if there is one.")
 
 
@@ -54,8 +55,9 @@ def sample_knobs(section):
     with contextlib.suppress(ValueError):  # of a word that is no number, which the config's check tells
         interval = interval and tuple(map(float, interval))
     return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.ema": given.ema,
-            "sample.seed": given.seed, f"{section}.batch_size": given.batch_size, f"{section}.classes": classes,
-            "sample.guidance": given.guidance, "sample.guidance_interval": interval, "sample.guide": given.guide}
+            "sample.seed": given.seed, "sample.compile": given.compile, f"{section}.batch_size": given.batch_size,
+            f"{section}.classes": classes, "sample.guidance": given.guidance, "sample.guidance_interval": interval,
+            "sample.guide": given.guide}
 
 
 def read_flags(argv, values=flags.FLAGS, takes=None):

@@ -87,6 +87,8 @@ def base():
             "gradient_clip": 1.0,  # largest norm of the gradient; 0 never clips
             "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
             "deterministic": False,  # on a card, bitwise repeatable and slower
+            "compile": False,  # torch.compile: a minute or more at the start, then fewer kernels; rounds differently
+            "channels_last": False,  # memory format of convolutions: may pay in half precision on a card; rounds differently
             "activation_checkpointing": "auto",  # levels computed twice to save memory: none, all, auto (as the card needs)
             "label_dropout": 0.1,  # share of class labels dropped, for guidance: the network learns to do without too
             "init_from": "",  # run folder or file whose EMA weights a new run begins with
@@ -107,6 +109,7 @@ def base():
             "guide": "",  # run folder or file of a weaker training that guides, in place of the network without labels
             "num_images": 64,  # in the grids drawn while training
             "batch_size": 64,  # images drawn at once
+            "compile": False,  # torch.compile and, on a card, CUDA graphs: for many images, as the first wait a minute or more
             "ema": 0.0,  # weights after training: 0 is ema.decay's, from 0.3 another of ema.more, below a sigma_rel
             "seed": 0,  # of the latents, apart from the training's seed so that grids of different seeds compare
         },
@@ -157,7 +160,7 @@ def with_variant(config, variant, variants):
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
 FREE = ("train.length", "train.activation_checkpointing", "every.", "wandb.", "evaluate.", "data.classes", "data.cache",
-        "data.num_workers", "sample.batch_size")
+        "data.num_workers", "sample.batch_size", "sample.compile")
 
 RANGES = {
     "seed": (0, 2**63 - 1),

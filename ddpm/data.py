@@ -474,12 +474,12 @@ def batch_indices(seed, n, step, batch_size):
     return np.array([order(seed, n, position) for position in range(first, first + batch_size)], dtype=np.int64)
 
 
-def flip(batch, seed, step, indices):
+def flip(batch, seed, step, indices, put=lambda tensor: tensor):
     """Mirror each image of [b, c, h, w] left to right with probability 1/2, at the address (seed, "flip", step, index).
 
-    `indices` are the b places in the effective batch. Works on any device without waiting for it.
+    `indices` are the b places in the effective batch; `put(tensor)` brings what is drawn to where the batch is.
     """
-    mirrored = (rng.uniform(seed, "flip", step, indices) < 0.5).to(batch.device, non_blocking=True)
+    mirrored = put(rng.uniform(seed, "flip", step, indices) < 0.5)
     return torch.where(rearrange(mirrored, "b -> b 1 1 1"), batch.flip(-1), batch)
 
 

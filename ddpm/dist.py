@@ -5,6 +5,7 @@ and no torch.distributed. One process is a world of one, for which every collect
 """
 
 import contextlib
+import itertools
 import os
 import resource
 import sys
@@ -17,6 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm import cards
 
 AMP = ("auto", "off", "bf16", "fp16")
+COMPILER = "inductor"  # torch's own
+LEARNING = {"options": {"fallback_random": True}}  # how it compiles: dropout draws what it draws without it
+DRAWING = {"mode": "reduce-overhead"}  # on a card CUDA graphs, in which an answer is overwritten by the next
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def ahead(self, batches):
+        """The same batches (images, labels); on a card, the images are copied there while those before are worked on."""
+        return fetched_ahead(batches, self.device) if self.device.type == "cuda" else batches
+
     def release(self):
         """Give back what the card's allocator holds and nothing uses."""
         if self.device.type == "cuda":
@@ -107,23 +115,81 @@ class Machine:
         return use
 
 
+def fetched_ahead(batches, device):
+    """Yield (images on a card, labels on the host), the copies going beside what the card computes, one batch ahead."""
+    beside, here, batches = torch.cuda.Stream(device), torch.cuda.current_stream(device), iter(batches)
+
+    def fetch():
+        with torch.cuda.stream(beside):
+            return [(images.to(device, non_blocking=True), labels) for images, labels in itertools.islice(batches, 1)]
+
+    coming = fetch()
+    while coming:
+        here.wait_stream(beside)
+        images, labels = coming.pop()
+        images.record_stream(here)  # or their memory would be given away while they are in use
+        coming = fetch()
+        yield images, labels
+
+
 class StepNetwork:
     """The network as the training step sees it: autocast around it, gradients averaged over ranks, float32 out.
 
-    EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file.
+    EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file; without gradients it is
+    the plain module that is asked, so that what is `compiled` sees one shape.
     """
 
     def __init__(self, net, machine):
-        self.machine = machine
-        self.wrapped = DistributedDataParallel(net) if machine.world > 1 else net
+        self.net, self.machine = net, machine
+        self.wrapped = self.learning = DistributedDataParallel(net) if machine.world > 1 else net
 
     def __call__(self, x, t, y=None, **told):
         with self.machine.autocast():
-            return self.wrapped(x, t, y, **told).float()
+            return (self.learning if torch.is_grad_enabled() else self.net)(x, t, y, **told).float()
 
     def accumulating(self, more):
         """The context of a micro-step: ranks exchange gradients only when no more micro-steps follow."""
         return self.wrapped.no_sync() if more and self.machine.world > 1 else contextlib.nullcontext()
+
+    def compiled(self, wanted=True):
+        """From now on, or no longer, learn through torch.compile, which does its work when it is asked first."""
+        self.learning = through(self.wrapped, LEARNING) if wanted else self.wrapped
+
+
+class Compiled:
+    """A network net(x, t, y) asked often at one shape, without gradients: through torch.compile and, on a card, CUDA graphs.
+
+    The first question takes the time of compiling it. Where that fails, `say(text)` is told and the plain network answers.
+    """
+
+    def __init__(self, net, say=print):
+        self.net, self.say = net, say
+        self.fast = through(net, DRAWING)
+
+    def __call__(self, x, t, y=None):
+        if self.fast is None:
+            return self.net(x, t, y)
+        try:
+            return self.fast(x, t, y).clone()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler has many
+            self.say(f"drawing with the plain network, as torch.compile failed: {first_words(error)}")
+            self.fast = None
+            return self.net(x, t, y)
+
+    def eval(self):
+        self.net.eval()
+
+
+def through(net, how):
+    """A network through torch.compile."""
+    return torch.compile(net, backend=COMPILER, **(how if COMPILER == "inductor" else {}))
+
+
+def first_words(error):
+    """What an exception says first, with its type: compilers add pages."""
+    return " ".join([type(error).__name__, *str(error).split()])[:200]
 
 
 def amp_dtype(amp, device):

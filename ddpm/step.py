@@ -93,7 +93,7 @@ class Step:
         self.parameters = [*net.parameters(), *self.objective.parameters()]
         self.meters, self.machine, self.seed = meters, machine, seed
         self.learning_rate, self.gradient_clip = learning_rate, gradient_clip
-        self.flip = data.flip if flip else lambda batch, *address: batch
+        self.flip = partial(data.flip, put=machine.put) if flip else lambda batch, *address: batch
         self.augment = partial(self._augmented, augmentation) if augmentation else lambda x0, *address: (x0, None)
         self.label = (lambda labels, *address: None) if label_dropout is None else (
             lambda labels, *address: machine.put(data.drop(labels, label_dropout, *address)))
@@ -129,6 +129,18 @@ class Step:
             self.objective.observe(t.long(), losses)
             self.seen.zero_()
 
+    def rehearse(self, batch):
+        """Learn from the first micro-batch of a batch and forget it: nothing changes but what is set up on the way."""
+        before, count = self.meters.losses(), len(self.parts[0])
+        self.net.train()
+        try:
+            with self.diffusion.net.accumulating(more=True):
+                self._learn(0, 0, self.parts[0], *(tensor[:count] for tensor in batch))
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.meters.forget(before)
+            self.seen.zero_()
+
     def cut(self, parts):
         """Cut the effective batch into so many micro-batches of one size."""
         size = len(self.places) // parts
@@ -162,7 +174,7 @@ class Step:
 
     def _learn(self, step, micro, places, pixels, labels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
-        x0 = images.encode(self.machine.put(self.flip(pixels, self.seed, step, places)))
+        x0 = images.encode(self.flip(self.machine.put(pixels), self.seed, step, places))
         x0, augmentation = self.augment(x0, step, places)
         times = partial(rng.uniform, self.seed, "train time", step)
         t, importance = self.objective.times(self.diffusion.process, places, self.batch_size, times)

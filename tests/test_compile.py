@@ -1,0 +1,77 @@
+"""The network through torch.compile: the same learning and drawing, or the plain network and one line that says why.
+
+Networks are traced as for any compiler, and then run by torch's own kernels: making code of them takes minutes on a CPU.
+"""
+
+import numpy as np
+import pytest
+from conftest import rows, run, tiny
+from PIL import Image
+
+from ddpm import dist
+from ddpm.generate import generate_images
+
+CLOSE = 1e-4  # the same sums, some in another order: rounding of 1e-7, which 12 steps of Adam let grow
+GIVEN = dict(model__attention_resolutions=(), model__channel_mult=(1,), model__dropout=0.1,
+             train__gradient_accumulation_steps=2, train__activation_checkpointing="all")
+
+
+def failing(graph, inputs):
+    raise RuntimeError("no C++ compiler here\nand a page of what it tried")
+
+
+@pytest.fixture(autouse=True)
+def traced(monkeypatch):
+    monkeypatch.setattr(dist, "COMPILER", "aot_eager")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    run(tiny(**GIVEN), folder)
+    return folder
+
+
+def losses(folder):
+    return [value for row in rows(folder) for key, value in row.items() if key in ("train/loss", "val/loss", "train/grad_norm")]
+
+
+def log(folder):
+    return (folder / "training.log").read_text()
+
+
+def test_a_compiled_network_learns_the_same(plain, tmp_path):
+    """In two micro-batches, with dropout, all levels recomputed."""
+    run(tiny(**GIVEN, train__compile=True), tmp_path)
+    assert len(losses(plain)) > 5 and losses(plain) == pytest.approx(losses(tmp_path), rel=CLOSE)
+    assert "the network was compiled in" in log(tmp_path) and "the network is not compiled" in log(plain)
+
+
+def test_where_compiling_fails_the_plain_network_learns_to_the_same_bits(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "COMPILER", failing)
+    run(tiny(**GIVEN, train__compile=True), tmp_path)
+    assert losses(plain) == losses(tmp_path)
+    line, = [line for line in log(tmp_path).splitlines() if "not compiled, as torch.compile failed" in line]
+    assert "no C++ compiler here" in line
+
+
+def drawn(run_folder, out, **knobs):
+    generate_images(run_folder, 5, out, device="cpu", **knobs)  # in batches of 4 and 1
+    return np.stack([np.asarray(Image.open(path), dtype=int) for path in sorted(out.glob("*.png"))])
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", failing])
+def test_a_compiled_network_draws_the_same_or_the_plain_one_does(plain, tmp_path, monkeypatch, capsys, compiler):
+    monkeypatch.setattr(dist, "COMPILER", compiler)
+    before = drawn(plain, tmp_path / "plain")
+    after = drawn(plain, tmp_path / "compiled", **{"sample.compile": True})
+    assert abs(before - after).max() <= 1
+    assert ("as torch.compile failed" in capsys.readouterr().out) == (compiler is failing)
+
+
+def test_another_memory_format_learns_the_same(tmp_path):
+    """And its weights are stored and loaded like any; dropout, which goes through the memory in order, would differ."""
+    for folder, last in (("plain", False), ("last", True)):
+        run(tiny(train__channels_last=last, train__length="6 steps"), tmp_path / folder)
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "last"), rel=CLOSE)
+    assert abs(drawn(tmp_path / "plain", tmp_path / "a") - drawn(tmp_path / "last", tmp_path / "b")).max() <= 1
