@@ -40,6 +40,7 @@ class Task(NamedTuple):
     pixels: torch.Tensor  # uint8 [b, c, h, w], a batch of them
     amp: str = "off"  # off, bf16, fp16
     compiled: bool = False
+    channels_last: bool = False
 
 
 def flops(make, shape):
@@ -60,9 +61,8 @@ class Ours:
     def __init__(self, task):
         self.task, self.done = task, 0
         section = {"data.source": f"folder(path={str(task.photos)!r})", "data.cache": str(task.folder / "cache"),
-                   "data.num_workers": 0, "train.batch_size": len(task.pixels), "train.amp": task.amp}
-        if task.compiled:
-            section["train.compile"] = True
+                   "data.num_workers": 0, "train.batch_size": len(task.pixels), "train.amp": task.amp,
+                   "train.compile": task.compiled, "train.channels_last": task.channels_last}
         self.config = configs.changed(task.config, QUIET | section)
         self.made = assemble.run(self.config, task.folder / "ours", dist.start(task.amp))
         self.net, self.machine = self.made.step.net, self.made.machine
@@ -94,7 +94,8 @@ class Diffusers:
             convert.convert(source, folder)
         machine = dist.start(task.amp)
         theirs = UNet2DModel.from_pretrained(folder, subfolder="unet")  # in mapped memory, which a count of memory would miss
-        self.net = UNet2DModel.from_config(theirs.config).to(machine.device)
+        layout = torch.channels_last if task.channels_last else torch.contiguous_format
+        self.net = UNet2DModel.from_config(theirs.config).to(machine.device, memory_format=layout)
         self.net.load_state_dict(theirs.state_dict())
         self.wrapped = torch.compile(self.net) if task.compiled else self.net
         self.parameters = count(self.net)

@@ -29,7 +29,7 @@ from ddpm import build, cards, config
 from ddpm.compare import commit, this_machine
 
 HERE = Path(__file__).parent
-TASKS = {  # name: config, variant, knobs, batch on a CPU, batch on a card, dim and dim_mults of the peer's Unet, steps a run
+TASKS = {  # name: config, variant, knobs, batch on a CPU, batch on a card, dim and dim_mults of the peer's Unet, steps a turn
     "digits 16x16x1": ("digits", None, {}, 64, 64, 32, (1, 2, 2), 4),
     "CIFAR-10 32x32x3": ("ddpm_cifar10", None, {}, 16, 128, 144, (1, 2, 2, 2), 1),
     "cats128:tiny 64x64x3": ("cats128", "tiny", {"data.image_size": 64}, 16, 64, 64, (1, 2, 3, 4), 1),
@@ -70,31 +70,37 @@ def seconds(work, *arguments):
 
 
 def prepared(make, task):
-    """A contender after two steps, the seconds of the first, and the most memory that it took up to there, in bytes.
+    """A contender after two steps, the seconds that this took, and the most memory that it took, in bytes.
 
     On a CPU that is the sum of torch's allocations, as its profiler records them.
     """
+    def begin():
+        made.append(make(task))
+        made[0].train(1)
+        made[0].train(1)
+
+    made = []
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        made = make(task)
-        first = seconds(made.train, 1)
-        made.train(1)
-        return made, first, torch.cuda.max_memory_allocated() - before
+        spent = seconds(begin)
+        return made[0], spent, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        made = make(task)
-        first = seconds(made.train, 1)
-        made.train(1)
+        spent = seconds(begin)
     events = sorted(watch.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    return made, first, max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    return made[0], spent, max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def variants(task):
     """The same task in the types and ways that this machine is for: on a CPU float32, eager."""
-    card = torch.cuda.is_available()
-    for amp, compiled in itertools.product(("off", "bf16", "fp16") if card else ("off",), (False, True) if card else (False,)):
-        yield task._replace(amp=amp, compiled=compiled)
+    yield task
+    if torch.cuda.is_available():
+        yield task._replace(compiled=True)
+        for amp in ("bf16", "fp16"):
+            yield task._replace(amp=amp)
+            yield task._replace(amp=amp, compiled=True)
+            yield task._replace(amp=amp, compiled=True, channels_last=True)
 
 
 def train(name, task, rounds, steps):
@@ -103,11 +109,12 @@ def train(name, task, rounds, steps):
     for contender, make in CONTENDERS.items():
         if task.compiled and contender == "denoising-diffusion-pytorch":
             continue  # its loop compiles nothing
-        made[contender], first, peak = prepared(make, task)
+        made[contender], start, peak = prepared(make, task)
         rows[contender] = {
             "task": name, "contender": contender, "type": "float32" if task.amp == "off" else task.amp,
-            "compiled": task.compiled, "batch": len(task.pixels), "parameters": made[contender].parameters,
-            "flops": made[contender].flops, "peak_bytes": peak, "first_seconds": first, "seconds": []}
+            "way": "compiled" * task.compiled + ", channels last" * task.channels_last, "batch": len(task.pixels),
+            "parameters": made[contender].parameters, "flops": made[contender].flops, "peak_bytes": peak,
+            "start_seconds": start, "seconds": []}
     assert len({(row["parameters"], row["flops"]) for row in list(rows.values())[:2]}) == 1, "diffusers' network is not ours"
     for _ in range(rounds):
         for contender, training in made.items():
@@ -178,11 +185,13 @@ def measure(tasks, rounds, count, steps):
     for number, name in enumerate(tasks):
         with tempfile.TemporaryDirectory() as folder:
             task = task_of(name, Path(folder), tasks)
+            turn = tasks[name][-1] * (20 if torch.cuda.is_available() else 1)  # steps
             for variant in variants(task):
-                found["steps"] += train(name, variant, rounds, tasks[name][-1])
-                print(words.terminal(found["steps"][-3:]), flush=True)
+                rows = list(train(name, variant, rounds, turn))
+                found["steps"] += rows
+                print(words.terminal(rows), flush=True)
             fast = task._replace(amp="bf16") if torch.cuda.is_available() else task
-            found["stages"].append(stages(name, fast, 2 * tasks[name][-1]))
+            found["stages"].append(stages(name, fast, 2 * turn))
             if number == 0:  # the smallest network hides least
                 found["draws"] += draw(name, task, rounds, count, steps)
     return found | {"made": made()}

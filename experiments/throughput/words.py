@@ -12,13 +12,17 @@ GIB = 2**30
 
 
 def key(row):
-    return row["task"], row["type"], row["compiled"]
+    return row["task"], row["type"], row["way"]
 
 
-def ratios(row, rows, of="seconds"):
+def way(row):
+    return ", ".join(filter(None, (row["type"], row["way"])))
+
+
+def ratios(row, rows):
     """How many times as long as ours a row's image takes, in each round; the rounds alternate, so they are pairs."""
     ours = next(other for other in rows if other["contender"] == OURS and key(other) == key(row))
-    return [(theirs / row["batch"]) / (mine / ours["batch"]) for theirs, mine in zip(row[of], ours[of], strict=True)]
+    return [(theirs / row["batch"]) / (mine / ours["batch"]) for theirs, mine in zip(row["seconds"], ours["seconds"], strict=True)]
 
 
 def spread(values, form="{:.2f}"):
@@ -29,22 +33,22 @@ def spread(values, form="{:.2f}"):
 
 def step_table(rows, made):
     table = [["task", "by", "type", "batch", "parameters, M", "GFLOP an image", "ms a step", "images/s", "GFLOP/s",
-              "time an image / ours", "peak, GiB"]]
+              "time an image / ours", "peak, GiB", "start, s"]]
     peaks = made["peaks"]
     table[0][9:9] = ["MFU"] * bool(peaks)
     for row in rows:
         rate = row["batch"] / median(row["seconds"])
-        way = row["type"] + ", compiled" * row["compiled"]
         mfu = [f"{rate * row['flops'] / peaks[row['type']]:.1%}"] if peaks else []
         table.append([
-            row["task"], row["contender"], way, str(row["batch"]), f"{row['parameters'] / 1e6:.2f}",
+            row["task"], row["contender"], way(row), str(row["batch"]), f"{row['parameters'] / 1e6:.2f}",
             f"{row['flops'] / 1e9:.3g}", f"{1000 * median(row['seconds']):,.1f}", f"{rate:,.3g}",
-            f"{rate * row['flops'] / 1e9:,.1f}", *mfu, spread(ratios(row, rows)), f"{row['peak_bytes'] / GIB:.2f}"])
+            f"{rate * row['flops'] / 1e9:,.1f}", *mfu, spread(ratios(row, rows)), f"{row['peak_bytes'] / GIB:.2f}",
+            f"{row['start_seconds']:.1f}"])
     return table
 
 
 def terminal(rows):
-    return plain([[row["task"], row["contender"], row["type"] + ", compiled" * row["compiled"],
+    return plain([[row["task"], row["contender"], way(row),
                    f"{1000 * median(row['seconds']):,.1f} ms a step", f"{row['batch'] / median(row['seconds']):,.3g} images/s"]
                   for row in rows])
 
@@ -90,7 +94,7 @@ def answer(found):
 def picture(found):
     """Left the time of an image against ours, right where the time of our step goes."""
     figure, ((left, right),) = figures.canvas(1, 2, height=2.2)
-    plain_rows = [row for row in found["steps"] if not row["compiled"] and row["type"] == found["steps"][0]["type"]]
+    plain_rows = [row for row in found["steps"] if not row["way"] and row["type"] == found["steps"][0]["type"]]
     names = list(dict.fromkeys(row["contender"] for row in plain_rows))
     tasks = list(dict.fromkeys(row["task"] for row in plain_rows))
     for number, name in enumerate(names):
@@ -179,7 +183,8 @@ drawing begins at noise and ends in pixels on the host.
   accelerate), but for the batch size, and with images in memory in place of its loader. Its `Unet` has other blocks (linear
   attention at every level, RMS norm), so `dim` and `dim_mults` were chosen for the nearest parameters and operations, at a
   width that vectors of 16 divide.
-- Peak memory: of building the training, and two steps. On a CPU it is the sum of torch's allocations, as its profiler has them.
+- Peak and start: memory and seconds for building the training (compiling it, where that is done) and two steps. On a CPU the
+  memory is the sum of torch's allocations, as its profiler has them.
 
 **What this does not show.** Loaders: images lie in memory here. Several cards, and batches that fill one.{missing}
 
