@@ -22,7 +22,8 @@ def way(row):
 def ratios(row, rows):
     """How many times as long as ours a row's image takes, in each round; the rounds alternate, so they are pairs."""
     ours = next(other for other in rows if other["contender"] == OURS and key(other) == key(row))
-    return [(theirs / row["batch"]) / (mine / ours["batch"]) for theirs, mine in zip(row["seconds"], ours["seconds"], strict=True)]
+    pairs = zip(row["seconds"], ours["seconds"], strict=True)
+    return [(theirs / row["batch"]) / (mine / ours["batch"]) for theirs, mine in pairs]
 
 
 def spread(values, form="{:.2f}"):
