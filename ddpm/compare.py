@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from absl import flags
+from PIL import Image
 
 from ddpm import build, command, config, figures, report, results, study
 from ddpm.files import written_beside
@@ -65,7 +66,8 @@ def of_study(path, given=None, out=None):
     folder = made if given or made.is_dir() else home / "runs"
     folders, runs, absent = read_below(folder) if folder.is_dir() else ([], [], [])
     if not runs:
-        raise ValueError(f"{made} has no runs yet; python -m ddpm.sweep {path} makes them")
+        raise ValueError(f"{made} has no runs yet; python -m ddpm.sweep {path} makes them, and --runs=ENTITY/PROJECT/SWEEP "
+                         "takes those of a W&B sweep")
     points = {wanted.run_name(point): point for point in wanted.grid()} if wanted.method == "grid" else {}
     runs = [with_file(wanted, points, run) for run in runs] if results.FILE in wanted.axes else runs
     absent += [f"{name}: no run" for name in missing(wanted, points, runs) if name not in {folder.name for folder in folders}]
@@ -142,6 +144,8 @@ def of_folders(folders):
     """The runs in these folders, or in the folders below them. Raises ValueError where one holds none."""
     found, runs, absent = [], [], []
     for folder in map(Path, folders):
+        if folder.name == "sweep.json" or folder.suffix == ".log":  # of ddpm.sweep, beside the runs: runs/NAME/* means those
+            continue
         if not folder.is_dir():
             raise ValueError(f"there is no run folder {folder}")
         if (folder / "config.json").is_file() or not any(folder.glob("*/config.json")):
@@ -157,18 +161,24 @@ def of_folders(folders):
     return found, sorted(runs, key=lambda run: run.name), sorted(absent)
 
 
-def of_wandb(path, folder):
-    """The runs of a W&B project or sweep, written below a folder. Raises ValueError where they cannot be had."""
+def is_remote(path):
+    """True for what can only be a W&B project or sweep."""
+    return bool(not Path(path).exists() and WANDB_PATH.fullmatch(path))
+
+
+def download(path, folder):
+    """Write the runs of a W&B project or sweep below a folder. Raises ValueError where there are none to be had."""
     import wandb  # a second of start-up
 
     try:
         api = wandb.Api()
         found = api.sweep(path).runs if path.count("/") == 2 else api.runs(path)
         for run in found:
-            keep_wandb(run, Path(folder, f"{re.sub('[^A-Za-z0-9_.=+-]+', '_', run.name)}-{run.id}"))
+            keep_wandb(run, Path(folder, f"{re.sub('[^A-Za-z0-9_.=+-]+', '_', run.name).removesuffix(f'-{run.id}')}-{run.id}"))
     except (wandb.errors.Error, ValueError, TypeError) as error:
         raise ValueError(f"{path} is no folder here and cannot be read from W&B: {command.one_line(error)[:200]}") from None
-    return read_below(folder)
+    if not any(Path(folder).glob("*/config.json")):
+        raise ValueError(f"{path} has no runs of ddpm yet")
 
 
 def keep_wandb(run, folder):
@@ -176,12 +186,22 @@ def keep_wandb(run, folder):
     folder.mkdir()
     knobs = {key.removeprefix("config."): value for key, value in run.config.items() if key.startswith("config.")}
     if knobs:
-        config.write(config.from_json(json.dumps(knobs)), folder)
+        text = json.dumps(knobs)
+        try:
+            config.write(config.from_json(text), folder)
+        except ValueError:  # told by `results.read`, as of any other run that is broken
+            (folder / "config.json").write_text(text)
+    grid = step = None
     with open(folder / "metrics.jsonl", "w") as file:
         for row in run.scan_history():
-            row = {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
-            if "train/step" in row:
-                file.write(json.dumps({"step": row.pop("train/step"), **row}) + "\n")
+            numbers = {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
+            if "train/step" in numbers:
+                file.write(json.dumps({"step": numbers.pop("train/step"), **numbers}) + "\n")
+                grid, step = (row["samples"]["path"], row["train/step"]) if row.get("samples") else (grid, step)
+    for picture in run.files([grid]) if grid else ():  # none where it never arrived
+        picture.download(folder)
+        (folder / "samples").mkdir()
+        Image.open(folder / grid).save(folder / "samples" / f"step_{step:08d}.png")
 
 
 def source_of(arguments, runs, out, downloads):
@@ -189,9 +209,17 @@ def source_of(arguments, runs, out, downloads):
     if arguments[0].endswith((".yaml", ".yml")):
         if len(arguments) > 1:
             raise ValueError(f"one study at a time; leave out {arguments[1]}")
+        if runs and is_remote(runs):
+            download(runs, downloads)
+            runs = downloads
         return of_study(arguments[0], runs, out)
-    remote = len(arguments) == 1 and not Path(arguments[0]).exists() and WANDB_PATH.fullmatch(arguments[0])
-    found = of_wandb(arguments[0], downloads) if remote else of_folders(arguments)
+    if len(arguments) == 1 and is_remote(arguments[0]):
+        download(arguments[0], downloads)
+        found = read_below(downloads)
+    else:
+        found = of_folders(arguments)
+    if not found[1]:
+        raise ValueError(f"{arguments[0]} has no run that can be read ({'; '.join(found[2][:3])})")
     out = Path(out) if out else None
     again = AGAIN_FROM_KEPT.format(out=out)
     return Source(out.name if out else arguments[0], "How do these runs compare?", *found, out=out, again=again)
@@ -295,9 +323,9 @@ def left_out(source, found):
 def compare(*arguments, runs=None, out=None, machine=None):
     """Compare what the arguments name, print the result and write the report; returns the `results.Comparison`.
 
-    `runs` is where the runs of a study lie, `out` the folder of the report, `machine` the class of machine that ran them.
-    Raises ValueError, one line, where there is nothing to compare or what there is does not belong together; then nothing is
-    written.
+    `runs` is where the runs of a study lie, a folder or a W&B path, `out` the folder of the report, `machine` the class of
+    machine that ran them. Raises ValueError, one line, where there is nothing to compare or what there is does not belong
+    together; then nothing is written.
     """
     with tempfile.TemporaryDirectory() as downloads:
         source = source_of(arguments, runs, out, downloads)
@@ -321,8 +349,8 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("runs", None, "Folder in which the study has one of its own, as for ddpm.sweep, or that one itself; by "
-                        "default runs.")
+    flags.DEFINE_string("runs", None, "Folder in which the study has one of its own, as for ddpm.sweep, or that one itself, or "
+                        "a W&B path; by default runs.")
     flags.DEFINE_string("out", None, "Folder of the report; by default experiments/NAME for a study, and none for other runs.")
     flags.DEFINE_string("machine", None, "Class of the machine that ran the runs, '2 CPU cores'; by default this one's.")
     command.run_door(main, takes="experiments/NAME.yaml, run folders, or a W&B path such as entity/project/sweep")

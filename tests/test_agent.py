@@ -19,7 +19,7 @@ import yaml
 from conftest import run, tiny
 from PIL import Image
 
-from ddpm import config, tracking
+from ddpm import config, results, tracking
 
 ROOT = Path(tracking.__file__).parents[1]
 
@@ -192,6 +192,28 @@ def test_the_public_api_reads_the_study_back(desk, study):
         assert some == [row["val/loss"] for row in lines(desk.folder_of(kept)) if "val/loss" in row]
         assert (one.state, one.name, one.config) == ("finished", kept.name, kept.config)
         assert one.summary["val/loss"] == kept.summary["val/loss"]
+
+
+def test_one_command_reports_a_study_that_agents_ran(desk, study):
+    """The runs come from the server with their last grids; the file has the question and what is missing."""
+    def compare(*words):
+        done = subprocess.run([sys.executable, "-m", "ddpm.compare", *words], cwd=desk.folder, env=desk.environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert f"me/study/{study.id}: 3 runs in 3 settings" in compare(f"me/study/{study.id}")
+    more = STUDY | {"description": "Which?", "parameters": STUDY["parameters"] | {"config.seed": {"values": [7, 8]}}}
+    (desk.folder / "asked.yaml").write_text(yaml.safe_dump(more))
+    said = compare("asked.yaml", f"--runs=me/study/{study.id}")
+    assert "left out: beta_schedule=cosine-seed=8: no run" in said and said.count("left out: ") == 3
+    assert "**Question.** Which?" in (desk.folder / "asked" / "README.md").read_text()
+    assert (desk.folder / "asked" / "samples.png").is_file()
+    for one in desk.runs_of(study):
+        mine, kept = (results.read(folder) for folder in (desk.folder_of(one), *desk.folder.glob(f"asked/runs/*-{one.id}")))
+        assert (kept.name, kept.knobs, kept.rows, kept.grid.name) == (mine.name, mine.knobs, mine.rows, mine.grid.name)
+        assert np.array_equal(*(np.asarray(Image.open(run.grid).convert("RGB")) for run in (mine, kept)))
+    assert desk.server.unknown == []
 
 
 @pytest.fixture(scope="module")

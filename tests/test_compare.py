@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 from conftest import TINY, run, tiny
 from PIL import Image
+from wandb_server import Run, Sweep
 from wandb_server import server as server
 
 from ddpm import build, config, report, results, study
@@ -313,12 +314,13 @@ def test_a_run_of_another_study_is_refused(here):
 
 def test_folders_without_a_study(here, capsys):
     """What varies is found; without --out nothing is written."""
+    (here / "runs" / "schedules" / "sweep.json").write_text("{}")
     found = compare(*map(str, sorted((here / "runs" / "schedules").iterdir())))
     assert found.axes == ["diffusion.beta_schedule"] and "nothing is written" in capsys.readouterr().out
     assert sorted(path.name for path in here.iterdir()) == ["experiments", "runs", "tiny.py"]
     with pytest.raises(ValueError, match="runs that no report keeps"):
         compare("runs/schedules", out=".")
-    assert len(list((here / "runs" / "schedules").iterdir())) == 6
+    assert len(list((here / "runs" / "schedules").glob("*/config.json"))) == 6
     with pytest.raises(ValueError, match="there is no run folder"):
         compare("runs/schedules", "runs/other")
 
@@ -371,7 +373,8 @@ def test_the_door(here):
     shutil.rmtree(here / "experiments" / "schedules")
     code, _, err = door("experiments/schedules.yaml")
     assert code == 2 and err == [
-        "error: runs/schedules has no runs yet; python -m ddpm.sweep experiments/schedules.yaml makes them"]
+        "error: runs/schedules has no runs yet; python -m ddpm.sweep experiments/schedules.yaml makes them, and "
+        "--runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"]
 
 
 def test_runs_on_a_server(here, server):
@@ -389,6 +392,27 @@ def test_runs_on_a_server(here, server):
     kept, = map(results.read, Path("report", "runs").iterdir())
     mine = results.read("runs/mine")
     assert kept.knobs == mine.knobs and kept.rows == mine.rows and kept.name.startswith("mine-")
+
+
+def test_no_runs_at_all_is_one_line(here, server, monkeypatch):
+    """A sweep that nobody has begun, a project of other people's runs, and folders that are all damaged."""
+    for name, value in server.login.items():
+        monkeypatch.setenv(name, value)
+    server.sweeps["s1"] = Sweep("s1", "ddpm", (here / "experiments" / "schedules.yaml").read_text())
+    for words, runs in ((["me/ddpm/s1"], None), (["experiments/schedules.yaml"], "me/ddpm/s1")):
+        with pytest.raises(ValueError, match="^me/ddpm/s1 has no runs of ddpm yet$"):
+            compare(*words, runs=runs)
+    server.runs["a"] = Run("a", "ddpm", columns={"lr": {"value": 0.1}}, state="finished")
+    with pytest.raises(ValueError, match="^me/ddpm has no runs of ddpm yet$"):
+        compare("me/ddpm")
+    server.runs["b"] = Run("b", "ddpm", columns={"config.sede": {"value": 1}}, state="finished")
+    with pytest.raises(ValueError, match="^me/ddpm has no run that can be read .*b: config.json: .*'sede' that this version"):
+        compare("me/ddpm")
+    for path in here.glob("runs/schedules/*/config.json"):
+        path.write_text("{")
+    with pytest.raises(ValueError, match="^runs/schedules has no run that can be read .*the file is damaged") as caught:
+        compare("runs/schedules")
+    assert "\n" not in str(caught.value)
 
 
 REPORTS = [path for path in sorted((ROOT / "experiments").glob("*.yaml")) if path.with_suffix("").is_dir()]

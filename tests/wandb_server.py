@@ -233,8 +233,14 @@ class Server(http.server.ThreadingHTTPServer):
             "historyLineCount": len(run.lines), "historyTail": json.dumps(run.lines[-1:]), "eventsLineCount": 0,
             "eventsTail": "[]", "logLineCount": 0,
             "historyKeys": {"lastStep": run.history[-1]["_step"] if run.lines else -1}, "parquetHistory": {"parquetUrls": []},
+            "fileCount": len(run.files), "files": edges(self.as_file(run, name) for name in v.get("fileNames", run.files)
+                                                        if name in run.files),
             "history": [line for line in run.lines if low <= json.loads(line)["_step"] < high],
             "sampledHistory": [sampled(run.history, **spec) for spec in specs]}
+
+    def as_file(self, run, name):
+        return {"id": name, "name": name, "url": f"{self.url}/upload/{run.id}/{urllib.parse.quote(name)}", "directUrl": "",
+                "sizeBytes": len(run.files[name]), "mimetype": "", "updatedAt": MADE, "md5": ""}
 
     def as_sweep(self, sweep):
         runs = [run for run in self.runs.values() if run.sweep == sweep.id]
@@ -271,13 +277,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path.startswith("/upload/"):
             run, name = self.path.removeprefix("/upload/").split("/", 1)
             self.server.runs[run].files[urllib.parse.unquote(name)] = body
-        content = json.dumps(answer).encode()
+        self.answer(json.dumps(answer).encode())
+
+    do_PUT = do_POST
+
+    def do_GET(self):
+        run, name = self.path.removeprefix("/upload/").split("/", 1)
+        self.answer(self.server.runs[run].files[urllib.parse.unquote(name)])
+
+    def answer(self, content):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
-
-    do_PUT = do_POST
 
 
 def as_project(name):
