@@ -110,7 +110,8 @@ def scale(axis, which, values):
     getattr(axis, f"set_{which}scale")("log")
     getattr(axis, f"set_{which}lim")(low / 1.3, high * 1.3)  # the means; an interval may reach to zero and below
     ticks = getattr(axis, f"{which}axis")
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    labelled = (1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 100 * low else (1,)
+    ticks.set_major_locator(LogLocator(subs=labelled))
     ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks.set_minor_formatter(NullFormatter())
 
