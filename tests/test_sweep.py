@@ -196,6 +196,23 @@ def test_bayes_goes_on_where_it_stopped(searched, tmp_path):
     assert played(searched, tmp_path / "parts", 14)[0] == whole
 
 
+def test_bayes_runs_what_it_chose_and_goes_on_with_more(tmp_path, capsys):
+    """With real runs: each result is the run's own, and asked for more the same command makes the next point only."""
+    asked = study(tmp_path, {"config.train.learning_rate": RATE}, method="bayes")
+    folder = asked.folder(tmp_path / "runs")
+    assert sweep(asked, folder, count=1) == command.DONE
+    first = Record(folder).runs
+    expected = list(bayes(asked, 2, 0, Record(folder)))
+    assert sweep(asked, folder, count=2) == command.DONE
+    assert "2 of 2 runs are done, 1 of them before" in capsys.readouterr().out
+    runs = Record(folder).runs
+    assert first.items() < runs.items() and [kept["point"] for kept in runs.values()] == expected
+    for name, kept in runs.items():
+        run = results.read(folder / name)
+        assert kept["result"] == run.final("val/loss_ema") is not None
+        assert run.knobs["train.learning_rate"] == kept["point"]["config.train.learning_rate"]
+
+
 def test_bayes_takes_failed_runs_as_the_worst(searched, tmp_path):
     (tmp_path / "a").mkdir()
     record = Record(tmp_path / "a")
