@@ -13,11 +13,13 @@ import scipy.linalg
 import scipy.stats
 import torch
 import torch_fidelity
+from conftest import tiny
+from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from ddpm import metrics, rng
+from ddpm import build, dist, metrics, rng
 from ddpm.data import open_source
 
 CPU = torch.device("cpu")
@@ -367,3 +369,29 @@ def test_copies_of_training_images_are_seen(digits):
     honest = metrics.copying(metrics.nearest(unseen, learned)[0], distance)
     # three standard errors of each, at 300 against 297 images: 0.5 +- 3 * 0.024 and 0.05 +- 3 * 0.018
     assert abs(honest["copying"] - 0.5) < 0.072 and honest["copies"] < 0.104
+
+
+def test_a_small_folder_shows_what_is_copied(digits, tmp_path):
+    """A generator that repeats its training images, and one that draws what was held out, which could be no better."""
+    for k, image in enumerate(digits[:60]):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{k:02}.png")
+    given = tiny(data__source=f"folder(path='{tmp_path}')", data__validation_fraction=0.3, evaluate__extractor="digits",
+                 evaluate__num_samples=18)
+    images = build.dataset(given)
+    learned, held_out = (list(part) for part in build.split(given, images))
+    score = build.scorer(given, images, dist.start())
+    pixels = torch.stack([images[k] for k in range(len(images))])
+
+    def drawing(which):
+        return score(lambda seeds, recipe: iter([(seeds, pixels[which][:len(seeds)])]))
+
+    numbers, pictures = drawing(learned)
+    drawn, nearest = pictures["eval/nearest"][::2], pictures["eval/nearest"][1::2]
+    assert (numbers["eval/copying"], numbers["eval/copies"]) == (1, 1) and len(drawn) == 18
+    assert torch.equal(drawn, pixels[learned][:18]) and torch.equal(nearest, drawn)
+
+    numbers, pictures = drawing(held_out)
+    assert numbers["eval/copying"] == 0.5 and numbers["eval/copies"] == pytest.approx(1 / 18)  # the very nearest; float32
+    features = metrics.extract(score.extractor, [pixels])
+    closest = torch.cdist(features[held_out].double(), features[learned].double()).argmin(1)
+    assert torch.equal(pictures["eval/nearest"][1::2], pixels[learned][closest])
