@@ -218,6 +218,8 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     results = given.out / "results.json"
+    if given.report and not results.is_file():
+        parser.error(f"there is no {results}; measure first, without --report")
     if not given.report:
         given.out.mkdir(parents=True, exist_ok=True)
         print(", ".join(f"{name} {number}" for name, number in made()["versions"].items()), "on", this_machine(), flush=True)

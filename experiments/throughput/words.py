@@ -104,7 +104,7 @@ def picture(found):
                  color=figures.COLOURS[number])
     left.set_xticks(range(len(tasks)), [task.replace(" ", "\n") for task in tasks])
     left.set_ylabel("time of an image / ours")
-    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    figure.legend(loc="outside upper left", ncols=len(names))
     base = [0.0] * len(found["stages"])
     for number, stage in enumerate(found["stages"][0]["seconds"]):
         share = [100 * row["seconds"][stage] / sum(row["seconds"].values()) for row in found["stages"]]
@@ -130,7 +130,7 @@ def write(found, folder):
     figures.save(picture(found), folder / "step.png")
     made, first = found["made"], found["draws"][0]
     (folder / "README.md").write_text(TEXT.format(
-        answer=fill(answer(found), 128), steps=markdown(step_table(found["steps"], made)),
+        answer=fill(f"**Answer.** {answer(found)}", 128), steps=markdown(step_table(found["steps"], made)),
         stages=markdown(stage_table(found["stages"])), draws=markdown(draw_table(found["draws"])),
         data=data_part(folder), rounds=len(found["steps"][0]["seconds"]),
         images=first["images"], evaluations=first["steps"], smallest=first["task"], waits=CARD_WAITS if made["card"] else "",
@@ -149,7 +149,7 @@ TEXT = """# Throughput: a training step and a drawing, beside two others
 **Question.** How fast are a training step and a drawing of ours beside diffusers and denoising-diffusion-pytorch, each in its
 own loop?
 
-**Answer.** {answer}
+{answer}
 
 ![Time of an image against ours, and the stages of our step](step.png)
 

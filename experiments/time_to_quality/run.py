@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from ddpm import assemble, build, config, dist, figures, metrics
@@ -227,6 +228,10 @@ def curves(rows, made):
               label="ddpm, each run", color=figures.COLOURS[0], fillstyle="none")
     axis.axhline(made["floor"], color="grey", linewidth=0.8, linestyle=":", label="perfect generator")
     axis.set(xscale="log", yscale="log", xlabel="CPU seconds of training, one thread", ylabel="FD (digits)")
+    axis.minorticks_off()
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        each.set_major_formatter("{x:g}")
     axis.legend()
     return figure
 
@@ -247,10 +252,10 @@ def report(folder):
         rows = [{key: kinds.get(key, int)(value) for key, value in line.items()} for line in csv.DictReader(lines)]
     for kind in ("pdf", "png"):
         figures.save(curves(rows, made), folder / f"curves.{kind}")
-    lengths, theirs = series(rows)
+    lengths, _ = series(rows)
     ancestral = any(one["sampler"] == "ancestral" for one in rows)
     (folder / "README.md").write_text(TEXT.format(
-        answer=fill(answer(rows, made), 128), table=table(rows), samples=rows[0]["samples"], last=f"{max(theirs):,}",
+        answer=fill(f"**Answer.** {answer(rows, made)}", 128), table=table(rows), samples=rows[0]["samples"],
         lengths=", ".join(str(steps) for steps in lengths), unmeasured="" if ancestral else NO_ANCESTRAL,
         **made | {"versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
                   "parameters": f"{made['parameters']:,}"}))
@@ -264,7 +269,7 @@ TEXT = """# Time to quality: the digits against denoising-diffusion-pytorch
 **Question.** How many CPU seconds does our default recipe need for the distance that denoising-diffusion-pytorch's default has
 after eight CPU minutes?
 
-**Answer.** {answer}
+{answer}
 
 ![FD against CPU seconds](curves.png)
 
@@ -296,6 +301,8 @@ def main(arguments=None):
     parser.add_argument("--ancestral", action="store_true", help="draw the peer's last point by its own sampler too: an hour")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the results and the report")
     given = parser.parse_args(arguments)
+    if given.report and not (given.out / "results.csv").is_file():
+        parser.error(f"there is no results.csv in {given.out}; measure first, without --report")
     if not given.report:
         given.out.mkdir(parents=True, exist_ok=True)
         size = TOY if given.toy else FULL
