@@ -51,7 +51,8 @@ def dataset(config):
     """The images of a config, all of them; raises ValueError where there are none."""
     section = config.data
     images = data.open_source(section.source, section.image_size, section.channels, section.matte)
-    if section.cache == "none" or section.cache == "auto" and spec.parse(section.source)[0] == "digits":  # in memory as it is
+    direct = images.in_memory or spec.parse(section.source)[0] == "streaming"  # which may be more than a disk holds
+    if section.cache == "none" or section.cache == "auto" and direct:
         return images
     return cache.decoded(images, None if section.cache == "auto" else section.cache)
 
@@ -71,7 +72,8 @@ def class_names(config, images):
         return ()
     if images.labels is None:
         raise ValueError(f"config.data.class_labels is True, and {config.data.source} has no labels; put the images of a "
-                         "folder into a sub-folder for each class, or set data.class_labels=False")
+                         "folder into a sub-folder for each class, name the label= of a streaming set, or set "
+                         "data.class_labels=False")
     if given and given != tuple(images.classes):
         raise ValueError(f"{config.data.source} has the classes {data.shortened(images.classes)}, and the config has "
                          f"{data.shortened(list(given))}; bring those images back, or begin a new run without data.classes")

@@ -112,15 +112,16 @@ def remembered(name):
 
 
 @contextlib.contextmanager
-def alone(path, reason):
-    """Wait until no other process is inside, and keep them outside; the system opens the lock when a process ends."""
+def alone(path, reason=""):
+    """Wait until no one else is inside, for a reason that is said if given, and keep them out; a lock dies with its process."""
     handle = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"waiting for another process: {reason}", file=sys.stderr, flush=True)
+                if reason:
+                    print(f"waiting for another process: {reason}", file=sys.stderr, flush=True)
                 fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

@@ -194,17 +194,73 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
     )
 
 
+def streaming(image_size, channels, matte, *, path, remote="", cache_limit="", image="image", label=""):
+    """Shards that MosaicML Streaming wrote, in the folder `path`: for images beyond one disk or machine.
+
+    What is not there is brought from `remote` (a folder, s3://, gs://, ...) when it is first asked for; with a `cache_limit`
+    ("200gb") what came first goes again. The column `image` holds contents of image files, pictures or uint8 arrays [h, w] and
+    [h, w, c]; `label`, if given, class numbers or names, all read once. Images are not looked at beforehand: smaller ones are
+    enlarged. Raises ValueError where that is not so, and at an image that cannot be read.
+    """
+    from ddpm.shards import Shards  # its library is optional, and seconds of start-up
+
+    shards = Shards(str(path), remote, cache_limit)
+    for name in (image, label) if label else (image,):
+        if name not in shards.columns:
+            raise ValueError(f"the shards in {str(path)!r} have no column {name!r}{spec.suggest(name, shards.columns)}; choose "
+                             f"image= and label= of {', '.join(shards.columns) or 'none'}")
+    shape = (channels, image_size, image_size)
+    fetch = partial(fetch_sample, shards, image, image_size, channels, matte)
+    fetch(0)
+    labels, classes = labels_of(shards, label) if label else (None, None)
+    return Source(
+        fetch=fetch,
+        length=len(shards),
+        image_shape=shape,
+        fingerprint=fingerprint("streaming", PREPROCESSING, shape, matte, image, label, shards.digest),
+        labels=labels,
+        classes=classes,
+        notes=(f"streaming {path}: {len(shards)} images in {len(shards.sizes)} shards{f' of {remote}' if remote else ''}",),
+    )
+
+
+def labels_of(shards, column):
+    """Class numbers of all samples by a column of numbers or names, and the classes' names; remembered once they are read."""
+    with cache.remembered(f"labels/{fingerprint(shards.digest, column)}") as known:
+        if "labels" not in known:
+            found = scan(lambda index: shards[index][column], range(len(shards)), f"reading {column!r}")
+            known["labels"] = [one if isinstance(one, str) else int(one) if isinstance(one, (int, np.integer)) else None
+                               for one in found]
+        given = known["labels"]
+    kinds = {type(one) for one in given}
+    if kinds == {str}:
+        classes = sorted(set(given))
+        numbers = {name: number for number, name in enumerate(classes)}
+        return [numbers[name] for name in given], classes
+    if kinds != {int} or min(given) < 0:
+        raise ValueError(f"the column {column!r} holds no labels; give one of numbers from 0 on, or of names")
+    return given, [str(number) for number in range(max(given) + 1)]
+
+
 def decode_file(file, image_size, channels, matte=WHITE):
     """Read an image file (path or open file) upright, its first frame, as uint8 [channels, image_size, image_size].
 
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice what is needed: a photo of 11 megapixels
-    costs a fifth, and pixels hardly change. Raises what PIL raises, and ValueError for pixels without an agreed range.
+    Raises what PIL raises, and ValueError for pixels without an agreed range.
     """
     with Image.open(file) as image:
-        reduced = image.draft(None, (2 * image_size, 2 * image_size))
-        image.load()
-        extent = reduced[1][2:] if reduced else image.size
-        return to_pixels(image, image_size, channels, matte, extent, orientation_of(image))
+        return decode(image, image_size, channels, matte)
+
+
+def decode(image, image_size, channels, matte):
+    """A PIL image, whose pixels may not have been loaded yet -> uint8 [channels, image_size, image_size], upright.
+
+    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice what is needed: a photo of 11 megapixels
+    costs a fifth, and pixels hardly change.
+    """
+    reduced = image.draft(None, (2 * image_size, 2 * image_size))
+    image.load()
+    extent = reduced[1][2:] if reduced else image.size
+    return to_pixels(image, image_size, channels, matte, extent, orientation_of(image))
 
 
 def orientation_of(image):
@@ -387,6 +443,19 @@ def fetch_item(found, kept, image_size, channels, matte, index):
     """Image `index` of those kept of a torchvision set."""
     image = found[kept[index]][0]
     return to_pixels(image, image_size, channels, matte, image.size)
+
+
+def fetch_sample(shards, column, image_size, channels, matte, index):
+    """Image `index` of shards; raises ValueError where their column holds none."""
+    sample = shards[index]
+    try:
+        value = sample[column]
+        if isinstance(value, bytes):
+            return decode_file(io.BytesIO(value), image_size, channels, matte)
+        return decode(Image.fromarray(value) if isinstance(value, np.ndarray) else value, image_size, channels, matte)
+    except Exception as error:  # as above, and whatever else a column may hold
+        raise ValueError(f"column {column!r} of sample {index} in {shards.folder} is no image that can be read "
+                         f"({type(error).__name__}); name another column by image=, or write the shards anew") from None
 
 
 def open_torchvision(name, root, split):
@@ -627,4 +696,5 @@ SOURCES = {
     "digits": digits,
     "folder": folder,
     "torchvision": torchvision_set,
+    "streaming": streaming,
 }

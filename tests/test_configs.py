@@ -70,7 +70,7 @@ def test_the_readme_documents_every_entry_as_it_can_be_written():
 
 def test_the_tables_are_whole():
     assert set(SCHEDULES) >= {"linear", "cosine", "quadratic", "sigmoid"}
-    assert set(data.SOURCES) == {"digits", "folder", "torchvision"}
+    assert set(data.SOURCES) == {"digits", "folder", "torchvision", "streaming"}
     assert set(images.FORMATS) == {"png", "jpg", "webp", "grid", "npz", "zip", "gif"}
 
 

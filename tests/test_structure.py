@@ -13,7 +13,7 @@ FLOORS = {
     "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
     "assembly": ["build", "assemble", "train"],
     "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures"],
-    "services": ["data", "cache", "checkpoint", "tracking", "metrics"],
+    "services": ["data", "cache", "shards", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],
     "ground": ["spec", "rng", "dist", "clock", "files", "memory", "cards"],
 }
@@ -31,6 +31,7 @@ HOMES = {
     "ml_collections": {"config", "command"},
     "matplotlib": {"figures"},
     "scipy": {"results"},
+    "streaming": {"shards"},
 }
 
 
