@@ -87,6 +87,18 @@ def test_shards_hold_the_images_of_the_folder_in_any_order(streaming, photos, tm
             assert torch.equal(pixels, expected.batch(batch)) and labels.tolist() == [expected.labels[k] for k in batch]
 
 
+def test_the_readme_writes_shards_that_can_be_read(streaming, photos, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n([^`]*MDSWriter[^`]*)```", (ROOT / "README.md").read_text())
+    (tmp_path / "data").mkdir()
+    photos.rename(tmp_path / "data" / "cats")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    jpegs = [path for path in sorted(Path("data/cats").rglob("*.jpg"))]
+    found = opened("path='shards', label='label'")
+    assert len(found) == len(jpegs) == 40 and found.classes == ["cat", "dog"]
+    assert torch.equal(found[39], data.decode_file(jpegs[39], 16, 3))
+
+
 def test_fingerprints_are_of_content_and_treatment(streaming, photos, tmp_path):
     one = opened(f"path={str(write(streaming, photos, tmp_path / 'one', hashes=['sha1']))!r}")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
