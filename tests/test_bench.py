@@ -39,11 +39,16 @@ def test_throughput(tmp_path, monkeypatch):
 
     found["made"]["peaks"] = {"float32": 1e12}  # as on a card that is known
     (tmp_path / "results.json").write_text(json.dumps(found))
-    (tmp_path / "data.json").write_text(json.dumps({"rows": [{"by": "ddpm", "images/s": 12345}]}))
+    ratio = {"median": 31.04, "least": 30, "most": 33}
+    (tmp_path / "data.json").write_text(json.dumps({"machine": {"cores": 2}, "rows": [{  # as data.py writes it
+        "photos": "500 px", "count": 512, "size": 64, "images a second": {"map": 12345.6, "ImageFolder, 2 workers": 398},
+        "best of theirs": "ImageFolder, 2 workers", "times as many": ratio, "times as many, as numbers": ratio,
+        "seconds": {"decode": 3.2}}]}))
     bench.main(["--report", f"--out={tmp_path}"])
     text = (tmp_path / "README.md").read_text()
     assert f"{found['steps'][0]['batch'] / found['steps'][0]['seconds'][0] * found['steps'][0]['flops'] / 1e12:.1%}" in text
-    assert "| 12345 |" in text
+    assert "| 12,346 | 398 (2 workers) | 31.0 (30.0 to 33.0) |" in text
+    assert "31.0 to 31.0 times as many" in " ".join(text.split())
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory'")  # of the peer's loader, without a card

@@ -78,7 +78,7 @@ def draw_table(rows):
     return table
 
 
-def answer(found):
+def answer(found, data):
     rows, words = found["steps"], []
     for name, network in ((EQUAL, "the same network"), (NEAREST, "its network that comes nearest")):
         theirs = [median(ratios(row, rows)) for row in rows if row["contender"] == name]
@@ -88,6 +88,10 @@ def answer(found):
         words.append(f"with {network}, {name} takes {listed(each)} times as long as ours for an image{beyond}")
     most = max(median(outside(row)) for row in found["draws"] if row["contender"] == OURS)
     words.append(f"outside the network, a step of our drawing takes at most {most:.2f} ms (goal: under 1)")
+    if data:
+        ratios_of = [row["times as many"]["median"] for row in data]
+        words.append(f"our cache of decoded images gives {min(ratios_of):.1f} to {max(ratios_of):.1f} times as many images a "
+                     "second as torchvision's ImageFolder at its best (goal: 25)")
     return ". ".join(word[0].upper() + word[1:] for word in words) + "."
 
 
@@ -116,23 +120,39 @@ def picture(found):
     return figure
 
 
-def data_part(folder):
-    """What data.py found, if it was run."""
+def data_of(folder):
+    """What data.py found, or nothing if it was not run: {"machine": versions and cores, "rows": list}."""
     path = folder / "data.json"
-    if not path.is_file():
+    return json.loads(path.read_text()) if path.is_file() else {"rows": []}
+
+
+def times(found):
+    """A ratio that data.py found, with its least and most."""
+    return f"{found['median']:.1f} ({found['least']:.1f} to {found['most']:.1f})"
+
+
+def data_part(found):
+    if not found["rows"]:
         return ""
-    rows = json.loads(path.read_text())["rows"]
-    return TEXT_DATA.format(table=markdown([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]))
+    table = [["photos", "as, px", "ours, images/s", "the best ImageFolder, images/s", "ours / its", "ours as numbers / its",
+              "decoding once, s"]]
+    for row in found["rows"]:
+        rates, best = row["images a second"], row["best of theirs"]
+        table.append([f"{row['count']} of {row['photos']}", str(row["size"]), f"{rates['map']:,.0f}",
+                      f"{rates[best]:,.0f} ({best.partition(', ')[2]})", times(row["times as many"]),
+                      times(row["times as many, as numbers"]), f"{row['seconds']['decode']:.1f}"])
+    machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
+    return TEXT_DATA.format(table=markdown(table), machine=machine)
 
 
 def write(found, folder):
     """Write the report of results into a folder."""
     figures.save(picture(found), folder / "step.png")
-    made, first = found["made"], found["draws"][0]
+    made, first, data = found["made"], found["draws"][0], data_of(folder)
     (folder / "README.md").write_text(TEXT.format(
-        answer=fill(f"**Answer.** {answer(found)}", 128), steps=markdown(step_table(found["steps"], made)),
+        answer=fill(f"**Answer.** {answer(found, data['rows'])}", 128), steps=markdown(step_table(found["steps"], made)),
         stages=markdown(stage_table(found["stages"])), draws=markdown(draw_table(found["draws"])),
-        data=data_part(folder), rounds=len(found["steps"][0]["seconds"]),
+        data=data_part(data), rounds=len(found["steps"][0]["seconds"]),
         images=first["images"], evaluations=first["steps"], smallest=first["task"], waits=CARD_WAITS if made["card"] else "",
         missing="" if made["card"] else NO_CARD,
         **made | {"versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items())}))
@@ -187,7 +207,7 @@ drawing begins at noise and ends in pixels on the host.
 - Peak and start: memory and seconds for building the training (compiling it, where that is done) and two steps. On a CPU the
   memory is the sum of torch's allocations, as its profiler has them.
 
-**What this does not show.** Loaders: images lie in memory here. Several cards, and batches that fill one.{missing}
+**What this does not show.** Steps with a loader beside them: images lie in memory here. Several cards.{missing}
 
 By `python experiments/throughput/run.py` at commit {commit}, {versions}, {machine}, CPU threads: {threads}.
 """
@@ -195,7 +215,10 @@ By `python experiments/throughput/run.py` at commit {commit}, {versions}, {machi
 TEXT_DATA = """
 ## Data
 
+Photos of JPEG, read in batches of 64 in random order: from our cache, uint8, and as float32 *numbers* as ImageFolder gives
+them, which resizes and crops; its best number of workers counts.
+
 {table}
 
-By `python experiments/throughput/data.py`.
+By `python experiments/throughput/data.py`, {machine}; it says more of how.
 """
