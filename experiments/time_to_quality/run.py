@@ -1,6 +1,6 @@
 """The same digits, the same clock: our recipe and denoising-diffusion-pytorch's. `python experiments/time_to_quality/run.py`.
 
-About 25 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes results.csv and made.json, and from
+About 27 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes results.csv and made.json, and from
 them README.md and curves.pdf, curves.png; `--report` does the latter alone, `--ancestral` adds the peer's own T-step sampler at
 its last point (an hour), `--toy` does all in seconds at a size that says nothing. Needs `pip install -e '.[bench]'`.
 """
@@ -51,7 +51,7 @@ class Size(NamedTuple):
     samples: int
 
 
-FULL = Size({}, (100, 200, 400), 1200, (0, 1, 2), 32, (1, 2, 2), (60, 120, 240, 480),
+FULL = Size({}, (100, 200, 300, 400), 1200, (0, 1, 2), 32, (1, 2, 2), (60, 120, 240, 480),
             ((25, 0.0), (25, 1.0), (50, 0.0), (50, 1.0)), 1000)
 TOY = Size({"model.model_channels": 8, "model.channel_mult": (1, 2), "train.warmup": "1 steps", "evaluate.steps": 2}, (2, 4), 6,
            (0, 1), 8, (1, 2), (0.1, 0.2), ((2, 0.0), (2, 1.0)), 16)
