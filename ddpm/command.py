@@ -37,6 +37,7 @@ def define_checkpoint_flags():
     flags.DEFINE_string("checkpoint", None, "Run folder, or a .pt or .safetensors file in one.", required=True)
     flags.DEFINE_string("sampler", None, "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the checkpoint's.")
     flags.DEFINE_integer("steps", None, "Steps of the sampler; by default the checkpoint's.", lower_bound=1)
+    flags.DEFINE_string("spacing", None, "Where its steps are: trailing, karras(rho=7.0), ...; by default the checkpoint's.")
     flags.DEFINE_float("ema", None, "Averaged weights: a decay of config.ema, or a sigma_rel up to 0.288 made from snapshots.")
     flags.DEFINE_list("classes", None, "Classes to draw, names or numbers such as 3,5; empty for all.")
     flags.DEFINE_float("guidance", None, "Scale of the guidance, such as 2; 1 for none.")
@@ -54,8 +55,9 @@ def sample_knobs(section):
     classes, interval = (value if value is None else tuple(value) for value in (given.classes, given.guidance_interval))
     with contextlib.suppress(ValueError):  # of a word that is no number, which the config's check tells
         interval = interval and tuple(map(float, interval))
-    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.ema": given.ema,
-            "sample.seed": given.seed, "sample.compile": given.compile, f"{section}.batch_size": given.batch_size,
+    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.spacing": given.spacing,
+            "sample.ema": given.ema, "sample.seed": given.seed, "sample.compile": given.compile,
+            f"{section}.batch_size": given.batch_size,
             f"{section}.classes": classes, "sample.guidance": given.guidance, "sample.guidance_interval": interval,
             "sample.guide": given.guide}
 

@@ -185,6 +185,8 @@ def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
         ("generate", ["--checkpoint=/no/such/run"], "neither a file nor a run folder"),
         ("generate", [f"--checkpoint={trained}", "--format=bmp"], "choose one of png"),
         ("generate", [f"--checkpoint={trained}", "--sampler=dim"], "did you mean 'ddim'?"),
+        ("generate", [f"--checkpoint={trained}", "--spacing=trail"], "did you mean 'trailing'?"),
+        ("sample", [f"--checkpoint={trained}", "--spacing=sections", "--steps=5"], "make 25 steps, not 5; ask for 25"),
         ("sample", [f"--checkpoint={trained}", "--out=grid.xyz"], "xyz"),
         ("sample", [f"--checkpoint={trained}", "--ema=0.7"], "has no EMA decay 0.7 weights; it has the decays 0.9"),
         ("evaluate", [f"--checkpoint={trained}", "--steps=1000"], "with only 20 timesteps"),
@@ -209,18 +211,19 @@ def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
 
 def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
     code, out, err = door("evaluate", f"--checkpoint={trained}", f"--workdir={tmp_path}/run", "--config.evaluate.steps=3",
-                          "--config.evaluate.num_samples=20", cwd=tmp_path)
+                          "--config.evaluate.num_samples=20", "--spacing=trailing", cwd=tmp_path)
     assert code == 0, err
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "training.log",
                                                                   "samples"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["evaluate"]["steps"] == 3
     (row,) = rows(tmp_path / "run")
-    assert row["step"] == 12 and "20 samples" in row["eval/made"] and ", 3 steps" in row["eval/made"]
+    assert row["step"] == 12 and "20 samples" in row["eval/made"] and ", 3 steps, trailing spacing" in row["eval/made"]
     assert f"eval/fd_digits               {row['eval/fd_digits']:.4f}" in out
     grid = (tmp_path / "run" / "samples" / "step_00000012.png").read_bytes()
-    sample_from_checkpoint(trained, tmp_path / "grid.png", 4, **{"sample.sampler": "ddim", "sample.steps": 3})
+    sample_from_checkpoint(trained, tmp_path / "grid.png", 4, **{"sample.steps": 3, "sample.spacing": "trailing"})
     assert grid == (tmp_path / "grid.png").read_bytes()  # what is measured, from the latents that every drawing begins at
-    assert evaluate(trained, workdir=tmp_path / "run", **{"evaluate.steps": 3, "evaluate.num_samples": 20}) == {
+    assert evaluate(trained, workdir=tmp_path / "run", **{
+        "evaluate.steps": 3, "evaluate.num_samples": 20, "sample.spacing": "trailing"}) == {
         key: value for key, value in row.items() if key != "step"}
     before = (trained / "metrics.jsonl").read_bytes()
     for folder in (trained, tmp_path / "run"):
