@@ -19,11 +19,12 @@ TOLD = 9  # mirrored, upside down, log2 of the size, turned (2), log2 of the str
 def augment(x, numbers, probability):
     """Return images, each transformation done to each with `probability`, and what the network is told of it.
 
-    Mirrored and upside down; sized by 2^(0.2 n); turned by any angle; stretched by 2^(0.2 n) in any direction, and pressed
-    across it; moved by n/8 of the size. What comes in from outside is mirrored at the border. An image to which nothing was
-    done is the same bit for bit.
+    Mirrored, which half of all images are at any probability, as published; upside down; sized by 2^(0.2 n); turned by any
+    angle; stretched by 2^(0.2 n) in any direction, and pressed across it; moved by n/8 of the size. What comes in from outside
+    is mirrored at the border. An image to which nothing was done is the same bit for bit.
     """
     coins = numbers[:, :6] < math.sqrt(2) * torch.erfinv(torch.tensor(2 * probability - 1, dtype=torch.float64)).item()
+    coins[:, 0] = True  # of the mirror, which has a second one in its number
     flips, size, turned, stretch, direction, moved = numbers[:, 6:8], *numbers[:, 8:12].T, numbers[:, 12:14]
     flips = (coins[:, :2] & (flips < 0)).to(numbers.dtype)
     size = coins[:, 2] * 0.2 * size

@@ -40,7 +40,7 @@ def base():
             "flip": False,  # mirror images left to right at random: for photos, not for digits
             "class_labels": False,  # learn the classes too: a folder's sub-folders, or a data set's labels
             "classes": (),  # their names in order, which a training fills in from its data
-            "augment": 0.0,  # how likely each of six transformations of an image is, which the network is told: 0.12 for photos
+            "augment": 0.0,  # how likely each transformation of an image is, which the network is told: 0.12; half are mirrored
             "validation_fraction": 0.1,  # share of the images held out for the validation loss; 0 holds none
             "cache": "auto",  # decoded images in a file: auto ($DDPM_CACHE, else ~/.cache/ddpm), none, or a folder
             "num_workers": 0,  # processes that read images; 0 reads in the training process
