@@ -145,7 +145,7 @@ def settings(groups, metric):
 @style()
 def along(groups, metric, knob):
     """The metric against a numeric axis, a line for each setting of the other axes: mean and 95 % interval over seeds."""
-    counted = knob in STEPS and all(run.final(ASKED) for group in groups for run in group.runs)
+    counted = counts_evaluations(groups, knob)
 
     def place(group):
         """Where a group lies: for steps, at its network evaluations, if all have counted them."""
@@ -170,15 +170,21 @@ def along(groups, metric, knob):
     axis.set_xticks([at(value) for value in values], spaced(values, at, kind))
     axis.set_xticks([], minor=True)
     scale(axis, "y", means)
-    axis.set_xlabel(AXES.get(knob, knob))
+    axis.set_xlabel(EVALUATIONS if counted else AXES.get(knob, knob))
     axis.set_ylabel(label(metric))
     if len(groups[0].setting) > 1:
         axis.legend()
     return figure
 
 
+def counts_evaluations(groups, knob):
+    """Whether a numeric axis is one of steps, of which all runs have counted the network evaluations."""
+    return knob in STEPS and all(run.final(ASKED) for group in groups for run in group.runs)
+
+
 STEPS = ("evaluate.steps", "sample.steps")
-AXES = dict.fromkeys(STEPS, "network evaluations an image") | {
+EVALUATIONS = "network evaluations an image"
+AXES = dict.fromkeys(STEPS, "steps of the sampler") | {
     "ema.decay": "decay of the averaged weights, a step", "sample.ema": "sigma_rel or decay of the averaged weights",
     "train.learning_rate": "learning rate",
 }
@@ -241,12 +247,12 @@ def likelihood(text):
     (each, summed), = axes
     each.stairs([value / (end - first) for value, (first, end) in zip(bits, spans, strict=False)], edges,
                 baseline=None, color=COLOURS[0])
-    each.set(xscale="log", yscale="log", xlabel="t", ylabel="bits/dim for one step t")
+    each.set(xscale="log", yscale="log", xlabel="t, counted from 1", ylabel="bits/dim for one step t")
     left = list(itertools.accumulate(reversed(bits)))[::-1]
     summed.plot(edges, left, **look(0))
     summed.plot(edges[-1], bits[-1], MARKERS[0], color=COLOURS[1], label=f"prior, {bits[-1]:.2g}")
     summed.plot(edges[0], left[0], MARKERS[1], color=COLOURS[2], label=f"with reconstruction ({bits[0]:.2g}): {left[0]:.4g}")
-    summed.set(xscale="log", xlabel="t", ylabel="bits/dim from pure noise down to t")
+    summed.set(xscale="log", xlabel="t, counted from 1", ylabel="bits/dim from pure noise down to t")
     summed.legend()
     return figure
 
@@ -270,7 +276,8 @@ def draw(found):
     named, made = label(metric), []
     for knob in numeric_axes(drawn):
         leaf, several = knob.rpartition(".")[2], len(drawn[0].setting) > 1
-        made.append((f"along_{leaf}.pdf", f"{named} against `{knob}`: mean and 95 % interval over seeds"
+        axis = EVALUATIONS if counts_evaluations(drawn, knob) else f"`{knob}`"
+        made.append((f"along_{leaf}.pdf", f"{named} against {axis}: mean and 95 % interval over seeds"
                      f"{', drawn side by side' * several}.", along(drawn, metric, knob)))
     if not made:
         made.append(("settings.pdf", f"{named} of each setting: every seed, mean and 95 % interval.",
