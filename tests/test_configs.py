@@ -9,6 +9,7 @@ import torch
 from conftest import TINY, rows, run, tiny
 
 from ddpm import build, config, data, images, spec
+from ddpm.diffusion.editing import EDITS
 from ddpm.diffusion.process import VARIANCES
 from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.spec import parse
@@ -51,14 +52,15 @@ def test_an_unknown_variant_is_refused(path):
 
 
 def test_the_readme_documents_every_entry_as_it_can_be_written():
-    documented, knob = {}, ""
-    for line in (Path(__file__).parents[1] / "README.md").read_text().partition("### What can be compared")[2].splitlines():
+    documented, knob, readme = {}, "", (Path(__file__).parents[1] / "README.md").read_text()
+    for line in readme.partition("### What can be compared")[2].splitlines():
         if line.startswith("#"):
             break
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if len(cells) == 4:
             knob = cells[0].strip("`") or knob
             documented.setdefault(knob, []).extend(re.findall(r"`([^`]+)`", cells[1]))
+            assert cells[3], f"{cells[1]} has no paper"
     for knob, table in config.SPECS.items():
         if knob in ("data.source", "evaluate.sampler"):  # described elsewhere; as sample.sampler
             continue
@@ -66,6 +68,10 @@ def test_the_readme_documents_every_entry_as_it_can_be_written():
             spec.choose(knob, table, text)
         assert {spec.parse(text)[0] for text in documented[knob]} == set(table), knob
     assert set(documented["diffusion.variance"]) == set(VARIANCES)
+    for heading, entries in (("--edit", list(EDITS)), ("evaluate.likelihood", ["bound", "flow"])):
+        lines = re.search(rf"^\| `{heading}` .*\n\|[-|]+\n((?:\|.*\n)+)", readme, re.MULTILINE)[1].splitlines()
+        assert [spec.parse(line.split("`")[1])[0] for line in lines] == entries
+        assert all(re.search(r" 20\d\d\b", line) for line in lines), heading  # the year of a paper
 
 
 def test_the_tables_are_whole():
