@@ -8,8 +8,11 @@ import pytest
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -293,6 +296,35 @@ def test_third_order_agrees_with_diffusers_but_for_half_of_the_second_derivative
     if steps > 3:
         with pytest.raises(AssertionError):
             compare(DPMSolverMultistepScheduler(**VELOCITY, solver_order=3), "dpmpp(order=3)", steps, FLOAT32)
+
+
+@pytest.mark.parametrize("steps", [4, 10, 38])  # by which their times fall on whole ones
+def test_a_rectified_flow_agrees_with_diffusers(steps):
+    scheduler, net, path = FlowMatchEulerDiscreteScheduler(), Tiny(), process("flow")
+    scheduler.set_timesteps(steps)
+    levels = [*(path.level(round(t - 1)) for t in scheduler.timesteps.tolist()), CLEAN]  # theirs count from 1
+    x = noises()(0)
+    walk = sampler("euler")(denoiser(net, predict="flow", clip=False), x, levels, noises())
+    for ours, t in zip(walk, scheduler.timesteps, strict=True):
+        x = scheduler.step(net(x, t.reshape(1) - 1), t, x).prev_sample
+        torch.testing.assert_close(ours, x.double(), rtol=0, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 18])
+@pytest.mark.parametrize("name, scheduler", [
+    ("euler", EDMEulerScheduler()), ("dpmpp(order=1)", EDMDPMSolverMultistepScheduler(solver_order=1)),
+    ("dpmpp", EDMDPMSolverMultistepScheduler(solver_order=2)),
+], ids=["euler", "dpmpp1", "dpmpp2"])
+def test_edm_agrees_with_diffusers_in_levels_preconditioning_and_steps(name, scheduler, steps):
+    scheduler.set_timesteps(steps)
+    net, levels = Tiny(), process("edm").levels(steps, "karras")
+    assert [level.sigma for level in levels] == pytest.approx(scheduler.sigmas.tolist(), rel=1e-5)  # theirs are float32
+    x = latent(levels[0], noises()(0))
+    walk = sampler(name)(denoiser(net, predict="edm", clip=False), x, levels, noises())
+    for ours, t, level in zip(walk, scheduler.timesteps, levels[1:], strict=True):
+        x = scheduler.step(net(scheduler.scale_model_input(x, t), t.reshape(1)), t, x).prev_sample
+        scale = math.hypot(1, level.sigma)  # x is as large as 80
+        torch.testing.assert_close(ours / scale, x.double() / scale, rtol=0, atol=FLOAT32)
 
 
 @pytest.mark.parametrize("steps", [2, 10, 25])
