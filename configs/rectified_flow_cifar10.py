@@ -1,11 +1,14 @@
 """CIFAR-10 as a rectified flow (Liu et al. 2023): straight paths, the velocity as target, Euler's method; on Ho's network.
 
-`:logit_normal` draws the middle of the path more often (Esser et al. 2024).
+`:logit_normal` draws the middle of the path more often (Esser et al. 2024); `:dit` is on a transformer (Ma et al. 2024, SiT).
 """
 
 from ddpm.config import base, with_variant
 
-VARIANTS = {"logit_normal": {"diffusion.times": "logit_normal"}}
+VARIANTS = {
+    "logit_normal": {"diffusion.times": "logit_normal"},
+    "dit": {"model.name": "dit(size='S', patch_size=2)", "model.dropout": 0.0, "train.learning_rate": 1e-4},
+}
 
 
 def get_config(variant=None):
