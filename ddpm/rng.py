@@ -20,17 +20,27 @@ def generator(seed, purpose, step=0, index=0):
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+def generators(seed, purpose, step, indices):
+    """The generator at each index in turn: one object that is put to its next place, which is quicker than a new one."""
+    moving = generator(seed, purpose, step)
+    state = moving.bit_generator.state
+    for index in indices:
+        state["state"]["counter"][1] = index
+        moving.bit_generator.state = state
+        yield moving
+
+
 def normal(seed, purpose, step, indices, shape):
     """Standard normal noise float32 [b, *shape], one address for each of the b `indices`."""
     out = np.empty((len(indices), *shape), dtype=np.float32)
-    for row, index in zip(out, indices, strict=True):
-        generator(seed, purpose, step, index).standard_normal(out=row, dtype=np.float32)
+    for row, drawn in zip(out, generators(seed, purpose, step, indices), strict=True):
+        drawn.standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
 def uniform(seed, purpose, step, indices):
     """Uniform numbers in [0, 1), float64 [b], one address for each of the b `indices`."""
-    return torch.tensor([generator(seed, purpose, step, index).random() for index in indices], dtype=torch.float64)
+    return torch.tensor([drawn.random() for drawn in generators(seed, purpose, step, indices)], dtype=torch.float64)
 
 
 def permutation(seed, purpose, step, n):
