@@ -1,6 +1,6 @@
 """The same digits, the same clock: our recipe and denoising-diffusion-pytorch's. `python experiments/time_to_quality/run.py`.
 
-About 27 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes results.csv and made.json, and from
+About 25 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes results.csv and made.json, and from
 them README.md and curves.pdf, curves.png; `--report` does the latter alone, `--ancestral` adds the peer's own T-step sampler at
 its last point (an hour), `--toy` does all in seconds at a size that says nothing. Needs `pip install -e '.[bench]'`.
 """
@@ -33,7 +33,8 @@ from ddpm.report import amount, markdown
 from ddpm.train import train
 
 HERE = Path(__file__).parent
-OURS, PEER = "ddpm", "denoising-diffusion-pytorch"
+OURS, STUDIED, PEER = "ddpm", "ddpm:studied", "denoising-diffusion-pytorch"
+VARIANTS = {OURS: None, STUDIED: "studied"}  # of configs/digits.py
 QUIET = {"wandb.mode": "disabled", **{f"every.{name}": "0 steps" for name in ("sample", "validate", "evaluate")}}
 
 
@@ -41,7 +42,7 @@ class Size(NamedTuple):
     """How much is done."""
 
     knobs: dict  # of our config
-    lengths: tuple  # steps of our runs, each a whole one
+    lengths: dict  # recipe: steps of our runs, each a whole one
     whole: int  # steps of the recipe as shipped, for the first seed
     seeds: tuple
     dim: int  # and dim_mults: the peer's network
@@ -51,17 +52,17 @@ class Size(NamedTuple):
     samples: int
 
 
-FULL = Size({}, (100, 200, 300, 400), 1200, (0, 1, 2), 32, (1, 2, 2), (60, 120, 240, 480),
-            ((25, 0.0), (25, 1.0), (50, 0.0), (50, 1.0)), 1000)
-TOY = Size({"model.model_channels": 8, "model.channel_mult": (1, 2), "train.warmup": "1 steps", "evaluate.steps": 2}, (2, 4), 6,
-           (0, 1), 8, (1, 2), (0.1, 0.2), ((2, 0.0), (2, 1.0)), 16)
+FULL = Size({}, {OURS: (100, 200, 300), STUDIED: (100, 200)}, 1200, (0, 1, 2), 32, (1, 2, 2), (120, 240, 480),
+            ((25, 0.0), (50, 0.0)), 1000)
+TOY = Size({"model.model_channels": 8, "model.channel_mult": (1, 2), "train.warmup": "1 steps", "evaluate.steps": 2},
+           {OURS: (2, 4), STUDIED: (2,)}, 6, (0, 1), 8, (1, 2), (0.1, 0.2), ((2, 0.0), (2, 1.0)), 16)
 
 
-def ours(size, seed, steps):
-    """Our recipe in a length of its own, as shipped but for that: its row of the table."""
+def ours(size, recipe, seed, steps):
+    """A recipe of ours in a length of its own, as shipped but for that: its row of the table."""
     found = spec_from_file_location("digits", HERE.parents[1] / "configs" / "digits.py")
     found.loader.exec_module(module := module_from_spec(found))
-    given = config.changed(config.freeze(module.get_config()), QUIET | size.knobs | {
+    given = config.changed(config.freeze(module.get_config(VARIANTS[recipe])), QUIET | size.knobs | {
         "seed": seed, "train.length": f"{steps} steps", "train.learning_rate_decay": f"cosine(length='{steps} steps')",
         "evaluate.num_samples": size.samples})
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -71,10 +72,10 @@ def ours(size, seed, steps):
         train(made)
         spent = time.process_time() - begun
         made.tracker.close()
-        recipe = build.evaluation_recipe(given, build.dataset(given))
+        drawing = build.evaluation_recipe(given, build.dataset(given))
         with made.step.ema.averaged():
-            drawn = joined(made.draw(range(size.samples), recipe))
-    return row(OURS, seed, steps, steps * given.train.batch_size, spent, recipe.sampler, recipe.steps, drawn)
+            drawn = joined(made.draw(range(size.samples), drawing))
+    return row(recipe, seed, steps, steps * given.train.batch_size, spent, drawing.sampler, drawing.steps, drawn)
 
 
 @contextmanager
@@ -147,8 +148,9 @@ JOBS = {"ours": ours, "peer": peer, "peer_drawn": peer_drawn}
 def everything(size, folder, run, ancestral):
     """All rows; `run` maps jobs to what they return."""
     write_digits(folder / "digits")
-    lengths = [(size.whole, size.seeds[0]), *((steps, seed) for steps in size.lengths[::-1] for seed in size.seeds)]
-    kept, *rows = run(work, [("peer", size, folder, size.points), *(("ours", size, seed, steps) for steps, seed in lengths)])
+    jobs = [("ours", size, recipe, seed, steps)
+            for recipe, lengths in size.lengths.items() for steps in lengths[::-1] for seed in size.seeds]
+    kept, *rows = run(work, [("peer", size, folder, size.points), ("ours", size, OURS, size.seeds[0], size.whole), *jobs])
     samplers = [*size.samplers, *([(None, 0.0)] if ancestral else [])]
     looks = [("peer_drawn", size, *left, *sampler)
              for left in kept for sampler in (samplers if left is kept[-1] else samplers[:1])]
@@ -180,15 +182,12 @@ def how(size):
 
 
 def series(rows):
-    """Our runs by their steps, and the peer's best row at each of its points."""
-    mine = {}
-    for one in (one for one in rows if one["recipe"] == OURS):
-        mine.setdefault(one["steps"], []).append(one)
-    theirs = {}
-    for one in (one for one in rows if one["recipe"] == PEER):
-        theirs.setdefault(one["steps"], []).append(one)
-    best = {steps: min(found, key=lambda one: one["fd_digits"]) for steps, found in sorted(theirs.items())}
-    return dict(sorted(mine.items())), best
+    """The runs of each recipe of ours by their steps, and the peer's best row at each of its points."""
+    found = {recipe: {} for recipe in (*VARIANTS, PEER)}
+    for one in sorted(rows, key=lambda one: one["steps"]):
+        found[one["recipe"]].setdefault(one["steps"], []).append(one)
+    theirs = found.pop(PEER)
+    return found, {steps: min(looks, key=lambda one: one["fd_digits"]) for steps, looks in theirs.items()}
 
 
 def averaged(runs, key):
@@ -201,15 +200,17 @@ def answer(rows, made):
     goal, whole = last["cpu_seconds"] / 5, made["whole"]
     text = (f"After {last['cpu_seconds']:.0f} CPU seconds {PEER} is at FD (digits) {last['fd_digits']:.2f} ({last['sampler']}, "
             f"{last['evaluations']} evaluations). ")
-    passed = [steps for steps, runs in mine.items() if all(one["fd_digits"] <= last["fd_digits"] for one in runs)]
-    if passed:
-        steps, runs = passed[0], mine[passed[0]]
-        spent, nearer = averaged(runs, "cpu_seconds"), f"{averaged(runs, 'fd_digits'):.2f}"
-        text += (f"Ours is nearer in each of {len(runs)} seeds after {spent:.0f} CPU seconds, {steps} steps ({nearer}): 1 / "
-                 f"{last['cpu_seconds'] / spent:.1f} of the time, where the goal is 1 / 5 ({goal:.0f} s). ")
-    else:
-        text += "No run of ours was nearer. "
-    full = mine[whole]
+    for recipe, words in ((OURS, "Our default"), (STUDIED, "Its variant `studied`")):
+        passed = [steps for steps, runs in mine[recipe].items() if all(one["fd_digits"] <= last["fd_digits"] for one in runs)]
+        if passed:
+            steps, runs = passed[0], mine[recipe][passed[0]]
+            spent, seeds = averaged(runs, "cpu_seconds"), f"each of {len(runs)} seeds" if len(runs) > 1 else "its one seed"
+            text += (f"{words} is nearer in {seeds} after {spent:.0f} CPU seconds, {steps} steps "
+                     f"({averaged(runs, 'fd_digits'):.2f}): 1 / {last['cpu_seconds'] / spent:.1f} of the time, where the goal "
+                     f"is 1 / 5 ({goal:.0f} s). ")
+        else:
+            text += f"{words} was at no length nearer in every seed. "
+    full = mine[OURS][whole]
     return text + (f"The recipe as shipped, {whole} steps, ends after {averaged(full, 'cpu_seconds'):.0f} CPU seconds at "
                    f"{averaged(full, 'fd_digits'):.2f}; a perfect generator would get {made['floor']:.2f}.")
 
@@ -221,11 +222,13 @@ def curves(rows, made):
     figure, ((axis,),) = figures.canvas(width=4.5, height=3)
     axis.plot([one["cpu_seconds"] for one in theirs.values()], [one["fd_digits"] for one in theirs.values()],
               marker=figures.MARKERS[1], label="denoising-diffusion-pytorch, one run", **figures.look(1))
-    axis.plot(*([averaged(runs, key) for runs in mine.values()] for key in ("cpu_seconds", "fd_digits")),
-              label="ddpm, mean of runs of each length", **figures.look(0))
-    every = [one for runs in mine.values() for one in runs]
-    axis.plot([one["cpu_seconds"] for one in every], [one["fd_digits"] for one in every], figures.MARKERS[0],
-              label="ddpm, each run", color=figures.COLOURS[0], fillstyle="none")
+    for number, recipe in ((0, OURS), (2, STUDIED)):
+        lengths = mine[recipe].values()
+        axis.plot(*([averaged(runs, key) for runs in lengths] for key in ("cpu_seconds", "fd_digits")),
+                  label=f"{recipe}, mean of runs of each length", **figures.look(number))
+        every = [one for runs in lengths for one in runs]
+        axis.plot([one["cpu_seconds"] for one in every], [one["fd_digits"] for one in every], figures.MARKERS[number],
+                  label=f"{recipe}, each run", color=figures.COLOURS[number], fillstyle="none", linestyle="none")
     axis.axhline(made["floor"], color="grey", linewidth=0.8, linestyle=":", label="perfect generator")
     axis.set(xscale="log", yscale="log", xlabel="CPU seconds of training, one thread", ylabel="FD (digits)")
     axis.minorticks_off()
@@ -256,7 +259,7 @@ def report(folder):
     ancestral = any(one["sampler"] == "ancestral" for one in rows)
     (folder / "README.md").write_text(TEXT.format(
         answer=fill(f"**Answer.** {answer(rows, made)}", 128), table=table(rows), samples=rows[0]["samples"],
-        lengths=", ".join(str(steps) for steps in lengths), unmeasured="" if ancestral else NO_ANCESTRAL,
+        lengths=", ".join(str(steps) for steps in lengths[OURS]), unmeasured="" if ancestral else NO_ANCESTRAL,
         **made | {"versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
                   "parameters": f"{made['parameters']:,}"}))
 
@@ -282,6 +285,9 @@ thread; loading libraries, measuring, and the processes that read the peer's ima
 - **ddpm**: `configs/digits.py`. Its learning rate falls over the length of the run, so a point at another time is another run,
   whole and with the rate falling over its own length ({lengths} steps); nothing else is changed, but that nothing is drawn or
   validated on the way. Drawn by the config's own sampler.
+- **ddpm:studied**: the same with what the studies of [targets](../targets/README.md) and
+  [architectures](../architectures/README.md) found best in short runs: x0 is predicted, weighted as P2, and the norm is scaled
+  and shifted by the time. Those studies used the same digits.
 - **denoising-diffusion-pytorch**: `Trainer` and `GaussianDiffusion` with all their defaults (batch 16, Adam at 1e-4, EMA 0.995
   every 10 steps, 1,000 levels, v, sigmoid schedule), but for `augment_horizontal_flip=False`: mirrored digits could only harm
   it. One run, looked at on its way, as its rate is constant. `Unet(dim={dim}, dim_mults={dim_mults})`, {parameters} parameters:
