@@ -10,13 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# oneDNN brings image and weights, or gradient and image, into a layout of its own, and so does cuDNN for tensor cores
+CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+
 
 class Ledger(TorchDispatchMode):
     """Inside, tensors are fake ones of the CPU, and the bytes of those that live are added up.
 
     `live` now, and `course` at each allocation; `peak` the most so far, and `peak_gradients` the gradients of `parameters` in
-    it; `forward` what lived when the last backward pass began. What kernels take for themselves is not seen. Tensors of before
-    stay as they are.
+    it; `forward` what lived when the last backward pass began. What kernels take for themselves is not seen, but for the copies
+    of their arguments that convolutions make. Tensors of before stay as they are.
     """
 
     def __init__(self):
@@ -44,6 +47,8 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor.untyped_storage())
+        if function.overloadpacket in CONVOLUTIONS:
+            self.reach(sum(size_of(tensor) for tensor in args[:2]))
         return out
 
     def add(self, storage):
@@ -53,9 +58,13 @@ class Ledger(TorchDispatchMode):
         size = storage.nbytes()
         weakref.finalize(storage, self.remove, size)
         self.live += size
-        self.course.append(self.live)
-        if self.live > self.peak:
-            self.peak, self.rising = self.live, True
+        self.reach()
+
+    def reach(self, more=0):
+        """Note what lives now, and `more` for the time of one operation."""
+        self.course.append(self.live + more)
+        if self.course[-1] > self.peak:
+            self.peak, self.rising = self.course[-1], True
 
     def remove(self, size):
         self.live -= size
