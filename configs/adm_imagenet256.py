@@ -42,11 +42,8 @@ def get_config(variant=None):
     config.sample.steps = 250
     config.sample.num_images = 16
     config.sample.batch_size = 16
-    config.evaluate.sampler = "ddpm"
-    config.evaluate.steps = 250
     config.evaluate.batch_size = 32
     config.every.log = "100 steps"
     config.every.sample = "10000 steps"
     config.every.validate = "10000 steps"
-    config.every.evaluate = "100000 steps"
     return with_variant(config, variant, {})

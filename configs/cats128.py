@@ -41,10 +41,8 @@ def get_config(variant=None):
     config.ema.decay = 0.9999
     config.sample.num_images = 16
     config.sample.batch_size = 16
-    config.evaluate.num_samples = 2000
     config.evaluate.batch_size = 16
     config.every.log = "100 steps"
     config.every.sample = "5000 steps"
     config.every.validate = "5000 steps"
-    config.every.evaluate = "100 epochs"
     return with_variant(config, variant, VARIANTS)

@@ -29,10 +29,8 @@ def get_config(variant=None):
     config.ema.decay = 0.9999
     config.ema.warmup = False
     config.sample.sampler = "ddpm(variance='large')"
-    config.sample.steps = 1000
-    config.evaluate.num_samples = 10000  # while training; the paper's 50,000 at 1,000 steps by ddpm.evaluate afterwards
+    config.sample.steps = 1000  # the paper's FID: 50,000 images drawn so, by ddpm.evaluate afterwards
     config.every.log = "100 steps"
     config.every.sample = "20000 steps"
     config.every.validate = "10000 steps"
-    config.every.evaluate = "200000 steps"
     return with_variant(config, variant, VARIANTS)

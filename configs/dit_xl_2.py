@@ -32,10 +32,7 @@ def get_config(variant=None):
     config.sample.sampler = "ddpm"
     config.sample.steps = 250
     config.sample.num_images = 40
-    config.evaluate.sampler = "ddpm"
-    config.evaluate.steps = 250
     config.every.log = "100 steps"
     config.every.sample = "10000 steps"
     config.every.validate = "10000 steps"
-    config.every.evaluate = "50000 steps"
     return with_variant(config, variant, VARIANTS)

@@ -33,10 +33,7 @@ def get_config(variant=None):
     config.sample.sampler = "heun"
     config.sample.steps = 18
     config.sample.spacing = "karras"
-    config.evaluate.sampler = "heun"
-    config.evaluate.steps = 18
     config.every.log = "100 steps"
     config.every.sample = "2500000 images"
     config.every.validate = "2500000 images"
-    config.every.evaluate = "20000000 images"
     return with_variant(config, variant, {})

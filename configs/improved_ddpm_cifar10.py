@@ -42,5 +42,4 @@ def get_config(variant=None):
     config.every.log = "100 steps"
     config.every.sample = "20000 steps"
     config.every.validate = "10000 steps"
-    config.every.evaluate = "100000 steps"
     return with_variant(config, variant, VARIANTS)

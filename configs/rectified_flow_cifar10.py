@@ -35,10 +35,7 @@ def get_config(variant=None):
     config.sample.sampler = "euler"
     config.sample.steps = 100
     config.sample.spacing = "trailing"
-    config.evaluate.sampler = "euler"
-    config.evaluate.steps = 100
     config.every.log = "100 steps"
     config.every.sample = "20000 steps"
     config.every.validate = "10000 steps"
-    config.every.evaluate = "100000 steps"
     return with_variant(config, variant, VARIANTS)

@@ -140,12 +140,12 @@ def savings(config, machine):
     return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]
 
 
-def training_scorer(config, images, machine, notes):
-    """The scorer of a training: nothing, and a note, where its extractor is not to be had.
+def training_scorer(config, every, images, machine, notes):
+    """The scorer of a training: nothing where it is never asked, nor, with a note, where its extractor is not to be had.
 
     Raises ValueError for a file of weights that is named in the config and cannot be used.
     """
-    if clock.Every(config.every.evaluate, 1, 1).never:
+    if every.never:
         return score.Nothing()
     try:
         return build.scorer(config, images, machine)
@@ -169,12 +169,14 @@ def run(config, folder, machine):
     if config.sample.ema:
         raise ValueError(f"config.sample.ema is {config.sample.ema}, and a training draws with config.ema.decay; leave it at "
                          "0, and give --ema to generate, sample or evaluate")
-    images = build.dataset(config)
+    given, images = configs.flatten(config), build.dataset(config)
     classes = build.class_names(config, images)
     config = build.with_classes(config, classes)
     learned, held_out = build.split(config, images)
-    total = clock.steps_of(section.length, section.batch_size, len(learned))
-    every = {name: clock.Every(text, section.batch_size, len(learned)) for name, text in config.every.items()}
+    total, asked = clock.steps_of(section.length, section.batch_size, len(learned)), build.operations(config)
+    config, interval, _, share, evaluation = build.evaluated(config, len(learned), asked)
+    every = {name: clock.Every(text, section.batch_size, len(learned))
+             for name, text in {**config.every, "evaluate": interval}.items()}
     for name, nothing in (("validate", not len(held_out)), ("snapshot", not config.ema.profiles)):
         if nothing:
             every[name] = clock.Every("0 steps", section.batch_size, len(learned))
@@ -183,7 +185,7 @@ def run(config, folder, machine):
     layout = torch.channels_last if section.channels_last else torch.contiguous_format
     net = build.network(config).to(machine.device, memory_format=layout)
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
-             f"{len(learned)} images to learn from, {len(held_out)} held out"]
+             f"{len(learned)} images to learn from, {len(held_out)} held out", evaluation]
     recompute(itertools.chain(*net.levels[:recomputed(config, net, machine, notes.append)]))
     if content is None and section.init_from:
         path, _, _, weights = checkpoint.load_weights(section.init_from)
@@ -202,20 +204,21 @@ def run(config, folder, machine):
         notes.append("the network is not compiled (train.compile): " + (
             "that takes minutes on a CPU" if machine.free() is None else "what that saves on a card is yet to be measured"))
     return Run(
-        folder=folder, config_json=configs.to_json(config), classes=classes, machine=machine,
+        folder=folder, config_json=configs.to_json(config), machine=machine,
+        filled={key: value for key, value in configs.flatten(config).items() if value != given[key]},
         start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, best=parts["best"],
         parts=parts, notes=notes, stored=[build.part_name(width) for width in config.ema.profiles],
         batches=lambda start: batches(config, images, learned, machine, start, total),
-        speed=clock.Speed(section.batch_size, len(learned), build.flops_per_image(config), machine.peak(),
-                          machine.wait),
+        speed=clock.Speed(section.batch_size, len(learned), asked.training, machine.peak(), machine.wait),
         validation=Validation(images, held_out, net, made.diffusion, machine, section.batch_size,
                               images.labels if classes else None),
         draw=build.drawer(config, net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),
-        score=training_scorer(config, images, machine, notes), likelihood=build.likelihood(config, net, images, machine),
+        score=training_scorer(config, every["evaluate"], images, machine, notes), share=share,
+        likelihood=build.likelihood(config, net, images, machine),
         tracker_state=content and content["parts"]["tracker"])
 
 
 def track(config, made):
     """Let a run be followed by its tracker."""
-    made.track(build.tracker(build.with_classes(config, made.classes), made.folder, made.machine, made.start, made.total,
+    made.track(build.tracker(configs.changed(config, made.filled), made.folder, made.machine, made.start, made.total,
                              made.tracker_state))

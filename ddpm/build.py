@@ -1,6 +1,8 @@
 """Config -> objects. With `assemble`, which puts a training together, the only reader of config sections."""
 
+import contextlib
 import inspect
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import augment, cache, checkpoint, data, dist, draw, metrics, posthoc, rng, score, spec, tracking
+from ddpm import augment, budget, cache, checkpoint, clock, data, dist, draw, metrics, posthoc, rng, score, spec, tracking
 from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.guidance import unlabelled
@@ -236,12 +238,104 @@ def check(config):
     diffusion(config, net)
 
 
-def flops_per_image(config):
-    """Floating-point operations, forward and backward, that training spends on one image, counted without computing any."""
+class Operations(NamedTuple):
+    """The floating-point operations of a network on one image."""
+
+    forward: int
+    training: int  # forward and backward
+
+
+def operations(config):
+    """The Operations of a config's network, counted without computing any."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net, (_, *size) = network(config), image_shape(config)
-        net(torch.empty(1, channels_in(config), *size), torch.zeros(1, dtype=torch.long)).sum().backward()
-    return counter.get_total_flops()
+        out = net(torch.empty(1, channels_in(config), *size), torch.zeros(1, dtype=torch.long))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return Operations(forward, counter.get_total_flops())
+
+
+def drawing_operations(config, asked):
+    """The operations of one image that an evaluation draws and looks at, by a network that takes the Operations `asked`."""
+    if config.evaluate.extractor == "none":
+        return 0
+    looks = metrics.OPERATIONS[extractor_name(config)]
+    return evaluations(config, recipe(config, config.evaluate, (), "")) * asked.forward + looks
+
+
+def likelihood_operations(config, asked):
+    """The operations, at most, of the bits a dimension in one evaluation."""
+    section = config.evaluate
+    each = {"none": 0, "bound": asked.forward, "flow": asked.training, "both": sum(asked)}[section.likelihood]
+    return section.likelihood_images * section.likelihood_evaluations * each
+
+
+def settled(config, sampler="", steps=0, count=budget.COMPARED):
+    """The config with what its section `evaluate` leaves open: these, or as the section `sample` draws."""
+    section, shared = config.evaluate, config.sample
+    return configs.changed(config, {
+        "evaluate.sampler": (sampler or shared.sampler) if section.sampler == "auto" else section.sampler,
+        "evaluate.steps": section.steps or steps or shared.steps, "evaluate.num_samples": section.num_samples or count})
+
+
+def ways(config, asked):
+    """The budget's Ways in which an evaluation may be drawn: as the section `sample` draws, and a faster one, if there is."""
+    found, (fast, steps) = [], budget.FAST
+    for given in ((), (fast, min(steps, config.diffusion.timesteps))):
+        with contextlib.suppress(ValueError):  # a spacing may know no such number of steps
+            one = settled(config, *given)
+            found.append(budget.Way(one.evaluate.sampler, one.evaluate.steps, drawing_operations(one, asked)))
+    return found if found[-1].cost < found[0].cost else found[:1]
+
+
+class Evaluated(NamedTuple):
+    """How a training is evaluated: by a config that leaves nothing open, how often, and what that takes."""
+
+    config: configs.FrozenConfigDict
+    interval: str
+    operations: int  # of one evaluation
+    share: float | None  # of the training's operations, all evaluations; None where the interval hangs on the time
+    words: str  # for people
+
+
+def evaluated(config, images, asked):
+    """The Evaluated of a training that learns from `images` images, by a network that takes the Operations `asked`.
+
+    `evaluate.budget` chooses what is left open, as of `budget.choose`. The features of the real images are kept for all runs,
+    and not counted.
+    """
+    section, train, interval = config.evaluate, config.train, config.every.evaluate
+    steps, auto = clock.steps_of(train.length, train.batch_size, images), interval == "auto"
+    whole, bits = steps * train.batch_size * asked.training, likelihood_operations(config, asked)
+    allowed = f"evaluate.budget is {section.budget:.1%}"
+
+    def one(config):
+        return config.evaluate.num_samples * drawing_operations(config, asked) + bits
+
+    def never(words):
+        usual = settled(config)
+        return Evaluated(usual, "0 steps", one(usual), 0.0, words)
+
+    times = 0 if auto else clock.Every(interval, train.batch_size, images).times(steps)
+    if section.extractor == section.likelihood == "none":
+        return never("no evaluation, as evaluate.extractor and evaluate.likelihood are none")
+    if times == 0 and not (auto and section.budget):
+        return never(f"no evaluation, as {allowed if auto else f'every.evaluate is {interval!r}'}")
+
+    way, count, chosen = budget.choose(section.budget * whole, ways(config, asked), bits, section.num_samples, times or 0)
+    made = settled(config, way.sampler, way.steps, count)
+    how = f"{count:,} images by {way.sampler} in {way.steps} steps" if way.cost else "bits/dim alone"
+    how += f", {one(made) / whole:.1%} of the training's operations"
+    if auto and not chosen:
+        return never(f"no evaluation: one of {how}, is too much, as {allowed}; for one at the end nevertheless give "
+                     f"--config.every.evaluate={train.length!r}")
+    if auto:
+        interval = f"{math.ceil(steps / chosen)} steps"
+        times = clock.Every(interval, train.batch_size, images).times(steps)
+    share = None if times is None else times * one(made) / whole
+    when = "at the end" if times == 1 else f"every {interval} and at the end"
+    total = "" if times == 1 else " each" if times is None else f" each, {share:.1%} for all {times}"
+    return Evaluated(made, interval, one(made), share, f"evaluation {when}: {how}{total} ({allowed})")
 
 
 class Loaded(NamedTuple):
@@ -261,7 +355,7 @@ def load(run_or_file, device=None, **knobs):
     for a missing, damaged or foreign file, and for knobs that cannot be.
     """
     path, step, text, weights = checkpoint.load_weights(run_or_file)
-    config = configs.changed(configs.from_json(text), knobs)
+    config = settled(configs.changed(configs.from_json(text), knobs))
     if (name := weights_name(config)) != "EMA":
         step, weights = chosen_weights(path, step, config)
     if knobs.get("sample.guide") and config.sample.guidance == 1:

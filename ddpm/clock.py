@@ -65,6 +65,14 @@ class Every:
             self.last = self.now()
         return hit
 
+    def times(self, total):
+        """How often it is due in `total` steps, the last of which counts in any case; None where it hangs on the time."""
+        if self.seconds:
+            return None
+        seen = total * self.batch_size
+        ends = {math.ceil(k * images / self.batch_size) for images in self.images for k in range(1, int(seen // images) + 1)}
+        return 0 if self.never else len(ends | {total})
+
 
 class Stopwatch:
     """Seconds that were worked, without the pauses; `lap()` returns them and begins anew."""

@@ -116,9 +116,10 @@ def base():
         "evaluate": {
             "extractor": "auto",  # auto (digits for the digits, else inception), digits, inception, none (nothing is drawn)
             "inception_weights": "",  # path of torch-fidelity's Inception weights; empty looks in its cache, then downloads
-            "num_samples": 10000,  # images drawn for the Frechet distance
-            "sampler": "ddim",  # as sample.sampler
-            "steps": 50,  # as sample.steps
+            "budget": 0.05,  # share of the training's operations that evaluations may take: chooses what is auto or 0, below
+            "num_samples": 0,  # images drawn for the Frechet distance; 0 is from 1,000 up, by the budget
+            "sampler": "auto",  # as sample.sampler; auto is that, or dpmpp where the budget is small
+            "steps": 0,  # as sample.steps; 0 is that, or 20 where the budget is small
             "classes": (),  # the only ones drawn, and measured against; empty is all, in the proportions of the data
             "batch_size": 256,  # images drawn and measured at once
             "likelihood": "none",  # bits/dim of held-out images: none, bound (of ancestral sampling), flow (of the ODE), both
@@ -129,7 +130,7 @@ def base():
             "log": "50 steps",
             "sample": "1000 steps",
             "validate": "500 steps",
-            "evaluate": "0 steps",
+            "evaluate": "auto",  # auto is up to 20 times, the last at the end, by evaluate.budget
             "save": "5000 steps, 10 minutes",
             "snapshot": "0 steps",  # storing ema.profiles: 16 to 64 times a training
             "milestone": "0 steps",  # checkpoints that are kept for good
@@ -190,8 +191,9 @@ RANGES = {
     "sample.batch_size": (1, 65536),
     "sample.ema": (0, 0.999999999),
     "sample.seed": (0, 2**63 - 1),
-    "evaluate.num_samples": (metrics.FEWEST, 10_000_000),
-    "evaluate.steps": (1, 10_000),
+    "evaluate.budget": (0, 1),
+    "evaluate.num_samples": (0, 10_000_000),
+    "evaluate.steps": (0, 10_000),
     "evaluate.batch_size": (1, 65536),
     "evaluate.likelihood_images": (1, 10_000_000),
     "evaluate.likelihood_evaluations": (4, 10_000),
@@ -250,6 +252,8 @@ def check(config):
         raise ValueError(f"config.data.source is {knobs['data.source']!r}; for a folder of images write "
                          f"\"folder(path={knobs['data.source']!r})\"")
     for key, table in SPECS.items():
+        if (key, knobs[key]) == ("evaluate.sampler", "auto"):
+            continue
         with about(key):
             chosen = choose(f"config.{key}", table, knobs[key])
             if table is SAMPLERS:
@@ -282,8 +286,10 @@ def check(config):
             arguments["length"] = clock.steps_of(arguments["length"], 1, 1)
         DECAYS[name](0, **arguments)
     for key in config["every"]:
-        with about(f"every.{key}"):
-            clock.Every(knobs[f"every.{key}"], 1, 1)
+        if (key, knobs[f"every.{key}"]) != ("evaluate", "auto"):
+            with about(f"every.{key}"):
+                clock.Every(knobs[f"every.{key}"], 1, 1)
+    check_budget(knobs)
     if knobs["ema.profiles"] and clock.Every(knobs["every.snapshot"], 1, 1).never:
         raise ValueError(f"config.ema.profiles is {knobs['ema.profiles']}, but never stored; set config.every.snapshot, such "
                          "as '500 steps'")
@@ -299,7 +305,23 @@ def check(config):
             raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
                              f"{knobs['diffusion.timesteps']} or fewer")
         with about(key):
-            process.levels(knobs[key], knobs["sample.spacing"])
+            process.levels(knobs[key] or knobs["sample.steps"], knobs["sample.spacing"])
+
+
+def check_budget(knobs):
+    """Raise a ValueError for what leaves the budget of evaluations nothing to choose a number of images by."""
+    count, often = knobs["evaluate.num_samples"], knobs["every.evaluate"]
+    if 0 < count < metrics.FEWEST:
+        raise ValueError(f"config.evaluate.num_samples is {count}; it takes {metrics.FEWEST} or more, or 0 for as many as "
+                         "evaluate.budget allows")
+    if count or often == "auto" or (every := clock.Every(often, 1, 1)).never:
+        return
+    if every.seconds:
+        raise ValueError(f"config.every.evaluate is {often!r}, and no budget can tell how often that will be; give "
+                         "evaluate.num_samples too, such as 10000")
+    if not knobs["evaluate.budget"]:
+        raise ValueError(f"config.every.evaluate is {often!r}, and evaluate.budget 0 allows no image; give "
+                         "evaluate.num_samples, such as 10000, or a budget, such as 0.05")
 
 
 def check_classes(knobs):

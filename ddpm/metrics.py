@@ -40,6 +40,7 @@ INCEPTION_HASH = "6726825d"
 INCEPTION = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_METRICS = ("fid", "kid", "precision", "recall")
 DIGITS = Path(__file__).parent / "assets" / "digits-e5b6c631.safetensors"  # made by experiments/digits_extractor
+OPERATIONS = {"inception": 11_422_336_192, "digits": 3_014_656}  # floating-point ones of an extractor on one image, of any size
 DIGITS_METRICS = ("fd_digits", "kd_digits", "precision_digits", "recall_digits")
 
 LOG = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from ddpm.config import changed
 from ddpm.report import amount, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INCEPTION = 11.4e9  # operations of the Inception network on one image
 GIB = memory.GIB
 
 
@@ -50,21 +49,14 @@ def hours(images, flops, card, dtype, mfu, cards=1, batch_size=1, weights=0):
     return images / batch_size * step / 3600, batch_size / step
 
 
-def drawing(config, flops):
-    """The operations of one evaluation: drawing its images, and looking at them with Inception, if that is the extractor."""
-    with torch.device("meta"):
-        recipe = build.recipe(config, config.evaluate, (), "")
-    looks = INCEPTION if build.extractor_name(config) == "inception" else 0
-    return config.evaluate.num_samples * (build.evaluations(config, recipe) * flops / 3 + looks)  # forward is a third
-
-
 def plan(config, vram, mfu, cards):
     """Yield the plan as lines. Raises ValueError, one line, for a config that cannot be run."""
     build.check(config)
     section, images = config.train, config.train.batch_size // config.train.gradient_accumulation_steps
     with torch.device("meta"):
         weights = sum(one.numel() for one in build.network(config).parameters())
-    flops, shape = build.flops_per_image(config), "x".join(map(str, build.image_shape(config)[::-1]))
+    asked, shape = build.operations(config), "x".join(map(str, build.image_shape(config)[::-1]))
+    flops = asked.training
     yield (f"{config.model.name}: {weights:,} parameters, images {shape}, {flops / 1e9:,.4g} GFLOP an image, forward and "
            "backward\n")
 
@@ -79,7 +71,7 @@ def plan(config, vram, mfu, cards):
 
     total, size = length(config)
     among = f", of {size:,} in the data" if size else ""
-    evaluation = drawing(config, flops)
+    evaluated = build.evaluated(config, size, asked)
     yield (f"time, if a card reaches {mfu:.0%} of what its maker publishes (--mfu): {section.length} are "
            f"{total * section.batch_size:,} images{among}")
     rows = [["card", "GiB", "type", "images/s", "hours", f"images/s, {cards} cards", "hours", "an evaluation, minutes"]]
@@ -87,12 +79,12 @@ def plan(config, vram, mfu, cards):
         kind = chosen(section.amp, card)
         rates = [hours(total * section.batch_size, flops, card, DTYPES[kind], mfu, n, section.batch_size, 4 * weights)
                  for n in (1, cards)]
-        minutes = evaluation / (mfu * card.peak(DTYPES[kind])) / 60
+        minutes = evaluated.operations / (mfu * card.peak(DTYPES[kind])) / 60
         rows.append([name, str(card.gib), kind, *(words for spent, rate in rates for words in (amount(rate), brief(spent))),
                      brief(minutes)])
     yield plain(rows)
-    yield (f"an evaluation of {config.evaluate.num_samples:,} images costs as much as training on {evaluation / flops:,.0f}; "
-           f"every.evaluate is {config.every.evaluate!r}\n")
+    yield (f"{evaluated.words}\nan evaluation of {evaluated.config.evaluate.num_samples:,} images costs as much as training on "
+           f"{evaluated.operations / flops:,.0f}\n")
 
     file = 4 * weights / GIB
     state = file * (4 + len(config.ema.more) + len(config.ema.profiles))
@@ -114,9 +106,9 @@ def chosen(amp, card):
 
 
 def length(config):
-    """(steps, images): the length of the training; where it is in epochs the images of the data are counted, else 0."""
-    section = config.train
-    size = len(build.split(config, build.dataset(config))[0]) if "epoch" in section.length else 0
+    """(steps, images): the length of the training; where that or evaluations go by epochs, the data's images, else 0."""
+    section, known = config.train, "epoch" in config.train.length + config.every.evaluate
+    size = len(build.split(config, build.dataset(config))[0]) if known else 0
     return clock.steps_of(section.length, section.batch_size, size), size
 
 

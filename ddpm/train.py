@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import checkpoint, draw, images
-from ddpm.clock import Every, Speed
+from ddpm.clock import Every, Speed, Stopwatch
 from ddpm.dist import Machine
 from ddpm.score import keep
 from ddpm.step import Meters, Step, Validation
@@ -66,7 +66,7 @@ class Run:
 
     folder: Path
     config_json: str
-    classes: tuple  # names of those that it learns
+    filled: dict  # knobs that the config left open, by name, with what they became
     machine: Machine
     start: int
     total: int
@@ -80,6 +80,7 @@ class Run:
     draw: Callable  # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
     grid: tuple[range, draw.Recipe]
     score: Callable  # (draw) -> dict of eval/ numbers, dict of pictures
+    share: float | None  # of the training's operations that its evaluations take, where that can be known
     likelihood: Callable  # () -> dict of eval/ numbers, dict of texts by file name
     parts: dict[str, Any]
     stored: list[str]  # the parts that are power-function averages
@@ -125,11 +126,13 @@ class Run:
 
     def evaluate(self, done):
         """Log how far from real images drawn ones are, the real ones nearest to them, and bits/dim, by the averaged weights."""
+        watch = Stopwatch()
         with self.step.ema.averaged():
             numbers, pictures = self.score(self.draw)
             bits, files = self.likelihood()
         if (numbers or bits) and self.machine.main:
-            self.tracker.log(done, numbers | bits | self.speed.progress(done))
+            cost = {"speed/evaluation_seconds": watch.lap()} | ({} if self.share is None else {"eval/share": self.share})
+            self.tracker.log(done, numbers | bits | cost | self.speed.progress(done))
             show(self.folder, self.tracker, done, pictures)
             keep(self.folder, files)
 

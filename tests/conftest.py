@@ -31,8 +31,9 @@ TINY = {
     "model.model_channels": 8, "model.channel_mult": (1, 2), "model.num_res_blocks": 1, "diffusion.timesteps": 20,
     "train.length": "12 steps", "train.batch_size": 8, "train.warmup": "4 steps", "train.learning_rate": 1e-3, "ema.decay": 0.9,
     "sample.steps": 3, "sample.num_images": 4, "sample.batch_size": 4,
-    "evaluate.num_samples": 16, "evaluate.steps": 2, "evaluate.batch_size": 8,
+    "evaluate.num_samples": 16, "evaluate.sampler": "ddim", "evaluate.steps": 2, "evaluate.batch_size": 8,
     "every.log": "4 steps", "every.sample": "6 steps", "every.validate": "6 steps", "every.save": "5 steps",
+    "every.evaluate": "0 steps",
     "wandb.mode": "disabled",
 }
 

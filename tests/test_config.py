@@ -144,7 +144,7 @@ def test_intervals(key):
         line = refusal(key, text)
         assert line.startswith(f"config.{key}: cannot read the duration ") and "hours, such as '500 steps'" in line
     for text in ("0 steps", "1000 steps, 10 minutes", "1.5 epochs"):
-        check(with_knobs(**{key: text}))
+        check(with_knobs(**{key: text}, evaluate__num_samples=1000))
 
 
 @pytest.mark.parametrize("key", config.INTEGER_TUPLES)

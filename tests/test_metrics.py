@@ -15,6 +15,7 @@ import torch
 import torch_fidelity
 from conftest import tiny
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -259,6 +260,15 @@ def test_inception_goes_through_torch_fidelitys_own_network(inception_file):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert extractor.metric_names == ("fid", "kid", "precision", "recall")
     assert extractor.name.startswith("inception-") and extractor.name != "inception-v3-compat"  # not the published ones
+
+
+def test_extractors_take_the_operations_that_budgets_count(inception_file):
+    for name, count in metrics.OPERATIONS.items():
+        for size in (16, 40):
+            with FlopCounterMode(display=False) as counter:
+                metrics.EXTRACTORS[name](CPU, str(inception_file))(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+            assert counter.get_total_flops() == count
+    assert set(metrics.OPERATIONS) == set(metrics.EXTRACTORS)
 
 
 def test_no_inception_weights_and_no_network_is_one_line(tmp_path, monkeypatch):

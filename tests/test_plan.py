@@ -61,6 +61,7 @@ def test_the_door():
     code, out, _ = door("--config=configs/digits.py", *small, "--config.train.length=3 epochs", "--vram=2", "--cards=4")
     assert code == 0 and "4,864 images, of 1,617 in the data" in out and "on a card of 2 GiB" in out and "4 cards" in out
     assert all(f"\n{card} " in out for card in CARDS) and "GiB: 0.0" in out
+    assert "\nevaluation at the end: 1,797 images by ddpm in 25 steps, " in out
 
 
 @pytest.mark.parametrize("flags, message", [
