@@ -128,7 +128,7 @@ def test_the_paper_networks_have_their_size():
 @pytest.mark.parametrize("name, within", [("digits", 0.04), ("ddpm_cifar10", 0.03)])
 def test_the_dit_spends_what_the_unet_spends(name, within):
     recipes = module_of(FILES[0].parent / f"{name}.py")
-    unet, dit = (build.flops_per_image(recipes.get_config(variant)) for variant in (None, "dit"))
+    unet, dit = (build.operations(recipes.get_config(variant)).training for variant in (None, "dit"))
     assert abs(dit / unet - 1) < within
 
 
