@@ -66,7 +66,7 @@ class Ours:
         self.config = configs.changed(task.config, QUIET | section)
         self.made = assemble.run(self.config, task.folder / "ours", dist.start(task.amp))
         self.net, self.machine = self.made.step.net, self.made.machine
-        self.parameters, self.flops = count(self.net), build.flops_per_image(task.config)
+        self.parameters, self.flops = count(self.net), build.operations(task.config).training
         self.batch = task.pixels, torch.full((len(task.pixels),), -1)
 
     def train(self, steps):
