@@ -362,7 +362,8 @@ def load(run_or_file, device=None, **knobs):
         raise ValueError(f"the guide {config.sample.guide} is not asked where guidance is 1; give such as --guidance=2 too")
     net = network_with(config, weights, path)
     machine = dist.start(config.train.amp, config.train.deterministic, device)
-    return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net.to(machine.device))
+    net = net.to(machine.device, memory_format=machine.layout(config.data.image_size))
+    return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net)
 
 
 def network_with(config, weights, path):

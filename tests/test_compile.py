@@ -5,10 +5,11 @@ Networks are traced as for any compiler, and then run by torch's own kernels: ma
 
 import numpy as np
 import pytest
+import torch
 from conftest import rows, run, tiny
 from PIL import Image
 
-from ddpm import dist
+from ddpm import build, dist
 from ddpm.generate import generate_images
 
 CLOSE = 1e-4  # the same sums, some in another order: rounding of 1e-7, which 12 steps of Adam let grow
@@ -75,3 +76,12 @@ def test_another_memory_format_learns_the_same(tmp_path):
         run(tiny(train__channels_last=last, train__length="6 steps"), tmp_path / folder)
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "last"), rel=CLOSE)
     assert abs(drawn(tmp_path / "plain", tmp_path / "a") - drawn(tmp_path / "last", tmp_path / "b")).max() <= 1
+
+
+def test_larger_images_are_drawn_in_the_format_that_is_faster_on_a_cpu(tmp_path, monkeypatch):
+    run(tiny(data__image_size=32, model__attention_resolutions=(16,), train__length="3 steps"), tmp_path / "run")
+    faster = drawn(tmp_path / "run", tmp_path / "a")
+    weight = build.load(tmp_path / "run", "cpu").net.stem.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(dist.Machine, "layout", lambda self, side: torch.contiguous_format)
+    assert abs(faster - drawn(tmp_path / "run", tmp_path / "b")).max() <= 1
