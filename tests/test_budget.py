@@ -4,13 +4,14 @@ import itertools
 import json
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 from conftest import rows, run, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import assemble, budget, build, clock, config, dist, metrics
+from ddpm import assemble, budget, build, clock, config, dist, metrics, study
 from ddpm.budget import Way, choose
 from ddpm.evaluate import evaluate
 
@@ -194,3 +195,13 @@ def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):
     again = evaluate(tmp_path)  # which needs no budget
     assert again["eval/made"] == measured[-1]["eval/made"]
     assert again["eval/fd_digits"] == pytest.approx(measured[-1]["eval/fd_digits"], rel=1e-4)  # of weights that went to a file
+
+
+@pytest.mark.parametrize("name", ["schedules", "architectures", "ema", "targets", "unet_vs_dit"])
+def test_committed_studies_are_measured_as_their_files_say(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    asked = study.read(f"experiments/{name}.yaml")
+    given = asked.config(asked.grid()[0])
+    found = build.evaluated(given, 1617, build.operations(given))
+    assert found.config == given and found.interval == given.every.evaluate
+    assert "1,000 images by ddpm in 25 steps" in found.words
