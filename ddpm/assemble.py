@@ -76,12 +76,14 @@ def compiled(config, made):
     try:
         made.rehearse(blank(config, len(made.places)))
         made.machine.wait()
-    except torch.OutOfMemoryError:  # the step will cut its batch
-        made.machine.release()
+        return f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
+    except torch.OutOfMemoryError:
+        pass
     except Exception as error:  # a compiler has many
         net.compiled(False)
         return f"the network is not compiled, as torch.compile failed: {dist.first_words(error)}"
-    return f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
+    made.machine.release()
+    return "the network is compiled at the first step that has room (train.compile)"
 
 
 def account(config, dtype, images, levels=0):
@@ -107,7 +109,7 @@ def recomputed(config, net, machine, note):
     `auto` is as few as fit into what is free on the card beside a training step, and none on a CPU.
     """
     wanted, free, count = config.train.activation_checkpointing, machine.free(), len(net.levels)
-    images = config.train.batch_size // (config.train.gradient_accumulation_steps * machine.world)
+    images = build.at_a_time(config, machine)
 
     def needed(levels):
         found = account(config, machine.dtype, images, levels)
@@ -125,9 +127,9 @@ def recomputed(config, net, machine, note):
     return levels
 
 
-def savings(config, machine):
-    """What would take less memory than a step of the config with one image at a time: words, by what it saves."""
-    now, found = account(config, machine.dtype, 1).total, []
+def savings(config, machine, levels=0):
+    """What would take less memory than a step with one image at a time that recomputes `levels`: words, by what it saves."""
+    now, found = account(config, machine.dtype, 1, levels).total, []
     for knob, value in (("train.activation_checkpointing", "all"), ("train.amp", "bf16"),
                         ("model.model_channels", config.model.model_channels // 2),
                         ("data.image_size", config.data.image_size // 2)):
@@ -135,7 +137,7 @@ def savings(config, machine):
         with contextlib.suppress(ValueError):  # of a network that cannot be so
             other = configs.changed(config, {knob: value})
             build.check(other)
-            saved = now - account(other, dtype, 1, 99 * (value == "all")).total
+            saved = now - account(other, dtype, 1, 99 if value == "all" else levels).total
             found.append((saved, f"--config.{knob}={value} (saves {saved / 2**20:,.1f} MiB)"))
     return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]
 
@@ -182,11 +184,12 @@ def run(config, folder, machine):
             every[name] = clock.Every("0 steps", section.batch_size, len(learned))
 
     content = checkpoint.newest(folder)
-    layout = torch.channels_last if section.channels_last else torch.contiguous_format
-    net = build.network(config).to(machine.device, memory_format=layout)
+    net = build.network(config)
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
              f"{len(learned)} images to learn from, {len(held_out)} held out", evaluation]
-    recompute(itertools.chain(*net.levels[:recomputed(config, net, machine, notes.append)]))
+    levels = recomputed(config, net, machine, notes.append)  # by what is free before the network takes its place
+    recompute(itertools.chain(*net.levels[:levels]))
+    net.to(machine.device, memory_format=torch.channels_last if section.channels_last else torch.contiguous_format)
     if content is None and section.init_from:
         path, _, _, weights = checkpoint.load_weights(section.init_from)
         build.put_weights(net, weights, path)
@@ -196,21 +199,23 @@ def run(config, folder, machine):
              "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
     if made.objective.state_dict():  # a weighting or times that learn
         parts["objective"] = made.objective
-    if content is not None:
-        checkpoint.restore(content["parts"], parts)
     if section.compile:
         notes.append(compiled(config, made))
     else:
         notes.append("the network is not compiled (train.compile): " + (
             "that takes minutes on a CPU" if machine.free() is None else "what that saves on a card is yet to be measured"))
+    notes.append(f"convolutions {'are in channels last' if section.channels_last else 'keep the usual memory format'} "
+                 "(train.channels_last)")
+    if content is not None:
+        checkpoint.restore(content["parts"], parts)
     return Run(
-        folder=folder, config_json=configs.to_json(config), machine=machine,
+        folder=folder, config_json=configs.to_json(config), machine=machine, recomputed=levels,
         filled={key: value for key, value in configs.flatten(config).items() if value != given[key]},
         start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, best=parts["best"],
         parts=parts, notes=notes, stored=[build.part_name(width) for width in config.ema.profiles],
         batches=lambda start: batches(config, images, learned, machine, start, total),
         speed=clock.Speed(section.batch_size, len(learned), asked.training, machine.peak(), machine.wait),
-        validation=Validation(images, held_out, net, made.diffusion, machine, section.batch_size,
+        validation=Validation(images, held_out, net, made.diffusion, machine, build.at_a_time(config, machine),
                               images.labels if classes else None),
         draw=build.drawer(config, net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),
         score=training_scorer(config, every["evaluate"], images, machine, notes), share=share,

@@ -159,6 +159,11 @@ def remarks(config, section):
     return []
 
 
+def at_a_time(config, machine):
+    """The most images that a training has on a card at once: a micro-batch."""
+    return max(config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1)
+
+
 def likelihood(config, net, images, machine):
     """What measures bits a dimension as the config says: of held-out images or, where there are none, of those learned from.
 
@@ -169,10 +174,9 @@ def likelihood(config, net, images, machine):
         return score.Nothing()
     whose, indices = ("held-out", held_out) if len(held_out) else ("training", learned)
     indices = data.thinned(indices, section.likelihood_images)
-    fit = max(config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1)  # with gradients
     return score.Likelihood(images, indices, whose, diffusion(config, net), section.likelihood,
-                            section.likelihood_evaluations, min(section.batch_size, fit), weights_name(config),
-                            machine, images.labels if class_names(config, images) else None)
+                            section.likelihood_evaluations, min(section.batch_size, at_a_time(config, machine)),
+                            weights_name(config), machine, images.labels if class_names(config, images) else None)
 
 
 def drawer(config, net, machine, how=draw.draw):
@@ -180,7 +184,8 @@ def drawer(config, net, machine, how=draw.draw):
 
     Raises ValueError where the config names a guide that cannot be one.
     """
-    model, weaker = diffusion(config, dist.Compiled(net) if config.sample.compile else net), guide(config, machine)
+    sizes = {config.sample.batch_size, config.evaluate.batch_size}
+    model, weaker = diffusion(config, dist.Compiled(net, sizes) if config.sample.compile else net), guide(config, machine)
     return lambda seeds, recipe: how(model, recipe, seeds, image_shape(config), machine, weaker)
 
 
@@ -252,7 +257,8 @@ def operations(config):
         out = net(torch.empty(1, channels_in(config), *size), torch.zeros(1, dtype=torch.long))
         forward = counter.get_total_flops()
         out.sum().backward()
-    return Operations(forward, counter.get_total_flops())
+    guess = forward * config.diffusion.self_condition  # which is given its own estimate
+    return Operations(forward, counter.get_total_flops() + guess)
 
 
 def drawing_operations(config, asked):

@@ -23,9 +23,12 @@ class Card(NamedTuple):
 
 def card_of(name):
     """The card of a device's name as torch has it, `NVIDIA H200`; None for one that is not in the table."""
-    found = [card for card in CARDS if all(word in name.replace("-", " ").split() for word in card.split())]
-    return CARDS[max(found, key=len)] if found else None
+    words = name.replace("-", " ").split()
+    found = [card for card in CARDS if all(word in words for word in card.split())]
+    return CARDS[max(found, key=len)] if found and not OTHERS & set(words) else None
 
+
+OTHERS = {"Ti", "SUPER", "Laptop", "D", "NVL"}  # of the same number, and other speed
 
 CARDS = {  # from the makers' data sheets
     "T4": Card(16, 65, 8.1, 16, bf16=False),
@@ -37,6 +40,7 @@ CARDS = {  # from the makers' data sheets
     "RTX 4090": Card(24, 165.2, 82.6, 32),
     "L4": Card(24, 121, 60, 32),
     "A100": Card(80, 312, 156, 300),
+    "H100 PCIe": Card(80, 756, 378, 64),
     "H100": Card(80, 989, 494, 450),
     "H200": Card(141, 989, 494, 450),
 }

@@ -33,7 +33,7 @@ def base():
     return ConfigDict({
         "seed": 0,  # every random number of the training is an address below it
         "data": {
-            "source": "digits",  # digits, folder(path='data/cats'), torchvision(name='OxfordIIITPet', only='cats')
+            "source": "digits",  # digits, folder(path='data/cats'), torchvision(name='CIFAR10'), streaming(path='data/shards')
             "image_size": 16,  # pixels a side
             "channels": 1,  # 1 grey, 3 colour, 4 colour and transparency
             "matte": (255, 255, 255),  # red, green, blue (0 to 255) behind transparent pixels
@@ -79,7 +79,7 @@ def base():
         "train": {
             "length": "10000 steps",  # steps, epochs or images
             "batch_size": 64,  # images an optimiser step, over all micro-batches and ranks
-            "gradient_accumulation_steps": 1,  # micro-batches the batch is cut into: less memory, same numbers
+            "gradient_accumulation_steps": 1,  # micro-batches the batch is cut into: less memory, same numbers but for dropout
             "optimizer": "adamw(weight_decay=0.0)",  # adamw, adam; knobs betas, eps, weight_decay
             "learning_rate": 2e-4,
             "warmup": "500 steps",  # the rate rises linearly from 0

@@ -9,6 +9,7 @@ import itertools
 import os
 import resource
 import sys
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -161,20 +162,26 @@ class StepNetwork:
 
 
 class Compiled:
-    """A network net(x, t, y) asked often at one shape, without gradients: through torch.compile and, on a card, CUDA graphs.
+    """A network net(x, t, y) asked often, without gradients: through torch.compile and, on a card, CUDA graphs.
 
-    The first question takes the time of compiling it. Where that fails, `say(text)` is told and the plain network answers.
+    The first question takes the time of compiling it, which `say(text)` is told. Where that fails, and for batches of other
+    `sizes`, each of which would take as long again, the plain network answers.
     """
 
-    def __init__(self, net, say=print):
-        self.net, self.say = net, say
-        self.fast = through(net, DRAWING)
+    def __init__(self, net, sizes, say=print):
+        self.net, self.sizes, self.say = net, sizes, say
+        self.fast, self.fresh = through(net, DRAWING), True
 
     def __call__(self, x, t, y=None):
-        if self.fast is None:
+        if self.fast is None or len(x) not in self.sizes:
             return self.net(x, t, y)
+        begun = time.monotonic()
         try:
-            return self.fast(x, t, y).clone()
+            out = self.fast(x, t, y).clone()
+            if self.fresh:
+                self.say(f"the network was compiled for drawing in {time.monotonic() - begun:.0f} s")
+                self.fresh = False
+            return out
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler has many

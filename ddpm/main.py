@@ -4,8 +4,10 @@ The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your m
 """
 
 import contextlib
+import sys
 import traceback
 
+import torch
 from absl import flags
 
 from ddpm import assemble, build, command, config, dist
@@ -58,9 +60,14 @@ def finish(run):
     except Diverged as error:
         code = command.DIVERGED
         run.tracker.say(f"diverged: {error}")
-    except NoRoom as error:
-        helps = ", ".join(assemble.savings(config.from_json(run.config_json), run.machine))
-        run.tracker.say(f"failed: {error}; what helps, by what it saves: {helps}")
+    except (NoRoom, torch.OutOfMemoryError) as error:
+        what = error if isinstance(error, NoRoom) else ("out of memory beside the gradients; where it was drawing, smaller "
+                                                        "--config.sample.batch_size and --config.evaluate.batch_size help")
+        helps = ", ".join(assemble.savings(config.from_json(run.config_json), run.machine, run.recomputed))
+        said = f"failed: {what}; what helps, by what it saves: {helps}"
+        run.tracker.say(said)
+        if not run.machine.main:  # whose tracker is silent
+            print(said, file=sys.stderr, flush=True)
     except OSError as error:
         run.tracker.say(f"failed: {command.one_line(error)}; then the same command goes on from the last checkpoint")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError

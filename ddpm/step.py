@@ -156,7 +156,8 @@ class Step:
             return True
         except torch.OutOfMemoryError:
             if self.machine.world > 1:  # the others wait in the middle of an exchange
-                raise NoRoom(f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images at a time") from None
+                raise NoRoom(f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images at a time; "
+                             f"--config.train.gradient_accumulation_steps={2 * len(self.parts)} halves them") from None
         self.optimizer.zero_grad(set_to_none=True)
         self.meters.forget(before)
         self.machine.release()
@@ -170,7 +171,7 @@ class Step:
             raise NoRoom("out of memory with one image at a time")
         self.cut(more or len(self.places))
         self.say(f"out of memory with {len(self.places) // count} images at a time: from now on {len(self.parts[0])}; "
-                 f"train.gradient_accumulation_steps={len(self.parts)} begins so, and the numbers stay the same")
+                 f"train.gradient_accumulation_steps={len(self.parts)} begins so; the numbers stay, but for dropout")
 
     def _learn(self, step, micro, places, pixels, labels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout

@@ -68,6 +68,7 @@ class Run:
     config_json: str
     filled: dict  # knobs that the config left open, by name, with what they became
     machine: Machine
+    recomputed: int  # levels of the network whose activations are not kept
     start: int
     total: int
     batches: Callable[[int], Any]  # (step) -> iterator of images uint8 [b, c, h, w] and labels [b], from that step on

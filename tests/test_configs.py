@@ -123,6 +123,8 @@ def test_the_paper_networks_have_their_size():
     latent = 675_129_632 - (1001 - 10) * 1152 - 4 * 1152 - 2 * 4 * 1153 - 256 * 1152
     assert parameters("dit_xl_2", 10) == latent
     assert parameters("cats128") == 200_321_475
+    cats = module_of(FILES[0].parent / "cats128.py").get_config()
+    assert build.operations(cats).training == pytest.approx(1583e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("name, within", [("digits", 0.04), ("ddpm_cifar10", 0.03)])

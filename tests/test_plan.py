@@ -50,9 +50,12 @@ def test_hours_by_hand():
 
 def test_cards_are_found_by_the_names_that_torch_gives_them():
     names = {"NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA GeForce RTX 3070": "RTX 3070", "Tesla T4": "T4",
-             "Tesla V100-SXM2-16GB": "V100", "NVIDIA L4": "L4"}
+             "Tesla V100-SXM2-16GB": "V100", "NVIDIA L4": "L4", "NVIDIA H100 80GB HBM3": "H100",
+             "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA A100 80GB PCIe": "A100"}
     assert {name: card_of(name) for name in names} == {name: CARDS[card] for name, card in names.items()}
-    assert card_of("NVIDIA GeForce RTX 2080 Ti") is None and card_of("NVIDIA L40S") is None
+    for unknown in ("NVIDIA GeForce RTX 2080 Ti", "NVIDIA L40S", "NVIDIA GeForce RTX 4060 Ti", "NVIDIA H200 NVL",
+                    "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"):
+        assert card_of(unknown) is None
     assert (CARDS["T4"].peak(torch.float16), CARDS["A100"].peak(torch.float32)) == (65e12, 156e12)
 
 

@@ -85,9 +85,11 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def test_without_room_for_one_image_it_stops_and_says_what_helps(tmp_path):
-    made = assemble.run(tiny(model__model_channels=32), tmp_path, dist.start())
-    assemble.track(tiny(model__model_channels=32), made)
+@pytest.mark.parametrize("wanted", ["auto", "all"])
+def test_without_room_for_one_image_it_stops_and_says_what_helps(tmp_path, wanted):
+    given = tiny(model__model_channels=32, train__activation_checkpointing=wanted)
+    made = assemble.run(given, tmp_path, dist.start())
+    assemble.track(given, made)
     crowded(made, lambda images, before: False)
     assert finish(made) == 1
     last = (tmp_path / "training.log").read_text().splitlines()[-1]
@@ -95,6 +97,21 @@ def test_without_room_for_one_image_it_stops_and_says_what_helps(tmp_path):
     saved = [float(size) for size in re.findall(r"saves ([\d.]+) MiB", last)]
     assert saved == sorted(saved, reverse=True) and len(saved) >= 2
     assert "--config.model.model_channels=16" in last and "--config.data.image_size=8" in last
+    assert wanted == "auto" or "activation_checkpointing" not in last  # what is done already saves nothing more
+
+
+def test_out_of_memory_elsewhere_is_one_line_too(tmp_path, monkeypatch, capsys):
+    made = assemble.run(tiny(), tmp_path, dist.start())
+    assemble.track(tiny(), made)
+
+    def crowded(done):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(made, "draw_grid", crowded)
+    assert finish(made) == 1
+    line, = [line for line in (tmp_path / "training.log").read_text().splitlines() if "failed: " in line]
+    assert "smaller --config.sample.batch_size and --config.evaluate.batch_size help; what helps" in line
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
