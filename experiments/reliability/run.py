@@ -1,0 +1,136 @@
+"""Things go wrong, on purpose: what was done, how often, and what was lost. `python experiments/reliability/run.py`.
+
+Each fault of the table is done so many times and writes its row to results.json; README.md is made from that alone (`--report`
+does no more). Rows of this commit stay, so the same command goes on where it was stopped; `--only=NAME,...` does those again.
+`--short` is what the tests do, in a minute. Needs `pip install -e '.[test]'`. Exit code 1 where anything was lost.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from textwrap import fill
+
+import crashes
+import torch
+from faults import Fault, Found
+
+from ddpm.compare import commit, this_machine
+from ddpm.files import written_beside
+from ddpm.report import markdown
+
+HERE = Path(__file__).parent
+SAME = "the same command goes on to the same weights, rows and pictures, bit for bit, and leaves no half file"
+
+FAULTS = {
+    "kill": Fault(crashes.at_any_time, "SIGKILL at random moments of a training", SAME, 300, 2),
+    "kill in serialising": Fault(
+        crashes.inside(crashes.half_saved), "SIGKILL with half of a checkpoint written", SAME, 20, 1),
+    "kill in fsync": Fault(crashes.inside(crashes.any_fsync), "SIGKILL before an fsync of a file or folder", SAME, 20, 1),
+    "kill in rename": Fault(crashes.inside(crashes.any_rename), "SIGKILL before a new file gets its name", SAME, 20, 1),
+    "kill in deletion": Fault(
+        crashes.inside(crashes.any_deletion), "SIGKILL before an old checkpoint, or a half file, is deleted", SAME, 20, 1),
+}
+
+
+def isolated(home):
+    """Let nothing of the person who runs this be read or changed: caches, logins and settings are below `home`."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        del os.environ[name]
+    os.environ.update({name: str(home) for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "DDPM_CACHE")})
+
+
+def found_of(fault, folder, times):
+    """The Found of a fault that is done so often in a new folder; where its own script fails, that is a loss too."""
+    try:
+        return fault.do(folder, times, 0)
+    except Exception as error:
+        traceback.print_exc()
+        return Found(0, [" ".join(f"the script of this fault failed: {type(error).__name__}: {error}".split())])
+
+
+def do(names, short, out, again):
+    """Do the faults of these names and keep a row for each as it ends; those that have one of this commit only `again`."""
+    head, path = commit(), out / "results.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    for name in names:
+        fault = FAULTS[name]
+        times = fault.short if short else fault.times
+        if not again and (row := kept.get(name)) and (row["commit"], row["asked"]) == (head, times) and not row["lost"]:
+            continue
+        begun = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix="ddpm-") as folder:
+            found = found_of(fault, Path(folder), times)
+        kept[name] = {"what": fault.what, "holds": fault.holds, "asked": times, **found._asdict(),
+                      "seconds": round(time.monotonic() - begun, 1), "commit": head, "torch": torch.__version__,
+                      "machine": this_machine()}
+        with written_beside(path) as part:
+            part.write_text(json.dumps({name: kept[name] for name in FAULTS if name in kept}, indent=1) + "\n")
+        print(f"{name}: {found.done} of {times} times in {kept[name]['seconds']} s, {losses(kept[name])}", flush=True)
+
+
+def losses(row):
+    return f"lost: {'; '.join(row['lost'][:3])}" if row["lost"] else "nothing"
+
+
+def report(out):
+    """Write README.md from results.json; returns True where nothing was lost."""
+    kept = json.loads((out / "results.json").read_text())
+    lines = [["fault", "what was done", "times", "what must hold", "lost", "figures"]]
+    lines += [[name, row["what"], f"{row['done']:,}", row["holds"], losses(row), row["said"]] for name, row in kept.items()]
+    bad, done = [name for name, row in kept.items() if row["lost"]], sum(row["done"] for row in kept.values())
+    answer = f"**Answer.** {len(kept)} kinds of fault were done {done:,} times in all, and "
+    answer += f"something was lost in {len(bad)} of them: {', '.join(bad)}." if bad else "nothing was lost."
+    made = {key: ", ".join(dict.fromkeys(row[key] for row in kept.values())) for key in ("commit", "torch", "machine")}
+    hours = sum(row["seconds"] for row in kept.values()) / 3600
+    (out / "README.md").write_text(TEXT.format(answer=fill(answer, 128), table=markdown(lines), hours=hours, **made))
+    return not bad
+
+
+TEXT = """# Reliability: what a run survives
+
+**Question.** What is lost when a run is killed, its disk fills up, its files rot, or somebody hands it a hostile one?
+
+{answer}
+
+{table}
+
+**Protocol.** Each fault is really done: processes die by SIGKILL, disks are full, bytes are changed on the disk. The training
+is a small one, 30 steps of the embedded digits in about two seconds, by the function behind `python -m ddpm.main`; it logs,
+validates, draws, saves and keeps a milestone on its way. What was hit is run again by the same command to its end and held
+against a run that was left alone: tensors of every checkpoint, the bytes of exported weights and pictures, the rows of
+metrics.jsonl but for what depends on the machine's speed. Which moments and points are hit is drawn from a fixed seed.
+
+**What this does not show.** A power cut: SIGKILL ends the process, not the machine, so what the kernel holds is still written.
+That files are synced before they get their names is a test (tests/test_files.py); that a disk keeps what it has synced is up to
+the disk.
+
+By `python experiments/reliability/run.py` ({hours:.1f} hours) at commit {commit}, torch {torch}, {machine}.
+"""
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="each fault as seldom as in the tests")
+    parser.add_argument("--only", default="", help=f"some of the faults, again: {', '.join(FAULTS)}")
+    parser.add_argument("--report", action="store_true", help="write the report of results.json anew")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for the results and the report")
+    given = parser.parse_args(arguments)
+    names = [name.strip() for name in given.only.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in FAULTS]:
+        parser.error(f"there is no fault {unknown[0]!r}; choose of {', '.join(FAULTS)}")
+    if given.report and not (given.out / "results.json").is_file():
+        parser.error(f"there is no results.json in {given.out}; leave out --report")
+    if not given.report:
+        with tempfile.TemporaryDirectory(prefix="ddpm-home-") as home:
+            isolated(home)
+            do(names or FAULTS, given.short, given.out, again=bool(names))
+    return 0 if report(given.out) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
