@@ -91,16 +91,16 @@ def account(config, dtype, images, levels=0):
 
     Nothing is allocated or computed. Gradients are accumulated where the config does so.
     """
-    parts = min(config.train.gradient_accumulation_steps, 2)  # a third micro-batch is like the second
-    config = configs.changed(config, {"train.batch_size": images * parts, "train.gradient_accumulation_steps": parts})
+    parts = config.train.gradient_accumulation_steps
+    config = configs.changed(config, {"train.batch_size": images, "train.gradient_accumulation_steps": 1})
     ledger = memory.Ledger()
     with ledger:
         net = build.network(config)
         weights = ledger.live
         recompute(itertools.chain(*net.levels[:levels]))
         averaged = list(averages(config, net).values())
-    made = step(config, net, averaged, dist.Machine(torch.device("cpu"), dtype), dataset_size=config.train.batch_size)
-    return memory.account(ledger, made, blank(config, images * parts), weights, ledger.live - weights)
+    made = step(config, net, averaged, dist.Machine(torch.device("cpu"), dtype), dataset_size=images)
+    return memory.account(ledger, made, blank(config, images), weights, ledger.live - weights, accumulated=parts > 1)
 
 
 def recomputed(config, net, machine, note):

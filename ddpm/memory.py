@@ -113,10 +113,11 @@ class Account:
         return sum(self.parts)
 
 
-def account(ledger, step, batch, weights, averages):
+def account(ledger, step, batch, weights, averages, accumulated=False):
     """The account of a training step, `step(number, batch)` on fake weights, once its optimiser has begun.
 
-    The first step, on gradients of zero, gives the optimiser what it keeps; the second is looked at.
+    The first step, on gradients of zero, gives the optimiser what it keeps; the second is looked at. What is `accumulated` is
+    added to gradients that there are already: `batch` is then a micro-batch, all of which are alike but for the first.
     """
     ledger.parameters = step.parameters
     with ledger:
@@ -125,8 +126,9 @@ def account(ledger, step, batch, weights, averages):
         before = ledger.live
         step.optimizer.step()
         optimizer = ledger.live - before
-        step.optimizer.zero_grad(set_to_none=True)
-        start = ledger.live
+        if not accumulated:
+            step.optimizer.zero_grad(set_to_none=True)
+        start = ledger.live - ledger.gradients()
         ledger.restart()
         step(0, batch)
     held = ledger.peak - start - ledger.peak_gradients

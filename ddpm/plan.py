@@ -92,6 +92,11 @@ def plan(config, vram, mfu, cards):
            f"{2 * state + 2 * file:.2f}, and {state:.2f} more while one is written; {math.prod(build.image_shape(config)):,} "
            "bytes for each decoded image of a folder (data.cache)" +
            (f", {size * math.prod(build.image_shape(config)) / GIB:.2f} in all" if size else ""))
+    if config.ema.profiles:
+        count, rhythm = len(config.ema.profiles), config.every.snapshot
+        times, each = clock.Every(rhythm, section.batch_size, size).times(total), file / 2 * count
+        yield (f"and a snapshot of {count} averages in half precision (every.snapshot={rhythm}) {each:.2f}" +
+               ("" if times is None else f", {times} of them {times * each:.2f}"))
 
 
 def brief(time):
@@ -106,8 +111,8 @@ def chosen(amp, card):
 
 
 def length(config):
-    """(steps, images): the length of the training; where that or evaluations go by epochs, the data's images, else 0."""
-    section, known = config.train, "epoch" in config.train.length + config.every.evaluate
+    """(steps, images): the length of the training, and the data's images where anything is counted in epochs, else 0."""
+    section, known = config.train, "epoch" in config.train.length + config.every.evaluate + config.every.snapshot
     size = len(build.split(config, build.dataset(config))[0]) if known else 0
     return clock.steps_of(section.length, section.batch_size, size), size
 

@@ -8,7 +8,7 @@ import torch
 from conftest import tiny
 from test_configs import FILES, module_of
 
-from ddpm import assemble, config, memory, plan
+from ddpm import assemble, build, config, memory, plan
 from ddpm.cards import CARDS, card_of
 
 GIB = memory.GIB
@@ -65,6 +65,14 @@ def test_the_door():
     assert code == 0 and "4,864 images, of 1,617 in the data" in out and "on a card of 2 GiB" in out and "4 cards" in out
     assert all(f"\n{card} " in out for card in CARDS) and "GiB: 0.0" in out
     assert "\nevaluation at the end: 1,797 images by ddpm in 25 steps, " in out
+
+
+def test_snapshots_take_disk():
+    given = tiny(ema__profiles=(0.05, 0.1), every__snapshot="5 steps")
+    *_, line = plan.plan(given, 8, 0.4, 8)
+    with torch.device("meta"):
+        size = sum(one.numel() for one in build.network(given).parameters()) * 2 * 2 / GIB
+    assert line.endswith(f"2 averages in half precision (every.snapshot=5 steps) {size:.2f}, 3 of them {3 * size:.2f}")
 
 
 @pytest.mark.parametrize("flags, message", [
