@@ -17,7 +17,7 @@ from ddpm.dist import StepNetwork
 from ddpm.ema import EMA
 from ddpm.models.layers import recompute
 from ddpm.step import Meters, Step, Validation
-from ddpm.train import Best, Run, Same
+from ddpm.train import Best, Due, Run, Same
 
 
 def averages(config, net):
@@ -195,7 +195,8 @@ def run(config, folder, machine):
         build.put_weights(net, weights, path)
     averaged = averages(config, net)
     made = step(config, net, list(averaged.values()), machine, len(learned))
-    parts = {"net": net, **averaged, "optimizer": made.optimizer, "scaler": made.scaler, "meters": made.meters, "best": Best(),
+    parts = {"net": net, **averaged, "optimizer": made.optimizer, "scaler": made.scaler, "meters": made.meters,
+             "best": Best(), "due": Due(),
              "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
     if made.objective.state_dict():  # a weighting or times that learn
         parts["objective"] = made.objective
@@ -208,10 +209,13 @@ def run(config, folder, machine):
                  "(train.channels_last)")
     if content is not None:
         checkpoint.restore(content["parts"], parts)
+        if parts["due"].names is not None:
+            notes.append(f"first what is still to do at step {content['step']}: {', '.join(sorted(parts['due'].names))}")
     return Run(
         folder=folder, config_json=configs.to_json(config), machine=machine, recomputed=levels,
         filled={key: value for key, value in configs.flatten(config).items() if value != given[key]},
-        start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, best=parts["best"],
+        start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, due=parts["due"],
+        best=parts["best"],
         parts=parts, notes=notes, stored=[build.part_name(width) for width in config.ema.profiles],
         batches=lambda start: batches(config, images, learned, machine, start, total),
         speed=clock.Speed(section.batch_size, len(learned), asked.training, machine.peak(), machine.wait),
@@ -225,5 +229,5 @@ def run(config, folder, machine):
 
 def track(config, made):
     """Let a run be followed by its tracker."""
-    made.track(build.tracker(configs.changed(config, made.filled), made.folder, made.machine, made.start, made.total,
+    made.track(build.tracker(configs.changed(config, made.filled), made.folder, made.machine, made.logged, made.total,
                              made.tracker_state))

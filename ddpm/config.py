@@ -91,6 +91,7 @@ def base():
             "channels_last": False,  # memory format of convolutions: may pay in half precision on a card; rounds differently
             "activation_checkpointing": "auto",  # levels computed twice to save memory: none, all, auto (as the card needs)
             "label_dropout": 0.1,  # share of class labels dropped, for guidance: the network learns to do without too
+            "max_hours": 0.0,  # saves and stops with exit code 75 before the process is so old; 0 is no limit
             "init_from": "",  # run folder or file whose EMA weights a new run begins with
         },
         "ema": {
@@ -160,8 +161,8 @@ def with_variant(config, variant, variants):
 
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
-FREE = ("train.length", "train.activation_checkpointing", "every.", "wandb.", "evaluate.", "data.classes", "data.cache",
-        "data.num_workers", "sample.batch_size", "sample.compile")
+FREE = ("train.length", "train.max_hours", "train.activation_checkpointing", "every.", "wandb.", "evaluate.", "data.classes",
+        "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
 
 RANGES = {
     "seed": (0, 2**63 - 1),
@@ -184,6 +185,7 @@ RANGES = {
     "train.learning_rate": (0, 1),
     "train.gradient_clip": (0, float("inf")),
     "train.label_dropout": (0, 0.99),
+    "train.max_hours": (0, 10_000),
     "ema.decay": (0, 0.999999999),
     "sample.steps": (1, 10_000),
     "sample.guidance": (0, 1000),

@@ -629,11 +629,12 @@ def close_if_alive(reference):
 
 
 def leave_signals_to_the_trainer(worker):
-    """Let a worker outlive Ctrl-C and a scheduler's SIGTERM, which reach the whole group: the trainer saves first.
+    """Let a worker outlive Ctrl-C and a scheduler's SIGTERM or SIGUSR1, which reach the whole group: the trainer saves first.
 
     The second SIGTERM counts: it comes from the trainer, which has asked before by the usual way.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 

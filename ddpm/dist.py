@@ -17,6 +17,7 @@ import torch.distributed as distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm import cards
+from ddpm.interrupt import Interrupted, Wish
 
 AMP = ("auto", "off", "bf16", "fp16")
 COMPILER = "inductor"  # torch's own
@@ -28,7 +29,8 @@ DRAWING = {"mode": "reduce-overhead"}  # on a card CUDA graphs, in which an answ
 class Machine:
     """`device`, autocast type `dtype` (float32 means off), `rank` of `world`; `notes` say why, a line each.
 
-    `hosts` is the group in which ranks exchange what lies on the host, without going through the card.
+    `hosts` is the group in which ranks exchange what lies on the host, without going through the card. `wish` knows whether
+    this process is asked to stop.
     """
 
     device: torch.device
@@ -37,6 +39,7 @@ class Machine:
     world: int = 1
     notes: list = field(default_factory=list)
     hosts: distributed.ProcessGroup | None = None
+    wish: Wish = field(default_factory=Wish, compare=False)
 
     @property
     def main(self):
@@ -67,21 +70,34 @@ class Machine:
             distributed.all_reduce(tensor)
         return tensor
 
+    def exchange(self, value, left=False):
+        """What each rank says, in rank order. Raises Interrupted on all ranks where one has `left` the work they share."""
+        if self.world == 1:
+            return [value]
+        said = [None] * self.world
+        with self.wish.whole():
+            distributed.all_gather_object(said, (left, value), group=self.hosts)
+            if any(gone for gone, _ in said):
+                raise Interrupted(told=True)
+        return [value for _, value in said]
+
+    def leave(self, interrupted):
+        """Come together with the others after Interrupted: they hear of it when they exchange something next."""
+        if self.world > 1 and not interrupted.told:
+            with contextlib.suppress(Interrupted):
+                self.exchange(None, left=True)
+
+    def waiting(self):
+        """The context of waiting for a batch: alone it may be abandoned; several ranks stop after the same step."""
+        return self.wish.abandonable() if self.world == 1 else contextlib.nullcontext()
+
     def gather(self, tensor):
         """The ranks' host tensors [n_i, ...] joined in rank order, on every rank."""
-        if self.world == 1:
-            return tensor
-        parts = [None] * self.world
-        distributed.all_gather_object(parts, tensor, group=self.hosts)
-        return torch.cat(parts)
+        return tensor if self.world == 1 else torch.cat(self.exchange(tensor))
 
     def agree(self, value):
-        """What rank 0 says: for decisions that hang on a clock, a signal or a file."""
-        if self.world == 1:
-            return value
-        box = [value]
-        distributed.broadcast_object_list(box, src=0, group=self.hosts)
-        return box[0]
+        """What rank 0 says: for decisions that hang on a clock or a file."""
+        return self.exchange(value)[0]
 
     def wait(self):
         """Let a card come to the end of what it was given to do."""
@@ -214,11 +230,11 @@ def amp_dtype(amp, device):
     return torch.float16, "the card has no bf16; losses are scaled"
 
 
-def start(amp="auto", deterministic=False, device=None):
+def start(amp="auto", deterministic=False, device=None, wish=None):
     """Decide device, type and rank, and set torch up for them; under torchrun, join the other ranks.
 
-    `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU.
-    Raises ValueError where that device does not exist here.
+    `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU. `wish` hears
+    what asks this process to stop. Raises ValueError where that device does not exist here.
     """
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -244,7 +260,7 @@ def start(amp="auto", deterministic=False, device=None):
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         hosts = distributed.new_group(backend="gloo")
-    return Machine(chosen, dtype, rank, world, notes, hosts)
+    return Machine(chosen, dtype, rank, world, notes, hosts, wish or Wish())
 
 
 def stop():

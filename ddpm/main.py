@@ -12,6 +12,7 @@ from absl import flags
 
 from ddpm import assemble, build, command, config, dist
 from ddpm.files import held
+from ddpm.interrupt import Interrupted, Wish
 from ddpm.step import NoRoom
 from ddpm.train import Diverged, train
 
@@ -26,17 +27,25 @@ def train_experiment(given, folder):
     """
     build.check(given)
     config.check_continues(given, folder)
-    machine = dist.start(given.train.amp, given.train.deterministic)
+    wish = Wish(given.train.max_hours)
     try:
-        with held(folder) if machine.main else contextlib.nullcontext():
-            run = assemble.run(given, folder, machine)
-            if run.start >= run.total:
-                print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
-                return command.DONE
-            if machine.main:
-                print(run.config_json)
-            assemble.track(given, run)
-            return finish(run)
+        with wish.heard():
+            with wish.abandonable():
+                machine = dist.start(given.train.amp, given.train.deterministic, wish=wish)
+            with held(folder) if machine.main else contextlib.nullcontext():
+                with wish.abandonable():
+                    run = assemble.run(given, folder, machine)
+                    if run.finished:
+                        print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
+                        return command.DONE
+                    if machine.main:
+                        print(run.config_json)
+                    assemble.track(given, run)
+                return finish(run)
+    except Interrupted:  # before the first step
+        more = "; give more hours" if wish.late else ": nothing to save, the same command goes on"
+        print(f"stopped before the first step, {wish}{more}", file=sys.stderr, flush=True)
+        return command.FAILED if wish.late else command.INTERRUPTED
     finally:
         dist.stop()
 
@@ -54,9 +63,14 @@ def finish(run):
         if train(run):
             code = command.DONE
             run.tracker.say(f"done: images by python -m ddpm.generate --checkpoint={run.folder}")
+        elif run.machine.wish.late and run.saved == run.begun:  # or a scheduler would begin it again for ever
+            step, due = run.saved
+            todo = f"the rest of step {step} ({', '.join(sorted(due))})" if due else "a step"
+            run.tracker.say(f"failed: {run.machine.wish}, and that is too little for {todo}; give more hours, or smaller "
+                            "evaluations")
         else:
             code = command.INTERRUPTED
-            run.tracker.say("interrupted and saved; the same command goes on")
+            run.tracker.say(f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; the same command goes on")
     except Diverged as error:
         code = command.DIVERGED
         run.tracker.say(f"diverged: {error}")

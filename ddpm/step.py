@@ -223,5 +223,5 @@ class Validation:
             y = None if self.labels is None else self.machine.put(self.labels[list(places)])
             losses = self.diffusion.losses(x0, self.machine.put(self.times[list(places)]), self.machine.put(noise), y)
             total += torch.stack([losses.double().sum().cpu(), torch.tensor(len(places), dtype=torch.float64)])
-        loss, count = self.machine.sum(self.machine.put(total)).tolist()
+        loss, count = self.machine.gather(total[None]).sum(0).tolist()
         return loss / count

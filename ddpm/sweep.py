@@ -78,7 +78,7 @@ class Record:
 
 
 class Children:
-    """The processes of the runs. SIGINT and SIGTERM ask them to save and end, the second time they end at once."""
+    """The processes of the runs. SIGINT, SIGTERM and SIGUSR1 ask them to save and end, the second time they end at once."""
 
     def __init__(self, study, folder, parallel):
         self.folder, self.processes, self.asked = folder, set(), 0
@@ -95,7 +95,7 @@ class Children:
     @contextlib.contextmanager
     def stoppable(self):
         """The signals, and an error in the block, reach the processes."""
-        before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         try:
             yield
         except BaseException:

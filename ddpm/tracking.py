@@ -61,6 +61,11 @@ class Tracker:
         self._tell("write", self.step, self.row, self.images)
         self.last, self.step, self.row, self.images = self.step, None, {}, {}
 
+    def forget(self, step):
+        """Drop the row of a step, if it is being gathered: that step will be measured anew."""
+        if self.step == step:
+            self.step, self.row, self.images = None, {}, {}
+
     def tick(self, step):
         """Move the progress bar."""
         self._tell("tick", step)

@@ -3,11 +3,8 @@
 `step` counts from 0; `done` is the number of steps done.
 """
 
-import contextlib
 import math
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 from ddpm import checkpoint, draw, images
 from ddpm.clock import Every, Speed, Stopwatch
 from ddpm.dist import Machine
+from ddpm.interrupt import Interrupted
 from ddpm.score import keep
 from ddpm.step import Meters, Step, Validation
 
@@ -60,6 +58,22 @@ class Best:
         self.loss = state["loss"]
 
 
+class Due:
+    """The events of the step just done, until they are over: their names, or None; a checkpoint part.
+
+    A run that was stopped among them goes on with them. What hangs on the time cannot be told anew.
+    """
+
+    def __init__(self):
+        self.names = None
+
+    def state_dict(self):
+        return {"names": None if self.names is None else sorted(self.names)}
+
+    def load_state_dict(self, state):
+        self.names = state["names"] and set(state["names"])
+
+
 @dataclass
 class Run:
     """A training that stands at `start` steps done of `total`, with all it needs; `assemble.run` makes it."""
@@ -76,6 +90,7 @@ class Run:
     meters: Meters
     speed: Speed
     every: dict[str, Every]
+    due: Due
     validation: Validation
     best: Best
     draw: Callable  # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
@@ -88,6 +103,20 @@ class Run:
     notes: list[str]  # what a person should read first
     tracker_state: dict | None  # what the tracker left in the checkpoint
     tracker: Any = None
+    saved: tuple | None = None  # the newest checkpoint: its step and what was due
+
+    def __post_init__(self):
+        self.begun = self.saved = self.start, self.due.names
+
+    @property
+    def finished(self):
+        """True where nothing is left to do."""
+        return self.start >= self.total and self.due.names is None
+
+    @property
+    def logged(self):
+        """The last step whose row may be written: not that of events that are still to do."""
+        return self.start - (self.due.names is not None)
 
     def track(self, tracker):
         """Begin to be followed by a tracker, which from now on is a part of the checkpoint; what lies past it is cut."""
@@ -109,8 +138,9 @@ class Run:
 
     def validate(self, done):
         """Log the validation loss of the weights and of their average; keep the average where it is the best yet."""
-        loss = self.validation.loss()
-        with self.step.ema.averaged():
+        with self.machine.wish.abandonable():
+            loss = self.validation.loss()
+        with self.step.ema.averaged(), self.machine.wish.abandonable():
             averaged = self.validation.loss()
         self.tracker.log(done, {"val/loss": loss, "val/loss_ema": averaged} | self.speed.progress(done))
         if self.best.improved(averaged):
@@ -120,7 +150,7 @@ class Run:
     def draw_grid(self, done):
         """Draw the same latents as every time, with the averaged weights, into samples/ and the tracker."""
         seeds, recipe = self.grid
-        with self.step.ema.averaged():
+        with self.step.ema.averaged(), self.machine.wish.abandonable():
             drawn = self.machine.gather(draw.joined(self.draw(seeds, recipe)))
         if self.machine.main:
             show(self.folder, self.tracker, done, {"samples": drawn})
@@ -128,7 +158,7 @@ class Run:
     def evaluate(self, done):
         """Log how far from real images drawn ones are, the real ones nearest to them, and bits/dim, by the averaged weights."""
         watch = Stopwatch()
-        with self.step.ema.averaged():
+        with self.step.ema.averaged(), self.machine.wish.abandonable():
             numbers, pictures = self.score(self.draw)
             bits, files = self.likelihood()
         if (numbers or bits) and self.machine.main:
@@ -150,10 +180,20 @@ class Run:
 
     def save(self, done, milestone=False):
         """Save everything to continue, once the rows up to here are on disk."""
-        self.tracker.flush()
-        self.meters.collect()
-        if self.machine.main:
-            checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone)
+        with self.machine.wish.allowed_for():
+            self.tracker.flush()
+            self.meters.collect()
+            if self.machine.main:
+                checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone)
+        self.saved = done, self.due.names
+
+    def stop(self, done, interrupted):
+        """Leave together with the other ranks, and save if that is not done: events that are not over come first next time."""
+        self.machine.leave(interrupted)
+        if self.due.names is not None:
+            self.tracker.forget(done)
+        if self.saved != (done, self.due.names):
+            self.save(done, milestone="milestone" in (self.due.names or ()))
 
 
 def show(folder, tracker, done, pictures):
@@ -164,60 +204,69 @@ def show(folder, tracker, done, pictures):
         tracker.log(done, {}, {key: images.make_grid(drawn, nrow)})
 
 
-@contextlib.contextmanager
-def interruptible():
-    """Turns SIGINT and SIGTERM into a wish, `asked()`, granted after the step and its events; a second Ctrl-C does not wait."""
-    asked = threading.Event()
+def awaited(batches, machine):
+    """The same batches, the wait for which ends at once where a process that is alone is asked to stop."""
+    batches = iter(batches)
+    while True:
+        with machine.waiting():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
-    def ask(number, _):
-        if asked.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-        print("stopping: finishing this step and saving", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def events(run, done):
+    """What is due after `done` steps, and at the end all that is wanted at all. May end with Interrupted."""
+    wanted = {name for name, every in run.every.items() if not every.never}
+    due, last = run.due.names or set(), done == run.total
+    now = due | wanted if last else due
+    if "log" in now:
+        run.log_training(done)
+    with run.speed.pause():
+        if "validate" in now:
+            run.validate(done)
+        if "sample" in now:
+            run.draw_grid(done)
+        if "evaluate" in now:
+            run.evaluate(done)
+        run.machine.exchange(None)  # none has left
+        if last:
+            run.export("final.safetensors", done)
+        if "snapshot" in now:
+            run.snapshot(done)
+        if "log" in due:
+            run.meters.reset()
+        run.due.names = None
+        if now & {"save", "milestone"}:
+            run.save(done, milestone="milestone" in due)
 
 
 def train(run):
     """Train to the run's length and return True, or until asked to stop and return False; either way everything is saved."""
-    wanted = {name for name, every in run.every.items() if not every.never}
-    with interruptible() as asked:
-        for step, batch in enumerate(run.speed.timed(run.batches(run.start)), run.start):
-            run.step(step, batch)
-            run.tracker.tick(step + 1)
+    done, machine = run.start, run.machine
+    with machine.wish.heard() as wish:
+        try:
+            if run.due.names is not None:
+                events(run, done)
+            for step, batch in enumerate(run.speed.timed(awaited(run.batches(run.start), machine)), run.start):
+                with wish.allowed_for():
+                    run.step(step, batch)
+                done = step + 1
+                run.tracker.tick(done)
 
-            done, last = step + 1, step + 1 == run.total
-            due = {name for name, every in run.every.items() if every.due(done)} | ({"stop"} if asked() else set())
-            due = run.machine.agree(due)
-            now = due | wanted if last else due
-            if now:
-                run.machine.wait()  # steps that a card has not come to yet would be counted to the pause
-
-            if "log" in now:
-                run.log_training(done)
-            if "log" in due:
-                run.meters.reset()
-            with run.speed.pause():
-                if "validate" in now:
-                    run.validate(done)
-                if "sample" in now:
-                    run.draw_grid(done)
-                if "evaluate" in now:
-                    run.evaluate(done)
-                if last:
-                    run.export("final.safetensors", done)
-                if "snapshot" in now:
-                    run.snapshot(done)
-                if now & {"save", "milestone", "stop"}:
-                    run.save(done, milestone="milestone" in due)
-            if "stop" in due and not last:
-                return False
-    return True
+                due = {name for name, every in run.every.items() if every.due(done)}
+                said = machine.exchange((due, wish.asked))
+                due, asked = said[0][0], any(asked for _, asked in said)  # only rank 0's clock counts, and anyone's wish
+                if due or done == run.total:
+                    run.due.names = due
+                    machine.wait()  # steps that a card has not come to yet would be counted to the pause
+                if asked:
+                    raise Interrupted(told=True)
+                if run.due.names is not None:
+                    events(run, done)
+        except Interrupted as interrupted:
+            run.stop(done, interrupted)
+    return done == run.total and run.due.names is None
 
 
 if __name__ == "__main__":
