@@ -20,12 +20,12 @@ from ddpm.step import Meters, Step, Validation
 from ddpm.train import Best, Due, Run, Same
 
 
-def averages(config, net):
+def averages(config, weights):
     """The averages of a training by the names of their parts; the first is the one that is drawn and measured."""
     section = config.ema
-    made = {"ema": EMA(net, section.decay, section.warmup)}
-    made |= {build.part_name(decay): EMA(net, decay, section.warmup) for decay in section.more}
-    return made | {build.part_name(width): EMA(net, posthoc.power_function(width)) for width in section.profiles}
+    made = {"ema": EMA(weights, section.decay, section.warmup)}
+    made |= {build.part_name(decay): EMA(weights, decay, section.warmup) for decay in section.more}
+    return made | {build.part_name(width): EMA(weights, posthoc.power_function(width)) for width in section.profiles}
 
 
 def rate(config, dataset_size):
@@ -50,17 +50,35 @@ def batches(config, images, indices, machine, start, total):
     return machine.ahead(data.loader(images, order, workers, pin_memory=machine.device.type == "cuda"))
 
 
-def step(config, net, averages, machine, dataset_size):
-    """The step that trains a network and its averages."""
-    section, model = config.train, build.diffusion(config, StepNetwork(net, machine))
+def step(config, network, averages, dataset_size):
+    """The step that trains a StepNetwork and its averages."""
+    section, machine, model = config.train, network.machine, build.diffusion(config, network)
     model.objective.to(machine.device)
     return Step(
-        net=net, diffusion=model, averages=averages, meters=Meters(config.diffusion.timesteps, machine), machine=machine,
-        scaler=machine.scaler(), optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
-            [*net.parameters(), *model.objective.parameters()], section.learning_rate),
+        net=network.net, diffusion=model, averages=averages, machine=machine,
+        meters=Meters(config.diffusion.timesteps, machine), scaler=network.scaler(),
+        optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
+            [*network.parameters, *model.objective.parameters()], section.learning_rate),
         seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
         learning_rate=rate(config, dataset_size), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
         augmentation=config.data.augment, label_dropout=section.label_dropout if config.data.classes else None)
+
+
+def learning(config, net, machine, levels, note):
+    """The StepNetwork of a network on the host that recomputes so many levels: on the machine, or shared out over its ranks."""
+    section = config.train
+    recompute(itertools.chain(*net.levels[:levels]))
+    if not section.fully_shard or machine.world == 1:
+        form = torch.channels_last if section.channels_last else torch.contiguous_format
+        return StepNetwork(net.to(machine.device, memory_format=form), machine)
+    from ddpm.sharded import ShardedNetwork  # not above: torch takes a second for what only such runs need
+
+    note(f"weights, gradients, averages and the optimiser's state are shared out over {machine.world} ranks "
+         "(train.fully_shard)")
+    with torch.device("meta"):
+        twin = build.network(config)
+    recompute(itertools.chain(*twin.levels[:levels]))
+    return ShardedNetwork(twin, net, machine)
 
 
 def blank(config, count):
@@ -99,8 +117,22 @@ def account(config, dtype, images, levels=0):
         weights = ledger.live
         recompute(itertools.chain(*net.levels[:levels]))
         averaged = list(averages(config, net).values())
-    made = step(config, net, averaged, dist.Machine(torch.device("cpu"), dtype), dataset_size=images)
+    network = StepNetwork(net, dist.Machine(torch.device("cpu"), dtype))
+    made = step(config, network, averaged, dataset_size=images)
     return memory.account(ledger, made, blank(config, images), weights, ledger.live - weights, accumulated=parts > 1)
+
+
+def on_each(config, found, ranks):
+    """The bytes on each of so many cards, where `found` is the account of the same micro-batch on one alone."""
+    if ranks == 1:
+        return found.total
+    if not config.train.fully_shard:
+        return found.total + found.weights  # a copy of the gradients to exchange
+    with torch.device("meta"):
+        net = build.network(config)
+    stages = [memory.size_of_all(stage.parameters()) for stage in itertools.chain(*net.levels)]
+    together = found.weights - sum(stages) + sum(sorted(stages)[-2:])  # what is in no stage, and the stage at work and the next
+    return found.shared / ranks + found.total - found.shared + 2 * together  # as weights and as gradients
 
 
 def recomputed(config, net, machine, note):
@@ -112,8 +144,7 @@ def recomputed(config, net, machine, note):
     images = build.at_a_time(config, machine)
 
     def needed(levels):
-        found = account(config, machine.dtype, images, levels)
-        return memory.with_margin(found.total + (found.weights if machine.world > 1 else 0))  # ranks have a copy to exchange
+        return memory.with_margin(on_each(config, account(config, machine.dtype, images, levels), machine.world))
 
     if wanted == "auto":
         levels = 0 if free is None else min(bisect_left(range(count + 1), True, key=lambda n: needed(n) <= free), count)
@@ -129,7 +160,8 @@ def recomputed(config, net, machine, note):
 
 def savings(config, machine, levels=0):
     """What would take less memory than a step with one image at a time that recomputes `levels`: words, by what it saves."""
-    now, found = account(config, machine.dtype, 1, levels).total, []
+    alone, found = account(config, machine.dtype, 1, levels), []
+    now = alone.total
     for knob, value in (("train.activation_checkpointing", "all"), ("train.amp", "bf16"),
                         ("model.model_channels", config.model.model_channels // 2),
                         ("data.image_size", config.data.image_size // 2)):
@@ -139,6 +171,10 @@ def savings(config, machine, levels=0):
             build.check(other)
             saved = now - account(other, dtype, 1, 99 if value == "all" else levels).total
             found.append((saved, f"--config.{knob}={value} (saves {saved / 2**20:,.1f} MiB)"))
+    with contextlib.suppress(ValueError):
+        other = configs.changed(config, {"train.fully_shard": True})
+        saved = on_each(config, alone, machine.world) - on_each(other, alone, machine.world)
+        found.append((saved, f"--config.train.fully_shard=True (saves {saved / 2**20:,.1f} MiB on {machine.world} ranks)"))
     return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]
 
 
@@ -188,14 +224,14 @@ def run(config, folder, machine):
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
              f"{len(learned)} images to learn from, {len(held_out)} held out", evaluation]
     levels = recomputed(config, net, machine, notes.append)  # by what is free before the network takes its place
-    recompute(itertools.chain(*net.levels[:levels]))
-    net.to(machine.device, memory_format=torch.channels_last if section.channels_last else torch.contiguous_format)
     if content is None and section.init_from:
         path, _, _, weights = checkpoint.load_weights(section.init_from)
         build.put_weights(net, weights, path)
-    averaged = averages(config, net)
-    made = step(config, net, list(averaged.values()), machine, len(learned))
-    parts = {"net": net, **averaged, "optimizer": made.optimizer, "scaler": made.scaler, "meters": made.meters,
+    network = learning(config, net, machine, levels, notes.append)
+    averaged = averages(config, network.weights)
+    made = step(config, network, list(averaged.values()), len(learned))
+    shared = {"net": network.weights, **averaged, "optimizer": made.optimizer}
+    parts = {**{name: network.part(one) for name, one in shared.items()}, "scaler": made.scaler, "meters": made.meters,
              "best": Best(), "due": Due(),
              "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
     if made.objective.state_dict():  # a weighting or times that learn
@@ -215,15 +251,15 @@ def run(config, folder, machine):
         folder=folder, config_json=configs.to_json(config), machine=machine, recomputed=levels,
         filled={key: value for key, value in configs.flatten(config).items() if value != given[key]},
         start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, due=parts["due"],
-        best=parts["best"],
-        parts=parts, notes=notes, stored=[build.part_name(width) for width in config.ema.profiles],
+        best=parts["best"], parts=parts, notes=notes,
+        stored={name: averaged[name] for name in map(build.part_name, config.ema.profiles)},
         batches=lambda start: batches(config, images, learned, machine, start, total),
         speed=clock.Speed(section.batch_size, len(learned), asked.training, machine.peak(), machine.wait),
-        validation=Validation(images, held_out, net, made.diffusion, machine, build.at_a_time(config, machine),
+        validation=Validation(images, held_out, network.net, made.diffusion, machine, build.at_a_time(config, machine),
                               images.labels if classes else None),
-        draw=build.drawer(config, net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),
+        draw=build.drawer(config, network.net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),
         score=training_scorer(config, every["evaluate"], images, machine, notes), share=share,
-        likelihood=build.likelihood(config, net, images, machine),
+        likelihood=build.likelihood(config, network.net, images, machine),
         tracker_state=content and content["parts"]["tracker"])
 
 

@@ -90,6 +90,7 @@ def base():
             "compile": False,  # torch.compile: a minute or more at the start, then fewer kernels; rounds differently
             "channels_last": False,  # memory format of convolutions: may pay in half precision on a card; rounds differently
             "activation_checkpointing": "auto",  # levels computed twice to save memory: none, all, auto (as the card needs)
+            "fully_shard": False,  # cards: each keeps a part of weights, averages, optimiser: for what fits no single one
             "label_dropout": 0.1,  # share of class labels dropped, for guidance: the network learns to do without too
             "max_hours": 0.0,  # saves and stops with exit code 75 before the process is so old; 0 is no limit
             "init_from": "",  # run folder or file whose EMA weights a new run begins with
@@ -161,7 +162,8 @@ def with_variant(config, variant, variants):
 
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
-FREE = ("train.length", "train.max_hours", "train.activation_checkpointing", "every.", "wandb.", "evaluate.", "data.classes",
+FREE = ("train.length", "train.max_hours", "train.activation_checkpointing", "train.fully_shard", "every.", "wandb.",
+        "evaluate.", "data.classes",
         "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
 
 RANGES = {
@@ -277,6 +279,7 @@ def check(config):
     if not all(type(tag) is str for tag in knobs["wandb.tags"]):
         raise ValueError(f"config.wandb.tags is {knobs['wandb.tags']}; it takes words, such as ('cats', 'small')")
     check_classes(knobs)
+    check_sharded(knobs)
     for key in LENGTHS:
         with about(key):
             clock.parse_duration(knobs[key], times=False)
@@ -308,6 +311,18 @@ def check(config):
                              f"{knobs['diffusion.timesteps']} or fewer")
         with about(key):
             process.levels(knobs[key] or knobs["sample.steps"], knobs["sample.spacing"])
+
+
+def check_sharded(knobs):
+    """Raise a ValueError for what a network that ranks share out cannot be."""
+    if not knobs["train.fully_shard"]:
+        return
+    for key in ("train.compile", "train.channels_last"):
+        if knobs[key]:
+            raise ValueError(f"config.train.fully_shard and config.{key} are both True; choose one of them")
+    if parse(knobs["model.name"])[0] == "unet_mp":
+        raise ValueError("config.train.fully_shard cannot be True with config.model.name 'unet_mp', whose layers write into "
+                         "their weights while they compute; choose another network, or train.fully_shard=False")
 
 
 def check_budget(knobs):

@@ -11,15 +11,19 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from ddpm import cards
 from ddpm.interrupt import Interrupted, Wish
 
 AMP = ("auto", "off", "bf16", "fp16")
+PATIENCE = timedelta(minutes=30)  # that ranks wait for one which works alone, as on the features of the real images
 COMPILER = "inductor"  # torch's own
 LEARNING = {"options": {"fallback_random": True}}  # how it compiles: dropout draws what it draws without it
 DRAWING = {"mode": "reduce-overhead"}  # on a card CUDA graphs, in which an answer is overwritten by the next
@@ -157,16 +161,25 @@ class StepNetwork:
     """The network as the training step sees it: autocast around it, gradients averaged over ranks, float32 out.
 
     EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file; without gradients it is
-    the plain module that is asked, so that what is `compiled` sees one shape.
+    the plain module that is asked, so that what is `compiled` sees one shape. `parameters` are what an optimiser changes,
+    `weights.state_dict()` what is averaged.
     """
 
     def __init__(self, net, machine):
-        self.net, self.machine = net, machine
-        self.wrapped = self.learning = DistributedDataParallel(net) if machine.world > 1 else net
+        self.net, self.machine, self.asked, self.fast = net, machine, net, None
+        self.weights, self.parameters = net, list(net.parameters())
+
+    @cached_property
+    def wrapped(self):
+        """The network that learns, made when it is asked first: ranks wait for each other there."""
+        return DistributedDataParallel(self.net) if self.machine.world > 1 else self.net
 
     def __call__(self, x, t, y=None, **told):
         with self.machine.autocast():
-            return (self.learning if torch.is_grad_enabled() else self.net)(x, t, y, **told).float()
+            return ((self.fast or self.wrapped) if torch.is_grad_enabled() else self.asked)(x, t, y, **told).float()
+
+    def train(self):
+        self.wrapped.train()
 
     def accumulating(self, more):
         """The context of a micro-step: ranks exchange gradients only when no more micro-steps follow."""
@@ -174,7 +187,30 @@ class StepNetwork:
 
     def compiled(self, wanted=True):
         """From now on, or no longer, learn through torch.compile, which does its work when it is asked first."""
-        self.learning = through(self.wrapped, LEARNING) if wanted else self.wrapped
+        self.fast = through(self.wrapped, LEARNING) if wanted else None
+
+    def scaler(self):
+        """A GradScaler that scales for float16 and does nothing otherwise."""
+        return self.machine.scaler()
+
+    def collect(self):
+        """Bring the gradients to where the optimiser looks for them."""
+
+    def norm(self, others=()):
+        """The norm of the gradients of the network and of `others`, parameters that are the same on all ranks."""
+        return get_total_norm([one.grad for one in (*self.parameters, *others) if one.grad is not None])
+
+    def whole(self):
+        """The context in which the plain network has the weights, to draw and to measure with."""
+        return contextlib.nullcontext()
+
+    def gathered(self, state):
+        """A state as it is without ranks, on the main one; the others take part and get nothing of use."""
+        return state
+
+    def part(self, part):
+        """A checkpoint's part that holds weights, or what there is for each of them, as files have it."""
+        return part
 
 
 class Compiled:
@@ -258,8 +294,8 @@ def start(amp="auto", deterministic=False, device=None, wish=None):
     hosts = None
     if world > 1:
         if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        hosts = distributed.new_group(backend="gloo")
+            distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+        hosts = distributed.new_group(backend="gloo", timeout=PATIENCE)
     return Machine(chosen, dtype, rank, world, notes, hosts, wish or Wish())
 
 

@@ -92,6 +92,10 @@ def size_of(tensor):
     return tensor.numel() * tensor.element_size()
 
 
+def size_of_all(tensors):
+    return sum(map(size_of, tensors))
+
+
 @dataclass(frozen=True)
 class Account:
     """The bytes of a training step at its peak, by part; they add up to `total`. `course` has the total at each allocation."""
@@ -111,6 +115,11 @@ class Account:
     @property
     def total(self):
         return sum(self.parts)
+
+    @property
+    def shared(self):
+        """What ranks share out under train.fully_shard."""
+        return self.weights + self.averages + self.optimizer + self.gradients
 
 
 def account(ledger, step, batch, weights, averages, accumulated=False):

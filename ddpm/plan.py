@@ -5,6 +5,7 @@ from what the makers of cards publish and from --mfu, the share of it that is re
 a training tracks its own as `speed/mfu`.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -62,12 +63,18 @@ def plan(config, vram, mfu, cards):
 
     yield (f"memory of a training step on one card, GiB, {images} images at a time (a batch of {section.batch_size} in "
            f"{section.gradient_accumulation_steps} parts); most images at a time on a card of {vram:g} GiB")
+    sharded = None
+    with contextlib.suppress(ValueError):  # of a network that cannot be
+        sharded = changed(config, {"train.fully_shard": True, "train.compile": False, "train.channels_last": False})
     rows = [["type", "checkpointing", "weights", "EMA", "optimizer", "gradients", "activations", "workspace", "sum",
-             "card has", "most images"]]
+             "card has", "most images", f"of {cards} sharded"]]
     for found in memory_of(config, images, vram * GIB):
+        each = sharded and f"{memory.with_margin(assemble.on_each(sharded, found.account, cards)) / GIB:.2f}"
         parts = (*found.account.parts, found.account.total, memory.with_margin(found.account.total))
-        rows.append([found.types, found.checkpointing, *(f"{part / GIB:.2f}" for part in parts), str(max(found.most, 0))])
-    yield plain(rows) + "\n'card has' is the sum, a tenth and half a GiB: kernels' own workspace and gaps are not counted\n"
+        rows.append([found.types, found.checkpointing, *(f"{part / GIB:.2f}" for part in parts), str(max(found.most, 0)),
+                     each or "cannot be"])
+    yield (plain(rows) + "\n'card has' is the sum, a tenth and half a GiB: kernels' own workspace and gaps are not counted;\n"
+           f"the last column is what each of {cards} cards has by train.fully_shard, {images} images at a time on each\n")
 
     total, size = length(config)
     among = f", of {size:,} in the data" if size else ""

@@ -90,7 +90,7 @@ class Step:
         self.net, self.diffusion, self.optimizer, self.scaler = net, diffusion, optimizer, scaler
         self.averages, self.ema = averages, averages[0]  # the first is sampled and measured
         self.objective = diffusion.objective
-        self.parameters = [*net.parameters(), *self.objective.parameters()]
+        self.parameters = [*diffusion.net.parameters, *self.objective.parameters()]
         self.meters, self.machine, self.seed = meters, machine, seed
         self.learning_rate, self.gradient_clip = learning_rate, gradient_clip
         self.flip = partial(data.flip, put=machine.put) if flip else lambda batch, *address: batch
@@ -107,15 +107,17 @@ class Step:
 
         Raises NoRoom where memory runs out with one image at a time.
         """
-        self.net.train()
+        self.diffusion.net.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         while not self._gradients(step, batch):
             self._cut_further()
+        self.diffusion.net.collect()
         for parameter in self.objective.parameters():  # which the network's wrapper does not know
             parameter.grad = self.machine.sum(parameter.grad) / self.machine.world
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.gradient_clip)
+        norm = self.diffusion.net.norm(list(self.objective.parameters()))
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
         skipped = ~norm.isfinite()
         self.optimizer.found_inf = skipped.float()  # a fused optimiser leaves everything as it is where this is 1
         self.scaler.step(self.optimizer)
@@ -132,7 +134,7 @@ class Step:
     def rehearse(self, batch):
         """Learn from the first micro-batch of a batch and forget it: nothing changes but what is set up on the way."""
         before, count = self.meters.losses(), len(self.parts[0])
-        self.net.train()
+        self.diffusion.net.train()
         try:
             with self.diffusion.net.accumulating(more=True):
                 self._learn(0, 0, self.parts[0], *(tensor[:count] for tensor in batch))

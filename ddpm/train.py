@@ -3,6 +3,7 @@
 `step` counts from 0; `done` is the number of steps done.
 """
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 from ddpm import checkpoint, draw, images
 from ddpm.clock import Every, Speed, Stopwatch
 from ddpm.dist import Machine
+from ddpm.ema import EMA
 from ddpm.interrupt import Interrupted
 from ddpm.score import keep
 from ddpm.step import Meters, Step, Validation
@@ -99,7 +101,7 @@ class Run:
     share: float | None  # of the training's operations that its evaluations take, where that can be known
     likelihood: Callable  # () -> dict of eval/ numbers, dict of texts by file name
     parts: dict[str, Any]
-    stored: list[str]  # the parts that are power-function averages
+    stored: dict[str, EMA]  # the power-function averages, by the names of their parts
     notes: list[str]  # what a person should read first
     tracker_state: dict | None  # what the tracker left in the checkpoint
     tracker: Any = None
@@ -127,6 +129,20 @@ class Run:
         for note in self.notes:
             tracker.say(note)
 
+    def whole(self):
+        """The context in which the plain network has the weights."""
+        return self.step.diffusion.net.whole()
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The context in which the plain network has the averaged weights."""
+        with self.step.ema.averaged(), self.whole():
+            yield
+
+    def gathered(self, average):
+        """An average's whole weights, by name, on the main rank."""
+        return self.step.diffusion.net.gathered(average.shadow)
+
     def log_training(self, done):
         """Log what the steps since the last log measured; raises Diverged where none has been finite for long."""
         readings = self.meters.read() | self.speed.read(done) | self.machine.memory()
@@ -138,9 +154,9 @@ class Run:
 
     def validate(self, done):
         """Log the validation loss of the weights and of their average; keep the average where it is the best yet."""
-        with self.machine.wish.abandonable():
+        with self.whole(), self.machine.wish.abandonable():
             loss = self.validation.loss()
-        with self.step.ema.averaged(), self.machine.wish.abandonable():
+        with self.averaged(), self.machine.wish.abandonable():
             averaged = self.validation.loss()
         self.tracker.log(done, {"val/loss": loss, "val/loss_ema": averaged} | self.speed.progress(done))
         if self.best.improved(averaged):
@@ -150,7 +166,7 @@ class Run:
     def draw_grid(self, done):
         """Draw the same latents as every time, with the averaged weights, into samples/ and the tracker."""
         seeds, recipe = self.grid
-        with self.step.ema.averaged(), self.machine.wish.abandonable():
+        with self.averaged(), self.machine.wish.abandonable():
             drawn = self.machine.gather(draw.joined(self.draw(seeds, recipe)))
         if self.machine.main:
             show(self.folder, self.tracker, done, {"samples": drawn})
@@ -158,7 +174,7 @@ class Run:
     def evaluate(self, done):
         """Log how far from real images drawn ones are, the real ones nearest to them, and bits/dim, by the averaged weights."""
         watch = Stopwatch()
-        with self.step.ema.averaged(), self.machine.wish.abandonable():
+        with self.averaged(), self.machine.wish.abandonable():
             numbers, pictures = self.score(self.draw)
             bits, files = self.likelihood()
         if (numbers or bits) and self.machine.main:
@@ -169,20 +185,23 @@ class Run:
 
     def export(self, name, done):
         """Write the averaged weights as `name`: all that drawing needs."""
+        weights = self.gathered(self.step.ema)
         if self.machine.main:
-            checkpoint.export(self.folder / name, self.step.ema.shadow, done, self.config_json)
+            checkpoint.export(self.folder / name, weights, done, self.config_json)
 
     def snapshot(self, done):
         """Store the power-function averages, from which any profile is made later."""
+        averages = {name: self.gathered(average) for name, average in self.stored.items()}
         if self.machine.main:
-            averages = {name: self.parts[name].shadow for name in self.stored}
             checkpoint.save_snapshot(self.folder, done, self.config_json, averages, dict(self.step.net.named_buffers()))
 
     def save(self, done, milestone=False):
         """Save everything to continue, once the rows up to here are on disk."""
         with self.machine.wish.allowed_for():
             self.tracker.flush()
-            self.meters.collect()
+            for part in self.parts.values():
+                if hasattr(part, "collect"):  # ranks share it out
+                    part.collect()
             if self.machine.main:
                 checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone)
         self.saved = done, self.due.names

@@ -15,7 +15,7 @@ FLOORS = {
     "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures"],
     "services": ["data", "cache", "shards", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],
-    "ground": ["spec", "rng", "dist", "clock", "files", "memory", "cards", "budget", "interrupt"],
+    "ground": ["spec", "rng", "dist", "sharded", "clock", "files", "memory", "cards", "budget", "interrupt"],
 }
 HEIGHT = {room: height for height, rooms in enumerate(reversed(FLOORS.values())) for room in rooms}
 GROUND, MATHEMATICS, SERVICES, CRAFT, ASSEMBLY, DOORS = range(6)
@@ -27,7 +27,7 @@ HOMES = {
     "diffusers": {"convert"},
     "optuna": {"sweep"},
     "wandb_workspaces": {"dashboard"},
-    "torch.distributed": {"dist"},
+    "torch.distributed": {"dist", "sharded"},
     "ml_collections": {"config", "command"},
     "matplotlib": {"figures"},
     "scipy": {"results"},
@@ -74,7 +74,7 @@ def test_imports_point_down_only(path):
             allowed = other == "images" or HEIGHT[other] in (GROUND, SERVICES)
             assert allowed, f"{path.name}:{line}: services do not know the mathematics ({other})"
         if HEIGHT[room] == MATHEMATICS:
-            assert other != "dist", f"{path.name}:{line}: the mathematics knows no ranks or devices"
+            assert other not in ("dist", "sharded"), f"{path.name}:{line}: the mathematics knows no ranks or devices"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())

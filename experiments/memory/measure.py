@@ -42,7 +42,7 @@ def measured(given, dtype, levels):
     net = build.network(given)
     recompute(itertools.chain(*net.levels[:levels]))
     averages = list(assemble.averages(given, net).values())
-    step = assemble.step(given, net, averages, dist.Machine(torch.device("cpu"), dtype), 100)
+    step = assemble.step(given, dist.StepNetwork(net, dist.Machine(torch.device("cpu"), dtype)), averages, 100)
     size, shape = given.train.batch_size, build.image_shape(given)
     batch = torch.zeros(size, *shape, dtype=torch.uint8), torch.full((size,), -1)
     step(0, batch)  # the optimiser has begun
