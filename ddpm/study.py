@@ -143,8 +143,11 @@ def read(path):
         study = understood(path, yaml.safe_load(path.read_text()))
         study.check()
     except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}; this is no YAML") from None
-    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}; this is no YAML: mend the line, or "
+                         "quote what stands there") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no text: {one_line(error)}; save it as UTF-8, or give another") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
     return study
 
