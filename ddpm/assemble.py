@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from ddpm import build, checkpoint, clock, data, dist, memory, optim, posthoc, score, spec
+from ddpm import build, checkpoint, clock, data, dist, memory, optim, posthoc, rng, score, spec
 from ddpm import config as configs
 from ddpm.dist import StepNetwork
 from ddpm.ema import EMA
 from ddpm.models.layers import recompute
-from ddpm.step import Meters, Step, Validation
-from ddpm.train import Best, Due, Run, Same
+from ddpm.step import Guard, Meters, Step, Validation
+from ddpm.train import ROLLBACKS, Best, Due, Run, Same
 
 
 def averages(config, weights):
@@ -28,8 +28,8 @@ def averages(config, weights):
     return made | {build.part_name(width): EMA(weights, posthoc.power_function(width)) for width in section.profiles}
 
 
-def rate(config, dataset_size):
-    """The learning rate as a function of the step."""
+def rate(config, dataset_size, rollbacks=0):
+    """The learning rate as a function of the step, for a run that has been rolled back so often."""
     section = config.train
 
     def steps(text):
@@ -39,28 +39,30 @@ def rate(config, dataset_size):
     if "length" in arguments:
         arguments["length"] = steps(arguments["length"])
     decay = partial(optim.DECAYS[name], **arguments)
-    return lambda step: optim.learning_rate(step, section.learning_rate, steps(section.warmup), decay)
+    base = section.learning_rate * section.rollback ** rollbacks
+    return lambda step: optim.learning_rate(step, base, steps(section.warmup), decay)
 
 
-def batches(config, images, indices, machine, start, total):
+def batches(config, images, indices, machine, seed, start, total):
     """This rank's share of each effective batch from step `start` to `total`: uint8 [b, c, h, w] and labels int64 [b]."""
     size, share = config.train.batch_size, machine.share(config.train.batch_size)
-    order = (indices[data.batch_indices(config.seed, len(indices), step, size)[share]] for step in range(start, total))
+    order = (indices[data.batch_indices(seed, len(indices), step, size)[share]] for step in range(start, total))
     workers = min(config.data.num_workers, os.cpu_count() or 1)
     return machine.ahead(data.loader(images, order, workers, pin_memory=machine.device.type == "cuda"))
 
 
-def step(config, network, averages, dataset_size):
-    """The step that trains a StepNetwork and its averages."""
+def step(config, network, averages, dataset_size, rollbacks=0):
+    """The step that trains a StepNetwork and its averages, for a run that has been rolled back so often."""
     section, machine, model = config.train, network.machine, build.diffusion(config, network)
     model.objective.to(machine.device)
     return Step(
         net=network.net, diffusion=model, averages=averages, machine=machine,
-        meters=Meters(config.diffusion.timesteps, machine), scaler=network.scaler(),
-        optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
+        meters=Meters(config.diffusion.timesteps, machine), guard=Guard(section.spike, machine, rollbacks),
+        scaler=network.scaler(), optimizer=spec.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
             [*network.parameters, *model.objective.parameters()], section.learning_rate),
-        seed=config.seed, batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
-        learning_rate=rate(config, dataset_size), gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
+        seed=rng.another(config.seed, rollbacks), learning_rate=rate(config, dataset_size, rollbacks),
+        batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
+        gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
         augmentation=config.data.augment, label_dropout=section.label_dropout if config.data.classes else None)
 
 
@@ -194,10 +196,11 @@ def training_scorer(config, every, images, machine, notes):
         return score.Nothing()
 
 
-def run(config, folder, machine):
+def run(config, folder, machine, rollbacks=0):
     """Make the run of a config in a folder: new, or standing where its newest checkpoint left it.
 
-    Raises ValueError for what cannot be run, before anything is written.
+    It was rolled back so often, or as often as the checkpoint knows. Raises ValueError for what cannot be run, before anything
+    is written.
     """
     section, folder = config.train, Path(folder)
     equal = machine.world * section.gradient_accumulation_steps
@@ -220,6 +223,8 @@ def run(config, folder, machine):
             every[name] = clock.Every("0 steps", section.batch_size, len(learned))
 
     content = checkpoint.newest(folder)
+    if content is not None:
+        rollbacks = max(rollbacks, content["parts"].get("guard", {}).get("rollbacks", 0))
     net = build.network(config)
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
              f"{len(learned)} images to learn from, {len(held_out)} held out", evaluation]
@@ -229,10 +234,10 @@ def run(config, folder, machine):
         build.put_weights(net, weights, path)
     network = learning(config, net, machine, levels, notes.append)
     averaged = averages(config, network.weights)
-    made = step(config, network, list(averaged.values()), len(learned))
+    made = step(config, network, list(averaged.values()), len(learned), rollbacks)
     shared = {"net": network.weights, **averaged, "optimizer": made.optimizer}
     parts = {**{name: network.part(one) for name, one in shared.items()}, "scaler": made.scaler, "meters": made.meters,
-             "best": Best(), "due": Due(),
+             "guard": made.guard, "best": Best(), "due": Due(),
              "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
     if made.objective.state_dict():  # a weighting or times that learn
         parts["objective"] = made.objective
@@ -251,9 +256,9 @@ def run(config, folder, machine):
         folder=folder, config_json=configs.to_json(config), machine=machine, recomputed=levels,
         filled={key: value for key, value in configs.flatten(config).items() if value != given[key]},
         start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, due=parts["due"],
-        best=parts["best"], parts=parts, notes=notes,
+        best=parts["best"], parts=parts, notes=notes, rollback=section.rollback if rollbacks < ROLLBACKS else 0,
         stored={name: averaged[name] for name in map(build.part_name, config.ema.profiles)},
-        batches=lambda start: batches(config, images, learned, machine, start, total),
+        batches=lambda start: batches(config, images, learned, machine, made.seed, start, total),
         speed=clock.Speed(section.batch_size, len(learned), asked.training, machine.peak(), machine.wait),
         validation=Validation(images, held_out, network.net, made.diffusion, machine, build.at_a_time(config, machine),
                               images.labels if classes else None),

@@ -5,6 +5,7 @@ itself. Files are written beside, fsynced and renamed, and an older one is delet
 """
 
 import json
+import math
 import pickle
 import re
 import warnings
@@ -28,8 +29,11 @@ def checkpoints(folder):
     return sorted((int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name)))
 
 
-def save(folder, step, config_json, parts, keep=2, milestone=False):
-    """Write a run's checkpoint, then delete all but the newest `keep` and the milestones; returns the path."""
+def save(folder, step, config_json, parts, keep=2, milestone=False, well=math.inf):
+    """Write a run's checkpoint, then delete older ones; returns the path.
+
+    The newest `keep` stay, the milestones, and the newest up to step `well`, to which a run can be rolled back.
+    """
     path = Path(folder, "checkpoints", f"step_{step:08d}{'.keep' if milestone else ''}.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"format": FORMAT, "step": step, "config": config_json, "parts": states}
@@ -41,9 +45,18 @@ def save(folder, step, config_json, parts, keep=2, milestone=False):
         except RuntimeError as error:  # which hides that the disk is full
             cause = error.__context__
             raise OSError(cause.errno, cause.strerror) if isinstance(cause, OSError) else error from None
-    for _, old in [item for item in checkpoints(folder) if not NAME.fullmatch(item[1].name)[2]][:-keep]:
-        old.unlink()
+    found = checkpoints(folder)
+    spared = [old for at, old in found if at <= well][-1:]
+    for _, old in [item for item in found if not NAME.fullmatch(item[1].name)[2]][:-keep]:
+        if old not in spared:
+            old.unlink()
     return path
+
+
+def cut(folder, step):
+    """Delete the checkpoints past a step, the newest first."""
+    for _, path in reversed([item for item in checkpoints(folder) if item[0] > step]):
+        path.unlink()
 
 
 def load(path):

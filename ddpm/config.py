@@ -85,6 +85,8 @@ def base():
             "warmup": "500 steps",  # the rate rises linearly from 0
             "learning_rate_decay": "constant",  # constant, cosine(length='10000 steps'), linear(...), inverse_sqrt(...)
             "gradient_clip": 1.0,  # largest norm of the gradient; 0 never clips
+            "spike": 30.0,  # steps are skipped whose loss or gradient norm is so many times the largest of late; 0 skips none
+            "rollback": 0.5,  # where it diverges it goes back, once, and on in another order at this share of the rate; 0 stops
             "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
             "deterministic": False,  # on a card, bitwise repeatable and slower
             "compile": False,  # torch.compile: a minute or more at the start, then fewer kernels; rounds differently
@@ -185,6 +187,8 @@ RANGES = {
     "train.batch_size": (1, 2**20),
     "train.gradient_accumulation_steps": (1, 2**20),
     "train.learning_rate": (0, 1),
+    "train.spike": (0, 1e30),
+    "train.rollback": (0, 1),
     "train.gradient_clip": (0, float("inf")),
     "train.label_dropout": (0, 0.99),
     "train.max_hours": (0, 10_000),

@@ -162,12 +162,12 @@ class StepNetwork:
 
     EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file; without gradients it is
     the plain module that is asked, so that what is `compiled` sees one shape. `parameters` are what an optimiser changes,
-    `weights.state_dict()` what is averaged.
+    `weights.state_dict()` what is averaged, `learner` is the module whose layers learn.
     """
 
     def __init__(self, net, machine):
         self.net, self.machine, self.asked, self.fast = net, machine, net, None
-        self.weights, self.parameters = net, list(net.parameters())
+        self.weights, self.learner, self.parameters = net, net, list(net.parameters())
 
     @cached_property
     def wrapped(self):

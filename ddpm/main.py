@@ -4,6 +4,7 @@ The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your m
 """
 
 import contextlib
+import gc
 import sys
 import traceback
 
@@ -15,6 +16,8 @@ from ddpm.files import held
 from ddpm.interrupt import Interrupted, Wish
 from ddpm.step import NoRoom
 from ddpm.train import Diverged, train
+
+AGAIN = -1  # no exit code
 
 command.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
@@ -33,15 +36,23 @@ def train_experiment(given, folder):
             with wish.abandonable():
                 machine = dist.start(given.train.amp, given.train.deterministic, wish=wish)
             with held(folder) if machine.main else contextlib.nullcontext():
-                with wish.abandonable():
-                    run = assemble.run(given, folder, machine)
-                    if run.finished:
-                        print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
-                        return command.DONE
-                    if machine.main:
-                        print(run.config_json)
-                    assemble.track(given, run)
-                return finish(run)
+                code, rollbacks = AGAIN, 0
+                while code == AGAIN:
+                    with wish.abandonable():
+                        run = assemble.run(given, folder, machine, rollbacks)
+                        if run.finished:
+                            print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
+                            return command.DONE
+                        if machine.main and not rollbacks:
+                            print(run.config_json)
+                        assemble.track(given, run)
+                    if rollbacks:  # or the next start would take the old way
+                        run.save(run.start)
+                    code, rollbacks = finish(run), run.step.guard.rollbacks + 1
+                    del run
+                    gc.collect()
+                    machine.release()
+                return code
     except Interrupted:  # before the first step
         more = "; give more hours" if wish.late else ": nothing to save, the same command goes on"
         print(f"stopped before the first step, {wish}{more}", file=sys.stderr, flush=True)
@@ -57,7 +68,10 @@ def main():
 
 
 def finish(run):
-    """Train a run to its end, or to what stops it; the tracker hears how it ended, and the exit code says it."""
+    """Train a run to its end, or to what stops it; the tracker hears how it ended, and the exit code says it.
+
+    AGAIN says that the run was rolled back, and is to be made anew.
+    """
     code = command.FAILED
     try:
         if train(run):
@@ -72,8 +86,14 @@ def finish(run):
             code = command.INTERRUPTED
             run.tracker.say(f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; the same command goes on")
     except Diverged as error:
-        code = command.DIVERGED
+        run.tracker.flush()
         run.tracker.say(f"diverged: {error}")
+        if run.rollback:
+            code = AGAIN
+            run.tracker.say(f"rolled back: {run.roll_back(error)}")
+        else:
+            code = command.DIVERGED
+            run.tracker.say(f"diagnosis: {run.diagnosis()}")
     except (NoRoom, torch.OutOfMemoryError) as error:
         what = error if isinstance(error, NoRoom) else ("out of memory beside the gradients; where it was drawing, smaller "
                                                         "--config.sample.batch_size and --config.evaluate.batch_size help")
@@ -88,7 +108,7 @@ def finish(run):
         run.tracker.say(f"failed: {command.one_line(error)}; the same command goes on from the last checkpoint")
         traceback.print_exc()
     finally:
-        run.tracker.close(code)
+        run.tracker.close(command.DONE if code == AGAIN else code)
     return code
 
 

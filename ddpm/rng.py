@@ -52,3 +52,8 @@ def reseed_torch(seed, *address):
     """Put torch's global generators (dropout's source, all devices) at the address, an integer tuple."""
     sequence = np.random.SeedSequence(seed, spawn_key=address)  # as entropy, (5,) and (5, 0) would be one address
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def another(seed, count):
+    """The seed of a run that has begun anew so often: its own the first time, then one that shares nothing with it."""
+    return int(generator(seed, "another", count).integers(2**63)) if count else seed

@@ -19,11 +19,17 @@ from ddpm.interrupt import Interrupted
 from ddpm.score import keep
 from ddpm.step import Meters, Step, Validation
 
-PATIENCE = 50  # skipped steps in a row: fp16 finds its loss scale in fewer
+PATIENCE = 50  # more steps skipped than learned from: fp16 finds its loss scale in fewer
+SMALLEST = 1.0  # loss scale of fp16, below which gradients that overflow are wrong ones
+ROLLBACKS = 1
 
 
 class Diverged(Exception):
-    """The gradient has not been finite for many steps, and will not be again."""
+    """The training has gone wrong for good since step `well`."""
+
+    def __init__(self, text, well):
+        super().__init__(text)
+        self.well = well
 
 
 class Same:
@@ -91,6 +97,7 @@ class Run:
     step: Step
     meters: Meters
     speed: Speed
+    rollback: float  # share of the learning rate with which it goes back where it diverges; 0 where it does not
     every: dict[str, Every]
     due: Due
     validation: Validation
@@ -144,13 +151,38 @@ class Run:
         return self.step.diffusion.net.gathered(average.shadow)
 
     def log_training(self, done):
-        """Log what the steps since the last log measured; raises Diverged where none has been finite for long."""
-        readings = self.meters.read() | self.speed.read(done) | self.machine.memory()
-        rate = self.step.learning_rate(done - 1)
-        self.tracker.log(done, readings | {"train/learning_rate": rate, "train/loss_scale": self.step.scaler.get_scale()})
-        if self.meters.streak >= min(PATIENCE, self.total):
-            raise Diverged(f"no finite gradient in the last {int(self.meters.streak)} steps, up to step {done}: start again "
-                           "with a lower --config.train.learning_rate, or --config.train.amp=off")
+        """Log what the steps since the last log measured."""
+        readings = self.meters.read()
+        if skipped := int(readings["train/skipped_steps"]):
+            self.tracker.say(f"up to step {done}, {skipped} of {int(self.meters.sums['steps'][0])} steps were skipped: "
+                             f"{int(readings['train/spikes'])} as spikes of loss or gradient, the others were not finite")
+        readings |= self.speed.read(done) | self.machine.memory()
+        rate, scale = self.step.learning_rate(done - 1), self.step.scaler.get_scale()
+        self.tracker.log(done, readings | {"train/learning_rate": rate, "train/loss_scale": scale,
+                                           "train/rollbacks": self.step.guard.rollbacks})
+
+    def check(self, done):
+        """Raise Diverged where the training has gone wrong for good, which its guard and fp16's loss scale tell."""
+        guard, scale = self.step.guard, self.step.scaler.get_scale()
+        trouble = guard.trouble(min(PATIENCE, self.total))
+        if not trouble and scale < SMALLEST:
+            trouble = f"fp16's loss scale fell to {scale:g}"
+        if trouble:
+            raise Diverged(f"{trouble}, up to step {done}", guard.well.item())
+
+    def roll_back(self, diverged):
+        """Cut what is not from when all was well, for the run to be made anew; returns words on where that begins."""
+        if self.machine.main:
+            checkpoint.cut(self.folder, diverged.well)
+        self.machine.agree("it is cut")
+        step, _ = (checkpoint.checkpoints(self.folder) or [(0, None)])[-1]
+        return f"from {f'step {step}' if step else 'the start'} on in another order, at {self.rollback:g} of the learning rate"
+
+    def diagnosis(self):
+        """Words on the last step that was skipped, or where none was on the last that all was well at."""
+        guard = self.step.guard
+        step = (guard.bad if guard.bad >= 0 else guard.well).item()
+        return f"step {step + 1}: {self.step.diagnosis(step, next(iter(self.batches(step))))}"
 
     def validate(self, done):
         """Log the validation loss of the weights and of their average; keep the average where it is the best yet."""
@@ -203,7 +235,8 @@ class Run:
                 if hasattr(part, "collect"):  # ranks share it out
                     part.collect()
             if self.machine.main:
-                checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone)
+                checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone,
+                                well=self.step.guard.well.item())
         self.saved = done, self.due.names
 
     def stop(self, done, interrupted):
@@ -241,6 +274,8 @@ def events(run, done):
     now = due | wanted if last else due
     if "log" in now:
         run.log_training(done)
+    if now:
+        run.check(done)
     with run.speed.pause():
         if "validate" in now:
             run.validate(done)

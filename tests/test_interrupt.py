@@ -40,8 +40,7 @@ def test_stopped_in_every_event_and_continued_to_the_same_bits(tmp_path):
     """By step 4 the network is asked 6 times by validation, 5 by the grid, 4 by the distance, and then by both likelihoods."""
     given = tiny(**EVENTFUL)
     run(given, tmp_path / "whole")
-    for question, number in ((2, signal.SIGUSR1), (5, signal.SIGTERM), (8, signal.SIGINT), (13, signal.SIGUSR1),
-                             (17, signal.SIGTERM), (50, signal.SIGUSR1), (80, signal.SIGUSR1)):
+    for question, number in ((5, signal.SIGTERM), (8, signal.SIGINT), (13, signal.SIGUSR1), (80, signal.SIGUSR1)):
         made = assemble.run(given, tmp_path / "parts", dist.start())
         assemble.track(given, made)
         before = {name: value.clone() for name, value in made.step.net.state_dict().items()}
@@ -133,19 +132,16 @@ def test_stopped_while_wandb_waits_for_its_server(tmp_path):
     assert time.monotonic() - asked < 20
 
 
-@pytest.mark.parametrize("whom", ["both", "the second"])
-def test_two_ranks_leave_together(tmp_path, whom):
-    """Where one alone is asked, the other draws its share and hears of it."""
-    steps = 10_000 if whom == "both" else 200
+def test_two_ranks_leave_together(tmp_path):
+    """Of which one alone is asked: the other draws its share and hears of it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen(command(tmp_path, **LONG | dict(sample__steps=steps)), env=place | {"RANK": str(rank)})
+    ranks = [subprocess.Popen(command(tmp_path, **LONG | dict(sample__steps=200)), env=place | {"RANK": str(rank)})
              for rank in (0, 1)]
     try:
         wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_text(), ranks[0])
-        for rank in ranks if whom == "both" else ranks[1:]:
-            rank.send_signal(signal.SIGTERM)
+        ranks[1].send_signal(signal.SIGTERM)
         assert [rank.wait(timeout=60) for rank in ranks] == [INTERRUPTED, INTERRUPTED]
     finally:
         for rank in ranks:
