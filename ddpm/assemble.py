@@ -228,6 +228,9 @@ def run(config, folder, machine, rollbacks=0):
     net = build.network(config)
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
              f"{len(learned)} images to learn from, {len(held_out)} held out", evaluation]
+    if twins := data.across(images.alike, held_out):
+        notes.append(f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is learned from: "
+                     "val/loss and eval/copying flatter")
     levels = recomputed(config, net, machine, notes.append)  # by what is free before the network takes its place
     if content is None and section.init_from:
         path, _, _, weights = checkpoint.load_weights(section.init_from)

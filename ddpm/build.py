@@ -15,6 +15,7 @@ from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.guidance import unlabelled
 from ddpm.models import MODELS
+from ddpm.pictures import open_picture
 
 
 def network(config):
@@ -223,10 +224,10 @@ def pictures(config, paths, mask=None):
     Raises ValueError for a file that cannot be read, and a mask that does not lie over the first picture or has nothing white.
     """
     section = config.data
-    read = [data.open_picture(path, section.image_size, section.channels, section.matte) for path in paths]
+    read = [open_picture(path, section.image_size, section.channels, section.matte) for path in paths]
     if mask is None:
         return [pixels for pixels, _ in read], None
-    (grey,), (width, height) = data.open_picture(mask, section.image_size, 1)
+    (grey,), (width, height) = open_picture(mask, section.image_size, 1)
     if (width, height) != read[0][1] and not (width == height and len(set(read[0][1])) == 1):
         raise ValueError(f"mask {str(mask)!r} is {width}x{height} and the image {'x'.join(map(str, read[0][1]))}; give one of "
                          "the image's size, or two squares")

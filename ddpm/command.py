@@ -76,10 +76,11 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
         raise ValueError(explained(error)) from error
     if len(rest) > 1 and not takes:
         raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
-    if takes and len(rest) == 1:
-        raise ValueError(f"nothing given; write {takes}")
     flag = values["config"] if "config" in values else None
-    if flag is None or flag.default is not None:  # no config, or knobs over that of a checkpoint
+    named = flag is not None and not flag.using_default_value
+    if takes and len(rest) == 1 and not named:
+        raise ValueError(f"nothing given; write {takes}")
+    if flag is None or flag.default is not None or takes and not named:  # no config, or knobs over that of a checkpoint
         return rest
     if flag.using_default_value or not flag.config_filename:
         raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")

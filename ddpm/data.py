@@ -13,7 +13,6 @@ import io
 import json
 import os
 import signal
-import warnings
 import weakref
 from collections import Counter, namedtuple
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -30,18 +30,13 @@ from einops import rearrange, repeat
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm import cache, images, rng, spec
+from ddpm import cache, images, likeness, rng, spec
+from ddpm.pictures import MODES, SUFFIXES, TOO_SMALL, WHITE, Facts, Refused, decode, decode_file, examine, to_pixels
 
-WHITE = (255, 255, 255)
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PREPROCESSING = "square crop, bicubic, 1"  # in every fingerprint: count it up when the same file gives other pixels
-TOO_SMALL = "too small"
+SCAN = 1  # count it up when `pictures.examine` says other things of the same file
 
-Report = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))  # what a scan says of one image
-
-# PIL warns on stderr of oddities in files that it reads all the same; what is left out stands in a source's notes.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+Report = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))  # on a torchvision image
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +44,9 @@ class Source:
     """A dataset: `source[i]` is a uint8 tensor [c, h, w] and always the same one.
 
     `labels` holds a class number per image or is None, `classes` their names or None; `fingerprint` (sha256 in hex) is
-    the same wherever the content, size and preprocessing are; `notes` are lines for the log. Where the images are `in_memory`,
-    `fetch` takes an array of indices too, for a batch.
+    the same wherever the content, size and preprocessing are; `notes` are lines for the log; `alike` are groups of indices
+    of near-duplicates, where they were looked for. Where the images are `in_memory`, `fetch` takes an array of indices too, for
+    a batch.
     """
 
     fetch: Callable
@@ -61,6 +57,7 @@ class Source:
     classes: list | None = None
     notes: tuple = ()
     in_memory: bool = False
+    alike: tuple = ()
 
     def __len__(self):
         return self.length
@@ -118,47 +115,111 @@ def digits(image_size, channels, matte):
     )
 
 
-def folder(image_size, channels, matte, *, path):
-    """Every image in a folder and its sub-folders, in the order of their relative paths.
+class Survey(NamedTuple):
+    """A folder of images: the files of images with their facts, and the names of what else lies there."""
 
-    Each file is read here, once and for all runs: unreadable ones and ones whose shorter side is below `image_size` are left
-    out and named in the notes. First-level sub-folders are classes if no image lies beside them. Raises ValueError where no
-    image is left.
-    """
+    root: Path
+    names: list  # relative posix paths, sorted
+    facts: list
+    others: list  # relative posix paths, sorted
+    closed: int  # folders that may not be read
+
+    def faults(self, image_size):
+        """Why each image is left out at a size, a key of `pictures.FAULTS`; "" for those that are kept."""
+        return [one.fault or (TOO_SMALL if min(one.width, one.height) < image_size else "") for one in self.facts]
+
+    def strangers(self):
+        """What is not read, in words: how many files of which suffix."""
+        kinds = Counter(f"{suffix} files" if (suffix := Path(name).suffix.lower()) else "files without a suffix"
+                        for name in self.others)
+        kinds += Counter({"folders that may not be read": self.closed})
+        return shortened([f"{kinds[kind]} {kind}" for kind in sorted(kinds, key=lambda kind: (-kinds[kind], kind))])
+
+
+def survey(path):
+    """The Survey of a folder and its sub-folders; each file is read once and for all runs. Raises ValueError for no folder."""
     root = Path(str(path)).expanduser()
     if not root.is_dir():
         fault = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"image folder {str(root)!r} {fault}; give the path of a folder that holds images")
-    names, others = find_images(root)
-    strangers = shortened([f"{others[kind]} {kind}" for kind in sorted(others, key=lambda kind: (-others[kind], kind))])
+    names, others, closed = find_images(root)
+    return Survey(root, names, scan_files(root, names), others, closed)
+
+
+def folder(image_size, channels, matte, *, path):
+    """Every image in a folder and its sub-folders, in the order of their relative paths.
+
+    Ones that `pictures` refuses and ones whose shorter side is below `image_size` are left out and named in the notes.
+    First-level sub-folders are classes if no image lies beside them. Raises ValueError where no image is left.
+    """
+    found = survey(path)
+    root, names, strangers = found.root, found.names, found.strangers()
     if not names:
         raise ValueError(f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is {', '.join(SUFFIXES)}")
-    reports = examine(root, names, image_size)
-    kept = [i for i, report in enumerate(reports) if not report.fault]
-    faults = left_out(names, reports)
+    faults = found.faults(image_size)
+    kept = [i for i, fault in enumerate(faults) if not fault]
+    said = left_out(names, faults)
     if not kept:
-        small = any(report.fault == TOO_SMALL for report in reports)
-        remedy = f"use an image_size below {image_size}" if small else "use other files"
-        raise ValueError(f"none of the {len(names)} images in {str(root)!r} can be used: {'; '.join(faults)}; {remedy}")
-    notes = [f"folder {root}: {len(kept)} of {len(names)} images kept", *faults]
-    notes += [f"not read: {strangers}"] if others else []
-    names, digests = [names[i] for i in kept], [reports[i].digest for i in kept]
-    labels = classes = None
-    if all("/" in name for name in names):
-        tops = Counter(name.split("/")[0] for name in names)
-        classes = sorted(tops)
-        numbers = {name: number for number, name in enumerate(classes)}
-        labels = [numbers[name.split("/")[0]] for name in names]
-        notes.append(f"{len(classes)} classes: {shortened([f'{name} ({tops[name]})' for name in classes])}")
+        remedy = f"use an image_size below {image_size}" if TOO_SMALL in faults else "use other files"
+        raise ValueError(f"none of the {len(names)} images in {str(root)!r} can be used: {'; '.join(said)}; {remedy}")
+    notes = [f"folder {root}: {len(kept)} of {len(names)} images kept", *said]
+    notes += [f"not read: {strangers}"] if strangers else []
+    names, facts = [names[i] for i in kept], [found.facts[i] for i in kept]
+    labels, classes = classes_of(names)
+    if classes:
+        tops = Counter(labels)
+        notes.append(f"{len(classes)} classes: {shortened([f'{name} ({tops[k]})' for k, name in enumerate(classes)])}")
+    alike, blank = near_duplicates(root, facts), sum(one.blank for one in facts)
+    doubtful = [f"{sum(map(len, alike))} in {len(alike)} groups of near-duplicates"] if alike else []
+    doubtful += [f"{blank} of one colour"] if blank else []
+    if doubtful:
+        notes.append(f"kept, but look at them by python -m ddpm.doctor {shortened([str(root)])}: {', '.join(doubtful)}")
     return Source(
         fetch=partial(fetch_file, root, names, image_size, channels, matte),
         length=len(names),
         image_shape=(channels, image_size, image_size),
-        fingerprint=fingerprint("folder", PREPROCESSING, image_size, channels, matte, names, digests),
+        fingerprint=fingerprint("folder", PREPROCESSING, image_size, channels, matte, names, [one.digest for one in facts]),
         labels=labels,
         classes=classes,
         notes=tuple(notes),
+        alike=alike,
     )
+
+
+def classes_of(names):
+    """Class numbers of images by their first-level sub-folders, and those folders' names; None both where one lies beside."""
+    if not all("/" in name for name in names):
+        return None, None
+    tops = [name.split("/")[0] for name in names]
+    classes = sorted(set(tops))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [numbers[top] for top in tops], classes
+
+
+def near_duplicates(root, facts):
+    """Groups of near-duplicates among images of a folder, tuples of their numbers; remembered until the images are others.
+
+    What has the same bytes is compared once, and what is of one colour is like nothing.
+    """
+    content = fingerprint([(one.digest, one.trace) for one in facts], likeness.ALIKE)
+    with cache.remembered(f"alike/{fingerprint(os.path.realpath(root))}") as known:
+        if known.get("content") != content:
+            same = {}
+            for number, one in enumerate(facts):
+                same.setdefault(one.digest, []).append(number)
+            firsts = [numbers[0] for numbers in same.values() if not facts[numbers[0]].blank]
+            near = likeness.groups(np.array([facts[number].likeness for number in firsts]))
+            joined = [[number for k in group for number in same[facts[firsts[k]].digest]] for group in near]
+            alone = {number for group in joined for number in group}
+            joined += [numbers for numbers in same.values() if len(numbers) > 1 and numbers[0] not in alone]
+            known.update(content=content, groups=sorted(sorted(group) for group in joined))
+        return tuple(map(tuple, known["groups"]))
+
+
+def across(alike, held_out):
+    """How many of the held-out images have a near-duplicate that is learned from."""
+    held_out = set(map(int, held_out))
+    return sum(len(held) for group in alike if len(held := held_out & set(group)) < len(group))
 
 
 def torchvision_set(image_size, channels, matte, *, name, root="data", split="", only=""):
@@ -175,7 +236,7 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
         kept, faults = chosen, [f"all images are below {image_size} pixels and are enlarged"]
     else:
         kept = [i for i in chosen if not reports[i].fault]
-        faults = left_out([f"image {i}" for i in chosen], [reports[i] for i in chosen])
+        faults = left_out([f"image {i}" for i in chosen], [reports[i].fault for i in chosen])
     if not kept:
         raise ValueError(f"no image of torchvision set {name!r} can be used: {'; '.join(faults)}; load it afresh")
     labels = [reports[i].label for i in kept]
@@ -242,106 +303,21 @@ def labels_of(shards, column):
     return given, [str(number) for number in range(max(given) + 1)]
 
 
-def decode_file(file, image_size, channels, matte=WHITE):
-    """Read an image file (path or open file) upright, its first frame, as uint8 [channels, image_size, image_size].
-
-    Raises what PIL raises, and ValueError for pixels without an agreed range.
-    """
-    with Image.open(file) as image:
-        return decode(image, image_size, channels, matte)
-
-
-def decode(image, image_size, channels, matte):
-    """A PIL image, whose pixels may not have been loaded yet -> uint8 [channels, image_size, image_size], upright.
-
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice what is needed: a photo of 11 megapixels
-    costs a fifth, and pixels hardly change.
-    """
-    reduced = image.draft(None, (2 * image_size, 2 * image_size))
-    image.load()
-    extent = reduced[1][2:] if reduced else image.size
-    return to_pixels(image, image_size, channels, matte, extent, orientation_of(image))
-
-
-def orientation_of(image):
-    """A PIL image's EXIF orientation, 1 to 8; 1 is upright."""
-    try:
-        return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # a broken EXIF block does not make a picture unreadable
-        return 1
-
-
-def open_picture(path, image_size, channels, matte=WHITE):
-    """Read a picture that a person names as `decode_file` does: (uint8 [channels, image_size, image_size], (width, height)).
-
-    Width and height are those of the upright picture. Raises ValueError where it is missing or cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            size = image.size[::-1] if orientation_of(image) >= 5 else image.size
-        return decode_file(path, image_size, channels, matte), size
-    except FileNotFoundError:
-        raise ValueError(f"there is no picture {str(path)!r}; give the path of an image file") from None
-    except Exception as error:  # PIL's plugins raise OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
-        raise ValueError(f"cannot read {str(path)!r} as a picture ({type(error).__name__}); give another file, one of "
-                         f"{', '.join(SUFFIXES)}") from None
-
-
-def to_pixels(image, image_size, channels, matte, extent, orientation=1):
-    """A PIL image of any mode -> uint8 [channels, image_size, image_size]: converted, cropped, resized and turned.
-
-    `extent` is its width and height: a reduced JPEG ends within its last pixel, and half of one is a visible shift.
-    The filter is bicubic with antialiasing, as clean-fid's (Parmar et al. 2022): Lanczos rings more at hard edges.
-    """
-    side = min(extent)
-    left, top = ((length - side) / 2 for length in extent)
-    if side == image_size:  # a crop alone must not blur: whole pixels
-        left, top = int(left), int(top)
-    box = (left, top, left + side, top + side)
-    image = in_mode(image, channels, matte).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
-    image = image.transpose(TURNS[orientation]) if orientation in TURNS else image
-    pixels = torch.from_numpy(np.array(image))
-    return rearrange(pixels, "h w -> 1 h w" if channels == 1 else "h w c -> c h w").contiguous()
-
-
-def in_mode(image, channels, matte):
-    """The PIL image in the mode of that many channels: 16 bits scaled to 8, transparency laid over `matte` or kept."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range")
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit pixels have no agreed range")
-        image = Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
-    if channels in (1, 3) and image.has_transparency_data:
-        ground = Image.new("RGBA", image.size, (*matte, 255))
-        ground.alpha_composite(image.convert("RGBA"))
-        image = ground
-    return image.convert(MODES[channels])
-
-
 def find_images(root):
-    """The image files below `root` as sorted relative posix paths, and a Counter of what else lies there.
+    """Below `root` the files of images and the others, as sorted relative posix paths, and how many folders may not be read.
 
     Hidden files and folders are passed over; links are followed, but no folder is entered twice.
     """
-    names, others, entered = [], Counter(), {os.path.realpath(root)}
-
-    def refused(error):
-        others["folders that may not be read"] += 1
-
-    for base, folders, files in os.walk(root, onerror=refused, followlinks=True):
+    names, others, entered, closed = [], [], {os.path.realpath(root)}, []
+    for base, folders, files in os.walk(root, onerror=closed.append, followlinks=True):
         candidates = sorted(filter(visible, folders), reverse=True)
         places = {os.path.realpath(os.path.join(base, name)): name for name in candidates}
         folders[:] = sorted(name for place, name in places.items() if place not in entered)
         entered.update(places)
         for file in filter(visible, files):
-            suffix = os.path.splitext(file)[1].lower()
-            if suffix in SUFFIXES:
-                names.append(Path(base, file).relative_to(root).as_posix())
-            else:
-                others[f"{suffix} files" if suffix else "files without a suffix"] += 1
-    return sorted(names), others
+            kind = names if os.path.splitext(file)[1].lower() in SUFFIXES else others
+            kind.append(Path(base, file).relative_to(root).as_posix())
+    return sorted(names), sorted(others), len(closed)
 
 
 def visible(name):
@@ -356,20 +332,16 @@ def scan(examine, items, title):
         return list(tqdm(work, title, len(items), leave=False, disable=None, unit=" images"))
 
 
-def examine(root, names, image_size):
-    """A report on each file below a folder; one that nobody has touched since it was read last is not read again."""
-    with cache.remembered(f"files/{fingerprint(PREPROCESSING, PIL.__version__, os.path.realpath(root))}") as known:
+def scan_files(root, names):
+    """The Facts of each file below a folder; one that nobody has touched since it was read last is not read again."""
+    with cache.remembered(f"files/{fingerprint(SCAN, PREPROCESSING, PIL.__version__, os.path.realpath(root))}") as known:
         stamps = {name: stamp(root / name) for name in names}
         new = [name for name in names if stamps[name] is None or known.get(name, [None])[0] != stamps[name]]
-        read = scan(partial(examine_file, root), new, f"reading {root}")
+        read = scan(lambda name: examine(root / name), new, f"reading {shortened([str(root)])}")
         known.update({name: [stamps[name], *facts] for name, facts in zip(new, read, strict=True)})
         for name in known.keys() - stamps.keys():
             del known[name]
-
-    def report(stamp, digest, side):
-        return Report(digest, "unreadable" if not digest else TOO_SMALL if side < image_size else "")
-
-    return [report(*known[name]) for name in names]
+    return [Facts(*known[name][1:]) for name in names]
 
 
 def stamp(path):
@@ -381,25 +353,13 @@ def stamp(path):
         return None
 
 
-def examine_file(root, name):
-    """Read and decode a file: the sha256 of its content, empty where it is no image that can be read, and its shorter side."""
-    try:
-        content = (root / name).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            side = min(image.size)
-        decode_file(io.BytesIO(content), 1, 3)
-    except Exception:  # PIL's plugins raise OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
-        return "", 0
-    return hashlib.sha256(content).hexdigest(), side
-
-
 def examine_item(found, image_size, index):
     """Read and hash one image of a torchvision set."""
     try:
         image, target = found[index]
         content = f"{image.mode} {image.size}".encode() + image.tobytes()
     except Exception:
-        return Report(fault="unreadable")
+        return Report(fault="broken")
     category, *species = target if isinstance(target, tuple) else (target,)
     return Report(
         digest=hashlib.sha256(content).hexdigest(),
@@ -409,19 +369,19 @@ def examine_item(found, image_size, index):
     )
 
 
-def left_out(names, reports):
+def left_out(names, faults):
     """One line per fault: how many images have it, and all of them by name."""
-    faults = {}
-    for name, report in zip(names, reports, strict=True):
-        if report.fault:
-            faults.setdefault(report.fault, []).append(name)
-    return [f"left out {len(found)} {fault}: {shortened(found, len(found))}" for fault, found in sorted(faults.items())]
+    found = {}
+    for name, fault in zip(names, faults, strict=True):
+        if fault:
+            found.setdefault(fault, []).append(name)
+    return [f"left out {len(names)} {fault}: {shortened(names, len(names))}" for fault, names in sorted(found.items())]
 
 
 def shortened(names, most=5):
-    """The first few names and how many more there are, safe to print on any terminal."""
+    """The first few names and how many more there are, on one line and safe to print on any terminal."""
     text = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-    return text.encode("utf-8", "replace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def fingerprint(*parts):
@@ -435,8 +395,12 @@ def take(pixels, index):
 
 
 def fetch_file(root, names, image_size, channels, matte, index):
-    """Image `index` of a folder."""
-    return decode_file(root / names[index], image_size, channels, matte)
+    """Image `index` of a folder; raises ValueError for a file that is no longer what it was when the folder was read."""
+    try:
+        return decode_file(root / names[index], image_size, channels, matte)
+    except Refused as error:
+        raise ValueError(f"{shortened([str(root / names[index])])} could be read before, and now is {error}; bring it back, or "
+                         "run again to leave it out") from None
 
 
 def fetch_item(found, kept, image_size, channels, matte, index):
@@ -577,7 +541,7 @@ def part(source, indices):
     """The source of some of a source's images."""
     indices = [int(index) for index in indices]
     return replace(
-        source, fetch=partial(fetch_part, source.fetch, indices), length=len(indices), notes=(), in_memory=False,
+        source, fetch=partial(fetch_part, source.fetch, indices), length=len(indices), notes=(), in_memory=False, alike=(),
         labels=[source.labels[index] for index in indices] if source.labels else None,
         fingerprint=fingerprint("part", source.fingerprint, indices))
 
@@ -656,18 +620,6 @@ class ImageDataset(torch.utils.data.Dataset):
         image = images.encode(self.source[index])
         return image.flip(-1) if self.augment and torch.rand(()) < 0.5 else image
 
-
-ORIENTATION = 0x0112  # EXIF
-
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 PETS = ("cat", "dog")  # OxfordIIITPet's binary category, in its order
 

@@ -124,11 +124,11 @@ def test_a_file_is_read_once_until_someone_touches_it(photos, tmp_path, monkeypa
     (kept,) = (tmp_path / "home" / "files").glob("*.json")
     known = json.loads(kept.read_text())
     assert set(known) == {f"{number}.png" for number in range(12)}
-    known["3.png"][1], known["5.png"][1:], known["6.png"][2] = "another digest", ["", 0], 15
+    known["3.png"][2], known["5.png"][1], known["6.png"][3] = "another digest", "broken", 15
     kept.write_text(json.dumps(known))
     second = opened(photos)  # says what it was told, and has not looked itself
     assert second.fingerprint != first.fingerprint and len(second) == 10
-    assert "left out 1 too small: 6.png" in second.notes and "left out 1 unreadable: 5.png" in second.notes
+    assert "left out 1 too small: 6.png" in second.notes and "left out 1 broken: 5.png" in second.notes
     for number in (3, 5, 6):
         os.utime(photos / f"{number}.png")
     third = opened(photos)

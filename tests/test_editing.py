@@ -14,7 +14,7 @@ from test_doors import door
 from test_samplers import FLOAT32_TABLES, MEAN, SHAPE, SPREAD, Tiny, flow_to, gaussian, last, noises, process
 from test_solvers import PATHS, VARIANTS, mixture, sampler
 
-from ddpm import build, data
+from ddpm import build, pictures
 from ddpm.diffusion.editing import EDITS, STEPWISE, Given, asked, get_edit, invert, repaint, resampled, slerp
 from ddpm.diffusion.process import CLEAN, latent
 from ddpm.diffusion.samplers import ddim, ddpm
@@ -327,7 +327,7 @@ def test_strength_through_the_door_is_the_picture_or_plain_sampling(trained, tmp
     photo = picture(tmp_path / "image.png", 50, 40)
     Image.fromarray(photo).save(tmp_path / "image.png")
     kept = edit_images(trained, "sdedit(strength=0.0)", [tmp_path / "image.png"], tmp_path / "kept", num_images=2)
-    as_training = data.decode_file(tmp_path / "image.png", 16, 1)[0].numpy()
+    as_training = pictures.decode_file(tmp_path / "image.png", 16, 1)[0].numpy()
     assert all(np.array_equal(read(path), as_training) for path in kept[:2])
     fresh = edit_images(trained, "sdedit(strength=1.0)", [tmp_path / "image.png"], tmp_path / "fresh", num_images=2)
     for ours, theirs in zip(fresh[:2], generate_images(trained, 2, tmp_path / "plain"), strict=True):

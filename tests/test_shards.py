@@ -18,7 +18,7 @@ from conftest import rows, run, tiny
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm import assemble, build, data, dist
+from ddpm import assemble, build, data, dist, pictures
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,7 +96,7 @@ def test_the_readme_writes_shards_that_can_be_read(streaming, photos, tmp_path, 
     jpegs = [path for path in sorted(Path("data/cats").rglob("*.jpg"))]
     found = opened("path='shards', label='label'")
     assert len(found) == len(jpegs) == 40 and found.classes == ["cat", "dog"]
-    assert torch.equal(found[39], data.decode_file(jpegs[39], 16, 3))
+    assert torch.equal(found[39], pictures.decode_file(jpegs[39], 16, 3))
 
 
 def test_fingerprints_are_of_content_and_treatment(streaming, photos, tmp_path):
@@ -123,12 +123,12 @@ def test_columns_may_hold_images_in_other_ways(streaming, photos, tmp_path):
     for image in images:
         content = io.BytesIO()
         Image.fromarray(np.asarray(image)).save(content, "png")
-        expected.append(data.decode_file(content, 40, 3))
+        expected.append(pictures.decode_file(content, 40, 3))
     for column in "acde":
         found = opened(f"path={str(tmp_path / 'shards')!r}, image={column!r}, label='z'", 40)
         assert all(torch.equal(one, found[k]) for k, one in enumerate(expected))
         assert found.labels == [0, 1, 0, 1, 0, 1] and found.classes == ["0", "1"]
-    files = [data.decode_file(image.filename, 40, 3) for image in images]
+    files = [pictures.decode_file(image.filename, 40, 3) for image in images]
     found = opened(f"path={str(tmp_path / 'shards')!r}, image='b'", 40)  # JPEG, reduced while decoding as from a file
     assert all(torch.equal(one, found[k]) for k, one in enumerate(files))
     for knobs, message in (("image='y'", "column 'y' of sample 0 .* is no image"), ("image='x'", "have no column 'x'"),

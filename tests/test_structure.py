@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "ddpm"
 FLOORS = {
     "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
     "assembly": ["build", "assemble", "train"],
-    "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures"],
-    "services": ["data", "cache", "shards", "checkpoint", "tracking", "metrics"],
+    "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures", "sheet"],
+    "services": ["data", "pictures", "likeness", "cache", "shards", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],
     "ground": ["spec", "rng", "dist", "sharded", "clock", "files", "memory", "cards", "budget", "interrupt"],
 }

@@ -1,0 +1,234 @@
+"""Is this folder fit to train on? `python -m ddpm.doctor data/cats [--image_size=128] [--out=DIR]`, or `--config=FILE`.
+
+It reads the folder as training does, with the same functions, and what training would leave out, it names. With --out it writes
+report.json and sheet.png. Exit codes: 0 fit, 1 not fit (with --strict also for a warning), 2 your mistake.
+"""
+
+import json
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from absl import flags
+from PIL import Image
+
+from ddpm import command, data, images, pictures, spec
+from ddpm.config import base
+from ddpm.files import make_folder, written_beside
+from ddpm.sheet import COLUMNS, Cell, sheet
+
+# Small networks drew copies of 300 faces, now and then of 3,000, and hardly of 30,000 (Somepalli et al. 2023); with another
+# measure, Kadkhodaie et al. 2024 found copies up to about 1,000 and none at 100,000. Rules of thumb: other images differ.
+FEWEST, FEW, ENOUGH = 300, 3000, 30000
+DAMAGE = ("empty", "no image", "truncated", "broken", "not readable")
+MOST_DAMAGE = 0.1  # share of the files: more is a copy that went wrong
+IMBALANCE = 10  # times as many images in the largest class as in the smallest
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito 2008
+
+
+def diagnose(path, image_size, fraction):
+    """The report on a folder at a size of images, of which a fraction is held out: what can be written as JSON.
+
+    Raises ValueError where there is no such folder.
+    """
+    found = data.survey(path)
+    faults = found.faults(image_size)
+    kept = [number for number, fault in enumerate(faults) if not fault]
+    names, facts = [found.names[k] for k in kept], [found.facts[k] for k in kept]
+    labels, classes = data.classes_of(names)
+    whole = [one for one in found.facts if not one.fault]
+    sides = sorted(min(one.width, one.height) for one in whole)
+    lost = {name: 1 - min(one.width, one.height) / max(one.width, one.height) for name, one in zip(names, facts, strict=True)}
+    alike, held_out = data.near_duplicates(found.root, facts), data.split(len(kept), fraction, 0)[1]
+
+    def named(holds):
+        return [name for name, one in zip(names, facts, strict=True) if holds(name, one)]
+
+    report = {
+        "folder": str(found.root), "image_size": image_size, "files": len(found.names), "kept": len(kept),
+        "held_out": [names[k] for k in held_out],
+        "formats": dict(Counter(one.format for one in whole).most_common()),
+        "shorter_side": dict(zip(("least", "median", "most"), (sides[0], statistics.median(sides), sides[-1]), strict=True))
+        if sides else {},
+        "left_out": {fault: [name for name, one in zip(found.names, faults, strict=True) if one == fault]
+                     for fault in pictures.FAULTS if fault in faults},
+        "near_duplicates": [[names[k] for k in group] for group in alike], "across": data.across(alike, held_out),
+        "one_colour": named(lambda _, one: one.blank), "turned": named(lambda _, one: one.orientation != 1),
+        "transparent": named(lambda _, one: one.transparent), "cmyk": named(lambda _, one: one.mode == "CMYK"),
+        "animated": named(lambda _, one: one.animated),
+        "misnamed": {name: one.format for name, one in zip(found.names, found.facts, strict=True)
+                     if one.format and one.format != pictures.SUFFIXES[Path(name).suffix.lower()]},
+        "without_suffix": {name: form for name in found.others if (form := pictures.format_in(found.root / name))},
+        "not_read": found.strangers(),
+        "cropped_away": dict(sorted(lost.items(), key=lambda item: -item[1])),
+        "classes": {name: labels.count(number) for number, name in enumerate(classes or ())},
+    }
+    return report | verdict(report)
+
+
+def verdict(report):
+    """Why a folder is not fit, and what to look at first: `{"not_fit": lines, "warnings": lines}`."""
+    kept, damaged = report["kept"], sum(len(report["left_out"].get(fault, ())) for fault in DAMAGE)
+    not_fit, warnings = [], []
+    if kept < FEWEST:
+        not_fit.append(f"{kept:,} images are too few: a network draws copies of its training images where it has "
+                       f"{FEWEST} or less; find more, or begin from a run on like images by train.init_from")
+    elif kept < FEW:
+        warnings.append(f"{kept:,} images are few, and some will be copied: set data.flip, data.augment=0.12 or "
+                        "model.dropout=0.2, and watch eval/copying")
+    if damaged > MOST_DAMAGE * report["files"]:
+        not_fit.append(f"{damaged:,} of {report['files']:,} files are damaged: bring the folder here again")
+    elif damaged:
+        warnings.append(f"{damaged:,} files are damaged, and left out")
+    if report["across"]:
+        warnings.append(f"{report['across']:,} of {len(report['held_out']):,} held-out images have a near-duplicate that is "
+                        "learned from, so val/loss and eval/copying flatter: keep one of each group")
+    elif report["near_duplicates"]:
+        warnings.append("near-duplicates are learned more often than others, and copied sooner: keep one of each group")
+    if report["one_colour"]:
+        warnings.append(f"{len(report['one_colour']):,} images of one colour will be drawn too: take them away")
+    if report["without_suffix"]:
+        warnings.append(f"{len(report['without_suffix']):,} pictures are not read for want of a suffix of theirs: rename them")
+    counts = report["classes"].values()
+    if counts and max(counts) > IMBALANCE * min(counts):
+        warnings.append(f"the largest class has {max(counts) / min(counts):.0f} times as many images as the smallest, which "
+                        "will be drawn worse")
+    return {"not_fit": not_fit, "warnings": warnings}
+
+
+def lines_of(report):
+    """The report in one screen of text."""
+    def some(found, most=3):
+        return f"{len(found):,}: {data.shortened(list(found), most)}" if found else ""
+
+    lost, side = report["cropped_away"], report["shorter_side"]
+    groups, small = report["near_duplicates"], len(report["left_out"].get(pictures.TOO_SMALL, ()))
+    rows = [("formats", ", ".join(f"{count:,} {form}" for form, count in report["formats"].items()))]
+    if side:
+        rows.append(("shorter side", f"{side['least']:,} to {side['most']:,} pixels, median {side['median']:,.0f}; "
+                                     f"{small:,} below {report['image_size']}"))
+    if lost:
+        worst = next(iter(lost))
+        rows.append(("cropped away", f"{statistics.median(lost.values()):.0%} of the pixels in the median, at most "
+                                     f"{lost[worst]:.0%}: {data.shortened([worst])}"))
+    for fault, names in report["left_out"].items():
+        rows.append((f"left out: {fault}", f"{some(names)} ({pictures.FAULTS[fault]})"))
+    if groups:
+        rows.append(("near-duplicates", f"{sum(map(len, groups)):,} images in {len(groups):,} groups, such as "
+                                        f"{data.shortened(groups[0], 3)}"))
+    misnamed = [f"{name} ({form})" for name, form in report["misnamed"].items()]
+    unnamed = [f"{name} ({form})" for name, form in report["without_suffix"].items()]
+    rows += [
+        ("of one colour", some(report["one_colour"])),
+        ("turned upright", some(report["turned"])),
+        ("transparent", some(report["transparent"])),
+        ("CMYK", some(report["cmyk"])),
+        ("animated", f"{some(report['animated'])}; the first frame counts" if report["animated"] else ""),
+        ("another format", some(misnamed)),
+        ("no image suffix", some(unnamed)),
+        ("not read", report["not_read"]),
+        ("classes", f"{len(report['classes'])}: " + data.shortened([f"{name} ({count:,})" for name, count in sorted(
+            report["classes"].items(), key=lambda item: -item[1])], 6) if report["classes"] else ""),
+    ]
+    yield (f"{data.shortened([report['folder']])}: {report['kept']:,} of {report['files']:,} images can be learned from at "
+           f"{report['image_size']}x{report['image_size']}, {len(report['held_out']):,} of them held out\n")
+    width = 2 + max(len(name) for name, _ in rows)
+    yield from (f"{name:<{width}}{text}" for name, text in rows if text)
+    yield ""
+    yield from (f"not fit: {line}" for line in report["not_fit"])
+    yield from (f"look at: {line}" for line in report["warnings"])
+    if not report["not_fit"]:
+        enough = "enough that copies are rare" if report["kept"] >= ENOUGH else "enough to begin with"
+        yield f"fit to train on: {report['kept']:,} images are {enough}" if report["kept"] >= FEW else "fit to train on"
+
+
+def contact_sheet(report, matte):
+    """The PIL image of a folder's contact sheet: what training sees, then what is doubtful."""
+    root, size, most = Path(report["folder"]), report["image_size"], 2 * COLUMNS
+    left_out = {name for names in report["left_out"].values() for name in names}
+    held_out = set(report["held_out"])
+    kept = sorted(set(report["cropped_away"]))
+
+    def seen(name, caption=None, colour=""):
+        try:
+            picture = images.picture(images.channels_last(pictures.decode_file(root / name, size, 3, matte)[None])[0])
+        except pictures.Refused as refused:
+            picture = refused.fault
+        return Cell(picture, data.shortened([name]) if caption is None else caption, colour)
+
+    def cut(name, share):
+        return Cell(cropped(root / name), f"{share:.0%}  {data.shortened([name])}")
+
+    twins = [seen(name, f"{'held out: ' if name in held_out else ''}{data.shortened([name])}", COLOURS[k % len(COLOURS)])
+             for k, group in enumerate(report["near_duplicates"][:most]) for name in group[:4]][:2 * most]
+    unlike = [*report["turned"], *report["transparent"], *report["cmyk"], *report["animated"]]
+    unlike = [name for name in dict.fromkeys(unlike) if name not in left_out]
+    outside = [Cell(fault, data.shortened([name])) if fault != pictures.TOO_SMALL else seen(name)
+               for fault, names in report["left_out"].items() for name in names[:COLUMNS]]
+    worst = [cut(name, share) for name, share in list(report["cropped_away"].items())[:COLUMNS] if share]
+    return sheet(f"{data.shortened([report['folder']])}: {report['kept']:,} images at {size}x{size}", [
+        ("As training sees them", [seen(name, "") for name in thinned(kept, 4 * COLUMNS)]),
+        (f"Near-duplicates: {len(report['near_duplicates']):,} groups, a colour each", twins),
+        ("Cropped most: what is dimmed is lost", worst),
+        ("Turned upright, transparent, CMYK or animated, as training sees them", [seen(name) for name in unlike[:most]]),
+        ("Of one colour", [seen(name) for name in report["one_colour"][:COLUMNS]]),
+        ("Left out", outside[:2 * most]),
+    ])
+
+
+def thinned(names, most):
+    """So many of the names, evenly from first to last."""
+    return [names[k] for k in data.thinned(range(len(names)), most)] if names else []
+
+
+def cropped(path):
+    """A whole picture, small, its parts dimmed that the square crop leaves out; the fault in a word where it cannot be read."""
+    try:
+        picture = pictures.whole(path, 224)
+    except pictures.Refused as refused:
+        return refused.fault
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    box = (left, top, left + side, top + side)
+    dimmed = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.7)
+    dimmed.paste(picture.crop(box), box)
+    return dimmed
+
+
+def asked(arguments):
+    """(path, image size, held-out fraction, matte) that the command line asks about."""
+    given, config = flags.FLAGS, base()
+    config.data.image_size = 128
+    if given.config is not None:
+        config, _, _ = command.given_config()
+    if len(arguments) > 1:
+        raise ValueError(f"did not expect {arguments[1]!r}; give one folder")
+    name, knobs = spec.parse(config.data.source)
+    if not arguments and name != "folder":
+        raise ValueError(f"the doctor looks at folders of files, and config.data.source is {config.data.source!r}; write "
+                         "python -m ddpm.doctor data/cats")
+    path = arguments[0] if arguments else knobs["path"]
+    return path, given.image_size or config.data.image_size, config.data.validation_fraction, tuple(config.data.matte)
+
+
+def main(arguments):
+    """Report on the folder that the command line names; returns the exit code."""
+    path, image_size, fraction, matte = asked(arguments)
+    report = diagnose(path, image_size, fraction)
+    print("\n".join(lines_of(report)))
+    if out := flags.FLAGS.out:
+        with written_beside(make_folder(out) / "report.json") as part:
+            part.write_text(json.dumps(report, indent=1) + "\n")
+        with written_beside(Path(out) / "sheet.png") as part:
+            contact_sheet(report, matte).save(part, "PNG")
+        print(f"wrote {Path(out) / 'report.json'} and {Path(out) / 'sheet.png'}")
+    return command.FAILED if report["not_fit"] or flags.FLAGS.strict and report["warnings"] else command.DONE
+
+
+if __name__ == "__main__":
+    command.define_config_flag()
+    flags.DEFINE_integer("image_size", None, "Pixels a side to train at; by default the config's, or 128.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Folder for report.json and sheet.png, a picture of what is in the folder.")
+    flags.DEFINE_boolean("strict", False, "Exit with 1 for a warning too.")
+    flags.adopt_module_key_flags(command)
+    command.run_door(main, takes="a folder of images such as data/cats, or --config=configs/cats128.py")

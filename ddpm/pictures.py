@@ -1,0 +1,403 @@
+"""Image files of strangers: opened within limits, decoded to squares, and examined.
+
+    pixels uint8 [c, image_size, image_size]; c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA
+
+Whoever reads an image file reads it here: training and its scan of a folder, shards, the pictures that a person names, and
+`ddpm.doctor`. So they agree on what is broken, and a file that was made to do harm costs one line, not the memory of the
+machine or an hour.
+"""
+
+import base64
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import struct
+import threading
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from ddpm import likeness
+
+WHITE = (255, 255, 255)
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
+            ".gif": "GIF"}
+FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))  # and no other is tried: PIL's readers of EPS, PSD, FITS ... never see a file
+
+# More than nearly any camera makes. PIL takes 4 bytes a pixel, and four times that for a moment where there is transparency.
+MOST_PIXELS = 2**27
+MOST_BYTES = 2**29  # of a file: MOST_PIXELS of RGB and a quarter more, uncompressed
+MOST_PARTS = 2**16  # chunks and blocks, each of which costs microseconds: what it takes for MOST_BYTES in pieces of 8 KiB
+MOST_VALUES = 2**18  # numbers in one tag of a TIFF: each becomes an object of Python's
+MOST_SCANS = 100  # of a JPEG, each a pass over the whole image: encoders make about ten
+MOST_EXIF = 16  # segments of 64 KiB of a JPEG that PIL joins and reads as the tags of a TIFF
+
+FAULTS = {  # why an image is left out -> what may be done about it
+    "too small": "take a smaller image_size, or larger images",
+    "empty": "copy or download again",
+    "no image": f"what is in it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
+    "truncated": "the end is missing; copy or download again",
+    "broken": "it contradicts itself; copy or download again",
+    "too large": f"shrink to {MOST_PIXELS // 10**6} million pixels at most, or beware: files are made so to do harm",
+    "without an agreed range": "save with 8 or 16 bits a channel",
+    "not readable": "see that it is there, and that you may read it",
+    "no file": "a pipe, socket or device; take it away",
+}
+TOO_SMALL = "too small"
+
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # PIL warns at this number, and raises at twice as many
+ImageFile.LOAD_TRUNCATED_IMAGES = False
+# PIL warns on stderr of oddities in files that it reads all the same; what is left out stands in a source's notes.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class Refused(ValueError):
+    """An image that is not read: `fault` is a key of FAULTS, and the text says more where there is more."""
+
+    def __init__(self, fault, detail=""):
+        super().__init__(f"{fault}: {detail}" if detail else fault)
+        self.fault = fault
+
+
+class Facts(NamedTuple):
+    """What a scan says of one image file; of one that is left out only its `fault`."""
+
+    fault: str = ""
+    digest: str = ""  # sha256 of the content, in hex
+    width: int = 0  # upright
+    height: int = 0
+    format: str = ""
+    mode: str = ""  # PIL's: RGB, CMYK ...
+    orientation: int = 1  # EXIF's: 1 is upright
+    transparent: bool = False
+    animated: bool = False
+    blank: bool = False  # of one colour
+    trace: str = ""  # what `likeness` compares, as text
+
+    @property
+    def likeness(self):
+        """The trace as `likeness` takes it, int8 [2, waves]."""
+        return np.frombuffer(base64.b85decode(self.trace), np.int8).reshape(2, -1)
+
+
+class Room:
+    """Lets threads decode side by side as long as they hold no more than so many pixels together, or one of them alone."""
+
+    def __init__(self, most):
+        self.most, self.taken, self.changed = most, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def take(self, pixels):
+        with self.changed:
+            self.changed.wait_for(lambda: not self.taken or self.taken + pixels <= self.most)
+            self.taken += pixels
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= pixels
+                self.changed.notify_all()
+
+
+ROOM = Room(MOST_PIXELS)
+
+
+@contextlib.contextmanager
+def opened(file):
+    """The PIL image in a file (path or open file), its pixels not decoded yet; raises Refused, also for errors in the block."""
+    with contextlib.nullcontext(file) if hasattr(file, "read") else regular(file) as file:
+        try:
+            check(file)
+            with Image.open(file, formats=FORMATS) as image:
+                yield image
+        except Refused:
+            raise
+        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
+            raise refusal(error, file) from error
+
+
+def regular(path):
+    """A file opened to be read, without waiting for the other end of a pipe; raises Refused where it is no regular file."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:  # no such file, no permission, links in a circle, a socket
+        raise Refused("no file" if is_strange(path) else "not readable", error.strerror) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise Refused("no file")
+    return open(handle, "rb")
+
+
+def is_strange(path):
+    """Whether there is something at a path that is neither a file nor a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def refusal(error, file):
+    """The Refused for what was raised while an open file was read."""
+    said = " ".join(str(error).split())[:200]
+    if isinstance(error, (Image.DecompressionBombError, MemoryError)) or "too large" in said or "Too much memory" in said:
+        return Refused("too large", said)
+    if isinstance(error, EOFError) or "truncated" in said.lower():
+        return Refused("truncated", said)
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that of a place that is none
+        return Refused("not readable", error.strerror)
+    if isinstance(error, UnidentifiedImageError):
+        file.seek(0)
+        head = file.read(16)
+        known = any(Image.OPEN[name][1](head) is True for name in FORMATS)
+        return Refused("broken", "its header") if known else Refused("no image")
+    return Refused("broken", f"{type(error).__name__} {said}")
+
+
+def check(file):
+    """Raise Refused for an open file whose size or structure would cost PIL memory or time that no picture is worth."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if not size:
+        raise Refused("empty")
+    if size > MOST_BYTES:
+        raise Refused("too large", f"{size:,} bytes")
+    head = file.read(16)
+    for starts, walk in WALKS:
+        if head.startswith(starts):
+            with contextlib.suppress(struct.error, IndexError):  # the end: PIL tells whether that is too early
+                for count, _ in enumerate(walk(file, size)):
+                    if count > MOST_PARTS:
+                        raise Refused("too large", f"more than {MOST_PARTS:,} parts")
+    if head.startswith(b"RIFF") and size < struct.unpack("<I", head[4:8])[0] + 8:
+        raise Refused("truncated")
+    file.seek(0)
+
+
+def png_chunks(file, size):
+    place = 8
+    while place < size:
+        yield
+        file.seek(place)
+        place += 12 + struct.unpack(">I", file.read(4))[0]
+
+
+def gif_blocks(file, size):
+    """The blocks of a GIF before its first picture."""
+    file.seek(10)
+    flags = file.read(3)[0]
+    file.seek((3 << (flags & 7) + 1) if flags & 128 else 0, os.SEEK_CUR)
+    while file.read(1) == b"!":
+        file.seek(1, os.SEEK_CUR)
+        while length := file.read(1)[0]:
+            yield
+            file.seek(length, os.SEEK_CUR)
+        yield
+
+
+def tiff_tags(file, size):
+    """The tags of a TIFF's first picture; raises Refused for tags of too many values, and for tiles that are too large."""
+    file.seek(0)
+    head = file.read(16)
+    order, big = "<" if head[:1] == b"I" else ">", 43 in head[2:4]
+    place, = struct.unpack(order + "Q", head[8:16]) if big else struct.unpack(order + "I", head[4:8])
+    file.seek(min(place, size))
+    tags, = struct.unpack(order + "Q", file.read(8)) if big else struct.unpack(order + "H", file.read(2))
+    sides = {322: 1, 323: 1}  # width and height of a tile
+    for _ in range(tags):
+        yield
+        tag, kind, count, *value = struct.unpack(order + ("HHQQ" if big else "HHII"), file.read(20 if big else 12))
+        if kind not in (1, 2, 7) and count > MOST_VALUES and count * 2 <= size:  # bytes stay bytes; PIL passes over the rest
+            raise Refused("too large", f"{count:,} values in tag {tag}")
+        if tag in sides:
+            short = kind == 3 and order == ">"
+            sides[tag] = value[0] >> (48 if big else 16) if short else value[0] & (0xFFFF if kind == 3 else -1)
+    if sides[322] * sides[323] > MOST_PIXELS:
+        raise Refused("too large", f"tiles of {sides[322]}x{sides[323]} pixels")
+
+
+def jpeg_scans(file, size):
+    """Raise Refused for a JPEG of too many scans; where a marker stands, no other bytes can be taken for it but in comments."""
+    file.seek(0)
+    content = file.read()
+    if content.count(b"\xff\xda") > MOST_SCANS or content.count(b"Exif\0\0") > MOST_EXIF:
+        raise Refused("too large", f"more than {MOST_SCANS} scans, or {MOST_EXIF} blocks of EXIF")
+    return ()
+
+
+WALKS = ((b"\x89PNG", png_chunks), (b"GIF8", gif_blocks), ((b"II", b"MM"), tiff_tags), (b"\xff\xd8", jpeg_scans))
+
+
+def decode_file(file, image_size, channels, matte=WHITE):
+    """Read an image file (path or open file) upright, its first frame, as uint8 [channels, image_size, image_size].
+
+    Raises Refused, a ValueError.
+    """
+    with opened(file) as image:
+        return decode(image, image_size, channels, matte)
+
+
+def decode(image, image_size, channels, matte):
+    """A PIL image, whose pixels may not have been loaded yet -> uint8 [channels, image_size, image_size], upright.
+
+    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice what is needed: a photo of 11 megapixels
+    costs a fifth, and pixels hardly change.
+    """
+    if image.format not in (None, "MPO", *FORMATS):  # opened by another library
+        raise Refused("no image", f"{image.format} is not read")
+    whole = image.size
+    reduced = image.draft(None, (2 * image_size, 2 * image_size))
+    width, height = whole if image.info.get("progressive") else image.size  # whose coefficients are held at full size
+    with ROOM.take(width * height):
+        image.load()
+        extent = reduced[1][2:] if reduced else image.size
+        return to_pixels(image, image_size, channels, matte, extent, orientation_of(image))
+
+
+def whole(path, side):
+    """The picture in a file, upright, RGB and no larger than a square of that side; raises Refused."""
+    with opened(path) as image:
+        image.draft(None, (2 * side, 2 * side))
+        with ROOM.take(image.width * image.height):
+            image.load()
+            orientation = orientation_of(image)
+            image = ImageOps.contain(in_mode(image, 3, WHITE), (side, side))
+    return image.transpose(TURNS[orientation]) if TURNS[orientation] is not None else image
+
+
+def orientation_of(image):
+    """The EXIF orientation, 1 to 8, of a PIL image that is loaded: else PIL would, and what is wrong be passed over."""
+    try:
+        if len(image.info.get("exif") or b"") > MOST_EXIF * 2**16:
+            return 1
+        found = image.getexif().get(ORIENTATION, 1)
+        return found if found in TURNS else 1
+    except Exception:  # a broken EXIF block does not make a picture unreadable
+        return 1
+
+
+def upright(size, orientation):
+    """(width, height) of a picture when it is turned upright."""
+    return size[::-1] if orientation >= 5 else size
+
+
+def open_picture(path, image_size, channels, matte=WHITE):
+    """Read a picture that a person names as `decode_file` does: (uint8 [channels, image_size, image_size], (width, height)).
+
+    Width and height are those of the upright picture. Raises ValueError where it is missing or cannot be read.
+    """
+    if not os.path.lexists(path):
+        raise ValueError(f"there is no picture {str(path)!r}; give the path of an image file")
+    try:
+        with opened(path) as image:
+            size = image.size
+            return decode(image, image_size, channels, matte), upright(size, orientation_of(image))
+    except Refused as error:
+        raise ValueError(f"cannot read {str(path)!r} as a picture ({error}); give another file, one of "
+                         f"{', '.join(SUFFIXES)}") from None
+
+
+def to_pixels(image, image_size, channels, matte, extent, orientation=1):
+    """A PIL image of any mode -> uint8 [channels, image_size, image_size]: converted, cropped, resized and turned.
+
+    `extent` is its width and height: a reduced JPEG ends within its last pixel, and half of one is a visible shift.
+    The filter is bicubic with antialiasing, as clean-fid's (Parmar et al. 2022): Lanczos rings more at hard edges.
+    """
+    side = min(extent)
+    left, top = ((length - side) / 2 for length in extent)
+    if side == image_size:  # a crop alone must not blur: whole pixels
+        left, top = int(left), int(top)
+    box = (left, top, left + side, top + side)
+    image = in_mode(image, channels, matte).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    image = image.transpose(TURNS[orientation]) if TURNS.get(orientation) is not None else image
+    pixels = torch.from_numpy(np.array(image))
+    return rearrange(pixels, "h w -> 1 h w" if channels == 1 else "h w c -> c h w").contiguous()
+
+
+def in_mode(image, channels, matte):
+    """The PIL image in the mode of that many channels: 16 bits scaled to 8, transparency laid over `matte` or kept."""
+    if image.mode == "F":
+        raise Refused("without an agreed range", "floating-point pixels")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise Refused("without an agreed range", "32-bit pixels")
+        image = Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
+    if channels in (1, 3) and image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, (*matte, 255))
+        ground.alpha_composite(image.convert("RGBA"))
+        image = ground
+    return image.convert(MODES[channels])
+
+
+def examine(path):
+    """The Facts of an image file, which is read and decoded once."""
+    try:
+        with regular(path) as file:
+            with opened(file) as image:
+                form, mode, size, animated = image.format, image.mode, image.size, is_animated(image)
+                transparent = image.has_transparency_data
+                pixels = decode(image, likeness.SIDE, 4 if transparent else 3, WHITE)
+                orientation = orientation_of(image)
+            digest = digest_of(file)
+    except Refused as refused:
+        return Facts(refused.fault)
+    except OSError:  # of a disk, or of a file that went away meanwhile
+        return Facts("not readable")
+    if transparent:
+        alpha = pixels[3:].float() / 255
+        transparent = bool((alpha < 1).any())
+        pixels = (pixels[:3] * alpha + 255 * (1 - alpha)).round()
+    low, high = reduce(pixels.float(), "c h w -> c", "min"), reduce(pixels.float(), "c h w -> c", "max")
+    blank = bool((high - low <= BLANK).all())
+    trace = "" if blank else base64.b85encode(likeness.trace(pixels.float().mean(0).numpy()).tobytes()).decode()
+    form = "JPEG" if form == "MPO" else form
+    return Facts("", digest, *upright(size, orientation), form, mode, orientation, transparent, animated, blank, trace)
+
+
+def is_animated(image):
+    """Whether a PIL image has further frames that are shown after the first; a photo's depth map is none."""
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # whatever is behind the first frame is not read
+        return False
+
+
+def digest_of(file):
+    """Sha256 in hex of an open file's content."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while piece := file.read(2**20):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def format_in(path):
+    """The format of the picture in a file, by its header; empty where there is none."""
+    try:
+        with opened(path) as image:
+            return image.format
+    except Refused:
+        return ""
+
+
+ORIENTATION = 0x0112  # EXIF
+BLANK = 2  # levels by which a picture of one colour may differ from itself: what JPEG makes of it
+
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}

@@ -1,0 +1,59 @@
+"""A contact sheet: rows of small pictures under headings, each with a caption, for eyes and for print."""
+
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+CELL, GAP, MARGIN, COLUMNS = 112, 8, 24, 10
+INK, PALE, GROUND = "#222222", "#777777", "#FFFFFF"
+
+
+class Cell(NamedTuple):
+    """A picture with its caption, and the colour of a line below it that ties it to others; a text in place of a picture."""
+
+    picture: Image.Image | str
+    caption: str = ""
+    colour: str = ""
+
+
+def sheet(title, sections):
+    """The PIL image of a sheet: `sections` are (heading, cells), of which those without cells are passed over."""
+    large, middle, small = (ImageFont.load_default(size) for size in (22, 15, 11))
+    sections = [(heading, cells) for heading, cells in sections if cells]
+    step = CELL + GAP
+    heights = [44 + -(-len(cells) // COLUMNS) * (step + row_below(cells)) for _, cells in sections]
+    page = Image.new("RGB", (2 * MARGIN + COLUMNS * step - GAP, 2 * MARGIN + 30 + sum(heights)), GROUND)
+    pen = ImageDraw.Draw(page)
+    pen.text((MARGIN, MARGIN), fitted(title, large, page.width - 2 * MARGIN), INK, large)
+    top = MARGIN + 30
+    for (heading, cells), height in zip(sections, heights, strict=True):
+        pen.text((MARGIN, top + 16), fitted(heading, middle, page.width - 2 * MARGIN), INK, middle)
+        for number, cell in enumerate(cells):
+            row, column = divmod(number, COLUMNS)
+            left, upper = MARGIN + column * step, top + 44 + row * (step + row_below(cells))
+            if isinstance(cell.picture, str):
+                pen.rectangle((left, upper, left + CELL - 1, upper + CELL - 1), "#F2F2F2")
+                pen.text((left + CELL / 2, upper + CELL / 2), fitted(cell.picture, small, CELL), PALE, small, anchor="mm")
+            else:
+                shown = ImageOps.contain(cell.picture, (CELL, CELL))
+                page.paste(shown, (left + (CELL - shown.width) // 2, upper + (CELL - shown.height) // 2))
+            if cell.colour:
+                pen.rectangle((left, upper + CELL + 2, left + CELL - 1, upper + CELL + 4), cell.colour)
+            pen.text((left, upper + CELL + 7), fitted(cell.caption, small, CELL), PALE, small)
+        top += height
+    return page
+
+
+def row_below(cells):
+    """The height of the captions."""
+    return 16 if any(cell.caption for cell in cells) else 0
+
+
+def fitted(text, font, width):
+    """The text, its middle left out where it is wider than that: names differ at both ends."""
+    kept = len(text)
+    shown = text
+    while kept > 2 and font.getlength(shown) > width:
+        kept -= 1
+        shown = f"{text[:kept // 2]}…{text[len(text) - (kept - kept // 2):]}"
+    return shown
