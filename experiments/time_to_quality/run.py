@@ -1,6 +1,6 @@
 """The same digits, the same clock: our recipe and denoising-diffusion-pytorch's. `python experiments/time_to_quality/run.py`.
 
-About 25 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes results.csv and made.json, and from
+About 45 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes results.csv and made.json, and from
 them README.md and curves.pdf, curves.png; `--report` does the latter alone, `--ancestral` adds the peer's own T-step sampler at
 its last point (an hour), `--toy` does all in seconds at a size that says nothing. Needs `pip install -e '.[bench]'`.
 """
@@ -52,7 +52,7 @@ class Size(NamedTuple):
     samples: int
 
 
-FULL = Size({}, {OURS: (100, 200, 300), STUDIED: (100, 200)}, 1200, (0, 1, 2), 32, (1, 2, 2), (120, 240, 480),
+FULL = Size({}, {OURS: (100, 200, 300, 400), STUDIED: (100, 200)}, 1200, (0, 1, 2), 32, (1, 2, 2), (120, 240, 480),
             ((25, 0.0), (50, 0.0)), 1000)
 TOY = Size({"model.model_channels": 8, "model.channel_mult": (1, 2), "train.warmup": "1 steps", "evaluate.steps": 2},
            {OURS: (2, 4), STUDIED: (2,)}, 6, (0, 1), 8, (1, 2), (0.1, 0.2), ((2, 0.0), (2, 1.0)), 16)
@@ -260,7 +260,7 @@ def report(folder):
     (folder / "README.md").write_text(TEXT.format(
         answer=fill(f"**Answer.** {answer(rows, made)}", 128), table=table(rows), samples=rows[0]["samples"],
         lengths=", ".join(str(steps) for steps in lengths[OURS]), unmeasured="" if ancestral else NO_ANCESTRAL,
-        **made | {"versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
+        **{"beside": ""} | made | {"versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
                   "parameters": f"{made['parameters']:,}"}))
 
 
@@ -280,7 +280,8 @@ after eight CPU minutes?
 
 **Protocol.** Both learn from the same {learned:,} digits at 16x16 and are measured alike: {samples} images of the averaged
 weights against all {digits:,} digits, FD (digits) by `{extractor}`. CPU seconds are those of the training process, on one
-thread; loading libraries, measuring, and the processes that read the peer's images do not count. Two processes ran at a time.
+thread; loading libraries, measuring, and the processes that read the peer's images do not count. Two processes ran at a
+time{beside}.
 
 - **ddpm**: `configs/digits.py`. Its learning rate falls over the length of the run, so a point at another time is another run,
   whole and with the rate falling over its own length ({lengths} steps); nothing else is changed, but that nothing is drawn or
