@@ -50,10 +50,11 @@ def training(given, folder):
     return lambda: main.train_experiment(given, folder)
 
 
-def forked(work, log, kill_after=None, limit=120):
+def forked(work, log, kill_after=None, limit=120, by=signal.SIGKILL):
     """Do `work()` in a child, whose output is added to the file `log`; returns its exit code, -9 where it was killed.
 
-    The child is killed after `kill_after` seconds. Raises TimeoutError where none were given and it is not done after `limit`.
+    The child is killed after `kill_after` seconds, or sent the signal `by`. Raises TimeoutError where none were given and it is
+    not done after `limit`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -69,7 +70,8 @@ def forked(work, log, kill_after=None, limit=120):
             traceback.print_exc()
         finally:
             os._exit(code)
-    clock = threading.Timer(limit if kill_after is None else kill_after, os.kill, (child, signal.SIGKILL))
+    seconds, by = (limit, signal.SIGKILL) if kill_after is None else (kill_after, by)
+    clock = threading.Timer(seconds, os.kill, (child, by))
     clock.start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     late = not clock.is_alive()

@@ -16,6 +16,8 @@ from pathlib import Path
 from textwrap import fill
 
 import crashes
+import divergence
+import preemption
 import torch
 from faults import Fault, Found
 
@@ -34,6 +36,12 @@ FAULTS = {
     "kill in rename": Fault(crashes.inside(crashes.any_rename), "SIGKILL before a new file gets its name", SAME, 20, 1),
     "kill in deletion": Fault(
         crashes.inside(crashes.any_deletion), "SIGKILL before an old checkpoint, or a half file, is deleted", SAME, 20, 1),
+    "pre-emption": Fault(
+        preemption.at_any_time, "SIGTERM, SIGUSR1, SIGINT at random moments of a training that mostly draws and measures",
+        "it saves and exits with 75; " + SAME, 50, 2),
+    "divergence": Fault(
+        divergence.in_turn, "batches, weights or learning rates that no training survives",
+        "the step is skipped, or the run goes back and ends well, or it stops with 3 and a diagnosis", 20, 1),
 }
 
 
