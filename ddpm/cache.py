@@ -32,6 +32,7 @@ def decoded(source, folder=None):
 
     Where the disk has no room for it or cannot be written, the source itself, with a note. Unasked, without a `folder`, at most
     a quarter of what is free is taken. A file of up to half of the memory is read through, to be there from the first step on.
+    Raises Undecodable for an image that cannot be had.
     """
     size, most = len(source) * int(np.prod(source.image_shape)), 0.9 if folder else 0.25
     folder = Path(folder or home() / "decoded")
@@ -45,11 +46,17 @@ def decoded(source, folder=None):
                 build(source, path, size)
         if fits := size <= memory() / 2:
             read_through(path)
+    except Undecodable:
+        raise
     except (OSError, ValueError) as error:
         return replace(source, notes=(*source.notes, f"images are decoded at each use, as {folder} cannot keep them: {error}"))
     note = f"decoded images: {path}, {size / 2**20:,.1f} MiB, {'in memory' if fits else 'more than half of the memory'}"
     rows = Rows(path, (len(source), *source.image_shape))
     return replace(source, fetch=rows, in_memory=fits, notes=(*source.notes, note))
+
+
+class Undecodable(ValueError):
+    """An image of a source cannot be had: no fault of the folder that was to keep it."""
 
 
 def memory():
@@ -78,7 +85,10 @@ def build(source, path, size):
         rows = np.memmap(part, np.uint8, "r+", shape=(len(source), *source.image_shape))
 
         def decode(index):
-            rows[index] = source[index].numpy()
+            try:
+                rows[index] = source[index].numpy()
+            except Exception as error:
+                raise Undecodable(" ".join(str(error).split())) from error
 
         with ThreadPool() as pool:  # decoding photographs lets go of Python's lock
             work = pool.imap_unordered(decode, range(len(source)), chunksize=16)

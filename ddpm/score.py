@@ -142,7 +142,7 @@ class Likelihood:
         with tqdm(total=len(mine), desc="measuring bits/dim", unit="image", leave=False,
                   disable=None if self.machine.main else True) as bar:
             for batch in (mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)):
-                x0 = images.encode(self.machine.put(torch.stack([self.dataset[index] for index in batch])))
+                x0 = images.encode(self.machine.put(self.dataset.batch(batch)))
                 found.append(measure(x0, batch).double().cpu())
                 bar.update(len(batch))
         return self.machine.gather(torch.cat(found or [torch.empty(0)])).mean(0)

@@ -333,7 +333,7 @@ class Validation:
         total = torch.zeros(2, dtype=torch.float64)
         mine = range(len(self.indices))[self.machine.share(len(self.indices))]
         for places in (mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)):
-            x0 = images.encode(self.machine.put(torch.stack([self.dataset[self.indices[place]] for place in places])))
+            x0 = images.encode(self.machine.put(self.dataset.batch([self.indices[place] for place in places])))
             noise = rng.normal(0, "validation noise", 0, places, x0.shape[1:])
             y = None if self.labels is None else self.machine.put(self.labels[list(places)])
             losses = self.diffusion.losses(x0, self.machine.put(self.times[list(places)]), self.machine.put(noise), y)

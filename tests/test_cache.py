@@ -180,6 +180,14 @@ def test_a_disk_that_turns_out_full_is_told_too(photos, tmp_path, monkeypatch):
         subprocess.run(["umount", small], check=True)
 
 
+def test_an_image_that_cannot_be_had_is_no_fault_of_the_cache(photos, tmp_path):
+    source = opened(photos)
+    (photos / "7.png").write_bytes((photos / "7.png").read_bytes()[:200])
+    with pytest.raises(cache.Undecodable, match="7.png could be read before, and now is truncated"):
+        cache.decoded(source, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.[up]*"))
+
+
 def test_a_training_learns_the_same_from_rows(photos, tmp_path):
     knobs = dict(data__source=f"folder(path={str(photos)!r})", data__channels=3, train__batch_size=4, data__image_size=16,
                  evaluate__extractor="none", data__num_workers=1)
