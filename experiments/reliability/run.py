@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 from textwrap import fill
 
+import bad_images
 import crashes
 import divergence
 import preemption
@@ -42,6 +43,12 @@ FAULTS = {
     "divergence": Fault(
         divergence.in_turn, "batches, weights or learning rates that no training survives",
         "the step is skipped, or the run goes back and ends well, or it stops with 3 and a diagnosis", 20, 1),
+    "bad images": Fault(
+        bad_images.among_good_ones, "files of images that are damaged, or made to do harm, beside twelve good ones",
+        "a training learns from what can be read as if nothing else were there, bit for bit", 1000, 20),
+    "images that change": Fault(
+        bad_images.while_read, "a folder is read while its files are written, cut off, removed, replaced by pipes",
+        "it can be read, and afterwards each file is taken for what it is", 300, 10),
 }
 
 
