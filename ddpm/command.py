@@ -162,8 +162,9 @@ def config_of(words):
 
 
 def fail(code, message):
-    """End the process with one line."""
-    print(f"error: {message}", file=sys.stderr)
+    """End the process with one line; of the ranks on a machine the first one says it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 

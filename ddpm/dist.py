@@ -16,6 +16,7 @@ from functools import cached_property
 
 import torch
 import torch.distributed as distributed
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -102,6 +103,36 @@ class Machine:
     def agree(self, value):
         """What rank 0 says: for decisions that hang on a clock or a file."""
         return self.exchange(value)[0]
+
+    @contextlib.contextmanager
+    def together(self):
+        """A block without exchange between ranks, which all leave well or none does.
+
+        Where a ValueError or OSError is raised on some of them, rank 0 raises the first one's, and the others exit with 2,
+        quietly.
+        """
+        refused = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if self.world == 1:
+                raise
+            refused = error
+        said = self.exchange(refused and str(refused))
+        first = next((rank for rank, words in enumerate(said) if words is not None), None)
+        if first is None:
+            return
+        if not self.main:
+            sys.exit(2)
+        raise refused if first == 0 else ValueError(f"rank {first}: {said[first]}")
+
+    def cause(self, words):
+        """Leave word of why this rank fails; returns the words of the first that failed, which is why the others do."""
+        if self.world == 1:
+            return words
+        with contextlib.suppress(Exception):  # of a store that went with the rank which held it
+            return distributed.distributed_c10d._get_default_store().compare_set("failed", "", words).decode()
+        return words
 
     def wait(self):
         """Let a card come to the end of what it was given to do."""
@@ -294,9 +325,33 @@ def start(amp="auto", deterministic=False, device=None, wish=None):
     hosts = None
     if world > 1:
         if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+            join("nccl" if chosen.type == "cuda" else "gloo")
         hosts = distributed.new_group(backend="gloo", timeout=PATIENCE)
     return Machine(chosen, dtype, rank, world, notes, hosts, wish or Wish())
+
+
+def join(backend):
+    """Meet the other ranks where the environment says, each time anew.
+
+    torchrun's store outlives the ranks, and would tell those that it starts again where the dead ones were (pytorch issue
+    135712). On one node its count of restarts tells them apart; nodes may count differently, and do without the store (README).
+    """
+    store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = distributed.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+
+
+def restarted():
+    """True under torchrun, which starts the ranks again, or reports an error, where they exit with another code than 0."""
+    return distributed.is_torchelastic_launched()
+
+
+def abandon(code):
+    """End this process at once, where others are gone: leaving in order would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def stop():

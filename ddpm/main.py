@@ -28,31 +28,38 @@ def train_experiment(given, folder):
 
     Raises ValueError, one line, for what cannot be run, before anything is written.
     """
-    build.check(given)
-    config.check_continues(given, folder)
     wish = Wish(given.train.max_hours)
     try:
-        with wish.heard():
+        with wish.heard(), contextlib.ExitStack() as kept:
             with wish.abandonable():
                 machine = dist.start(given.train.amp, given.train.deterministic, wish=wish)
-            with held(folder) if machine.main else contextlib.nullcontext():
-                code, rollbacks = AGAIN, 0
-                while code == AGAIN:
-                    with wish.abandonable():
+            with machine.together():
+                build.check(given)
+                config.check_continues(given, folder)
+                if machine.main:
+                    kept.enter_context(held(folder))
+            code, rollbacks = AGAIN, 0
+            while code == AGAIN:
+                with wish.abandonable():
+                    with machine.together():
                         run = assemble.run(given, folder, machine, rollbacks)
-                        if run.finished:
+                    if run.finished:
+                        if machine.main:
                             print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
-                            return command.DONE
-                        if machine.main and not rollbacks:
-                            print(run.config_json)
-                        assemble.track(given, run)
-                    if rollbacks:  # or the next start would take the old way
-                        run.save(run.start)
-                    code, rollbacks = finish(run), run.step.guard.rollbacks + 1
-                    del run
-                    gc.collect()
-                    machine.release()
-                return code
+                        return command.DONE
+                    if machine.main and not rollbacks:
+                        print(run.config_json)
+                    assemble.track(given, run)
+                if rollbacks:  # or the next start would take the old way
+                    run.save(run.start)
+                code, rollbacks = finish(run), run.step.guard.rollbacks + 1
+                if code == command.FAILED and machine.world > 1:
+                    dist.abandon(code)
+                machine.exchange(None)  # the first to leave may have the others killed, while rank 0 closes its tracker
+                del run
+                gc.collect()
+                machine.release()
+            return code
     except Interrupted:  # before the first step
         more = "; give more hours" if wish.late else ": nothing to save, the same command goes on"
         print(f"stopped before the first step, {wish}{more}", file=sys.stderr, flush=True)
@@ -64,7 +71,8 @@ def train_experiment(given, folder):
 def main():
     """Train what the flags say; returns the exit code."""
     given, file, overrides = command.given_config()
-    return train_experiment(given, WORKDIR.value or config.default_workdir(file, overrides))
+    code = train_experiment(given, WORKDIR.value or config.default_workdir(file, overrides))
+    return command.DONE if code == command.INTERRUPTED and dist.restarted() else code
 
 
 def finish(run):
@@ -98,18 +106,25 @@ def finish(run):
         what = error if isinstance(error, NoRoom) else ("out of memory beside the gradients; where it was drawing, smaller "
                                                         "--config.sample.batch_size and --config.evaluate.batch_size help")
         helps = ", ".join(assemble.savings(config.from_json(run.config_json), run.machine, run.recomputed))
-        said = f"failed: {what}; what helps, by what it saves: {helps}"
-        run.tracker.say(said)
-        if not run.machine.main:  # whose tracker is silent
-            print(said, file=sys.stderr, flush=True)
+        failed(run, f"{what}; what helps, by what it saves: {helps}")
     except OSError as error:
-        run.tracker.say(f"failed: {command.one_line(error)}; then the same command goes on from the last checkpoint")
+        failed(run, f"{command.one_line(error)}; then the same command goes on from the last checkpoint")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
-        run.tracker.say(f"failed: {command.one_line(error)}; the same command goes on from the last checkpoint")
-        traceback.print_exc()
+        if failed(run, f"{command.one_line(error)}; the same command goes on from the last checkpoint"):
+            traceback.print_exc()
     finally:
         run.tracker.close(command.DONE if code == AGAIN else code)
     return code
+
+
+def failed(run, words):
+    """Say why a run fails: on rank 0 and, where it failed first, on this one; returns True if it did."""
+    mine = words if run.machine.world == 1 else f"rank {run.machine.rank}: {words}"
+    cause = run.machine.cause(mine)
+    run.tracker.say(f"failed: {cause}")
+    if cause == mine and not run.machine.main:  # whose tracker is silent
+        print(f"failed: {mine}", file=sys.stderr, flush=True)
+    return cause == mine
 
 
 if __name__ == "__main__":

@@ -273,8 +273,8 @@ def test_tracked_is_flat_and_has_the_names_of_the_flags():
 
 @pytest.mark.parametrize("key", KNOBS)
 def test_what_is_free_is_what_touches_no_number_of_a_step(key):
-    free = (key in ("train.length", "train.max_hours", "train.activation_checkpointing", "data.classes", "data.cache",
-                    "data.num_workers", "sample.batch_size", "sample.compile")
+    free = (key in ("train.length", "train.max_hours", "train.activation_checkpointing", "train.fully_shard", "data.classes",
+                    "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
             or key.split(".")[0] in ("every", "wandb", "evaluate"))
     assert config.is_free(key) == free
 

@@ -19,6 +19,7 @@ import bad_images
 import crashes
 import divergence
 import preemption
+import ranks
 import torch
 from faults import Fault, Found
 
@@ -49,6 +50,15 @@ FAULTS = {
     "images that change": Fault(
         bad_images.while_read, "a folder is read while its files are written, cut off, removed, replaced by pipes",
         "it can be read, and afterwards each file is taken for what it is", 300, 10),
+    "kill a rank": Fault(
+        ranks.rank_killed, "SIGKILL of one of two ranks at random moments, by torchrun --max-restarts",
+        "torchrun starts the ranks again, and the weights, rows and pictures are the same, bit for bit", 20, 0),
+    "other ranks": Fault(
+        ranks.other_worlds, "a run goes on from its checkpoint on another number of ranks, 1, 2 or 4",
+        "the losses are the same but for rounding", 10, 0),
+    "nodes": Fault(
+        ranks.nodes_come_and_go, "of two nodes (torchrun --nnodes=1:2) one is killed, agent and rank, and joins again",
+        "the other goes on alone, then both do; each step has its row", 10, 0),
 }
 
 
@@ -75,6 +85,8 @@ def do(names, short, out, again):
     for name in names:
         fault = FAULTS[name]
         times = fault.short if short else fault.times
+        if not times:
+            continue
         if not again and (row := kept.get(name)) and (row["commit"], row["asked"]) == (head, times) and not row["lost"]:
             continue
         begun = time.monotonic()
