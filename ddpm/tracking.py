@@ -3,22 +3,32 @@
 Right of it stand three sinks that hear every row: metrics.jsonl (the record), Weights & Biases (its copy, completed at
 every start) and what a person reads (training.log; a progress bar on a terminal, plain lines elsewhere). Scalars are
 numbers under their reported names; images are uint8 pictures [h, w, c]. A step has one row: what is logged for it is
-merged, and written when the step advances, at `flush` and at `close`. A tracker without sinks is silent. Whatever goes
-wrong in a sink is said once and never ends a training.
+merged, and written when the step advances, at `flush` and at `close`. A tracker without sinks is silent.
+
+Whatever goes wrong in a sink is said once and never ends a training, nor holds it up. Lines that the disk does not take wait in
+memory and are written when it does again; a training that cannot save its checkpoints either stops there. W&B is opened, fed
+and ended by a thread, and where it fails, opened anew and completed from metrics.jsonl.
 """
 
 import contextlib
 import copy
+import errno
 import json
+import logging
 import math
 import os
+import queue
+import secrets
 import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 from _thread import interrupt_main
+from collections import deque
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,8 +37,12 @@ from tqdm import tqdm
 from ddpm import images as pixels
 from ddpm.files import written_beside
 
-INIT_SECONDS, FINISH_SECONDS = 30, 60  # for the server; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT go before
+WAITS = {"init_timeout": 30, "finish_timeout": 60}  # s for the server; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT go before
+LEAVE_SECONDS = 15  # for W&B's own process at the end, beyond that; and in all where a scheduler waits
+STUCK_SECONDS = 60  # for it to take a row
+AGAIN_SECONDS = 60  # between two attempts to open a W&B that has failed
 FLUSH_SECONDS = 0.1  # so often W&B's log is written (15 is its default), and so much SIGKILL costs
+HEADER, BLOCK = 7, 1 << 15  # bytes, of W&B's log
 JPEG_ABOVE = 512  # pixels a side, from where encoding a PNG holds up the training
 
 
@@ -87,13 +101,21 @@ class Tracker:
         """Write what is left and end the sinks, in bounded time; code 75 marks the run preempted, others but 0 as failed."""
         self.flush()
         self._tell("close", exit_code)
+        for sink in self.sinks:
+            if sink.waiting:
+                self._say_once((sink, "close"), f"{sink.name} lacks its last {len(sink.waiting)} lines")
 
     def _tell(self, event, *arguments):
         for sink in self.sinks:
+            behind = len(sink.waiting)
             try:
                 getattr(sink, event)(*arguments)
             except Exception as problem:
                 self._say_once(sink, f"{sink.name} is incomplete from here: {in_short(problem)}; training goes on")
+            else:
+                if behind and not sink.waiting:
+                    self.said.discard(sink)
+                    self.say(f"{sink.name} is whole again")
 
     def _say_once(self, cause, text):
         if cause not in self.said:
@@ -104,10 +126,33 @@ class Tracker:
 class Sink:
     """Answers those events that concern it."""
 
+    waiting = ()  # lines that are not written yet
+
     def nothing(self, *arguments):
         """Other events pass."""
 
     write = tick = say = summary = close = nothing
+
+
+class Lines:
+    """A file that grows by whole lines; those that the disk does not take wait, and go first when it does again."""
+
+    def __init__(self, path):
+        self.path, self.waiting = path, deque()
+
+    def add(self, line):
+        self.waiting.append(f"{line}\n".encode())
+        self.write()
+
+    def write(self):
+        """Write what waits; raises OSError where the disk is full."""
+        with open(self.path, "ab", buffering=0) as file:
+            while self.waiting:
+                size = file.tell()
+                if file.write(self.waiting[0]) < len(self.waiting[0]):  # the next line must not join half of this one
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.waiting.popleft()
 
 
 class Rows(Sink):
@@ -117,54 +162,249 @@ class Rows(Sink):
 
     def __init__(self, path, start_step):
         """Keep the rows up to `start_step`, cut later ones and torn lines; keep none if it is None."""
-        self.path = path
+        self.lines = Lines(path)
+        self.waiting = self.lines.waiting
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        rows = [] if start_step is None else filter(None, map(whole_row, lines))
-        self.kept = [row for row in rows if row["step"] <= start_step]
-        if len(self.kept) < len(lines):
+        kept = [] if start_step is None else rows_of(path, start_step)
+        self.last = kept[-1]["step"] if kept else None
+        if len(kept) < len(lines):
             with written_beside(path) as part:
-                part.write_text("".join(json.dumps(row) + "\n" for row in self.kept))
+                part.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step, row, images):
-        line = (json.dumps({"step": step, **row}, allow_nan=False) + "\n").encode()
-        with open(self.path, "ab", buffering=0) as file:
-            size = file.tell()
-            if file.write(line) < len(line):  # the disk is full: the next row must not join half a line
-                file.truncate(size)
-                raise OSError("no space left on device")
+        self.lines.add(json.dumps({"step": step, **row}, allow_nan=False))
+
+    def close(self, exit_code):
+        self.lines.write()
 
 
 class Wandb(Sink):
-    """A run of Weights & Biases, whose step is the training step; `stopped` is set where it was stopped there, for good."""
+    """A run of Weights & Biases, whose step is the training step. A thread opens, feeds and ends it: nothing waits for W&B.
+
+    Where it fails it is opened anew: at once, then every minute at most, and at the end. Rows that it lacks are written again
+    each time it is opened, from metrics.jsonl: they died with a process before they were flushed or sent, or it was off.
+    """
 
     name = "W&B"
 
-    def __init__(self, image, run, folder, notice, stopped):
-        self.image, self.run, self.folder, self.notice, self.stopped = image, run, folder, notice, stopped
-        run.define_metric("train/step")
-        run.define_metric("*", step_metric="train/step")
+    def __init__(self, folder, *, config, options, mode, run_id, known, last, summaries, notice):
+        """Begin run `run_id`, or where it is `known` continue it, with the rows up to step `last`. `notice(text)` tells."""
+        import wandb  # not above: it takes a second, and its failures concern only runs that use it
+
+        self.wandb, self.folder, self.config, self.options, self.mode = wandb, folder, config, options, mode
+        self.run_id, self.known, self.reached, self.summaries, self.notice = run_id, known, last, dict(summaries), notice
+        self.waits = {key: seconds_in_environment(f"WANDB_{key.upper()}", seconds) for key, seconds in WAITS.items()}
+        self.run, self.service, self.failed, self.blind = None, None, False, False
+        self.again, self.deadline = 0.0, math.inf  # when it may be opened anew, and when the thread is taken for stuck
+        self.stopped, self.leaving, self.ended = (threading.Event() for _ in range(3))  # the first on W&B's page, for good
+        logging.raiseExceptions = False  # or W&B, whose log's disk is full, logs that it could not log, for ever
+        self.calls, self.news = queue.SimpleQueue(), deque()
+        threading.Thread(target=self._serve, name="W&B", daemon=True).start()
 
     def write(self, step, row, images):
-        pictures = {key: self.picture(image, f"{key} at step {step}") for key, image in images.items()}
-        self.run.log({"train/step": step, **row, **pictures}, step=step, commit=True)
-
-    def picture(self, image, caption):
-        kind = "jpg" if max(image.shape[:2]) > JPEG_ABOVE else "png"
-        return self.image(pixels.flattened(pixels.picture(image)), caption=caption, file_type=kind)
+        self.calls.put((step, self._log, step, row, images))
+        self.tick(step)
 
     def summary(self, key, value):
-        self.run.summary[key] = value  # not define_metric(summary="min"), which makes it a dict that no sweep can read
+        self.summaries[key] = value
+        self.calls.put((None, self._summarize, key, value))
+
+    def tick(self, step):
+        while self.news:
+            self.notice(self.news.popleft())
+        if time.monotonic() > self.deadline:
+            self.deadline = math.inf
+            self._kill_service()  # which fails what waits for it
 
     def close(self, exit_code):
-        logs = f"{self.folder}/wandb/offline-run-*-{self.run.id}*" if self.run.offline else ""
+        """Hand over the end and wait for it, in bounded time; Ctrl-C ends the waiting."""
+        self.calls.put((None, self._finish, exit_code))
+        self.calls.put(None)
+        finishing, opening = self.waits["finish_timeout"] or math.inf, 3 * self.waits["init_timeout"]
+        patience = [finishing + LEAVE_SECONDS + (0 if self.run else opening), opening + finishing + LEAVE_SECONDS]
+        if exit_code == os.EX_TEMPFAIL:  # 75: a scheduler waits, and the same command completes what W&B lacks
+            patience = [LEAVE_SECONDS]
+        with contextlib.suppress(KeyboardInterrupt):
+            for seconds in patience:
+                self.again = 0.0
+                if self.ended.wait(min(seconds, threading.TIMEOUT_MAX)):
+                    break
+                self._kill_service()  # it is stuck; a new one may do
+        if not self.ended.is_set():
+            self.leaving.set()
+            self._kill_service()  # or the process could not end
+            self.ended.wait(LEAVE_SECONDS)
+            self.news.append(f"W&B is left behind, unfinished; {self._upload()}")
+        elif self.failed:
+            self.news.append(f"W&B lacks rows that metrics.jsonl has; {self._upload()}")
+        self.tick(None)
+
+    # done by the thread
+
+    def _serve(self):
+        self._do(lambda: None)
+        for step, act, *arguments in iter(self.calls.get, None):
+            self._do(act, *arguments)
+            self.reached = self.reached if step is None else step
+        self.ended.set()
+
+    def _do(self, act, *arguments):
+        """Do something with the run, which is opened first where it is not open."""
+        for _ in range(2):
+            try:
+                if self.run is None:
+                    if self.leaving.is_set() or time.monotonic() < self.again:
+                        return
+                    self.again = time.monotonic() + AGAIN_SECONDS
+                    self.deadline = time.monotonic() + 3 * self.waits["init_timeout"] + STUCK_SECONDS
+                    self.run, self.failed = self._open(), False
+                self.deadline = time.monotonic() + STUCK_SECONDS
+                return act(*arguments)
+            except Exception as problem:
+                self._fail(problem)
+            finally:
+                self.deadline = math.inf
+
+    def _fail(self, problem):
+        if not self.failed and not self.leaving.is_set():
+            self.news.append(f"W&B is interrupted: {in_short(problem)}; training goes on, and metrics.jsonl has every row")
+        run, self.run, self.failed = self.run, None, True
+        self._kill_service()
+        with contextlib.suppress(Exception, SystemExit):
+            run.finish()  # lets go of the console
+        self._forget_service()
+
+    def _open(self):
+        """Return the run, which holds the rows up to the step reached: online, or offline where no server can be had."""
+        mend_logs(self.folder, self.run_id)
+        rows = rows_of(self.folder / Rows.name, self.reached)
+        last = rows[-1]["step"] if rows else 0
+        run, held = None, held_in_folder(self.folder, self.run_id, rows) if self.known else None
+        known, self.known = self.known, True
+        self._start_service()
+        if self.mode != "offline":
+            try:
+                if not self.wandb.login(prompt=False, verify=False):
+                    raise self.wandb.errors.UsageError("not logged in; use `wandb login` or set WANDB_API_KEY")
+                run, held = self._continue_online(last) if known else (self._begin("online", id=self.run_id), None)
+            except Exception as problem:
+                self.news.append(f"W&B is not online: {in_short(problem)}; this run is logged offline")
+        if run is None:
+            held = None if held is None else min(held, last)
+            run = self._begin("offline", **({"id": self.run_id} if held is None else
+                                            {"resume_from": f"{self.run_id}?_step={held}"}))
+        run.define_metric("train/step")
+        run.define_metric("*", step_metric="train/step")
+        for row in rows:
+            if held is None or row["step"] > held:
+                run.log({"train/step": row["step"]} | {key: value for key, value in row.items() if key != "step"},
+                        step=row["step"], commit=True)
+        for key, value in list(self.summaries.items()):
+            run.summary[key] = value
+        self.news.append(f"W&B {self.wandb.__version__}, run {run.id}: {run.settings.sync_dir if run.offline else run.url}")
+        return run
+
+    def _begin(self, mode, **which):
+        named = {key: self.options[key] or None for key in ("entity", "group", "tags", "notes")}
+        settings = self.wandb.Settings(  # made anew each time: `init` writes into it
+            silent=True, reinit="create_new", finish_timeout_raises=True, **self.waits, stop_fn=lambda: self._stop(),
+            stop_on_fatal_error=True, x_transaction_log_flush_interval=FLUSH_SECONDS)
+        try:
+            return self.wandb.init(
+                dir=self.folder.resolve(), mode=mode, config=self.config, settings=settings, **named, **which,
+                name=self.options["name"] or os.environ.get("WANDB_NAME") or self.folder.name,
+                project=self.options["project"] or os.environ.get("WANDB_PROJECT") or "ddpm")
+        except Exception:
+            self._kill_service()  # or it calls the id in use when it is tried again
+            self._forget_service()
+            self._start_service()
+            raise
+
+    def _continue_online(self, last):
+        """Return the run on the server, cut after step `last`, and the last step that it holds (None: it is new there)."""
+        errors = self.wandb.errors
+        with contextlib.suppress(errors.UsageError):  # raised where the server does not know the run
+            run = self._begin("online", id=self.run_id, resume="must")
+            if run.starting_step - 1 <= last:
+                return run, run.starting_step - 1
+            run.finish()
+        with contextlib.suppress(errors.CommError):  # raised where it does not know the run or cannot rewind
+            return self._begin("online", resume_from=f"{self.run_id}?_step={last}"), last
+        run = self._begin("online", id=self.run_id, resume="allow")  # W&B ignores rows up to those that it has
+        return run, run.starting_step - 1 if run.resumed else None
+
+    def _log(self, step, row, images):
+        try:
+            pictures = {key: self._picture(image, f"{key} at step {step}") for key, image in images.items()}
+            self.run.log({"train/step": step, **row, **pictures}, step=step, commit=True)
+        except OSError as problem:
+            if not images or isinstance(problem, ConnectionError):
+                raise
+            if not self.blind:
+                self.news.append(f"W&B lacks pictures, from step {step} on: {in_short(problem)}")
+            self.blind = True
+            self.run.log({"train/step": step, **row}, step=step, commit=True)
+
+    def _picture(self, image, caption):
+        kind = "jpg" if max(image.shape[:2]) > JPEG_ABOVE else "png"
+        return self.wandb.Image(pixels.flattened(pixels.picture(image)), caption=caption, file_type=kind)
+
+    def _summarize(self, key, value):
+        self.run.summary[key] = value  # not define_metric(summary="min"), which makes it a dict that no sweep can read
+
+    def _finish(self, exit_code):
+        run = self.run
         try:
             if exit_code == os.EX_TEMPFAIL and not self.stopped.is_set():  # 75: saved, and a sweep hands the run out again
-                self.run.mark_preempting()
-            self.run.finish(exit_code=exit_code)
+                run.mark_preempting()
+            run.finish(exit_code=exit_code)
         except TimeoutError:
-            logs = f"--include-online {self.run.settings.sync_dir}"
-        if logs:
-            self.notice(f"W&B's log is complete on this disk; to upload it: wandb sync {logs}")
+            self.news.append(f"W&B's server has not taken everything; {self._upload()}")
+            return
+        self._check_taken(run)
+        if run.offline:
+            rows = rows_of(self.folder / Rows.name, self.reached)
+            if rows and held_in_folder(self.folder, run.id, rows) != rows[-1]["step"]:
+                raise OSError("its log lacks rows")  # of a full disk W&B says nothing
+            self.news.append(f"W&B's log is complete on this disk; {self._upload()}")
+
+    def _upload(self):
+        """What brings the server all that the sessions of this run have logged."""
+        mend_logs(self.folder, self.run_id)
+        online = any(self.folder.glob(f"wandb/run-*-{self.run_id}"))
+        return ("to upload it: wandb sync " + ("--include-online " if online else "")
+                + f"{shlex.quote(str(self.folder))}/wandb/{'*' if online else 'offline-'}run-*-{self.run_id}*")
+
+    def _check_taken(self, run):
+        """Raise OSError where the server refuses what the run sends: W&B goes on logging, and writes that into a file alone."""
+        said = Path(run.settings.log_internal).read_text(errors="replace") if not run.offline else ""
+        if "fatal error" in said:
+            raise OSError("the server refuses its rows")
+
+    def _stop(self):
+        """The button of W&B's page, or a fatal error: the run is interrupted, once, where it can save, as by SIGTERM."""
+        try:
+            self._check_taken(self.run)
+        except OSError:
+            self.calls.put((None, self._check_taken, self.run))
+            return
+        self.stopped.set()
+        interrupt_main(signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT)
+
+    # W&B's own process, for which it has no public name
+
+    def _start_service(self):
+        self.wandb.setup(self.wandb.Settings(silent=True, mode="online"))
+        with contextlib.suppress(AttributeError):
+            self.service = self.wandb.setup().assert_service()._proc._process
+
+    def _kill_service(self):
+        if self.service:
+            self.service.kill()
+
+    def _forget_service(self):
+        with contextlib.suppress(Exception, SystemExit):
+            self.wandb.teardown()
 
 
 class Text(Sink):
@@ -173,7 +413,8 @@ class Text(Sink):
     name = "training.log"
 
     def __init__(self, path, start_step, total_steps):
-        self.path, self.start_step, self.total_steps = path, start_step, total_steps
+        self.lines, self.start_step, self.total_steps = Lines(path), start_step, total_steps
+        self.waiting = self.lines.waiting
         self.began = time.monotonic()
         self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
 
@@ -203,11 +444,11 @@ class Text(Sink):
             self.keep(text)
 
     def keep(self, text):
-        with open(self.path, "a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        self.lines.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def close(self, exit_code):
         self.bar.close()
+        self.lines.write()
 
 
 def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, main=True):
@@ -222,15 +463,18 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = Rows(folder / "metrics.jsonl", None if state is None else start_step)
-    last = rows.kept[-1]["step"] if rows.kept else None
-    tracker = Tracker([Text(folder / "training.log", start_step, total_steps), rows], last, state)
+    tracker = Tracker([Text(folder / "training.log", start_step, total_steps), rows], rows.last, state)
     origin = "from the start" if state is None else f"resumed from step {start_step}"
     tracker.say(f"{shlex.join(sys.argv)} ({origin}; torch {version('torch')})")
     mode = wandb_mode(wandb["mode"])
     if mode != "disabled":
+        known = None if state is None else os.environ.get("WANDB_RUN_ID") or state.get("wandb_id")
+        run_id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         try:
-            run_id = None if state is None else os.environ.get("WANDB_RUN_ID") or state.get("wandb_id")
-            tracker.sinks.append(open_wandb(tracker, folder, config, wandb, mode, run_id, rows.kept))
+            tracker.sinks.append(Wandb(
+                folder, config=config, options=wandb, mode=mode, run_id=run_id, known=known is not None,
+                last=-1 if rows.last is None else rows.last, summaries=tracker.state.get("summary", {}), notice=tracker.say))
+            tracker.state["wandb_id"] = run_id
         except Exception as problem:
             tracker.say(f"W&B is off in this run: {in_short(problem)}; metrics.jsonl has every row")
     return tracker
@@ -243,92 +487,54 @@ def wandb_mode(given):
     return named if named in MODES else "auto"
 
 
-def open_wandb(tracker, folder, config, options, mode, run_id, rows):
-    """Return the sink of a new run, or of `run_id` rewound to the last of `rows`; offline where no server can be had.
-
-    Rows that W&B lacks are written again: they died with the process before they were flushed or sent, or it was off.
-    """
-    import wandb  # not above: it takes a second, and its failures concern only runs that use it
-
-    quiet = wandb.Settings(silent=True, mode="online")
-    waits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
-    waits = {key: seconds for key, seconds in waits.items() if f"WANDB_{key.upper()}" not in os.environ}
-    named = {key: options[key] or None for key in ("entity", "group", "tags", "notes")}
-    named["project"] = options["project"] or os.environ.get("WANDB_PROJECT") or "ddpm"
-
-    stopped = threading.Event()
-
-    def stop():
-        """The button of W&B's page: the run is interrupted, once, where it can save, as by SIGTERM."""
-        stopped.set()
-        interrupt_main(signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT)
-
-    def begin(mode, **which):
-        settings = wandb.Settings(  # made anew each time: `init` writes into it
-            silent=True, reinit="create_new", finish_timeout_raises=True, **waits, stop_fn=stop,
-            x_transaction_log_flush_interval=FLUSH_SECONDS)
-        name = options["name"] or os.environ.get("WANDB_NAME") or folder.name
-        try:
-            return wandb.init(dir=folder.resolve(), mode=mode, config=config, name=name, settings=settings, **named, **which)
-        except Exception:
-            wandb.teardown()  # or W&B's service calls the id in use when it is tried again
-            wandb.setup(quiet)
-            raise
-
-    last = rows[-1]["step"] if rows else 0
-    run, held = None, held_in_folder(folder, run_id) if run_id else None
-    if mode != "offline":
-        try:
-            wandb.setup(quiet)
-            logged_in = wandb.login(prompt=False, verify=False)
-            if mode == "online" and not logged_in:
-                raise wandb.errors.UsageError("not logged in; use `wandb login` or set WANDB_API_KEY")
-            if logged_in:
-                run, held = continue_online(begin, run_id, last) if run_id else (begin("online"), None)
-        except Exception as problem:
-            tracker.say(f"W&B is not online: {in_short(problem)}; this run is logged offline")
-    if run is None:
-        held = None if held is None else min(held, last)
-        run = begin("offline", **({"id": run_id} if held is None else {"resume_from": f"{run_id}?_step={held}"}))
-    sink = Wandb(wandb.Image, run, folder, tracker.say, stopped)
-    for row in rows:
-        if held is None or row["step"] > held:
-            sink.write(row["step"], {key: value for key, value in row.items() if key != "step"}, {})
-    for key, value in tracker.state.get("summary", {}).items():
-        sink.summary(key, value)
-    tracker.state["wandb_id"] = run.id
-    tracker.say(f"W&B {wandb.__version__}, run {run.id}: {run.settings.sync_dir if run.offline else run.url}")
-    return sink
-
-
-def continue_online(begin, run_id, last):
-    """Return the run on the server, cut after step `last`, and the last step that it holds (None: it is new there)."""
-    from wandb.errors import CommError, UsageError
-
-    with contextlib.suppress(UsageError):  # raised where the server does not know the run
-        run = begin("online", id=run_id, resume="must")
-        if run.starting_step - 1 <= last:
-            return run, run.starting_step - 1
-        run.finish()
-    with contextlib.suppress(CommError):  # raised where it does not know the run or cannot rewind
-        return begin("online", resume_from=f"{run_id}?_step={last}"), last
-    run = begin("online", id=run_id, resume="allow")  # W&B ignores rows up to those that it has
-    return run, run.starting_step - 1 if run.resumed else None
-
-
-def held_in_folder(folder, run_id):
-    """The last step of the run that W&B's own logs in `folder` hold, None where there is none."""
+def logs_in(folder, run_id):
+    """W&B's own logs of a run in `folder`, online and offline, in the order of their sessions."""
     logs = folder.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
-    for log in sorted(logs, key=lambda log: log.parent.name.split("run-", 1)[1], reverse=True):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-        held = None
-        for line in subprocess.run(command, check=True, capture_output=True).stdout.splitlines():
+    return sorted(logs, key=lambda log: log.parent.name.split("run-", 1)[1])
+
+
+def mend_logs(folder, run_id):
+    """Cut the torn ends that a full disk or a kill left of W&B's logs, and remove empty logs: `wandb sync` stops there.
+
+    The format is LevelDB's: chunks with 4 bytes of checksum, 2 of length and a type: 1 is a whole record, 2, 3, 4 its parts.
+    """
+    for log in logs_in(folder, run_id):
+        content = log.read_bytes()
+        at = end = HEADER
+        while at + 7 <= len(content):
+            if BLOCK - at % BLOCK < 7:  # filled with zeros
+                at += BLOCK - at % BLOCK
+                continue
+            length, kind = struct.unpack_from("<HB", content, at + 4)
+            at += 7 + length
+            if at > len(content) or kind not in (1, 2, 3, 4):
+                break
+            end = at if kind in (1, 4) else end
+        if end == HEADER:
+            shutil.rmtree(log.parent, ignore_errors=True)
+        elif end < len(content):
+            os.truncate(log, end)
+
+
+def held_in_folder(folder, run_id, rows):
+    """The step up to which W&B's own logs in `folder` hold all of `rows`, None where they hold no row of the run."""
+    from wandb.util import get_core_path
+
+    for log in reversed(logs_in(folder, run_id)):
+        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", str(log)]
+        held, steps = None, set()
+        for line in subprocess.run(command, check=True, capture_output=True, timeout=60).stdout.splitlines():
             record = json.loads(line)
             if "branch_point" in record.get("run", {}):
                 held = int(record["run"]["branch_point"].get("value", 0))
             elif "history" in record:
-                held = record["history"]["step"]["num"]
-        if held is not None:
+                steps.add(int(record["history"]["step"]["num"]))
+        if held is not None or steps:
+            held = held or 0
+            for step in (row["step"] for row in rows if row["step"] > held):
+                if step not in steps:
+                    break
+                held = step
             return held
     return None
 
@@ -339,11 +545,24 @@ def plain(value):
     return value if isinstance(value, str) or math.isfinite(value) else None
 
 
+def rows_of(path, last):
+    """The rows of metrics.jsonl up to step `last`."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [row for row in map(whole_row, lines) if row and row["step"] <= last]
+
+
 def whole_row(line):
     """The row in a line of metrics.jsonl, None in a line that is torn, or holds no row."""
     with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(line) if line.endswith(b"\n") else None
         return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def seconds_in_environment(name, default):
+    try:
+        return float(os.environ[name])
+    except (KeyError, ValueError):
+        return default
 
 
 def in_short(problem):

@@ -53,7 +53,7 @@ class Desk:
     """A researcher's folder with a study in it, logged in at the stand-in."""
 
     def __init__(self, folder):
-        self.folder, self.server = folder, wandb_server.start()
+        self.folder, self.server = folder, wandb_server.Server()
         python = Path(sys.executable).parent  # W&B's agent runs the bare word `python`
         mine = ("WANDB_", "XDG_", "NETRC", "RANK", "WORLD_SIZE")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
@@ -129,8 +129,7 @@ def numbers(history):
 def desk(tmp_path_factory):
     made = Desk(tmp_path_factory.mktemp("desk"))
     yield made
-    made.server.shutdown()
-    made.server.server_close()
+    made.server.vanish()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from wandb.util import get_core_path
 from wandb_server import server as server
 
 from ddpm import tracking
@@ -44,7 +45,7 @@ def lines(folder):
 
 
 def records(log):
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(log)]  # as `wandb leet`, without Python
     return [json.loads(line) for line in subprocess.run(command, check=True, capture_output=True).stdout.splitlines()]
 
 
@@ -193,6 +194,8 @@ folder, wandb, kill_at, cores = Path(sys.argv[1]), json.loads(sys.argv[2]), int(
 saved = json.loads((folder / "saved").read_text()) if (folder / "saved").exists() else {"step": 0, "state": None}
 tracker = tracking.open_tracker(
     folder, config={}, wandb=wandb, start_step=saved["step"], total_steps=60, state=saved["state"])
+while not tracker.sinks[-1].run:  # a kill before it is open would meet metrics.jsonl alone
+    time.sleep(0.01)
 for step in range(saved["step"] + 1, 61):
     if step % 2 == 0:
         tracker.log(step, {"train/loss": 1 / step, "speed/session": os.getpid()})
@@ -202,6 +205,9 @@ for step in range(saved["step"] + 1, 61):
         (folder / "part").write_text(json.dumps({"step": step, "state": tracker.state_dict()}))
         os.replace(folder / "part", folder / "saved")
     if step == kill_at:
+        rows = tracking.rows_of(folder / "metrics.jsonl", step)
+        while cores == "later" and tracking.held_in_folder(folder, tracker.state["wandb_id"], rows) == saved["step"]:
+            time.sleep(0.1)  # until W&B's log has a row of this session
         for entry in Path("/proc").glob("[0-9]*/stat") if cores == "both" else ():
             name, _, rest = entry.read_text().partition(") ")
             if "wandb-core" in name and rest.split()[1] == str(os.getpid()):
@@ -220,7 +226,8 @@ EXPECTED = [{"step": step, "train/loss": 1 / step} | ({} if step % 10 else {"val
 def run_training(folder, kill_at=0, cores="one", mode="offline", **environment):
     folder.mkdir(exist_ok=True)
     command = [sys.executable, "-c", TRAINING, str(folder), json.dumps(OFFLINE | {"mode": mode}), str(kill_at), cores]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT} | environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT} | environment, capture_output=True, text=True,
+                          timeout=240)
     assert done.returncode == (-9 if kill_at else 0), done.stderr
     return done
 
@@ -233,7 +240,7 @@ def numbers(folder):
 def test_resume_after_sigkill(tmp_path):
     """Killed between checkpoints, and at one with W&B's own process, whose log then lacks rows up to the checkpoint."""
     folder = tmp_path / "run"
-    for kill_at, cores in ((17, "one"), (20, "both"), (43, "one"), (0, "one")):
+    for kill_at, cores in ((17, "one"), (20, "both"), (43, "later"), (0, "one")):
         run_training(folder, kill_at, cores)
     assert numbers(folder) == EXPECTED
     assert rows_of(synced(folder)) == lines(folder)
@@ -266,15 +273,6 @@ def test_online_curve_has_no_gap_and_no_double_row(tmp_path, server):
         assert rows_of(online.history) == lines(folder)
         assert numbers(folder) == EXPECTED
         (folder / "saved").write_text(early)
-
-
-def test_a_server_that_stops_answering_does_not_hold_the_training(tmp_path, server):
-    server.deaf = True
-    before = time.monotonic()
-    done = run_training(tmp_path / "run", mode="online", WANDB_FINISH_TIMEOUT="2", **server.login)
-    assert time.monotonic() - before < 30  # 2 s at the end, the rest for a loaded machine
-    assert "wandb sync --include-online" in done.stdout
-    assert numbers(tmp_path / "run") == EXPECTED
 
 
 @pytest.mark.parametrize("asked, variable, expected", [
@@ -311,14 +309,19 @@ def test_a_sweep_agent_names_the_run(tmp_path):
     assert (run["run_id"], run["sweep_id"]) == ("agentrun", "sweep123")
 
 
-def test_a_broken_wandb_is_said_once(tmp_path, capsys):
+def test_a_broken_wandb_is_said_once_and_mended(tmp_path, capsys):
     tracker = begin(tmp_path)
+    tracker.log(10, {"train/loss": 1.0})
+    tracker.flush()
+    while not tracker.sinks[-1].run:
+        time.sleep(0.01)
     tracker.sinks[-1].run.finish()  # from here on W&B raises at every row
-    for step in (10, 20):
+    for step in (20, 30):
         tracker.log(step, {"train/loss": 1.0})
     tracker.close()
-    assert capsys.readouterr().out.count("W&B is incomplete from here") == 1
-    assert [row["step"] for row in lines(tmp_path)] == [10, 20]
+    assert capsys.readouterr().out.count("W&B is interrupted") == 1
+    assert [row["step"] for row in lines(tmp_path)] == [10, 20, 30]
+    assert rows_of(synced(tmp_path)) == lines(tmp_path)
 
 
 def test_a_wandb_that_cannot_be_imported(tmp_path, monkeypatch, capsys):

@@ -3,8 +3,10 @@
     server.login    environment variables that bring a client here
     server.runs     run id -> Run          server.sweeps   sweep id -> Sweep
     server.views    workspaces, as sent    server.unknown  operations that were asked for and are not here
+    server.fault    what is wrong with its answers, one of FAULTS or None; `vanish()` and `appear()` end and begin it
 """
 
+import contextlib
 import gzip
 import http.server
 import itertools
@@ -12,6 +14,7 @@ import json
 import math
 import re
 import secrets
+import socket
 import threading
 import time
 import urllib.parse
@@ -90,12 +93,38 @@ class Server(http.server.ThreadingHTTPServer):
     """Answers GraphQL operations by the method of their name, file streams and uploads."""
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), Handler, bind_and_activate=False)
+        self.fault, self.connections = None, set()
+        self.lock = threading.RLock()
+        self.appear()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.login = {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "k" * 40}
         self.runs, self.sweeps, self.agents, self.views, self.unknown = {}, {}, {}, {}, []
-        self.deaf = False  # listens and does not answer
-        self.lock = threading.RLock()
+
+    def appear(self):
+        """Listen, again on the same port, with all that was known before."""
+        self.socket.close()
+        self.socket = socket.socket(self.address_family, self.socket_type)
+        self.server_bind()
+        self.server_activate()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def vanish(self):
+        """Be gone: nobody listens any more, and who was connected is cut off."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def get_request(self):
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request):
+        self.connections.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request, client_address):
         """A client that was killed hangs up in the middle of a sentence."""
@@ -265,13 +294,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
         answer = {}
+        if self.server.fault and self.server.fault(self):
+            return
         if self.path.endswith("/graphql"):
             said = json.loads(body)
             answer = self.server.graphql(said["query"], said.get("variables") or {})
         elif self.path.endswith("/file_stream"):
-            time.sleep(60 if self.server.deaf else 0)
             with self.server.lock:
-                run = self.server.runs[self.path.split("/")[-2]]
+                run = self.server.runs.get(self.path.split("/")[-2])
+                if run is None:  # deleted
+                    return self.answer(b'{"error": "run not found"}', 404)
                 self.server.stream(run, json.loads(body))
             answer = {"stopped": run.stopped}
         elif self.path.startswith("/upload/"):
@@ -282,14 +314,62 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_PUT = do_POST
 
     def do_GET(self):
+        if self.server.fault and self.server.fault(self):
+            return
         run, name = self.path.removeprefix("/upload/").split("/", 1)
         self.answer(self.server.runs[run].files[urllib.parse.unquote(name)])
 
-    def answer(self, content):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+    def answer(self, content, status=200, length=None, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content) if length is None else length, **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(content)
+
+
+def silent(handler):
+    """Takes what is sent, and never answers."""
+    time.sleep(3600)
+
+
+def slow(handler):
+    """Answers after five seconds."""
+    time.sleep(5)
+
+
+def refusing(status, **headers):
+    """Answers an HTTP status."""
+    def fault(handler):
+        handler.answer(json.dumps({"error": f"status {status}"}).encode(), status, **headers)
+        return True
+
+    return fault
+
+
+def garbled(handler):
+    """Answers what is no JSON."""
+    handler.answer(b"<html>{not json")
+    return True
+
+
+def cut_off(handler):
+    """Hangs up in the middle of an answer."""
+    handler.answer(b'{"data": ', length=1000)
+    handler.close_connection = True
+    return True
+
+
+FAULTS = {  # f(handler) is asked first, and returns True where it has answered
+    "silent": silent,
+    "slow": slow,
+    "500": refusing(500),
+    "429": refusing(429, Retry_After=1),
+    "401": refusing(401),
+    "403": refusing(403),
+    "409": refusing(409),
+    "garbled": garbled,
+    "cut off": cut_off,
+}
 
 
 def as_project(name):
@@ -320,17 +400,9 @@ def new_id():
     return secrets.token_hex(4)
 
 
-def start():
-    """A server that listens, on a port of its own."""
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
-
-
 @pytest.fixture
 def server():
     """A server as W&B's client sees it."""
-    started = start()
+    started = Server()
     yield started
-    started.shutdown()
-    started.server_close()
+    started.vanish()
