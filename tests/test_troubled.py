@@ -14,6 +14,7 @@ BEHIND = "W&B's server has not taken everything; to upload it: wandb sync --incl
 OFFLINE = ["this run is logged offline", "W&B's log is complete on this disk; to upload it: wandb sync"]
 SAID = {  # what a person reads, each line once
     "well": [],
+    "no login": ["W&B is not online: UsageError: not logged in; use `wandb login`", *OFFLINE],
     "silent": [BEHIND],
     "slow": [BEHIND],
     "403": ["W&B is interrupted: OSError: the server refuses its rows", *OFFLINE],
@@ -52,10 +53,8 @@ def test_no_row_is_lost_and_nothing_waits(found, fault):
     if fault not in found:
         pytest.skip("no disk can be mounted here")
     one = found[fault]
-    assert one["rows"] == ALL, "metrics.jsonl has every row"
-    assert sorted(set(one["recovered"])) == ALL  # W&B keeps one row a step; a log that is sent again sends all
-    assert one["log"] < 1 and one["train"] < 4 * found["well"]["train"]  # a request that is waited for takes five seconds
-    assert one["close"] < 40  # twice the seconds that are set, and a new process of W&B in between, on a loaded machine
+    assert troubled.losses(one) == []
+    assert one["train"] < 4 * found["well"]["train"]  # a request that is waited for takes five seconds, this loop one
     said = [line for line in one["said"] if line.startswith(("W&B", "metrics.jsonl", "training.log"))]
     for line in [*SAID[fault], *(line for line in WAITS.get(fault, []) if any(line in each for each in said))]:
         assert sum(line in each for each in said) == 1, said

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import wandb
 import wandb_server
 from wandb.sdk.data_types._private import MEDIA_TMP
 
@@ -110,13 +111,13 @@ def service():
     raise AssertionError("W&B has no process")
 
 
-def recover(said):
+def recover(said, folder):
     """Run the commands that were named, the last one of each training, as one."""
     commands = [re.findall(r"wandb sync (?:--include-online )?(.+)", "\n".join(lines)) for lines in said]
     logs = " ".join(found[-1] for found in commands if found)
     if logs:
         subprocess.run(f"{sys.executable} -m wandb sync --include-online {logs}", shell=True, check=True, capture_output=True,
-                       timeout=120)
+                       cwd=folder, timeout=120)
 
 
 def broken(name):
@@ -161,6 +162,15 @@ def limit(size):
     return lambda trial: resource.prlimit(service(), resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+def log_out(trial):
+    wandb.teardown()  # which has read it
+    del os.environ["WANDB_API_KEY"]
+
+
+def log_in(trial):
+    os.environ["WANDB_API_KEY"] = trial.server.login["WANDB_API_KEY"]
+
+
 def offline(then=lambda trial: None):
     def before(trial):
         trial.mode = "offline"
@@ -177,6 +187,7 @@ def small_temporary(trial):
 FAULTS = {name: {"half": broken(name)} for name in wandb_server.FAULTS}
 FAULTS |= {
     "well": {},
+    "no login": {"before": log_out, "end": log_in},
     "Ctrl-C at the end": {"half": broken("silent"), "end": interrupt(0.3)},
     "silent at the start": {"before": broken("silent")},
     "gone at the start": {"before": lambda trial: trial.server.vanish()},
@@ -197,16 +208,29 @@ FAULTS |= {
 }
 
 
+def losses(found):
+    """What of a fault's outcome is not as it must be, in lines."""
+    every = list(range(1, STEPS + 1))
+    lost = [] if found["rows"] == every else [f"metrics.jsonl has the rows {found['rows']}"]
+    if sorted(set(found["recovered"])) != every:  # W&B keeps one row a step; a log that is sent again sends all
+        lost.append(f"W&B has the rows {found['recovered']}")
+    if found["log"] > 1:  # a request that is waited for takes five seconds
+        lost.append(f"a row took {found['log']:.1f} s")
+    if found["close"] > 40:  # twice the seconds that are set, and a new process of W&B in between, on a loaded machine
+        lost.append(f"the end took {found['close']:.1f} s")
+    return lost
+
+
 LIES = ("garbled", "cut off")  # with status 200, which W&B takes for yes
 UNHEALED = ("log disk full, offline",)  # until the training goes on
 
 
 def main(folder, *names):
-    server = wandb_server.Server()
+    server, folder = wandb_server.Server(), Path(folder).resolve()
     os.environ |= server.login | WAITS  # W&B reads it once
     trials = []
     for number, name in enumerate(names):
-        trial = Trial(Path(folder, f"{number}, {name}"), server)
+        trial = Trial(folder / f"{number}, {name}", server)
         found = trial.run(**FAULTS[name]) | {"fault": name, "rows": trial.rows(), "sent": trial.sent()}
         if name in ("gone", "gone at the start"):
             server.appear()
@@ -221,7 +245,7 @@ def main(folder, *names):
         if name == "temporary disk full":
             subprocess.run(["umount", str(trial.disk)], check=True)
         trials.append((trial, found))
-    recover([found["said"] for _, found in trials])
+    recover([found["said"] for _, found in trials], folder)
     print(json.dumps([found | {"recovered": trial.sent()} for trial, found in trials]))
 
 

@@ -21,6 +21,7 @@ import divergence
 import preemption
 import ranks
 import torch
+import tracking
 from faults import Fault, Found
 
 from ddpm.compare import commit, this_machine
@@ -59,6 +60,7 @@ FAULTS = {
     "nodes": Fault(
         ranks.nodes_come_and_go, "of two nodes (torchrun --nnodes=1:2) one is killed, agent and rank, and joins again",
         "the other goes on alone, then both do; each step has its row", 10, 0),
+    **tracking.FAULTS,
 }
 
 
