@@ -113,7 +113,9 @@ def finish(run):
         if failed(run, f"{command.one_line(error)}; the same command goes on from the last checkpoint"):
             traceback.print_exc()
     finally:
-        run.tracker.close(command.DONE if code == AGAIN else code)
+        wish = run.machine.wish
+        with contextlib.suppress(Interrupted), contextlib.nullcontext() if wish.asked else wish.abandonable():
+            run.tracker.close(command.DONE if code == AGAIN else code, hurry=wish.asked)
     return code
 
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from ddpm import images as pixels
 from ddpm.files import written_beside
+from ddpm.interrupt import Interrupted
 
 WAITS = {"init_timeout": 30, "finish_timeout": 60}  # s for the server; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT go before
 LEAVE_SECONDS = 15  # for W&B's own process at the end, beyond that; and in all where a scheduler waits
@@ -97,10 +98,13 @@ class Tracker:
         """What a checkpoint keeps for `open_tracker`: the id and the summary of the W&B run."""
         return copy.deepcopy(self.state)
 
-    def close(self, exit_code=0):
-        """Write what is left and end the sinks, in bounded time; code 75 marks the run preempted, others but 0 as failed."""
+    def close(self, exit_code=0, hurry=False):
+        """Write what is left and end the sinks, in bounded time, of seconds where there is a `hurry`.
+
+        Code 75 marks the run preempted, others but 0 as failed.
+        """
         self.flush()
-        self._tell("close", exit_code)
+        self._tell("close", exit_code, hurry)
         for sink in self.sinks:
             if sink.waiting:
                 self._say_once((sink, "close"), f"{sink.name} lacks its last {len(sink.waiting)} lines")
@@ -174,7 +178,7 @@ class Rows(Sink):
     def write(self, step, row, images):
         self.lines.add(json.dumps({"step": step, **row}, allow_nan=False))
 
-    def close(self, exit_code):
+    def close(self, exit_code, hurry):
         self.lines.write()
 
 
@@ -216,15 +220,15 @@ class Wandb(Sink):
             self.deadline = math.inf
             self._kill_service()  # which fails what waits for it
 
-    def close(self, exit_code):
-        """Hand over the end and wait for it, in bounded time; Ctrl-C ends the waiting."""
+    def close(self, exit_code, hurry):
+        """Hand over the end and wait for it, in bounded time, or until a signal: the training is over."""
         self.calls.put((None, self._finish, exit_code))
         self.calls.put(None)
         finishing, opening = self.waits["finish_timeout"] or math.inf, 3 * self.waits["init_timeout"]
         patience = [finishing + LEAVE_SECONDS + (0 if self.run else opening), opening + finishing + LEAVE_SECONDS]
-        if exit_code == os.EX_TEMPFAIL:  # 75: a scheduler waits, and the same command completes what W&B lacks
+        if hurry or exit_code == os.EX_TEMPFAIL:  # 75: a scheduler waits, and the same command completes what W&B lacks
             patience = [LEAVE_SECONDS]
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt, Interrupted):
             for seconds in patience:
                 self.again = 0.0
                 if self.ended.wait(min(seconds, threading.TIMEOUT_MAX)):
@@ -288,6 +292,8 @@ class Wandb(Sink):
                     raise self.wandb.errors.UsageError("not logged in; use `wandb login` or set WANDB_API_KEY")
                 run, held = self._continue_online(last) if known else (self._begin("online", id=self.run_id), None)
             except Exception as problem:
+                if self.leaving.is_set():
+                    raise
                 self.news.append(f"W&B is not online: {in_short(problem)}; this run is logged offline")
         if run is None:
             held = None if held is None else min(held, last)
@@ -317,7 +323,8 @@ class Wandb(Sink):
         except Exception:
             self._kill_service()  # or it calls the id in use when it is tried again
             self._forget_service()
-            self._start_service()
+            if not self.leaving.is_set():
+                self._start_service()
             raise
 
     def _continue_online(self, last):
@@ -446,7 +453,7 @@ class Text(Sink):
     def keep(self, text):
         self.lines.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
-    def close(self, exit_code):
+    def close(self, exit_code, hurry):
         self.bar.close()
         self.lines.write()
 

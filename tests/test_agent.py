@@ -258,7 +258,7 @@ def test_an_interrupted_run_is_resumed_by_the_next_agent(desk, bad_day):
     assert bad_day.interrupted == ("preempted", 75)
     assert (one.state, one.exit_code) == ("finished", 0)
     log = (desk.folder_of(one) / "training.log").read_text()
-    assert "interrupted and saved" in log and "done: " in log
+    assert "and saved at step" in log and "done: " in log
     steps = [row["step"] for row in lines(desk.folder_of(one))]
     assert steps == list(range(2, steps[-1] + 1, 2))
     assert numbers(one.history) == lines(desk.folder_of(one))
@@ -289,7 +289,7 @@ def test_a_bayes_study_whose_first_run_is_stopped_early(desk, bad_day):
     assert agent.wait(timeout=300) == 0
     _, second = desk.runs_of(sweep)
     assert (first.exit_code, first.state, second.state, sweep.state) == (75, "killed", "finished", "FINISHED")
-    assert "interrupted and saved" in (folder / "training.log").read_text() and list((folder / "checkpoints").glob("*.pt"))
+    assert "and saved at step" in (folder / "training.log").read_text() and list((folder / "checkpoints").glob("*.pt"))
     assert numbers(first.history) == lines(folder)
     rates = [one.config["config.train.learning_rate"] for one in (first, second)]
     assert rates == [1e-4, 1e-3] and desk.server.unknown == []

@@ -2,11 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import troubled
+from wandb_server import FAULTS
+from wandb_server import server as server
 
 ALL = list(range(1, troubled.STEPS + 1))
 ALONE = ["unshare", "-rm"]  # mounts of a process are seen by nobody else, and go with it
@@ -63,3 +67,26 @@ def test_no_row_is_lost_and_nothing_waits(found, fault):
 def test_a_server_that_is_well_has_all_at_the_end(found):
     for fault in ("well", "a fork", "service killed", "service stopped", "temporary disk full"):
         assert found[fault]["sent"] == ALL
+
+
+@pytest.mark.parametrize("at, number, code", [("step 4/", signal.SIGTERM, 75), ("done: ", signal.SIGINT, 0)])
+def test_a_signal_while_wandb_waits_for_a_silent_server(server, tmp_path, at, number, code):
+    """While it is being opened, the training goes on; and at its end nobody has to wait."""
+    server.fault = FAULTS["silent"]
+    length = 12 if code == 0 else 100_000
+    knobs = {"model.model_channels": 8, "train.batch_size": 8, "train.length": f"{length} steps", "every.log": "4 steps",
+             "every.sample": "0 steps", "every.validate": "0 steps", "every.evaluate": "0 steps"}
+    command = [sys.executable, "-m", "ddpm.main", f"--config={troubled.ROOT}/configs/digits.py", f"--workdir={tmp_path}/run",
+               *(f"--config.{key}={value}" for key, value in knobs.items())]
+    environment = os.environ | server.login | {"PYTHONPATH": str(troubled.ROOT)}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE) as process:
+        try:
+            while not (line := process.stdout.readline()).startswith(at):
+                assert line, "it ends before"
+            began = time.monotonic()
+            process.send_signal(number)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == code and said.count("W&B is left behind") == 1
+    assert time.monotonic() - began < 15 + 25  # as long as it waits where it is stopped; the rest for a loaded machine
