@@ -68,7 +68,7 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
     process.communicate()
     assert process.returncode == 75
     stopped = checkpoint.checkpoints(tmp_path / "run")[-1][0]
-    assert 10 <= stopped < 60 and rows(tmp_path / "run")[-1]["step"] == stopped
+    assert 10 <= stopped < 60 and rows(tmp_path / "run")[-1]["step"] in (stopped - 1, stopped)  # the next start logs the rest
     assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 61))
     history = {}
