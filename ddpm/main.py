@@ -113,9 +113,7 @@ def finish(run):
         if failed(run, f"{command.one_line(error)}; the same command goes on from the last checkpoint"):
             traceback.print_exc()
     finally:
-        wish = run.machine.wish
-        with contextlib.suppress(Interrupted), contextlib.nullcontext() if wish.asked else wish.abandonable():
-            run.tracker.close(command.DONE if code == AGAIN else code, hurry=wish.asked)
+        run.tracker.close(command.DONE if code == AGAIN else code, hurry=lambda: run.machine.wish.asked)
     return code
 
 

@@ -36,10 +36,9 @@ from tqdm import tqdm
 
 from ddpm import images as pixels
 from ddpm.files import written_beside
-from ddpm.interrupt import Interrupted
 
 WAITS = {"init_timeout": 30, "finish_timeout": 60}  # s for the server; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT go before
-LEAVE_SECONDS = 15  # for W&B's own process at the end, beyond that; and in all where a scheduler waits
+LEAVE_SECONDS = 15  # for W&B's own process at the end, beyond that; and in all once a signal has come: a scheduler waits
 STUCK_SECONDS = 60  # for it to take a row
 AGAIN_SECONDS = 60  # between two attempts to open a W&B that has failed
 FLUSH_SECONDS = 0.1  # so often W&B's log is written (15 is its default), and so much SIGKILL costs
@@ -98,8 +97,8 @@ class Tracker:
         """What a checkpoint keeps for `open_tracker`: the id and the summary of the W&B run."""
         return copy.deepcopy(self.state)
 
-    def close(self, exit_code=0, hurry=False):
-        """Write what is left and end the sinks, in bounded time, of seconds where there is a `hurry`.
+    def close(self, exit_code=0, hurry=lambda: False):
+        """Write what is left and end the sinks, in bounded time, within seconds from when `hurry()` is true.
 
         Code 75 marks the run preempted, others but 0 as failed.
         """
@@ -221,17 +220,14 @@ class Wandb(Sink):
             self._kill_service()  # which fails what waits for it
 
     def close(self, exit_code, hurry):
-        """Hand over the end and wait for it, in bounded time, or until a signal: the training is over."""
+        """Hand over the end and wait for it, in bounded time; a second Ctrl-C ends the waiting."""
         self.calls.put((None, self._finish, exit_code))
         self.calls.put(None)
         finishing, opening = self.waits["finish_timeout"] or math.inf, 3 * self.waits["init_timeout"]
-        patience = [finishing + LEAVE_SECONDS + (0 if self.run else opening), opening + finishing + LEAVE_SECONDS]
-        if hurry or exit_code == os.EX_TEMPFAIL:  # 75: a scheduler waits, and the same command completes what W&B lacks
-            patience = [LEAVE_SECONDS]
-        with contextlib.suppress(KeyboardInterrupt, Interrupted):
-            for seconds in patience:
+        with contextlib.suppress(KeyboardInterrupt):
+            for seconds in (finishing + LEAVE_SECONDS + (0 if self.run else opening), opening + finishing + LEAVE_SECONDS):
                 self.again = 0.0
-                if self.ended.wait(min(seconds, threading.TIMEOUT_MAX)):
+                if self._ended_within(seconds, hurry) or hurry():
                     break
                 self._kill_service()  # it is stuck; a new one may do
         if not self.ended.is_set():
@@ -242,6 +238,14 @@ class Wandb(Sink):
         elif self.failed:
             self.news.append(f"W&B lacks rows that metrics.jsonl has; {self._upload()}")
         self.tick(None)
+
+    def _ended_within(self, seconds, hurry):
+        """Wait for the thread so long, and LEAVE_SECONDS from when there is a hurry; True where it is done."""
+        end, hurried = time.monotonic() + seconds, False
+        while not self.ended.wait(0.1) and time.monotonic() < end:
+            if hurry() and not hurried:
+                end, hurried = min(end, time.monotonic() + LEAVE_SECONDS), True
+        return self.ended.is_set()
 
     # done by the thread
 
