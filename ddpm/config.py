@@ -187,7 +187,7 @@ RANGES = {
     "train.batch_size": (1, 2**20),
     "train.gradient_accumulation_steps": (1, 2**20),
     "train.learning_rate": (0, 1),
-    "train.spike": (0, 1e30),
+    "train.spike": (0, 1_000_000),
     "train.rollback": (0, 1),
     "train.gradient_clip": (0, float("inf")),
     "train.label_dropout": (0, 0.99),

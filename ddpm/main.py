@@ -32,6 +32,8 @@ def train_experiment(given, folder):
     try:
         with wish.heard(), contextlib.ExitStack() as kept:
             with wish.abandonable():
+                build.check(given)
+                config.check_continues(given, folder)
                 machine = dist.start(given.train.amp, given.train.deterministic, wish=wish)
             with machine.together():
                 build.check(given)
@@ -101,7 +103,10 @@ def finish(run):
             run.tracker.say(f"rolled back: {run.roll_back(error)}")
         else:
             code = command.DIVERGED
-            run.tracker.say(f"diagnosis: {run.diagnosis()}")
+            try:
+                run.tracker.say(f"diagnosis: {run.diagnosis()}")
+            except (RuntimeError, NoRoom) as problem:
+                run.tracker.say(f"no diagnosis, as that failed too: {command.one_line(problem)}")
     except (NoRoom, torch.OutOfMemoryError) as error:
         what = error if isinstance(error, NoRoom) else ("out of memory beside the gradients; where it was drawing, smaller "
                                                         "--config.sample.batch_size and --config.evaluate.batch_size help")

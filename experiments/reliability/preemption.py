@@ -6,13 +6,18 @@ import signal
 import time
 
 import numpy as np
-from faults import Found, differences, forked, small, training
+from faults import Found, differences, forked, last_line, small, training
 
 ASKED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EVENTFUL = dict(  # most of it is drawing and measuring; saved at each step, so that the same two checkpoints stay
     train__length="12 steps", every__save="1 step", every__milestone="8 steps", every__log="2 steps", every__validate="4 steps",
     every__sample="4 steps", sample__steps=20, every__evaluate="6 steps", evaluate__steps=10, evaluate__num_samples=32,
     evaluate__likelihood="both", evaluate__likelihood_images=8, evaluate__likelihood_evaluations=16)
+
+
+def plainly(work):
+    """The same work; signals that come before it hears them end the process by themselves."""
+    return lambda: (signal.signal(signal.SIGINT, signal.SIG_DFL), work())[1]
 
 
 def at_any_time(folder, times, seed):
@@ -27,11 +32,11 @@ def at_any_time(folder, times, seed):
             moment = rng.uniform(0.05, max(left, 0.1))
             left -= moment
             begun = time.monotonic()
-            code = forked(training(given, run), folder / "log", kill_after=moment, by=ASKED[done % len(ASKED)])
+            code = forked(plainly(training(given, run)), folder / "log", kill_after=moment, by=ASKED[done % len(ASKED)])
             if code == os.EX_TEMPFAIL:
                 done, waits = done + 1, [*waits, time.monotonic() - begun - moment]
             elif code > 0:
-                return Found(done, [f"{run.name}: exit code {code} in place of 75"])
+                return Found(done, [f"{run.name}: exit code {code} in place of 75: {last_line(folder / 'log')}"])
         code = forked(training(given, run), folder / "log")
         lost = [f"{run.name}: exit code {code} when it should go on"] if code else differences(folder / "whole", run)
         if done == times or lost:
