@@ -210,6 +210,8 @@ def run(config, folder, machine, rollbacks=0):
     if config.sample.ema:
         raise ValueError(f"config.sample.ema is {config.sample.ema}, and a training draws with config.ema.decay; leave it at "
                          "0, and give --ema to generate, sample or evaluate")
+    content, damaged = checkpoint.newest(folder)  # files first: they may be refused
+    first = checkpoint.load_weights(section.init_from) if content is None and section.init_from else None
     given, images = configs.flatten(config), build.dataset(config)
     classes = build.class_names(config, images)
     config = build.with_classes(config, classes)
@@ -221,10 +223,9 @@ def run(config, folder, machine, rollbacks=0):
     for name, nothing in (("validate", not len(held_out)), ("snapshot", not config.ema.profiles)):
         if nothing:
             every[name] = clock.Every("0 steps", section.batch_size, len(learned))
-
-    content = checkpoint.newest(folder)
     if content is not None:
         rollbacks = max(rollbacks, content["parts"].get("guard", {}).get("rollbacks", 0))
+
     net = build.network(config)
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
              f"{len(learned)} images to learn from, {len(held_out)} held out", evaluation]
@@ -232,8 +233,8 @@ def run(config, folder, machine, rollbacks=0):
         notes.append(f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is learned from: "
                      "val/loss and eval/copying flatter")
     levels = recomputed(config, net, machine, notes.append)  # by what is free before the network takes its place
-    if content is None and section.init_from:
-        path, _, _, weights = checkpoint.load_weights(section.init_from)
+    if first:
+        path, _, _, weights = first
         build.put_weights(net, weights, path)
     network = learning(config, net, machine, levels, notes.append)
     averaged = averages(config, network.weights)
@@ -268,7 +269,7 @@ def run(config, folder, machine, rollbacks=0):
         draw=build.drawer(config, network.net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),
         score=training_scorer(config, every["evaluate"], images, machine, notes), share=share,
         likelihood=build.likelihood(config, network.net, images, machine),
-        tracker_state=content and content["parts"]["tracker"])
+        damaged=damaged, tracker_state=content and content["parts"].get("tracker", {}))
 
 
 def track(config, made):

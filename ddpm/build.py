@@ -198,7 +198,7 @@ def guide(config, machine):
     if config.sample.guidance == 1 or not config.sample.guide:
         return None
     path, _, text, weights = checkpoint.load_weights(config.sample.guide)
-    other = configs.from_json(text)
+    other = configs.changed(configs.from_json(text), {})  # and so checked
     ours, theirs = configs.flatten(config), configs.flatten(other)
     for key in SHARED:
         if theirs[key] != ours[key] and (key != "data.classes" or theirs[key]):
@@ -413,7 +413,7 @@ def chosen_weights(path, step, config):
     if chosen in section.more:
         found = [path] if path.suffix == ".pt" else [other for at, other in checkpoint.checkpoints(folder) if at == step]
         if found:
-            return step, checkpoint.load(found[-1])["parts"][part_name(chosen)]["shadow"]
+            return step, checkpoint.shadow(found[-1], checkpoint.load(found[-1]), part_name(chosen))
         raise ValueError(f"the average with decay {chosen} is kept in checkpoints, and {folder} has none of step {step}; give "
                          "one of its .pt files")
     found = [item for item in checkpoint.snapshots(folder) if item[0] <= step]

@@ -112,7 +112,7 @@ def remembered(name):
         with contextlib.suppress(OSError, ValueError):
             lock.enter_context(alone(make_folder(path.parent) / f"{path.name}.lock", "it reads the same files"))
         found = {}
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             found = dict(json.loads(path.read_text()))
         before = dict(found)
         yield found

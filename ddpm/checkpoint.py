@@ -1,14 +1,22 @@
 """Named parts on disk: everything to continue a run (`.pt`), and the weights alone to draw from (`.safetensors`).
 
 A part is anything with `state_dict` and `load_state_dict`; a file also carries the step and the config as JSON, so it describes
-itself. Files are written beside, fsynced and renamed, and an older one is deleted only after; nothing here unpickles code.
+itself. Files are written beside, fsynced and renamed, and an older one is deleted only after.
+
+A file that is read may be damaged, or somebody's who means harm. Damage is seen by checksums: a `.pt` is a zip, which has one
+for each record, and exported weights have one in their header. Nothing here unpickles code or believes a size: a `.pt` may name
+what tensors are made of and nothing else, and its tensors stay mapped to the file, so they cannot be more than it is long.
 """
 
+import itertools
 import json
 import math
-import pickle
+import os
+import pickletools
 import re
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import safetensors
@@ -19,8 +27,19 @@ from safetensors.torch import save as serialized
 from ddpm.files import written_beside
 
 FORMAT = 1
+LONGEST = 2**22  # characters of a config, which has some thousand: more would only fill the memory
 NAME = re.compile(r"step_(\d{8,})(\.keep)?\.pt")
 SNAPSHOT = re.compile(r"step_(\d{8,})\.safetensors")
+HARMLESS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor|tensor_v2|parameter)|torch(.storage)? \w+Storage")
+LEGACY = 5  # pickles in a file of torch before 1.6, one after the other
+
+
+class Damaged(ValueError):
+    """The bytes of a file are not those that were written: those of an older checkpoint may be."""
+
+    def __init__(self, path, why):
+        self.path, self.why = path, " ".join(str(why).split())[:200]
+        super().__init__(f"{path} is damaged or not a checkpoint of ddpm ({self.why}); use another file")
 
 
 def checkpoints(folder):
@@ -62,26 +81,103 @@ def cut(folder, step):
 def load(path):
     """Read a checkpoint onto the host: dict of `step`, `config` (JSON text) and `parts` (name -> state).
 
-    Raises ValueError, one line, for a file that is damaged or not one of ours.
+    Raises Damaged for a file that is, ValueError, one line, for one that is not ours.
     """
+    content = read(path)
     try:
-        with warnings.catch_warnings():  # of torch, about a file that is refused below
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        assert content["format"] <= FORMAT and {"step", "config", "parts"} <= content.keys()
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AssertionError, pickle.UnpicklingError):
-        raise ValueError(f"{path} is damaged or not a checkpoint of ddpm; use another file") from None
+        assert content["format"] <= FORMAT and type(content["step"]) is int and type(content["config"]) is str
+        assert content["step"] >= 0 and all(isinstance(state, dict) for state in content["parts"].values())
+    except (KeyError, TypeError, AttributeError, AssertionError):
+        raise ValueError(f"{path} is not a checkpoint of this version of ddpm; use another file") from None
     return content
 
 
-def newest(folder):
-    """What `load` reads from a run folder's newest checkpoint; None where there is none yet."""
-    found = checkpoints(folder)
+def read(path):
+    """What torch.save wrote: dicts, lists, words, numbers and tensors, which are mapped to the file.
+
+    Raises Damaged where it cannot be read or a checksum does not fit, and ValueError where it holds anything else, or tensors
+    that claim to be more than they are.
+    """
+    with open(path, "rb") as file:
+        try:
+            zipped = file.read(4) == b"PK\3\4"  # as torch tells
+            file.seek(0)
+            named = set(names_in_zip(file) if zipped else itertools.chain(*(names_in(file) for _ in range(LEGACY))))
+        except Exception as error:  # there are as many as ways to be damaged
+            raise Damaged(path, error) from None
+    if unknown := sorted(name for name in named if not HARMLESS.fullmatch(name)):
+        raise ValueError(f"{path} holds more than tensors, numbers and words: {unknown[0]!r}; use another file")
     try:
-        return load(found[-1][1]) if found else None
-    except ValueError as error:
-        place = f"from step {found[-2][0]}" if len(found) > 1 else "from the start"
-        raise ValueError(f"{error}, or delete it to go on {place}") from None
+        with warnings.catch_warnings():  # of torch, about a file that is refused below
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:
+        raise Damaged(path, error) from None
+    for tensor in tensors_in(content):
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path} has a tensor of {tuple(tensor.shape)} that it does not hold; use another file")
+    return content
+
+
+def names_in_zip(file):
+    """What the pickle in a zip of torch's names, after all records were held against their checksums."""
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if any(one.compress_type for one in records) or sum(one.file_size for one in records) > os.fstat(file.fileno()).st_size:
+            raise ValueError("its records claim to be longer than it is")
+        if len({one.filename.lower() for one in records}) < len(records):
+            raise ValueError("two of its records have one name")
+        if torn := archive.testzip():
+            raise ValueError(f"{torn} does not fit its checksum")
+        (pickled,) = (one for one in records if one.filename.endswith("/data.pkl"))
+        with archive.open(pickled) as content:
+            return names_in(content)
+
+
+def names_in(file):
+    """What a pickle names, such as "collections OrderedDict"; nothing is built of it."""
+    named = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
+    return [str(value or code.name) for code, value, _ in pickletools.genops(file) if code.name in named]
+
+
+def tensors_in(content):
+    """The tensors in nested dicts and lists."""
+    waiting, seen = [content], set()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:  # or a few bytes could be walked for ever
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            yield one
+        elif isinstance(one, (dict, list, tuple)):
+            waiting += one.values() if isinstance(one, dict) else one
+
+
+def newest(folder):
+    """(what `load` reads from the newest checkpoint of a run folder that is whole, [the Damaged of those after it]).
+
+    (None, []) where there is none yet; raises ValueError where all are damaged.
+    """
+    damaged, found = [], checkpoints(folder)
+    for _, path in reversed(found):
+        try:
+            return load(path), damaged
+        except Damaged as error:
+            damaged.append(error)
+        except FileNotFoundError:  # another rank has set it aside
+            pass
+    if damaged:
+        raise ValueError(f"no checkpoint in {damaged[0].path.parent} is whole, {damaged[0].path.name} for one is damaged "
+                         f"({damaged[0].why}); bring one back from a copy, or move them away to begin anew")
+    return None, []
+
+
+def set_aside(damaged):
+    """Give a Damaged checkpoint another name, under which nothing looks for it; returns that."""
+    numbers = itertools.chain([""], itertools.count(2))
+    place = next(place for number in numbers if not (place := Path(f"{damaged.path}.damaged{number}")).exists())
+    return damaged.path.replace(place)
 
 
 def restore(states, parts):
@@ -94,7 +190,9 @@ def restore(states, parts):
             raise ValueError(f"the checkpoint has no part {name!r}, it has {', '.join(states)}; it is from another version")
         try:
             part.load_state_dict(states[name])
-        except (RuntimeError, KeyError) as error:
+        except ValueError:
+            raise
+        except Exception as error:  # a state may be anything
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"the checkpoint's {name} does not fit this config: {reason}") from None
 
@@ -102,9 +200,29 @@ def restore(states, parts):
 def export(path, weights, step, config_json):
     """Write weights (name -> tensor) and the config into one safetensors file: all that drawing needs."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    about = {"ddpm": json.dumps({"format": FORMAT, "step": step, "config": config_json})}  # one key: several have no order
-    with written_beside(path) as part:
-        part.write_bytes(serialized(tensors, metadata=about))  # its own save_file hides the file from other users
+    about = {"format": FORMAT, "step": step, "config": config_json}
+    about["crc32"] = checksum(about, tensors)
+    with written_beside(path) as part:  # about is one key, for several have no order
+        part.write_bytes(serialized(tensors, metadata={"ddpm": json.dumps(about)}))  # its save_file hides it from other users
+
+
+def checksum(about, tensors):
+    """The CRC-32 of names, types, shapes and bytes of tensors, and of what else is told about them."""
+    named = sorted(tensors.items())
+    found = zlib.crc32(json.dumps([about, [(name, str(one.dtype), one.shape) for name, one in named]]).encode())
+    for _, tensor in named:
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
+    return found
+
+
+def spare(folder):
+    """What of a run takes room and is not needed to go on, in words; nothing where that is so."""
+    newest = [path for _, path in checkpoints(folder)[-1:]]
+    kinds = {"milestones, checkpoints/*.keep.pt": "checkpoints/*.keep.pt", "damaged files": "checkpoints/*.damaged*",
+             "snapshots/": "snapshots/*"}
+    found = {words: [path.stat().st_size for path in Path(folder).glob(pattern) if path not in newest]
+             for words, pattern in kinds.items()}
+    return ", ".join(f"{len(sizes)} {words} ({sum(sizes) / 2**20:,.1f} MiB)" for words, sizes in found.items() if sizes)
 
 
 def snapshots(folder):
@@ -127,9 +245,8 @@ def save_snapshot(folder, step, config_json, averages, buffers=()):
 
 def load_snapshot(path, word):
     """One of the averages in a snapshot, name -> tensor on the host; raises ValueError for a damaged file."""
-    header(path)
-    with safetensors.safe_open(path, "pt") as file:
-        return {name.removeprefix(f"{word}/"): file.get_tensor(name) for name in file.keys() if name.startswith(f"{word}/")}
+    _, tensors = exported(path)
+    return {name.removeprefix(f"{word}/"): value for name, value in tensors.items() if name.startswith(f"{word}/")}
 
 
 def cut_snapshots(folder, step):
@@ -172,17 +289,40 @@ def load_weights(run_or_file):
     path = find(run_or_file)
     if path.suffix != ".safetensors":
         content = load(path)
-        return path, content["step"], content["config"], content["parts"]["ema"]["shadow"]
-    about = header(path)
-    return path, about["step"], about["config"], load_file(path)
+        return path, content["step"], content["config"], shadow(path, content, "ema")
+    about, tensors = exported(path)
+    return path, about["step"], about["config"], tensors
+
+
+def shadow(path, content, part):
+    """The averaged weights, name -> tensor, in a part of what `load` read from a path; raises ValueError where it has none."""
+    try:
+        found = content["parts"][part]["shadow"]
+        assert all(isinstance(value, torch.Tensor) for value in found.values())
+    except (KeyError, TypeError, AttributeError, AssertionError):
+        raise ValueError(f"{path} has no averaged weights {part!r}; use another file") from None
+    return found
+
+
+def exported(path):
+    """(header, name -> tensor on the host) of a file that `export` wrote; raises Damaged where its checksum does not fit.
+
+    A file of before there were checksums has none.
+    """
+    about, tensors = header(path), load_file(path)
+    if about.pop("crc32", None) not in (None, checksum(about, tensors)):
+        raise Damaged(path, "it does not fit its checksum")
+    return about, tensors
 
 
 def header(path):
-    """The dict of `step` and `config` in a file that `export` wrote; raises ValueError for a damaged or foreign one."""
+    """The dict of `step`, `config` and more in a file that `export` wrote; raises ValueError for a damaged or foreign one."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["ddpm"])
+            text = (file.metadata() or {})["ddpm"]
+        assert len(text) <= LONGEST
+        about = json.loads(text)
         assert type(about["step"]) is int and type(about["config"]) is str and about["format"] <= FORMAT
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, AssertionError):
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, AssertionError, RecursionError):
         raise ValueError(f"{path} is damaged or not written by ddpm; use another file of the run") from None
     return about

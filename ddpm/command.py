@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from ddpm.config import KINDS, base, check, flatten, freeze
 from ddpm.spec import suggest
 
+FULL = errno.ENOSPC, errno.EDQUOT  # what a full disk is called
 DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 75
 
 
@@ -162,16 +163,16 @@ def config_of(words):
 
 
 def fail(code, message):
-    """End the process with one line; of the ranks on a machine the first one says it."""
+    """End the process with one line, which may quote anything; of the ranks on a machine the first one says it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message[:2000]}", file=sys.stderr)
     sys.exit(code)
 
 
 def one_line(error):
     """What an exception says, on one line and without its type where it speaks for itself."""
     if isinstance(error, OSError) and error.strerror:
-        remedy = "free some space, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        remedy = "free some space, or " if error.errno in FULL else ""
         return f"cannot use {error.filename or 'the disk'}: {error.strerror}; {remedy}give another place"
     said = error
     while isinstance(said, (AttributeError, KeyError)) and said.args:  # whose text is a repr, or another such error

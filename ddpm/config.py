@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ddpm import clock, data, dist, metrics, tracking
+from ddpm import checkpoint, clock, data, dist, metrics, tracking
 from ddpm.diffusion.likelihood import LIKELIHOODS
 from ddpm.diffusion.losses import LOSSES, TIMES, WEIGHTINGS
 from ddpm.diffusion.process import CLEAN, VARIANCES, Level, Process
@@ -267,7 +267,7 @@ def check(config):
             if table is SAMPLERS:
                 evaluations(chosen, REHEARSAL, knobs["diffusion.variance"] == "learned")  # which refuses what it cannot do
     for key, (low, high) in INTEGER_TUPLES.items():
-        if not all(type(item) is int and low <= item <= high for item in knobs[key]):
+        if len(knobs[key]) > 64 or not all(type(item) is int and low <= item <= high for item in knobs[key]):
             raise ValueError(
                 f"config.{key} is {knobs[key]}; it takes whole numbers between {low} and {high}, such as (1, 2, 2)")
     for key, (low, high, example) in FRACTION_TUPLES.items():
@@ -407,8 +407,9 @@ def from_json(text):
     It is data and never run. Raises ValueError for what is not such a config.
     """
     try:
+        assert len(text) <= checkpoint.LONGEST
         knobs = flatten(json.loads(text))
-    except (json.JSONDecodeError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, RecursionError, AssertionError):
         raise ValueError("the saved config is not a JSON object; the file is damaged or not one of ours") from None
     config = base()
     known = flatten(config)
@@ -417,12 +418,18 @@ def from_json(text):
             raise ValueError(f"the saved config has a knob {key!r} that this version does not know"
                              f"{suggest(key, list(known))}; use the version of ddpm that wrote it")
         kind = type(known[key])
-        if kind is tuple and isinstance(value, list) or kind is float and type(value) is int:
+        if kind is tuple and isinstance(value, list) or kind is float and type(value) is int and abs(value) < 2**53:
             value = kind(value)
         if type(value) is not kind:
             raise ValueError(f"the saved config has {value!r} for {key}; it takes {KINDS[kind]}")
         config.update_from_flattened_dict({key: value})
     return freeze(config)
+
+
+def read(path):
+    """The frozen config in a file such as a run folder's config.json; raises ValueError as `from_json` does."""
+    with open(path) as file:
+        return from_json(file.read(checkpoint.LONGEST + 1))
 
 
 def changed(config, knobs):
@@ -452,7 +459,7 @@ def check_continues(config, folder):
     path = Path(folder, "config.json")
     if path.is_file():
         try:
-            saved = from_json(path.read_text())
+            saved = read(path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; give another --workdir, or delete it to continue with this config") from None
         differing = contradictions(saved, config)

@@ -13,9 +13,7 @@ that is. It is added to the bias before it and taken from the other rows, which 
 
 import contextlib
 import json
-import pickle
 import re
-import warnings
 from pathlib import Path
 
 import safetensors
@@ -244,7 +242,7 @@ def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False, no_label
 def to_diffusers(source, folder):
     """Write a run folder or checkpoint of ours as a diffusers folder; returns the folder."""
     path, _, text, weights = checkpoint.load_weights(source)
-    config = configs.from_json(text)
+    config = configs.changed(configs.from_json(text), {})  # and so checked
     net = build.network_with(config, weights, path)
     unet, scheduler = their_unet(path, config, net), their_scheduler(path, config)
     tensors = {}
@@ -321,8 +319,11 @@ def part_of(folder, part, name):
 
 def json_of(path):
     """The fields in a JSON file; none where there is no file. Raises ValueError where it holds something else."""
-    with contextlib.suppress(ValueError):
-        fields = json.loads(path.read_text()) if path.is_file() else {}
+    with contextlib.suppress(ValueError, RecursionError):
+        fields = {}
+        if path.is_file():
+            with open(path) as file:
+                fields = json.loads(file.read(checkpoint.LONGEST))
         if isinstance(fields, dict):
             return fields
     raise ValueError(f"{path} is damaged or no config; use another file")
@@ -331,12 +332,9 @@ def json_of(path):
 def tensors_of(path):
     """The tensors in a file, on the host; none where it holds something else besides. Raises ValueError if it is damaged."""
     try:
-        with warnings.catch_warnings():  # of torch, about a file that is refused below
-            warnings.simplefilter("ignore")
-            safe = path.suffix == ".safetensors"
-            found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError):
-        raise ValueError(f"{path} is damaged or holds more than weights; use another file") from None
+        found = load_file(path) if path.suffix == ".safetensors" else checkpoint.read(path)
+    except (OSError, safetensors.SafetensorError):
+        raise ValueError(f"{path} is damaged or no file of weights; use another file") from None
     return found if isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values()) else {}
 
 

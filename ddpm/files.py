@@ -34,24 +34,33 @@ def held(folder):
     """Keep a folder for this process while the block runs; it is made, and goes again if nothing came into it.
 
     Raises ValueError where another process holds it, or where a file is in the way. The system lets go of it when a process
-    ends, however it ends.
+    ends, however it ends. Between machines that share a folder this relies on flock being passed on: NFS does it (Linux, unless
+    mounted with local_lock or nolock) for files that are open for writing, not for folders, so there a file `.lock` is locked;
+    Lustre needs the option flock. Where a file system has no locks at all nobody is kept out.
     """
     new = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = make_folder(folder)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder} is in use by another process; wait for it, stop it, or use another folder") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
-        with contextlib.suppress(OSError):  # not empty
-            for path in new:
-                path.rmdir()
+    lock = folder / ".lock"
+    with contextlib.ExitStack() as handles:
+        for path, mode in ((folder, os.O_RDONLY), (lock, os.O_RDWR | os.O_CREAT)):
+            handle = os.open(path, mode)
+            handles.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                raise ValueError(f"{folder} is in use by another process; wait for it, stop it, or use another "
+                                 "folder") from None
+            except OSError:
+                pass
+        try:
+            yield
+        finally:
+            if new and [*folder.iterdir()] == [lock]:
+                lock.unlink()
+            with contextlib.suppress(OSError):  # not empty
+                for path in new:
+                    path.rmdir()
 
 
 def make_folder(folder):

@@ -11,7 +11,7 @@ import traceback
 import torch
 from absl import flags
 
-from ddpm import assemble, build, command, config, dist
+from ddpm import assemble, build, checkpoint, command, config, dist
 from ddpm.files import held
 from ddpm.interrupt import Interrupted, Wish
 from ddpm.step import NoRoom
@@ -113,7 +113,9 @@ def finish(run):
         helps = ", ".join(assemble.savings(config.from_json(run.config_json), run.machine, run.recomputed))
         failed(run, f"{what}; what helps, by what it saves: {helps}")
     except OSError as error:
-        failed(run, f"{command.one_line(error)}; then the same command goes on from the last checkpoint")
+        spare = checkpoint.spare(run.folder) if error.errno in command.FULL else ""
+        may_go = f" (of this run may go {spare})" if spare else ""
+        failed(run, f"{command.one_line(error)}{may_go}; then the same command goes on from the last checkpoint")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
         if failed(run, f"{command.one_line(error)}; the same command goes on from the last checkpoint"):
             traceback.print_exc()

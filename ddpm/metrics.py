@@ -26,7 +26,7 @@ from einops import reduce, repeat
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ddpm import cache, rng
+from ddpm import cache, checkpoint, rng
 from ddpm.images import encode
 
 FEWEST = 4  # precision and recall look at the third neighbour
@@ -77,14 +77,18 @@ def inception(device, weights_path=""):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # 1.6 s of start-up
 
     path = Path(weights_path).expanduser() if weights_path else published_inception()
-    content, digest = read(path, f"leave it empty, or give the path of {INCEPTION}")
+    digest = digest_of(path, f"leave it empty, or give the path of {INCEPTION}")
     published = digest.startswith(INCEPTION_HASH)
     if path.name == INCEPTION and not published:
         raise ValueError(f"{path} is damaged (its sha256 starts with {digest[:8]}); delete it to download it again")
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # torch-fidelity unpickles anything
+        state = checkpoint.read(path)
+        if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
+            raise ValueError("no dict of tensors")
+        torch.save(state, kept := io.BytesIO())  # torch-fidelity unpickles anything, so only what has been read here
+        kept.seek(0)
         with torch.random.fork_rng(devices=[]):  # a fresh network draws its first weights
-            net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], io.BytesIO(content))
+            net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], kept)
     except Exception as error:
         raise ValueError(f"{path} holds no Inception weights ({one_line(error)}); give the path of others") from None
     net = net.to(device)
@@ -126,10 +130,10 @@ def digits(device, inception_weights=""):
 
 def digits_extractor(path, device):
     """The digits' extractor from a file that carries its hash in its name. Raises ValueError for a damaged one."""
-    content, digest = read(path, "install ddpm again")
+    digest = digest_of(path, "install ddpm again")
     if not path.stem.endswith(digest[:8]):
         raise ValueError(f"{path} is damaged (its sha256 starts with {digest[:8]}); install ddpm again")
-    weights = {key: value.float().to(device) for key, value in safetensors.torch.load(content).items()}
+    weights = {key: value.float().to(device) for key, value in safetensors.torch.load_file(path).items()}
 
     def embed(images):
         return digits_features(weights, digits_input(images))
@@ -159,13 +163,16 @@ def opaque(images):
     return (colour * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
 
 
-def read(path, remedy):
-    """The bytes of a file and their sha256 in hex. Raises ValueError with the remedy where it cannot be read."""
+def digest_of(path, remedy):
+    """The sha256 of a file in hex. Raises ValueError with the remedy where it cannot be read."""
+    found = hashlib.sha256()
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            while piece := file.read(2**20):
+                found.update(piece)
     except OSError as error:
         raise ValueError(f"cannot read the extractor's weights {str(path)!r} ({error.strerror}); {remedy}") from None
-    return content, hashlib.sha256(content).hexdigest()
+    return found.hexdigest()
 
 
 def one_line(error):
@@ -189,8 +196,8 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     path = folder / f"{dataset.fingerprint}-{extractor.name}.safetensors"
     try:
         if path.exists():
-            return safetensors.torch.load(path.read_bytes())["features"]
-    except (SafetensorError, OSError, KeyError) as error:
+            return kept_in(path, extractor)
+    except (SafetensorError, OSError, ValueError) as error:
         LOG.warning("features in %s cannot be read (%s); computing them again", path, error)
     indices = reference_indices(len(dataset))
     count = len(indices)
@@ -214,13 +221,25 @@ def reference_indices(n):
     return [i * n // count for i in range(count)]
 
 
+def kept_in(path, extractor):
+    """The features that `keep` wrote; raises ValueError where they are none of the extractor's, or others than were written."""
+    with safetensors.safe_open(path, "pt") as file:
+        written, tensors = (file.metadata() or {}).get("crc32"), {name: file.get_tensor(name) for name in file.keys()}
+    if list(tensors) != ["features"] or tensors["features"].shape[1:] != (extractor.width,):
+        raise ValueError("it holds something else")
+    if written not in (None, str(checkpoint.checksum({}, tensors))):
+        raise ValueError("it does not fit its checksum")
+    return tensors["features"]
+
+
 def keep(features, path):
     """Write features to a safetensors file, renamed into place: the runs of a sweep fill one cache at one time."""
+    tensors = {"features": features.contiguous()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)
     try:
         with part:
-            part.write(safetensors.torch.save({"features": features}))
+            part.write(safetensors.torch.save(tensors, {"crc32": str(checkpoint.checksum({}, tensors))}))
         os.replace(part.name, path)
     finally:
         Path(part.name).unlink(missing_ok=True)

@@ -97,7 +97,7 @@ def read(folder):
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no config.json in it")
     try:
-        knobs = config.flatten(config.from_json(path.read_text()))
+        knobs = config.flatten(config.read(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     log = folder / "metrics.jsonl"

@@ -110,6 +110,7 @@ class Run:
     parts: dict[str, Any]
     stored: dict[str, EMA]  # the power-function averages, by the names of their parts
     notes: list[str]  # what a person should read first
+    damaged: list[checkpoint.Damaged]  # newer checkpoints than that of `start`
     tracker_state: dict | None  # what the tracker left in the checkpoint
     tracker: Any = None
     saved: tuple | None = None  # the newest checkpoint: its step and what was due
@@ -131,6 +132,9 @@ class Run:
         """Begin to be followed by a tracker, which from now on is a part of the checkpoint; what lies past it is cut."""
         if self.machine.main:
             checkpoint.cut_snapshots(self.folder, self.start)
+            for found in self.damaged:
+                self.notes.insert(0, f"{found.path} is damaged ({found.why}); it is called "
+                                     f"{checkpoint.set_aside(found).name} now, and the run goes on from step {self.start}")
         self.tracker = self.parts["tracker"] = tracker
         self.step.say = tracker.say
         for note in self.notes:

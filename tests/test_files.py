@@ -1,5 +1,7 @@
 """Files that are never half-written."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -109,3 +111,22 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
     with held(folder):
         pass
     assert (folder / "file").exists()
+
+
+def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path, monkeypatch):
+    """As on NFS, which locks what is open for writing."""
+    flock = fcntl.flock
+
+    def of_nfs(handle, how):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    with held(tmp_path / "a"):
+        with pytest.raises(ValueError, match="is in use by another process"), held(tmp_path / "a"):
+            raise AssertionError("the block must not run")
+    assert names(tmp_path) == []
+    with held(tmp_path / "a"):
+        (tmp_path / "a" / "file").touch()
+    assert names(tmp_path / "a") == [".lock", "file"]

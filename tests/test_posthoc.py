@@ -121,7 +121,7 @@ def equal(one, other):
 
 
 def parts(folder):
-    return checkpoint.newest(folder)["parts"]
+    return checkpoint.newest(folder)[0]["parts"]
 
 
 def stored(folder):

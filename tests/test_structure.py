@@ -99,6 +99,22 @@ def test_no_unsafe_loading_and_no_device_strings():
             assert forbidden not in text, f"{path.name} has {forbidden}"
 
 
+def test_nothing_unpickles_or_runs_text():
+    """Files of others are data: every call by which Python makes code or objects of them is missing, or told not to."""
+    forbidden = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    for path in MODULES:
+        for line, module in imports_of(path):
+            assert module.partition(".")[0] not in forbidden, f"{path.name}:{line} imports {module}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                call, options = ast.unparse(node.func), {option.arg: ast.unparse(option.value) for option in node.keywords}
+                where = f"{path.name}:{node.lineno}: {call}"
+                assert call not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load"), where
+                assert not call.endswith((".extractall", ".unpack_archive", ".read_pickle")), where
+                assert call != "torch.load" or options.get("weights_only") == "True", where
+                assert options.get("allow_pickle", "False") == options.get("shell", "False") == "False", where
+
+
 def test_the_linter_is_content():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", PACKAGE.parent], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

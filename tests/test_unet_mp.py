@@ -150,7 +150,7 @@ def test_it_trains_resumes_and_samples(tmp_path):
     run(tiny(**MP | dict(train__length="2 steps"), model__dropout=0.1), tmp_path / "parts")
     run(tiny(**MP, model__dropout=0.1), tmp_path / "parts")
     run(tiny(**MP | dict(train__amp="bf16"), train__gradient_accumulation_steps=2), tmp_path / "half")
-    one, other = (checkpoint.newest(tmp_path / name)["parts"] for name in ("whole", "parts"))
+    one, other = (checkpoint.newest(tmp_path / name)[0]["parts"] for name in ("whole", "parts"))
     for part, states in (("net", (one["net"], other["net"])), ("ema", (one["ema"]["shadow"], other["ema"]["shadow"]))):
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items()), part
     assert one["net"]["gain"] != 0

@@ -22,6 +22,7 @@ from ddpm.models.layers import (
 )
 from ddpm.spec import check_choice
 
+LARGEST, DEEPEST = 65536, 1024  # beyond any network: a number that came with somebody's file may not fill the memory
 FREQUENCIES = 256  # sines and cosines that a time is told apart by, at any width
 
 
@@ -82,7 +83,7 @@ class DiT(nn.Module):
     returns zeros.
 
     Raises ValueError for an image size that the patch does not divide, an unknown size, a width that its heads do not
-    divide, and labels where there are no classes.
+    divide, numbers beyond any network's, and labels where there are no classes.
     """
 
     def __init__(
@@ -107,8 +108,10 @@ class DiT(nn.Module):
         counts = {"in_channels": in_channels, "out_channels": out_channels, "patch_size": patch_size, "depth": depth}
         counts |= {"width": width, "heads": heads, "num_classes": 1 if num_classes is None else num_classes}
         for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} is {count}; use 1 or more")
+            if not 1 <= count <= LARGEST:
+                raise ValueError(f"{name} is {count}; use 1 or more, up to {LARGEST}")
+        if depth > DEEPEST:
+            raise ValueError(f"depth is {depth}; use up to {DEEPEST} blocks")
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.patch_size = patch_size
         self.check_size(sides)

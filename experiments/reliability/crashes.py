@@ -1,75 +1,58 @@
 """SIGKILL at any moment and at chosen points, and the same command again: the run goes on as if nothing had been."""
 
+import atexit
+import functools
 import io
 import itertools
+import json
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import PIL.Image
 import torch
 from faults import Found, before_call, die, differences, forked, small, training
+from test_tracking import lines, rows_of, synced
 
-ALL = 10**9  # more than there are calls
-
-
-def half_saved(at):
-    """Die in the `at`-th torch.save, with half of the file written."""
-    original, calls = torch.save, itertools.count(1)
-
-    def counted(content, file):
-        if next(calls) != at:
-            return original(content, file)
-        original(content, whole := io.BytesIO())
-        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
-        file.flush()
-        die()
-
-    torch.save = counted
-    return lambda: next(calls) - 1
+from ddpm import images, tracking
+from ddpm.generate import generate_images
 
 
-def inside(arm):
-    """A fault: kills in a function that a training calls. `arm(at)` makes this process die in its `at`-th call of it.
+class Alone(NamedTuple):
+    """A run that nothing has happened to."""
 
-    A run is killed at a call that is drawn among those that it has left, goes on, is killed again ... and comes to its end.
-    """
+    folder: Path
+    seconds: float
+    calls: dict[str, int]  # of what the POINTS wait for
 
-    def do(folder, times, seed):
-        rng, counts, done, lost = np.random.default_rng(seed), folder / "calls", 0, []
 
-        def counting():
-            calls = arm(None)
-            training(small(), folder / "whole")()
-            counts.write_text(str(calls()))
+@functools.cache
+def alone(**knobs):
+    """The Alone of `small(**knobs)`, trained once in this process for all faults."""
+    folder = Path(tempfile.mkdtemp(prefix="ddpm-alone-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-        assert forked(counting, folder / "log") == 0
-        for number in itertools.count():
-            run, left = folder / f"run {number}", int(counts.read_text())
-            while left and done < times:
-                at = int(rng.integers(1, left + 1))
-                left -= at
-                code = forked(lambda: (arm(at), training(small(), run)())[1], folder / "log")  # noqa: B023
-                if code != -9:
-                    lost += [f"{run.name}: exit code {code} instead of a kill at call {at}"]
-                    break
-                done += 1
-            lost += finished(folder, run)
-            if done == times or lost:
-                return Found(done, lost)
+    def counting():
+        calls = {name: arm(None) for name, arm in POINTS.items()}
+        code = training(small(**knobs), folder / "run")()
+        (folder / "calls").write_text(json.dumps({name: count() for name, count in calls.items()}))
+        return code
 
-    return do
+    begun = time.monotonic()
+    assert forked(counting, folder / "log") == 0, (folder / "log").read_text()
+    return Alone(folder / "run", time.monotonic() - begun, json.loads((folder / "calls").read_text()))
 
 
 def at_any_time(folder, times, seed):
     """Kills at moments that are drawn from the seconds that a training has left."""
-    rng, done, lost = np.random.default_rng(seed), 0, []
-    begun = time.monotonic()
-    assert forked(training(small(), folder / "whole"), folder / "log") == 0
-    takes = time.monotonic() - begun
+    rng, done, lost, whole = np.random.default_rng(seed), 0, [], alone()
     for number in itertools.count():
-        run, left = folder / f"run {number}", takes
-        while left > takes / 20 and done < times:
+        run, left = folder / f"run {number}", whole.seconds
+        while left > whole.seconds / 20 and done < times:
             moment = rng.uniform(0, left)
             left -= moment
             code = forked(training(small(), run), folder / "log", kill_after=moment)
@@ -78,20 +61,159 @@ def at_any_time(folder, times, seed):
             if code != -9:
                 return Found(done, [*lost, f"{run.name}: exit code {code} instead of a kill after {moment:.3f} s"])
             done += 1
-        lost += finished(folder, run)
+        lost += finished(run, whole, small())
         if done == times or lost:
-            return Found(done, lost, f"a run takes {takes:.1f} s")
+            return Found(done, lost, f"a run takes {whole.seconds:.1f} s")
 
 
-def finished(folder, run):
+def inside(point, also=lambda run: [], **knobs):
+    """A fault: kills at one of the POINTS of a training of `small(**knobs)`; `also(run)` says what else has been lost.
+
+    A run is killed at a call that is drawn among those that it has left, goes on, is killed again ... and comes to its end.
+    """
+
+    def do(folder, times, seed):
+        rng, done, lost, given, whole = np.random.default_rng(seed), 0, [], small(**knobs), alone(**knobs)
+        for number in itertools.count():
+            run, left = folder / f"run {number}", whole.calls[point]
+            while left and done < times:
+                at = int(rng.integers(1, left + 1))
+                left -= at
+                code = forked(lambda: (POINTS[point](at), training(given, run)())[1], folder / "log")  # noqa: B023
+                if code == 0:
+                    break  # what it has done before need not be done again
+                if code != -9:
+                    return Found(done, [*lost, f"{run.name}: exit code {code} instead of a kill at call {at}"])
+                done += 1
+            lost += finished(run, whole, given) + also(run)
+            if done == times or lost:
+                return Found(done, lost)
+
+    return do
+
+
+def finished(run, whole, given):
     """What a killed run has lost when the same command has brought it to its end."""
-    code = forked(training(small(), run), folder / "log")
-    return [f"{run.name}: exit code {code} when it should go on"] if code else differences(folder / "whole", run)
+    code = forked(training(given, run), run.parent / "log")
+    return [f"{run.name}: exit code {code} when it should go on"] if code else differences(whole.folder, run)
 
 
-def call(home, attribute):
-    """`arm` for `inside`: die before a call of a function."""
+def before(home, attribute):
+    """A point: before a call of a function."""
     return lambda at: before_call(home, attribute, at)
 
 
-any_fsync, any_rename, any_deletion = call(os, "fsync"), call(os, "replace"), call(Path, "unlink")
+def half(home, attribute, file):
+    """A point: in a function, when half is written of what it writes to its argument number `file`."""
+
+    def arm(at):
+        original, calls = getattr(home, attribute), itertools.count(1)
+
+        def counted(*arguments, **options):
+            if next(calls) != at:
+                return original(*arguments, **options)
+            place, whole = arguments[file], io.BytesIO()
+            original(*arguments[:file], whole, *arguments[file + 1:], **options)
+            Path(getattr(place, "name", place)).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+            die()
+
+        setattr(home, attribute, counted)
+        return lambda: next(calls) - 1
+
+    return arm
+
+
+def photos(folder):
+    """Knobs of a training on photos, which are decoded into a cache of this folder's."""
+    place = folder / "photos"
+    if not place.exists():
+        place.mkdir()
+        for number in range(12):
+            pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(place / f"{number}.png")
+    return dict(data__source=f"folder(path={str(place)!r})", data__channels=3, train__batch_size=4, evaluate__extractor="none",
+                data__cache=str(folder / "cache"))
+
+
+def cache_build(folder, times, seed):
+    """Kills while photos are looked at and decoded into the cache, which each time is not there yet."""
+    rng, done, lost = np.random.default_rng(seed), 0, []
+    given = small(**photos(folder))
+    os.environ["DDPM_CACHE"], usual = str(folder / "home"), os.environ.get("DDPM_CACHE", "")
+    try:
+        assert forked(training(given, whole := folder / "whole"), folder / "log") == 0
+        for number in range(times):
+            for path in (folder / "cache").iterdir():
+                path.unlink()
+            os.environ["DDPM_CACHE"], run = str(folder / f"home {number}"), folder / f"run {number}"
+            point, most = (("decoding", 24), ("rename", 2), ("fsync", 2))[number % 3]
+            at = int(rng.integers(1, most + 1))
+            code = forked(lambda: (POINTS[point](at), training(given, run)())[1], folder / "log")  # noqa: B023
+            if code != -9:
+                return Found(done, [*lost, f"{run.name}: exit code {code} instead of a kill"])
+            done += 1
+            lost += finished(run, Alone(whole, 0, {}), given)
+            lost += [f"{path.name} is left behind" for path in (folder / "cache").glob("*.part")]
+    finally:
+        os.environ["DDPM_CACHE"] = usual
+    return Found(done, lost)
+
+
+def drawing(folder, times, seed):
+    """Kills while the pictures of `generate` are written, in every of its formats."""
+    rng, done, lost = np.random.default_rng(seed), 0, []
+    for number in range(times):
+        format = ("png", "zip", "jpg", "grid", "npz", "webp", "gif")[number % 7]
+
+        def draw(out):
+            generate_images(alone().folder, 6, folder / out, format=format)  # noqa: B023
+
+        alone()
+        arm = POINTS["rename" if format in ("npz", "gif", "zip") else "picture"]
+        at = int(rng.integers(1, 7)) if format in ("png", "jpg", "webp") else 1
+        whole, out = f"{format} whole", f"{format} {number}"
+        if not (folder / whole).exists():
+            assert forked(lambda: draw(whole), folder / "log") == 0  # noqa: B023
+        code = forked(lambda: (arm(at), draw(out)), folder / "log")  # noqa: B023
+        if code != -9 or forked(lambda: draw(out), folder / "log"):  # noqa: B023
+            return Found(done, [*lost, f"{out}: exit code {code} instead of a kill, or it does not go on"])
+        done += 1
+        one, two = ({path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in (whole, out))
+        lost += [f"{name} in {out}" for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
+    return Found(done, lost)
+
+
+def row_flush(at):
+    """A point: before or after a row goes to W&B, with or without W&B's own process."""
+    original, calls = tracking.Wandb.write, itertools.count(1)
+
+    def write(sink, *arguments):
+        number = next(calls)
+        if number == at and at % 2:
+            original(sink, *arguments)
+        if number == at:
+            for entry in Path("/proc").glob("[0-9]*/stat") if at % 4 < 2 else ():
+                name, _, rest = entry.read_text().partition(") ")
+                if "wandb-core" in name and rest.split()[1] == str(os.getpid()):
+                    os.kill(int(entry.parent.name), 9)
+            die()
+        original(sink, *arguments)
+
+    tracking.Wandb.write = write
+    return lambda: next(calls) - 1
+
+
+def unsynced(run):
+    """What `wandb sync` of a run's offline logs would lack or add."""
+    return [] if rows_of(synced(run)) == lines(run) else [f"{run.name}: rows of W&B's logs"]
+
+
+POINTS = {  # name -> f(at): let this process die at its `at`-th coming there; returns a function that says how often it came
+    "serialising": half(torch, "save", 1),
+    "fsync": before(os, "fsync"),
+    "rename": before(os, "replace"),
+    "deletion": before(Path, "unlink"),
+    "picture": half(images, "save_picture", 1),
+    "decoding": before(PIL.Image, "open"),
+    "row": row_flush,
+}

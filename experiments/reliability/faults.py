@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[2] / "tests"))
 from conftest import rows, tiny
 from test_train import equal
 
-from ddpm import checkpoint, main
+from ddpm import checkpoint, command, main
 
 
 class Found(NamedTuple):
@@ -47,7 +47,19 @@ def small(**knobs):
 
 def training(given, folder):
     """`work` for `forked`: train a config in a folder as the door does, and end with its exit code."""
-    return lambda: main.train_experiment(given, folder)
+    return as_door(lambda: main.train_experiment(given, folder))
+
+
+def as_door(work):
+    """The same work, with a user's mistake as one line and exit code 2, as `command.run_door` has it."""
+    def door():
+        try:
+            return work()
+        except (ValueError, OSError) as error:
+            print(f"error: {command.one_line(error)}")
+            return command.MISTAKE
+
+    return door
 
 
 def forked(work, log, kill_after=None, limit=120, by=signal.SIGKILL):

@@ -17,7 +17,9 @@ from textwrap import fill
 
 import bad_images
 import crashes
+import damage
 import divergence
+import hostile
 import preemption
 import ranks
 import torch
@@ -34,11 +36,43 @@ SAME = "the same command goes on to the same weights, rows and pictures, bit for
 FAULTS = {
     "kill": Fault(crashes.at_any_time, "SIGKILL at random moments of a training", SAME, 300, 2),
     "kill in serialising": Fault(
-        crashes.inside(crashes.half_saved), "SIGKILL with half of a checkpoint written", SAME, 20, 1),
-    "kill in fsync": Fault(crashes.inside(crashes.any_fsync), "SIGKILL before an fsync of a file or folder", SAME, 20, 1),
-    "kill in rename": Fault(crashes.inside(crashes.any_rename), "SIGKILL before a new file gets its name", SAME, 20, 1),
+        crashes.inside("serialising"), "SIGKILL with half of a checkpoint written", SAME, 20, 1),
+    "kill in fsync": Fault(crashes.inside("fsync"), "SIGKILL before an fsync of a file or folder", SAME, 20, 1),
+    "kill in rename": Fault(crashes.inside("rename"), "SIGKILL before a new file gets its name", SAME, 20, 1),
     "kill in deletion": Fault(
-        crashes.inside(crashes.any_deletion), "SIGKILL before an old checkpoint, or a half file, is deleted", SAME, 20, 1),
+        crashes.inside("deletion"), "SIGKILL before an old checkpoint, or a half file, is deleted", SAME, 20, 1),
+    "kill in image write": Fault(crashes.inside("picture"), "SIGKILL with half of a sample grid written", SAME, 20, 1),
+    "kill in generate": Fault(
+        crashes.drawing, "SIGKILL with half a picture of `ddpm.generate` written, or before it gets its name, in each format",
+        "the same command writes the same files, bit for bit, and leaves no half one", 28, 1),
+    "kill in cache build": Fault(
+        crashes.cache_build, "SIGKILL while photos are examined and decoded, or before the cache is synced or gets its name",
+        SAME, 21, 1),
+    "kill in W&B flush": Fault(
+        crashes.inside("row", crashes.unsynced, wandb__mode="offline"),
+        "SIGKILL before or after a row goes to W&B's offline log, half of them with W&B's own process",
+        f"{SAME}; `wandb sync` of the logs uploads every row once", 20, 1),
+    "flipped bits": Fault(
+        damage.unseen, "one bit flipped anywhere in a checkpoint or in exported weights, or the file cut short",
+        "it is refused as damaged, or all that is read from it is what was written", 2000, 60),
+    "damaged checkpoint": Fault(
+        damage.rotten, "the newest checkpoint, or the newest two, damaged so",
+        f"a line says so, the damaged file is kept, and from the one before {SAME}", 40, 2),
+    "all checkpoints damaged": Fault(
+        damage.all_rotten, "every checkpoint cut short", "one line, exit code 2, and no file of the run is changed", 20, 1),
+    "disk full": Fault(
+        damage.full, "the disk full, or a file too long for it, at any point of a training",
+        f"one line says what is in the way, exit code 1, checkpoints are whole; with room {SAME}", 40, 1),
+    "two processes": Fault(
+        damage.shared, "a second training begun in the run folder of a first, in its middle",
+        "the second is refused in one line, exit code 2, and the first ends as alone", 20, 1),
+    "hostile files": Fault(
+        hostile.refused, "checkpoints, exported weights and configs inside them that are made to run code, to leave their "
+        "folder or to claim terabytes, at every door that takes a file, which may take 1 GiB of memory more than before",
+        "one line, exit code 2, no code is run, no file is made", 1, 1),
+    "hostile caches": Fault(
+        hostile.caches, "the same, and flipped bits, in place of what is kept in `$DDPM_CACHE` between runs",
+        "what was kept is worked out anew and replaced", 1, 1),
     "pre-emption": Fault(
         preemption.at_any_time, "SIGTERM, SIGUSR1, SIGINT at random moments of a training that mostly draws and measures",
         "it saves and exits with 75; " + SAME, 50, 2),
