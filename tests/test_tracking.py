@@ -352,8 +352,26 @@ def test_a_full_disk_does_not_end_the_training(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("metrics.jsonl is incomplete from here") == 1
     assert done.stdout.count("training.log is incomplete from here") == 1
+    assert done.stdout.count("metrics.jsonl lacks its last") == 1
     kept = lines(tmp_path)  # every line is whole
     assert kept == [{"step": step, "train/loss": 1 / 3} for step in range(1, len(kept) + 1)] and 5 < len(kept) < 20
+
+
+def test_rows_wait_while_their_file_cannot_be_written(tmp_path, capsys):
+    tracker, file = begin(tmp_path, mode="disabled"), tmp_path / "metrics.jsonl"
+    for step in range(1, 9):
+        if step in (3, 6):  # away, as on a disk that is not mounted for a while
+            file.rename(tmp_path / "away")
+            file.mkdir()
+        if step in (5, 8):
+            file.rmdir()
+            (tmp_path / "away").rename(file)
+        tracker.log(step, {"train/loss": 1 / step})
+        tracker.flush()
+    tracker.close()
+    assert lines(tmp_path) == [{"step": step, "train/loss": 1 / step} for step in range(1, 9)]
+    said = capsys.readouterr().out
+    assert [said.count(f"metrics.jsonl is {what}") for what in ("incomplete from here", "whole again")] == [2, 2]
 
 
 def test_what_a_person_reads(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Whatever is wrong with W&B: no row is lost, nothing waits for it, and it is said once. All kinds are in tests/troubled.py."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import troubled
-from wandb_server import FAULTS
+from wandb_server import FAULTS, Run
 from wandb_server import server as server
 
 ALL = list(range(1, troubled.STEPS + 1))
@@ -67,6 +68,16 @@ def test_no_row_is_lost_and_nothing_waits(found, fault):
 def test_a_server_that_is_well_has_all_at_the_end(found):
     for fault in ("well", "a fork", "service killed", "service stopped", "temporary disk full"):
         assert found[fault]["sent"] == ALL
+
+
+def test_a_server_that_fails_while_runs_are_read_is_one_line(server, tmp_path):
+    server.runs["a"] = Run("a", "p", state="finished")
+    asked = itertools.count()
+    server.fault = lambda handler: next(asked) > 1 and FAULTS["403"](handler)
+    done = subprocess.run([sys.executable, "-m", "ddpm.compare", "me/p"], cwd=tmp_path, timeout=120,
+                          env=os.environ | server.login | {"PYTHONPATH": str(troubled.ROOT)}, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "cannot be read from W&B" in done.stderr
+    assert next(asked) > 2, "it was being read"
 
 
 @pytest.mark.parametrize("at, number, code", [("step 4/", signal.SIGTERM, 75), ("done: ", signal.SIGINT, 0)])
