@@ -34,6 +34,7 @@ from ddpm import cache, images, likeness, rng, spec
 from ddpm.pictures import MODES, SUFFIXES, TOO_SMALL, WHITE, Facts, Refused, decode, decode_file, examine, to_pixels
 
 PREPROCESSING = "square crop, bicubic, 1"  # in every fingerprint: count it up when the same file gives other pixels
+PASSING = "not readable"  # a fault of the disk or the memory, which may be gone the next time
 SCAN = 1  # count it up when `pictures.examine` says other things of the same file
 
 Report = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))  # on a torchvision image
@@ -333,10 +334,11 @@ def scan(examine, items, title):
 
 
 def scan_files(root, names):
-    """The Facts of each file below a folder; one that nobody has touched since it was read last is not read again."""
+    """The Facts of each file below a folder; one that could be read, and that nobody has touched since, is not read again."""
     with cache.remembered(f"files/{fingerprint(SCAN, PREPROCESSING, PIL.__version__, os.path.realpath(root))}") as known:
         stamps = {name: stamp(root / name) for name in names}
-        new = [name for name in names if stamps[name] is None or known.get(name, [None])[0] != stamps[name]]
+        new = [name for name in names if not (stamps[name] and known.get(name, [""])[0] == stamps[name]
+                                              and Facts(*known[name][1:]).fault != PASSING)]
         read = scan(lambda name: examine(root / name), new, f"reading {shortened([str(root)])}")
         known.update({name: [stamps[name], *facts] for name, facts in zip(new, read, strict=True)})
         for name in known.keys() - stamps.keys():

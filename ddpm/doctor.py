@@ -35,7 +35,8 @@ def diagnose(path, image_size, fraction):
     faults = found.faults(image_size)
     kept = [number for number, fault in enumerate(faults) if not fault]
     names, facts = [found.names[k] for k in kept], [found.facts[k] for k in kept]
-    labels, classes = data.classes_of(names)
+    labels, classes = data.classes_of(names) if names else (None, None)
+    counts = Counter(labels or ())
     whole = [one for one in found.facts if not one.fault]
     sides = sorted(min(one.width, one.height) for one in whole)
     lost = {name: 1 - min(one.width, one.height) / max(one.width, one.height) for name, one in zip(names, facts, strict=True)}
@@ -61,7 +62,7 @@ def diagnose(path, image_size, fraction):
         "without_suffix": {name: form for name in found.others if (form := pictures.format_in(found.root / name))},
         "not_read": found.strangers(),
         "cropped_away": dict(sorted(lost.items(), key=lambda item: -item[1])),
-        "classes": {name: labels.count(number) for number, name in enumerate(classes or ())},
+        "classes": {name: counts[number] for number, name in enumerate(classes)} if classes else {},
     }
     return report | verdict(report)
 

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 import struct
 import threading
@@ -47,7 +48,7 @@ FAULTS = {  # why an image is left out -> what may be done about it
     "broken": "it contradicts itself; copy or download again",
     "too large": f"shrink to {MOST_PIXELS // 10**6} million pixels at most, or beware: files are made so to do harm",
     "without an agreed range": "save with 8 or 16 bits a channel",
-    "not readable": "see that it is there, and that you may read it",
+    "not readable": "see that it is there, that you may read it, and that memory is free",
     "no file": "a pipe, socket or device; take it away",
 }
 TOO_SMALL = "too small"
@@ -147,7 +148,9 @@ def is_strange(path):
 def refusal(error, file):
     """The Refused for what was raised while an open file was read."""
     said = " ".join(str(error).split())[:200]
-    if isinstance(error, (Image.DecompressionBombError, MemoryError)) or "too large" in said or "Too much memory" in said:
+    if isinstance(error, MemoryError):
+        return Refused("not readable", "memory is full")
+    if isinstance(error, Image.DecompressionBombError) or "too large" in said or "Too much memory" in said:
         return Refused("too large", said)
     if isinstance(error, EOFError) or "truncated" in said.lower():
         return Refused("truncated", said)
@@ -214,7 +217,7 @@ def tiff_tags(file, size):
     for _ in range(tags):
         yield
         tag, kind, count, *value = struct.unpack(order + ("HHQQ" if big else "HHII"), file.read(20 if big else 12))
-        if kind not in (1, 2, 7) and count > MOST_VALUES and count * 2 <= size:  # bytes stay bytes; PIL passes over the rest
+        if kind not in (1, 2, 7) and count > MOST_VALUES and count <= size:  # bytes stay bytes; PIL passes over the rest
             raise Refused("too large", f"{count:,} values in tag {tag}")
         if tag in sides:
             short = kind == 3 and order == ">"
@@ -223,16 +226,27 @@ def tiff_tags(file, size):
         raise Refused("too large", f"tiles of {sides[322]}x{sides[323]} pixels")
 
 
-def jpeg_scans(file, size):
-    """Raise Refused for a JPEG of too many scans; where a marker stands, no other bytes can be taken for it but in comments."""
+def jpeg_segments(file, size):
+    """The segments of a JPEG's first picture, behind which phones put films; raises Refused for too many scans."""
     file.seek(0)
-    content = file.read()
-    if content.count(b"\xff\xda") > MOST_SCANS or content.count(b"Exif\0\0") > MOST_EXIF:
-        raise Refused("too large", f"more than {MOST_SCANS} scans, or {MOST_EXIF} blocks of EXIF")
-    return ()
+    content, place, scans, exif = file.read(), 2, 0, 0
+    while content[place] == 0xFF and content[place + 1] != 0xD9:
+        yield
+        kind = content[place + 1]
+        if kind == 0xFF:  # padding
+            place += 1
+            continue
+        scans += kind == 0xDA
+        exif += kind == 0xE1 and content[place + 4:place + 10] == b"Exif\0\0"
+        if scans > MOST_SCANS or exif > MOST_EXIF:
+            raise Refused("too large", f"more than {MOST_SCANS} scans, or {MOST_EXIF} blocks of EXIF")
+        place += 2 + struct.unpack(">H", content[place + 2:place + 4])[0]
+        if kind == 0xDA:  # behind it stand pixels, in which no marker can be but that of a restart
+            found = MARKER.search(content, place)
+            place = found.start() if found else len(content)
 
 
-WALKS = ((b"\x89PNG", png_chunks), (b"GIF8", gif_blocks), ((b"II", b"MM"), tiff_tags), (b"\xff\xd8", jpeg_scans))
+WALKS = ((b"\x89PNG", png_chunks), (b"GIF8", gif_blocks), ((b"II", b"MM"), tiff_tags), (b"\xff\xd8", jpeg_segments))
 
 
 def decode_file(file, image_size, channels, matte=WHITE):
@@ -389,6 +403,7 @@ def format_in(path):
 
 
 ORIENTATION = 0x0112  # EXIF
+MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # JPEG's
 BLANK = 2  # levels by which a picture of one colour may differ from itself: what JPEG makes of it
 
 TURNS = {
