@@ -32,10 +32,8 @@ def train_experiment(given, folder):
     try:
         with wish.heard(), contextlib.ExitStack() as kept:
             with wish.abandonable():
-                build.check(given)
-                config.check_continues(given, folder)
                 machine = dist.start(given.train.amp, given.train.deterministic, wish=wish)
-            with machine.together():
+            with wish.abandonable(), machine.together():
                 build.check(given)
                 config.check_continues(given, folder)
                 if machine.main:
