@@ -221,7 +221,7 @@ def losses(found):
     return lost
 
 
-LIES = ("garbled", "cut off")  # with status 200, which W&B takes for yes
+UNTOLD = ("garbled", "cut off", "deleted")  # W&B takes a status of 200 for yes, and makes a deleted run anew
 UNHEALED = ("log disk full, offline",)  # until the training goes on
 
 
@@ -240,7 +240,7 @@ def main(folder, *names):
         if name in UNHEALED:
             with contextlib.redirect_stdout(None):
                 trial.open(STEPS).close()
-        if name in LIES:
+        if name in UNTOLD:
             found["said"].append(f"wandb sync --include-online '{trial.folder}'/wandb/*run-*")  # as the README says
         if name == "temporary disk full":
             subprocess.run(["umount", str(trial.disk)], check=True)
