@@ -179,3 +179,12 @@ def test_a_verdict_needs_what_it_says():
     for doubt in ({"left_out": {"broken": ["x"]}}, {"across": 1}, {"near_duplicates": [["x", "y"]]}, {"one_colour": ["x"]},
                   {"without_suffix": {"x": "PNG"}}, {"classes": {"cat": 11, "dog": 1}}):
         assert len(doctor.verdict(fit | doubt)["warnings"]) == 1 and not doctor.verdict(fit | doubt)["not_fit"]
+
+
+@pytest.mark.parametrize("content", [{}, {"a.png": b"words", "b.jpg": b""}, {"notes.txt": b"words"}])
+def test_a_folder_without_an_image_is_not_fit_and_has_a_sheet(content, tmp_path):
+    for name, text in content.items():
+        (tmp_path / name).write_bytes(text)
+    report = report_on(tmp_path)
+    assert report["kept"] == 0 and "0 images are too few" in report["not_fit"][0] and any(doctor.lines_of(report))
+    assert doctor.contact_sheet(report, pictures.WHITE).width > 1000
