@@ -157,10 +157,7 @@ def test_the_door_and_its_exit_codes(folder, tmp_path):
         assert sheet.width > 1000 and len(sheet.convert("RGB").getcolors(2**20)) > 1000
     config = f"--config={ROOT}/configs/cats128.py"
     for words, message in (
-            (["nowhere"], "image folder 'nowhere' does not exist"),
             ([], "nothing given; write a folder of images"),
-            ([folder, "more"], "did not expect 'more'"),
-            ([config], "image folder 'data/cats' does not exist"),
             ([f"--config={ROOT}/configs/digits.py"], "the doctor looks at folders of files")):
         code, out, err = door(*words, cwd=tmp_path)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
