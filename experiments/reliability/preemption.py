@@ -21,15 +21,17 @@ def plainly(work):
 
 
 def at_any_time(folder, times, seed):
-    """Signals at moments that are drawn from the seconds that a whole training takes, until each has come to its end."""
+    """Signals at moments that are drawn from the seconds that a training has left, which measures itself twice."""
     rng, given, done, waits = np.random.default_rng(seed), small(**EVENTFUL), 0, []
     begun = time.monotonic()
     assert forked(training(given, folder / "whole"), folder / "log") == 0
     takes = time.monotonic() - begun
     for number in itertools.count():
-        run, code = folder / f"run {number}", None
-        while done < times and code != 0:
-            moment, begun = rng.uniform(0.1, 1) * takes, time.monotonic()
+        run, left, code = folder / f"run {number}", takes, None
+        while left > takes / 20 and done < times and code != 0:
+            moment = rng.uniform(0.05, max(left, 0.1))
+            left -= moment
+            begun = time.monotonic()
             code = forked(plainly(training(given, run)), folder / "log", kill_after=moment, by=ASKED[done % len(ASKED)])
             if code == os.EX_TEMPFAIL:
                 done, waits = done + 1, [*waits, time.monotonic() - begun - moment]

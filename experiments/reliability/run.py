@@ -19,6 +19,7 @@ import bad_images
 import crashes
 import damage
 import divergence
+import fuzz
 import hostile
 import preemption
 import ranks
@@ -95,6 +96,7 @@ FAULTS = {
         ranks.nodes_come_and_go, "of two nodes (torchrun --nnodes=1:2) one is killed, agent and rank, and joins again",
         "the other goes on alone, then both do; each step has its row", 10, 0),
     **tracking.FAULTS,
+    **fuzz.FAULTS,
 }
 
 
