@@ -62,7 +62,7 @@ def as_door(work):
     return door
 
 
-def forked(work, log, kill_after=None, limit=120, by=signal.SIGKILL):
+def forked(work, log, kill_after=None, limit=600, by=signal.SIGKILL):
     """Do `work()` in a child, whose output is added to the file `log`; returns its exit code, -9 where it was killed.
 
     The child is killed after `kill_after` seconds, or sent the signal `by`. Raises TimeoutError where none were given and it is
