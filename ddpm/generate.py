@@ -29,13 +29,12 @@ def generate_images(checkpoint_path, num_images, output_dir, device=None, format
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; give 1 or more")
     name, _, trained, machine, net = build.load(checkpoint_path, device, **knobs)
-    make_folder(output_dir)
-    recipe = build.grid_recipe(trained)
+    recipe, film = build.grid_recipe(trained), format == "gif"  # a picture a step, of all images at once
     times = build.evaluations(trained, recipe)
+    drawn = build.drawer(trained, net, machine, draw.frames if film else draw.draw)(range(num_images), recipe)
+    make_folder(output_dir)
     print("\n".join([f"drawing {num_images} images from {name}: {recipe}; {times} network evaluations an image",
                      *build.remarks(trained, "sample")]))
-    film = format == "gif"  # a picture a step, of all images at once
-    drawn = build.drawer(trained, net, machine, draw.frames if film else draw.draw)(range(num_images), recipe)
     with progress(recipe.steps + 1 if film else num_images, film) as bar:
         return write(Path(output_dir), shown(drawn, bar, by_image=not film))
 

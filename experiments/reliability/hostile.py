@@ -207,7 +207,7 @@ def doors(folder, trained):
 
 
 def refused(folder, times, seed):
-    """All files at all doors, in a child that may take a GiB more than it has."""
+    """A third of the files at all doors, in a child that may take a GiB more than it has; another third in the next turn."""
     done, lost, trained, mark = 0, [], alone().folder, folder / "harm"
     files = folder / "deep" / "er" / "files"
     files.mkdir(parents=True)
@@ -216,9 +216,9 @@ def refused(folder, times, seed):
         for number, (name, content) in enumerate(contents.items()):
             paths.append((f"{name} ({suffix})", files / f"{number}{suffix}"))
             paths[-1][1].write_bytes(content)
-    for _ in range(times):
+    for turn in range(times):
         for door, (enter, suffixes) in doors(folder, trained).items():
-            given = [(name, path) for name, path in paths if path.suffix in suffixes
+            given = [(name, path) for name, path in paths[turn % 3::3] if path.suffix in suffixes
                      and not (name.startswith("config: ") and door.startswith("main"))]  # which has a config of its own
             log = folder / "said"
 

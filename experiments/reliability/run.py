@@ -70,7 +70,7 @@ FAULTS = {
     "hostile files": Fault(
         hostile.refused, "checkpoints, exported weights and configs inside them that are made to run code, to leave their "
         "folder or to claim terabytes, at every door that takes a file, which may take 1 GiB of memory more than before",
-        "one line, exit code 2, no code is run, no file is made", 1, 1),
+        "one line, exit code 2, no code is run, no file is made", 3, 1),
     "hostile caches": Fault(
         hostile.caches, "the same, and flipped bits, in place of what is kept in `$DDPM_CACHE` between runs",
         "what was kept is worked out anew and replaced", 1, 1),
