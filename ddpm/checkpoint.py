@@ -187,7 +187,8 @@ def restore(states, parts):
     """
     for name, part in parts.items():
         if name not in states:
-            raise ValueError(f"the checkpoint has no part {name!r}, it has {', '.join(states)}; it is from another version")
+            raise ValueError(f"the checkpoint has no part {name!r}, as it is from another version; go on with that, "
+                             "or begin a new run from its weights by --config.train.init_from")
         try:
             part.load_state_dict(states[name])
         except ValueError:
