@@ -207,7 +207,11 @@ class StepNetwork:
 
     def __call__(self, x, t, y=None, **told):
         with self.machine.autocast():
-            return ((self.fast or self.wrapped) if torch.is_grad_enabled() else self.asked)(x, t, y, **told).float()
+            return (self.learning() if torch.is_grad_enabled() else self.asked)(x, t, y, **told).float()
+
+    def learning(self):
+        """The network that is asked with gradients."""
+        return self.wrapped if self.fast is None else self.fast
 
     def train(self):
         self.wrapped.train()
