@@ -91,15 +91,16 @@ def blank(config, count):
 
 def compiled(config, made):
     """Let a step learn through torch.compile, tried on a blank batch; says how long that took, or why it is not done."""
-    net, begun = made.diffusion.net, time.monotonic()
+    net, begun, said = made.diffusion.net, time.monotonic(), []
     net.compiled()
+    net.say = said.append
     try:
         made.rehearse(blank(config, len(made.places)))
         made.machine.wait()
-        return f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
+        return said[0] if said else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
     except torch.OutOfMemoryError:
         pass
-    except Exception as error:  # a compiler has many
+    except Exception as error:  # of the backward pass
         net.compiled(False)
         return f"the network is not compiled, as torch.compile failed: {dist.first_words(error)}"
     made.machine.release()

@@ -193,11 +193,12 @@ class StepNetwork:
 
     EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file; without gradients it is
     the plain module that is asked, so that what is `compiled` sees one shape. `parameters` are what an optimiser changes,
-    `weights.state_dict()` what is averaged, `learner` is the module whose layers learn.
+    `weights.state_dict()` what is averaged, `learner` is the module whose layers learn. `say(text)` hears of what the compiler
+    cannot do.
     """
 
     def __init__(self, net, machine):
-        self.net, self.machine, self.asked, self.fast = net, machine, net, None
+        self.net, self.machine, self.asked, self.fast, self.say = net, machine, net, None, print
         self.weights, self.learner, self.parameters = net, net, list(net.parameters())
 
     @cached_property
@@ -207,11 +208,20 @@ class StepNetwork:
 
     def __call__(self, x, t, y=None, **told):
         with self.machine.autocast():
-            return (self.learning() if torch.is_grad_enabled() else self.asked)(x, t, y, **told).float()
+            return (self.learning if torch.is_grad_enabled() else self.asked)(x, t, y, **told).float()
 
-    def learning(self):
-        """The network that is asked with gradients."""
-        return self.wrapped if self.fast is None else self.fast
+    def learning(self, *given, **told):
+        """What the network says that learns: compiled, as long as the compiler can do what it has not seen yet."""
+        try:
+            return (self.wrapped if self.fast is None else self.fast)(*given, **told)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler has many
+            if self.fast is None:
+                raise
+            self.compiled(False)
+            self.say(f"the network is not compiled, as torch.compile failed: {first_words(error)}")
+        return self.wrapped(*given, **told)
 
     def train(self):
         self.wrapped.train()

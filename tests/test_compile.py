@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import rows, run, tiny
 from PIL import Image
+from torch._dynamo import lookup_backend
 
-from ddpm import build, dist
+from ddpm import assemble, build, dist
 from ddpm.generate import generate_images
+from ddpm.train import train
 
 CLOSE = 1e-4  # the same sums, some in another order: rounding of 1e-7, which 12 steps of Adam let grow
 GIVEN = dict(model__attention_resolutions=(), model__channel_mult=(1,), model__dropout=0.1,
@@ -54,6 +56,28 @@ def test_where_compiling_fails_the_plain_network_learns_to_the_same_bits(plain, 
     assert losses(plain) == losses(tmp_path)
     line, = [line for line in log(tmp_path).splitlines() if "not compiled, as torch.compile failed" in line]
     assert "no C++ compiler here" in line
+
+
+def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeypatch):
+    """As for a batch of another size, after memory ran out: here the second half of the run is cut into single images."""
+    knobs = GIVEN | dict(model__dropout=0.0)  # whose masks depend on how the batch is cut
+    run(tiny(**knobs), tmp_path / "plain")
+    given, compiled = tiny(**knobs, train__compile=True), iter([True, True])
+
+    def once(graph, inputs):
+        return aot_eager(graph, inputs) if next(compiled, False) else failing(graph, inputs)
+
+    aot_eager = lookup_backend("aot_eager")
+    monkeypatch.setattr(dist, "COMPILER", once)
+    made = assemble.run(given, tmp_path / "compiled", dist.start("off"))
+    assemble.track(given, made)
+    batches, step = made.batches, made.step
+    made.batches = lambda start: (step.cut(8) or batch if number == 6 else batch for number, batch in enumerate(batches(start)))
+    assert train(made)
+    made.tracker.close()
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "compiled"), rel=CLOSE)
+    said = log(tmp_path / "compiled")
+    assert 0 < said.find("was compiled in") < said.find("not compiled, as torch.compile failed: ")
 
 
 def drawn(run_folder, out, **knobs):
