@@ -99,5 +99,6 @@ def test_a_signal_while_wandb_waits_for_a_silent_server(server, tmp_path, at, nu
             said, _ = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == code and said.count("W&B is left behind") == 1
+    left = "W&B is left behind", "W&B's log is complete on this disk"  # the latter where a loaded machine has just opened it
+    assert process.returncode == code and sum(said.count(words) for words in left) == 1
     assert time.monotonic() - began < 15 + 25  # the rest for a loaded machine

@@ -128,7 +128,8 @@ def stages(name, task, steps):
     step, batches = ours.made.step, ours.made.batches(0)
     step(0, next(batches))
     places = {"noise, network, loss": [(step.diffusion, "losses")], "backward": [(torch.Tensor, "backward")],
-              "gradient norm": [(torch.nn.utils, "clip_grad_norm_")], "optimiser": [(step.optimizer, "step")],
+              "gradient norm": [(step.diffusion.net, "norm"), (torch.nn.utils, "clip_grads_with_norm_")],
+              "optimiser": [(step.optimizer, "step")],
               "EMA": [(average, "update") for average in step.averages]}
 
     def timed(stage, work):
