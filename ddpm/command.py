@@ -130,6 +130,8 @@ def explained(error):
         return "--config.x=... without --config=FILE before it; write --config=configs/digits.py, or another of configs/, first"
     if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):
         return f"no {missing[1]} given; write --{missing[1]}=..."
+    if missing := re.search(r"(?s)Failed loading config file.*No such file or directory: '(.*?)'", str(error)):
+        return f"there is no config file {missing[1]}; write --config=configs/digits.py, or another of configs/"
     if "has no attribute 'get_config'" in str(error):
         return "the config file has no function get_config; configs/digits.py shows one"
     knob = re.match(r"flag --config\.([\w.]+)=([^:]*)", str(error))

@@ -204,7 +204,8 @@ def distribution(program, name, said):
     try:
         inspect.signature(DISTRIBUTIONS[kind]).bind(None, **arguments)
     except TypeError as error:
-        raise ValueError(f"{name} is {kind}: {error}") from None
+        raise ValueError(f"{name} is {kind}: {error}; write {{value: ...}}, {{values: [...]}} or "
+                         "{min: ..., max: ...}") from None
     for key, value in arguments.items():
         if key in ("values", "probabilities") and not (isinstance(value, list) and value):
             raise ValueError(f"{key} of {name} is {value!r}; it takes a list such as [1, 2]")

@@ -11,6 +11,8 @@ import fuzz
 CORPUS = [  # what was not, once
     ("studies", [[("flip", 0.5, 0)]]),  # said what was wrong, and not what to do
     ("studies", [[("insert", 0.0, 0)]]),
+    ("studies", [[("flip", 0.5078125, 0)]]),
+    ("studies", [[("flip", 0.96875, 0)]]),  # in ml_collections' words
 ]
 TIMES = {"configs": 8, "images": 60, "rows": 60, "studies": 40, "saved configs": 60, "weights": 60}
 

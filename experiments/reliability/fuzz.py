@@ -24,7 +24,7 @@ from ddpm import checkpoint, command, config, data, main, pictures, study, track
 
 HERE = Path(__file__).parent
 REMEDY = re.compile(r"\b(use|give|choose|set|write|takes?|accepts?|must|needs|leave|train|begin|bring|knows|lower|put|delete|"
-                    r"mend|name|divide|did you mean|another|predict|instead|shows)\b")
+                    r"mend|name|divide|such as|did you mean|another|predict|instead|shows)\b")
 
 # configs
 
