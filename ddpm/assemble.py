@@ -97,14 +97,12 @@ def compiled(config, made):
     try:
         made.rehearse(blank(config, len(made.places)))
         made.machine.wait()
-        return said[0] if said else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
     except torch.OutOfMemoryError:
-        pass
+        made.machine.release()
+        return "the network is compiled at the first step that has room (train.compile)"
     except Exception as error:  # of the backward pass
-        net.compiled(False)
-        return f"the network is not compiled, as torch.compile failed: {dist.first_words(error)}"
-    made.machine.release()
-    return "the network is compiled at the first step that has room (train.compile)"
+        net.give_up(error)
+    return said[0] if said else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
 
 
 def account(config, dtype, images, levels=0):

@@ -87,7 +87,7 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
         raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")
     path = Path(flag.config_filename.partition(":")[0])
     if not path.is_file():
-        raise ValueError(f"there is no config file {path}; write --config=configs/digits.py, or another of configs/")
+        raise ValueError(no_config_file(path))
     try:
         knobs, known = set(flatten(flag.value)), set(flatten(base()))
     except AttributeError:
@@ -131,13 +131,17 @@ def explained(error):
     if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):
         return f"no {missing[1]} given; write --{missing[1]}=..."
     if missing := re.search(r"(?s)Failed loading config file.*No such file or directory: '(.*?)'", str(error)):
-        return f"there is no config file {missing[1]}; write --config=configs/digits.py, or another of configs/"
+        return no_config_file(missing[1])
     if "has no attribute 'get_config'" in str(error):
         return "the config file has no function get_config; configs/digits.py shows one"
     knob = re.match(r"flag --config\.([\w.]+)=([^:]*)", str(error))
     if knob:
         return f"config.{knob[1]} is {knob[2]!r}; it takes {KINDS[type(flatten(base())[knob[1]])]}"
     return one_line(error)
+
+
+def no_config_file(path):
+    return f"there is no config file {path}; write --config=configs/digits.py, or another of configs/"
 
 
 def plainly(said):

@@ -165,8 +165,7 @@ def with_variant(config, variant, variants):
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
 FREE = ("train.length", "train.max_hours", "train.activation_checkpointing", "train.fully_shard", "every.", "wandb.",
-        "evaluate.", "data.classes",
-        "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
+        "evaluate.", "data.classes", "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
 
 RANGES = {
     "seed": (0, 2**63 - 1),

@@ -219,9 +219,13 @@ class StepNetwork:
         except Exception as error:  # a compiler has many
             if self.fast is None:
                 raise
-            self.compiled(False)
-            self.say(f"the network is not compiled, as torch.compile failed: {first_words(error)}")
+            self.give_up(error)
         return self.wrapped(*given, **told)
+
+    def give_up(self, error):
+        """Learn without the compiler, which has failed so."""
+        self.compiled(False)
+        self.say(f"the network is not compiled, as torch.compile failed: {first_words(error)}")
 
     def train(self):
         self.wrapped.train()

@@ -27,6 +27,7 @@ from textwrap import fill
 
 import psutil
 import torch
+from faults import equal
 from PIL import Image
 
 from ddpm import build, checkpoint, config, figures
@@ -207,14 +208,6 @@ def milestones(folder):
         one, other = (checkpoint.load(path[step])["parts"] for path in paths)
         found.append(all(equal(one[name], other[name]) for name in ("net", "ema", "optimizer")))
     return sum(found), len(found) - sum(found)
-
-
-def equal(one, other):
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def missing_rows(folder):
