@@ -194,6 +194,7 @@ class Wandb(Sink):
         """Begin run `run_id`, or where it is `known` continue it, with the rows up to step `last`. `notice(text)` tells."""
         import wandb  # not above: it takes a second, and its failures concern only runs that use it
 
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # what it tells its makers would hold up the end: 10 s a server
         self.wandb, self.folder, self.config, self.options, self.mode = wandb, folder, config, options, mode
         self.run_id, self.known, self.reached, self.summaries, self.notice = run_id, known, last, dict(summaries), notice
         self.waits = {key: seconds_in_environment(f"WANDB_{key.upper()}", seconds) for key, seconds in WAITS.items()}
