@@ -49,10 +49,7 @@ def checkpoints(folder):
 
 
 def save(folder, step, config_json, parts, keep=2, milestone=False, well=math.inf):
-    """Write a run's checkpoint, then delete older ones; returns the path.
-
-    The newest `keep` stay, the milestones, and the newest up to step `well`, to which a run can be rolled back.
-    """
+    """Write a run's checkpoint, then `prune` older ones; returns the path."""
     path = Path(folder, "checkpoints", f"step_{step:08d}{'.keep' if milestone else ''}.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
     content = {"format": FORMAT, "step": step, "config": config_json, "parts": states}
@@ -64,12 +61,17 @@ def save(folder, step, config_json, parts, keep=2, milestone=False, well=math.in
         except RuntimeError as error:  # which hides that the disk is full
             cause = error.__context__
             raise OSError(cause.errno, cause.strerror) if isinstance(cause, OSError) else error from None
+    prune(folder, keep, well)
+    return path
+
+
+def prune(folder, keep=2, well=math.inf):
+    """Delete old checkpoints: the newest `keep` stay, the milestones, and the newest up to `well`, a step to roll back to."""
     found = checkpoints(folder)
     spared = [old for at, old in found if at <= well][-1:]
     for _, old in [item for item in found if not NAME.fullmatch(item[1].name)[2]][:-keep]:
         if old not in spared:
             old.unlink()
-    return path
 
 
 def cut(folder, step):

@@ -48,8 +48,10 @@ def test_the_main_job_at_a_few_steps_then_again(tmp_path):
     assert (folder / "final.safetensors").exists() and list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert rows(folder)[-1]["step"] == 12 and "eval/fd_digits" in rows(folder)[-1]
     assert json.loads((folder / "config.json").read_text())["model"]["model_channels"] == 16
+    (left := folder / "checkpoints" / "step_00000001.pt").touch()  # as by a kill in its deletion
+    (folder / "checkpoints" / "step_00000002.pt").touch()
     code, out, err = door("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
-    assert code == 0 and "is finished: 12 steps" in out[-1]
+    assert code == 0 and "is finished: 12 steps" in out[-1] and not left.exists()
 
 
 def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):

@@ -80,13 +80,14 @@ class Watched:
         return found
 
     def reading(self):
-        """What it has now: MiB, open files, threads and processes, those of its children too; None when it is gone."""
+        """What it has now: MiB and threads, its own and its children's; open files and processes; None when it is gone."""
         with contextlib.suppress(psutil.Error):
             main = psutil.Process(self.process.pid)
             tree = [main, *main.children(recursive=True)]
             mib = [one.memory_info().rss / 2**20 for one in tree]
+            threads = [one.num_threads() for one in tree]
             return {"mib": mib[0], "children_mib": sum(mib[1:]), "files": sum(one.num_fds() for one in tree),
-                    "threads": sum(one.num_threads() for one in tree), "processes": len(tree)}
+                    "threads": threads[0], "children_threads": sum(threads[1:]), "processes": len(tree)}
 
 
 class Readings:
@@ -252,9 +253,10 @@ def curves(rows):
         mine = [row for row in rows if row["who"] == who]
         memory.plot([row["seconds"] / 60 for row in mine], [row[key] for row in mine], "." if who == "killed" else "-",
                     markersize=2, color=figures.COLOURS[number], label=label)
-    for number, key in enumerate(("files", "threads", "processes")):
+    for number, key in enumerate(("files", "threads", "children_threads", "processes")):
         mine = [row for row in rows if row["who"] == "steady"]
-        counts.plot([row["seconds"] / 60 for row in mine], [row[key] for row in mine], label=key, **figures.look(number))
+        counts.plot([row["seconds"] / 60 for row in mine], [row[key] for row in mine], label=key.replace("_", " "),
+                    **figures.look(number))
     memory.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
     counts.set(xlabel="minutes", ylabel="of steady and its children", ylim=(0, None))
     for axis in (memory, counts):
@@ -280,7 +282,7 @@ def faults(found, rows):
     return wrong
 
 
-GROWTH = {"mib": 1.1, "children_mib": 1.1, "files": 1, "threads": 1, "processes": 1}
+GROWTH = {"mib": 1.1, "children_mib": 1.1, "files": 1, "threads": 1, "children_threads": 1, "processes": 1}
 
 
 def outcome(codes):
@@ -292,7 +294,8 @@ def words(found, rows):
     lives, doors, wrong = found["lives"], found["doors"], faults(found, rows)
     table = [["steady, its main process and children", "after the first sixth", "in the last sixth", "slope an hour"]]
     for key, name in (("mib", "resident memory, main process, MiB"), ("children_mib", "resident memory, children, MiB"),
-                      ("files", "open files"), ("threads", "threads"), ("processes", "processes")):
+                      ("files", "open files"), ("threads", "threads, main process"), ("children_threads", "threads, children"),
+                      ("processes", "processes")):
         early, late, slope = growth(rows, "steady", key)
         table.append([name, f"{early:.1f}", f"{late:.1f}", f"{slope:+.2f}"])
     starts = [one["to_first_row"] for one in lives if one["to_first_row"]]
