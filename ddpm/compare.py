@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from absl import flags
-from PIL import Image
 
 from ddpm import build, command, config, figures, report, results, study
 from ddpm.files import written_beside
@@ -197,11 +196,15 @@ def keep_wandb(run, folder):
             numbers = {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
             if "train/step" in numbers:
                 file.write(json.dumps({"step": numbers.pop("train/step"), **numbers}) + "\n")
-                grid, step = (row["samples"]["path"], row["train/step"]) if row.get("samples") else (grid, step)
+                if isinstance(picture := row.get("samples"), dict):
+                    grid, step = str(picture.get("path")), row["train/step"]
+    if grid and not (PICTURE.fullmatch(grid) and isinstance(step, int)):
+        print(f"left out: the samples of {folder.name}, which W&B does not keep at {grid!r}")
+        grid = None
     for picture in run.files([grid]) if grid else ():  # none where it never arrived
         picture.download(folder)
         (folder / "samples").mkdir()
-        Image.open(folder / grid).save(folder / "samples" / f"step_{step:08d}.png")
+        (folder / grid).rename(folder / "samples" / f"step_{step:08d}.png")
 
 
 def source_of(arguments, runs, out, downloads):
@@ -225,6 +228,7 @@ def source_of(arguments, runs, out, downloads):
     return Source(out.name if out else arguments[0], "How do these runs compare?", *found, out=out, again=again)
 
 
+PICTURE = re.compile(r"media/images/\w[\w.-]*")  # where W&B keeps what is logged as one
 WANDB_PATH = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # entity/project, entity/project/sweep
 
 
@@ -255,9 +259,9 @@ def provenance(out, runs, given=None):
         digest.update(f"{path.parent.name}/{path.name}\n".encode() + (path.read_bytes() if path.is_file() else b""))
     made = {"commit": commit(), "torch": version("torch"), "machine": this_machine(), "runs": digest.hexdigest()}
     for home in (runs[0].folder.parent.parent, out):  # the report that kept the runs, if one did, and the one that is written
-        with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+        with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):  # none yet, or damaged
             kept = json.loads((home / "made.json").read_text())
-            made = kept if kept["runs"] == made["runs"] else made
+            made = {key: str(kept[key]) for key in made} if kept["runs"] == made["runs"] else made
     return made | ({"machine": given} if given else {})
 
 

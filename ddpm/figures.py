@@ -11,6 +11,7 @@ import math
 
 from PIL import Image
 
+from ddpm import pictures
 from ddpm.files import written_beside
 from ddpm.results import ASKED, LEARNED, is_training, label, lines_along, numeric_axes
 
@@ -25,6 +26,7 @@ STYLE = {
     "ytick.major.width": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 200, "axes.grid": True,
     "grid.color": "#E5E5E5", "grid.linewidth": 0.5, "axes.axisbelow": True,
 }
+SHARP = 1200  # pixels
 WIDTH = 7  # inches, the text of a page
 
 
@@ -226,10 +228,14 @@ def samples(groups, seed):
     for axis in itertools.chain(*axes):
         axis.axis("off")
     for axis, (name, path) in zip(itertools.chain(*axes), grids, strict=False):
-        with Image.open(path) as picture:
-            zoom = max(1, 1200 // picture.width)  # whole pixels first, so that all keep one size
-            axis.imshow(picture.convert("RGB").resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST))
         axis.set_title(name)
+        try:
+            picture = pictures.whole(path, 2 * SHARP)
+        except pictures.Refused as refused:
+            axis.text(0.5, 0.5, f"{path.name} is left out:\n{refused.fault}", ha="center", va="center")
+            continue
+        zoom = max(1, SHARP // max(picture.size))  # whole pixels first, so that all keep one size
+        axis.imshow(picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST))
     return figure
 
 

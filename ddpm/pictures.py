@@ -2,9 +2,9 @@
 
     pixels uint8 [c, image_size, image_size]; c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA
 
-Whoever reads an image file reads it here: training and its scan of a folder, shards, the pictures that a person names, and
-`ddpm.doctor`. So they agree on what is broken, and a file that was made to do harm costs one line, not the memory of the
-machine or an hour.
+Whoever reads an image file reads it here: training and its scan of a folder, shards, the pictures that a person names,
+`ddpm.doctor`, and `ddpm.compare` the samples of runs. So they agree on what is broken, and a file that was made to do harm
+costs one line, not the memory of the machine or an hour.
 """
 
 import base64
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange, reduce
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ddpm import likeness
 
@@ -282,7 +282,8 @@ def whole(path, side):
         with ROOM.take(image.width * image.height):
             image.load()
             orientation = orientation_of(image)
-            image = ImageOps.contain(in_mode(image, 3, WHITE), (side, side))
+            image = in_mode(image, 3, WHITE)
+            image.thumbnail((side, side))
     return image.transpose(TURNS[orientation]) if TURNS[orientation] is not None else image
 
 

@@ -236,7 +236,7 @@ def protocol(found, record):
         last = {part: value for way in ways for part, value in way.items()}
         parts = {part: value if all(way.get(part) == value for way in ways) else "varied" for part, value in last.items()}
         yield f"Distances: {', '.join(f'{part} {value}' for part, value in parts.items())}."
-    if ways := sorted({row["eval/bits_per_dim_made"] for run in runs for row in run.rows if row.get("eval/bits_per_dim_made")}):
+    if ways := sorted({text for run in runs for text in run.made("eval/bits_per_dim_made")}):
         yield f"Likelihood: {listed(ways)}."
     for key in keys(runs, FRECHET):
         floors = {run.final(f"{key}_floor") for run in runs} - {None}

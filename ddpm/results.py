@@ -3,7 +3,7 @@
     setting  what the runs of a group share, {"diffusion.beta_schedule": "cosine"}; its knobs are the axes of the study
     unit     what is repeated to see the noise: the training seed, or the sampling seed where there is one training only
 
-A number that is not finite counts as missing.
+A number that is not finite counts as missing, and so does one beyond HUGE, of which no mean or square could be had.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from ddpm import clock, config
 from ddpm.tracking import whole_row
 
 FEWEST = 3  # seeds: of two differences the spread is hardly known
+HUGE = 1e100
 MANY = 4  # words on an axis that are all compared with each other
 FRECHET, KERNEL = re.compile(r"eval/(fid|fd_\w+)(?<!_floor)"), re.compile(r"eval/(kid|kd_\w+)")
 LOSSES, LEARNED = ("val/loss_ema", "val/loss"), "train/loss"
@@ -35,11 +36,12 @@ UNITS = ("seed", "sample.seed")
 UNRELATED = (  # knobs that do not touch what is compared
     "wandb.", "every.log", "every.sample", "every.save", "every.milestone", "every.snapshot", "train.activation_checkpointing",
     "data.num_workers", "data.cache", "data.classes", "sample.batch_size", "evaluate.batch_size", "evaluate.inception_weights")
-MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances and of bits/dim
-    r"(?P<extractor>.+); (?P<samples>\d+) samples of the (?P<weights>.+) weights in (?P<arithmetic>\w+); (?P<sampler>.+), "
-    r"(?P<steps>\d+) steps, (?P<spacing>.+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
+MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances and of bits/dim: few parts are `.+`,
+    # or a text that is nearly one would take hours
+    r"(?P<extractor>[^;]+); (?P<samples>\d+) samples of the (?P<weights>[^;]+) weights in (?P<arithmetic>\w+); "
+    r"(?P<sampler>[^;]+), (?P<steps>\d+) steps, (?P<spacing>[^;]+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
     r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)",
-    r"bits/dim of (?P<likelihood_images>.+?)(, given (?P<given>.+),)? under the (?P<weights>.+) weights, "
+    r"bits/dim of (?P<likelihood_images>[^,]+)(, given (?P<given>.+),)? under the (?P<weights>[^,]+) weights, "
     r"by (?P<evaluations>\d+) evaluations")]
 ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare
     "samples": {"evaluate.num_samples"}, "weights": {"sample.ema"}, "arithmetic": {"train.amp"},
@@ -80,14 +82,18 @@ class Run:
         values = [value for _, value in self.points(key)]
         return statistics.median(values) if values else None
 
+    def made(self, key):
+        """How the numbers were made that a key such as `eval/made` is about, once each way."""
+        return list(dict.fromkeys(str(row[key]) for row in self.rows if row.get(key)))
+
     def petaflop(self, step):
         """Training compute up to a step in 10^15 operations; None where the run did not count them."""
-        counted = self.points("progress/petaflop")[-1:]
+        counted = [point for point in self.points("progress/petaflop") if point[0]][-1:]
         return counted[0][1] * step / counted[0][0] if counted else None
 
 
 def finite(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < HUGE
 
 
 def read(folder):
@@ -97,14 +103,14 @@ def read(folder):
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no config.json in it")
     try:
-        knobs = config.flatten(config.read(path))
+        knobs = config.flatten(config.changed(config.read(path), {}))  # and so checked
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     log = folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
     rows = list(itertools.takewhile(lambda row: row is not None, map(whole_row, lines)))
     fault = f"metrics.jsonl is torn after {len(rows)} rows" if len(rows) < len(lines) else "" if rows else "no rows"
-    grids = sorted(folder.glob("samples/step_*.png"))
+    grids = sorted(path for path in folder.glob("samples/step_*.png") if path.stem[5:].isdecimal())
     return Run(folder.name, folder, knobs, rows, grids[-1] if grids else None, fault)
 
 
@@ -117,7 +123,8 @@ def cut_short(run):
     """Why a run is no finished training: where it ends, and where it should have; nothing if it is one."""
     if not is_training([run]):
         return "measures a checkpoint, and others are trainings: compare those by themselves"
-    sizes = [row["progress/images"] / row["progress/epoch"] for row in run.rows if row.get("progress/epoch")]
+    epochs, images = dict(run.points("progress/epoch")), dict(run.points("progress/images"))
+    sizes = [images[step] / epoch for step, epoch in epochs.items() if step in images and epoch > 1 / HUGE]
     total = clock.steps_of(run.knobs["train.length"], run.knobs["train.batch_size"], round(sizes[-1]) if sizes else 1)
     last = run.rows[-1]["step"]
     return "" if sizes and last >= total else f"ends at step {last}" + (f" of {total}" if sizes else "")
@@ -211,8 +218,7 @@ def check_made(runs, axes):
     What the axes vary may differ, and the seed.
     """
     for key in ("eval/made", "eval/bits_per_dim_made"):
-        check_ways([(run.name, made(text)) for run in runs for text in dict.fromkeys(
-            row[key] for row in run.rows if row.get(key))], axes)
+        check_ways([(run.name, made(text)) for run in runs for text in run.made(key)], axes)
 
 
 def check_ways(ways, axes):
@@ -438,8 +444,8 @@ class Comparison:
 
     @property
     def ways(self):
-        """How the distances were made, in parts, one for each time."""
-        return [made(row["eval/made"]) for run in self.counted for row in run.rows if row.get("eval/made")]
+        """How the distances of each run were made, in parts."""
+        return [made(text) for run in self.counted for text in run.made("eval/made")]
 
     @property
     def unlike(self):

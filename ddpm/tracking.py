@@ -43,6 +43,7 @@ STUCK_SECONDS = 60  # for it to take a row
 AGAIN_SECONDS = 60  # between two attempts to open a W&B that has failed
 FLUSH_SECONDS = 0.1  # so often W&B's log is written (15 is its default), and so much SIGKILL costs
 HEADER, BLOCK = 7, 1 << 15  # bytes, of W&B's log
+MOST_STEPS = 2**53  # up to where JSON's numbers are exact
 JPEG_ABOVE = 512  # pixels a side, from where encoding a PNG holds up the training
 
 
@@ -564,10 +565,16 @@ def rows_of(path, last):
 
 
 def whole_row(line):
-    """The row in a line of metrics.jsonl, None in a line that is torn, or holds no row."""
+    """The row in a line of metrics.jsonl: a step, and by name finite numbers, words and nulls. None for any other line."""
     with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(line) if line.endswith(b"\n") else None
-        return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+        is_row = isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < MOST_STEPS
+        return row if is_row and all(map(is_plain, row.values())) else None
+
+
+def is_plain(value):
+    """True for what a row may hold. A comparison takes whole numbers of any length; a conversion would not."""
+    return value is None or type(value) is str or type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def seconds_in_environment(name, default):

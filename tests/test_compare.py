@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,8 @@ from PIL import Image
 from wandb_server import Run, Sweep
 from wandb_server import server as server
 
-from ddpm import build, config, report, results, study
-from ddpm.compare import compare
+from ddpm import build, config, figures, report, results, study
+from ddpm.compare import compare, keep_wandb
 from ddpm.evaluate import evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -285,6 +287,75 @@ def test_what_is_missing_or_broken_is_named_and_left_out(here, capsys):
     shutil.rmtree(here / "runs")
     compare("experiments/schedules.yaml")
     assert (here / "experiments" / "schedules" / "README.md").read_bytes() == before
+
+
+@pytest.mark.parametrize("said, fault", [
+    ({"progress/epoch": "x", "progress/images": {}}, "metrics.jsonl is torn after 1 rows"),
+    ({"step": 10**400}, "metrics.jsonl is torn after 1 rows"),
+    ({"progress/epoch": "x", "progress/images": "y"}, ""),
+    ({"progress/epoch": 1e-320, "progress/images": 1e308}, ""),
+    ({"step": 12, "progress/petaflop": 1e308}, ""),
+    ({"eval/fid": 1e308}, "eval/fid is not finite at the end"),
+    ({"eval/fid": "low"}, "eval/fid is not finite at the end"),
+])
+def test_rows_of_strangers_are_left_out_or_read(said, fault, tmp_path):
+    row = DONE | {"eval/fid": 1.0, "eval/made": "a"}
+    for seed in range(3):
+        written(tmp_path, f"mine-{seed}", {"seed": seed}, [row])
+    theirs = written(tmp_path, "theirs", {"seed": 3}, [DONE | {"step": 0, "progress/petaflop": 1.0}, row | said])
+    found = compare(*map(str, tmp_path.iterdir()))
+    assert [run.fault for run in found.runs if run.name == theirs.name] == [fault]
+
+
+def png(width, height):
+    """A PNG that claims a size and has no pixels."""
+    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+
+
+def test_samples_of_strangers_are_left_out_of_the_figure(tmp_path):
+    contents = {"too large": png(200_000, 200_000), "truncated": png(8, 8), "no image": b"words", "thin": b"words"}
+    for steps, (name, content) in enumerate(contents.items(), 1):
+        written(tmp_path, name, {"sample__steps": steps}, [DONE | {"eval/fid": 1.0}])
+        (tmp_path / name / "samples").mkdir()
+        (tmp_path / name / "samples" / "step_00000012.png").write_bytes(content)
+        (tmp_path / name / "samples" / "step_last.png").write_bytes(content)
+    Image.new("1", (1, 5000)).save(tmp_path / "thin" / "samples" / "step_00000013.png")
+    found = compare(str(tmp_path), out=tmp_path / "report")
+    *unread, thin = figures.samples(found.groups, 0).axes
+    said = [text.get_text() for axis in unread for text in axis.texts]
+    assert said == [f"step_00000012.png is left out:\n{fault}" for fault in list(contents)[:3]]
+    assert thin.images[0].get_array().shape == (2400, 1, 3)
+
+
+class Foreign:
+    """A run of a W&B server that means harm, as its public API gives it."""
+
+    def __init__(self, path, step=12):
+        self.config, self.path, self.step = {"config.seed": 1}, path, step
+
+    def scan_history(self):
+        return [{"train/step": self.step, "eval/fid": 1.0, "samples": {"path": self.path}}]
+
+    def files(self, names):
+        raise AssertionError(names)
+
+
+@pytest.mark.parametrize("path, step", [("../../harm.png", 12), ("/etc/harm", 12), ("media/images/../x", 12),
+                                        (["media/images/a.png"], 12), ("media/images/a.png", "12")])
+def test_a_server_names_no_file_outside_its_folder(path, step, tmp_path, capsys):
+    keep_wandb(Foreign(path, step), tmp_path / "run")
+    assert capsys.readouterr().out.startswith("left out: the samples of run, which W&B does not keep at ")
+
+
+def test_how_a_number_was_made_is_told_by_words(tmp_path):
+    for number, made in enumerate(("a", 5)):
+        written(tmp_path, str(number), {"seed": number}, [DONE | {"eval/fid": 1.0, "eval/made": made}])
+    with pytest.raises(ValueError, match="do not compare: eval/made is a in 0; 5 in 1"):
+        compare(str(tmp_path))
+    nearly = "a; 1 samples of the b weights in c; " + "d, 1 steps, " * 9000
+    assert results.made(nearly) == {"eval/made": nearly}
 
 
 def test_numbers_made_in_different_ways_are_refused(here):

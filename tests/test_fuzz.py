@@ -14,7 +14,7 @@ CORPUS = [  # what was not, once
     ("studies", [[("flip", 0.5078125, 0)]]),
     ("studies", [[("flip", 0.96875, 0)]]),  # in ml_collections' words
 ]
-TIMES = {"configs": 8, "images": 60, "rows": 60, "studies": 40, "saved configs": 60, "weights": 60}
+TIMES = {"configs": 8, "images": 60, "rows": 60, "compared rows": 20, "studies": 40, "saved configs": 60, "weights": 60}
 
 
 @pytest.mark.parametrize("kind, arguments", CORPUS)

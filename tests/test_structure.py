@@ -99,6 +99,14 @@ def test_no_unsafe_loading_and_no_device_strings():
             assert forbidden not in text, f"{path.name} has {forbidden}"
 
 
+def test_one_module_opens_pictures():
+    """Elsewhere PIL would open any format and believe any size."""
+    for path in MODULES:
+        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        opens = [call for call in calls if call in ("Image.open", "PIL.Image.open", "plt.imread", "read_image", "imread")]
+        assert bool(opens) == (room_of(path) == "pictures"), f"{path.name}: open it by ddpm.pictures"
+
+
 def test_nothing_unpickles_or_runs_text():
     """Files of others are data: every call by which Python makes code or objects of them is missing, or told not to."""
     forbidden = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -171,7 +171,10 @@ def test_what_wandb_missed_is_written_again(tmp_path):
     assert rows_of(synced(tmp_path)) == lines(tmp_path)
 
 
-@pytest.mark.parametrize("end", ["", '{"st', '{"step": 20, "train/loss": 2.0}', "\0\0\0", "20\n", "[]\n", '{"step": null}\n'])
+@pytest.mark.parametrize("end", [
+    "", '{"st', '{"step": 20, "train/loss": 2.0}', "\0\0\0", "20\n", "[]\n", '{"step": null}\n', '{"step": true}\n',
+    '{"step": -1}\n', f'{{"step": {10**400}}}\n', '{"step": 12, "a": NaN}\n', f'{{"step": 12, "a": {-10**400}}}\n',
+    '{"step": 12, "a": [1]}\n', '{"step": 12, "a": false}\n'])
 def test_a_torn_last_line_is_cut(tmp_path, end):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1.0}\n' + end)
     tracker = begin(tmp_path, 20, {}, mode="disabled")

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_train import equal
 
-from ddpm import checkpoint, command, config, data, main, pictures, study, tracking
+from ddpm import checkpoint, command, compare, config, data, figures, main, pictures, report, study, tracking
 
 HERE = Path(__file__).parent
 REMEDY = re.compile(r"\b(use|give|choose|set|write|takes?|accepts?|must|needs|leave|train|begin|bring|knows|lower|put|delete|"
@@ -206,6 +206,22 @@ def rows(edits, folder):
     return len(kept) == 6
 
 
+def compared(edits, said, folder):
+    """Damaged rows, or rows that say nonsense, among the runs of `ddpm.compare`: it reads them, or leaves out what it names."""
+    lines = [json.dumps(row | said.get(at, {})) for at, row in enumerate(CURVE)]
+    for name, seed, content in (("whole", 0, "\n".join(map(json.dumps, CURVE)) + "\n"), ("other", 1, "\n".join(lines) + "\n")):
+        config.write(tiny(seed=seed), folder / name)
+        (folder / name / "metrics.jsonl").write_bytes(mutated(content.encode(), edits if seed else []))
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = compare.compare(str(folder))
+    except ValueError as error:
+        return not one_line_with_remedy(command.one_line(error))
+    report.csv(found.groups, report.columns(found.groups, compare.parameters))
+    figures.draw(found) if not edits else None  # half a second
+    return len(found.counted) == 2
+
+
 def yaml(edits, folder):
     """A damaged study is read, or refused in one line."""
     (folder / "study.yaml").write_bytes(mutated(STUDY, edits))
@@ -242,6 +258,11 @@ def weights(suffix, edits, head, folder):
 
 PICTURES = {suffix: picture(suffix) for suffix in (".png", ".jpg", ".gif", ".bmp", ".tif", ".webp")}
 ROWS = "".join(json.dumps({"step": step, "train/loss": 0.5, "eval/made": "ddim"}) + "\n" for step in range(5, 31, 5)).encode()
+CURVE = [{"step": step, "train/loss": 0.5, "val/loss": 0.4, "eval/fid": 30 - step, "eval/made": "a", "progress/epoch": step / 9,
+          "progress/images": step * 8, "progress/petaflop": step / 9} for step in (4, 8, 12)]
+NONSENSE = st.dictionaries(st.sampled_from(sorted(CURVE[0])), st.sampled_from([
+    None, True, "x", "", [], {}, {"a": 1}, 0, -1, 5, 12, 2**53, 10**400, 1e308, -1e308, 1e-320, float("nan"), float("-inf"),
+    "a; 1 samples of the b weights in c; " + "d, 1 steps, " * 2000]), max_size=3)
 STUDY = (HERE.parent / "schedules.yaml").read_bytes()
 CONFIG = config.to_json(tiny()).encode()
 TRAINED = {}
@@ -261,6 +282,7 @@ KINDS = {  # name -> (strategy of the arguments, f(*arguments, folder) -> whethe
     "configs": (st.tuples(CONFIGS), train_or_refuse),
     "images": (st.tuples(st.sampled_from(list(PICTURES)), EDITS, HEAD), image),
     "rows": (st.tuples(EDITS), rows),
+    "compared rows": (st.tuples(EDITS | st.just([]), st.dictionaries(st.integers(0, 2), NONSENSE, max_size=2)), compared),
     "studies": (st.tuples(EDITS), yaml),
     "saved configs": (st.tuples(EDITS), saved),
     "weights": (st.tuples(st.sampled_from([".pt", ".safetensors"]), EDITS, HEAD), weights),
@@ -310,6 +332,9 @@ FAULTS = {  # the short form is tests/test_fuzz.py
         "it is learned from, or left out with a note, and alone it is used or refused in one line", 5000, 0),
     "mutated rows": Fault(
         fuzz("rows"), "bytes of metrics.jsonl changed", "rows that are whole stay, others go, and the next is whole", 5000, 0),
+    "nonsense in rows": Fault(
+        fuzz("compared rows"), "bytes of metrics.jsonl changed, or its values by nonsense, in a run that is compared",
+        "ddpm.compare reads it, or leaves it out with a line", 1000, 0),
     "mutated studies": Fault(fuzz("studies"), "bytes of a study's YAML changed", ONE_LINE, 3000, 0),
     "mutated configs": Fault(fuzz("saved configs"), "bytes of a run's config.json changed", ONE_LINE, 3000, 0),
     "mutated weights": Fault(
