@@ -319,10 +319,9 @@ def start(amp="auto", deterministic=False, device=None, wish=None):
     """Decide device, type and rank, and set torch up for them; under torchrun, join the other ranks.
 
     `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU. `wish` hears
-    what asks this process to stop. Raises ValueError where that device does not exist here.
+    what asks this process to stop. Raises ValueError where that device does not exist here, and for a rank that is no number.
     """
-    rank, world, local = (int(os.environ.get(key, default)) for key, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (number_in_environment(*one) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = torch.device("cuda", local) if str(chosen) == "cuda" else chosen
@@ -346,6 +345,14 @@ def start(amp="auto", deterministic=False, device=None, wish=None):
             join("nccl" if chosen.type == "cuda" else "gloo")
         hosts = distributed.new_group(backend="gloo", timeout=PATIENCE)
     return Machine(chosen, dtype, rank, world, notes, hosts, wish or Wish())
+
+
+def number_in_environment(name, default):
+    """The number that torchrun or a scheduler's script gives; raises ValueError for what is none."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r} in the environment and must be a number, as torchrun sets it; unset it")
+    return int(text)
 
 
 def join(backend):

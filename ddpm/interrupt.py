@@ -10,7 +10,7 @@ import signal
 import time
 
 BEGAN = time.monotonic() - time.process_time()  # of this process, nearly: so far it has hardly waited
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)  # the last is our own alarm clock
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)  # the last is our own alarm clock
 SLACK, MOST_SLACK = 0.02, 60  # share of the hours, and seconds at most, that are left unused
 
 
@@ -47,8 +47,9 @@ class Wish:
 
     @contextlib.contextmanager
     def heard(self):
-        """Inside, signals become the wish; a second Ctrl-C does not wait."""
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        """Inside, signals become the wish, but for those that are ignored, as by nohup; a second Ctrl-C does not wait."""
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._ask) for number in heard}
         self._set_alarm()
         try:
             yield self

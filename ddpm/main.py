@@ -38,7 +38,7 @@ def train_experiment(given, folder):
                 config.check_continues(given, folder)
                 if machine.main:
                     kept.enter_context(held(folder))
-            code, rollbacks = AGAIN, 0
+            code, rollbacks, why = AGAIN, 0, ""
             while code == AGAIN:
                 with wish.abandonable():
                     with machine.together():
@@ -49,11 +49,12 @@ def train_experiment(given, folder):
                             print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
                         return command.DONE
                     if machine.main and not rollbacks:
-                        print(run.config_json)
+                        with contextlib.suppress(OSError):  # of a console on a full disk
+                            print(run.config_json, flush=True)
                     assemble.track(given, run)
-                if rollbacks:  # or the next start would take the old way
-                    run.save(run.start)
-                code, rollbacks = finish(run), run.step.guard.rollbacks + 1
+                if rollbacks:
+                    run.go_back(why)
+                code, why, rollbacks = finish(run), run.diverged, run.step.guard.rollbacks + 1
                 if code == command.FAILED and machine.world > 1:
                     dist.abandon(code)
                 machine.exchange(None)  # the first to leave may have the others killed, while rank 0 closes its tracker
@@ -95,6 +96,7 @@ def finish(run):
             code = command.INTERRUPTED
             run.tracker.say(f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; the same command goes on")
     except Diverged as error:
+        run.diverged = str(error)
         run.tracker.flush()
         run.tracker.say(f"diverged: {error}")
         if run.rollback:
@@ -103,9 +105,12 @@ def finish(run):
         else:
             code = command.DIVERGED
             try:
-                run.tracker.say(f"diagnosis: {run.diagnosis()}")
+                words = run.diagnosis()
             except (RuntimeError, NoRoom) as problem:
-                run.tracker.say(f"no diagnosis, as that failed too: {command.one_line(problem)}")
+                words = f"none, as that failed too: {command.one_line(problem)}"
+            run.tracker.say(f"diagnosis: {words}")
+            run.tracker.summary("train/diverged", run.diverged)
+            run.tracker.summary("train/diagnosis", words)
     except (NoRoom, torch.OutOfMemoryError) as error:
         what = error if isinstance(error, NoRoom) else ("out of memory beside the gradients; where it was drawing, smaller "
                                                         "--config.sample.batch_size and --config.evaluate.batch_size help")

@@ -90,7 +90,7 @@ class Tracker:
         self._tell("say", text)
 
     def summary(self, key, value):
-        """Set one number that stands for the run, such as `best/fid`."""
+        """Set one number or word that stands for the run, such as `best/val_loss_ema`."""
         self.state.setdefault("summary", {})[key] = plain(value)
         self._tell("summary", key, plain(value))
 

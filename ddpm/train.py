@@ -114,6 +114,7 @@ class Run:
     tracker_state: dict | None  # what the tracker left in the checkpoint
     tracker: Any = None
     saved: tuple | None = None  # the newest checkpoint: its step and what was due
+    diverged: str = ""  # why it has gone wrong for good
 
     def __post_init__(self):
         self.begun = self.saved = self.start, self.due.names
@@ -181,6 +182,12 @@ class Run:
         self.machine.agree("it is cut")
         step, _ = (checkpoint.checkpoints(self.folder) or [(0, None)])[-1]
         return f"from {f'step {step}' if step else 'the start'} on in another order, at {self.rollback:g} of the learning rate"
+
+    def go_back(self, why):
+        """Stand, made anew, where the run has gone back to: tracking keeps why, and a save lets the next start go this way."""
+        self.tracker.summary("train/diverged", why)
+        self.best.loss = math.inf  # best.safetensors may be of the other way
+        self.save(self.start)
 
     def diagnosis(self):
         """Words on the last step that was skipped, or where none was on the last that all was well at."""
@@ -278,7 +285,7 @@ def events(run, done):
     now = due | wanted if last else due
     if "log" in now:
         run.log_training(done)
-    if now:
+    if now or last:
         run.check(done)
     with run.speed.pause():
         if "validate" in now:
@@ -322,6 +329,8 @@ def train(run):
                     raise Interrupted(told=True)
                 if run.due.names is not None:
                     events(run, done)
+                elif done % PATIENCE == 0:
+                    run.check(done)
         except Interrupted as interrupted:
             run.stop(done, interrupted)
     return done == run.total and run.due.names is None

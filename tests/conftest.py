@@ -1,7 +1,10 @@
 """What every test stands on: no trace outside its own folder, one thread, and a run small enough to train in a second."""
 
 import json
+import os
 import signal
+
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of children too: tests run side by side
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from ddpm.train import train
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background; children would not hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # sums depend on it bit for bit; and two threads on a busy machine are slower than one
+torch.set_num_threads(1)  # sums depend on it bit for bit
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,12 @@
 """Steps that go wrong are skipped, a run that has gone wrong goes back once, and then it stops and says why."""
 
+import contextlib
 import re
 
 import pytest
 import torch
 from conftest import rows, tiny
+from test_tracking import segments
 from test_train import equal, final_state
 
 from ddpm import checkpoint, dist, rng
@@ -101,37 +103,57 @@ def test_it_goes_back_once_to_when_all_was_well_and_ends_well_and_may_be_stopped
     assert equal(final_state(tmp_path / "whole"), final_state(tmp_path / "parts")) and rows(tmp_path / "parts") == written
 
 
+@contextlib.contextmanager
+def broken(at, factor):
+    """Inside, at the `at`-th batch the weights of the network's last layers are multiplied so, once."""
+    calls = []
+
+    def break_once(module, _):
+        if isinstance(module, UNet) and module.training and module.head[0].weight.device.type != "meta":
+            calls.append(module)
+            if len(calls) == at:
+                with torch.no_grad():
+                    torch._foreach_mul_([*module.head.parameters()], factor)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(break_once)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("length, seen", [(12, 12), (120, 50)])
+def test_a_run_without_events_is_not_done_when_all_its_steps_were_skipped(tmp_path, length, seen):
+    never = dict.fromkeys(("every__log", "every__save"), "0 steps")
+    with broken(1, float("nan")):
+        code = train_experiment(tiny(**QUIET | never | dict(train__rollback=0.0, train__length=f"{length} steps")), tmp_path)
+    assert code == DIVERGED
+    assert f"up to step {seen}\n" in (tmp_path / "training.log").read_text()
+    assert not (tmp_path / "final.safetensors").exists()
+
+
 def test_it_stops_where_it_diverges_again_and_says_where(tmp_path):
-    given = tiny(**HOT | dict(train__warmup="0 steps"))
+    given = tiny(**HOT | dict(train__warmup="0 steps", wandb__mode="offline"))
     assert train_experiment(given, tmp_path) == DIVERGED
     log = (tmp_path / "training.log").read_text()
     assert "rolled back: from the start on in another order, at 0.5 of the learning rate" in log
-    diagnosis = log.splitlines()[-1]
+    diagnosis, = (line for line in log.splitlines() if "diagnosis: " in line)
     assert re.search(r"diagnosis: step \d+: loss (nan|inf); worst images at t = \d+ \((nan|inf)\)", diagnosis)
     assert re.search(r"outputs not finite in \d+ of \d+, first in \w+\.", diagnosis)
     assert "largest weights" in diagnosis and "learning rate 0.5; loss scale" in diagnosis
+    told = [one.get("summary", {}).get("update", {}) for one in segments(tmp_path)[-1]]
+    assert {one["train/diverged"] for one in told if "train/diverged" in one} == set(re.findall(r"diverged: (.*)", log))
+    assert {one["train/diagnosis"] for one in told if "train/diagnosis" in one} == {diagnosis.partition("diagnosis: ")[2]}
+    assert checkpoint.load(checkpoint.checkpoints(tmp_path)[0][1])["parts"]["tracker"]["summary"]["train/diverged"]
     assert not (tmp_path / "final.safetensors").exists()
     assert train_experiment(given, tmp_path) == DIVERGED  # and it does not go back a second time
 
 
 def test_weights_that_are_broken_in_memory_are_left_behind(tmp_path):
-    """At its 110th batch the weights of the network's last layers are a thousand times too large, once."""
     given = tiny(**QUIET | dict(train__length="170 steps", every__log="10 steps", every__save="20 steps",
                                 model__channel_mult=(1,), model__attention_resolutions=()))
-    calls = []
-
-    def break_once(module, _):
-        if isinstance(module, UNet) and module.training:
-            calls.append(module)
-            if len(calls) == 110:
-                with torch.no_grad():
-                    torch._foreach_mul_([*module.head.parameters()], 1000)
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(break_once)
-    try:
+    with broken(109, 1000):
         assert train_experiment(given, tmp_path) == DONE
-    finally:
-        hook.remove()
     log = (tmp_path / "training.log").read_text()
     assert "up to step 120, 10 of 10 steps were skipped: 10 as spikes of loss or gradient, the others were not finite" in log
     assert "diverged: 52 more steps were skipped than learned from, up to step 160" in log

@@ -40,7 +40,7 @@ def test_stopped_in_every_event_and_continued_to_the_same_bits(tmp_path):
     """By step 4 the network is asked 6 times by validation, 5 by the grid, 4 by the distance, and then by both likelihoods."""
     given = tiny(**EVENTFUL)
     run(given, tmp_path / "whole")
-    for question, number in ((5, signal.SIGTERM), (8, signal.SIGINT), (13, signal.SIGUSR1), (80, signal.SIGUSR1)):
+    for question, number in ((5, signal.SIGTERM), (8, signal.SIGINT), (13, signal.SIGUSR1), (80, signal.SIGHUP)):
         made = assemble.run(given, tmp_path / "parts", dist.start())
         assemble.track(given, made)
         before = {name: value.clone() for name, value in made.step.net.state_dict().items()}
@@ -147,6 +147,16 @@ def test_two_ranks_leave_together(tmp_path):
             rank.kill()
     step, path = checkpoint.checkpoints(tmp_path)[-1]
     assert step == 2 and checkpoint.load(path)["parts"]["due"]["names"] == ["log", "sample"]
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Wish().heard() as wish:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not wish.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_is_whole_is_not_abandoned_and_the_wish_is_granted_after_it():

@@ -37,7 +37,7 @@ class Fault(NamedTuple):
     what: str  # was done, in words
     holds: str  # what must hold afterwards
     times: int  # how often in full
-    short: int  # and in the tests, where all of it takes a few seconds; 0 where a test of its own does the same
+    short: int  # and in the tests, where all of it takes a few seconds; 0 where it takes longer
 
 
 def small(**knobs):

@@ -124,7 +124,7 @@ def do(names, short, out, again):
         fault = FAULTS[name]
         times = fault.short if short else fault.times
         if not times:
-            print(f"{name}: in full only, as it has tests of its own")
+            print(f"{name}: in full only")
             continue
         if not again and (row := kept.get(name)) and (row["commit"], row["asked"]) == (head, times) and not row["lost"]:
             continue
