@@ -250,9 +250,7 @@ def check(config):
     for key, default in flatten(base()).items():
         if type(knobs[key]) is not type(default):
             raise ValueError(f"config.{key} is {knobs[key]!r}; it takes {KINDS[type(default)]}")
-    for key, (low, high) in RANGES.items():
-        if not low <= knobs[key] <= high:
-            raise ValueError(f"config.{key} is {knobs[key]}; it must lie between {low} and {high}")
+    check_ranges(knobs)
     for key, allowed in CHOICES.items():
         check_choice(f"config.{key}", knobs[key], list(allowed))
     if "/" in knobs["data.source"] and "(" not in knobs["data.source"]:
@@ -314,6 +312,14 @@ def check(config):
                              f"{knobs['diffusion.timesteps']} or fewer")
         with about(key):
             process.levels(knobs[key] or knobs["sample.steps"], knobs["sample.spacing"])
+
+
+def check_ranges(knobs):
+    """Raise a ValueError for a number among some knobs that lies out of its range."""
+    for key in [key for key in RANGES if key in knobs]:
+        low, high = RANGES[key]
+        if not low <= knobs[key] <= high:
+            raise ValueError(f"config.{key} is {knobs[key]}; it must lie between {low} and {high}")
 
 
 def check_sharded(knobs):

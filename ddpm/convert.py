@@ -74,7 +74,7 @@ def convert(source, out, classes=None, no_label=None, **theirs):
         return to_diffusers(source, out)
     try:
         config, weights = from_openai(source, tensors, given, labels) if openai else from_diffusers(source, labels)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{source} is damaged, or no U-Net that ddpm knows: {command.one_line(error)}") from error
     path = out if out.suffix == ".safetensors" else out / "final.safetensors"
     checkpoint.export(path, weights, 0, configs.to_json(config))
@@ -90,12 +90,14 @@ def from_diffusers(folder, labels):
     if not scheduler:
         raise ValueError(f"there is no {other}; put there the noise that the network was trained with")
     knobs = fields_as_knobs(path, unet, UNET) | shape_as_knobs(path, unet) | fields_as_knobs(other, scheduler, SCHEDULER)
+    configs.check_ranges(knobs)  # before anything is as long as they say
     learned, channels = knobs["diffusion.variance"] == "learned", knobs["data.channels"]
     knobs["diffusion.loss"] = "hybrid" if learned else "mse"
     allow(path, "out_channels", unet.get("out_channels", 3), [channels * (1 + learned)])
     knobs["diffusion.beta_schedule"] = our_schedule(other, scheduler, knobs["diffusion.timesteps"])
     rows = unet.get("num_class_embeds")
-    allow(path, "num_class_embeds", rows, [rows] if rows is None or type(rows) is int and rows > 0 else [None, "1 or more"])
+    counted = rows is None or type(rows) is int and 0 < rows <= MOST_CLASSES
+    allow(path, "num_class_embeds", rows, [rows] if counted else [None, f"1 to {MOST_CLASSES}"])
     named, no_label = label_knobs(path, rows, labels, unet.get(OUR_CLASSES, ()))
     stored = [file for suffix in (".safetensors", ".bin") if (file := path.with_name(STORED + suffix)).exists()]
     if not stored:
@@ -126,11 +128,13 @@ def shape_as_knobs(path, unet):
 
 def our_schedule(path, scheduler, steps):
     """Our name for the betas of a diffusers scheduler."""
-    betas = scheduler.get("trained_betas")
-    if betas is None:
-        name = allow(path, "beta_schedule", scheduler.get("beta_schedule", "linear"), BETAS)
-        betas = BETAS[name](scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02), steps)
-    betas = torch.as_tensor(betas, dtype=torch.float64)
+    betas, name = scheduler.get("trained_betas"), scheduler.get("beta_schedule", "linear")
+    make = BETAS[allow(path, "beta_schedule", name, BETAS)] if betas is None else None
+    try:
+        betas = make(scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02), steps) if make else betas
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+    except (TypeError, ValueError, ArithmeticError):
+        raise ValueError(f"{path}: its betas are no numbers that a schedule can have; use another file") from None
     ends = "(start={:.9g}, end={:.9g})".format(*(betas[[0, -1]] * steps / 1000).tolist())
     for name in (scheduler.get(OUR_NAME), *SCHEDULES, f"linear{ends}", f"quadratic{ends}"):
         with contextlib.suppress(ValueError):  # of what is no schedule, or has no betas
@@ -347,6 +351,7 @@ def main(arguments):
     return command.DONE
 
 
+MOST_CLASSES = 100_000  # four times as many as ImageNet has, the whole of it
 FLAGS = {  # OpenAI's flags, for what shapes do not say
     "image_size": (flags.DEFINE_integer, "--image_size=64"),
     "diffusion_steps": (flags.DEFINE_integer, "--diffusion_steps=1000"),

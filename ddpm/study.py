@@ -134,14 +134,25 @@ class Study:
         return [{name: some[k % len(some)] for name, some in tried.items()} for k in range(max(map(len, tried.values())))]
 
 
+class Plain(yaml.SafeLoader):
+    """YAML in which everything stands once: by aliases (`*name`) a few lines can unfold to more than the memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"line {self.peek_event().start_mark.line + 1} has an alias; write out what it stands for")
+        return super().compose_node(parent, index)
+
+
 def read(path):
     """The study in a file; raises ValueError, one line, for whatever is wrong in it."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no study {path}; give one of experiments/, such as experiments/schedules.yaml")
     try:
-        study = understood(path, yaml.safe_load(path.read_text()))
+        study = understood(path, Plain(path.read_text()).get_single_data())
         study.check()
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply for a study; give another, such as experiments/schedules.yaml") from None
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}; this is no YAML: mend the line, or "
                          "quote what stands there") from None

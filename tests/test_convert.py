@@ -594,7 +594,10 @@ def test_a_field_without_a_counterpart_is_named(tmp_path, small, file, field, va
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.3, 0.2], "num_train_timesteps": 3}, "of no schedule of ddpm"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1, 0.2]}, "of no schedule of ddpm"),
     ("scheduler/scheduler_config.json", {"beta_end": 1.5}, "of no schedule of ddpm"),
-    ("scheduler/scheduler_config.json", {"num_train_timesteps": -1}, "is damaged, or no U-Net that ddpm knows"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": -1}, "config.diffusion.timesteps is -1; it must lie"),
+    ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**11}, "timesteps is 100000000000; it must lie between"),
+    ("unet/config.json", {"num_class_embeds": 10**11}, "num_class_embeds is 100000000000, which has no counterpart"),
+    ("unet/config.json", {"sample_size": 10**400}, "config.data.image_size is 1000"),
     ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, "'vqvae'"),
 ])
 def test_a_folder_that_does_not_fit_is_one_line(tmp_path, small, file, content, message):

@@ -162,6 +162,17 @@ def test_a_file_that_is_none(tmp_path):
             read(tmp_path / "asked.yaml")
 
 
+def test_a_file_that_would_fill_the_memory(tmp_path):
+    """Words that are ten words each, ten times over; and what would nest deeper than Python can go."""
+    lines = ["description:", "  - &a0 lol", *(f"  - &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]" for k in range(1, 20))]
+    for text, said in {"\n".join(lines): "asked.yaml: line 3 has an alias; write out", "a: &b [*b]": "line 1 has an alias",
+                       "[" * 100_000: "nested too deeply", '{"a":' * 100_000: "nested too deeply"}.items():
+        (tmp_path / "asked.yaml").write_text(text)
+        with pytest.raises(ValueError, match=said) as error:
+            read(tmp_path / "asked.yaml")
+        assert "\n" not in str(error.value)
+
+
 def test_a_large_grid_tries_every_value(study):
     parameters = {"config.seed": {"min": 0, "max": 999}, "config.diffusion.predict": {"values": ["v", "eps"]}}
     assert len(study(parameters).grid()) == 2000

@@ -182,6 +182,48 @@ def exports(mark):
     }
 
 
+def folders(mark):
+    """Folders as diffusers writes them: name -> {path: bytes}."""
+    unet = {"_class_name": "UNet2DModel", "sample_size": 8, "layers_per_block": 1, "block_out_channels": [32, 64],
+            "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    noise, nested, four = {"_class_name": "DDPMScheduler"}, b"[" * 10**6, save({"conv_in.bias": torch.zeros(4)})
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    touch = zipped(pickled({"conv_in.bias": Reduced(os.system, f"touch {mark}")}))
+
+    def folder(index=index, unet=unet, noise=noise, **weights):
+        parts = {"model_index": index, "unet/config": unet, "scheduler/scheduler_config": noise}
+        stored = "unet/diffusion_pytorch_model"
+        return {f"{name}.json": part if isinstance(part, bytes) else json.dumps(part).encode() for name, part in parts.items()
+                } | {f"{stored}.{suffix}": content for suffix, content in (weights or {"safetensors": four}).items()}
+
+    return {
+        "10^11 steps": folder(noise=noise | {"num_train_timesteps": 10**11}),
+        "10^400 steps": folder(noise=noise | {"num_train_timesteps": 10**400}),
+        "steps of NaN": folder(noise=noise | {"num_train_timesteps": float("nan")}),
+        "betas that are words": folder(noise=noise | {"trained_betas": ["a"] * 1000}),
+        "10^5 betas": folder(noise=noise | {"trained_betas": [0.1] * 10**5}),
+        "a beta of 10^400": folder(noise=noise | {"beta_end": 10**400}),
+        "betas under the root": folder(noise=noise | {"beta_schedule": "scaled_linear", "beta_start": -1}),
+        "betas of 10^308": folder(noise=noise | {"beta_start": -1e308, "beta_end": 1e308}),
+        "a schedule that is code": folder(noise=noise | {"_ddpm_schedule": f"__import__('os').system('touch {mark}')"}),
+        "a schedule that is a list": folder(noise=noise | {"_ddpm_schedule": [[]], "trained_betas": [0.1] * 1000}),
+        "10^11 classes": folder(unet=unet | {"num_class_embeds": 10**11}),
+        "classes that are a number": folder(unet=unet | {"num_class_embeds": 3, "_ddpm_classes": 7}),
+        "10^12 pixels": folder(unet=unet | {"sample_size": 10**12}),
+        "10^9 blocks": folder(unet=unet | {"layers_per_block": 10**9}),
+        "a norm of 10^400": folder(unet=unet | {"norm_eps": 10**400}),
+        "10^12 channels": folder(unet=unet | {"block_out_channels": [10**12, 10**12]}),
+        "10^5 levels": folder(unet=unet | {"block_out_channels": [32] * 10**5, "down_block_types": ["DownBlock2D"] * 10**5,
+                                           "up_block_types": ["UpBlock2D"] * 10**5}),
+        "no channels": folder(unet=unet | {"block_out_channels": [0, 0]}), "fields that are a list": folder(unet=[1]),
+        "an index nested": folder(index=nested), "a network nested": folder(unet=nested), "noise nested": folder(noise=nested),
+        "an index that climbs": folder(index=index | {"unet": ["../..", "UNet2DModel"], "../../harm": ["a", "b"]}),
+        "other weights": folder(), "weights that are code": folder(bin=touch), "weights that are text": folder(bin=b"text"),
+        "weights of 2^50 floats": folder(safetensors=exports(mark)["2^50 floats"]),
+        "weights of 2^50 floats, pickled": folder(bin=zipped(pickled({"a": tensor((HUGE,), (1,), HUGE)}))),
+    }
+
+
 def resumed(path, folder):
     """The checkpoint of a run that stands in its folder already, and the only one."""
     run = folder / "run"
@@ -202,7 +244,7 @@ def doors(folder, trained):
         "sample": (lambda path: sample_from_checkpoint(path, out / "grid.png", 1), both),
         "evaluate": (lambda path: evaluate(path), both),
         "evaluate, Inception": (lambda path: metrics.inception("cpu", str(path)), (".pt",)),  # all that it does with them
-        "convert": (lambda path: convert.convert(path, out / "converted"), both),
+        "convert": (lambda path: convert.convert(path, out / "converted"), (*both, ".diffusers")),
     }
 
 
@@ -216,6 +258,11 @@ def refused(folder, times, seed):
         for number, (name, content) in enumerate(contents.items()):
             paths.append((f"{name} ({suffix})", files / f"{number}{suffix}"))
             paths[-1][1].write_bytes(content)
+    for number, (name, contents) in enumerate(folders(mark).items()):
+        paths.append((f"{name} (a diffusers folder)", files / f"{number}.diffusers"))
+        for place, content in contents.items():
+            (paths[-1][1] / place).parent.mkdir(parents=True, exist_ok=True)
+            (paths[-1][1] / place).write_bytes(content)
     for turn in range(times):
         for door, (enter, suffixes) in doors(folder, trained).items():
             given = [(name, path) for name, path in paths[turn % 3::3] if path.suffix in suffixes
