@@ -14,6 +14,7 @@ import math
 import os
 import pickletools
 import re
+import sys
 import warnings
 import zipfile
 import zlib
@@ -32,6 +33,10 @@ NAME = re.compile(r"step_(\d{8,})(\.keep)?\.pt")
 SNAPSHOT = re.compile(r"step_(\d{8,})\.safetensors")
 HARMLESS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor|tensor_v2|parameter)|torch(.storage)? \w+Storage")
 LEGACY = 5  # pickles in a file of torch before 1.6, one after the other
+
+
+class Misfit(ValueError):
+    """What is wrong in a file, in words."""
 
 
 class Damaged(ValueError):
@@ -87,11 +92,18 @@ def load(path):
     """
     content = read(path)
     try:
-        assert content["format"] <= FORMAT and type(content["step"]) is int and type(content["config"]) is str
-        assert content["step"] >= 0 and all(isinstance(state, dict) for state in content["parts"].values())
-    except (KeyError, TypeError, AttributeError, AssertionError):
-        raise ValueError(f"{path} is not a checkpoint of this version of ddpm; use another file") from None
+        ours = describes_itself(content) and all(isinstance(state, dict) for state in content["parts"].values())
+    except (KeyError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{path} is not a checkpoint of this version of ddpm; use another file")
     return content
+
+
+def describes_itself(content):
+    """True for what has a step and a config in a format that is known; raises KeyError or TypeError for what is no dict."""
+    step, text = content["step"], content["config"]
+    return content["format"] <= FORMAT and type(step) is int and step >= 0 and type(text) is str
 
 
 def read(path):
@@ -105,8 +117,11 @@ def read(path):
             zipped = file.read(4) == b"PK\3\4"  # as torch tells
             file.seek(0)
             named = set(names_in_zip(file) if zipped else itertools.chain(*(names_in(file) for _ in range(LEGACY))))
-        except Exception as error:  # there are as many as ways to be damaged
-            raise Damaged(path, error) from None
+        except Misfit as misfit:
+            raise Damaged(path, misfit) from None
+        except Exception:  # there are as many as ways to be damaged, in words of Python's
+            raise Damaged(path, "its list of records, at its end, is cut off or torn" if zipped else
+                          "its end is missing, or it is no file of torch's") from None
     if unknown := sorted(name for name in named if not HARMLESS.fullmatch(name)):
         raise ValueError(f"{path} holds more than tensors, numbers and words: {unknown[0]!r}; use another file")
     try:
@@ -126,13 +141,15 @@ def names_in_zip(file):
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(one.compress_type for one in records) or sum(one.file_size for one in records) > os.fstat(file.fileno()).st_size:
-            raise ValueError("its records claim to be longer than it is")
+            raise Misfit("its records claim to be longer than it is")
         if len({one.filename.lower() for one in records}) < len(records):
-            raise ValueError("two of its records have one name")
+            raise Misfit("two of its records have one name")
         if torn := archive.testzip():
-            raise ValueError(f"{torn} does not fit its checksum")
-        (pickled,) = (one for one in records if one.filename.endswith("/data.pkl"))
-        with archive.open(pickled) as content:
+            raise Misfit(f"{torn} does not fit its checksum")
+        pickled = [one for one in records if one.filename.endswith("/data.pkl")]
+        if len(pickled) != 1:
+            raise Misfit("it is a zip, and not one of torch's")
+        with archive.open(pickled[0]) as content:
             return names_in(content)
 
 
@@ -170,9 +187,15 @@ def newest(folder):
         except FileNotFoundError:  # another rank has set it aside
             pass
     if damaged:
-        raise ValueError(f"no checkpoint in {damaged[0].path.parent} is whole, {damaged[0].path.name} for one is damaged "
-                         f"({damaged[0].why}); bring one back from a copy, or move them away to begin anew")
+        raise none_whole(damaged)
     return None, []
+
+
+def none_whole(damaged):
+    """The ValueError for a run folder whose files are all Damaged."""
+    one = damaged[0]
+    return ValueError(f"no checkpoint in {one.path.parent} is whole, {one.path.name} for one is damaged ({one.why}); bring one "
+                      "back from a copy, or move them away to begin anew")
 
 
 def set_aside(damaged):
@@ -269,27 +292,50 @@ def find(run_or_file):
 
     Raises ValueError where there is none.
     """
+    return files_of(run_or_file)[0]
+
+
+def files_of(run_or_file):
+    """The files of weights that a run folder or a file name means, the newest first; raises ValueError where there is none."""
     path = Path(run_or_file)
     if path.is_file():
-        return path
+        return [path]
     if not path.is_dir():
         runs = sorted(str(folder) for folder in Path("runs").glob("*") if folder.is_dir())
         there = f" (there is {', '.join(runs[:5])}{' ...' if len(runs) > 5 else ''})" if runs else ""
         raise ValueError(f"{path} is neither a file nor a run folder; give runs/NAME{there}, or a .pt or .safetensors file")
     final, found = path / "final.safetensors", checkpoints(path)
-    if final.is_file() and (not found or header(final)["step"] >= found[-1][0]):  # a prolonged run has newer checkpoints
-        return final
+    if final.is_file():
+        try:
+            found.append((header(final)["step"], final))  # a prolonged run has newer checkpoints
+        except Damaged:
+            found.append((math.inf, final))
     if not found:
         raise ValueError(f"{path} has no final.safetensors and no checkpoint yet; train longer, or give another run")
-    return found[-1][1]
+    return [one for _, one in sorted(found, key=lambda item: item[0])][::-1]  # final weights before a checkpoint of that step
 
 
 def load_weights(run_or_file):
     """The averaged weights of a run folder or file: (path, step, config JSON, name -> float32 tensor on the host).
 
-    Raises ValueError for a missing or damaged file.
+    In a run folder these are of the newest file that is whole, and a line on stderr tells of those after it. Raises ValueError
+    for a missing or damaged file.
     """
-    path = find(run_or_file)
+    damaged, files = [], files_of(run_or_file)
+    for file in files:
+        try:
+            path, step, *found = weights_in(file)
+        except Damaged as error:
+            damaged.append(error)
+            continue
+        for one in damaged if os.environ.get("LOCAL_RANK", "0") == "0" else ():  # the first rank of a machine tells
+            print(f"{one.path} is damaged ({one.why}); {path.name}, of step {step}, takes its place", file=sys.stderr)
+        return path, step, *found
+    raise damaged[0] if len(files) == 1 else none_whole(damaged)
+
+
+def weights_in(path):
+    """What `load_weights` returns, of a file; raises Damaged for one that is, ValueError for one that is not ours."""
     if path.suffix != ".safetensors":
         content = load(path)
         return path, content["step"], content["config"], shadow(path, content, "ema")
@@ -299,11 +345,9 @@ def load_weights(run_or_file):
 
 def shadow(path, content, part):
     """The averaged weights, name -> tensor, in a part of what `load` read from a path; raises ValueError where it has none."""
-    try:
-        found = content["parts"][part]["shadow"]
-        assert all(isinstance(value, torch.Tensor) for value in found.values())
-    except (KeyError, TypeError, AttributeError, AssertionError):
-        raise ValueError(f"{path} has no averaged weights {part!r}; use another file") from None
+    found = content["parts"].get(part, {}).get("shadow")
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{path} has no averaged weights {part!r}; use another file")
     return found
 
 
@@ -319,13 +363,16 @@ def exported(path):
 
 
 def header(path):
-    """The dict of `step`, `config` and more in a file that `export` wrote; raises ValueError for a damaged or foreign one."""
+    """The dict of `step`, `config` and more in a file that `export` wrote; raises Damaged for a damaged or foreign one."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            text = (file.metadata() or {})["ddpm"]
-        assert len(text) <= LONGEST
-        about = json.loads(text)
-        assert type(about["step"]) is int and type(about["config"]) is str and about["format"] <= FORMAT
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError, AssertionError, RecursionError):
-        raise ValueError(f"{path} is damaged or not written by ddpm; use another file of the run") from None
+            text = (file.metadata() or {}).get("ddpm", "")
+        about = json.loads(text) if len(text) <= LONGEST else {}
+        ours = describes_itself(about)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise Damaged(path, error) from None
+    except (KeyError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise Damaged(path, "it has no header of ddpm's")
     return about

@@ -412,9 +412,8 @@ def from_json(text):
     It is data and never run. Raises ValueError for what is not such a config.
     """
     try:
-        assert len(text) <= checkpoint.LONGEST
-        knobs = flatten(json.loads(text))
-    except (ValueError, AttributeError, RecursionError, AssertionError):
+        knobs = flatten(json.loads(text if len(text) <= checkpoint.LONGEST else ""))
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError("the saved config is not a JSON object; the file is damaged or not one of ours") from None
     config = base()
     known = flatten(config)

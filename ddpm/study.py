@@ -224,9 +224,10 @@ def distribution(program, name, said):
             raise ValueError(f"{key} of {name} is {value!r}; it takes a number, and YAML's need a point: 1.0e-4")
     try:
         drawn = DISTRIBUTIONS[kind](rng.generator(0, "probes"), **arguments)
-        assert arguments.get("min", 0) < arguments.get("max", 1)
-    except (ValueError, ArithmeticError, AssertionError) as error:
-        raise ValueError(f"{name} cannot be drawn from {kind} of {arguments}: {error or 'min is not below max'}") from None
+        if not arguments.get("min", 0) < arguments.get("max", 1):  # nor is anything below NaN
+            raise ValueError("min is not below max")
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{name} cannot be drawn from {kind} of {arguments}: {error}") from None
     for value in arguments.get("values", [drawn]):
         check_type(name, value)
     return kind, arguments

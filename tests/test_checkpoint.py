@@ -4,6 +4,8 @@ Damage, hostile files, kills and full disks are faults of experiments/reliabilit
 """
 
 import json
+import re
+import zipfile
 
 import pytest
 import torch
@@ -43,6 +45,47 @@ def test_both_formats_of_torch_are_read(tmp_path, zipped):
     torch.save([torch.optim.SGD], tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match="holds more than tensors, numbers and words: 'torch.optim.sgd SGD'"):
         checkpoint.read(tmp_path / "file.pt")
+
+
+def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, "{}", {"ema": State({"shadow": {"a": torch.tensor(step)}})}, keep=3)
+    final, (*_, (_, second), (_, third)) = tmp_path / "final.safetensors", checkpoint.checkpoints(tmp_path)
+    checkpoint.export(final, {"a": torch.tensor(3)}, 3, "{}")
+    assert checkpoint.load_weights(tmp_path)[:2] == (final, 3) and not capsys.readouterr().err
+    whole = final.read_bytes()
+    final.write_bytes(whole[:-1] + b"\1")
+    assert checkpoint.load_weights(tmp_path)[:2] == (third, 3)
+    assert capsys.readouterr().err == (f"{final} is damaged (it does not fit its checksum); step_00000003.pt, of step 3, takes "
+                                       "its place\n")
+    final.write_bytes(whole[:-1])
+    third.write_bytes(third.read_bytes()[:-100])
+    assert checkpoint.load_weights(tmp_path)[:2] == (second, 2)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and said[1].startswith(f"{third} is damaged (its list of records, at its end, is cut off or torn); ")
+    files = sorted(path.name for path in tmp_path.rglob("*"))
+    for _, path in checkpoint.checkpoints(tmp_path):
+        path.write_bytes(b"words")
+    for given, said in ((tmp_path, f"no checkpoint in {tmp_path} is whole, final.safetensors for one is"), (third, third)):
+        with pytest.raises(ValueError, match=f"^{said} .*damaged"):
+            checkpoint.load_weights(given)
+    checkpoint.export(final, {"a": torch.tensor(1)}, 1, "{}")  # of before the run was prolonged
+    assert checkpoint.load_weights(tmp_path)[:2] == (final, 1) and len(capsys.readouterr().err.splitlines()) == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "its end is missing, or it is no file of torch's"), (b"words", "its end is missing, or it is no file of torch's"),
+    (b"PK\3\4" + bytes(99), "its list of records, at its end, is cut off or torn"),
+    (None, "it is a zip, and not one of torch's")])
+def test_damage_is_said_in_plain_words(content, said, tmp_path):
+    if content is None:
+        with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
+            archive.writestr("arr_0.npy", b"numbers")
+    else:
+        (tmp_path / "file.pt").write_bytes(content)
+    with pytest.raises(checkpoint.Damaged, match=re.escape(f"({said})")):
+        checkpoint.load(tmp_path / "file.pt")
 
 
 def test_what_may_go_is_told(tmp_path):

@@ -107,6 +107,15 @@ def test_one_module_opens_pictures():
         assert bool(opens) == (room_of(path) == "pictures"), f"{path.name}: open it by ddpm.pictures"
 
 
+def test_what_others_wrote_is_not_checked_by_assert():
+    """`python -O` leaves every assert out; one inside a try is such a check."""
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Try):
+                checks = [inner for part in node.body for inner in ast.walk(part) if isinstance(inner, ast.Assert)]
+                assert not checks, f"{path.name}:{checks[0].lineno}"
+
+
 def test_nothing_unpickles_or_runs_text():
     """Files of others are data: every call by which Python makes code or objects of them is missing, or told not to."""
     forbidden = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

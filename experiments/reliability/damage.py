@@ -1,6 +1,7 @@
 """Files rot, disks fill up, and two commands want one folder: what is whole is kept, and a line says what was found."""
 
 import contextlib
+import io
 import resource
 import shutil
 import signal
@@ -48,7 +49,7 @@ def unseen(folder, times, seed):
 
 
 def rotten(folder, times, seed):
-    """The newest checkpoint of a run is damaged, or the newest two; the same command goes on from the one before."""
+    """The newest checkpoint of a run is damaged, or the newest two; it is drawn from the one before, and trained on from it."""
     rng, whole, lost = np.random.default_rng(seed), alone().folder, []
     for number in range(times):
         run = shutil.copytree(whole, folder / f"run {number}")
@@ -63,6 +64,10 @@ def rotten(folder, times, seed):
                     continue
                 break
         (run / "final.safetensors").unlink()
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            drawn = checkpoint.load_weights(run)[1]
+        if drawn != step or told.getvalue().count(DAMAGE) != len(newer):
+            lost.append(f"{run.name}: drawn from step {drawn}, said {told.getvalue()!r}")
         code = forked(training(small(), run), log := folder / f"log {number}")
         said = [line for line in log.read_text().splitlines() if DAMAGE in line]
         if code or len(said) != len(newer) or not all(f"goes on from step {step}" in line for line in said):
