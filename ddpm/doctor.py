@@ -13,7 +13,7 @@ from absl import flags
 from PIL import Image
 
 from ddpm import command, data, images, pictures, spec
-from ddpm.config import base
+from ddpm.config import RANGES, base
 from ddpm.files import make_folder, written_beside
 from ddpm.sheet import COLUMNS, Cell, sheet
 
@@ -228,7 +228,8 @@ def main(arguments):
 
 if __name__ == "__main__":
     command.define_config_flag()
-    flags.DEFINE_integer("image_size", None, "Pixels a side to train at; by default the config's, or 128.", lower_bound=1)
+    flags.DEFINE_integer("image_size", None, "Pixels a side to train at; by default the config's, or 128.",
+                         *RANGES["data.image_size"])
     flags.DEFINE_string("out", None, "Folder for report.json and sheet.png, a picture of what is in the folder.")
     flags.DEFINE_boolean("strict", False, "Exit with 1 for a warning too.")
     flags.adopt_module_key_flags(command)

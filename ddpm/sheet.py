@@ -5,7 +5,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 CELL, GAP, MARGIN, COLUMNS = 112, 8, 24, 10
-INK, PALE, GROUND = "#222222", "#777777", "#FFFFFF"
+INK, PALE, FRAME, GROUND = "#222222", "#777777", "#D0D0D0", "#FFFFFF"
 
 
 class Cell(NamedTuple):
@@ -36,7 +36,9 @@ def sheet(title, sections):
                 pen.text((left + CELL / 2, upper + CELL / 2), fitted(cell.picture, small, CELL), PALE, small, anchor="mm")
             else:
                 shown = ImageOps.contain(cell.picture, (CELL, CELL))
-                page.paste(shown, (left + (CELL - shown.width) // 2, upper + (CELL - shown.height) // 2))
+                x, y = left + (CELL - shown.width) // 2, upper + (CELL - shown.height) // 2
+                page.paste(shown, (x, y))
+                pen.rectangle((x - 1, y - 1, x + shown.width, y + shown.height), outline=FRAME)  # some are white
             if cell.colour:
                 pen.rectangle((left, upper + CELL + 2, left + CELL - 1, upper + CELL + 4), cell.colour)
             pen.text((left, upper + CELL + 7), fitted(cell.caption, small, CELL), PALE, small)

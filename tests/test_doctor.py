@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ddpm import data, doctor, likeness, pictures
+from ddpm.sheet import CELL, MARGIN, Cell, sheet
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,12 +159,21 @@ def test_the_door_and_its_exit_codes(folder, tmp_path):
     config = f"--config={ROOT}/configs/cats128.py"
     for words, message in (
             ([], "nothing given; write a folder of images"),
+            ([folder, "--image_size=1000000"], "1000000 is not an integer in the range [1, 4096]"),
             ([f"--config={ROOT}/configs/digits.py"], "the doctor looks at folders of files")):
         code, out, err = door(*words, cwd=tmp_path)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
     shutil.copytree(folder, tmp_path / "data" / "cats")
     code, out, err = door(config, cwd=tmp_path)
     assert code == 1 and "left out: too small  16" in out
+
+
+def test_a_white_picture_is_seen_on_a_sheet():
+    white, (left, upper) = Image.new("RGB", (40, 20), "white"), (MARGIN, MARGIN + 30 + 44)
+    page = sheet("cats", [("of one colour", [Cell(white)])])
+    cell = np.asarray(page.crop((left - 1, upper - 1, left + CELL + 1, upper + CELL + 1)).convert("L"))
+    rows, columns = np.nonzero(cell < 255)
+    assert (np.ptp(rows), np.ptp(columns)) == (CELL // 2 + 1, CELL + 1)  # a line around twice as wide as it is high
 
 
 def test_a_verdict_needs_what_it_says():

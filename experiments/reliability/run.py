@@ -68,8 +68,8 @@ FAULTS = {
         damage.shared, "a second training begun in the run folder of a first, in its middle",
         "the second is refused in one line, exit code 2, and the first ends as alone", 20, 1),
     "hostile files": Fault(
-        hostile.refused, "checkpoints, exported weights and configs inside them that are made to run code, to leave their "
-        "folder or to claim terabytes, at every door that takes a file, which may take 1 GiB of memory more than before",
+        hostile.refused, "checkpoints, exported weights, diffusers folders and configs inside them that are made to run code, "
+        "to leave their folder or to claim terabytes, at every door that takes one, which may take 1 GiB more than before",
         "one line, exit code 2, no code is run, no file is made", 3, 1),
     "hostile caches": Fault(
         hostile.caches, "the same, and flipped bits, in place of what is kept in `$DDPM_CACHE` between runs",
