@@ -59,9 +59,12 @@ class Record:
     def __init__(self, folder):
         self.folder, self.path = folder, folder / "sweep.json"
         try:
-            self.runs = json.loads(self.path.read_text())["runs"] if self.path.exists() else {}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.path} is damaged; delete it, and every run is looked at again") from None
+            self.runs = dict(json.loads(self.path.read_text())["runs"]) if self.path.exists() else {}
+            whole = all(isinstance(kept, dict) for kept in self.runs.values())
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{self.path} is damaged; delete it, and every run is looked at again")
 
     def put(self, trial, code=None, result=None):
         """Keep that a run was begun or, with a code, how it ended."""

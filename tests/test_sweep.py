@@ -250,3 +250,10 @@ def test_runs_share_cores_and_a_group(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
     assert {"OMP_NUM_THREADS": "3", "WANDB_RUN_GROUP": "mine"}.items() <= Children(asked, tmp_path, 1).environment.items()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"runs": 5}', '{"runs": {"a": 5}}', '{"runs": ["a"]}', "[" * 100_000])
+def test_a_damaged_record_is_one_line(content, tmp_path):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ValueError, match="sweep.json is damaged; delete it, and every run is looked at again$"):
+        Record(tmp_path)
