@@ -71,6 +71,8 @@ def learning(config, net, machine, levels, note):
     section = config.train
     recompute(itertools.chain(*net.levels[:levels]))
     if not section.fully_shard or machine.world == 1:
+        if section.fully_shard:
+            note("train.fully_shard does nothing in one process: torchrun starts several")
         form = torch.channels_last if section.channels_last else torch.contiguous_format
         return StepNetwork(net.to(machine.device, memory_format=form), machine)
     from ddpm.sharded import ShardedNetwork  # not above: torch takes a second for what only such runs need
@@ -156,6 +158,10 @@ def recomputed(config, net, machine, note):
         sizes += "" if free is None else f", {free / memory.GIB:.1f} free"
         note(f"{levels} of {count} levels of the network are computed again in the backward pass, as "
              f"train.activation_checkpointing is {wanted}: {sizes}")
+    else:
+        why = "" if wanted == "none" else ", no card" if free is None else (
+            f": {needed(0) / memory.GIB:.1f} GiB of {free / memory.GIB:.1f} that are free")
+        note(f"all activations are kept (train.activation_checkpointing is {wanted}{why})")
     return levels
 
 
@@ -227,7 +233,9 @@ def run(config, folder, machine, rollbacks=0):
 
     net = build.network(config)
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"),
-             f"{len(learned)} images to learn from, {len(held_out)} held out", evaluation]
+             f"{len(learned)} images to learn from, {len(held_out)} held out",
+             f"a step learns from {section.batch_size} of them, {build.at_a_time(config, machine)} at a time" +
+             (f" on each of {machine.world} ranks" if machine.world > 1 else ""), evaluation]
     if twins := data.across(images.alike, held_out):
         notes.append(f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is learned from: "
                      "val/loss and eval/copying flatter")
@@ -249,8 +257,11 @@ def run(config, folder, machine, rollbacks=0):
     else:
         notes.append("the network is not compiled (train.compile): " + (
             "that takes minutes on a CPU" if machine.free() is None else "what that saves on a card is yet to be measured"))
-    notes.append(f"convolutions {'are in channels last' if section.channels_last else 'keep the usual memory format'} "
-                 "(train.channels_last)")
+    notes.append("convolutions are in channels last (train.channels_last)" if section.channels_last else
+                 "convolutions keep the usual memory format (train.channels_last): the other " + (
+                     "is slower to learn in on a CPU" if machine.free() is None else "is yet to be measured on a card"))
+    if machine.free() is not None and not machine.peak():
+        notes.append("speed/mfu is not tracked, as ddpm.cards lacks this card")
     if content is not None:
         checkpoint.restore(content["parts"], parts)
         if parts["due"].names is not None:

@@ -333,6 +333,8 @@ def evaluated(config, images, asked):
     made = settled(config, way.sampler, way.steps, count)
     how = f"{count:,} images by {way.sampler} in {way.steps} steps" if way.cost else "bits/dim alone"
     how += f", {one(made) / whole:.1%} of the training's operations"
+    if not auto and section.num_samples and section.steps and section.sampler != "auto":
+        allowed = "all as the config says, so that evaluate.budget chooses nothing"
     if auto and not chosen:
         return never(f"no evaluation: one of {how}, is too much, as {allowed}; for one at the end nevertheless give "
                      f"--config.every.evaluate={train.length!r}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import math
 import os
 import re
 import sys
@@ -75,6 +76,9 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
         rest = values(argv)
     except Exception as error:  # whatever the config file raises is its author's to mend
         raise ValueError(explained(error)) from error
+    for name in values:
+        if isinstance(value := values[name].value, float) and not math.isfinite(value):
+            raise ValueError(f"flag --{name}={value}: give a finite number")
     if len(rest) > 1 and not takes:
         raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
     flag = values["config"] if "config" in values else None

@@ -19,6 +19,7 @@ from ddpm.report import amount, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = memory.GIB
+ASSUMED = 10_000  # images in the data, where these are not at hand and anything is counted in epochs
 
 
 class Memory(NamedTuple):
@@ -73,23 +74,28 @@ def plan(config, vram, mfu, cards):
         parts = (*found.account.parts, found.account.total, memory.with_margin(found.account.total))
         rows.append([found.types, found.checkpointing, *(f"{part / GIB:.2f}" for part in parts), str(max(found.most, 0)),
                      each or "cannot be"])
-    yield (plain(rows) + "\n'card has' is the sum, a tenth and half a GiB: kernels' own workspace and gaps are not counted;\n"
+    yield (plain(rows) + "\n'gradients' are those that live at the peak: none at the end of the forward pass of a batch in one "
+           "part;\n'card has' is the sum, a tenth and half a GiB: kernels' own workspace and gaps are not counted;\n"
            f"the last column is what each of {cards} cards has by train.fully_shard, {images} images at a time on each\n")
 
-    total, size = length(config)
-    among = f", of {size:,} in the data" if size else ""
+    total, size, among = length(config)
     evaluated = build.evaluated(config, size, asked)
     yield (f"time, if a card reaches {mfu:.0%} of what its maker publishes (--mfu): {section.length} are "
            f"{total * section.batch_size:,} images{among}")
+    parts = cards * section.gradient_accumulation_steps
+    together = math.ceil(section.batch_size / parts) * parts
     rows = [["card", "GiB", "type", "images/s", "hours", f"images/s, {cards} cards", "hours", "an evaluation, minutes"]]
     for name, card in CARDS.items():
         kind = chosen(section.amp, card)
-        rates = [hours(total * section.batch_size, flops, card, DTYPES[kind], mfu, n, section.batch_size, 4 * weights)
-                 for n in (1, cards)]
+        rates = [hours(total * section.batch_size, flops, card, DTYPES[kind], mfu, n, batch, 4 * weights)
+                 for n, batch in ((1, section.batch_size), (cards, together))]
         minutes = evaluated.operations / (mfu * card.peak(DTYPES[kind])) / 60
         rows.append([name, str(card.gib), kind, *(words for spent, rate in rates for words in (amount(rate), brief(spent))),
                      brief(minutes)])
     yield plain(rows)
+    if together != section.batch_size:
+        yield (f"on {cards} cards a batch of {section.batch_size} cannot be cut into {cards} ranks x "
+               f"{section.gradient_accumulation_steps} parts: those columns are for --config.train.batch_size={together}")
     yield (f"{evaluated.words}\nan evaluation of {evaluated.config.evaluate.num_samples:,} images costs as much as training on "
            f"{evaluated.operations / flops:,.0f}\n")
 
@@ -118,10 +124,18 @@ def chosen(amp, card):
 
 
 def length(config):
-    """(steps, images): the length of the training, and the data's images where anything is counted in epochs, else 0."""
-    section, known = config.train, "epoch" in config.train.length + config.every.evaluate + config.every.snapshot
-    size = len(build.split(config, build.dataset(config))[0]) if known else 0
-    return clock.steps_of(section.length, section.batch_size, size), size
+    """(steps, images, words): the length of the training; the data's images, where anything is counted in epochs, else 0.
+
+    Where they are not at hand there are taken to be ASSUMED, which the words say.
+    """
+    section, size, words = config.train, 0, ""
+    if "epoch" in section.length + config.every.evaluate + config.every.snapshot:
+        try:
+            size = len(build.split(config, build.dataset(config))[0])
+            words = f", of {size:,} in the data"
+        except ValueError as error:
+            size, words = ASSUMED, f", as if there were {ASSUMED:,} in the data ({error})"
+    return clock.steps_of(section.length, section.batch_size, size), size, words
 
 
 def main():

@@ -302,6 +302,7 @@ def events(run, done):
         if "log" in due:
             run.meters.reset()
         run.due.names = None
+        run.tracker.flush()  # or the row would come with the next one
         if now & {"save", "milestone"}:
             run.save(done, milestone="milestone" in due)
 

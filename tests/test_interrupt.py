@@ -77,7 +77,7 @@ def test_a_scheduler_waits_for_seconds_in_the_middle_of_a_long_drawing(tmp_path)
     process = subprocess.Popen(command(tmp_path, **LONG), stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_text(), process)
-        time.sleep(0.5)  # the row of step 1 is written when step 2 logs, before it draws
+        time.sleep(0.5)  # step 1 is over, and step 2 draws
         asked = time.monotonic()
         process.send_signal(signal.SIGUSR1)
         said = process.communicate(timeout=60)[1]

@@ -61,10 +61,18 @@ def test_cards_are_found_by_the_names_that_torch_gives_them():
 
 def test_the_door():
     small = [f"--config.model.{knob}" for knob in ("model_channels=8", "num_res_blocks=1")]
-    code, out, _ = door("--config=configs/digits.py", *small, "--config.train.length=3 epochs", "--vram=2", "--cards=4")
-    assert code == 0 and "4,864 images, of 1,617 in the data" in out and "on a card of 2 GiB" in out and "4 cards" in out
+    code, out, _ = door("--config=configs/digits.py", *small, "--config.train.length=3 epochs", "--vram=2", "--cards=3")
+    assert code == 0 and "4,864 images, of 1,617 in the data" in out and "on a card of 2 GiB" in out and "3 cards" in out
+    assert "\non 3 cards a batch of 64 cannot be cut into 3 ranks x 1 parts: those columns are for " in out
+    assert "--config.train.batch_size=66\n" in out
     assert all(f"\n{card} " in out for card in CARDS) and "GiB: 0.0" in out
     assert "\nevaluation at the end: 1,797 images by ddpm in 25 steps, " in out
+
+
+def test_images_that_are_not_there_yet_are_taken_to_be_some(tmp_path):
+    steps, images, words = plan.length(tiny(data__source=f"folder(path='{tmp_path}/none')", train__length="8 epochs"))
+    assert (steps, images) == (10_000, 10_000) and words.startswith(
+        f", as if there were 10,000 in the data (image folder '{tmp_path}/none' does not exist; give")
 
 
 def test_snapshots_take_disk():
@@ -77,6 +85,7 @@ def test_snapshots_take_disk():
 
 @pytest.mark.parametrize("flags, message", [
     (["--config=configs/digits.py", "--vram=0"], "--vram"),
+    (["--config=configs/digits.py", "--mfu=nan"], "flag --mfu=nan: give a finite number"),
     (["--config=configs/none.py"], "there is no config file configs/none.py"),
     (["--config=configs/digits.py", "--config.model.attention_resolutions=7,"], "attention resolution 7 does not occur"),
 ])

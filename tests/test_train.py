@@ -224,6 +224,16 @@ def test_validation_shows_the_weights_and_their_average_apart(tmp_path):
     assert images.PICTURES and row["val/loss"] > 0
 
 
+def test_a_row_is_written_when_its_step_is_over_and_not_with_the_next_one(tmp_path):
+    made, seen = assemble.run(tiny(), tmp_path, dist.start()), []
+    assemble.track(tiny(), made)
+    (tmp_path / "metrics.jsonl").touch()
+    made.step.net.register_forward_pre_hook(lambda net, _: net.training and seen.append(len(rows(tmp_path))))
+    train(made)
+    made.tracker.close()
+    assert seen == [0] * 4 + [1] * 2 + [2] * 2 + [3] * 4
+
+
 def test_two_threads_resume_bitwise_too(tmp_path):
     torch.set_num_threads(2)
     try:
