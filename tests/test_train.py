@@ -228,7 +228,7 @@ def test_a_row_is_written_when_its_step_is_over_and_not_with_the_next_one(tmp_pa
     made, seen = assemble.run(tiny(), tmp_path, dist.start()), []
     assemble.track(tiny(), made)
     (tmp_path / "metrics.jsonl").touch()
-    made.step.net.register_forward_pre_hook(lambda net, _: net.training and seen.append(len(rows(tmp_path))))
+    made.step.net.register_forward_pre_hook(lambda net, _: seen.append(len(rows(tmp_path))) if net.training else None)
     train(made)
     made.tracker.close()
     assert seen == [0] * 4 + [1] * 2 + [2] * 2 + [3] * 4
