@@ -464,6 +464,7 @@ def test_runs_on_a_server(here, server):
     kept, = map(results.read, Path("report", "runs").iterdir())
     mine = results.read("runs/mine")
     assert kept.knobs == mine.knobs and kept.rows == mine.rows and kept.name.startswith("mine-")
+    assert np.array_equal(*(np.asarray(Image.open(run.grid)) for run in (kept, mine)))
 
 
 def test_no_runs_at_all_is_one_line(here, server, monkeypatch):
