@@ -1,15 +1,18 @@
 """What is counted on fake tensors is what a training step takes, and levels that are computed twice give the same numbers."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows, run, tiny
+from conftest import TINY, rows, run, tiny
 from test_configs import module_of
 
 from ddpm import assemble, build, config, dist, memory
 
-MEASURE = module_of(Path(__file__).parents[1] / "experiments" / "memory" / "measure.py")
+HERE = Path(__file__).parents[1] / "experiments" / "memory"
+MEASURE = module_of(HERE / "measure.py")
 WIDE = dict(model__model_channels=32, train__batch_size=16, diffusion__timesteps=20)
 
 
@@ -27,9 +30,39 @@ def test_the_account_of_a_step_is_what_the_profiler_sees(knobs, dtype, levels):
     given = tiny(**WIDE | knobs)
     images = given.train.batch_size // given.train.gradient_accumulation_steps
     found = assemble.account(given, dtype, images, levels)
-    assert found.total == pytest.approx(MEASURE.measured(given, dtype, levels), rel=0.1)
+    machine = dist.Machine(torch.device("cpu"), dtype)
+    assert found.total == pytest.approx(MEASURE.measured(given, machine, levels), rel=0.1)
     weights = sum(map(memory.size_of, build.network(given).state_dict().values()))
     assert found.weights >= weights and found.averages == weights and found.optimizer >= 2 * weights * 0.99
+
+
+def test_the_report_of_memory_follows_from_its_rows_alone(tmp_path, capsys):
+    """As committed; a damaged file is one line."""
+    for name in ("results.json", "README.md"):
+        shutil.copy(HERE / name, tmp_path)
+    MEASURE.main(["--report", f"--out={tmp_path}"])
+    assert (tmp_path / "README.md").read_text() == (HERE / "README.md").read_text()
+    (tmp_path / "results.json").write_text('[{"network": "digits"')
+    for wrong in ("--report", "--only=nothing"):
+        with pytest.raises(SystemExit, match="2"):
+            MEASURE.main([wrong, f"--out={tmp_path}"])
+    said = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert "results.json is damaged" in said[0] and "'nothing'" in said[1]
+
+
+def test_a_measured_case_takes_the_place_of_its_row_alone(tmp_path, monkeypatch):
+    toy = TINY | {"model.name": "dit(depth=3, width=64, heads=2)", "train.batch_size": 32}
+    monkeypatch.setattr(MEASURE, "CASES", {"digits": {}, "toy": toy})
+    shutil.copy(HERE / "results.json", tmp_path)
+    before = json.loads((tmp_path / "results.json").read_text())
+    MEASURE.main(["--only=toy", f"--out={tmp_path}"])
+    after = json.loads((tmp_path / "results.json").read_text())
+    assert after[:len(before)] == before and {row["network"] for row in after[len(before):]} == {"toy"}
+    none, every = (row for row in after[len(before):] if row["type"] == "float32")
+    for row in (none, every):
+        assert row["planned"]["mib"] == pytest.approx(row["measured"]["mib"], rel=0.1)
+    assert every["measured"]["mib"] < none["measured"]["mib"]
+    assert f"| toy | float32 | none | {none['planned']['mib']:,.1f} |" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name, tolerance", [("unet", 0), ("dit(depth=3, width=64, heads=2)", 0), ("unet_mp", 1e-4)])

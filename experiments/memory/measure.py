@@ -1,23 +1,28 @@
-"""The planner's memory against what a real training step takes on this CPU: `python experiments/memory/measure.py`.
+"""The planner's memory against what a real training step takes: `python experiments/memory/measure.py [--device=cuda]`.
 
-Writes README.md beside it. A CPU without bfloat16 arithmetic unfolds images for its convolutions, nine times as large, as no
-card does: there the rows in bfloat16 keep what README.md has as measured. The peak of the step is the highest sum of the
-allocations that torch's profiler records, beside the weights, averages and optimiser state that were there before.
+Minutes on a CPU or a card. Each case writes its row to results.json as it ends, in place of the one of before; README.md is
+made from that alone, and `--report` does no more. `--only=NAME` measures the networks with that in their names.
 """
 
+import argparse
+import gc
 import itertools
+import json
 import os
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import fill
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm import assemble, build, config, dist, memory, report
-from ddpm.compare import commit
-from ddpm.models.layers import recompute
+from ddpm import assemble, build, config, dist, memory
+from ddpm.compare import commit, this_machine
+from ddpm.files import written_beside
+from ddpm.report import listed, markdown
 
-README = Path(__file__).with_name("README.md")
+HERE = Path(__file__).parent
+TYPES = {"cpu": ("off", "bf16"), "cuda": ("off", "bf16", "fp16")}  # train.amp by device
 CASES = {  # name: knobs over base()
     "digits": {"data.image_size": 16, "model.model_channels": 32, "model.num_res_blocks": 1, "train.batch_size": 64},
     "32 px, Ho's CIFAR-10 U-Net": {
@@ -36,23 +41,34 @@ CASES = {  # name: knobs over base()
         "model.attention_resolutions": (16,), "model.num_head_channels": 64, "train.batch_size": 1},
 }
 
-
-def measured(given, dtype, levels):
-    """The peak of a real training step on this CPU, in bytes, `levels` of the network recomputed."""
-    net = build.network(given)
-    recompute(itertools.chain(*net.levels[:levels]))
-    averages = list(assemble.averages(given, net).values())
-    step = assemble.step(given, dist.StepNetwork(net, dist.Machine(torch.device("cpu"), dtype)), averages, 100)
-    size, shape = given.train.batch_size, build.image_shape(given)
-    batch = torch.zeros(size, *shape, dtype=torch.uint8), torch.full((size,), -1)
-    step(0, batch)  # the optimiser has begun
-    held = [*net.state_dict().values(), *(value for average in averages for value in average.shadow.values()),
-            *(value for state in step.optimizer.state.values() for value in state.values())]
+def rise(machine, work):
+    """The most bytes that are allocated at one time while `work()` runs, beyond those of before."""
+    gc.collect()
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(machine.device)
+        before = torch.cuda.memory_allocated(machine.device)
+        work()
+        return torch.cuda.max_memory_allocated(machine.device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
-        step(1, batch)
-    sizes = [event.nbytes() for event in sorted(watch.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-             if event.name() == "[memory]"]
-    return sum(map(memory.size_of, held)) + max(itertools.accumulate(sizes))
+        work()
+    events = sorted(watch.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+def measured(given, machine, levels):
+    """The peak of a real training step on a machine, in bytes, `levels` of the network recomputed.
+
+    It is the weights, averages and optimiser's state, and what a step adds to them: no buffer that a library keeps between
+    steps, such as cuBLAS's.
+    """
+    network = assemble.learning(given, build.network(given), machine, levels, print)
+    averages = list(assemble.averages(given, network.weights).values())
+    step = assemble.step(given, network, averages, 100)
+    batch = assemble.blank(given, given.train.batch_size)
+    step(0, batch)  # the optimiser has begun
+    held = [*network.weights.state_dict().values(), *(value for average in averages for value in average.shadow.values()),
+            *(value for state in step.optimizer.state.values() for value in state.values())]
+    return memory.size_of_all(held) + rise(machine, lambda: step(1, batch))
 
 
 def planned(given, dtype, levels):
@@ -61,48 +77,116 @@ def planned(given, dtype, levels):
     return assemble.account(given, dtype, images, levels).total
 
 
-def before():
-    """What README.md has as measured, MiB by (network, type, checkpointing)."""
-    cells = [line.strip("| ").split(" | ") for line in README.read_text().splitlines() if line.startswith("| ")]
-    return {tuple(row[:3]): float(row[4].replace(",", "")) for row in cells[2:]}
+def computes(machine):
+    """Whether this device has arithmetic in the machine's type.
+
+    A CPU without bfloat16 unfolds images for its convolutions, nine times as large, as no card does.
+    """
+    if machine.dtype != torch.bfloat16:
+        return True
+    if machine.device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def main():
-    kept, able = before(), torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    rows = [["network", "type", "checkpointing", "planned, MiB", "measured, MiB", "planned / measured"]]
-    for name, knobs in CASES.items():
-        given = config.changed(config.freeze(config.base()), knobs)
-        for dtype, levels in itertools.product((torch.float32, torch.bfloat16), (0, 99)):
-            case = name, str(dtype).removeprefix("torch."), "all" if levels else "none"
-            here = able or dtype == torch.float32
-            plan = planned(given, dtype, levels) / 2**20
-            peak = measured(given, dtype, levels) / 2**20 if here else kept[case]
-            rows.append([*case, f"{plan:,.1f}", f"{peak:,.1f}", f"{plan / peak:.3f}"])
-            print("  ".join(rows[-1]), flush=True)
-    ratios = [float(row[-1]) for row in rows[1:]]
-    made = f"at commit {commit()}, torch {version('torch')}, {os.cpu_count()} CPU cores"
-    made += "" if able else EARLIER
-    README.write_text(TEXT.format(
-        low=min(ratios), high=max(ratios), count=len(ratios), table=report.markdown(rows), made=made))
+def key(row):
+    return row["network"], row["type"], row["checkpointing"], row["device"]
 
 
-EARLIER = ("; what was measured in bfloat16 is of commit a63c73e, torch 2.15.0, on a CPU that computes it (with AMX), which "
-           "this one does not")
+def rows_of(path):
+    """The rows of a results.json by their keys, none where there is no such file; raises ValueError for one that is damaged."""
+    try:
+        return {key(row): row for row in json.loads(path.read_text()) if cells(row)} if path.is_file() else {}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def measure(names, device, out):
+    """Plan and measure the networks of these names on a device.
+
+    Where it cannot compute in a type, what was measured elsewhere stays, and is planned anew.
+    """
+    kept, at = rows_of(out / "results.json"), {"commit": commit(), "torch": version("torch")}
+    place = this_machine() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    for name, amp, levels in itertools.product(names, TYPES[device], (0, 99)):
+        given, machine = config.changed(config.freeze(config.base()), CASES[name]), dist.start(amp, device=device)
+        row = {"network": name, "type": str(machine.dtype).removeprefix("torch."), "checkpointing": "all" if levels else "none",
+               "device": device}
+        if not computes(machine) and key(row) not in kept:
+            continue
+        row["planned"] = {"mib": round(planned(given, machine.dtype, levels) / 2**20, 1), **at}
+        row["measured"] = kept[key(row)]["measured"] if not computes(machine) else {
+            "mib": round(measured(given, machine, levels) / 2**20, 1), **at, "machine": place}
+        kept[key(row)] = row
+        with written_beside(out / "results.json") as part:
+            part.write_text("[\n" + ",\n".join(map(json.dumps, kept.values())) + "\n]\n")
+        print("  ".join(cells(row)), flush=True)
+
+
+# the report
+
+
+def ratio(row):
+    return row["planned"]["mib"] / row["measured"]["mib"]
+
+
+def cells(row):
+    """A row of the table."""
+    at = row["measured"]
+    return [row["network"], row["type"], row["checkpointing"], f"{row['planned']['mib']:,.1f}", f"{at['mib']:,.1f}",
+            f"{ratio(row):.3f}", ", ".join((at["machine"], f"torch {at['torch']}", at["commit"]))]
+
+
+def report(out):
+    """Write README.md from results.json."""
+    rows = list(rows_of(out / "results.json").values())
+    answer = []
+    for device, words in (("cpu", "that torch's profiler sees on a CPU"), ("cuda", "that torch's allocator sees on a card")):
+        if ratios := [ratio(row) for row in rows if row["device"] == device]:
+            answer.append(f"between {min(ratios):.3f} and {max(ratios):.3f} of the peak {words}, in {len(ratios)} cases")
+    answer = f"**Answer.** The plan is {listed(answer)}. {ANSWER}{'' if 'cuda' in {row['device'] for row in rows} else NO_CARD}"
+    table = [["network", "type", "checkpointing", "planned, MiB", "measured, MiB", "planned / measured", "measured on"]]
+    plans = dict.fromkeys(f"{row['planned']['commit']} (torch {row['planned']['torch']})" for row in rows)
+    (out / "README.md").write_text(TEXT.format(
+        answer=fill(answer, 128), table=markdown(table + [cells(row) for row in rows]), plans=listed(list(plans))))
+
+
+ANSWER = """Of what kernels take for themselves one thing is counted: convolutions bring image and weights, in the backward
+pass gradient and image, into a layout of their own, as oneDNN does on a CPU and cuDNN for tensor cores. Measured is what goes
+through torch's allocator, without what libraries keep between steps; the plan's margin, a tenth and half a GiB, is for the
+rest."""
+NO_CARD = """ No card was at hand: how far it goes there is not measured."""
 TEXT = """# Memory: planned against measured
 
 **Question.** How far is the memory that `python -m ddpm.plan` counts, on tensors without numbers, from what a training step
 takes?
 
-**Answer.** The plan is between {low:.3f} and {high:.3f} of the peak that torch's profiler sees on a CPU, in {count} cases.
-Of what kernels take for themselves one thing is counted: convolutions bring image and weights, in the backward pass gradient
-and image, into a layout of their own, as oneDNN does on a CPU and cuDNN for tensor cores. Without these copies the plan was
-between 0.889 and 1.000, lowest where networks are small. The profiler sees what goes through torch's allocator alone. No
-card was at hand: how far the plan's margin (a tenth and half a GiB) goes there is not measured.
+{answer}
 
 {table}
 
-By `python experiments/memory/measure.py` {made}.
+By `python experiments/memory/measure.py`, planned at commit {plans}; each row says where and at which commit it was measured.
 """
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=TYPES, default="cpu", help="where to measure")
+    parser.add_argument("--only", default="", help=f"those of the networks with this in their names: {'; '.join(CASES)}")
+    parser.add_argument("--report", action="store_true", help="write the report of results.json anew")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder for the results and the report")
+    given = parser.parse_args(arguments)
+    names, results = [name for name in CASES if given.only in name], given.out / "results.json"
+    if not names:
+        parser.error(f"no network has {given.only!r} in its name; they are {'; '.join(CASES)}")
+    if given.report and not results.is_file():
+        parser.error(f"there is no {results}; measure first, without --report")
+    try:
+        if not given.report:
+            measure(names, given.device, given.out)
+        report(given.out)
+    except ValueError as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":
