@@ -228,7 +228,7 @@ def check_ways(ways, axes):
         for name, way in ways:
             found[way.get(part, "something else")].append(name)
         if len(found) > 1 and part != "seed" and not ON_PURPOSE.get(part, set()) & {*axes}:
-            who = "; ".join(f"{value} in {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+            who = "; ".join(f"{value[:200]} in {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
                             for value, names in found.items())
             raise ValueError(f"numbers made in different ways do not compare: {part} is {who}; leave runs out, or measure them "
                              "alike with ddpm.evaluate")
