@@ -177,6 +177,14 @@ def test_nothing_asked_for_is_the_card_if_there_is_one():
     assert dist.start().device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", ""])
+def test_a_rank_that_is_no_number_is_one_line(monkeypatch, text):
+    monkeypatch.setenv("RANK", text)
+    with pytest.raises(ValueError, match=f"RANK is {text!r} in the environment and must be a number, .*; unset it") as caught:
+        dist.start()
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "tpu:0", "cpu:x"])
 def test_a_device_that_is_not_there(device):
     with pytest.raises(ValueError) as caught:
