@@ -2,20 +2,64 @@
 
 import csv
 import json
+import shutil
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from test_configs import module_of
 
-for peer in ("accelerate", "denoising_diffusion_pytorch", "diffusers"):
-    pytest.importorskip(peer, reason="needs pip install -e '.[bench]'")
-
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+PEERS = ("accelerate", "denoising_diffusion_pytorch", "diffusers")
+among_peers = pytest.mark.skipif(not all(map(find_spec, PEERS)), reason="needs pip install -e '.[bench]'")
 
 
+@pytest.fixture(params=["throughput", "time_to_quality"])
+def alone(request, monkeypatch):
+    """A benchmark where none of the peers is installed, and a copy of what was committed of it."""
+    for peer in PEERS:
+        monkeypatch.setitem(sys.modules, peer, None)
+    monkeypatch.syspath_prepend(EXPERIMENTS / request.param)
+    for name in ("contenders", "words"):  # as another test left them
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    folder = shutil.copytree(EXPERIMENTS / request.param, request.getfixturevalue("tmp_path") / "copy")
+    return module_of(EXPERIMENTS / request.param / "run.py"), folder
+
+
+def refused(bench, capsys, *arguments):
+    """The line in which a benchmark refuses arguments."""
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments)
+    usage, _, line = capsys.readouterr().err.rpartition("error: ")
+    assert usage.startswith("usage: ") and line.count("\n") == 1
+    return line
+
+
+def test_without_the_peers_there_are_reports_and_a_line_that_says_what_to_install(alone, capsys):
+    bench, folder = alone
+    before = (folder / "README.md").read_text()
+    (folder / "README.md").unlink()
+    bench.main(["--report", f"--out={folder}"])
+    assert (folder / "README.md").read_text() == before
+    with pytest.raises(SystemExit, match="0"):
+        bench.main(["--help"])
+    line = refused(bench, capsys, f"--out={folder}")
+    assert "denoising_diffusion_pytorch" in line and "pip install -e '.[bench]'" in line
+    for path in (*folder.glob("results.json"), *folder.glob("made.json")):
+        path.write_text(path.read_text()[:300])
+    assert "no report can be made of " in refused(bench, capsys, "--report", f"--out={folder}")
+
+
+def test_threads_that_cannot_be_are_refused(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS / "throughput")
+    assert "--threads is 1 to " in refused(module_of(EXPERIMENTS / "throughput" / "run.py"), capsys, "--threads=0")
+
+
+@among_peers
 def test_throughput(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS / "throughput")
-    bench = module_of(EXPERIMENTS / "throughput" / "run.py")
+    bench, data = (module_of(EXPERIMENTS / "throughput" / f"{name}.py") for name in ("run", "data"))
     bench.main(["--toy", f"--out={tmp_path}"])
     found, text = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "README.md").read_text()
     ours, theirs, other = found["steps"][:3]
@@ -39,18 +83,24 @@ def test_throughput(tmp_path, monkeypatch):
 
     found["made"]["peaks"] = {"float32": 1e12}  # as on a card that is known
     (tmp_path / "results.json").write_text(json.dumps(found))
-    ratio = {"median": 31.04, "least": 30, "most": 33}
-    (tmp_path / "data.json").write_text(json.dumps({"machine": {"cores": 2}, "rows": [{  # as data.py writes it
-        "photos": "500 px", "count": 512, "size": 64, "images a second": {"map": 12345.6, "ImageFolder, 2 workers": 398},
-        "best of theirs": "ImageFolder, 2 workers", "times as many": ratio, "times as many, as numbers": ratio,
-        "seconds": {"decode": 3.2}}]}))
+    data.main(["--toy", f"--out={tmp_path}"])
+    found_data = json.loads((tmp_path / "data.json").read_text())
+    row, = found_data["rows"]
+    assert min(row["seconds"].values()) > 0
+    rates = row["images a second"]
+    assert row["times as many"]["median"] == rates["map"] / rates["ImageFolder, 0 workers"] > 1
+    row["times as many"] = row["times as many, as numbers"] = {"median": 31.04, "least": 30, "most": 33}
+    rates["map"] = 12345.6
+    (tmp_path / "data.json").write_text(json.dumps(found_data))
     bench.main(["--report", f"--out={tmp_path}"])
     text = (tmp_path / "README.md").read_text()
+    assert f"data.py` at commit {found_data['commit']}, cores " in text
     assert f"{found['steps'][0]['batch'] / found['steps'][0]['seconds'][0] * found['steps'][0]['flops'] / 1e12:.1%}" in text
-    assert "| 12,346 | 398 (2 workers) | 31.0 (30.0 to 33.0) |" in text
+    assert f"| 12,346 | {rates['ImageFolder, 0 workers']:,.0f} (0 workers) | 31.0 (30.0 to 33.0) |" in text
     assert "31 to 31 times as many" in " ".join(text.split())
 
 
+@among_peers
 @pytest.mark.filterwarnings("ignore:'pin_memory'")  # of the peer's loader, without a card
 def test_time_to_quality(tmp_path):
     bench = module_of(EXPERIMENTS / "time_to_quality" / "run.py")

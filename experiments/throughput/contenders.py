@@ -1,7 +1,7 @@
 """Three trainings of nearly one network, each in its own loop: `train(steps)` with images at hand, `draw(count, steps)`.
 
 The loops of others are theirs as released; what is left out of them is said beside it. All take the same pixels, uint8
-[b, c, h, w], from memory.
+[b, c, h, w], from memory. Others are imported where they are run, so that a report asks for none of them.
 """
 
 import contextlib
@@ -12,11 +12,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
-from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import assemble, build, checkpoint, convert, dist
@@ -87,6 +82,10 @@ class Diffusers:
     """
 
     def __init__(self, task):
+        from diffusers import DDPMScheduler, UNet2DModel
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
         source, folder = task.folder / "network.safetensors", task.folder / "diffusers"
         if not folder.exists():
             net = build.network(task.config)
@@ -129,6 +128,8 @@ class Diffusers:
             loss.detach().item()  # for the log, at every step
 
     def draw(self, count, steps, sampler):
+        from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+
         pipeline, scheduler = {"ddpm": (DDPMPipeline, DDPMScheduler), "ddim": (DDIMPipeline, DDIMScheduler)}[sampler]
         drawing = pipeline(self.net.eval(), scheduler(num_train_timesteps=1000, beta_schedule="linear"))
         with muted():
@@ -139,6 +140,9 @@ class DenoisingDiffusion:
     """denoising-diffusion-pytorch's Trainer.train with its defaults, but for the size of the batch and where images lie."""
 
     def __init__(self, task):
+        from accelerate.state import AcceleratorState
+        from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
+
         channels, size = task.pixels.shape[1:3]
 
         def make():
@@ -160,6 +164,8 @@ class DenoisingDiffusion:
             self.trainer.train()
 
     def draw(self, count, steps, sampler):
+        from denoising_diffusion_pytorch import GaussianDiffusion
+
         assert sampler == "ddim"  # its other one takes all T steps
         drawing = GaussianDiffusion(self.net.eval(), image_size=self.trainer.image_size, sampling_timesteps=steps)
         with muted():

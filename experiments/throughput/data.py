@@ -6,8 +6,10 @@ square images in random order to one process, as they take turns. ImageFolder do
 DataLoader with each number of workers, of which the best counts: numbers in float32. Ours are uint8, which the step makes into
 numbers on the device; "as numbers" does that in the same process. "own array" reads from a copy instead of the map, "one by
 one" image by image. What happens once is in seconds: looking through the folder, decoding into the cache; and opening it again.
+`run.py --report` shows the figures. `--toy` does all in seconds, at a size that says nothing, in a folder of its own.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -26,8 +28,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from ddpm import cache, data, images
+from ddpm.compare import commit
 
+HERE = Path(__file__).parent
 PHOTOS = {"500 px": (512, (500, 375)), "1 to 2 megapixels": (512, (1280, 960), (1600, 1200))}  # how many, and sizes by turns
+TOY = {"64 px": (64, (64, 48))}
 SIZES, BATCH, WORKERS, ROUNDS, SECONDS = (64, 128), 64, (0, 2), 3, 2.0
 
 
@@ -139,11 +144,19 @@ def line(row):
             + ", ".join(f"{name} {value:.2f} s" for name, value in spent.items()))
 
 
-def main():
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="seconds instead of minutes, and figures that say nothing")
+    parser.add_argument("--out", type=Path, help="folder for data.json, else this one; of --toy a new one")
+    given = parser.parse_args(arguments)
+    out = given.out or (Path(tempfile.mkdtemp(prefix="ddpm-toy-")) if given.toy else HERE)
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    rows = measure()
+    rows = measure(TOY, (16,), (0,), 1, 0.05) if given.toy else measure()
     machine = {"cores": os.cpu_count(), **{name: version(name) for name in ("torch", "torchvision", "pillow", "numpy")}}
-    Path(__file__).with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    found = {"commit": commit(), "machine": machine, "rows": rows}
+    (out / "data.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"the figures are in {out / 'data.json'}")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
 About ten minutes on two otherwise idle CPU cores, of which it computes on one; on a card as long, with more rows. Writes
 results.json, and from it README.md and step.png; `--report` does the latter alone, and `--toy` all of it in seconds, at a size
-that says nothing. Reading images is measured by data.py beside it. Needs `pip install -e '.[bench]'`.
+that says nothing, in a folder of its own. Reading images is measured by data.py beside it. Needs `pip install -e '.[bench]'`.
 """
 
 import argparse
 import gc
 import itertools
 import json
+import os
 import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack
 from importlib.metadata import version
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from unittest import mock
 
@@ -27,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ddpm import build, cards, config
 from ddpm.compare import commit, this_machine
+from ddpm.report import listed
 
 HERE = Path(__file__).parent
 TASKS = {  # name: config, variant, knobs, batch on a CPU, batch on a card, dim and dim_mults of the peer's Unet, steps a turn
@@ -36,6 +38,7 @@ TASKS = {  # name: config, variant, knobs, batch on a CPU, batch on a card, dim 
 }
 TOY = {"toy 16x16x1": ("digits", None, {"model.model_channels": 8, "model.channel_mult": (1, 2), "model.norm_num_groups": 8},
                        16, 16, 8, (1, 2), 1)}
+NEEDED = ("accelerate", "denoising_diffusion_pytorch", "diffusers", "matplotlib")
 SAMPLERS = {"ddpm": ("ddim", "ddpm"), "diffusers": ("ddim", "ddpm"), "denoising-diffusion-pytorch": ("ddim",)}
 
 
@@ -211,22 +214,32 @@ def made():
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="seconds instead of minutes, and figures that say nothing")
-    parser.add_argument("--report", action="store_true", help="write the report of results.json anew")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--toy", action="store_true", help="seconds instead of minutes, and figures that say nothing")
+    either.add_argument("--report", action="store_true", help="write the report of results.json anew")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for the results and the report")
+    parser.add_argument("--out", type=Path, help="folder for the results and the report, else this one; of --toy a new one")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    results = given.out / "results.json"
+    if not 1 <= given.threads <= os.cpu_count() or given.rounds < 1:
+        parser.error(f"--threads is 1 to {os.cpu_count()}, the cores here, and --rounds at least 1")
+    if not given.report and (missing := [name for name in NEEDED if not find_spec(name)]):
+        parser.error(f"there is no {listed(missing)}; pip install -e '.[bench]'")
+    out = given.out or (Path(tempfile.mkdtemp(prefix="ddpm-toy-")) if given.toy else HERE)
+    results = out / "results.json"
     if given.report and not results.is_file():
         parser.error(f"there is no {results}; measure first, without --report")
+    torch.set_num_threads(given.threads)
     if not given.report:
-        given.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         print(", ".join(f"{name} {number}" for name, number in made()["versions"].items()), "on", this_machine(), flush=True)
         found = measure(TOY, 1, 2, 5) if given.toy else measure(TASKS, given.rounds, 16, 50)
         results.write_text(json.dumps(found, indent=1) + "\n")
-    words.write(json.loads(results.read_text()), given.out)
+    try:
+        words.write(json.loads(results.read_text()), out)
+    except (ValueError, LookupError, TypeError) as error:
+        parser.error(f"no report can be made of {results}: {type(error).__name__}: {error}")
+    print(f"the report is {out / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def picture(found):
 
 
 def data_of(folder):
-    """What data.py found, or nothing if it was not run: {"machine": versions and cores, "rows": list}."""
+    """What data.py found, or nothing if it was not run: {"commit": str, "machine": versions and cores, "rows": list}."""
     path = folder / "data.json"
     return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
@@ -143,7 +143,8 @@ def data_part(found):
                       f"{rates[best]:,.0f} ({best.partition(', ')[2]})", times(row["times as many"]),
                       times(row["times as many, as numbers"]), f"{row['seconds']['decode']:.1f}"])
     machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
-    return TEXT_DATA.format(table=markdown(table), machine=machine)
+    at = f"at commit {found['commit']}" if "commit" in found else "at a commit that was not kept"
+    return TEXT_DATA.format(table=markdown(table), machine=machine, at=at)
 
 
 def write(found, folder):
@@ -221,5 +222,5 @@ them, which resizes and crops; its best number of workers counts.
 
 {table}
 
-By `python experiments/throughput/data.py`, {machine}; it says more of how.
+By `python experiments/throughput/data.py` {at}, {machine}; it says more of how.
 """

@@ -2,7 +2,8 @@
 
 About 45 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes results.csv and made.json, and from
 them README.md and curves.pdf, curves.png; `--report` does the latter alone, `--ancestral` adds the peer's own T-step sampler at
-its last point (an hour), `--toy` does all in seconds at a size that says nothing. Needs `pip install -e '.[bench]'`.
+its last point (an hour), `--toy` does all in seconds at a size that says nothing, in a folder of its own. Needs
+`pip install -e '.[bench]'`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from os import devnull
 from pathlib import Path
 from statistics import mean
@@ -22,19 +23,18 @@ from textwrap import fill
 from typing import NamedTuple
 
 import torch
-from denoising_diffusion_pytorch import GaussianDiffusion, Trainer, Unet
-from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from ddpm import assemble, build, config, dist, figures, metrics
 from ddpm.compare import commit, this_machine
 from ddpm.draw import joined
-from ddpm.report import amount, markdown
+from ddpm.report import amount, listed, markdown
 from ddpm.train import train
 
 HERE = Path(__file__).parent
 OURS, STUDIED, PEER = "ddpm", "ddpm:studied", "denoising-diffusion-pytorch"
 VARIANTS = {OURS: None, STUDIED: "studied"}  # of configs/digits.py
+NEEDED = ("denoising_diffusion_pytorch", "diffusers", "matplotlib")
 QUIET = {"wandb.mode": "disabled", **{f"every.{name}": "0 steps" for name in ("sample", "validate", "evaluate")}}
 
 
@@ -87,6 +87,8 @@ def quiet():
 
 def peer(size, folder, points):
     """Train the peer and leave its averaged weights at each of the points: [(path, steps, CPU seconds)]."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
+
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(network(size), image_size=16)
     with quiet():
@@ -105,11 +107,15 @@ def peer(size, folder, points):
 
 
 def network(size):
+    from denoising_diffusion_pytorch import Unet
+
     return Unet(size.dim, dim_mults=size.dim_mults, channels=1)
 
 
 def peer_drawn(size, path, steps, spent, evaluations, eta):
     """The row of what the peer draws with weights that it left: by its DDIM, or in all T steps by its own sampler."""
+    from denoising_diffusion_pytorch import GaussianDiffusion
+
     diffusion = GaussianDiffusion(network(size), image_size=16, sampling_timesteps=evaluations, ddim_sampling_eta=eta)
     diffusion.load_state_dict(torch.load(path, weights_only=True))
     torch.manual_seed(0)
@@ -218,6 +224,8 @@ def answer(rows, made):
 @figures.style()
 def curves(rows, made):
     """The distance against CPU seconds."""
+    from matplotlib.ticker import LogLocator
+
     mine, theirs = series(rows)
     figure, ((axis,),) = figures.canvas(width=4.5, height=3)
     axis.plot([one["cpu_seconds"] for one in theirs.values()], [one["fd_digits"] for one in theirs.values()],
@@ -303,26 +311,34 @@ By `python experiments/time_to_quality/run.py` at commit {commit}, {versions}, {
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="seconds instead of minutes, and figures that say nothing")
-    parser.add_argument("--report", action="store_true", help="write the report of results.csv anew")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--toy", action="store_true", help="seconds instead of minutes, and figures that say nothing")
+    either.add_argument("--report", action="store_true", help="write the report of results.csv anew")
     parser.add_argument("--ancestral", action="store_true", help="draw the peer's last point by its own sampler too: an hour")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for the results and the report")
+    parser.add_argument("--out", type=Path, help="folder for the results and the report, else this one; of --toy a new one")
     given = parser.parse_args(arguments)
-    if given.report and not (given.out / "results.csv").is_file():
-        parser.error(f"there is no results.csv in {given.out}; measure first, without --report")
+    if not given.report and (missing := [name for name in NEEDED if not find_spec(name)]):
+        parser.error(f"there is no {listed(missing)}; pip install -e '.[bench]'")
+    out = given.out or (Path(tempfile.mkdtemp(prefix="ddpm-toy-")) if given.toy else HERE)
+    if given.report and not (out / "results.csv").is_file():
+        parser.error(f"there is no results.csv in {out}; measure first, without --report")
     if not given.report:
-        given.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         size = TOY if given.toy else FULL
         made = how(size)
         print(", ".join(f"{name} {number}" for name, number in made["versions"].items()), "on", made["machine"], flush=True)
         with tempfile.TemporaryDirectory() as folder:
             rows = everything(size, Path(folder), in_this_process if given.toy else two_at_a_time, given.ancestral)
-        with (given.out / "results.csv").open("w", newline="") as lines:
+        with (out / "results.csv").open("w", newline="") as lines:
             writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-        (given.out / "made.json").write_text(json.dumps(made, indent=1) + "\n")
-    report(given.out)
+        (out / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    try:
+        report(out)
+    except (ValueError, LookupError, TypeError, FileNotFoundError) as error:
+        parser.error(f"no report can be made of results.csv and made.json in {out}: {type(error).__name__}: {error}")
+    print(f"the report is {out / 'README.md'}")
 
 
 def in_this_process(work, jobs):
