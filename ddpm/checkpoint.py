@@ -362,6 +362,14 @@ def exported(path):
     return about, tensors
 
 
+def has_final(folder, step):
+    """True where the final weights of a run folder are whole, and of that step."""
+    try:
+        return exported(Path(folder, "final.safetensors"))[0]["step"] == step
+    except Damaged:
+        return False
+
+
 def header(path):
     """The dict of `step`, `config` and more in a file that `export` wrote; raises Damaged for a damaged or foreign one."""
     try:

@@ -44,8 +44,8 @@ def train_experiment(given, folder):
                     with machine.together():
                         run = assemble.run(given, folder, machine, rollbacks)
                     if run.finished:
+                        run.tidy()
                         if machine.main:
-                            checkpoint.prune(folder, well=run.step.guard.well.item())  # a last save may be killed there
                             print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
                         return command.DONE
                     if machine.main and not rollbacks:

@@ -232,6 +232,13 @@ class Run:
         if self.machine.main:
             checkpoint.export(self.folder / name, weights, done, self.config_json)
 
+    def tidy(self):
+        """Do, of a finished run, what a kill in its last save has left undone, and make final weights anew that are damaged."""
+        if not self.machine.agree(checkpoint.has_final(self.folder, self.start)):
+            self.export("final.safetensors", self.start)
+        if self.machine.main:
+            checkpoint.prune(self.folder, well=self.step.guard.well.item())
+
     def snapshot(self, done):
         """Store the power-function averages, from which any profile is made later."""
         averages = {name: self.gathered(average) for name, average in self.stored.items()}

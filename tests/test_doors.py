@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from ddpm import checkpoint, images
 from ddpm.evaluate import evaluate
 from ddpm.files import held
 from ddpm.generate import generate_images
+from ddpm.main import train_experiment
 from ddpm.sample import sample_from_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +212,16 @@ def test_a_damaged_checkpoint_is_one_line(trained, tmp_path):
     torch.save({"format": 1, "step": 3, "config": "[1, 2]", "parts": {"ema": {"shadow": {}}}}, tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match="config"):
         generate_images(tmp_path / "foreign.pt", 1, tmp_path / "out")
+
+
+def test_final_weights_that_are_gone_or_damaged_are_made_anew(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    final = folder / "final.safetensors"
+    for spoil in (final.unlink, lambda: final.write_bytes(before[final][:-1]), lambda: None):
+        spoil()
+        assert train_experiment(tiny(), folder) == 0 and "is finished: 12 steps" in capsys.readouterr().out
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
