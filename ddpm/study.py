@@ -182,7 +182,7 @@ def understood(path, given):
         raise ValueError(f"command starts ddpm.main or ddpm.evaluate with ${{args}} among its words, such as {COMMAND}")
     own = OWN[program]
     if (own in given["parameters"]) == any(word.startswith(f"--{own}=") for word in map(str, command)):
-        raise ValueError(f"{own} is to be given once, as a parameter or in the command, --{own}=...")
+        raise ValueError(f"{own} must be given once, as a parameter or in the command, --{own}=...")
     metric = given.get("metric", {} if given["method"] == "bayes" else None)
     if metric is not None:
         if not isinstance(metric, dict) or "name" not in metric or metric.keys() - {"name", "goal"}:

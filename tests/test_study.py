@@ -141,7 +141,7 @@ SEED = {"config.seed": {"values": [0]}}
     ({"command": TRAIN[:-1]}, "with ${args} among its words"),
     ({"command": [*TRAIN[:-1], "${args_no_hyphens}"]}, "unknown macro in command '${args_no_hyphens}'"),
     ({"command": [*TRAIN, "--workdir=runs/x"]}, "leave it out"),
-    ({"command": [word for word in TRAIN if not word.startswith("--config")]}, "config is to be given once"),
+    ({"command": [word for word in TRAIN if not word.startswith("--config")]}, "config must be given once"),
     ({"method": "bayes"}, "metric is missing"),
     ({"metric": {"name": "val/loss", "goal": "min"}}, "unknown goal 'min'"),
     ({"run_cap": 0}, "run_cap is 0"),

@@ -2,7 +2,8 @@
 
 Each fault of the table is done so many times and writes its row to results.json; README.md is made from that alone (`--report`
 does no more). Rows of this commit stay, so the same command goes on where it was stopped; `--only=NAME,...` does those again.
-`--short` is what the tests do, in a minute. Needs `pip install -e '.[test]'`. Exit code 1 where anything was lost.
+`--short` is what the tests do, in a minute, into a new folder. Needs `pip install -e '.[test]'`. Exit code 1 where anything
+was lost.
 """
 
 import argparse
@@ -184,8 +185,9 @@ def main(arguments=None):
     parser.add_argument("--short", action="store_true", help="each fault as seldom as in the tests")
     parser.add_argument("--only", default="", help=f"some of the faults, again: {', '.join(FAULTS)}")
     parser.add_argument("--report", action="store_true", help="write the report of results.json anew")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for the results and the report")
+    parser.add_argument("--out", type=Path, help="folder for the results and the report; by default this one, in full")
     given = parser.parse_args(arguments)
+    given.out = given.out or (Path(tempfile.mkdtemp(prefix="ddpm-short-")) if given.short else HERE)
     names = [name.strip() for name in given.only.split(",") if name.strip()]
     if unknown := [name for name in names if name not in FAULTS]:
         parser.error(f"there is no fault {unknown[0]!r}; choose of {', '.join(FAULTS)}")
@@ -195,6 +197,7 @@ def main(arguments=None):
         with tempfile.TemporaryDirectory(prefix="ddpm-home-") as home:
             isolated(home)
             do(names or FAULTS, given.short, given.out, again=bool(names))
+        print(f"wrote {given.out / 'README.md'}")
     return 0 if not (given.out / "results.json").is_file() or report(given.out) else 1
 
 
