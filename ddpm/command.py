@@ -132,6 +132,8 @@ def explained(error):
         return one_line(causes[-1])
     if re.search(r"Unknown command line flag 'config\.|before a value for --config", str(error)):
         return "--config.x=... without --config=FILE before it; write --config=configs/digits.py, or another of configs/, first"
+    if unknown := re.search(r"Unknown command line flag '(.*?)'(?:\. Did you mean: (.*) \?)?", str(error), re.DOTALL):
+        return f"there is no flag --{unknown[1]}{f' (did you mean --{unknown[2]}?)' if unknown[2] else ''}; --help shows them all"
     if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):
         return f"no {missing[1]} given; write --{missing[1]}=..."
     if missing := re.search(r"(?s)Failed loading config file.*No such file or directory: '(.*?)'", str(error)):

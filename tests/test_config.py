@@ -446,7 +446,8 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     ([DIGITS, "--config.data.channels=2"], "unknown config.data.channels 2; choose one of 1, 3, 4"),
     ([DIGITS, "stray"], "did not expect 'stray'; flags are written --name=value"),
     ([DIGITS, "--config.seed", "1", "2"], "did not expect '2'; flags are written --name=value"),
-    ([DIGITS, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+    ([DIGITS, "--wrkdir=x"], "there is no flag --wrkdir (did you mean --workdir?); --help shows them all"),
+    ([DIGITS, "--wxyz=1"], "there is no flag --wxyz; --help shows them all"),
     (["--config.seed=1", DIGITS], "--config.x=... without --config=FILE before it; write --config=configs/digits.py"),
     ([DIGITS, "--config.train.gradient_accumulation_steps=5"], "config.train.batch_size 64 cannot be cut into 5 equal "
      "micro-batches; choose gradient_accumulation_steps among the divisors of 64"),
