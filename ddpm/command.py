@@ -77,7 +77,7 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
     except Exception as error:  # whatever the config file raises is its author's to mend
         raise ValueError(explained(error)) from error
     for name in values:
-        if isinstance(value := values[name].value, float) and not math.isfinite(value):
+        if isinstance(value := values[name].value, float) and not math.isfinite(value) and not name.startswith("config."):
             raise ValueError(f"flag --{name}={value}: give a finite number")
     if len(rest) > 1 and not takes:
         raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
@@ -133,7 +133,8 @@ def explained(error):
     if re.search(r"Unknown command line flag 'config\.|before a value for --config", str(error)):
         return "--config.x=... without --config=FILE before it; write --config=configs/digits.py, or another of configs/, first"
     if unknown := re.search(r"Unknown command line flag '(.*?)'(?:\. Did you mean: (.*) \?)?", str(error), re.DOTALL):
-        return f"there is no flag --{unknown[1]}{f' (did you mean --{unknown[2]}?)' if unknown[2] else ''}; --help shows them all"
+        meant = f" (did you mean --{unknown[2]}?)" if unknown[2] else ""
+        return f"there is no flag --{unknown[1]}{meant}; --help shows them all"
     if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):
         return f"no {missing[1]} given; write --{missing[1]}=..."
     if missing := re.search(r"(?s)Failed loading config file.*No such file or directory: '(.*?)'", str(error)):
