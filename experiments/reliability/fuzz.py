@@ -56,6 +56,7 @@ OTHER = {  # knobs that name files, or decide how long it takes
         lambda text: "e9" not in text),
     "train.compile": st.just(False), "sample.compile": st.just(False), "wandb.mode": st.sampled_from(["disabled", "onlin", ""]),
     "evaluate.extractor": st.sampled_from(["auto", "digits", "none", "incept"]),
+    "train.max_hours": st.sampled_from([0.0, 24.0, -1.0, float("nan")]),  # the fuzzer's own process grows old
     "data.source": st.sampled_from(["digits", "digits(x=1)", "folder", "folder(path='nowhere')", "folder(path=3)", "nowhere",
                                     "torchvision(name='MNIS')", "torchvision", "data/cats"]),
     "data.cache": st.sampled_from(["auto", "none", "cache", "/dev/null/x"]),
