@@ -74,9 +74,14 @@ def plan(config, vram, mfu, cards):
         parts = (*found.account.parts, found.account.total, memory.with_margin(found.account.total))
         rows.append([found.types, found.checkpointing, *(f"{part / GIB:.2f}" for part in parts), str(max(found.most, 0)),
                      each or "cannot be"])
+        if found.checkpointing == "none":
+            fewest = next((parts for parts in range(1, section.gradient_accumulation_steps)
+                           if section.batch_size % parts == 0 and section.batch_size // parts <= found.most), None)
     yield (plain(rows) + "\n'gradients' are those that live at the peak: none at the end of the forward pass of a batch in one "
            "part;\n'card has' is the sum, a tenth and half a GiB: kernels' own workspace and gaps are not counted;\n"
            f"the last column is what each of {cards} cards has by train.fully_shard, {images} images at a time on each\n")
+    if fewest:
+        yield f"faster in bf16 or fp16 on such a card, in fewer parts: --config.train.gradient_accumulation_steps={fewest}\n"
 
     total, size, among = length(config)
     evaluated = build.evaluated(config, size, asked)

@@ -75,6 +75,15 @@ def test_images_that_are_not_there_yet_are_taken_to_be_some(tmp_path):
         f", as if there were 10,000 in the data (image folder '{tmp_path}/none' does not exist; give")
 
 
+def test_a_card_with_room_takes_the_batch_in_fewer_parts():
+    """Of 12 images in 6 parts: at 4 at a time they fit where the planner says that 4 do, and not all."""
+    given = tiny(train__batch_size=12, train__gradient_accumulation_steps=6)
+    sizes = [memory.with_margin(assemble.account(given, torch.bfloat16, n).total) for n in (4, 6)]
+    said = "\n".join(plan.plan(given, sum(sizes) / 2 / GIB, 0.4, 1))
+    assert "in fewer parts: --config.train.gradient_accumulation_steps=3\n" in said
+    assert "in fewer parts" not in "\n".join(plan.plan(given, 0.1, 0.4, 1))
+
+
 def test_snapshots_take_disk():
     given = tiny(ema__profiles=(0.05, 0.1), every__snapshot="5 steps")
     *_, line = plan.plan(given, 8, 0.4, 8)
