@@ -6,7 +6,7 @@ import math
 import os
 import time
 from bisect import bisect_left
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -139,13 +139,14 @@ def on_each(config, found, ranks):
 
 
 def recomputed(config, net, machine, note):
-    """How many levels of a network keep no activations; `note(text)` is told why, where it is any or none of them fit.
+    """How many levels of a network keep no activations; `note(text)` is told why.
 
     `auto` is as few as fit into what is free on the card beside a training step, and none on a CPU.
     """
     wanted, free, count = config.train.activation_checkpointing, machine.free(), len(net.levels)
     images = build.at_a_time(config, machine)
 
+    @cache  # an account takes seconds
     def needed(levels):
         return memory.with_margin(on_each(config, account(config, machine.dtype, images, levels), machine.world))
 

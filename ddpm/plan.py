@@ -87,8 +87,8 @@ def plan(config, vram, mfu, cards):
     evaluated = build.evaluated(config, size, asked)
     yield (f"time, if a card reaches {mfu:.0%} of what its maker publishes (--mfu): {section.length} are "
            f"{total * section.batch_size:,} images{among}")
-    parts = cards * section.gradient_accumulation_steps
-    together = math.ceil(section.batch_size / parts) * parts
+    equal = cards * section.gradient_accumulation_steps
+    together = math.ceil(section.batch_size / equal) * equal
     rows = [["card", "GiB", "type", "images/s", "hours", f"images/s, {cards} cards", "hours", "an evaluation, minutes"]]
     for name, card in CARDS.items():
         kind = chosen(section.amp, card)

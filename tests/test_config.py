@@ -497,7 +497,7 @@ def answers(tmp_path_factory):
     for name, text in FILES.items():
         (files / name).write_text(text)
     cases = [[within(argument, files) for argument in arguments] for arguments, _ in MISTAKES]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
     done = subprocess.run([sys.executable, __file__], input=json.dumps(cases), cwd=cwd, env=environment, capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -526,7 +526,7 @@ def test_mistakes_leave_nothing_behind(answers):
 
 
 def test_the_command_itself(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", "ddpm.main"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
     assert done.stderr == "error: no config given; write --config=configs/digits.py, or another of configs/\n"

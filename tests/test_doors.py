@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 def door(name, *flags, cwd):
     """Run a door as a command; its output lines and exit code."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", f"ddpm.{name}", *flags]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
@@ -62,7 +62,7 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
                "--config.model.model_channels=8", "--config.train.batch_size=8", "--config.train.length=60 steps",
                "--config.every.log=1 steps", "--config.every.validate=0 steps", "--config.every.sample=0 steps",
                "--config.every.evaluate=0 steps"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes)
     for line in process.stdout:
@@ -116,7 +116,7 @@ def test_torchrun_on_two_ranks_trains_as_one_process_does(tmp_path):
              "--config.evaluate.likelihood_images=5", "--config.evaluate.likelihood_evaluations=8"]
     assert door("main", *flags, f"--workdir={tmp_path}/one", cwd=tmp_path)[0] == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ddpm.main"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launch, *flags, f"--workdir={tmp_path}/two"], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):

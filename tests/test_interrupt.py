@@ -135,7 +135,7 @@ def test_two_ranks_leave_together(tmp_path):
     """Of which one alone is asked: the other draws its share and hears of it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [subprocess.Popen(command(tmp_path, **LONG | dict(sample__steps=200)), env=place | {"RANK": str(rank)})
              for rank in (0, 1)]
     try:

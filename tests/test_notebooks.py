@@ -65,7 +65,6 @@ def pictures(notebook):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     values = SHORT.get(path.stem, {})
     values = values | {"FOLDER": str(tmp_path / "run")} if "FOLDER" in values else {}
     committed, fresh = read(path), execute(read(path), tmp_path, values)

@@ -41,6 +41,7 @@ CASES = {  # name: knobs over base()
         "model.attention_resolutions": (16,), "model.num_head_channels": 64, "train.batch_size": 1},
 }
 
+
 def rise(machine, work):
     """The most bytes that are allocated at one time while `work()` runs, beyond those of before."""
     gc.collect()
