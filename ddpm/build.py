@@ -15,6 +15,7 @@ from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.guidance import unlabelled
 from ddpm.models import MODELS
+from ddpm.models.layers import ResidualBlock
 from ddpm.pictures import open_picture
 
 
@@ -158,6 +159,16 @@ def remarks(config, section):
     if config.diffusion.variance == "learned" and sampler != "ddpm":
         return [f"the sampler {sampler!r} has no use for the learned variance; {section}.sampler=ddpm has"]
     return []
+
+
+def unconditioned(net):
+    """A note where residual blocks of a network do not depend on time and class: lines, mostly none."""
+    blocks = [layer for layer in net.modules() if isinstance(layer, ResidualBlock)]
+    count = sum(not block.is_conditioned for block in blocks)
+    if not count:
+        return []
+    return [f"{count} of {len(blocks)} residual blocks do not depend on time and class, because a norm with one channel a "
+            "group removes what is added before it; for a new run leave model.norm_num_groups at 0"]
 
 
 def at_a_time(config, machine):

@@ -61,7 +61,7 @@ def base():
             "resblock_updown": False,  # residual blocks change the resolution, instead of single convolutions
             "freq_shift": 1,  # frequencies of the time embedding: 1 as in Ho's code, 0 as in OpenAI's
             "downsample_padding": 0,  # zeros where an image is halved: 0 at its far end, as Ho's, 1 at both, as OpenAI's
-            "norm_num_groups": 32,  # groups of a group norm, at most: fewer where they do not divide the channels
+            "norm_num_groups": 0,  # groups of a norm, at most; 0 is 32, of 4 channels or more: a group of 1 removes the time
             "norm_eps": 1e-6,  # added to the variance of a group: 1e-6 as in Ho's code, 1e-5 as in OpenAI's
         },
         "diffusion": {
@@ -167,6 +167,8 @@ def with_variant(config, variant, variants):
 FREE = ("train.length", "train.max_hours", "train.activation_checkpointing", "train.fully_shard", "every.", "wandb.",
         "evaluate.", "data.classes", "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
 
+BEFORE = {"model.norm_num_groups": 32}  # what a file that lacks a knob was made with, where that is not the default
+
 RANGES = {
     "seed": (0, 2**63 - 1),
     "data.image_size": (1, 4096),
@@ -180,7 +182,7 @@ RANGES = {
     "model.dropout": (0, 0.99),
     "model.freq_shift": (0, 1),
     "model.downsample_padding": (0, 1),
-    "model.norm_num_groups": (1, 1024),
+    "model.norm_num_groups": (0, 1024),
     "model.norm_eps": (0, 1),
     "diffusion.timesteps": (1, 10_000),
     "train.batch_size": (1, 2**20),
@@ -407,7 +409,8 @@ def to_json(config):
 
 
 def from_json(text):
-    """The frozen config that a run folder or a checkpoint carries; knobs it does not know yet take their defaults.
+    """The frozen config that a run folder or a checkpoint carries; knobs it does not know yet take their defaults, or what
+    they were before they were knobs.
 
     It is data and never run. Raises ValueError for what is not such a config.
     """
@@ -416,6 +419,7 @@ def from_json(text):
     except (ValueError, AttributeError, RecursionError):
         raise ValueError("the saved config is not a JSON object; the file is damaged or not one of ours") from None
     config = base()
+    config.update_from_flattened_dict(BEFORE)
     known = flatten(config)
     for key, value in knobs.items():
         if key not in known:

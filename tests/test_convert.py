@@ -692,7 +692,7 @@ def test_openais_that_do_not_fit_are_one_line(tmp_path, change, flags, message):
 
 
 @pytest.mark.parametrize("knobs, message", [
-    (dict(), "config.model.norm_num_groups 32, in groups of its norms, is [8, 16, 24, 32]"),
+    (dict(model__norm_num_groups=32), "config.model.norm_num_groups 32, in groups of its norms, is [8, 16, 24, 32]"),
     (dict(model__norm_num_groups=8, model__channel_mult=(2, 2)), "config.model.channel_mult, its first, is 2"),
     (dict(model__norm_num_groups=8, model__attention_resolutions=(16, 8), model__num_heads=2),
      "config.model.num_heads, in channels a head, is [4, 8]"),

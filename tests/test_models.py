@@ -166,8 +166,8 @@ def test_no_transposed_convolution():
 # agreement with diffusers, weights copied over
 
 
-def diffusers_config(scale_shift=False, updown=False):
-    """diffusers' names for TINY at width 32 (it wants 32 groups), with the settings of google's released DDPMs."""
+def diffusers_config(scale_shift=False, updown=False, groups=32):
+    """diffusers' names for TINY at width 32, with the settings of google's released DDPMs."""
     return dict(
         sample_size=8,
         block_out_channels=(32, 64),
@@ -178,7 +178,8 @@ def diffusers_config(scale_shift=False, updown=False):
         downsample_type="resnet" if updown else "conv",
         upsample_type="resnet" if updown else "conv",
         attention_head_dim=None,
-        attn_norm_num_groups=32,
+        norm_num_groups=groups,
+        attn_norm_num_groups=groups,
         norm_eps=1e-6,
         flip_sin_to_cos=False,
         freq_shift=1,
@@ -242,10 +243,12 @@ def copy_network(ours, theirs):
 
 @pytest.mark.parametrize("scale_shift", [False, True])
 @pytest.mark.parametrize("updown", [False, True])
-def test_output_is_that_of_diffusers_with_the_same_weights(scale_shift, updown):
+@pytest.mark.parametrize("given, groups", [(0, 8), (32, 32)])
+def test_output_is_that_of_diffusers_with_the_same_weights(scale_shift, updown, given, groups):
     torch.manual_seed(0)
-    theirs = UNet2DModel(**diffusers_config(scale_shift, updown)).eval()
-    ours = UNet(**{**TINY, "model_channels": 32}, use_scale_shift_norm=scale_shift, resblock_updown=updown).eval()
+    theirs = UNet2DModel(**diffusers_config(scale_shift, updown, groups)).eval()
+    ours = UNet(**{**TINY, "model_channels": 32}, use_scale_shift_norm=scale_shift, resblock_updown=updown,
+                norm_num_groups=given).eval()
     for name, weight in theirs.named_parameters():
         nn.init.normal_(weight, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.05)
     copy_network(ours, theirs)
@@ -295,9 +298,24 @@ def test_timestep_embedding_of_integers_is_float32():
 # layers
 
 
-@pytest.mark.parametrize("channels, groups", [(1, 1), (3, 3), (20, 20), (32, 32), (37, 1), (48, 24), (192, 32)])
-def test_group_norm_takes_the_largest_divisor_up_to_32(channels, groups):
+@pytest.mark.parametrize("channels, groups", [
+    (1, 1), (3, 1), (8, 2), (20, 5), (23, 1), (26, 2), (32, 8), (37, 1), (48, 12), (72, 18), (128, 32), (192, 32), (200, 25)])
+def test_groups_are_32_at_most_of_four_channels_at_least(channels, groups):
+    """From 128 channels on, in multiples of 32, they are the 32 of every published network; below, those of EDM's rule."""
     assert group_norm(channels).num_groups == groups
+    assert channels < 8 or channels // groups >= 4
+
+
+@pytest.mark.parametrize("channels, groups", [(1, 1), (20, 20), (32, 32), (48, 24), (192, 32)])
+def test_a_number_of_groups_that_is_given_is_taken_as_far_as_it_divides(channels, groups):
+    """As imported weights and checkpoints from before need it."""
+    assert group_norm(channels, most=32).num_groups == groups
+
+
+def test_a_network_has_one_number_of_groups_which_diffusers_can_say():
+    for width, groups in ((8, 2), (32, 8), (64, 16), (128, 32), (192, 32)):
+        norms = [layer for layer in tiny(model_channels=width).modules() if isinstance(layer, nn.GroupNorm)]
+        assert {norm.num_groups for norm in norms} == {groups}, width
 
 
 def softmax_attention(block, x):

@@ -42,9 +42,21 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def group_norm(channels, most=32, eps=1e-6):
-    """GroupNorm over the largest number of groups up to `most` that divides `channels`; epsilon as in Ho's code."""
-    groups = max(n for n in range(1, most + 1) if channels % n == 0)
+def norm_groups(channels):
+    """The most groups that a norm of `channels` should have: 32 as in Ho's code, and four channels each at least.
+
+    A group of one channel subtracts whatever is added to that channel everywhere, and with it the time and the class: the
+    block behind it would not depend on them. (`min(32, channels // 4)` is also the rule of Karras et al. 2022, EDM.)
+    """
+    return max(min(32, channels // 4), 1)
+
+
+def group_norm(channels, most=0, eps=1e-6):
+    """GroupNorm over the largest number of groups up to `most` that divides `channels`; epsilon as in Ho's code.
+
+    `most` 0 is `norm_groups(channels)`.
+    """
+    groups = max(n for n in range(1, (most or norm_groups(channels)) + 1) if channels % n == 0)
     return GroupNorm(groups, channels, eps=eps)
 
 
@@ -124,6 +136,11 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(out_channels, out_channels, 3, zero=True)
         self.shortcut = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
+
+    @property
+    def is_conditioned(self):
+        """Whether the output depends on the embedding: a norm with one channel a group removes what is added before it."""
+        return self.use_scale_shift_norm or self.norm2.num_groups < self.norm2.num_channels
 
     def forward(self, x, emb):
         h = self.conv1(self.resize(F.silu(self.norm1(x))))

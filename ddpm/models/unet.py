@@ -21,6 +21,7 @@ from ddpm.models.layers import (
     conv,
     group_norm,
     linear,
+    norm_groups,
     timestep_embedding,
 )
 
@@ -47,8 +48,9 @@ class UNet(nn.Module):
     channels and `num_res_blocks` residual blocks, or `res_blocks_per_level[i]` where those are given;
     `num_head_channels`, where given, decides the heads in place of `num_heads`. Built for one size, it runs on any that
     can be halved as often. The class embedding has `num_classes` rows, standard normal at first; a label of -1 is
-    dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros. `freq_shift` to `norm_eps`
-    are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5. With
+    dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros. Norms have `norm_num_groups`
+    groups at most, or, where that is 0, at most 32 of at least four channels each in the narrowest level. `freq_shift` to
+    `norm_eps` are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5. With
     `augmentation` the forward pass takes a fourth argument [b, augmentation], what was done to the images; None is nothing.
 
     Raises ValueError for a size that cannot be halved often enough, an attention resolution that never occurs, heads
@@ -72,7 +74,7 @@ class UNet(nn.Module):
         num_classes=None,
         freq_shift=1,
         downsample_padding=0,
-        norm_num_groups=32,
+        norm_num_groups=0,
         norm_eps=1e-6,
         qk_norm=False,
         res_blocks_per_level=(),
@@ -83,10 +85,12 @@ class UNet(nn.Module):
         blocks = res_blocks_per_level or (num_res_blocks,) * levels
         counts = {"in_channels": in_channels, "out_channels": out_channels, "model_channels": model_channels}
         counts |= {"num_res_blocks": num_res_blocks, "num_classes": 1 if num_classes is None else num_classes}
-        counts |= {"norm_num_groups": norm_num_groups, "res_blocks_per_level": min(blocks, default=1)}
+        counts |= {"norm_num_groups": norm_num_groups or 1, "res_blocks_per_level": min(blocks, default=1)}
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} is {count}; use 1 or more")
+        if model_channels == 1:
+            raise ValueError("model_channels is 1, too few for a sine and a cosine of the time; use 2 or more")
         if not channel_mult or min(channel_mult) < 1:
             raise ValueError(f"channel_mult is {channel_mult}; use one or more whole numbers from 1 up, as (1, 2, 2)")
         if len(blocks) != levels:
@@ -104,7 +108,9 @@ class UNet(nn.Module):
 
         self.model_channels, self.freq_shift = model_channels, freq_shift
         embedding_channels = 4 * model_channels
-        norm = partial(group_norm, most=norm_num_groups, eps=norm_eps)
+        # one number for the whole network, as published ones have, which diffusers' files can say
+        groups = norm_num_groups or norm_groups(min(channel_mult) * model_channels)
+        norm = partial(group_norm, most=groups, eps=norm_eps)
 
         def block(inputs, outputs, **resize):
             return ResidualBlock(inputs, outputs, embedding_channels, dropout, use_scale_shift_norm, norm=norm, **resize)

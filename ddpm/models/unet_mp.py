@@ -128,6 +128,7 @@ class UNetMP(nn.Module):
         num_head_channels=None,
         dropout=0,
         num_classes=None,
+        norm_num_groups=0,  # of which there are none: taken as configs have it
         **others,
     ):
         super().__init__()
