@@ -71,7 +71,7 @@ def base():
             "predict": "eps",  # what the network predicts: eps, x0, v, flow, edm(sigma_data=0.5)
             "variance": "small",  # of a step of the sampler ddpm: small, large, learned (by hybrid or vlb)
             "loss": "mse",  # mse, hybrid(vlb_weight=0.001), vlb
-            "weighting": "simple",  # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid(bias=2.0), edm, uncertainty
+            "weighting": "simple",  # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid, sigmoid_eps, edm, uncertainty
             "times": "uniform",  # uniform, stratified, antithetic, logit_normal, lognormal, importance
             "self_condition": False,  # the network sees its last estimate of the image too
             "clip": True,  # samples: predicted images are clipped to [-1, 1] at each step
@@ -403,21 +403,35 @@ def freeze(config):
     return FrozenConfigDict(config)
 
 
+FORMAT = 2  # of saved configs; those that do not say are of format 1
+RENAMED = (  # the first format in which a name of a knob has another meaning, and what the earlier meaning is called since
+    (2, "diffusion.weighting", "sigmoid", "sigmoid_eps"),
+)
+
+
 def to_json(config):
     """The config as JSON text that `from_json` reads back to an equal config."""
-    return json.dumps(config.to_dict(), indent=2)
+    return json.dumps({"format": FORMAT} | config.to_dict(), indent=2)
 
 
 def from_json(text):
     """The frozen config that a run folder or a checkpoint carries; knobs it does not know yet take their defaults, or what
     they were before they were knobs.
 
-    It is data and never run. Raises ValueError for what is not such a config.
+    Names that meant something else in its format are translated. It is data and never run. Raises ValueError for what is not
+    such a config.
     """
     try:
-        knobs = flatten(json.loads(text if len(text) <= checkpoint.LONGEST else ""))
-    except (ValueError, AttributeError, RecursionError):
+        saved = json.loads(text if len(text) <= checkpoint.LONGEST else "")
+        version, knobs = saved.pop("format", 1), flatten(saved)
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise ValueError("the saved config is not a JSON object; the file is damaged or not one of ours") from None
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise ValueError(f"the saved config has the format {version!r}, and this version knows 1 to {FORMAT}; use the version "
+                         "of ddpm that wrote it")
+    for since, key, before, name in RENAMED:
+        if version < since and isinstance(knobs.get(key), str):
+            knobs[key] = re.sub(rf"^\s*{before}\b", name, knobs[key])
     config = base()
     config.update_from_flattened_dict(BEFORE)
     known = flatten(config)
@@ -452,8 +466,9 @@ def changed(config, knobs):
 
 
 def tracked(config):
-    """The config as W&B shows it: flat, under the names that a sweep's parameters have."""
-    return {f"config.{key}": list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items()}
+    """The config as W&B shows it: flat, under the names that a sweep's parameters have, and with its format."""
+    knobs = {"format": FORMAT} | flatten(config)
+    return {f"config.{key}": list(value) if isinstance(value, tuple) else value for key, value in knobs.items()}
 
 
 def write(config, folder):
@@ -479,7 +494,11 @@ def check_continues(config, folder):
 def check_measures(config, folder):
     """Raise a ValueError where a folder that is to keep a measurement holds another one, or a training."""
     path = Path(folder, "config.json")
-    if Path(folder, "checkpoints").exists() or path.exists() and path.read_text() != to_json(config) + "\n":
+    try:
+        another = path.exists() and flatten(read(path)) != flatten(config)
+    except ValueError:  # of a damaged one
+        another = True
+    if another or Path(folder, "checkpoints").exists():
         raise ValueError(f"{folder} holds another run; give another --workdir")
 
 

@@ -216,6 +216,37 @@ def test_a_saved_config_of_an_older_version_takes_the_defaults():
     assert from_json(json.dumps(saved)) == freeze(with_knobs(train__batch_size=7))
 
 
+@pytest.mark.parametrize("said, name", [
+    ({}, "sigmoid_eps(bias=1.0)"), ({"format": 1}, "sigmoid_eps(bias=1.0)"), ({"format": 2}, "sigmoid(bias=1.0)")])
+def test_a_name_means_what_it_meant_in_the_format_of_a_saved_config(said, name):
+    """`sigmoid` was a weighting without the derivative of the log-SNR before there was a format."""
+    saved = said | {"diffusion": {"weighting": "sigmoid(bias=1.0)", "beta_schedule": "sigmoid(tau=0.5)"}}
+    back = from_json(json.dumps(saved))
+    assert back.diffusion.weighting == name and back.diffusion.beta_schedule == "sigmoid(tau=0.5)"
+    assert from_json(to_json(back)) == back
+    for other in ("sigmoid_eps", "p2"):
+        assert from_json(json.dumps(said | {"diffusion": {"weighting": other}})).diffusion.weighting == other
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", 2.0, True, None, {"a": 1}])
+def test_a_saved_config_of_an_unknown_format(version):
+    assert complaint(from_json, json.dumps({"format": version, "seed": 3})) == (
+        f"the saved config has the format {version!r}, and this version knows 1 to 2; use the version of ddpm that wrote it")
+
+
+def test_a_run_of_before_goes_on_under_the_new_name_alone(tmp_path):
+    old = json.loads(to_json(with_knobs(diffusion__weighting="sigmoid")))
+    del old["format"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert complaint(config.check_continues, with_knobs(diffusion__weighting="sigmoid"), tmp_path) == (
+        f"{tmp_path} holds a run with another config (diffusion.weighting: 'sigmoid_eps' there, 'sigmoid' here); give another "
+        "--workdir, or the same config to continue it")
+    config.check_continues(with_knobs(diffusion__weighting="sigmoid_eps"), tmp_path)
+    with pytest.raises(ValueError, match="holds another run"):
+        config.check_measures(with_knobs(diffusion__weighting="sigmoid"), tmp_path)
+    config.check_measures(with_knobs(diffusion__weighting="sigmoid_eps"), tmp_path)
+
+
 @pytest.mark.parametrize("text", ["", "{", "not json", "[]", "3", "null", '"text"', "[" * 100_000, '{"train": ' * 100_000])
 def test_what_is_no_json_object(text):
     assert complaint(from_json, text) == "the saved config is not a JSON object; the file is damaged or not one of ours"
@@ -264,8 +295,10 @@ def test_changed():
 def test_tracked_is_flat_and_has_the_names_of_the_flags():
     shown = config.tracked(freeze(odd()))
     assert shown["config.train.learning_rate"] == 1 / 3 and shown["config.wandb.tags"] == ["a, b", "é"]
-    assert set(shown) == {f"config.{key}" for key in KNOBS}
+    assert set(shown) == {f"config.{key}" for key in KNOBS} | {"config.format"}
     assert json.loads(json.dumps(shown)) == shown
+    saved = json.dumps({key.removeprefix("config."): value for key, value in shown.items()})
+    assert from_json(saved) == freeze(odd())  # as runs come back from W&B
 
 
 # continuing a run

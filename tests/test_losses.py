@@ -1,19 +1,21 @@
 """Losses, weightings and distributions of times against their closed forms, and against loops written out."""
 
 import itertools
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import rows, run, tiny
 from torch.distributions import Normal, kl_divergence
 
-from ddpm import build, rng
+from ddpm import build, checkpoint, results, rng
 from ddpm import config as configs
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.ddpm import DDPM
-from ddpm.diffusion.losses import TIMES, WEIGHTINGS, Importance, Uncertainty
+from ddpm.diffusion.losses import TIMES, WEIGHTINGS, Importance, Objective, Uncertainty
 from ddpm.diffusion.process import Process
 from ddpm.diffusion.schedules import get_schedule
 from ddpm.diffusion.targets import TARGETS, get_target
@@ -28,9 +30,15 @@ def process(name="cosine", timesteps=100):
     return Process(*get_schedule(name, timesteps))
 
 
-def weigh(name, target, level):
+def weighting_of(name, noise):
+    """A weighting of the table, as an objective of a process has it."""
+    return Objective(noise, get_target("x0"), weighting=name).weighting
+
+
+def weigh(name, target, level, noise=None):
     """The weight that a weighting gives to the error on a target."""
-    return choose("weighting", WEIGHTINGS, name)(torch.ones(len(level.t), dtype=torch.float64), level, get_target(target))
+    error = torch.ones(len(level.t), dtype=torch.float64)
+    return weighting_of(name, noise or process())(error, level, get_target(target))
 
 
 T = torch.tensor([3, 40, 80])
@@ -41,7 +49,7 @@ T = torch.tensor([3, 40, 80])
     ("min_snr(gamma=4.0)", lambda snr: snr.clamp(max=4.0) / snr),
     ("soft_min_snr(gamma=4.0)", lambda snr: 4 / (snr + 4)),
     ("p2(k=1.5, gamma=0.5)", lambda snr: (1.5 + snr) ** -0.5),
-    ("sigmoid(bias=1.0)", lambda snr: 1 / (1 + snr / math.e)),
+    ("sigmoid_eps(bias=1.0)", lambda snr: 1 / (1 + snr / math.e)),
     ("edm(sigma_data=0.5)", lambda snr: (snr + 4) / snr),
 ])
 def test_weightings_of_eps_are_the_published_ones(name, of_eps):
@@ -61,24 +69,89 @@ def test_min_snr_of_the_other_targets_is_the_published_one():
 @pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name not in ("simple", "uncertainty")])
 def test_a_weighting_is_of_the_estimate_and_not_of_the_target(name, path):
     x0, eps, guess = (images(3, 1, 2, 2, seed=seed) for seed in range(3))
-    level = process(path).at(T)
-    losses = []
+    noise, losses = process(path), []
+    level = noise.at(T)
     for target in map(get_target, TARGETS):
         make = partial(target.make, alpha=level.alpha, sigma=level.sigma)
         wrong = (level.alpha * x0 + level.sigma * eps - level.alpha * guess) / level.sigma
         error = ((make(x0, eps) - make(guess, wrong)) ** 2).mean((1, 2, 3))
-        losses.append(choose("weighting", WEIGHTINGS, name)(error, level, target))
+        losses.append(weighting_of(name, noise)(error, level, target))
     for other in losses[1:]:
         torch.testing.assert_close(other, losses[0], rtol=1e-8, atol=0)  # float64; eps at sigma = 40 loses six digits
 
 
 def test_no_two_weightings_are_one_at_their_defaults():
-    """Sigmoid with bias 0 and P2 are one function, as the study `targets` found out: 1 / (1 + SNR)."""
+    """sigmoid_eps with bias 0 and P2 are one function, as the study `targets` found out: 1 / (1 + SNR)."""
     level = process().at(T)
     found = {name: weigh(name, "eps", level) for name in WEIGHTINGS if name != "uncertainty"}
     for one, other in itertools.combinations(found, 2):
         assert not torch.allclose(found[one], found[other], rtol=1e-3), f"{one} is {other}"
-    torch.testing.assert_close(weigh("sigmoid(bias=0.0)", "eps", level), found["p2"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(weigh("sigmoid_eps(bias=0.0)", "eps", level), found["p2"], rtol=1e-12, atol=0)
+
+
+def cosine_log_snr(t):
+    """Of Nichol & Dhariwal 2021, eq. 17, at t of 1000."""
+    f = [math.cos((at / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for at in (t + 1, 0)]
+    return math.log(f[0] / (f[1] - f[0]))
+
+
+def linear_log_snr(t):
+    """Of Ho et al. 2020: the product of 1 - beta_i for i = 0 .. t, betas on a line, is a ratio of gamma functions."""
+    rise = (0.02 - 1e-4) / 999
+    z = (1 - 1e-4) / rise
+    log_alpha_bar = (t + 1) * math.log(rise) + math.lgamma(z + 1) - math.lgamma(z - t)
+    return log_alpha_bar - math.log(-math.expm1(log_alpha_bar))
+
+
+LOG_SNR = {
+    "linear": linear_log_snr,
+    "cosine": cosine_log_snr,
+    "flow": lambda t: 2 * math.log((1000 - t - 1) / (t + 1)),
+    "edm": lambda t: -2 * math.log(0.002 * (80 / 0.002) ** (t / 999)),
+}
+
+
+@pytest.mark.parametrize("bias", [2.0, -1.0])
+@pytest.mark.parametrize("path", LOG_SNR)
+def test_sigmoid_is_the_loss_of_the_papers(path, bias):
+    """-1/2 dlambda/dt e^b sigmoid(lambda - b) on x0, up to a factor, by the schedules' closed forms (Kingma & Gao 2023)."""
+    noise, log_snr = process(path, 1000), LOG_SNR[path]
+    t = torch.tensor([12, 40, 200, 500, 700, 900, 960, 987])
+    lambdas = torch.tensor([log_snr(at) for at in t.tolist()], dtype=torch.float64)
+    slopes = torch.tensor([(log_snr(at + 1e-3) - log_snr(at - 1e-3)) / 2e-3 for at in t.tolist()], dtype=torch.float64)
+    papers = -0.5 * slopes * math.exp(bias) * torch.sigmoid(lambdas - bias)
+    ours = weigh(f"sigmoid(bias={bias})", "x0", noise.at(t), noise)
+    # central differences at k steps from where lambda has its pole are off by 1/(3 k^2): 2e-3 at k = 13
+    torch.testing.assert_close(ours / ours[3], papers / papers[3], rtol=3e-3, atol=0)
+    of_eps = weigh(f"sigmoid(bias={bias})", "eps", noise.at(t), noise)
+    expected = slopes * torch.sigmoid(bias - lambdas)
+    torch.testing.assert_close(of_eps / of_eps[3], expected / expected[3], rtol=3e-3, atol=0)
+
+
+@pytest.mark.parametrize("path, ratio", [
+    ("cosine(s=0.0)", lambda log_snr: 1 / torch.cosh(log_snr / 2)),  # log-SNR 2 log cot u, whose slope is 4 / sin 2u
+    ("flow", lambda log_snr: 1 / torch.cosh(log_snr / 4) ** 2),
+    ("edm", torch.ones_like),
+])
+def test_sigmoid_eps_lacks_the_slope_of_the_schedule(path, ratio):
+    noise = process(path, 1000)
+    level = noise.at(torch.arange(1000))
+    log_snr = 2 * (noise.alpha / noise.sigma).log()
+    lacking = weigh("sigmoid_eps", "x0", level, noise) / weigh("sigmoid", "x0", level, noise)
+    middle, expected = int(log_snr.abs().argmin()), ratio(log_snr)
+    inner = slice(10, 990)  # 10 steps from a pole central differences are off by 3e-3
+    torch.testing.assert_close((lacking / lacking[middle])[inner], (expected / expected[middle])[inner], rtol=5e-3, atol=0)
+    finite = log_snr.isfinite()  # the factor is 1 in the mean, so that the loss keeps its scale
+    assert (1 / lacking[finite]).mean().item() == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 3, 1000])
+@pytest.mark.parametrize("target", ["x0", "v", "flow"])
+def test_sigmoid_is_finite_at_every_level_and_0_in_pure_noise(target, timesteps):
+    noise = Process(*get_schedule("linear", timesteps, zero_terminal=True))
+    weights = weigh("sigmoid", target, noise.at(torch.arange(timesteps)), noise)
+    assert weights.isfinite().all() and (weights[:-1] > 0).all()
+    assert (weights[-1] == 0) == (timesteps > 1)
 
 
 def test_edm_weighting_is_simple_on_its_own_target():
@@ -302,3 +375,18 @@ def test_contradictions_are_refused_with_the_remedy(knobs, remedy):
 def test_old_configs_keep_their_objective():
     old = configs.from_json('{"diffusion": {"timesteps": 10, "beta_schedule": "cosine", "predict": "v", "clip": true}}')
     assert old.diffusion.loss == "mse" and old.diffusion.weighting == "simple" and old.diffusion.times == "uniform"
+
+
+def test_weights_and_runs_of_before_keep_the_sigmoid_they_learned_under(tmp_path):
+    """A checkpoint that says `sigmoid` without a format, and the kept runs of the study `targets`."""
+    made = tiny(diffusion__weighting="sigmoid")
+    text = json.loads(configs.to_json(made))
+    del text["format"]
+    checkpoint.export(tmp_path / "old.safetensors", build.network(made).state_dict(), 3, json.dumps(text))
+    model = build.diffusion(build.load(tmp_path / "old.safetensors", "cpu").config, None)
+    alpha, sigma = (table[[5]] for table in get_schedule("cosine", 20))
+    level = model.process.at(torch.tensor([5]))
+    weight = model.objective.weighting(torch.ones(1, dtype=torch.float64), level, model.target)
+    torch.testing.assert_close(weight, 1 / (1 + (alpha / sigma) ** 2 / math.e**2), rtol=1e-12, atol=0)
+    kept = sorted((Path(__file__).parents[1] / "experiments" / "targets" / "runs").glob("*weighting=sigmoid-*"))
+    assert len(kept) == 9 and {results.read(folder).knobs["diffusion.weighting"] for folder in kept} == {"sigmoid_eps"}

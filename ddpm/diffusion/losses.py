@@ -5,9 +5,9 @@
     times(process, places, batch_size, u, *, knobs) -> (t, importance), for the images at `places` of an effective batch;
     u(indices) gives a number in [0, 1) for each index; importance is [b] or None, and what the loss is multiplied by
 
-Weightings are published for errors on x0 or eps; `on_x0` brings them to the error on any target. None has the factor
--dlog(SNR)/dt of the bound, which is a matter of the times. What has parameters or remembers losses is a module, made
-with the process.
+Weightings are published for errors on x0 or eps; `on_x0` brings them to the error on any target. Of those, `sigmoid` alone
+has the factor -dlog(SNR)/dt of the bound, as in its papers. What has parameters, remembers losses or needs the whole process
+is a module, made with the process.
 """
 
 import math
@@ -39,8 +39,37 @@ def p2(error, level, target, *, k=1.0, gamma=1.0):
     return on_x0(error, level, target, snr(level) * (k + snr(level)) ** -gamma)
 
 
-def sigmoid(error, level, target, *, bias=2.0):
-    """sigmoid(bias - log SNR) on eps (Kingma & Gao 2023, section 4; Hoogeboom et al. 2025, eq. 5): with bias 0 it is p2."""
+class Sigmoid(nn.Module):
+    """-dlog(SNR)/dt sigmoid(bias - log SNR) on eps (Kingma & Gao 2023, section 4; Hoogeboom et al. 2025, eq. 5).
+
+    With uniform times each log-SNR then counts as much on every schedule. The derivative is divided by its mean over t, so
+    that the loss keeps its scale; on the schedule `edm` it is 1.
+    """
+
+    def __init__(self, process, *, bias=2.0):
+        super().__init__()
+        self.bias = bias
+        self.register_buffer("slope", log_snr_slope(process), persistent=False)  # which the schedule makes again
+
+    def forward(self, error, level, target):
+        return self.slope[level.t.long()].to(error.dtype) * sigmoid_eps(error, level, target, bias=self.bias)
+
+
+def log_snr_slope(process):
+    """-dlog(SNR)/dt over its mean, float64 [T]: central differences of the tables, one-sided at both ends.
+
+    Pure noise, whose log-SNR is infinite, has 1: an error on eps weighs nothing there, whatever the slope.
+    """
+    log_snr = 2 * (process.alpha / process.sigma).log()
+    slope, finite = torch.ones_like(log_snr), int((process.alpha > 0).sum())
+    if finite > 1:
+        difference = -torch.gradient(log_snr[:finite])[0]
+        slope[:finite] = difference / difference.mean()
+    return slope
+
+
+def sigmoid_eps(error, level, target, *, bias=2.0):
+    """sigmoid(bias - log SNR) on eps: `sigmoid` without the derivative of the log-SNR; with bias 0 it is p2."""
     return on_x0(error, level, target, snr(level) * torch.sigmoid(bias - snr(level).log()))
 
 
@@ -230,7 +259,8 @@ WEIGHTINGS = {
     "min_snr": min_snr,
     "soft_min_snr": soft_min_snr,
     "p2": p2,
-    "sigmoid": sigmoid,
+    "sigmoid": Sigmoid,
+    "sigmoid_eps": sigmoid_eps,
     "edm": edm,
     "uncertainty": Uncertainty,
 }
