@@ -247,6 +247,7 @@ def run(config, folder, machine, rollbacks=0):
     network = learning(config, net, machine, levels, notes.append)
     averaged = averages(config, network.weights)
     made = step(config, network, list(averaged.values()), len(learned), rollbacks)
+    notes += build.loss_remarks(made.objective)
     shared = {"net": network.weights, **averaged, "optimizer": made.optimizer}
     parts = {**{name: network.part(one) for name, one in shared.items()}, "scaler": made.scaler, "meters": made.meters,
              "guard": made.guard, "best": Best(), "due": Due(),

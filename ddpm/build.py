@@ -171,6 +171,16 @@ def unconditioned(net):
             "group removes what is added before it; for a new run leave model.norm_num_groups at 0"]
 
 
+def loss_remarks(objective):
+    """What a person should know of how a loss weighs the noise levels: lines, mostly none."""
+    weights = objective.weights
+    if weights[-1] > 0:
+        return []
+    share = weights[-math.ceil(len(weights) / 20):].sum() / weights.sum()
+    return [f"the loss gives no weight to t = {len(weights) - 1}, where sampling starts, and {share:.1e} of its weight to the "
+            "last 5 % of t, so the network hardly learns what it predicts there; diffusion.weighting=simple weighs every t"]
+
+
 def at_a_time(config, machine):
     """The most images that a training has on a card at once: a micro-batch."""
     return max(config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1)

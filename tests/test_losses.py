@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import rows, run, tiny
+from scipy.integrate import quad
 from torch.distributions import Normal, kl_divergence
 
 from ddpm import build, checkpoint, results, rng
@@ -17,7 +19,7 @@ from ddpm.diffusion import likelihood
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.losses import TIMES, WEIGHTINGS, Importance, Objective, Uncertainty
 from ddpm.diffusion.process import Process
-from ddpm.diffusion.schedules import get_schedule
+from ddpm.diffusion.schedules import SCHEDULES, get_schedule
 from ddpm.diffusion.targets import TARGETS, get_target
 from ddpm.spec import choose
 
@@ -152,6 +154,33 @@ def test_sigmoid_is_finite_at_every_level_and_0_in_pure_noise(target, timesteps)
     weights = weigh("sigmoid", target, noise.at(torch.arange(timesteps)), noise)
     assert weights.isfinite().all() and (weights[:-1] > 0).all()
     assert (weights[-1] == 0) == (timesteps > 1)
+
+
+VANISHING = {"min_snr", "soft_min_snr", "p2", "sigmoid", "sigmoid_eps"}  # as the SNR, whose weight on x0 is finite times it
+
+
+@pytest.mark.parametrize("zero_terminal", [False, True])
+@pytest.mark.parametrize("path", SCHEDULES)
+def test_a_loss_that_weighs_nothing_where_sampling_starts_is_told(path, zero_terminal):
+    for target, name in itertools.product(TARGETS, WEIGHTINGS):
+        ends = zero_terminal or path == "flow"
+        if ends and not get_target(target).pure_noise:
+            continue  # refused
+        model = DDPM(None, 40, path, target, zero_terminal_snr=zero_terminal, weighting=name)
+        assert bool(build.loss_remarks(model.objective)) == (ends and name in VANISHING), (target, name)
+
+
+def test_the_share_of_the_last_times_is_told(tmp_path):
+    def weight(u):  # P2 on x0 along the straight path: SNR / (1 + SNR)
+        return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
+
+    model = DDPM(None, 1000, "flow", "x0", weighting="p2")
+    (line,) = build.loss_remarks(model.objective)
+    share = float(re.search(r"no weight to t = 999, where sampling starts, and (\S+) of its weight", line)[1])
+    assert share == pytest.approx(quad(weight, 0.95, 1)[0] / quad(weight, 0, 1)[0], rel=0.08)  # a sum over 50 t, in two digits
+    run(tiny(diffusion__beta_schedule="flow", diffusion__predict="v", diffusion__weighting="min_snr", train__length="1 steps",
+             every__sample="0 steps"), tmp_path)
+    assert "no weight to t = 19, where sampling starts" in (tmp_path / "training.log").read_text()
 
 
 def test_edm_weighting_is_simple_on_its_own_target():

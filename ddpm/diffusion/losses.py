@@ -193,7 +193,8 @@ class Objective(nn.Module):
     """Names become what is minimised: `loss` with its knob, a weighting and a distribution of times; a checkpoint part.
 
     `loss` is one of LOSSES: the weighted mean squared error, that plus a share of the bound by which the variance learns
-    (Nichol & Dhariwal 2021, eq. 16), or the bound. Raises ValueError for unknown names and for what contradicts itself.
+    (Nichol & Dhariwal 2021, eq. 16), or the bound. `weights` [T] are those of the error on the target, at first.
+    Raises ValueError for unknown names and for what contradicts itself.
     """
 
     def __init__(self, process, target, loss="mse", weighting="simple", times="uniform", learned=False):
@@ -211,8 +212,8 @@ class Objective(nn.Module):
                              "diffusion.loss=mse")
         self.weighting = made(spec.choose("weighting", WEIGHTINGS, weighting), process)
         level = process.at(torch.arange(process.timesteps))
-        weights = self.weighting(torch.ones(process.timesteps, dtype=torch.float64), level, target)
-        if not (weights.isfinite() & (weights >= 0)).all():
+        self.weights = self.weighting(torch.ones(process.timesteps, dtype=torch.float64), level, target).detach()
+        if not (self.weights.isfinite() & (self.weights >= 0)).all():
             raise ValueError(f"weighting {weighting!r} has no finite weight of 0 or more at every noise level; choose other "
                              "arguments, or none for the published ones")
         self.times = made(spec.choose("time distribution", TIMES, times), process)
