@@ -28,6 +28,7 @@ def get_config(variant=None):
     config.diffusion.beta_schedule = "cosine"
     config.diffusion.variance = "learned"
     config.diffusion.loss = "hybrid"
+    config.diffusion.rescale_timesteps = True
     config.train.length = "500000 steps"
     config.train.batch_size = 128
     config.train.learning_rate = 1e-4

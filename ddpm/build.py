@@ -231,7 +231,7 @@ def guide(config, machine):
 
 SHARED = (  # what a guide's config has in common with that of the network it guides
     "data.image_size", "data.channels", "data.classes", "diffusion.timesteps", "diffusion.beta_schedule",
-    "diffusion.zero_terminal_snr", "diffusion.predict", "diffusion.self_condition")
+    "diffusion.zero_terminal_snr", "diffusion.predict", "diffusion.self_condition", "diffusion.rescale_timesteps")
 
 
 def evaluations(config, recipe, edit=None):

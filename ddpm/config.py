@@ -74,6 +74,7 @@ def base():
             "weighting": "simple",  # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid, sigmoid_eps, edm, uncertainty
             "times": "uniform",  # uniform, stratified, antithetic, logit_normal, lognormal, importance
             "self_condition": False,  # the network sees its last estimate of the image too
+            "rescale_timesteps": False,  # the network hears 1000 t / T, as OpenAI's code has it, in place of t
             "clip": True,  # samples: predicted images are clipped to [-1, 1] at each step
         },
         "train": {

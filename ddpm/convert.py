@@ -169,7 +169,8 @@ def from_openai(path, tensors, given, labels):
     if missing := [FLAGS[flag][1] for flag in needed if flag not in given]:
         raise ValueError(f"{path} does not say how it was trained; add what is true of {', '.join(missing)}")
     steps, size = given["diffusion_steps"], given["image_size"]
-    allow(path, "rescale_timesteps", given.get("rescale_timesteps"), [False] if steps != 1000 else [None, True, False])
+    rescaled = allow(path, "rescale_timesteps", given.get("rescale_timesteps"),  # two of their codes have two defaults
+                     [True, False] if steps != 1000 else [None, True, False])
     return as_ours(path, tensors, {
         "data.image_size": size, "data.channels": channels,
         "model.model_channels": width, "model.channel_mult": factors(path, "channel_mult", [stem, *widths], width)[1:],
@@ -179,7 +180,8 @@ def from_openai(path, tensors, given, labels):
         "model.num_heads": given.get("num_heads", 1), "model.num_head_channels": given.get("num_head_channels", 0),
         "model.use_scale_shift_norm": len(tensors["middle_block.0.emb_layers.1.bias"]) == 2 * widths[-1],
         "model.freq_shift": 0, "model.downsample_padding": 1, "model.norm_num_groups": 32, "model.norm_eps": 1e-5,
-        "diffusion.timesteps": steps, "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
+        "diffusion.timesteps": steps, "diffusion.rescale_timesteps": bool(rescaled),
+        "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
         "diffusion.beta_schedule": allow(path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]),
         "diffusion.variance": "learned" if learned else "large", "diffusion.loss": "hybrid" if learned else "mse",
     } | named, OPENAI, cosines_first=True, legacy=not given["use_new_attention_order"], no_label=no_label)
@@ -273,6 +275,8 @@ def their_unet(path, config, net):
     for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
         allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
     model = config.model
+    if config.diffusion.timesteps != 1000:
+        allow(path, "config.diffusion.rescale_timesteps", config.diffusion.rescale_timesteps, [False])
     allow(path, "config.diffusion.self_condition", config.diffusion.self_condition, [False])
     allow(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
     groups = sorted({layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)})

@@ -466,6 +466,7 @@ THEIR_FLAGS = dict(image_size=8, diffusion_steps=1000, noise_schedule="linear", 
     (dict(heads=4, new_order=True), dict(num_heads=4, use_new_attention_order=True)),
     (dict(heads=2, attends=(False, True)), dict(num_heads=-1, num_head_channels=32)),
     (dict(scale_shift=True, updown=True), dict(diffusion_steps=4000, noise_schedule="cosine", rescale_timesteps=False)),
+    (dict(out=6), dict(diffusion_steps=4000, noise_schedule="cosine", rescale_timesteps=True)),
     (dict(mult=(1, 1, 2), blocks=2, attends=(False, True, False), scale_shift=True), dict(predict_xstart=True)),
     (dict(mult=(1, 3), blocks=3, attends=(True, True), updown=True, heads=2), dict(num_heads=2)),
     (dict(mult=(1,), attends=(False,)), dict()),
@@ -482,6 +483,25 @@ def test_weights_of_openai(tmp_path, options, flags):
     assert made.diffusion.beta_schedule == flags["noise_schedule"] and made.diffusion.timesteps == flags["diffusion_steps"]
     assert made.diffusion.predict == ("x0" if "predict_xstart" in flags else "eps")
     assert made.diffusion.variance == ("learned" if net.out == 6 else "large")
+
+
+@pytest.mark.parametrize("rescaled, scale", [(True, 1000 / 4000), (False, 1.0)])
+def test_a_converted_network_hears_the_times_that_it_was_trained_with(tmp_path, rescaled, scale):
+    """OpenAI's code gives t 1000 / T to the network where its flag says so, at any respacing."""
+    net = OpenAI()
+    torch.save(net.weights, tmp_path / "model.pt")
+    flags = THEIR_FLAGS | dict(diffusion_steps=4000, noise_schedule="cosine", rescale_timesteps=rescaled)
+    loaded = build.load(convert.convert(tmp_path / "model.pt", tmp_path / "ours", **flags), "cpu")
+    model, x = build.diffusion(loaded.config, loaded.net.eval()), inputs()[0]
+    for level in model.process.levels(7)[:-1]:
+        _, eps = model.denoiser(clip=False)(x, level)
+        torch.testing.assert_close(eps, net(x, torch.full((3,), scale * level.t)), rtol=0, atol=2e-4)  # through x0 and back
+    noise, t = torch.zeros_like(x), torch.tensor([0, 1777, 3999])
+    level = model.process.at(t)
+    x_t = (level.alpha * x).float()
+    expected = net(x_t, scale * t.float()).square().mean((1, 2, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(model.losses(x, t, noise), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("options", [dict(classes=3), dict(classes=2, scale_shift=True, updown=True, out=6)])
@@ -678,8 +698,7 @@ def test_no_code_is_run(tmp_path):
     ({"time_embed.0.weight": torch.zeros(256, 64)}, {}, "channel_mult is [32, 32, 64]"),
     ({"middle_block.1.qkv.bias": None}, {}, "the tensor middle_block.1.qkv.bias is missing"),
     ({"middle_block.3.weight": torch.zeros(1)}, {}, "the tensor middle_block.3.weight has no place"),
-    ({}, {"diffusion_steps": 4000}, "rescale_timesteps is None, which has no counterpart on the other side; it can be False"),
-    ({}, {"diffusion_steps": 4000, "rescale_timesteps": True}, "rescale_timesteps is True"),
+    ({}, {"diffusion_steps": 4000}, "rescale_timesteps is None, which has no counterpart on the other side; it can be True, F"),
     ({}, {"noise_schedule": "sigmoid"}, "noise_schedule is 'sigmoid'"),
     ({}, {"num_heads": 3}, "num_heads 3 does not divide 64 channels"),
     ({}, {"image_size": 9}, "image_size 9 cannot be halved"),
@@ -698,6 +717,7 @@ def test_openais_that_do_not_fit_are_one_line(tmp_path, change, flags, message):
      "config.model.num_heads, in channels a head, is [4, 8]"),
     (dict(model__name="dit(depth=2, width=16, heads=2)"), "config.model.name is 'dit(depth=2, width=16, heads=2)'"),
     (dict(model__qk_norm=True), "config.model.qk_norm is True"),
+    (dict(diffusion__rescale_timesteps=True), "config.diffusion.rescale_timesteps is True"),
     (dict(model__res_blocks_per_level=(1, 2)), "config.model.res_blocks_per_level is (1, 2)"),
 ])
 def test_ours_that_do_not_fit_are_one_line(tmp_path, knobs, message):

@@ -37,17 +37,20 @@ class DDPM(nn.Module):
     VARIANCES (of ancestral sampling; for a learned one the network has twice the channels out); `clip` holds the estimate
     of x0 in [-1, 1] while sampling; `zero_terminal_snr` lets the schedule end in pure noise; `loss`, `weighting` and
     `times` name entries of LOSSES, WEIGHTINGS and TIMES; with `self_condition` the network takes twice the channels, the
-    second half being its last estimate of x0. Attributes: `process`, `objective`, and `samplers`, which is SAMPLERS with
-    this model's variance as the default. Raises ValueError for unknown names, and for what contradicts itself.
+    second half being its last estimate of x0; with `rescale_timesteps` it hears 1000 t / T in place of t. Attributes:
+    `process`, `objective`, and `samplers`, which is SAMPLERS with this model's variance as the default.
+    Raises ValueError for unknown names, and for what contradicts itself.
     """
 
     def __init__(
         self, net, timesteps=1000, beta_schedule="linear", predict="eps", variance="small", clip=True,
         zero_terminal_snr=False, loss="mse", weighting="simple", times="uniform", self_condition=False,
+        rescale_timesteps=False,
     ):
         super().__init__()
         self.net = net
-        self.predict, self.target = predict, get_target(predict)
+        self.predict, self.time_scale = predict, 1000 / timesteps if rescale_timesteps else 1
+        self.target = get_target(predict, self.time_scale)
         self.variance = spec.check_choice("variance", variance, VARIANCES)
         self.clip, self.self_condition = clip, self_condition
         self.process = Process(*schedules.get_schedule(beta_schedule, timesteps, zero_terminal_snr))
@@ -69,7 +72,8 @@ class DDPM(nn.Module):
         `clip` takes the place of the model's.
         """
         return denoiser(self.net if net is None else net, predict=self.predict, clip=self.clip if clip is None else clip, y=y,
-                        learned=self.learned, self_condition=self.self_condition, guidance=guidance)
+                        learned=self.learned, self_condition=self.self_condition, guidance=guidance,
+                        time_scale=self.time_scale)
 
     def q_sample(self, x0, t, noise=None):
         """Return x_t ~ q(x_t | x0), the images noised to times t (Ho et al. 2020, eq. 4), by torch's generator if need be."""

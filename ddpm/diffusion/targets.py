@@ -87,9 +87,15 @@ def log(value):
     return value.log() if isinstance(value, torch.Tensor) else math.log(value)
 
 
-def get_target(name):
-    """Return the Target of a name like `"v"` or `"edm(sigma_data=0.5)"`; raises ValueError for an unknown one."""
-    return spec.choose("target", TARGETS, name)()
+def get_target(name, time_scale=1):
+    """Return the Target of a name like `"v"` or `"edm(sigma_data=0.5)"`, where networks hear t times `time_scale`.
+
+    Raises ValueError for an unknown name.
+    """
+    target = spec.choose("target", TARGETS, name)()
+    if time_scale == 1:
+        return target
+    return target._replace(told=lambda t, alpha, sigma: target.told(t * time_scale, alpha, sigma))
 
 
 def ask(net, target, x, level, y=None, before=None):
@@ -115,14 +121,14 @@ def estimate(x, out, level, target, clip, learned=False):
     return x0, (x - level.alpha * x0) / level.sigma, *((channel + 1) / 2 for channel in channels)
 
 
-def denoiser(net, *, predict, clip, y=None, learned=False, self_condition=False, guidance=NONE):
+def denoiser(net, *, predict, clip, y=None, learned=False, self_condition=False, guidance=NONE, time_scale=1):
     """Make `denoise(x, level)` of a network, for one walk of a sampler; x is float32 and so are the results.
 
     `learned` and `self_condition` say what the network was made for: a learned variance, and its last estimate of x0 beside x
-    (Chen et al. 2023, "Analog Bits", section 2.3); `guidance` moves what it says, before x0 is clipped. Raises ValueError for
-    an unknown target.
+    (Chen et al. 2023, "Analog Bits", section 2.3); `guidance` moves what it says, before x0 is clipped; `time_scale` is as of
+    `get_target`. Raises ValueError for an unknown target.
     """
-    target, last = get_target(predict), None
+    target, last = get_target(predict, time_scale), None
 
     def denoise(x, level):
         nonlocal last
