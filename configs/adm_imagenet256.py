@@ -26,6 +26,7 @@ def get_config(variant=None):
     config.model.resblock_updown = True
     config.model.freq_shift = 0
     config.model.norm_eps = 1e-5
+    config.model.initialization = "torch"
     config.diffusion.beta_schedule = "linear"
     config.diffusion.variance = "learned"
     config.diffusion.loss = "hybrid"

@@ -15,7 +15,7 @@ def get_config(variant=None):
     config.data.channels = 3
     config.data.flip = True
     config.data.class_labels = True
-    config.data.validation_fraction = 0.02
+    config.data.validation_fraction = 0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
     config.model.name = "dit(size='XL', patch_size=2)"
     config.diffusion.beta_schedule = "linear"
     config.diffusion.variance = "learned"

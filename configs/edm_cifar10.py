@@ -1,6 +1,7 @@
 """CIFAR-10 by the recipe of Karras et al. 2022: their preconditioning, noise levels, sampler and hyperparameters.
 
-The network has the widths of their DDPM++ (128 channels, mult 2,2,2, 4 blocks), built of our residual blocks.
+The network has the widths of their DDPM++ (128 channels, mult 2,2,2, 4 blocks), built of our residual blocks; the labels of its
+augmentation are added to the time embedding after the perceptron, theirs before it.
 """
 
 from ddpm.config import base, with_variant
@@ -12,7 +13,7 @@ def get_config(variant=None):
     config.data.image_size = 32
     config.data.channels = 3
     config.data.augment = 0.12
-    config.data.validation_fraction = 0.02
+    config.data.validation_fraction = 0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
     config.model.model_channels = 128
     config.model.channel_mult = (2, 2, 2)
     config.model.num_res_blocks = 4
@@ -30,6 +31,8 @@ def get_config(variant=None):
     config.train.warmup = "10000000 images"
     config.train.gradient_clip = 0.0
     config.ema.decay = 0.99929  # half of it is of the last 500,000 images
+    config.ema.warmup = False
+    config.ema.rampup = 0.05
     config.sample.sampler = "heun"
     config.sample.steps = 18
     config.sample.spacing = "karras"

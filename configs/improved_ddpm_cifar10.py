@@ -13,7 +13,7 @@ def get_config(variant=None):
     config.data.source = "torchvision(name='CIFAR10')"
     config.data.image_size = 32
     config.data.channels = 3
-    config.data.validation_fraction = 0.02
+    config.data.validation_fraction = 0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
     config.model.model_channels = 128
     config.model.channel_mult = (1, 2, 2, 2)
     config.model.num_res_blocks = 3
@@ -24,6 +24,7 @@ def get_config(variant=None):
     config.model.freq_shift = 0
     config.model.downsample_padding = 1
     config.model.norm_eps = 1e-5
+    config.model.initialization = "torch"
     config.diffusion.timesteps = 4000
     config.diffusion.beta_schedule = "cosine"
     config.diffusion.variance = "learned"

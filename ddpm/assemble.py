@@ -23,8 +23,8 @@ from ddpm.train import ROLLBACKS, Best, Due, Run, Same
 def averages(config, weights):
     """The averages of a training by the names of their parts; the first is the one that is drawn and measured."""
     section = config.ema
-    made = {"ema": EMA(weights, section.decay, section.warmup)}
-    made |= {build.part_name(decay): EMA(weights, decay, section.warmup) for decay in section.more}
+    made = {"ema": EMA(weights, section.decay, section.warmup, section.rampup)}
+    made |= {build.part_name(decay): EMA(weights, decay, section.warmup, section.rampup) for decay in section.more}
     return made | {build.part_name(width): EMA(weights, posthoc.power_function(width)) for width in section.profiles}
 
 

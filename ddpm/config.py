@@ -63,6 +63,7 @@ def base():
             "downsample_padding": 0,  # zeros where an image is halved: 0 at its far end, as Ho's, 1 at both, as OpenAI's
             "norm_num_groups": 0,  # groups of a norm, at most; 0 is 32, of 4 channels or more: a group of 1 removes the time
             "norm_eps": 1e-6,  # added to the variance of a group: 1e-6 as in Ho's code, 1e-5 as in OpenAI's
+            "initialization": "glorot",  # of new weights: glorot as in Ho's code, torch as in OpenAI's
         },
         "diffusion": {
             "timesteps": 1000,  # T, noise levels: 1 to 10000
@@ -101,6 +102,7 @@ def base():
         "ema": {
             "decay": 0.9999,  # of the averaged weights, a step
             "warmup": True,  # average over fewer steps at first: decay at most (1 + n) / (10 + n) at step n
+            "rampup": 0.0,  # half-life at most this share of the steps so far: 0.05 as in EDM's code; 0 sets no limit
             "more": (),  # further decays averaged beside it, from 0.3 up, for --ema=0.999
             "profiles": (),  # power-function averages to store, by sigma_rel: (0.05, 0.1) makes any --ema up to 0.288
         },
@@ -195,6 +197,7 @@ RANGES = {
     "train.label_dropout": (0, 0.99),
     "train.max_hours": (0, 10_000),
     "ema.decay": (0, 0.999999999),
+    "ema.rampup": (0, 1),
     "sample.steps": (1, 10_000),
     "sample.guidance": (0, 1000),
     "sample.num_images": (1, 4096),
@@ -210,6 +213,7 @@ RANGES = {
 }
 CHOICES = {
     "data.channels": (1, 3, 4),
+    "model.initialization": ("glorot", "torch"),
     "diffusion.variance": VARIANCES,
     "train.amp": dist.AMP,
     "train.activation_checkpointing": ("none", "auto", "all"),

@@ -271,7 +271,7 @@ def to_diffusers(source, folder):
 def their_unet(path, config, net):
     """The fields of a UNet2DModel's config for a network of ours."""
     knobs, usual = configs.flatten(config), configs.flatten(configs.base())
-    carried = {knob for _, knob, _ in UNET.values()}.union(*SHAPE.values())
+    carried = {knob for _, knob, _ in UNET.values()}.union(*SHAPE.values(), ("model.initialization",))  # trained over
     for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
         allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
     model = config.model

@@ -14,14 +14,14 @@ class EMA:
     """shadow <- decay * shadow + (1 - decay) * weights, at every `update()` (Ho et al. 2020, appendix B).
 
     With `warmup` the decay of update n = 0, 1, ... is min(decay, (1 + n) / (10 + n)), so that a young average forgets
-    the initial weights. A `decay` that is a function of n (posthoc.power_function) is taken as it is. Raises ValueError for a
-    number outside [0, 1).
+    the initial weights; with `rampup` its half-life is at most that share of n (Karras et al. 2022, EDM, code).
+    A `decay` that is a function of n (posthoc.power_function) is taken as it is. Raises ValueError for a number outside [0, 1).
     """
 
-    def __init__(self, model, decay=0.9999, warmup=True):
+    def __init__(self, model, decay=0.9999, warmup=True, rampup=0.0):
         if not callable(decay) and not 0 <= decay < 1:
             raise ValueError(f"ema decay {decay} is outside [0, 1); use a number such as 0.9999, or 0 for no averaging")
-        self.model, self.decay, self.warmup = model, decay, warmup
+        self.model, self.decay, self.warmup, self.rampup = model, decay, warmup, rampup
         self.updates = 0
         self._weights = None  # the raw weights, while the averaged ones are in the model
         state = model.state_dict()
@@ -34,9 +34,12 @@ class EMA:
 
     def next_decay(self):
         """The decay of the next update."""
+        n = self.updates
         if callable(self.decay):
-            return self.decay(self.updates)
-        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+            return self.decay(n)
+        young = (1 + n) / (10 + n) if self.warmup else 1.0
+        ramped = 0.5 ** (1 / max(self.rampup * n, 1e-9)) if self.rampup else 1.0
+        return min(self.decay, young, ramped)
 
     @torch.no_grad()
     def update(self):

@@ -141,3 +141,26 @@ def test_a_network_gets_the_knobs_that_it_names():
     assert net.blocks[0].attention.norm_q.weight.shape == (8,)
     unet = build.network(config.changed(given, {"model.name": "unet"}))
     assert unet.middle[1].heads == 4 and unet.middle[1].norm_q.weight.shape == (4,) and unet.middle[0].dropout.p == 0.25
+
+
+def test_the_recipes_are_those_of_their_papers():
+    """Figures of openai/improved-diffusion, NVlabs/edm and gnobitab/RectifiedFlow."""
+    def recipe(name):
+        return module_of(FILES[0].parent / f"{name}.py").get_config()
+
+    held_out = {path.stem: recipe(path.stem).data.validation_fraction for path in FILES if "CIFAR10" in path.read_text()}
+    assert held_out and set(held_out.values()) == {0.0}  # they learn from all 50,000 images
+    improved = recipe("improved_ddpm_cifar10")
+    told = build.diffusion(improved, None).target.told
+    assert [told(t, 0.5, 0.5) for t in (0, 1000, 3999)] == [0, 250, 999.75]  # t 1000 / 4000
+    assert build.diffusion(recipe("ddpm_cifar10"), None).target.told(999, 0.5, 0.5) == 999
+    glorot = {path.stem for path in FILES if recipe(path.stem).model.initialization == "glorot"}
+    assert {path.stem for path in FILES} - glorot == {
+        "improved_ddpm_cifar10", "adm_imagenet64", "adm_imagenet128", "adm_imagenet256"}
+    edm = recipe("edm_cifar10")
+    assert edm.ema.decay == pytest.approx(0.5 ** (edm.train.batch_size / 500_000), abs=1e-6)
+    assert edm.ema.rampup == 0.05 and not edm.ema.warmup
+    flow = recipe("rectified_flow_cifar10")
+    assert flow.ema.decay == 0.999999 and flow.ema.warmup
+    old = config.from_json('{"model": {"model_channels": 32}}')
+    assert (old.model.initialization, old.diffusion.rescale_timesteps, old.ema.rampup) == ("glorot", False, 0.0)

@@ -67,6 +67,16 @@ def test_warm_up(model):
         torch.testing.assert_close(ema.shadow[name].double(), weighted_sum(values, decays, name), rtol=0, atol=2e-6)
 
 
+def test_ramp_up_is_edms(model):
+    """training_loop.py of NVlabs/edm in its own unit, images: a half-life of 400, or 0.05 of those so far; batches of 20."""
+    ema = EMA(model, decay=0.5 ** (20 / 400), warmup=False, rampup=0.05)
+    decays = [0.5 ** (20 / max(min(400, 0.05 * 20 * n), 1e-8)) for n in range(600)]
+    assert decays[0] == 0 and decays[399] < decays[400] == decays[599]  # both branches are met
+    values = walk(model, ema, 600)
+    # a float32 rounding of 6e-8 each step, of which the last 30 count
+    torch.testing.assert_close(ema.shadow["weight"].double(), weighted_sum(values, decays, "weight"), rtol=0, atol=5e-6)
+
+
 def test_same_as_torchs_averaged_model():
     torch.manual_seed(0)
     model = nn.Linear(5, 4)

@@ -592,3 +592,20 @@ def test_blocks_for_levels_that_are_not_there():
 @pytest.mark.parametrize("mult", [(), (1, 0)])
 def test_channel_mult_needs_levels(mult):
     refuses(f"channel_mult is {mult}; use one or more whole numbers", UNet, **{**TINY, "channel_mult": mult})
+
+
+def test_initialization_as_torch_is_that_of_its_layers():
+    """Uniform in 1 / sqrt(fan_in) for weights and biases, as OpenAI's code leaves them; what closes a branch is still zero."""
+    given = dict(image_size=8, in_channels=3, out_channels=3, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                 attention_resolutions=(4,), num_classes=4, augmentation=9)
+    torch.manual_seed(0)
+    net, usual = UNet(**given, initialization="torch"), UNet(**given)
+    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    zero = {name for name, layer in layers.items() if not layer.weight.any()}
+    assert zero == {name for name in layers if not usual.get_submodule(name).weight.any()} and "head.2" in zero
+    for name in layers.keys() - zero:
+        weight, bound = layers[name].weight.detach(), layers[name].weight[0].numel() ** -0.5
+        assert weight.abs().max() <= bound and layers[name].bias.abs().max() <= bound
+        assert layers[name].bias.any() and not usual.get_submodule(name).bias.any()
+        # of a uniform number the square has a relative deviation of 0.9; five of them over the root of their number
+        assert abs(weight.square().mean().item() / (bound**2 / 3) - 1) < 5 * 0.9 / weight.numel() ** 0.5

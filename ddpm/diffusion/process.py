@@ -64,9 +64,9 @@ def posterior(s, t):
     """Return q(x_s | x_t, x0) for levels s < t, any distance apart (Kingma et al. 2021, VDM, appendix A.2).
 
     `small` is the true variance, right for data that is one point; `large`, that of q(x_t | x_s), is right for data
-    that is white noise (Ho et al. 2020, section 3.2). For neighbours this is Ho et al., eqs. 6-7; for others it is
-    the same on respaced betas (Nichol & Dhariwal 2021, eq. 19). Written with rho = (sigma/alpha)_s / (sigma/alpha)_t
-    it is finite at s = CLEAN and at alpha_t = 0.
+    that is unit white noise, where alpha^2 + sigma^2 = 1 (Ho et al. 2020, section 3.2). For neighbours this is Ho et al.,
+    eqs. 6-7; for others it is the same on respaced betas (Nichol & Dhariwal 2021, eq. 19). Written with
+    rho = (sigma/alpha)_s / (sigma/alpha)_t it is finite at s = CLEAN and at alpha_t = 0.
     """
     rho = (s.sigma * t.alpha) / (t.sigma * s.alpha)
     gain = (1 - rho) * (1 + rho)

@@ -4,7 +4,7 @@ x [b, c, h, w]; t [b], float or integer; emb [b, e], the embedding of time (and 
 et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B, and its released code; scale-shift norm and
 resizing inside a block are those of Dhariwal and Nichol 2021, "Diffusion Models Beat GANs". Initialisation is Ho's
 too: weights uniform with variance 2 / (fan_in + fan_out) (Glorot), biases zero, and zero for layers that close a
-residual branch or the network.
+residual branch or the network. `initialize_as_torch` makes it OpenAI's.
 """
 
 import math
@@ -63,6 +63,7 @@ def group_norm(channels, most=0, eps=1e-6):
 def linear(in_features, out_features, zero=False):
     """A dense layer with Glorot-uniform (`zero`: zero) weights and zero bias."""
     layer = nn.Linear(in_features, out_features)
+    layer.starts_at_zero = zero
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -71,9 +72,17 @@ def linear(in_features, out_features, zero=False):
 def conv(in_channels, out_channels, kernel_size, zero=False):
     """A convolution that keeps the image size, with Glorot-uniform (`zero`: zero) weights and zero bias."""
     layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    layer.starts_at_zero = zero
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def initialize_as_torch(net):
+    """Draw weights and biases again as torch does, uniform with variance 1 / (3 fan_in), except where they start at zero."""
+    for layer in net.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not getattr(layer, "starts_at_zero", False):
+            layer.reset_parameters()
 
 
 def recompute(modules):
@@ -181,6 +190,7 @@ def augmentation_embedding(augmentation, channels):
     if not augmentation:
         return None
     layer = nn.Linear(augmentation, channels, bias=False)
+    layer.starts_at_zero = True
     nn.init.zeros_(layer.weight)
     return layer
 

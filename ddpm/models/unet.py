@@ -20,6 +20,7 @@ from ddpm.models.layers import (
     check_multiple,
     conv,
     group_norm,
+    initialize_as_torch,
     linear,
     norm_groups,
     timestep_embedding,
@@ -50,7 +51,8 @@ class UNet(nn.Module):
     can be halved as often. The class embedding has `num_classes` rows, standard normal at first; a label of -1 is
     dropped: it adds zero. The last layer starts at zero, so a fresh network returns zeros. Norms have `norm_num_groups`
     groups at most, or, where that is 0, at most 32 of at least four channels each in the narrowest level. `freq_shift` to
-    `norm_eps` are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5. With
+    `norm_eps` are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5.
+    `initialization` is `glorot`, as Ho's code, or `torch`, as OpenAI's. With
     `augmentation` the forward pass takes a fourth argument [b, augmentation], what was done to the images; None is nothing.
 
     Raises ValueError for a size that cannot be halved often enough, an attention resolution that never occurs, heads
@@ -79,6 +81,7 @@ class UNet(nn.Module):
         qk_norm=False,
         res_blocks_per_level=(),
         augmentation=0,
+        initialization="glorot",
     ):
         super().__init__()
         levels = len(channel_mult)
@@ -158,6 +161,8 @@ class UNet(nn.Module):
                 self.decoder[-1].append(block(channels, channels, up=True) if resblock_updown else Upsample(channels))
 
         self.head = nn.Sequential(norm(channels), nn.SiLU(), conv(channels, out_channels, 3, zero=True))
+        if initialization == "torch":
+            initialize_as_torch(self)
 
     def embed(self, t, y, dtype):
         """The embedding [b, 4 model_channels] of times and labels; y None is every label dropped."""
