@@ -194,8 +194,9 @@ def test_levels_at_integers_are_the_tables_and_between_them_log_snr_is_a_line():
     assert middle.t == 7.25
 
 
-def test_levels_between_off_the_circle():
-    flow = straight(4)
+def test_levels_between_off_the_known_paths():
+    sigma = torch.arange(1, 5, dtype=torch.float64) / 4
+    flow = Process(1 - sigma, 1.5 * sigma)
     low, middle, high = (flow.level(t) for t in (0, 0.5, 1))
     for of in (lambda level: level.sigma / level.alpha, lambda level: math.hypot(level.alpha, level.sigma)):
         assert of(middle) ** 2 == pytest.approx(of(low) * of(high), rel=1e-12)  # halfway between logarithms

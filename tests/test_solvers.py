@@ -384,3 +384,16 @@ def test_the_level_of_a_ratio_is_the_inverse_of_the_ratio_of_a_level(path):
     for t in (0, 0.25, 1, 17, 30.5, 47.9):
         assert made.level_of(made.level(t).ratio).t == pytest.approx(t, abs=1e-10)  # float64
     assert made.level_of(1e-9).t == 0 and made.level_of(1e9).t == (49 if made.alpha[-1] > 0 else 48)
+
+
+@pytest.mark.parametrize("timesteps", [10, 1000])
+@pytest.mark.parametrize("schedule, constant", [
+    ("flow", lambda level: level.alpha + level.sigma), ("edm", lambda level: level.alpha),
+    ("cosine", lambda level: level.alpha**2 + level.sigma**2), ("laplace", lambda level: level.alpha**2 + level.sigma**2)])
+def test_levels_between_timesteps_lie_on_the_path(schedule, constant, timesteps):
+    path = process(schedule, timesteps)
+    for t in (0.5, 3.3, timesteps - 3.1):  # the last of flow is pure noise, infinitely far
+        below, level, above = path.level(int(t)), path.level(t), path.level(int(t) + 1)
+        assert constant(level) == pytest.approx(1, abs=1e-12)  # float64
+        part = math.log(level.ratio / below.ratio) / math.log(above.ratio / below.ratio)
+        assert below.ratio < level.ratio < above.ratio and part == pytest.approx(t - int(t), abs=1e-9)

@@ -80,12 +80,15 @@ class Process:
         self.alpha, self.sigma = alpha, sigma
         self.timesteps = len(alpha)
         clean = torch.tensor([CLEAN.alpha, CLEAN.sigma], dtype=torch.float64)
+        self.size = next((size for size in SIZES if max(abs(size(*pair) - 1) for pair in zip(
+            alpha.tolist(), sigma.tolist(), strict=True)) < 1e-9), math.hypot)
         host = torch.cat([rearrange(clean, "table -> table 1"), torch.stack([alpha, sigma])], dim=1)
         self.tables = {host.device: host}  # device -> (alpha, sigma) [2, 1 + T]: CLEAN stands before t = 0
 
     def level(self, t):
         """Return the level at time t in [0, T-1]; between integers, the log of sigma/alpha goes on a line.
 
+        Where one of SIZES is 1 at all integers it is 1 between them, so that the level lies on the path.
         Raises ValueError for a time outside the tables.
         """
         if not 0 <= t <= self.timesteps - 1:
@@ -96,9 +99,8 @@ class Process:
             return Level(float(t), alpha, sigma)
         above = self.level(below + 1)
         ratio = sigma / alpha * (above.sigma / above.alpha / (sigma / alpha)) ** part if above.alpha else math.inf
-        # the radius is 1 on a variance-preserving path; elsewhere its log goes on a line too
-        radius = math.hypot(alpha, sigma) ** (1 - part) * math.hypot(above.alpha, above.sigma) ** part
-        return Level(float(t), radius / math.hypot(1, ratio), radius / math.hypot(1 / ratio, 1))
+        size = self.size(alpha, sigma) ** (1 - part) * self.size(above.alpha, above.sigma) ** part
+        return Level(float(t), size / self.size(1, ratio), size / self.size(1 / ratio, 1))
 
     def level_of(self, ratio):
         """Return the level at which sigma/alpha is `ratio`, the inverse of `level`; beyond the tables, their nearest end."""
@@ -158,4 +160,6 @@ def latent(level, noise):
     return math.hypot(level.alpha, level.sigma) * noise
 
 
+SIZES = (  # of (alpha, sigma): what is 1 on a variance-preserving, a straight and a variance-exploding path
+    math.hypot, lambda alpha, sigma: alpha + sigma, lambda alpha, sigma: alpha)
 VARIANCES = ("small", "large", "learned")
