@@ -242,7 +242,7 @@ def test_a_network_that_sees_its_own_estimate_takes_none_over_from_another_walk(
 @pytest.mark.parametrize("text", EDITS)
 def test_every_edit_with_every_sampler_is_made_or_refused_in_a_line(text, name):
     levels, made, net = process().levels(14), get_edit(text), Tiny()
-    stochastic = name in ("ddpm", "euler_ancestral") or "dpmpp_sde" in name or "churn" in name
+    stochastic = name in ("ddpm", "euler_ancestral") or "_sde" in name or "churn" in name
     refused = {"inpaint": name not in [way.__name__ for way in STEPWISE], "sdedit": False}.get(text, stochastic)
     if refused:
         with pytest.raises(ValueError, match=f"sampler '{name.partition('(')[0]}' .*; use ddpm|; use ddim") as mistake:

@@ -70,10 +70,10 @@ CONTRADICTIONS = {  # pairs that no other choice can bring together, and what is
     (("diffusion.loss", "vlb"), ("diffusion.weighting", name)): "has its own weights" for name in WEIGHTINGS if name != "simple"
 } | {
     (("edit", INPAINT), ("sample.sampler", name)): "looks beyond one step" for name in (
-        "heun", "dpm2", "dpmpp", "dpmpp_sde", "unipc")
+        "heun", "dpm2", "dpmpp", "dpmpp_3m", "dpmpp_sde", "dpmpp_3m_sde", "unipc")
 } | {
     (("edit", edit), ("sample.sampler", name)): "draws fresh noise" for edit in ("invert", "interpolate") for name in (
-        "ddpm", "euler_ancestral", "dpmpp_sde")
+        "ddpm", "euler_ancestral", "dpmpp_sde", "dpmpp_3m_sde")
 }
 
 

@@ -103,22 +103,46 @@ def dpm2(denoise, x, levels, noise):
 
 
 def dpmpp(denoise, x, levels, noise, *, order=2):
-    """DPM-Solver++ with 1, 2 or 3 estimates of x0: 2M, 3M (Lu et al. 2022, algorithm 2); of order 1 it is `ddim(eta=0)`.
+    """DPM-Solver++ with 1, 2 or 3 estimates of x0 (Lu et al. 2022, algorithm 2): `ddim(eta=0)`, 2M, and a third order.
 
-    The third order takes the second derivative of x0 in full; the authors' code takes half of it, and is of second order.
-    Raises ValueError for another order.
+    Order 3 integrates the parabola through three estimates exactly and converges with order 3. The published 3M, which is
+    `dpmpp_3m`, has order 2, and the smaller error in practice. Raises ValueError for another order.
     """
     return multistep(denoise, x, levels, noise, order)
 
 
-def dpmpp_sde(denoise, x, levels, noise, *, eta=1.0, order=2):
-    """DPM-Solver++ on the reverse SDE, 2M SDE (Lu et al. 2022; eta as in k-diffusion); of order 1 it is `ddpm`.
+def dpmpp_3m(denoise, x, levels, noise):
+    """DPM-Solver++ 3M as published (Lu et al. 2022, code; diffusers): half of the parabola's quadratic term, so order 2.
 
-    eta is how much noise, from 0, where it is `dpmpp`. Raises ValueError for eta below 0 and for orders that are not 1, 2, 3.
+    With the exact denoiser of a mixture, in Karras spacing, it errs less than `dpmpp(order=3)` at 5 to 80 steps, and less than
+    2M at 10 and more; with a network on the digits 2M is ahead of both at 6 and 12 steps.
     """
+    return multistep(denoise, x, levels, noise, 3, published=True)
+
+
+def dpmpp_sde(denoise, x, levels, noise, *, eta=1.0, order=2):
+    """DPM-Solver++ 2M on the reverse SDE (Lu et al. 2022; eta as in k-diffusion); of order 1 it is `ddpm`.
+
+    This is the 2M SDE of diffusers and k-diffusion (`sample_dpmpp_2m_sde` there, with `solver_type="midpoint"`). What
+    k-diffusion calls `sample_dpmpp_sde` is another method: a single step with two evaluations. eta is how much noise, from 0,
+    where it is `dpmpp`. Raises ValueError for eta below 0 and for orders that are not 1, 2, 3.
+    """
+    return multistep(denoise, x, levels, noise, order, eta=check_eta(eta))
+
+
+def dpmpp_3m_sde(denoise, x, levels, noise, *, eta=1.0):
+    """`dpmpp_3m` on the reverse SDE, with the coefficients of k-diffusion's `sample_dpmpp_3m_sde`; at eta 0 it is `dpmpp_3m`.
+
+    Raises ValueError for eta below 0.
+    """
+    return multistep(denoise, x, levels, noise, 3, eta=check_eta(eta), published=True)
+
+
+def check_eta(eta):
+    """Return eta, how much noise a solver of the reverse SDE adds; raises ValueError where it is below 0 or not finite."""
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta {eta} is out of range; give a number from 0 (no noise) up, such as 1 (the reverse process)")
-    return multistep(denoise, x, levels, noise, order, eta=eta)
+    return eta
 
 
 def unipc(denoise, x, levels, noise, *, order=2):
@@ -129,34 +153,42 @@ def unipc(denoise, x, levels, noise, *, order=2):
     return multistep(denoise, x, levels, noise, order, correct=True)
 
 
-def multistep(denoise, x, levels, noise, order, eta=0.0, correct=False):
+GROWTH = 2.0  # at most, of a step over the one before it, to extrapolate: then two estimates have the weights 2 and -1
+
+
+def multistep(denoise, x, levels, noise, order, eta=0.0, correct=False, published=False):
     """Walk by `integrate` with the last `order` estimates of x0, fewer at both ends; `correct` redoes each step with the next.
 
+    A step in log(sigma/alpha) of more than GROWTH times the one before begins again with one estimate: farther out,
+    extrapolation multiplies the errors of the estimates. The step to CLEAN is such a step, and so is the step onto t = 0 in
+    `linear` and `leading` spacing, 3 to 5 times the one before on a cosine schedule.
     Raises ValueError for orders that are not 1, 2, 3.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order {order} is out of range; give 1, 2 or 3")
-    past, known, start = deque(maxlen=order), [], x
+    past, known, start, before = deque(maxlen=order), [], x, math.inf
     for k, (t, s) in enumerate(pairwise(levels), start=1):
         x0, *_ = denoise(x, t)
-        if correct and past:
+        if correct and before < math.inf:
             x = integrate(start, past[-1][0], t, [*known, (t, x0)])
+        h = math.log(t.ratio / s.ratio) if s.sigma else math.inf
+        if not h <= GROWTH * before < math.inf:  # before is infinite on the first step, and after one from pure noise
+            past.clear()
         past.append((t, x0))
         left = len(levels) - k if levels[-1].sigma == 0 else order
         known = list(past)[-left:]
-        start, x = x, integrate(x, t, s, known, eta)
+        start, x, before = x, integrate(x, t, s, known, eta, published), h
         if eta > 0 and s.sigma > 0:
             x = x + s.sigma * math.sqrt(1 - (s.ratio / t.ratio) ** (2 * eta)) * noise(k)
-        if t.alpha == 0:  # infinitely far from the levels below
-            past.clear()
         yield x
 
 
-def integrate(x, t, s, estimates, eta=0.0):
+def integrate(x, t, s, estimates, eta=0.0, published=False):
     """Take x from level t to s, with x0 a polynomial in log(sigma/alpha) through `estimates`, pairs (level, x0).
 
     The integral is exact (Lu et al. 2022, DPM-Solver++, proposition 4.1; with eta that of the SDE, less its noise), but that
-    the slope through two estimates counts as half the step, as published.
+    the slope through two estimates counts as half the step, as published. `published` also takes half of the quadratic term
+    through three, as the authors' code does.
     """
     fall = s.ratio / t.ratio
     moments = [1 - fall ** (1 + eta)]  # of u^i over the step, u from 0 at t to 1 at s
@@ -165,6 +197,8 @@ def integrate(x, t, s, estimates, eta=0.0):
         h = -math.log(fall)
         for i in range(1, len(estimates)):
             moments.append(moments[0] / 2 if len(estimates) == 2 else 1 - i / (h * (1 + eta)) * moments[-1])
+        if published and len(estimates) == 3:
+            moments[2] /= 2
         u = torch.tensor([math.log(t.ratio / level.ratio) / h for level, _ in estimates], dtype=torch.float64)
         weights = torch.linalg.solve(torch.linalg.vander(u).T, torch.tensor(moments, dtype=torch.float64)).tolist()
     mean = sum(weight * x0 for weight, (_, x0) in zip(weights, estimates, strict=True))
@@ -199,6 +233,8 @@ SAMPLERS = {
     "heun": heun,
     "dpm2": dpm2,
     "dpmpp": dpmpp,
+    "dpmpp_3m": dpmpp_3m,
     "dpmpp_sde": dpmpp_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
     "unipc": unipc,
 }
