@@ -223,7 +223,8 @@ def run(config, folder, machine, rollbacks=0):
     config = build.with_classes(config, classes)
     learned, held_out = build.split(config, images)
     total, asked = clock.steps_of(section.length, section.batch_size, len(learned)), build.operations(config)
-    config, interval, _, share, evaluation = build.evaluated(config, len(learned), asked)
+    begun = {"spacing": configs.from_json(content["config"]).evaluate.spacing} if content else {}  # so its distances compare
+    config, interval, _, share, evaluation = build.evaluated(config, len(learned), asked, **begun)
     every = {name: clock.Every(text, section.batch_size, len(learned))
              for name, text in {**config.every, "evaluate": interval}.items()}
     for name, nothing in (("validate", not len(held_out)), ("snapshot", not config.ema.profiles)):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 COUNTS = (1000, 2000, 5000, 10_000, 20_000, 50_000)  # images: few numbers, so that runs that cost nearly the same compare
 COMPARED = 10_000  # images that a distance should rest on before it is drawn at leisure
-FAST = ("dpmpp", 20)  # as good as 24 of any sampler without fresh noise, in Karras spacing: experiments/solvers
+FAST = ("dpmpp", 20, "karras")  # as good as 24 steps of any sampler without fresh noise: experiments/solvers
 CURVE = 5  # evaluations that make a curve
 MOST = 20  # more show nothing new
 
@@ -18,6 +18,7 @@ class Way(NamedTuple):
     sampler: str
     steps: int
     cost: float
+    spacing: str = "auto"
 
 
 def choose(room, ways, each=0.0, count=0, times=0):

@@ -118,7 +118,8 @@ def recipe(config, section, labels, usual):
     """How a section of the config draws images of labels that come round; what it lacks is the section `sample`'s."""
     shared, names = config.sample, config.data.classes
     said = ", ".join(names[number] for number in data.class_numbers(section.classes, names)) or usual
-    return draw.Recipe(section.sampler, section.steps, shared.spacing, shared.seed, section.batch_size, labels, said,
+    spacing = section.spacing if section.spacing != "auto" else shared.spacing
+    return draw.Recipe(section.sampler, section.steps, spacing, shared.seed, section.batch_size, labels, said,
                        shared.guidance, shared.guidance_interval, shared.guide)
 
 
@@ -298,21 +299,29 @@ def likelihood_operations(config, asked):
     return section.likelihood_images * section.likelihood_evaluations * each
 
 
-def settled(config, sampler="", steps=0, count=budget.COMPARED):
-    """The config with what its section `evaluate` leaves open: these, or as the section `sample` draws."""
+def settled(config, sampler="", steps=0, spacing="auto", count=budget.COMPARED):
+    """The config with what its section `evaluate` leaves open: these, or as the section `sample` draws.
+
+    `spacing` belongs to `sampler`, and is left out where the config names another; `auto` stays, and is `sample.spacing`.
+    """
     section, shared = config.evaluate, config.sample
     return configs.changed(config, {
         "evaluate.sampler": (sampler or shared.sampler) if section.sampler == "auto" else section.sampler,
+        "evaluate.spacing": spacing if section.sampler == section.spacing == "auto" else section.spacing,
         "evaluate.steps": section.steps or steps or shared.steps, "evaluate.num_samples": section.num_samples or count})
 
 
-def ways(config, asked):
-    """The budget's Ways in which an evaluation may be drawn: as the section `sample` draws, and a faster one, if there is."""
-    found, (fast, steps) = [], budget.FAST
-    for given in ((), (fast, min(steps, config.diffusion.timesteps))):
+def ways(config, asked, spacing):
+    """The budget's Ways in which an evaluation may be drawn: as the section `sample` draws, and a faster one, if there is.
+
+    `spacing` is that of the faster one.
+    """
+    found, (fast, steps, _) = [], budget.FAST
+    for given in ((), (fast, min(steps, config.diffusion.timesteps), spacing)):
         with contextlib.suppress(ValueError):  # a spacing may know no such number of steps
             one = settled(config, *given)
-            found.append(budget.Way(one.evaluate.sampler, one.evaluate.steps, drawing_operations(one, asked)))
+            section = one.evaluate
+            found.append(budget.Way(section.sampler, section.steps, drawing_operations(one, asked), section.spacing))
     return found if found[-1].cost < found[0].cost else found[:1]
 
 
@@ -326,11 +335,11 @@ class Evaluated(NamedTuple):
     words: str  # for people
 
 
-def evaluated(config, images, asked):
+def evaluated(config, images, asked, spacing=budget.FAST[2]):
     """The Evaluated of a training that learns from `images` images, by a network that takes the Operations `asked`.
 
-    `evaluate.budget` chooses what is left open, as of `budget.choose`. The features of the real images are kept for all runs,
-    and not counted.
+    `evaluate.budget` chooses what is left open, as of `budget.choose`; `spacing` comes with its faster sampler. The features of
+    the real images are kept for all runs, and not counted.
     """
     section, train, interval = config.evaluate, config.train, config.every.evaluate
     steps, auto = clock.steps_of(train.length, train.batch_size, images), interval == "auto"
@@ -350,8 +359,9 @@ def evaluated(config, images, asked):
     if times == 0 and not (auto and section.budget):
         return never(f"no evaluation, as {allowed if auto else f'every.evaluate is {interval!r}'}")
 
-    way, count, chosen = budget.choose(section.budget * whole, ways(config, asked), bits, section.num_samples, times or 0)
-    made = settled(config, way.sampler, way.steps, count)
+    possible = ways(config, asked, spacing)
+    way, count, chosen = budget.choose(section.budget * whole, possible, bits, section.num_samples, times or 0)
+    made = settled(config, way.sampler, way.steps, way.spacing, count)
     how = f"{count:,} images by {way.sampler} in {way.steps} steps" if way.cost else "bits/dim alone"
     how += f", {one(made) / whole:.1%} of the training's operations"
     if not auto and section.num_samples and section.steps and section.sampler != "auto":

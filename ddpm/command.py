@@ -57,7 +57,7 @@ def sample_knobs(section):
     classes, interval = (value if value is None else tuple(value) for value in (given.classes, given.guidance_interval))
     with contextlib.suppress(ValueError):  # of a word that is no number, which the config's check tells
         interval = interval and tuple(map(float, interval))
-    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, "sample.spacing": given.spacing,
+    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, f"{section}.spacing": given.spacing,
             "sample.ema": given.ema, "sample.seed": given.seed, "sample.compile": given.compile,
             f"{section}.batch_size": given.batch_size,
             f"{section}.classes": classes, "sample.guidance": given.guidance, "sample.guidance_interval": interval,

@@ -127,6 +127,7 @@ def base():
             "num_samples": 0,  # images drawn for the Frechet distance; 0 is from 1,000 up, by the budget
             "sampler": "auto",  # as sample.sampler; auto is that, or dpmpp where the budget is small
             "steps": 0,  # as sample.steps; 0 is that, or 20 where the budget is small
+            "spacing": "auto",  # as sample.spacing; auto is that, or karras where the budget chooses the sampler
             "classes": (),  # the only ones drawn, and measured against; empty is all, in the proportions of the data
             "batch_size": 256,  # images drawn and measured at once
             "likelihood": "none",  # bits/dim of held-out images: none, bound (of ancestral sampling), flow (of the ODE), both
@@ -234,6 +235,7 @@ SPECS = {
     "sample.sampler": SAMPLERS,
     "sample.spacing": SPACINGS,
     "evaluate.sampler": SAMPLERS,
+    "evaluate.spacing": SPACINGS,
 }
 REHEARSAL = [Level(0.0, math.sqrt(0.5), math.sqrt(0.5)), CLEAN]
 LENGTHS = ("train.length", "train.warmup")
@@ -264,7 +266,7 @@ def check(config):
         raise ValueError(f"config.data.source is {knobs['data.source']!r}; for a folder of images write "
                          f"\"folder(path={knobs['data.source']!r})\"")
     for key, table in SPECS.items():
-        if (key, knobs[key]) == ("evaluate.sampler", "auto"):
+        if key in ("evaluate.sampler", "evaluate.spacing") and knobs[key] == "auto":
             continue
         with about(key):
             chosen = choose(f"config.{key}", table, knobs[key])
@@ -313,12 +315,13 @@ def check(config):
     with about("diffusion.beta_schedule"):
         process = Process(*get_schedule(*(knobs[f"diffusion.{key}"] for key in (
             "beta_schedule", "timesteps", "zero_terminal_snr"))))
-    for key in ("sample.steps", "evaluate.steps"):
+    usual, measured = knobs["sample.spacing"], knobs["evaluate.spacing"]
+    for key, spacing in (("sample.steps", usual), ("evaluate.steps", usual if measured == "auto" else measured)):
         if knobs[key] > knobs["diffusion.timesteps"]:
             raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
                              f"{knobs['diffusion.timesteps']} or fewer")
         with about(key):
-            process.levels(knobs[key] or knobs["sample.steps"], knobs["sample.spacing"])
+            process.levels(knobs[key] or knobs["sample.steps"], spacing)
 
 
 def check_ranges(knobs):

@@ -24,9 +24,13 @@ def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
     `knobs` as in `{"evaluate.num_samples": 5000}` take the place of the checkpoint's own; `workdir` is a folder that becomes a
     run with config.json, metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training images
     and, where the bound is measured, likelihood.csv and its picture. Raises ValueError, one line, for a missing checkpoint,
-    data or extractor, for nothing to measure, and for a folder that holds something else.
+    data or extractor, for nothing to measure, for a folder that holds something else, and for a sample.spacing that would not
+    be used.
     """
     made = build.load(checkpoint_path, device, **knobs)
+    if knobs.get("sample.spacing") and knobs.get("evaluate.spacing") is None and made.config.evaluate.spacing != "auto":
+        raise ValueError(f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
+                         f"{made.config.evaluate.spacing!r}; give evaluate.spacing={knobs['sample.spacing']!r} in its place")
     if workdir is None:
         return measure(made)[0]
     with held(workdir):

@@ -305,7 +305,8 @@ def grid_caption(groups, seed, best):
     runs = [run for group in groups for run in group.runs if run.knobs[group.unit] == seed]
     knobs, step = runs[0].knobs, int(runs[0].grid.stem.rpartition("_")[2])
     section = "sample" if is_training(runs) else "evaluate"
-    forms = {f"{section}.sampler": "{}", f"{section}.steps": "{} steps", "sample.spacing": "{} spacing"}
+    spacing = "sample.spacing" if knobs["evaluate.spacing"] == "auto" else f"{section}.spacing"
+    forms = {f"{section}.sampler": "{}", f"{section}.steps": "{} steps", spacing: "{} spacing"}
     how = [form.format(knobs[key]) for key, form in forms.items() if len({run.knobs[key] for run in runs}) == 1]
     latents = f"images 0 to {knobs['sample.num_images'] - 1} from the same latents (seed {knobs['sample.seed']})"
     return f"Samples{best}, seed {seed}, after {step} steps: {latents}, averaged weights, {', '.join(how)}."

@@ -45,7 +45,7 @@ MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances 
     r"by (?P<evaluations>\d+) evaluations")]
 ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare
     "samples": {"evaluate.num_samples"}, "weights": {"sample.ema"}, "arithmetic": {"train.amp"},
-    "sampler": {"evaluate.sampler"}, "steps": {"evaluate.steps"}, "spacing": {"sample.spacing"},
+    "sampler": {"evaluate.sampler"}, "steps": {"evaluate.steps"}, "spacing": {"evaluate.spacing", "sample.spacing"},
     "evaluations": {"evaluate.likelihood_evaluations"}, "classes": {"data.class_labels", "evaluate.classes"},
     "given": {"data.class_labels"},
     "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide"}}

@@ -115,8 +115,46 @@ def test_nothing_is_measured_where_nothing_is_wanted():
 
 
 def test_a_spacing_that_knows_one_number_of_steps_keeps_it():
-    _, _, found = chosen(sample__spacing="sections(counts=(30, 2))", sample__steps=32, train__length="50000 steps")
-    assert found.share and (found.config.evaluate.sampler, found.config.evaluate.steps) == ("ddim", 32)
+    sections = "sections(counts=(30, 2))"
+    for knobs, way in (({}, ("dpmpp", 20, "karras")), ({"evaluate__spacing": sections}, ("ddim", 32, sections)),
+                       ({"evaluate__sampler": "heun"}, ("heun", 32, "auto"))):
+        _, _, found = chosen(sample__spacing=sections, sample__steps=32, train__length="150000 steps", **knobs)
+        section = found.config.evaluate
+        assert found.share and (section.sampler, section.steps, section.spacing) == way
+
+
+def test_the_fast_sampler_brings_a_spacing_and_the_usual_one_does_not():
+    quick = {"sample__sampler": "ddpm", "sample__steps": 40, "train__length": "60000 steps"}
+    for knobs, spacing in ((quick, "karras"), (quick | {"sample__spacing": "trailing"}, "karras"),
+                           (quick | {"evaluate__spacing": "quadratic"}, "quadratic"),
+                           (quick | {"evaluate__sampler": "dpmpp"}, "auto"), (quick | {"evaluate__budget": 0.0}, "auto"),
+                           (quick | {"train__length": "9000000 steps"}, "auto")):
+        given, _, found = chosen(**knobs)
+        assert found.config.evaluate.spacing == spacing and found.config.sample == given.sample
+        assert build.settled(found.config) == found.config  # what ddpm.evaluate draws by afterwards
+        used = build.recipe(found.config, found.config.evaluate, (), "").spacing
+        assert used == (given.sample.spacing if spacing == "auto" else spacing)
+
+
+def test_a_run_keeps_the_spacing_that_it_is_measured_in(tmp_path):
+    """Also one whose checkpoints are from before there was a choice, and say nothing of evaluate.spacing."""
+    knobs = OPEN | {"sample__sampler": "heun", "sample__steps": 20, "every__sample": "0 steps", "evaluate__num_samples": 16}
+    before, new = tmp_path / "before", tmp_path / "new"
+    for folder, often in ((before, "0 steps"), (new, "auto")):  # without an evaluation there is nothing to choose
+        for length in ("24 steps", "30 steps"):
+            given = tiny(**knobs | {"train__length": length, "evaluate__budget": 1.0,
+                                    "every__evaluate": often if length == "24 steps" else "auto"})
+            assert run(given, folder)
+    made = [[row["eval/made"] for row in rows(folder) if "eval/made" in row] for folder in (before, new)]
+    assert len(made[0]) == 1 and "dpmpp, 20 steps, linear spacing" in made[0][0]
+    assert len(made[1]) > 1 and all("dpmpp, 20 steps, karras spacing" in text for text in made[1])
+    assert [config.read(folder / "config.json").evaluate.spacing for folder in (before, new)] == ["auto", "karras"]
+
+    assert "karras spacing" in evaluate(new)["eval/made"]
+    assert "trailing spacing" in evaluate(new, **{"evaluate.spacing": "trailing"})["eval/made"]
+    assert "trailing spacing" in evaluate(before, **{"sample.spacing": "trailing"})["eval/made"]
+    with pytest.raises(ValueError, match="^sample.spacing is given, .* evaluate.spacing 'karras'; give evaluate.spacing='tr"):
+        evaluate(new, **{"sample.spacing": "trailing"})
 
 
 def test_few_timesteps_are_all_taken():
@@ -144,8 +182,10 @@ def test_contradictions_are_one_line(knobs, line):
 def test_configs_of_before_the_budget_mean_what_they_meant():
     """A saved config names its interval, count, sampler and steps, and knows no budget."""
     saved = json.loads(config.to_json(tiny(every__evaluate="6 steps")))
-    del saved["evaluate"]["budget"]
+    del saved["evaluate"]["budget"], saved["evaluate"]["spacing"]
+    saved["sample"]["spacing"] = "quadratic"
     loaded = config.from_json(json.dumps(saved))
+    assert build.recipe(build.settled(loaded), loaded.evaluate, (), "").spacing == "quadratic"
     found = build.evaluated(loaded, 1617, build.operations(loaded))
     assert found.config == loaded and found.interval == "6 steps" and loaded.evaluate.budget == 0.05
 
