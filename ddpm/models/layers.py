@@ -30,15 +30,20 @@ def timestep_embedding(t, dim, max_period=10000, freq_shift=1):
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that answers in the type that it is given; its kernels sum in float32 whatever that is.
+def without_autocast(x):
+    """The context in which an operation on x returns x's type.
 
-    Autocast on a card would answer in float32, and a network would keep twice the memory for its backward pass.
+    On a GPU autocast runs norms and resizing in float32, and a network would keep twice the memory for its backward pass.
     """
+    kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # meta has no autocast to turn off
+    return torch.autocast(kind, enabled=False)
+
+
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that answers in the type that it is given; its kernels sum in float32 whatever that is."""
 
     def forward(self, x):
-        kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # meta has none to be turned off
-        with torch.autocast(kind, enabled=False):
+        with without_autocast(x):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -94,15 +99,24 @@ def recompute(modules):
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
+class NearestUpsample(nn.Module):
+    """Twice the size by repeating each pixel, in the type of the input; [b, c, h, w] -> [b, c, 2h, 2w]."""
+
+    def forward(self, x):
+        with without_autocast(x):
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 class Upsample(nn.Module):
     """Twice the size: nearest-neighbour resize, then a 3x3 convolution; [b, c, h, w] -> [b, c, 2h, 2w]."""
 
     def __init__(self, channels):
         super().__init__()
+        self.resize = NearestUpsample()
         self.conv = conv(channels, channels, 3)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv(self.resize(x))
 
 
 class Downsample(nn.Module):
@@ -137,7 +151,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         assert not (up and down), "a block resizes one way"
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2) if down else nn.Identity()
+        self.resize = NearestUpsample() if up else nn.AvgPool2d(2) if down else nn.Identity()
         self.norm1 = norm(in_channels)
         self.conv1 = conv(in_channels, out_channels, 3)
         self.project = linear(embedding_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
@@ -224,7 +238,8 @@ class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm for numbers of another type than its learned scale, as autocast makes them: it keeps their type."""
 
     def forward(self, x):
-        return (F.rms_norm(x, self.normalized_shape, eps=self.eps) * self.weight).to(x.dtype)
+        with without_autocast(x):
+            return (F.rms_norm(x, self.normalized_shape, eps=self.eps) * self.weight).to(x.dtype)
 
 
 def query_key_norms(dim, wanted):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ddpm.models.layers import head_count, timestep_embedding
+from ddpm.models.layers import NearestUpsample, head_count, timestep_embedding
 from ddpm.models.unet import UNet, check_size
 
 LIMIT = 256.0  # of activations, so that none overflows in half precision
@@ -22,7 +22,7 @@ LIMIT = 256.0  # of activations, so that none overflows in half precision
 
 def unit(x, dims, eps=1e-4):
     """x over its root mean square along `dims`; along channels it is pixel norm."""
-    size = math.prod(x.shape[dim] for dim in dims)
+    size = math.prod([x.shape[dim] for dim in dims])  # a list: torch.compile breaks the graph at a generator
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     return x / (norm / math.sqrt(size) + eps).to(x.dtype)
 
@@ -81,7 +81,7 @@ class MPBlock(nn.Module):
     def __init__(self, inputs, outputs, embedding, dropout=0, heads=0, encodes=True, resize=None):
         super().__init__()
         self.heads, self.encodes, self.resizes = heads, encodes, resize is not None
-        self.resize = {"up": nn.Upsample(scale_factor=2), "down": nn.AvgPool2d(2), None: nn.Identity()}[resize]
+        self.resize = {"up": NearestUpsample(), "down": nn.AvgPool2d(2), None: nn.Identity()}[resize]
         self.shortcut = nn.Identity() if inputs == outputs else MPConv(inputs, outputs, 1)
         self.conv1 = MPConv(outputs if encodes else inputs, outputs, 3)
         self.project, self.gain = MPConv(embedding, outputs), nn.Parameter(torch.zeros(()))
