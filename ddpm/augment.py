@@ -37,11 +37,12 @@ def augment(x, numbers, probability):
     mirrored = torch.diag_embed(1.0 - 2.0 * flips)
     stretched = rotation(direction) @ torch.diag_embed(torch.stack([2**stretch, 2**-stretch], dim=1)) @ rotation(-direction)
     shape = rotation(turned) @ stretched @ mirrored * rearrange(2**size, "b -> b 1 1")
-    back = torch.linalg.inv(shape)  # where each pixel comes from; places go from -1 to 1, so a move by n/8 is 2 n/8
+    back = torch.linalg.inv_ex(shape).inverse  # where each pixel comes from; places go from -1 to 1, so a move by n/8 is 2 n/8
     origin = -back @ rearrange(2 * moved, "b two -> b two 1")
     aspect = x.shape[-1] / x.shape[-2]
-    to_pixels = torch.tensor([[1.0, aspect], [1 / aspect, 1.0]], dtype=back.dtype, device=back.device)
-    grid = F.affine_grid(torch.cat([back / to_pixels, origin], dim=2).to(x.dtype), list(x.shape), align_corners=False)
+    back[:, 0, 1] /= aspect
+    back[:, 1, 0] /= 1 / aspect
+    grid = F.affine_grid(torch.cat([back, origin], dim=2).to(x.dtype), list(x.shape), align_corners=False)
     changed = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     touched = rearrange((told != 0).any(dim=1), "b -> b 1 1 1")
     return torch.where(touched, changed, x), told.to(x.dtype)

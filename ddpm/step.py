@@ -270,7 +270,7 @@ class Step:
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
         x0 = images.encode(self.flip(self.machine.put(pixels), self.seed, step, places))
         x0, augmentation = self.augment(x0, step, places)
-        times = partial(rng.uniform, self.seed, "train time", step)
+        times = partial(self._times, step)
         t, importance = self.objective.times(self.diffusion.process, places, self.batch_size, times)
         t, noise = self.machine.put(t), self.machine.put(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
         y = self.label(labels, self.seed, step, places)
@@ -283,6 +283,11 @@ class Step:
         if self.objective.watches:
             self.seen[:, places.start:places.stop] = torch.stack([t.to(losses.dtype), losses.detach()])
         return loss.detach()
+
+    def _times(self, step, places):
+        """Uniform numbers for the distribution of times, on the device where it learns from the losses there."""
+        numbers = rng.uniform(self.seed, "train time", step, places)
+        return self.machine.put(numbers) if self.objective.watches else numbers
 
     def _conditioned(self, step, places):
         return self.machine.put(rng.uniform(self.seed, "train self-condition", step, places) < 0.5)

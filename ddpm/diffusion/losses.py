@@ -107,7 +107,8 @@ def snr(level):
 
 def on_x0(error, level, target, weight):
     """The loss of an error on the target when `weight` [b] is that of the error on x0."""
-    gain = torch.as_tensor(target.gain(level.alpha, level.sigma), dtype=torch.float64, device=weight.device).flatten()
+    gain = target.gain(level.alpha, level.sigma)  # [b, 1, 1, 1], or a number that no level changes
+    gain = gain.flatten() if isinstance(gain, torch.Tensor) else gain
     return (weight * gain**2).to(error.dtype) * error
 
 
@@ -156,7 +157,7 @@ class Importance(nn.Module):
         self.register_buffer("counts", torch.zeros(process.timesteps, dtype=torch.int64))
 
     def forward(self, process, places, batch_size, u):
-        """Return (t, importance), on the device of the losses, which the host does not wait for."""
+        """Return (t, importance), on the device of the losses: the host does not wait for it where u's numbers are there."""
         timesteps, history = self.losses.shape
         moments = self.losses.double().square().mean(1).sqrt()
         known = (self.counts >= history).all() & (moments.sum() > 0)

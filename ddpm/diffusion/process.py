@@ -56,8 +56,9 @@ class Posterior(NamedTuple):
 
     def learned(self, mix):
         """The variance between them, in the logarithm, at the network's `mix`, 0 to 1 (Nichol & Dhariwal 2021, eq. 15)."""
-        low, high = (torch.as_tensor(end, dtype=torch.float64).log() for end in (self.small, self.large))
-        return torch.exp(low.to(mix) + mix * (high - low).to(mix))
+        low, high = log(self.small), log(self.large)
+        low, between = (part.to(mix) if isinstance(part, torch.Tensor) else part for part in (low, high - low))
+        return torch.exp(low + mix * between)
 
 
 def posterior(s, t):
@@ -153,6 +154,11 @@ class Process:
         clipped = torch.where(at_zero, inner_step.small, getattr(inner_step, variance))
         log_variance = clipped.clamp(min=1e-20).log()
         return mean, getattr(step, variance).to(x_t.dtype), log_variance.to(x_t.dtype)
+
+
+def log(value):
+    """The logarithm of a number or a tensor."""
+    return value.log() if isinstance(value, torch.Tensor) else math.log(value)
 
 
 def latent(level, noise):

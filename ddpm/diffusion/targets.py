@@ -14,6 +14,7 @@ import torch
 
 from ddpm import spec
 from ddpm.diffusion.guidance import NONE
+from ddpm.diffusion.process import log
 
 
 class Target(NamedTuple):
@@ -80,11 +81,6 @@ def edm(*, sigma_data=0.5):
         shown=lambda x, alpha, sigma: x / spread(alpha, sigma),
         told=lambda t, alpha, sigma: log(sigma / alpha) / 4,
     )
-
-
-def log(value):
-    """The logarithm of a number or a tensor."""
-    return value.log() if isinstance(value, torch.Tensor) else math.log(value)
 
 
 def get_target(name, time_scale=1):
