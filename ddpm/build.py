@@ -14,6 +14,7 @@ from ddpm import augment, budget, cache, checkpoint, clock, data, dist, draw, me
 from ddpm import config as configs
 from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.guidance import unlabelled
+from ddpm.diffusion.targets import get_target
 from ddpm.models import MODELS
 from ddpm.models.layers import ResidualBlock
 from ddpm.pictures import open_picture
@@ -24,6 +25,8 @@ def network(config):
     model = dict(config.model)
     make = spec.choose("config.model.name", MODELS, model.pop("name"))
     model["num_head_channels"] = model["num_head_channels"] or None
+    if model["noise_embedding"] == "auto":
+        model["noise_embedding"] = "fourier" if get_target(config.diffusion.predict).tells_log_noise else "sines"
     parameters = inspect.signature(make.func).parameters.values()
     named = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):  # it says itself what it cannot take

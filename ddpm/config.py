@@ -24,6 +24,7 @@ from ddpm.diffusion.spacings import SPACINGS
 from ddpm.diffusion.targets import TARGETS
 from ddpm.files import written_beside
 from ddpm.models import MODELS
+from ddpm.models.layers import norm_groups
 from ddpm.optim import DECAYS, OPTIMIZERS
 from ddpm.spec import check_choice, choose, parse, suggest
 
@@ -62,6 +63,7 @@ def base():
             "freq_shift": 1,  # frequencies of the time embedding: 1 as in Ho's code, 0 as in OpenAI's
             "downsample_padding": 0,  # zeros where an image is halved: 0 at its far end, as Ho's, 1 at both, as OpenAI's
             "norm_num_groups": 0,  # groups of a norm, at most; 0 is 32, of 4 channels or more: a group of 1 removes the time
+            "noise_embedding": "auto",  # unet_mp: auto is random Fourier features with predict=edm, else sines; or sines
             "norm_eps": 1e-6,  # added to the variance of a group: 1e-6 as in Ho's code, 1e-5 as in OpenAI's
             "initialization": "glorot",  # of new weights: glorot as in Ho's code, torch as in OpenAI's
         },
@@ -171,8 +173,6 @@ def with_variant(config, variant, variants):
 FREE = ("train.length", "train.max_hours", "train.activation_checkpointing", "train.fully_shard", "every.", "wandb.",
         "evaluate.", "data.classes", "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
 
-BEFORE = {"model.norm_num_groups": 32}  # what a file that lacks a knob was made with, where that is not the default
-
 RANGES = {
     "seed": (0, 2**63 - 1),
     "data.image_size": (1, 4096),
@@ -215,6 +215,7 @@ RANGES = {
 CHOICES = {
     "data.channels": (1, 3, 4),
     "model.initialization": ("glorot", "torch"),
+    "model.noise_embedding": ("auto", "sines"),
     "diffusion.variance": VARIANCES,
     "train.amp": dist.AMP,
     "train.activation_checkpointing": ("none", "auto", "all"),
@@ -441,7 +442,6 @@ def from_json(text):
         if version < since and isinstance(knobs.get(key), str):
             knobs[key] = re.sub(rf"^\s*{before}\b", name, knobs[key])
     config = base()
-    config.update_from_flattened_dict(BEFORE)
     known = flatten(config)
     for key, value in knobs.items():
         if key not in known:
@@ -453,7 +453,25 @@ def from_json(text):
         if type(value) is not kind:
             raise ValueError(f"the saved config has {value!r} for {key}; it takes {KINDS[kind]}")
         config.update_from_flattened_dict({key: value})
+    for key in BEFORE.keys() - knobs.keys():
+        config.update_from_flattened_dict({key: BEFORE[key](config)})
+    if version < 2 and same_groups(config):
+        config.model.norm_num_groups = 0  # as configs are written now, so that a run goes on by the same command
     return freeze(config)
+
+
+def same_groups(config):
+    """Whether the 32 groups of a config are what 0, the default since format 2, comes to: in wide U-Nets and without norms."""
+    model = config.model
+    wide = bool(model.channel_mult) and norm_groups(min(model.channel_mult) * model.model_channels) == 32
+    return model.norm_num_groups == 32 and (wide or parse(model.name)[0] != "unet")
+
+
+BEFORE = {  # what a knob that a saved config lacks meant, where that is not its default
+    "model.norm_num_groups": lambda config: 32,
+    "model.noise_embedding": lambda config: "sines" if parse(config.model.name)[0] == "unet_mp" and parse(
+        config.diffusion.predict)[0] == "edm" else "auto",
+}
 
 
 def read(path):

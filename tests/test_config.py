@@ -573,3 +573,24 @@ def test_configs_are_locked_dicts_until_they_are_frozen():
 
 if __name__ == "__main__":
     meet(json.load(sys.stdin))
+
+
+@pytest.mark.parametrize("changes, groups", [
+    ({"model.model_channels": 192}, 0), ({"model.model_channels": 64}, 32), ({"model.model_channels": 128}, 0),
+    ({"model.model_channels": 64, "model.channel_mult": (2, 4)}, 0), ({"model.name": "dit"}, 0), ({"model.name": "unet_mp"}, 0)])
+def test_groups_of_a_config_from_before_make_the_same_network(changes, groups):
+    """Files of format 1 all say 32 groups, or are older than the knob; a run goes on by the same command where 0 is the same."""
+    knobs = config.flatten(config.changed(config.freeze(config.base()), changes | {"model.norm_num_groups": 32})
+                           if changes.get("model.name") != "unet_mp" else config.changed(config.freeze(config.base()), changes))
+    knobs["model.norm_num_groups"] = 32
+    nested = {}
+    for key, value in knobs.items():
+        section, _, leaf = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[leaf] = value
+    for lacking in (False, True):
+        if lacking:
+            del nested["model"]["norm_num_groups"]
+        assert config.from_json(json.dumps(nested)).model.norm_num_groups == groups
+        assert config.from_json(json.dumps({"format": 1} | nested)).model.norm_num_groups == groups
+    assert config.from_json(json.dumps({"format": 2} | nested | {"model": nested["model"] | {"norm_num_groups": 32}})
+                            ).model.norm_num_groups == 32

@@ -1,6 +1,8 @@
 """The magnitude-preserving U-Net: its property through depth and training, and the published sizes."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +10,11 @@ from conftest import run, tiny
 from einops import rearrange
 from torch import nn
 
-from ddpm import checkpoint
+from ddpm import build, checkpoint, config
+from ddpm.draw import joined
 from ddpm.generate import generate_images
 from ddpm.models import MODELS, UNet
-from ddpm.models.unet_mp import MPBlock, MPConv, UNetMP, mp_cat, mp_fourier, mp_silu, mp_sum, unit
+from ddpm.models.unet_mp import MPBlock, MPConv, MPFourier, MPSines, UNetMP, mp_cat, mp_silu, mp_sum, unit
 
 TINY = dict(image_size=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=(1, 2), num_res_blocks=1,
             attention_resolutions=(4,))
@@ -57,13 +60,69 @@ def test_every_piece_keeps_the_mean_square():
         shares = [part.double().square().sum().item() for part in joined.split([30, 10], dim=1)]
         assert math.sqrt(shares[1] / shares[0]) == pytest.approx(t / (1 - t), rel=1e-2)
     for dim in (8, 9, 64):  # sin^2 + cos^2 = 1, up to float32
-        square = mp_fourier(torch.tensor([0, 0.5, 17, 999, 3999.0]), dim).square().mean(1)
+        square = MPSines(dim)(torch.tensor([0, 0.5, 17, 999, 3999.0])).square().mean(1)
         torch.testing.assert_close(square, torch.ones(5), rtol=0, atol=1e-5)
     x = unit(7 * a, (1,))
     torch.testing.assert_close(x.square().mean(1), torch.ones(50, 20, 20), rtol=0, atol=1e-3)  # eps of 1e-4, in places of 1 / 7
     inside = MPConv(30, 100, 3)(a)[..., 1:-1, 1:-1]  # away from the zeros around an image
     for out in (inside, MPConv(30, 100)(rearrange(a, "b c h w -> (b h w) c"))):
         assert mean_square(out) == pytest.approx(1, abs=1e-2)  # 600,000 inputs are of mean square 1 to 2e-3
+
+
+def directions(x):
+    """The singular values of x [n, d], less its mean, over the largest."""
+    values = torch.linalg.svdvals((x - x.mean(0)).double())
+    return values / values[0]
+
+
+C_NOISE = torch.linspace(math.log(0.002), math.log(80), 400) / 4  # the levels of Karras et al. 2022
+
+
+def test_fourier_features_tell_levels_of_noise_apart_as_published():
+    """Eq. 75, cos(2 pi (f c + phi)) with normal f: in the mean over f, products of features are a Gaussian kernel.
+
+    The kernel's eigenvalues say in how many directions an embedding of many channels moves; 20,000 random ones come as near as
+    their root, 0.7 %, several times. Sines made for timesteps move in one direction and a quarter of another.
+    """
+    features = MPFourier(20_000)(C_NOISE)
+    assert features.square().mean() == pytest.approx(1, abs=0.01)
+    kernel = torch.exp(-0.5 * (2 * math.pi * (C_NOISE[:, None] - C_NOISE)).double() ** 2)
+    centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+    values = torch.linalg.eigvalsh(centred).flip(0)[:5].sqrt()
+    torch.testing.assert_close(directions(features)[:5], values / values[0], rtol=0.03, atol=0)
+    assert directions(MPSines(192)(C_NOISE))[2] < 0.05 < 0.5 < directions(MPFourier(192)(C_NOISE))[4]
+    assert torch.equal(features, MPFourier(20_000)(C_NOISE))
+
+
+@pytest.mark.parametrize("predict, chosen, kind", [
+    ("edm", "auto", MPFourier), ("edm(sigma_data=0.4)", "auto", MPFourier), ("edm", "sines", MPSines), ("v", "auto", MPSines)])
+def test_the_target_chooses_the_embedding(predict, chosen, kind):
+    given = tiny(model__name="unet_mp", diffusion__predict=predict, model__noise_embedding=chosen)
+    net = build.network(given)
+    assert type(net.noise_features) is kind
+    other = build.network(config.changed(given, {"diffusion.predict": "eps"}))
+    assert all(torch.equal(weight, same) for weight, same in zip(net.parameters(), other.parameters(), strict=True))
+
+
+OLD = Path(__file__).parent / "golden" / "unet_mp_sines.safetensors"
+
+
+def test_checkpoints_of_before_fourier_features_draw_the_same():
+    """Trained with predict=edm and drawn at commit 0494cba; another processor may round a pixel to the next value."""
+    made = build.load(OLD, "cpu")
+    assert made.config.model.noise_embedding == "sines" and made.config.diffusion.predict == "edm"
+    pixels = joined(build.drawer(made.config, made.net, made.machine)(range(2), build.grid_recipe(made.config)))
+    before = torch.tensor(json.loads(OLD.with_suffix(".json").read_text()))
+    assert abs(pixels.int() - before).max() <= 1
+
+
+def test_only_old_configs_of_unet_mp_with_edm_mean_sines():
+    for changes, meant in (({}, "auto"), ({"model.name": "unet_mp"}, "auto"), ({"diffusion.predict": "edm"}, "auto"),
+                           ({"model.name": "unet_mp", "diffusion.predict": "edm(sigma_data=0.4)"}, "sines")):
+        saved = json.loads(config.to_json(config.changed(tiny(), changes)))
+        assert config.from_json(json.dumps(saved)).model.noise_embedding == "auto"
+        del saved["model"]["noise_embedding"]
+        assert config.from_json(json.dumps(saved)).model.noise_embedding == meant
 
 
 @pytest.mark.parametrize("changes", [dict(num_res_blocks=6), dict(num_res_blocks=6, attention_resolutions=(32,)),

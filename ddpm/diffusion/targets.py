@@ -25,6 +25,7 @@ class Target(NamedTuple):
     pure_noise: bool = True  # whether it tells x0 where alpha = 0
     shown: Callable = lambda x, alpha, sigma: x  # what the network sees of x
     told: Callable = lambda t, alpha, sigma: t  # what it is told of the level
+    tells_log_noise: bool = False  # whether that is a logarithm of sigma/alpha instead of a timestep
 
     def gain(self, alpha, sigma):
         """How far x0 moves with the network's output: errors on x0 are this often those on the target."""
@@ -80,6 +81,7 @@ def edm(*, sigma_data=0.5):
         pure_noise=False,  # c_noise is infinite there
         shown=lambda x, alpha, sigma: x / spread(alpha, sigma),
         told=lambda t, alpha, sigma: log(sigma / alpha) / 4,
+        tells_log_noise=True,
     )
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ddpm.models.layers import NearestUpsample, head_count, timestep_embedding
 from ddpm.models.unet import UNet, check_size
+from ddpm.spec import check_choice
 
 LIMIT = 256.0  # of activations, so that none overflows in half precision
 
@@ -43,12 +44,33 @@ def mp_cat(a, b, t=0.5):
     return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[1])), b * (scale * t / math.sqrt(b.shape[1]))], dim=1)
 
 
-def mp_fourier(t, dim):
-    """Sines and cosines of t with mean square 1: [b] -> [b, dim].
+class MPSines(nn.Module):
+    """Sines and cosines of timesteps with mean square 1: t [b] -> [b, dim]."""
 
-    In place of the paper's random frequencies (eq. 75), since t counts timesteps here and is no logarithm of the noise.
+    def __init__(self, dim):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t):
+        return timestep_embedding(t, self.dim) * math.sqrt(self.dim / max(self.dim // 2, 1))
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of a logarithm of the noise, with mean square 1 (eq. 75): c_noise [b] -> [b, dim].
+
+    Frequencies are 2 pi times normal numbers, phases uniform, the same in every network of one width.
     """
-    return timestep_embedding(t, dim) * math.sqrt(dim / max(dim // 2, 1))
+
+    def __init__(self, dim):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        frequencies = 2 * math.pi * torch.randn(dim, generator=generator, device="cpu")
+        phases = 2 * math.pi * torch.rand(dim, generator=generator, device="cpu")
+        self.register_buffer("frequencies", torch.empty(dim).copy_(frequencies))  # on the device of the network
+        self.register_buffer("phases", torch.empty(dim).copy_(phases))
+
+    def forward(self, c_noise):
+        return torch.cos(rearrange(c_noise.float(), "b -> b 1") * self.frequencies + self.phases) * math.sqrt(2)
 
 
 class MPConv(nn.Module):
@@ -112,7 +134,8 @@ class MPBlock(nn.Module):
 class UNetMP(nn.Module):
     """A U-Net with the arguments of models/unet.py, in magnitude-preserving layers; a fresh one returns zeros.
 
-    Arguments of UNet that have no meaning here stay at its defaults. Raises ValueError for others, and for what UNet refuses.
+    `noise_embedding` names an entry of NOISE_EMBEDDINGS: `sines` where t counts timesteps, `fourier` where it is a logarithm of
+    the noise. Other arguments of UNet stay at its defaults. Raises ValueError for others, and for what UNet refuses.
     """
 
     def __init__(
@@ -128,7 +151,7 @@ class UNetMP(nn.Module):
         num_head_channels=None,
         dropout=0,
         num_classes=None,
-        norm_num_groups=0,  # of which there are none: taken as configs have it
+        noise_embedding="sines",
         **others,
     ):
         super().__init__()
@@ -139,7 +162,7 @@ class UNetMP(nn.Module):
             default = inspect.signature(UNet).parameters[name].default
             if value != default:
                 raise ValueError(f"{name} is {value}, of which unet_mp knows nothing; leave it at {default}, or use unet")
-        self.halvings, self.model_channels, self.num_classes = len(channel_mult) - 1, model_channels, num_classes
+        self.halvings, self.num_classes = len(channel_mult) - 1, num_classes
         side = image_size if isinstance(image_size, int) else min(image_size)
         widths = [mult * model_channels for mult in channel_mult]
         embedding = max(widths)
@@ -148,6 +171,8 @@ class UNetMP(nn.Module):
             heads = head_count(outputs, num_heads, num_head_channels) if attends else 0
             return MPBlock(inputs, outputs, embedding, dropout, heads, **how)
 
+        self.noise_features = NOISE_EMBEDDINGS[check_choice("noise embedding", noise_embedding, list(NOISE_EMBEDDINGS))](
+            model_channels)
         self.time_embedding = MPConv(model_channels, embedding)
         self.class_embedding = None if num_classes is None else MPConv(num_classes, embedding)
 
@@ -185,7 +210,7 @@ class UNetMP(nn.Module):
 
     def embed(self, t, y, dtype):
         """The embedding [b, e] of times and labels; y None is every label dropped, and a dropped label adds zero."""
-        emb = self.time_embedding(mp_fourier(t, self.model_channels).to(dtype))
+        emb = self.time_embedding(self.noise_features(t).to(dtype))
         if self.class_embedding is not None:
             y = torch.full(t.shape, -1, device=t.device) if y is None else y
             chosen = F.one_hot(y.clamp(min=0), self.num_classes) * rearrange(y >= 0, "b -> b 1") * math.sqrt(self.num_classes)
@@ -207,3 +232,9 @@ class UNetMP(nn.Module):
         for block in self.decoder:
             h = block(h if block.resizes else mp_cat(h, skips.pop()), emb)
         return self.head(h, self.gain)
+
+
+NOISE_EMBEDDINGS = {
+    "sines": MPSines,
+    "fourier": MPFourier,
+}
