@@ -133,6 +133,7 @@ def dpmpp_sde(denoise, x, levels, noise, *, eta=1.0, order=2):
 def dpmpp_3m_sde(denoise, x, levels, noise, *, eta=1.0):
     """`dpmpp_3m` on the reverse SDE, with the coefficients of k-diffusion's `sample_dpmpp_3m_sde`; at eta 0 it is `dpmpp_3m`.
 
+    k-diffusion differs at both ends: its second step takes the slope in full, and its last step but one is of third order.
     Raises ValueError for eta below 0.
     """
     return multistep(denoise, x, levels, noise, 3, eta=check_eta(eta), published=True)
