@@ -194,7 +194,9 @@ def training_scorer(config, every, images, machine, notes):
     if every.never:
         return score.Nothing()
     try:
-        return build.scorer(config, images, machine)
+        scorer = build.scorer(config, images, machine)
+        notes += scorer.notes
+        return scorer
     except ValueError as error:
         if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
             raise

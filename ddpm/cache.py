@@ -102,7 +102,7 @@ def build(source, path, size):
 
 
 @contextlib.contextmanager
-def remembered(name):
+def remembered(name, reason="it reads the same files"):
     """A dict that lasts under a name below `home()`: one process has it at a time, and what is in it afterwards is kept.
 
     Empty where there is none yet or it cannot be read, and lost again where it cannot be written.
@@ -110,7 +110,7 @@ def remembered(name):
     path = home() / f"{name}.json"
     with contextlib.ExitStack() as lock:
         with contextlib.suppress(OSError, ValueError):
-            lock.enter_context(alone(make_folder(path.parent) / f"{path.name}.lock", "it reads the same files"))
+            lock.enter_context(alone(make_folder(path.parent) / f"{path.name}.lock", reason))
         found = {}
         with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
             found = dict(json.loads(path.read_text()))

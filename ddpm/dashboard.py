@@ -8,7 +8,7 @@ import contextlib
 
 from absl import flags
 
-from ddpm import command, config
+from ddpm import command, config, results
 
 PROJECT = flags.DEFINE_string("project", None, "PROJECT, or ENTITY/PROJECT where it is not the login's own.", required=True)
 SWEEP = flags.DEFINE_string("sweep", None, "Id of the sweep whose runs are shown; by default all of the project.")
@@ -69,10 +69,11 @@ def varied(sweep, runs):
 
 
 def measured(runs):
-    """The numbers that evaluations gave, each with its floor if it has one: [["eval/fid", "eval/fid_floor"], ["eval/kid"]]."""
+    """What evaluations measured, beside what a perfect generator gets: [["eval/fid", "eval/fid_perfect"], ["eval/kid"]]."""
     logged = {key for run in runs for key, value in run.summary_metrics.items()
               if key.startswith("eval/") and isinstance(value, (int, float))}
-    return [[key, *({f"{key}_floor"} & logged)] for key in sorted(logged or DISTANCES) if not key.endswith("_floor")]
+    return [[key, *({f"{key}_perfect"} & logged)] for key in sorted(logged or DISTANCES)
+            if not key.endswith((*results.PERFECT, results.RETIRED))]
 
 
 def workspace(entity, project, sweep, runs):

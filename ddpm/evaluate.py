@@ -62,7 +62,7 @@ def measure(made, shown=0):
                          build.likelihood(made.config, made.net, images, made.machine))
     if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
         raise ValueError("nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set one of them")
-    print("\n".join([f"measuring {made.name}: {how}", *build.remarks(made.config, "evaluate")]))
+    print("\n".join([f"measuring {made.name}: {how}", *build.remarks(made.config, "evaluate"), *score.notes]))
     draw = build.drawer(made.config, made.net, made.machine)
     (numbers, pictures), (bits, files) = score(draw), likelihood()
     if numbers and shown:

@@ -2,12 +2,11 @@
 
 import math
 import re
-import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
 from ddpm import results
-from ddpm.results import ASKED, FEWEST, FRECHET, KERNEL, LEARNED, LOSSES, Run, interval, keys, label
+from ddpm.results import ASKED, FEWEST, FRECHET, KERNEL, LEARNED, LOSSES, PERFECT, RETIRED, Run, interval, keys, label
 
 
 class Column(NamedTuple):
@@ -34,9 +33,9 @@ def columns(groups, parameters):
                 found.append(Column(f"best {key}", f"best {label(key)}", lambda run, key=key: run.best(key),
                                     table if flatters(runs, key) else ""))
     for key in keys(runs, "eval/.*"):
-        if key not in distances:
+        if key not in distances and not key.endswith(RETIRED):
             known = key in results.LABELS and (key != ASKED or len({run.final(key) for run in runs}) > 1)
-            shown, spread = "distances" if known else "", not key.endswith("_floor") and key != ASKED
+            shown, spread = "distances" if known else "", not key.endswith(PERFECT) and key != ASKED
             found.append(Column(key, label(key), lambda run, key=key: run.final(key), shown, spread))
     found += [
         Column("speed/images_per_second", "images/s", lambda run: run.median("speed/images_per_second"), "cost", False),
@@ -238,21 +237,32 @@ def protocol(found, record):
         yield f"Distances: {', '.join(f'{part} {value}' for part, value in parts.items())}."
     if ways := sorted({text for run in runs for text in run.made("eval/bits_per_dim_made")}):
         yield f"Likelihood: {listed(ways)}."
-    for key in keys(runs, FRECHET):
-        floors = {run.final(f"{key}_floor") for run in runs} - {None}
-        if len(floors) == 1:
-            yield f"A perfect generator would get {label(key)} {amount(*floors)} from so many samples."
+    if known := list(perfect(runs)):
+        yield f"A perfect generator would get {listed(known)} (± standard deviation of one evaluation) from so many samples."
     where = [record["commit"] and f"Commit {record['commit']}", f"torch {record['torch']}", record["machine"]]
     yield f"{', '.join(filter(None, where))}."
+
+
+def perfect(runs):
+    """What a perfect generator gets, `FD (digits) 0.179 ± 0.058`, of each number for which all runs say the same."""
+    for key in keys(runs, "eval/.*"):
+        values = {tuple(run.final(f"{key}{end}") for end in PERFECT) for run in runs}
+        if len(values) == 1 and None not in (only := values.pop()):
+            yield f"{label(key)} {amount(*only)}"
 
 
 def limits(found):
     """What a comparison does not show, sentence by sentence, from its facts."""
     knobs = found.counted[0].knobs
-    halves = [gap.half for gap in found.gaps if gap.half]
-    yield f"{repeats(found.groups)} a setting" + (
-        f": a difference in {label(found.metric)} below about {statistics.median(halves):.2g} would mostly have stayed unseen."
-        if halves else f" do not show the noise, so no difference can be believed; {FEWEST} are the fewest that do.")
+    if found.visible:
+        first, alone, count = found.visible
+        yield (f"{repeats(found.groups)} a setting: a difference in {label(found.metric)} below about {first:.2g} would mostly "
+               "have stayed unseen." + (
+                   f" That counts the correction for {count} comparisons as it is for the clearest of them; each one after it "
+                   f"needs less, and a single comparison, uncorrected, {alone:.2g}." if count > 1 else ""))
+    else:
+        yield (f"{repeats(found.groups)} a setting do not show the noise, so no difference can be believed; {FEWEST} are the "
+               "fewest that do.")
     if found.groups[0].unit != "seed":
         yield "All numbers are of one training: another seed of it may order the settings otherwise."
     about = {"data.source": "data set ({})", "data.image_size": "size ({} pixels)", "train.length": "length of training ({})"}
@@ -300,8 +310,9 @@ MEANINGS = {
              "of fixed ones, rises above it where a network overfits.",
     "eval/copying": "copying: the probability that a drawn image lies nearer to a training image than a held-out one does, 0.5 "
                     "for a perfect generator and 1 for one that copies.",
-    "eval/copies": "copies: the share of drawn images that lie nearer than 95 % of the held-out ones, 0.05 for a perfect "
-                   "generator."}
+    "eval/copies": "copies: the share of drawn images that lie nearer to a training image than all but one in twenty of the "
+                   "held-out ones do, about 0.05 for a perfect generator."}
+NO_COPIES = "copies: not measured, as fewer than 19 images are held out."
 
 
 def readme(title, question, found, columns, pictures, record, left_out, again):
@@ -314,6 +325,8 @@ def readme(title, question, found, columns, pictures, record, left_out, again):
     tables = [markdown(table(found.groups, some)) for some in tables if some and [some[0].name] != ["parameters"]]
     names = [column.name for column in columns]
     meanings = [words for key, words in MEANINGS.items() if key in names]
+    if "eval/copying" in names and "eval/copies" not in names:
+        meanings.append(NO_COPIES)
     if any(column.name.startswith("best ") and not column.table for column in columns):
         meanings.append("best values: where none is shown, a run's best is its last; results.csv has them.")
     return "\n\n".join([

@@ -20,7 +20,9 @@ from ddpm.tracking import whole_row
 FEWEST = 3  # seeds: of two differences the spread is hardly known
 HUGE = 1e100
 MANY = 4  # words on an axis that are all compared with each other
-FRECHET, KERNEL = re.compile(r"eval/(fid|fd_\w+)(?<!_floor)"), re.compile(r"eval/(kid|kd_\w+)")
+FRECHET, KERNEL = re.compile(r"eval/(fid|fd_(?!\w+_(perfect|floor))\w+)"), re.compile(r"eval/(kid|kd_\w+)")
+PERFECT = "_perfect", "_perfect_sd"  # what a perfect generator gets: the mean, and the standard deviation of one evaluation
+RETIRED = "_floor"  # its place until 2026-11: half of it, of a generator that knows the real images by heart
 LOSSES, LEARNED = ("val/loss_ema", "val/loss"), "train/loss"
 ASKED = "eval/evaluations"
 QUANTITY = (  # knobs that decide what the validation loss is a mean of
@@ -40,7 +42,8 @@ MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances 
     # or a text that is nearly one would take hours
     r"(?P<extractor>[^;]+); (?P<samples>\d+) samples of the (?P<weights>[^;]+) weights in (?P<arithmetic>\w+); "
     r"(?P<sampler>[^;]+), (?P<steps>\d+) steps, (?P<spacing>[^;]+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
-    r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)",
+    r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)"
+    r"(, by (?P<kept>\d+) of them but for the Frechet distance)?",
     r"bits/dim of (?P<likelihood_images>[^,]+)(, given (?P<given>.+),)? under the (?P<weights>[^,]+) weights, "
     r"by (?P<evaluations>\d+) evaluations")]
 ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare
@@ -337,11 +340,11 @@ def interval(values):
     return mean, student(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
-def student(freedom):
-    """The 97.5 % quantile of Student's t."""
+def student(freedom, among=1):
+    """What Student's t must reach to be significant at 5 %, two-sided, as the first by Holm's rule `among` so many tests."""
     from scipy.stats import t  # half a second of start-up
 
-    return float(t.ppf(0.975, freedom))
+    return float(t.isf(0.025 / among, freedom))
 
 
 @dataclass(frozen=True)
@@ -446,6 +449,18 @@ class Comparison:
     def ways(self):
         """How the distances of each run were made, in parts."""
         return [made(text) for run in self.counted for text in run.made("eval/made")]
+
+    @property
+    def visible(self):
+        """The smallest differences that half of the comparisons would show: (as the clearest of all, alone, their number).
+
+        Half of the median 95 % interval is what one test alone shows; Holm's rule asks more of the clearest of several. None
+        where no comparison shows its noise.
+        """
+        shown = [gap for gap in self.gaps if gap.half]
+        count = sum(gap.p is not None for gap in self.gaps)
+        first = [gap.half * student(gap.seeds - 1, count) / student(gap.seeds - 1) for gap in shown]
+        return (statistics.median(first), statistics.median(gap.half for gap in shown), count) if shown else None
 
     @property
     def unlike(self):

@@ -22,50 +22,62 @@ PAIRS = 32  # drawn images that are shown beside the training image nearest to t
 class Scorer:
     """Measures `num_samples` drawn images against all images of a data set, through one feature extractor.
 
-    `learned` and `held_out` are the indices of the images that the network was trained on, and was not; `evaluations` is how
-    often the network is asked for an image.
+    `learned` and `held_out` are the indices of the images that the network was trained on, and was not; of each those are
+    used whose features the reference keeps. `evaluations` is how often the network is asked for an image.
     """
 
     def __init__(self, extractor, dataset, learned, held_out, recipe, num_samples, weights, evaluations, machine):
         self.extractor, self.dataset, self.recipe, self.machine = extractor, dataset, recipe, machine
-        self.learned, self.held_out = learned, held_out
+        self.places = np.asarray(metrics.reference_indices(len(dataset)))  # the image behind each row of the reference
+        self.learned, self.held_out = map(self.rows, (learned, held_out))
         self.seeds, self.evaluations = range(num_samples), evaluations
+        fewer = f", by {len(self.places)} of them but for the Frechet distance" if len(self.places) < len(dataset) else ""
         self.made = (f"{extractor.name}; {num_samples} samples of the {weights} weights in {str(machine.dtype)[6:]}; {recipe}; "
-                     f"against {len(dataset)} images {dataset.fingerprint[:12]}")
+                     f"against {len(dataset)} images {dataset.fingerprint[:12]}{fewer}")
+        few = len(self.held_out) < metrics.ONE_IN - 1
+        self.notes = [f"eval/copies is not measured: that takes {metrics.ONE_IN - 1} held-out images, and there are "
+                      f"{len(self.held_out)}; raise data.validation_fraction in a new run"] if few else []
+
+    def rows(self, indices):
+        """The rows of the reference that belong to the images at `indices`."""
+        return torch.from_numpy(np.flatnonzero(np.isin(self.places, indices)))
 
     @cached_property
     def reference(self):
-        """Features [n, d] of the real images, computed by one rank and read from the cache by the others."""
+        """The metrics.Reference of the real images, computed by one rank and read from the cache by the others."""
         if self.machine.main:
-            features = metrics.reference(self.extractor, self.dataset)
+            found = metrics.reference(self.extractor, self.dataset)
         self.machine.agree("the reference is in the cache")
-        return features if self.machine.main else metrics.reference(self.extractor, self.dataset)
+        return found if self.machine.main else metrics.reference(self.extractor, self.dataset)
 
     @cached_property
-    def split(self):
-        """Rows of the reference that were learned from, with the indices of their images, and how near held-out ones lie."""
-        places = np.asarray(metrics.reference_indices(len(self.dataset)))
-        learned, held_out = (torch.from_numpy(np.flatnonzero(np.isin(places, part))) for part in (self.learned, self.held_out))
-        near = metrics.nearest(self.reference[held_out], self.reference[learned])[0] if len(held_out) else None
-        return learned, places[learned], near
+    def perfect(self):
+        """The Frechet distance that a perfect generator gets at as many samples, computed by one rank."""
+        n = len(self.seeds)
+        return self.machine.agree(metrics.perfect(self.reference, n, self.extractor) if self.machine.main else None)
+
+    @cached_property
+    def unseen(self):
+        """How near [m] held-out images lie to the nearest that were learned from."""
+        features = self.reference.features
+        return metrics.nearest(features[self.held_out], features[self.learned])[0]
 
     def __call__(self, draw):
         """Draw and measure; returns the same on every rank.
 
-        First the numbers: distances, their floors, closeness to the training images and `eval/made`, which says how. Then
-        pictures uint8 [b, c, h, w]: `eval/nearest` has the first drawn images, each before the training image nearest to it.
+        First the numbers: distances, closeness to the training images, what a perfect generator gets, and `eval/made`, which
+        says how. Then pictures uint8 [b, c, h, w]: `eval/nearest` has the first drawn images, each before the training image
+        nearest to it.
         """
-        reference, first = self.reference, []
+        first = []
         drawn = metrics.extract(self.extractor, self.watched(draw(self.seeds, self.recipe), first))
         drawn, first = self.machine.gather(drawn), self.machine.gather(torch.cat(first or [torch.empty(0, dtype=torch.uint8)]))
-        numbers = metrics.compare(drawn, reference, self.extractor) | metrics.floor(reference, len(drawn), self.extractor)
-        numbers |= {"evaluations": self.evaluations}
+        numbers = metrics.compare(drawn, self.reference, self.extractor) | self.perfect | {"evaluations": self.evaluations}
 
-        learned, images, held_out = self.split
-        distances, which = metrics.nearest(drawn, reference[learned])
-        if held_out is not None:
-            numbers |= metrics.copying(distances, held_out)
-        originals = torch.stack([self.dataset[int(images[which[k]])] for k in range(len(first))])
+        distances, which = metrics.nearest(drawn, self.reference.features[self.learned])
+        if len(self.held_out):
+            numbers |= metrics.copying(distances, self.unseen)
+        originals = torch.stack([self.dataset[int(self.places[self.learned[which[k]]])] for k in range(len(first))])
         pairs = torch.stack([first, originals], dim=1).flatten(0, 1)
         return {f"eval/{name}": value for name, value in numbers.items()} | {"eval/made": self.made}, {"eval/nearest": pairs}
 
@@ -161,7 +173,7 @@ class Likelihood:
 class Nothing:
     """Stands where nothing is to be measured; nothing is drawn for it."""
 
-    made = ""
+    made, notes = "", ()
 
     def __call__(self, *arguments):
         return {}, {}

@@ -298,7 +298,7 @@ def caches(folder, times, seed):
     logging.getLogger("ddpm.metrics").setLevel(logging.ERROR)  # which tells of each
     extractor = metrics.EXTRACTORS["digits"]("cpu")
     part = data.part(digits, range(64))
-    right = metrics.reference(extractor, part, folder / "right")
+    right = metrics.reference(extractor, part, folder / "right").features
     (place,) = (folder / "right").glob("*.safetensors")
     flips = [place.read_bytes()[:n] + bytes([place.read_bytes()[n] ^ 4]) + place.read_bytes()[n + 1:] for n in (300, 2000, -9)]
     files = exports(folder / "harm") | checkpoints(folder / "harm", folder)
@@ -306,7 +306,7 @@ def caches(folder, times, seed):
         home = folder / f"home {number}"
         home.mkdir()
         (home / place.name).write_bytes(content)
-        found = metrics.reference(extractor, part, home)
+        found = metrics.reference(extractor, part, home).features
         done += 1
         if not torch.equal(found, right) or (home / place.name).read_bytes() != place.read_bytes():
             lost.append(f"features of file {number}")

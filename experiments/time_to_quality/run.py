@@ -129,13 +129,13 @@ def peer_drawn(size, path, steps, spent, evaluations, eta):
 def row(recipe, seed, steps, images, spent, sampler, evaluations, drawn):
     """A line of results.csv; the distance is the same measure for all."""
     extractor, reference = measure()
-    distance = metrics.frechet(metrics.extract(extractor, drawn.split(256)), reference)
+    distance = metrics.frechet(metrics.extract(extractor, drawn.split(256)), reference.features)
     return {"recipe": recipe, "seed": seed, "steps": steps, "images": images, "cpu_seconds": round(spent, 2),
             "sampler": sampler, "evaluations": evaluations, "samples": len(drawn), "fd_digits": round(distance, 4)}
 
 
 def measure():
-    """The extractor of the digits and the features of all of them."""
+    """The extractor of the digits and the metrics.Reference of all of them."""
     given = config.freeze(config.base())
     extractor = build.extractor(given, dist.start("off"))
     return extractor, metrics.reference(extractor, build.dataset(given))
@@ -175,10 +175,11 @@ def write_digits(folder):
 def how(size):
     """What the report says of how it was made."""
     extractor, reference = measure()
-    floor = metrics.floor(reference, size.samples, extractor)["fd_digits_floor"]
+    perfect, deviation = metrics.chance(reference, size.samples)
     given = config.freeze(config.base())
-    return {"commit": commit(), "machine": this_machine(), "floor": round(floor, 4), "extractor": extractor.name,
-            "learned": len(build.split(given, build.dataset(given))[0]), "digits": len(reference), "dim": size.dim,
+    return {"commit": commit(), "machine": this_machine(), "perfect": [round(perfect, 4), round(deviation, 4)],
+            "extractor": extractor.name,
+            "learned": len(build.split(given, build.dataset(given))[0]), "digits": len(reference.features), "dim": size.dim,
             "dim_mults": list(size.dim_mults), "whole": size.whole,
             "parameters": sum(weight.numel() for weight in network(size).parameters()),
             "versions": {name: version(name) for name in ("torch", PEER, "diffusers")}}
@@ -218,7 +219,8 @@ def answer(rows, made):
             text += f"{words} was at no length nearer in every seed. "
     full = mine[OURS][whole]
     return text + (f"The recipe as shipped, {whole} steps, ends after {averaged(full, 'cpu_seconds'):.0f} CPU seconds at "
-                   f"{averaged(full, 'fd_digits'):.2f}; a perfect generator would get {made['floor']:.2f}.")
+                   f"{averaged(full, 'fd_digits'):.2f}; a perfect generator would get {amount(*made['perfect'])} "
+                   "(± standard deviation of one evaluation).")
 
 
 @figures.style()
@@ -237,7 +239,7 @@ def curves(rows, made):
         every = [one for runs in lengths for one in runs]
         axis.plot([one["cpu_seconds"] for one in every], [one["fd_digits"] for one in every], figures.MARKERS[number],
                   label=f"{recipe}, each run", color=figures.COLOURS[number], fillstyle="none", linestyle="none")
-    axis.axhline(made["floor"], color="grey", linewidth=0.8, linestyle=":", label="perfect generator")
+    axis.axhline(made["perfect"][0], color="grey", linewidth=0.8, linestyle=":", label="perfect generator")
     axis.set(xscale="log", yscale="log", xlabel="CPU seconds of training, one thread", ylabel="FD (digits)")
     axis.minorticks_off()
     for each in (axis.xaxis, axis.yaxis):
