@@ -72,7 +72,7 @@ def curves(groups, keys):
             means += mean
             for column, axis in enumerate(row):
                 x = [point[column] / (unit if column else 1) for point in points]
-                axis.plot(x, mean, label=group.name, marker=MARKERS[number % MOST] if len(x) < 12 else None, **look(number))
+                axis.plot(x, mean, label=group.short, marker=MARKERS[number % MOST] if len(x) < 12 else None, **look(number))
                 if points and points[0][3] is not None:
                     low, high = ([point[2] + side * point[3] for point in points] for side in (-1, 1))
                     axis.fill_between(x, low, high, color=COLOURS[number % MOST], alpha=0.15, linewidth=0)
@@ -135,7 +135,7 @@ def settings(groups, metric):
                   label=None if place else "one seed")
         axis.errorbar(mean, place - 0.1, xerr=half, fmt="o", color=COLOURS[0], capsize=2.5, linestyle="none",
                       label=None if place else "mean and 95 % interval")
-    axis.set_yticks(range(len(groups)), [group.name for group in groups])
+    axis.set_yticks(range(len(groups)), [group.short for group in groups])
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
     axis.set_xlabel(label(metric))
@@ -221,7 +221,7 @@ def spaced(values, at, kind):
 @style()
 def samples(groups, seed):
     """The last grids of one seed, side by side."""
-    grids = [(group.name, run.grid) for group in groups for run in group.runs if run.knobs[group.unit] == seed and run.grid]
+    grids = [(group.short, run.grid) for group in groups for run in group.runs if run.knobs[group.unit] == seed and run.grid]
     columns = balanced(len(grids), 4)
     rows = math.ceil(len(grids) / columns)
     figure, axes = canvas(rows, columns, height=rows * (WIDTH / columns + 0.2))
@@ -297,7 +297,8 @@ def draw(found):
     shared = set.intersection(*({run.knobs[group.unit] for run in group.runs if run.grid} for group in few))
     if shared:
         made.append(("samples.png", grid_caption(few, min(shared), best), samples(few, min(shared))))
-    return made
+    rows = " Rows are those of the first table." if any(group.short != group.name for group in drawn) else ""
+    return [(name, caption + rows, figure) for name, caption, figure in made]
 
 
 def grid_caption(groups, seed, best):

@@ -87,11 +87,16 @@ def repeats(groups):
 
 
 def table(groups, columns):
-    """Rows of words: the settings, the seeds, and the columns as mean ± half of the 95 % interval."""
-    rows = [[*(axis.rpartition(".")[2] for axis in groups[0].setting), "seeds", *(column.heading for column in columns)]]
+    """Rows of words: the settings, the seeds, and the columns as mean ± half of the 95 % interval.
+
+    Rows are numbered where figures call a setting by its row.
+    """
+    numbered = any(group.short != group.name for group in groups)
+    rows = [["row"] * numbered + [axis.rpartition(".")[2] for axis in groups[0].setting] +
+            ["seeds", *(column.heading for column in columns)]]
     for group in groups:
-        rows.append([*map(results.shown, group.setting.values()), str(seeds(group)),
-                     *(cell(group.values(column.number).values(), column.spread) for column in columns)])
+        rows.append([str(group.row)] * numbered + [*map(results.shown, group.setting.values()), str(seeds(group)),
+                    *(cell(group.values(column.number).values(), column.spread) for column in columns)])
     return rows
 
 

@@ -237,6 +237,9 @@ def check_ways(ways, axes):
                              "alike with ddpm.evaluate")
 
 
+LONGEST_NAME = 60  # of a setting in a figure: letters that fit beside its dots
+
+
 @dataclass(frozen=True)
 class Group:
     """The runs of one setting."""
@@ -244,10 +247,16 @@ class Group:
     setting: dict
     runs: list
     unit: str
+    row: int  # of the report's table, from 1
 
     @property
     def name(self):
         return ", ".join(self.labels) or "all runs"
+
+    @property
+    def short(self):
+        """The name for a figure, where it must leave room for what is drawn: the row of the table if it is long."""
+        return self.name if len(self.name) <= LONGEST_NAME else f"row {self.row}"
 
     @property
     def labels(self):
@@ -309,7 +318,8 @@ def grouped(runs, axes, reference=None):
         return [(value != (reference or {}).get(axis), shown(value)) if isinstance(value, (str, tuple)) else (False, value)
                 for axis, value in zip(axes, values, strict=True)]
 
-    return [Group(dict(zip(axes, values, strict=True)), members[values], unit) for values in sorted(members, key=place)]
+    return [Group(dict(zip(axes, values, strict=True)), members[values], unit, row)
+            for row, values in enumerate(sorted(members, key=place), 1)]
 
 
 def numeric_axes(groups):
