@@ -141,6 +141,19 @@ def test_with_few_seeds_it_cannot_tell(tmp_path, seeds):
     assert report.answer(found).startswith(f"Cannot tell: {seeds} seed") and report.differences(found) == [report.answer(found)]
 
 
+def test_a_name_too_long_for_a_figure_is_its_row_of_the_table(tmp_path):
+    long = "adamw(weight_decay=0.0123456789, betas=(0.9, 0.99), eps=1e-08)"
+    levels = {"adam": 1.0, long: 2.0}
+    assert len(long) > results.LONGEST_NAME
+    groups = results.compare(arms(tmp_path, levels, 3, "train__optimizer")).groups
+    assert {group.short for group in groups} == {"adam", f"row {1 + [group.name for group in groups].index(long)}"}
+    rows = report.table(groups, [])
+    assert rows[0][:2] == ["row", "optimizer"] and [row[:2] for row in rows[1:]] == [
+        [str(group.row), group.name] for group in groups]
+    few = results.compare(arms(tmp_path / "few", {"adam": 1.0, "adamw": 2.0}, 3, "train__optimizer")).groups
+    assert report.table(few, [])[0] == ["optimizer", "seeds"]
+
+
 def test_which_settings_are_compared(tmp_path):
     """On a numeric axis neighbours; of many words each with the reference; one that differs in more, with all others.
 

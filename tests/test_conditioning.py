@@ -5,6 +5,7 @@ A block whose norm removes the embedding still trains, draws and passes every te
 
 import pytest
 import torch
+from conftest import run, tiny
 from torch import nn
 
 from ddpm import build, config
@@ -117,6 +118,8 @@ def test_groups_of_one_channel_are_said(tmp_path):
     assert [change < 1e-5 for change in found] == [True, False, False, False, False, False, True, True]  # those of 32 channels
     said, = build.unconditioned(net)
     assert said.startswith("3 of 8 residual blocks do not depend on time and class, because a norm with one channel a group")
+    run(tiny(model__norm_num_groups=32, train__length="1 steps", train__warmup="0 steps"), tmp_path)
+    assert "8 of 8 residual blocks do not depend on time and class" in (tmp_path / "training.log").read_text()
     for options in (dict(norm_num_groups=32, use_scale_shift_norm=True), dict()):
         assert build.unconditioned(network("unet", UNET | dict(model_channels=16) | options)) == []
     assert build.unconditioned(nn.Identity()) == []
