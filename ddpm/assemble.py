@@ -13,7 +13,7 @@ import torch
 
 from ddpm import build, checkpoint, clock, data, dist, memory, optim, posthoc, rng, score, spec
 from ddpm import config as configs
-from ddpm.dist import StepNetwork
+from ddpm.dist import StepNetwork, of_kernels
 from ddpm.ema import EMA
 from ddpm.models.layers import recompute
 from ddpm.step import Guard, Meters, Step, Validation
@@ -103,6 +103,8 @@ def compiled(config, made):
         made.machine.release()
         return "the network is compiled at the first step that has room (train.compile)"
     except Exception as error:  # of the backward pass
+        if of_kernels(error):
+            raise
         net.give_up(error)
     return said[0] if said else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
 

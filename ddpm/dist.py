@@ -26,6 +26,7 @@ from ddpm.interrupt import Interrupted, Wish
 AMP = ("auto", "off", "bf16", "fp16")
 PATIENCE = timedelta(minutes=30)  # that ranks wait for one which works alone, as on the features of the real images
 COMPILER = "inductor"  # torch's own
+GRAPHS = 64  # that it makes of one network, at most
 LEARNING = {"options": {"fallback_random": True}}  # how it compiles: dropout draws what it draws without it
 DRAWING = {"mode": "reduce-overhead"}  # on a card CUDA graphs, in which an answer is overwritten by the next
 
@@ -191,10 +192,10 @@ def fetched_ahead(batches, device):
 class StepNetwork:
     """The network as the training step sees it: autocast around it, gradients averaged over ranks, float32 out.
 
-    EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file; without gradients it is
-    the plain module that is asked, so that what is `compiled` sees one shape. `parameters` are what an optimiser changes,
-    `weights.state_dict()` what is averaged, `learner` is the module whose layers learn. `say(text)` hears of what the compiler
-    cannot do.
+    EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file; validation, in evaluation
+    mode and without gradients, asks the plain module, so that it compiles nothing more. `parameters` are what an optimiser
+    changes, `weights.state_dict()` what is averaged, `learner` is the module whose layers learn. `say(text)` hears
+    of what the compiler cannot do.
     """
 
     def __init__(self, net, machine):
@@ -207,17 +208,16 @@ class StepNetwork:
         return DistributedDataParallel(self.net) if self.machine.world > 1 else self.net
 
     def __call__(self, x, t, y=None, **told):
+        fast = self.fast is not None and self.net.training  # self-conditioning's own estimate too
         with self.machine.autocast():
-            return (self.learning if torch.is_grad_enabled() else self.asked)(x, t, y, **told).float()
+            return (self.learning if fast or torch.is_grad_enabled() else self.asked)(x, t, y, **told).float()
 
     def learning(self, *given, **told):
         """What the network says that learns: compiled, as long as the compiler can do what it has not seen yet."""
         try:
             return (self.wrapped if self.fast is None else self.fast)(*given, **told)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a compiler has many
-            if self.fast is None:
+            if self.fast is None or of_kernels(error):
                 raise
             self.give_up(error)
         return self.wrapped(*given, **told)
@@ -283,9 +283,9 @@ class Compiled:
                 self.say(f"the network was compiled for drawing in {time.monotonic() - begun:.0f} s")
                 self.fresh = False
             return out
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # a compiler has many
+            if of_kernels(error):
+                raise
             self.say(f"drawing with the plain network, as torch.compile failed: {first_words(error)}")
             self.fast = None
             return self.net(x, t, y)
@@ -295,8 +295,21 @@ class Compiled:
 
 
 def through(net, how):
-    """A network through torch.compile."""
-    return torch.compile(net, backend=COMPILER, **(how if COMPILER == "inductor" else {}))
+    """A network through torch.compile, which makes a graph for each size of batch.
+
+    By default it makes one for all sizes from the second on, whose kernels are slower. Learning and drawing, with labels and
+    without, share the limit of graphs, beyond which torch runs the plain network and says nothing.
+    """
+    torch._dynamo.config.recompile_limit = GRAPHS
+    return torch.compile(net, backend=COMPILER, dynamic=False, **(how if COMPILER == "inductor" else {}))
+
+
+def of_kernels(error):
+    """Whether an exception is of the computation, as that memory runs out or CUDA fails, and not of the compiler.
+
+    Kernels raise RuntimeError itself, where they raise no class below; compilers have classes of their own.
+    """
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or type(error) is RuntimeError
 
 
 def first_words(error):

@@ -3,6 +3,8 @@
 Networks are traced as for any compiler, and then run by torch's own kernels: making code of them takes minutes on a CPU.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from conftest import rows, run, tiny
 from PIL import Image
 from torch._dynamo import lookup_backend
 
-from ddpm import assemble, build, dist
+from ddpm import assemble, build, config, dist
 from ddpm.generate import generate_images
+from ddpm.models import MODELS
+from ddpm.spec import parse
 from ddpm.train import train
 
 CLOSE = 1e-4  # the same sums, some in another order: rounding of 1e-7, which 12 steps of Adam let grow
@@ -78,6 +82,89 @@ def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeyp
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "compiled"), rel=CLOSE)
     said = log(tmp_path / "compiled")
     assert 0 < said.find("was compiled in") < said.find("not compiled, as torch.compile failed: ")
+
+
+NETWORKS = {
+    "unet": {"model.resblock_updown": True, "model.qk_norm": True}, "dit(depth=1, width=16, heads=2)": {},
+    "unet_mp": {"diffusion.predict": "edm"}}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_one_graph(name, training):
+    """Forwards and, of one that learns, backwards, with the numbers that it has without a compiler."""
+    assert {parse(network)[0] for network in NETWORKS} == MODELS.keys()
+    given = config.changed(tiny(), NETWORKS[name] | {"model.name": name, "model.channel_mult": (1,), "model.dropout": 0.1,
+                                                     "model.attention_resolutions": (16,)})
+    found, backend = [], "aot_eager" if training else "eager"
+    for wrap in (lambda net: net, partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)):
+        net = build.network(given).train(training)
+        for weight in net.parameters():
+            torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
+        torch.manual_seed(0)
+        out = wrap(net)(torch.ones(2, 1, 16, 16), torch.tensor([0.5, 0.7]))
+        if training:
+            out.square().mean().backward()
+        found.append([out, *(weight.grad for weight in net.parameters() if weight.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=CLOSE, atol=CLOSE)
+
+
+def test_each_size_of_batch_has_a_graph_of_fixed_shapes(monkeypatch):
+    """More of them than torch makes unless it is told: it then runs the plain network."""
+    shapes = []
+
+    def note(graph, inputs):
+        shapes.append([one.shape for one in inputs if isinstance(one, torch.Tensor)])
+        return graph
+
+    monkeypatch.setattr(dist, "COMPILER", note)
+    torch._dynamo.reset()
+    fast = dist.through(torch.nn.Linear(3, 2), dist.LEARNING)
+    for size in range(2, 14):
+        fast(torch.ones(size, 3))
+    assert [max(shape[0] for shape in found if shape[-1] == 3) for found in shapes] == list(range(2, 14))
+    assert all(type(side) is int for found in shapes for shape in found for side in shape)
+
+
+def network_with(compiler, monkeypatch):
+    monkeypatch.setattr(dist, "COMPILER", compiler)
+    net = dist.StepNetwork(torch.nn.Bilinear(3, 2, 4), dist.Machine(torch.device("cpu"), torch.float32))
+    net.compiled()
+    net.train()
+    return net
+
+
+def test_the_own_estimate_is_compiled_and_validation_is_not(monkeypatch):
+    calls = []
+    net = network_with(lambda graph, inputs: lambda *given: calls.append(1) or graph(*given), monkeypatch)
+    net.asked = lambda x, t, y: torch.zeros(2, 4)
+    net.fast = (lambda fast: lambda x, t, y: fast(x, t))(net.fast)
+    given = torch.ones(2, 3), torch.ones(2, 2)
+    with torch.no_grad():
+        net(*given)
+        assert len(calls) == 1
+        net.net.eval()
+        net(*given)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("error", [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered", 700),
+    RuntimeError("GET was unable to find an engine to execute this computation"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_failure_of_the_gpu_is_not_the_compilers(error, monkeypatch):
+    def kernel(*given):
+        raise error
+
+    net = network_with(lambda graph, inputs: kernel, monkeypatch)
+    net.fast = (lambda fast: lambda x, t, y: fast(x, t))(net.fast)
+    with pytest.raises(type(error), match="CUDA|GET"):
+        net(torch.ones(2, 3), torch.ones(2, 2))
+    assert net.fast is not None
+    drawing = dist.Compiled(torch.nn.Bilinear(3, 2, 4), {2})
+    drawing.fast = (lambda fast: lambda x, t, y: fast(x, t))(drawing.fast)
+    with pytest.raises(type(error), match="CUDA|GET"):
+        drawing(torch.ones(2, 3), torch.ones(2, 2))
 
 
 def drawn(run_folder, out, **knobs):
