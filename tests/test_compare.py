@@ -1,6 +1,7 @@
 """Runs become an answer: statistics against scipy, words against known numbers, and reports of real runs."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -113,6 +114,60 @@ def test_holm_by_hand():
     """Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1, and never below the one before."""
     assert results.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert results.holm([0.5, 0.9]) == [1, 1] and results.holm([]) == []
+
+
+def test_the_smallest_visible_difference_is_seen_half_of_the_time_after_the_correction():
+    """600 studies of 30 comparisons over three seeds, one of them with a difference of the size that is told; scipy's test."""
+    count, seeds = 30, 3
+    noise = np.random.default_rng(0).normal(size=(600, count, seeds))
+    halves = scipy.stats.t.ppf(0.975, seeds - 1) * scipy.stats.sem(noise, axis=2)
+    gaps = [[results.Difference(None, None, 0, half, 0, seeds, 1) for half in study] for study in halves]
+    visible = [results.Comparison([], [], [], "eval/fid", study).visible for study in gaps]
+    first, alone, counted = np.median(visible, axis=0)
+
+    def seen(size):
+        ps = scipy.stats.ttest_1samp(noise + size * np.eye(count)[0][:, None], 0, axis=2).pvalue
+        return np.mean([results.holm(list(study))[0] < 0.05 for study in ps])
+
+    assert counted == count and first / alone == pytest.approx(24.5 / 4.303, rel=2e-3)  # t(2) of a table
+    assert seen(first) == pytest.approx(0.5, abs=0.06)  # three standard errors of 600 studies
+    assert seen(alone) < 0.1
+
+
+def test_limits_count_the_correction(tmp_path):
+    found = results.compare(arms(tmp_path / "three", {"cosine": 5.0, "linear": 6.0, "sigmoid": 5.1}, 5))
+    half = np.median([gap.half for gap in found.gaps])
+    more = half * scipy.stats.t.ppf(1 - 0.025 / 3, 4) / scipy.stats.t.ppf(0.975, 4)
+    said = next(report.limits(found))
+    assert f"below about {more:.2g} would mostly have stayed unseen. That counts the correction for 3 comparisons" in said
+    assert said.endswith(f"a single comparison, uncorrected, {half:.2g}.")
+    found = results.compare(arms(tmp_path / "two", {"cosine": 5.0, "linear": 6.0}, 5))
+    assert next(report.limits(found)).endswith(f"below about {found.gaps[0].half:.2g} would mostly have stayed unseen.")
+
+
+def test_a_perfect_generator_stands_in_the_protocol_and_the_old_floor_nowhere(tmp_path):
+    new = {"eval/fd_digits_perfect": 0.1784, "eval/fd_digits_perfect_sd": 0.054, "eval/copying": 0.3,
+           "eval/copying_perfect": 0.5, "eval/copying_perfect_sd": 0.023}
+    for name, more in (("old", {"eval/fd_digits_floor": 0.114, "eval/copying": 0.3, "eval/copies": 0.04}), ("new", new)):
+        runs = arms(tmp_path / name, {"cosine": 5.0, "linear": 6.0}, 3)
+        found = results.compare([dataclasses.replace(run, rows=[run.rows[0] | more]) for run in runs])
+        columns = report.columns(found.groups, lambda run: 1)
+        text = report.readme(name, "?", found, columns, [], {"commit": "", "torch": "2", "machine": "m"}, [], "")
+        assert found.metric == "eval/fd_digits" and "0.114" not in text + report.csv(found.groups, columns)
+        perfect = "would get copying 0.500 ± 0.023 and FD (digits) 0.178 ± 0.054 (± standard deviation of one evaluation)"
+        assert (perfect in text, "copies: not measured, as fewer than 19" in text) == (name == "new",) * 2
+        heads = report.csv(found.groups, columns).partition("\n")[0].split(",")
+        assert ("eval/fd_digits_perfect" in heads) == (name == "new") and "eval/fd_digits_floor" not in heads
+        assert "eval/fd_digits_perfect low" not in heads and "eval/fd_digits low" in heads
+
+
+def test_distances_of_which_some_rest_on_fewer_images_do_not_mix_with_those_that_rest_on_all(tmp_path):
+    """Until 2026-11 all numbers of a large data set rested on 50,000 of its images."""
+    runs = arms(tmp_path, {"cosine": 5.0, "linear": 6.0}, 3)
+    assert results.made(runs[0].rows[0]["eval/made"])["images"] == "9"
+    other = runs[0].rows[0]["eval/made"] + ", by 5 of them but for the Frechet distance"
+    with pytest.raises(ValueError, match="kept is 5 in .*; something else in "):
+        results.compare([dataclasses.replace(runs[0], rows=[runs[0].rows[0] | {"eval/made": other}]), *runs[1:]])
 
 
 def test_a_difference_larger_than_the_noise_is_said_and_one_within_it_is_not(tmp_path):

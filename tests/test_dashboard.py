@@ -47,7 +47,8 @@ def project(server):
         given = tiny(**{"diffusion.beta_schedule": schedule, "seed": ord(name)} | knobs)
         run = server.runs[name] = Run(name, "digits", "s1" if name != "c" else None, state="finished")
         run.columns = {key: {"value": value} for key, value in config.tracked(given).items()}
-        run.summary = {"eval/fd_digits": 2.0, "eval/fd_digits_floor": 1.0, "eval/copying": 0.5, "eval/made": "so"}
+        run.summary = {"eval/fd_digits": 2.0, "eval/fd_digits_perfect": 1.0, "eval/fd_digits_perfect_sd": 0.1,
+                       "eval/fd_digits_floor": 0.5, "eval/copying": 0.5, "eval/made": "so"}  # the floor of an older run
     return server
 
 
@@ -84,7 +85,7 @@ def test_a_study_has_its_workspace(project):
         "config:config.diffusion.beta_schedule.value", "config:config.seed.value", "summary:eval/fd_digits"]
     assert (bars[0], bars[1]["metrics"]) == ("Bar Chart", ["eval/fd_digits"])
     assert lines(loss) == [("train/step", [key]) for key in ("train/loss", "val/loss", "val/loss_ema")]
-    distances = [["eval/copying"], ["eval/fd_digits", "eval/fd_digits_floor"]]
+    distances = [["eval/copying"], ["eval/fd_digits", "eval/fd_digits_perfect"]]
     assert lines(steps) == [("train/step", keys) for keys in distances]
     assert lines(compute) == [("progress/petaflop", keys) for keys in distances]
     assert [(kind, panel["mediaKeys"]) for kind, panel in samples] == [

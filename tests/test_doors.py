@@ -94,7 +94,7 @@ def test_fid_while_training_and_after(tmp_path, inception_file):
                  train__length="2 steps", data__source=f"folder(path='{photos(tmp_path)}')", data__channels=3)
     run(given, tmp_path / "run")
     logged = rows(tmp_path / "run")[-1]
-    assert {"eval/fid", "eval/kid", "eval/precision", "eval/recall", "eval/fid_floor"} <= set(logged)
+    assert {"eval/fid", "eval/kid", "eval/precision", "eval/recall", "eval/fid_perfect", "eval/fid_perfect_sd"} <= set(logged)
     assert logged["eval/made"].startswith("inception-") and "16 samples" in logged["eval/made"]
     assert evaluate(tmp_path / "run")["eval/fid"] == pytest.approx(logged["eval/fid"], rel=1e-6)
 
