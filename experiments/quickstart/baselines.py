@@ -1,4 +1,4 @@
-"""What the quickstart's distance is worth: the same measure on noise and on the untrained network.
+"""What the quickstart's distance is worth: the same measure on noise, on the untrained network and of a perfect generator.
 
     python experiments/quickstart/baselines.py        about a minute on two CPU cores
 """
@@ -27,6 +27,8 @@ def main():
     RECIPE.loader.exec_module(module)
     config, machine = freeze(module.get_config()), dist.start()
     measure = build.scorer(config, build.dataset(config), machine)
+    mean, deviation = measure.perfect.values()
+    print(f"perfect generator    eval/fd_digits {mean:.4f} ± {deviation:.4f}", flush=True)
     for name, draw in (("uniform noise", noise), ("untrained network", build.drawer(config, build.network(config), machine))):
         numbers = measure(draw)
         print(f"{name:20} eval/fd_digits {numbers['eval/fd_digits']:.2f}   {numbers['eval/made']}", flush=True)
