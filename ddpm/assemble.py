@@ -93,19 +93,18 @@ def blank(config, count):
 
 def compiled(config, made):
     """Let a step learn through torch.compile, tried on a blank batch; says how long that took, or why it is not done."""
-    net, begun, said = made.diffusion.net, time.monotonic(), []
+    net, begun, said, fitted = made.diffusion.net, time.monotonic(), [], True
     net.compiled()
     net.say = said.append
     try:
-        made.rehearse(blank(config, len(made.places)))
+        fitted, _ = made.machine.room.fits(partial(made.rehearse, blank(config, len(made.places))))
         made.machine.wait()
-    except torch.OutOfMemoryError:
-        made.machine.release()
-        return "the network is compiled at the first step that has room (train.compile)"
     except Exception as error:  # of the backward pass
         if of_kernels(error):
             raise
         net.give_up(error)
+    if not fitted:
+        return "the network is compiled at the first step that has room (train.compile)"
     return said[0] if said else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
 
 

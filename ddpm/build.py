@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -128,7 +129,8 @@ def recipe(config, section, labels, usual):
 
 def extractor(config, machine):
     """The feature extractor of a config; raises ValueError where its weights are not to be had."""
-    return metrics.EXTRACTORS[extractor_name(config)](machine.device, config.evaluate.inception_weights)
+    found = metrics.EXTRACTORS[extractor_name(config)](machine.device, config.evaluate.inception_weights)
+    return replace(found, room=machine.room)
 
 
 def extractor_name(config):

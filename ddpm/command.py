@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddpm.config import KINDS, base, check, flatten, freeze
+from ddpm.room import NoRoom, ran_out
 from ddpm.spec import suggest
 
 FULL = errno.ENOSPC, errno.EDQUOT  # what a full disk is called
@@ -198,7 +199,7 @@ def run_door(main, takes=None):
     """Run a door: `main()` after the flags are read, its return value the exit code; `main(arguments)` if it takes any.
 
     A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1
-    shows where it was raised.
+    shows where it was raised. Memory that runs out is one line and exit code 1.
     """
 
     def read(argv):
@@ -219,5 +220,11 @@ def run_door(main, takes=None):
             return main(argv[1:]) if takes else main()
         except (ValueError, OSError) as error:
             mistake(error)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            what = one_line(error) if isinstance(error, NoRoom) else f"out of memory ({one_line(error)[:200]})"
+            other = ", or give --device=cpu" if "device" in flags.FLAGS else ""
+            fail(FAILED, f"{what}; end other programs that use the same memory{other}")
 
     app.run(run, flags_parser=read)

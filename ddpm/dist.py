@@ -22,6 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from ddpm import cards
 from ddpm.interrupt import Interrupted, Wish
+from ddpm.room import Room, ran_out
 
 AMP = ("auto", "off", "bf16", "fp16")
 PATIENCE = timedelta(minutes=30)  # that ranks wait for one which works alone, as on the features of the real images
@@ -36,7 +37,7 @@ class Machine:
     """`device`, autocast type `dtype` (float32 means off), `rank` of `world`; `notes` say why, a line each.
 
     `hosts` is the group in which ranks exchange what lies on the host, without going through the card. `wish` knows whether
-    this process is asked to stop.
+    this process is asked to stop, `room` what fits into memory.
     """
 
     device: torch.device
@@ -46,6 +47,7 @@ class Machine:
     notes: list = field(default_factory=list)
     hosts: distributed.ProcessGroup | None = None
     wish: Wish = field(default_factory=Wish, compare=False)
+    room: Room = field(default_factory=Room, compare=False)
 
     @property
     def main(self):
@@ -198,6 +200,8 @@ class StepNetwork:
     of what the compiler cannot do.
     """
 
+    rehearses = True  # ranks can try a micro-step each for itself: inside `accumulating(more=True)` none waits for another
+
     def __init__(self, net, machine):
         self.net, self.machine, self.asked, self.fast, self.say = net, machine, net, None, print
         self.weights, self.learner, self.parameters = net, net, list(net.parameters())
@@ -309,12 +313,34 @@ def of_kernels(error):
 
     Kernels raise RuntimeError itself, where they raise no class below; compilers have classes of their own.
     """
-    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or type(error) is RuntimeError
+    of_cuda = getattr(torch, "AcceleratorError", RuntimeError)  # of torch 2.8 on
+    return ran_out(error) or type(error) in (RuntimeError, of_cuda)
 
 
 def first_words(error):
     """What an exception says first, with its type: compilers add pages."""
     return " ".join([type(error).__name__, *str(error).split()])[:200]
+
+
+def round_float32(wanted):
+    """Let a GPU round what float32 products and convolutions multiply to TF32's ten bits, or not.
+
+    By torch's older switches alone: to read them is an error once its newer `fp32_precision` is set to something else.
+    """
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
+
+
+@contextlib.contextmanager
+def exact():
+    """Inside, float32 is float32 on a GPU too, without TF32; a decorator as well."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    round_float32(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def amp_dtype(amp, device):
@@ -334,6 +360,7 @@ def start(amp="auto", deterministic=False, device=None, wish=None):
     `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU. `wish` hears
     what asks this process to stop. Raises ValueError where that device does not exist here, and for a rank that is no number.
     """
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # or memory falls apart as batch sizes change
     rank, world, local = (number_in_environment(*one) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -347,8 +374,8 @@ def start(amp="auto", deterministic=False, device=None, wish=None):
     notes = [f"device {chosen} ({name}), rank {rank} of {world}", f"networks compute in {dtype} ({reason})"]
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = not deterministic
+    round_float32(chosen.type == "cuda" and dtype != torch.float32)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -100,19 +100,27 @@ def trajectory(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
 def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
     """Yield (seeds, uint8 [b, c, h, w] on the host), batch by batch, for this rank's share of `seeds`.
 
+    Batches are smaller than the recipe's where memory runs out.
+
     `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h, w), `guide` as above.
     """
-    mine = list(seeds)[machine.share(len(seeds))]
-    for start in range(0, len(mine), recipe.batch_size):
-        batch = mine[start:start + recipe.batch_size]
+    def last(batch):
         steps = trajectory(model, recipe, batch, shape, machine, guide, walk)
-        yield batch, images.decode(deque(steps, maxlen=1).pop()).cpu()
+        return images.decode(deque(steps, maxlen=1).pop()).cpu()
+
+    mine = list(seeds)[machine.share(len(seeds))]
+    return machine.room.in_batches("drawing", mine, recipe.batch_size, last)
 
 
 def frames(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
-    """Yield (seeds, uint8 [b, c, h, w]) after each step: how the images of `seeds` come out of the noise."""
-    for x in trajectory(model, recipe, list(seeds), shape, machine, guide, walk):
-        yield list(seeds), images.decode(x).cpu()
+    """Yield (seeds, uint8 [b, c, h, w]) for each step, once all are done: how the images of `seeds` come out of the noise."""
+    def film(batch):
+        return torch.stack([images.decode(x).cpu() for x in trajectory(model, recipe, batch, shape, machine, guide, walk)])
+
+    seeds = list(seeds)
+    parts = [part for _, part in machine.room.in_batches("drawing", seeds, len(seeds), film)]
+    for pixels in torch.cat(parts, dim=1):
+        yield seeds, pixels
 
 
 def joined(batches):

@@ -23,7 +23,7 @@ class EMA:
             raise ValueError(f"ema decay {decay} is outside [0, 1); use a number such as 0.9999, or 0 for no averaging")
         self.model, self.decay, self.warmup, self.rampup = model, decay, warmup, rampup
         self.updates = 0
-        self._weights = None  # the raw weights, while the averaged ones are in the model
+        self._weights = None  # the raw weights by name, while the averaged ones are in the model
         state = model.state_dict()
         wrapped = [name for name in state if name.startswith("module.") or "_orig_mod." in name]
         assert not wrapped, f"EMA wants the plain network, not one with {wrapped[0]}"
@@ -57,26 +57,47 @@ class EMA:
 
     @torch.no_grad()
     def apply_shadow(self):
-        """Put the average into the model and keep its weights aside. Raises RuntimeError where that is done already."""
+        """Put the average into the model and keep its weights aside. Raises RuntimeError where that is done already.
+
+        Model and average exchange values one tensor at a time, so that there is no second copy of the weights and no tensor
+        moves: optimisers, CUDA graphs and sharded networks hold on to them. Until `restore`, `shadow` is the model's tensors.
+        Averages of one model are restored in reverse order. If this fails, everything is as before.
+        """
         if self._weights is not None:
             raise RuntimeError("the averaged weights are applied already; call restore() first")
-        state = self.model.state_dict()
-        self._weights = {name: value.clone() for name, value in state.items()}
-        for name, value in state.items():
-            value.copy_(self.shadow[name])
+        averages, self.shadow, self._weights = self.shadow, dict(self.shadow), {}
+        try:
+            for name, value in self.model.state_dict().items():
+                if value.dtype == averages[name].dtype:
+                    exchange(value, averages[name])
+                    self._weights[name], self.shadow[name] = averages[name], value
+                else:  # of a model in half precision, whose average has more digits than it can hold
+                    self._weights[name] = value.clone()
+                    value.copy_(averages[name])
+        except BaseException:
+            self.restore()
+            raise
 
     @torch.no_grad()
     def restore(self):
         """Give the model its own weights back, bit for bit. Raises RuntimeError where no average was applied."""
         if self._weights is None:
             raise RuntimeError("the averaged weights are not applied; call apply_shadow() before restore()")
-        for name, value in self.model.state_dict().items():
-            value.copy_(self._weights[name])
+        state = self.model.state_dict()
+        for name, weight in self._weights.items():
+            if weight.dtype == self.shadow[name].dtype:
+                exchange(state[name], weight)
+                self.shadow[name] = weight
+            else:
+                state[name].copy_(weight)
         self._weights = None
 
     @contextlib.contextmanager
     def averaged(self):
-        """The model with averaged weights inside a `with`; its own come back however the block ends."""
+        """The model with averaged weights inside a `with`, also inside another; its own come back however the block ends."""
+        if self._weights is not None:
+            yield self.model
+            return
         self.apply_shadow()
         try:
             yield self.model
@@ -107,3 +128,10 @@ class EMA:
         for name, value in self.shadow.items():
             value.copy_(saved[name])
         self.updates = state["updates"]
+
+
+def exchange(first, second):
+    """Let two tensors have each other's values; takes the memory of one of them for the time being."""
+    kept = first.clone()
+    first.copy_(second)
+    second.copy_(kept)

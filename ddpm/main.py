@@ -8,13 +8,12 @@ import gc
 import sys
 import traceback
 
-import torch
 from absl import flags
 
 from ddpm import assemble, build, checkpoint, command, config, dist
 from ddpm.files import held
 from ddpm.interrupt import Interrupted, Wish
-from ddpm.step import NoRoom
+from ddpm.room import NoRoom, ran_out
 from ddpm.train import Diverged, train
 
 AGAIN = -1  # no exit code
@@ -106,22 +105,21 @@ def finish(run):
             code = command.DIVERGED
             try:
                 words = run.diagnosis()
-            except (RuntimeError, NoRoom) as problem:
+            except (RuntimeError, MemoryError) as problem:
                 words = f"none, as that failed too: {command.one_line(problem)}"
             run.tracker.say(f"diagnosis: {words}")
             run.tracker.summary("train/diverged", run.diverged)
             run.tracker.summary("train/diagnosis", words)
-    except (NoRoom, torch.OutOfMemoryError) as error:
-        what = error if isinstance(error, NoRoom) else ("out of memory beside the gradients; where it was drawing, smaller "
-                                                        "--config.sample.batch_size and --config.evaluate.batch_size help")
-        helps = ", ".join(assemble.savings(config.from_json(run.config_json), run.machine, run.recomputed))
-        failed(run, f"{what}; what helps, by what it saves: {helps}")
     except OSError as error:
         spare = checkpoint.spare(run.folder) if error.errno in command.FULL else ""
         may_go = f" (of this run may go {spare})" if spare else ""
         failed(run, f"{command.one_line(error)}{may_go}; then the same command goes on from the last checkpoint")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
-        if failed(run, f"{command.one_line(error)}; the same command goes on from the last checkpoint"):
+        if ran_out(error):
+            what = error if isinstance(error, NoRoom) else f"out of memory ({command.one_line(error)})"
+            helps = ", ".join(assemble.savings(config.from_json(run.config_json), run.machine, run.recomputed))
+            failed(run, f"{what}; what helps, by what it saves: {helps}")
+        elif failed(run, f"{command.one_line(error)}; the same command goes on from the last checkpoint"):
             traceback.print_exc()
     finally:
         run.tracker.close(command.DONE if code == AGAIN else code, hurry=lambda: run.machine.wish.asked)

@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -30,7 +30,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ddpm import cache, checkpoint, rng
+from ddpm.dist import exact
 from ddpm.images import encode
+from ddpm.room import Room
 
 FEWEST = 4  # precision and recall look at the third neighbour
 MOST = 50_000  # reference images whose features are kept: 400 MB of Inception's
@@ -63,13 +65,24 @@ class Extractor:
     width: int
     device: torch.device
     embed: Callable
+    room: Room = field(default_factory=Room, compare=False)
 
     @torch.no_grad()
+    @exact()
     def __call__(self, images):
         assert images.dtype == torch.uint8 and images.ndim == 4, f"images are uint8 [b, c, h, w], got {images.dtype}"
         with torch.autocast(self.device.type, enabled=False):
-            chunks = [self.embed(opaque(chunk.to(self.device))).float().cpu() for chunk in images.split(CHUNK)]
-        return torch.cat(chunks)
+            chunks = [features for _, features in self.room.in_batches("looking at", images, CHUNK, self.features)]
+        return torch.cat([torch.empty(0, self.width), *chunks])
+
+    def features(self, images):
+        """The features of some images at once."""
+        return self.embed(opaque(images.to(self.device))).float().cpu()
+
+    @property
+    def computed(self):
+        """What features hang on beside images and weights, in a word: the kind of device, and how precisely it computes."""
+        return f"{self.device.type}-float32"
 
 
 def inception(device, weights_path=""):
@@ -241,12 +254,12 @@ class Reference:
 def reference(extractor, dataset, cache_dir=None, batch_size=256):
     """The Reference of a dataset's images as they are, un-augmented, computed once and kept in a file.
 
-    `dataset[i]` is uint8 [c, h, w] and `dataset.fingerprint` says what it holds; the file is named by that and the
-    extractor. Beyond 50,000 images all of them enter the moments, and the features of 50,000 at even distances are kept.
-    `cache_dir` defaults to `$DDPM_CACHE`, else `~/.cache/ddpm`; a cache that cannot be read is computed again and one that
-    cannot be written is done without.
+    `dataset[i]` is uint8 [c, h, w] and `dataset.fingerprint` says what it holds; the file is named by that, the extractor and
+    how it computes. Beyond 50,000 images all of them enter the moments, and the features of 50,000 at even distances are
+    kept. `cache_dir` defaults to `$DDPM_CACHE`, else `~/.cache/ddpm`; a cache that cannot be read is computed again and one
+    that cannot be written is done without.
     """
-    name = f"{dataset.fingerprint}-{extractor.name}"
+    name = f"{dataset.fingerprint}-{extractor.name}-{extractor.computed}"
     path = Path(cache_dir or cache.home()) / f"{name}.safetensors"
     try:
         if path.exists():
@@ -307,6 +320,7 @@ def keep(reference, path):
         Path(part.name).unlink(missing_ok=True)
 
 
+@exact()
 def compare(generated, reference, extractor, seed=0):
     """The extractor's four numbers of generated features [n, d] against a Reference.
 
@@ -330,6 +344,7 @@ def compare(generated, reference, extractor, seed=0):
     return dict(zip(extractor.metric_names, numbers, strict=True))
 
 
+@exact()
 def nearest(features, others):
     """The distance [n] of each of the features [n, d] to its nearest among `others` [m, d], and which one [n] that is."""
     found = [torch.cdist(rows, others).min(dim=1) for rows in features.split(ROWS)]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ddpm import images, metrics, rng
 from ddpm.diffusion import likelihood
+from ddpm.dist import exact
 from ddpm.files import written_beside
 
 PAIRS = 32  # drawn images that are shown beside the training image nearest to them
@@ -111,6 +112,7 @@ class Likelihood:
                      f"{'' if labels is None else ', given their labels,'} under the {weights} weights, by {evaluations} "
                      "evaluations")
 
+    @exact()
     def __call__(self):
         """Measure; returns the same on every rank: the numbers, and as a text for likelihood.csv the terms over t."""
         self.model.net.eval()
@@ -150,12 +152,14 @@ class Likelihood:
 
     def mean(self, measure):
         """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images, of which each rank takes a share."""
+        def of(batch):
+            return measure(images.encode(self.machine.put(self.dataset.batch(batch))), batch).double().cpu()
+
         mine, found = self.indices[self.machine.share(len(self.indices))], []
         with tqdm(total=len(mine), desc="measuring bits/dim", unit="image", leave=False,
                   disable=None if self.machine.main else True) as bar:
-            for batch in (mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)):
-                x0 = images.encode(self.machine.put(self.dataset.batch(batch)))
-                found.append(measure(x0, batch).double().cpu())
+            for batch, bits in self.machine.room.in_batches("measuring bits/dim of", mine, self.batch_size, of):
+                found.append(bits)
                 bar.update(len(batch))
         return self.machine.gather(torch.cat(found or [torch.empty(0)])).mean(0)
 

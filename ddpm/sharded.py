@@ -26,6 +26,8 @@ class ShardedNetwork(StepNetwork):
     The optimiser and averages work on the rows as plain tensors, to which they do the same as to whole ones.
     """
 
+    rehearses = False  # stages come together in each micro-step: a rank without room would leave the others waiting
+
     def __init__(self, net, learner, machine):
         super().__init__(net, machine)
         mesh = init_device_mesh(machine.device.type, (machine.world,))

@@ -13,14 +13,11 @@ from functools import partial
 import torch
 
 from ddpm import augment, data, images, rng
+from ddpm.room import NoRoom
 
 QUARTILES = 4
 FORGET = 0.998  # of the largest loss and norm, a step
 YOUNG = 100  # steps in which nothing is usual yet, and that the mean loss is about
-
-
-class NoRoom(MemoryError):
-    """Memory runs out with one image at a time."""
 
 
 class Meters:
@@ -156,6 +153,7 @@ class Step:
         self.condition = self._conditioned if diffusion.self_condition else lambda *address: None
         self.places, self.batch_size, self.say = range(batch_size)[machine.share(batch_size)], batch_size, print
         self.cut(micro_batches)
+        self.rehearsed = machine.world == 1 or not diffusion.net.rehearses  # alone, a step that has no room is done again
         self.watch = lambda t, losses: None
         self.seen = torch.zeros(2, batch_size, device=machine.device)  # t and loss of a batch, for times that learn from them
 
@@ -164,11 +162,12 @@ class Step:
 
         Raises NoRoom where memory runs out with one image at a time.
         """
+        while not self.rehearsed:
+            self._rehearse_together(batch)
         self.diffusion.net.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        while (loss := self._gradients(step, batch)) is None:
-            self._cut_further()
+        loss = self._gradients_that_fit(step, batch)
         self.diffusion.net.collect()
         for parameter in self.objective.parameters():  # which the network's wrapper does not know
             parameter.grad = self.machine.sum(parameter.grad) / self.machine.world
@@ -192,16 +191,24 @@ class Step:
             self.seen.zero_()
 
     def rehearse(self, batch):
-        """Learn from the first micro-batch of a batch and forget it: nothing changes but what is set up on the way."""
+        """Learn from the first micro-batch of a batch and forget it: nothing changes but what is set up on the way.
+
+        All that the step takes is there: what the optimiser keeps and, where micro-batches follow, the gradients of all before.
+        """
         before, count = self.meters.losses(), len(self.parts[0])
+        weights = [one.detach().to("cpu", copy=True) for one in self.parameters]  # some networks scale theirs in training
         self.diffusion.net.train()
         try:
+            self._set_up_optimizer()
+            if len(self.parts) == 1:
+                self.optimizer.zero_grad(set_to_none=True)
             with self.diffusion.net.accumulating(more=True):
                 self._learn(0, 0, self.parts[0], *(tensor[:count] for tensor in batch))
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.meters.forget(before)
-            self.seen.zero_()
+            self._forget(before)
+            with torch.no_grad():
+                for one, weight in zip(self.parameters, weights, strict=True):
+                    one.copy_(weight)
 
     def diagnosis(self, step, batch):
         """Words on what goes wrong in a step: its gradients are gathered once more, watched layer by layer, and forgotten.
@@ -221,15 +228,13 @@ class Step:
             scale = self.scaler.get_scale()
             gradients = {name: size_of(one.grad) / scale for name, one in named if one.grad is not None}
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.meters.forget(before)
-            self.seen.zero_()
+            self._forget(before)
             self.watch = lambda t, losses: None
             for hook in hooks:
                 hook.remove()
         images.sort(key=lambda image: -math.inf if math.isnan(image[1]) else -image[1])
         return "; ".join([
-            f"loss {math.nan if loss is None else loss.item():.3g}",
+            f"loss {loss.item():.3g}",
             "worst images at " + ", ".join(f"t = {t} ({one:.3g})" for t, one in images[:3]), largest("weights", weights),
             largest("outputs", {name: value.item() for name, value in outputs.items()}), largest("gradients", gradients),
             f"learning rate {self.learning_rate(step):.3g}", f"loss scale {self.scaler.get_scale():g}"])
@@ -239,22 +244,49 @@ class Step:
         size = len(self.places) // parts
         self.parts = [self.places[i * size:(i + 1) * size] for i in range(parts)]
 
+    def _rehearse_together(self, batch):
+        """Rehearse on all ranks, which wait for each other only afterwards; cut the batch where one of them had no room."""
+        fitted, _ = self.machine.room.fits(partial(self.rehearse, batch))
+        self.rehearsed = all(self.machine.exchange(fitted))
+        if not self.rehearsed:
+            self._cut_further()
+
+    def _gradients_that_fit(self, step, batch):
+        """Gather the gradients, the batch cut until there is room; returns the loss."""
+        while True:
+            fitted, found = self.machine.room.fits(partial(self._gradients, step, batch))
+            if fitted:
+                return found
+            if self.machine.world > 1:  # the others wait in the middle of an exchange
+                raise NoRoom(f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images at a time; "
+                             f"--config.train.gradient_accumulation_steps={2 * len(self.parts)} halves them")
+            self._cut_further()
+
     def _gradients(self, step, batch):
-        """Gather the gradients of this rank's share; returns its loss, or None where memory ran out: nothing is left of it."""
+        """Gather the gradients of this rank's share; returns its loss. Where that fails, nothing is left of it."""
         loss, before, split = 0, self.meters.losses(), (tensor.split(len(self.parts[0])) for tensor in batch)
         try:
             for micro, (places, pixels, labels) in enumerate(zip(self.parts, *split, strict=True)):
                 with self.diffusion.net.accumulating(more=micro + 1 < len(self.parts)):
                     loss += self._learn(step, micro, places, pixels, labels)
             return loss
-        except torch.OutOfMemoryError:
-            if self.machine.world > 1:  # the others wait in the middle of an exchange
-                raise NoRoom(f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images at a time; "
-                             f"--config.train.gradient_accumulation_steps={2 * len(self.parts)} halves them") from None
+        except Exception:
+            self._forget(before)
+            raise
+
+    def _forget(self, before):
+        """Drop gradients, and the losses that were added since `before`."""
         self.optimizer.zero_grad(set_to_none=True)
         self.meters.forget(before)
-        self.machine.release()
-        return None
+        self.seen.zero_()
+
+    def _set_up_optimizer(self):
+        """Let the optimiser allocate what it keeps, by a step that changes nothing; leaves gradients of zero."""
+        for one in self.parameters:
+            one.grad = torch.zeros_like(one)
+        if not self.optimizer.state:
+            self.optimizer.found_inf = torch.ones((), device=self.machine.device)
+            self.optimizer.step()
 
     def _cut_further(self):
         """Halve the micro-batches, or as near as divides the batch. Raises NoRoom where they are single images."""
@@ -337,11 +369,15 @@ class Validation:
         self.net.eval()
         total = torch.zeros(2, dtype=torch.float64)
         mine = range(len(self.indices))[self.machine.share(len(self.indices))]
-        for places in (mine[i:i + self.batch_size] for i in range(0, len(mine), self.batch_size)):
-            x0 = images.encode(self.machine.put(self.dataset.batch([self.indices[place] for place in places])))
-            noise = rng.normal(0, "validation noise", 0, places, x0.shape[1:])
-            y = None if self.labels is None else self.machine.put(self.labels[list(places)])
-            losses = self.diffusion.losses(x0, self.machine.put(self.times[list(places)]), self.machine.put(noise), y)
-            total += torch.stack([losses.double().sum().cpu(), torch.tensor(len(places), dtype=torch.float64)])
+        for places, loss in self.machine.room.in_batches("validating", mine, self.batch_size, self._loss_of):
+            total += torch.stack([loss, torch.tensor(len(places), dtype=torch.float64)])
         loss, count = self.machine.gather(total[None]).sum(0).tolist()
         return loss / count
+
+    def _loss_of(self, places):
+        """The sum of the losses of the images at some places, float64 on the host."""
+        x0 = images.encode(self.machine.put(self.dataset.batch([self.indices[place] for place in places])))
+        noise = rng.normal(0, "validation noise", 0, places, x0.shape[1:])
+        y = None if self.labels is None else self.machine.put(self.labels[list(places)])
+        losses = self.diffusion.losses(x0, self.machine.put(self.times[list(places)]), self.machine.put(noise), y)
+        return losses.double().sum().cpu()

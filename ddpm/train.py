@@ -137,7 +137,7 @@ class Run:
                 self.notes.insert(0, f"{found.path} is damaged ({found.why}); it is called "
                                      f"{checkpoint.set_aside(found).name} now, and the run goes on from step {self.start}")
         self.tracker = self.parts["tracker"] = tracker
-        self.step.say = self.step.diffusion.net.say = tracker.say
+        self.step.say = self.step.diffusion.net.say = self.machine.room.say = tracker.say
         for note in self.notes:
             tracker.say(note)
 

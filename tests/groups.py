@@ -21,8 +21,10 @@ from pathlib import Path
 import torch
 from conftest import tiny
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ddpm import assemble, build, config, dist, draw, evaluate, images
+from ddpm.models.unet import UNet
 from ddpm.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +93,16 @@ def trained(folder, **knobs):
     rows = sum(map(torch.numel, network.weights.state_dict().values()))
     dist.stop()
     return {"weights": weights, "average": average, "numbers here": rows}
+
+
+def crowded(rank, folder, most):
+    """Train where rank 1 alone runs out of memory with more than `most` images, once the ranks have met."""
+    def check(module, inputs):
+        if rank == 1 and isinstance(module, UNet) and module.training and len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    register_module_forward_pre_hook(check)
+    return trained(folder)
 
 
 def drawn(folder):
@@ -177,6 +189,9 @@ def main_of(folder):
     group("four", 4, lambda rank: trained(folder / "four", wandb__mode="offline"))
     from ddpm import sharded  # noqa: F401
 
+    group("halves", 2, lambda rank: trained(folder / "halves", train__gradient_accumulation_steps=2))
+    group("crowded", 2, lambda rank: crowded(rank, folder / "crowded", 2))
+    group("no room", 2, lambda rank: crowded(rank, folder / "no room", 0))
     group("sharded", 2, lambda rank: trained(folder / "sharded", train__fully_shard=True))
     resumed("two, then one", 1, "two")
     resumed("two, then four", 4, "two")

@@ -1,11 +1,14 @@
 """The moving average against its closed form, and the exchange of weights bit for bit."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ddpm.ema import EMA
 
@@ -128,6 +131,113 @@ def test_the_model_keeps_its_own_tensors(model):
     with ema.averaged():
         assert model.weight.data_ptr() == storage
     assert model.weight.data_ptr() == storage
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of storages made inside that live at once, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {one.untyped_storage().data_ptr() for one in tree_leaves(args) if isinstance(one, torch.Tensor)}
+        out = function(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            storage = one.untyped_storage() if isinstance(one, torch.Tensor) else None
+            if storage is not None and storage.data_ptr() not in before and storage not in self.seen:
+                self.seen.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.remove, storage.nbytes())
+        return out
+
+    def remove(self, size):
+        self.live -= size
+
+
+def test_the_average_is_applied_without_a_second_copy_of_the_weights():
+    """At most one tensor's worth is allocated, of 40, and nothing of it is kept."""
+    net = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40)))
+    ema, one = EMA(net), 64 * 64 * 4
+    walk(net, ema, 2)
+    with Allocations() as allocated:
+        ema.apply_shadow()
+        held = allocated.live
+        ema.restore()
+    assert held == allocated.live == 0 and one <= allocated.peak <= 2 * one
+
+
+def test_half_precision_weights_come_back_bit_for_bit(model):
+    """Their average has digits that they cannot hold, which are not lost either."""
+    ema = EMA(model.bfloat16(), decay=0.9)
+    raw = walk(model, ema, 3)[-1]
+    shadow = {name: value.clone() for name, value in ema.shadow.items()}
+    with ema.averaged():
+        assert torch.equal(model.weight, shadow["weight"].bfloat16())
+        assert torch.equal(ema.shadow["weight"], shadow["weight"])
+    assert all(torch.equal(value, raw[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, shadow[name]) for name, value in ema.shadow.items())
+
+
+def test_averages_nest(model):
+    """Of one average, and of two of one model."""
+    first, second = EMA(model, decay=0.9), EMA(model, decay=0.5)
+    raw = {name: value.clone() for name, value in model.state_dict().items()}
+    for value in model.state_dict().values():
+        value.add_(1)
+    first.update(), second.update()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    averages = [{name: value.clone() for name, value in ema.shadow.items()} for ema in (first, second)]
+    with first.averaged(), first.averaged():
+        with second.averaged():
+            assert torch.equal(model.weight, averages[1]["weight"])
+        assert torch.equal(model.weight, averages[0]["weight"])
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    for ema, average in zip((first, second), averages, strict=True):
+        assert all(torch.equal(value, average[name]) for name, value in ema.shadow.items())
+    assert not torch.equal(kept["weight"], raw["weight"])
+
+
+def test_an_average_that_cannot_be_applied_changes_nothing(model, monkeypatch):
+    """Memory runs out at the second tensor."""
+    ema = EMA(model, decay=0.9)
+    raw = walk(model, ema, 2)[-1]
+    shadow = {name: value.clone() for name, value in ema.shadow.items()}
+    clone, calls = torch.Tensor.clone, []
+
+    def failing(tensor):
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return clone(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        ema.apply_shadow()
+    monkeypatch.undo()
+    assert all(torch.equal(value, raw[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, shadow[name]) for name, value in ema.shadow.items())
+    ema.update()
+
+
+def test_an_optimiser_goes_on_as_if_no_average_had_been_applied():
+    states = []
+    for applied in (False, True):
+        torch.manual_seed(0)
+        net, x = nn.Linear(5, 4), torch.randn(3, 5)
+        optimizer, ema = torch.optim.Adam(net.parameters(), fused=True), EMA(net)
+        for _ in range(4):
+            net(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update()
+            if applied:
+                with ema.averaged():
+                    net(x)
+        assert [id(one) for one in optimizer.param_groups[0]["params"]] == [id(one) for one in net.parameters()]
+        states.append((net.state_dict(), ema.shadow, optimizer.state_dict()["state"]))
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(states[0]), tree_leaves(states[1]), strict=True))
 
 
 def test_averaged_restores_upon_an_exception(model):

@@ -76,6 +76,15 @@ def test_as_one_process_with_the_joined_batch(name, folder):
     assert all(torch.allclose(half[0][key].float(), half[1][key].float(), rtol=2e-3, atol=1e-4) for key in half[0])
 
 
+def test_where_one_rank_has_no_room_all_cut_alike(folder, seen, said):
+    """Before the first step; to the bits of a training that begins with such micro-batches."""
+    assert seen["crowded"] == seen["halves"] and seen["crowded"][0]["weights"] != seen["two"][0]["weights"]
+    log = (folder / "crowded" / "training.log").read_text()
+    assert log.count("out of memory with 4 images at a time: from now on 2; train.gradient_accumulation_steps=2") == 1
+    assert rows(folder / "crowded") == rows(folder / "halves")
+    assert seen["no room"] == [["NoRoom", "out of memory with one image at a time"]] * 2
+
+
 @pytest.mark.parametrize("name", ["sharded", "two, then four sharded"])
 def test_shared_out_each_rank_has_its_part(name, seen):
     whole, ranks = seen["one"][0]["numbers here"], [rank["numbers here"] for rank in seen[name]]

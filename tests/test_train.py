@@ -110,7 +110,7 @@ def test_out_of_memory_elsewhere_is_one_line_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(made, "draw_grid", crowded)
     assert finish(made) == 1
     line, = [line for line in (tmp_path / "training.log").read_text().splitlines() if "failed: " in line]
-    assert "smaller --config.sample.batch_size and --config.evaluate.batch_size help; what helps" in line
+    assert "failed: out of memory (CUDA out of memory); what helps, by what it saves: --config." in line
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -1,0 +1,133 @@
+"""What promises float32 computes without TF32, which rounds what is multiplied to ten bits; and nothing else changes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run, tiny
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddpm import build, dist, metrics
+
+CPU = torch.device("cpu")
+
+
+def precision():
+    """What torch lets a GPU do with float32, by its older switches, and by those that came with version 2.9."""
+    newer = getattr(torch.backends.cudnn, "conv", None)
+    return (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+            newer and (torch.backends.cuda.matmul.fp32_precision == "tf32", newer.fp32_precision == "tf32"))
+
+
+EXACT, FAST = ("highest", False, False, (False, False)), ("high", True, True, (True, True))
+
+
+@pytest.fixture(autouse=True)
+def fast():
+    """As a training in half precision on a GPU sets torch up."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+class Noted(TorchDispatchMode):
+    """Notes in `seen` the precision at each operation inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.add(precision())
+        return function(*args, **(kwargs or {}))
+
+
+def test_extractors_see_images_exactly():
+    plain, seen = metrics.digits(CPU), []
+
+    def embed(images):
+        seen.append(precision())
+        if len(images) == 3:
+            raise KeyError
+        return plain.embed(images)
+
+    extractor = replace(plain, embed=embed)
+    extractor(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(KeyError):
+        extractor(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    assert seen == [EXACT, EXACT] and precision() == FAST
+
+
+def test_the_likelihood_is_measured_exactly_and_what_is_drawn_is_not(tmp_path):
+    run(tiny(train__length="2 steps"), tmp_path)
+    made = build.load(tmp_path, "cpu", **{"evaluate.likelihood": "both", "evaluate.likelihood_images": 4,
+                                          "evaluate.likelihood_evaluations": 8})
+    seen = []
+    torch.set_float32_matmul_precision("high")  # build.load has set torch up for a CPU
+    torch.backends.cudnn.allow_tf32 = True
+    hook = register_module_forward_pre_hook(lambda module, _: seen.append(precision()))
+    try:
+        build.likelihood(made.config, made.net, build.dataset(made.config), made.machine)()
+        assert set(seen) == {EXACT} and precision() == FAST
+        seen.clear()
+        list(build.drawer(made.config, made.net, made.machine)(range(2), build.grid_recipe(made.config)))
+        assert set(seen) == {FAST}
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize("measure", [lambda a, b: metrics.compare(a, b, metrics.digits(CPU)), metrics.nearest],
+                         ids=["compare", "nearest"])
+def test_distances_are_exact(measure):
+    """The Frechet distance is numpy's, in float64; the others are torch's."""
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(30, 64, generator=generator) for _ in range(2)]
+    with Noted() as noted:
+        measure(*features)
+    assert noted.seen == {EXACT} and precision() == FAST
+
+
+def test_an_error_restores_what_was_set():
+    torch.set_float32_matmul_precision("medium")
+    with pytest.raises(KeyError), dist.exact():
+        with dist.exact():
+            pass
+        assert precision() == EXACT
+        raise KeyError
+    assert precision()[0] == "medium" and torch.backends.cudnn.allow_tf32
+
+
+def test_without_mixed_precision_nothing_is_rounded():
+    dist.start("off", device="cpu")
+    assert precision() == EXACT
+
+
+@pytest.mark.parametrize("amp, expected", [("off", EXACT), ("bf16", FAST), ("fp16", FAST)])
+def test_a_gpu_rounds_only_beside_mixed_precision(monkeypatch, amp, expected):
+    """On a GPU that is not there: torch is asked about it and answers."""
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    dist.start(amp, device="cuda")
+    assert precision() == expected
+
+
+def test_features_of_another_device_or_precision_are_not_taken(tmp_path):
+    """A file as it was named before, and that of a GPU, both with other features in them, are left as they are."""
+    extractor, dataset = metrics.digits(CPU), build.dataset(tiny(data__source="digits"))
+    wrong = torch.full((len(dataset), extractor.width), 7.0)
+    gpu = replace(extractor, device=torch.device("cuda", 0))
+    others = [tmp_path / f"{dataset.fingerprint}-{extractor.name}.safetensors",
+              tmp_path / f"{dataset.fingerprint}-{extractor.name}-{gpu.computed}.safetensors"]
+    for path in others:
+        metrics.keep(wrong, path)
+    found = metrics.reference(extractor, dataset, tmp_path)
+    assert not torch.equal(found, wrong) and gpu.computed != extractor.computed
+    mine, = set(tmp_path.iterdir()) - set(others)
+    assert mine.name.endswith("-cpu-float32.safetensors")
+    assert torch.equal(metrics.reference(extractor, dataset, tmp_path), found)
+    assert torch.equal(metrics.kept_in(others[0], extractor), wrong)
