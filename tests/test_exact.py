@@ -78,14 +78,16 @@ def test_the_likelihood_is_measured_exactly_and_what_is_drawn_is_not(tmp_path):
         hook.remove()
 
 
-@pytest.mark.parametrize("measure", [lambda a, b: metrics.compare(a, b, metrics.digits(CPU)), metrics.nearest],
-                         ids=["compare", "nearest"])
+@pytest.mark.parametrize("measure", [
+    lambda drawn, real: metrics.compare(drawn, real, metrics.digits(CPU)),
+    lambda drawn, real: metrics.nearest(drawn, real.features)], ids=["compare", "nearest"])
 def test_distances_are_exact(measure):
     """The Frechet distance is numpy's, in float64; the others are torch's."""
     generator = torch.Generator().manual_seed(0)
-    features = [torch.randn(30, 64, generator=generator) for _ in range(2)]
+    drawn, real = (torch.randn(30, 64, generator=generator) for _ in range(2))
+    real = metrics.Reference.of(real)
     with Noted() as noted:
-        measure(*features)
+        measure(drawn, real)
     assert noted.seen == {EXACT} and precision() == FAST
 
 
@@ -124,10 +126,10 @@ def test_features_of_another_device_or_precision_are_not_taken(tmp_path):
     others = [tmp_path / f"{dataset.fingerprint}-{extractor.name}.safetensors",
               tmp_path / f"{dataset.fingerprint}-{extractor.name}-{gpu.computed}.safetensors"]
     for path in others:
-        metrics.keep(wrong, path)
+        metrics.keep(metrics.Reference.of(wrong), path)
     found = metrics.reference(extractor, dataset, tmp_path)
-    assert not torch.equal(found, wrong) and gpu.computed != extractor.computed
+    assert not torch.equal(found.features, wrong) and gpu.computed != extractor.computed
     mine, = set(tmp_path.iterdir()) - set(others)
     assert mine.name.endswith("-cpu-float32.safetensors")
-    assert torch.equal(metrics.reference(extractor, dataset, tmp_path), found)
-    assert torch.equal(metrics.kept_in(others[0], extractor), wrong)
+    assert torch.equal(metrics.reference(extractor, dataset, tmp_path).features, found.features)
+    assert torch.equal(metrics.kept_in(others[0], extractor, "").features, wrong)

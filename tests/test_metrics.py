@@ -366,7 +366,7 @@ def test_the_reference_is_computed_once_for_each_content(extractor, digits, real
     assert torch.equal(metrics.reference(extractor, again).features, features) and not again.read
     assert not torch.equal(metrics.reference(extractor, changed).features, features) and len(changed.read) == 100
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
-        f"{fingerprint}-{extractor.name}.safetensors" for fingerprint in ("beef", "f00d")
+        f"{fingerprint}-{extractor.name}-{extractor.computed}.safetensors" for fingerprint in ("beef", "f00d")
     ]
 
 
@@ -383,10 +383,10 @@ def test_a_torn_cache_is_computed_again(extractor, digits, tmp_path, caplog, har
 
 
 def test_a_cache_of_before_there_were_moments_is_computed_again(extractor, digits, real, tmp_path, caplog):
-    """As commit 0494cba wrote it: features alone, of at most 50,000 images, under the same name."""
+    """As commit 0494cba wrote it: features alone, of at most 50,000 images."""
     tensors = {"features": real[:20] + 1}
     old = safetensors.torch.save(tensors, {"crc32": str(checkpoint.checksum({}, tensors))})
-    (tmp_path / f"f00d-{extractor.name}.safetensors").write_bytes(old)
+    (tmp_path / f"f00d-{extractor.name}-{extractor.computed}.safetensors").write_bytes(old)
     found = metrics.reference(extractor, Pictures(digits[:20]), tmp_path)
     torch.testing.assert_close(found.features, real[:20], rtol=0, atol=2e-5)
     assert found.moments.count == 20 and "it holds features and not features with the moments" in caplog.text
