@@ -10,6 +10,7 @@ from conftest import TINY, rows, run, tiny
 from test_configs import module_of
 
 from ddpm import assemble, build, config, dist, memory
+from ddpm.models import layers
 
 HERE = Path(__file__).parents[1] / "experiments" / "memory"
 MEASURE = module_of(HERE / "measure.py")
@@ -77,6 +78,16 @@ def test_levels_that_are_computed_twice_change_no_number(name, tolerance, tmp_pa
     for key, value in once.items():
         torch.testing.assert_close(twice[key], value, rtol=0, atol=tolerance)
     assert "computed again in the backward pass" in (tmp_path / "all" / "training.log").read_text()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_state_of_the_generators_is_read_for_dropout_alone(dropout, monkeypatch):
+    net = build.network(tiny(model__dropout=dropout))
+    layers.recompute(module for level in net.levels for module in level)
+    read, get_rng_state = [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: read.append(1) or get_rng_state())
+    net(torch.ones(1, 1, 16, 16), torch.ones(1)).sum().backward()
+    assert bool(read) == bool(dropout)
 
 
 @pytest.mark.parametrize("share, levels", [(1.01, 0), (0.995, 1), (0.0, 2)])

@@ -93,10 +93,12 @@ def initialize_as_torch(net):
 def recompute(modules):
     """Let modules keep nothing but their inputs, and compute the rest again in the backward pass: the same numbers.
 
-    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; it costs one more forward pass of theirs.
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; it costs one more forward pass of theirs. The state of
+    the random generators is kept where a module has dropout.
     """
     for module in modules:
-        module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        drops = any(isinstance(layer, nn.Dropout) and layer.p for layer in module.modules())
+        module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=drops)
 
 
 class NearestUpsample(nn.Module):
