@@ -360,7 +360,8 @@ def start(amp="auto", deterministic=False, device=None, wish=None):
     `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU. `wish` hears
     what asks this process to stop. Raises ValueError where that device does not exist here, and for a rank that is no number.
     """
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # or memory falls apart as batch sizes change
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:  # the name of torch 2.9 on, and that before
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # or memory is fragmented as batch sizes change
     rank, world, local = (number_in_environment(*one) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -276,7 +276,8 @@ def test_segments_expand_unless_the_user_says_otherwise():
     """As torch's allocator itself has read it, in processes of their own: it reads once."""
     code = "from ddpm import dist; import torch; dist.start(device='cpu'); print(torch._C._accelerator_getAllocatorSettings())"
     clean = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
-    own = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
-    for given, read in (({}, "expandable_segments:True"), (own, "max_split_size_mb:64")):
+    own = "max_split_size_mb:64"
+    cases = ({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": own}, own), ({"PYTORCH_ALLOC_CONF": own}, own)
+    for given, read in cases:
         done = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == read
