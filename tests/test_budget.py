@@ -243,4 +243,5 @@ def test_committed_studies_are_measured_as_their_files_say(name, monkeypatch):
     given = asked.config(asked.grid()[0])
     found = build.evaluated(given, 1617, build.operations(given))
     assert found.config == given and found.interval == given.every.evaluate
-    assert "1,000 images by ddpm in 25 steps" in found.words
+    assert f"1,000 images by {given.evaluate.sampler} in {given.evaluate.steps} steps" in found.words
+    assert given.evaluate.sampler != "auto" and given.evaluate.steps > 0
