@@ -238,7 +238,7 @@ def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
     sample_from_checkpoint(trained, tmp_path / "grid.png", 4, **{"sample.steps": 3, "sample.spacing": "trailing"})
     assert grid == (tmp_path / "grid.png").read_bytes()  # what is measured, from the latents that every drawing begins at
     assert evaluate(trained, workdir=tmp_path / "run", **{
-        "evaluate.steps": 3, "evaluate.num_samples": 20, "sample.spacing": "trailing"}) == {
+        "evaluate.steps": 3, "evaluate.num_samples": 20, "evaluate.spacing": "trailing"}) == {
         key: value for key, value in row.items() if key != "step"}
     before = (trained / "metrics.jsonl").read_bytes()
     for folder in (trained, tmp_path / "run"):

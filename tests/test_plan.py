@@ -63,10 +63,10 @@ def test_the_door():
     small = [f"--config.model.{knob}" for knob in ("model_channels=8", "num_res_blocks=1")]
     code, out, _ = door("--config=configs/digits.py", *small, "--config.train.length=3 epochs", "--vram=2", "--cards=3")
     assert code == 0 and "4,864 images, of 1,617 in the data" in out and "on a card of 2 GiB" in out and "3 cards" in out
-    assert "\non 3 cards a batch of 64 cannot be cut into 3 ranks x 1 parts: those columns are for " in out
-    assert "--config.train.batch_size=66\n" in out
+    assert "\non 3 cards a batch of 32 cannot be cut into 3 ranks x 1 parts: those columns are for " in out
+    assert "--config.train.batch_size=33\n" in out
     assert all(f"\n{card} " in out for card in CARDS) and "GiB: 0.0" in out
-    assert "\nevaluation at the end: 1,797 images by ddpm in 25 steps, " in out
+    assert "\nevaluation at the end: 1,797 images by dpmpp in 12 steps, " in out
 
 
 def test_images_that_are_not_there_yet_are_taken_to_be_some(tmp_path):
