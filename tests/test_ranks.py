@@ -81,8 +81,11 @@ def test_where_one_rank_has_no_room_all_cut_alike(folder, seen, said):
     assert seen["crowded"] == seen["halves"] and seen["crowded"][0]["weights"] != seen["two"][0]["weights"]
     log = (folder / "crowded" / "training.log").read_text()
     assert log.count("out of memory with 4 images at a time: from now on 2; train.gradient_accumulation_steps=2") == 1
-    assert rows(folder / "crowded") == rows(folder / "halves")
-    assert seen["no room"] == [["NoRoom", "out of memory with one image at a time"]] * 2
+    for one, other in zip(rows(folder / "crowded"), rows(folder / "halves"), strict=True):  # validated four or two at a time
+        assert one == pytest.approx(other, rel=1e-6)
+    ends = seen["no room"]  # of which one may find the other gone before it has heard all of it
+    assert ["NoRoom", "out of memory with one image at a time"] in ends
+    assert all(kind == "NoRoom" or "Connection closed by peer" in words for kind, words in ends)
 
 
 @pytest.mark.parametrize("name", ["sharded", "two, then four sharded"])
