@@ -98,7 +98,8 @@ def trained(folder, **knobs):
 def crowded(rank, folder, most):
     """Train where rank 1 alone runs out of memory with more than `most` images, once the ranks have met."""
     def check(module, inputs):
-        if rank == 1 and isinstance(module, UNet) and module.training and len(inputs[0]) > most:
+        images = inputs[0]
+        if rank == 1 and isinstance(module, UNet) and module.training and not images.is_meta and len(images) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     register_module_forward_pre_hook(check)

@@ -81,11 +81,10 @@ def test_where_one_rank_has_no_room_all_cut_alike(folder, seen, said):
     assert seen["crowded"] == seen["halves"] and seen["crowded"][0]["weights"] != seen["two"][0]["weights"]
     log = (folder / "crowded" / "training.log").read_text()
     assert log.count("out of memory with 4 images at a time: from now on 2; train.gradient_accumulation_steps=2") == 1
-    for one, other in zip(rows(folder / "crowded"), rows(folder / "halves"), strict=True):  # validated four or two at a time
-        assert one == pytest.approx(other, rel=1e-6)
-    ends = seen["no room"]  # of which one may find the other gone before it has heard all of it
-    assert ["NoRoom", "out of memory with one image at a time"] in ends
-    assert all(kind == "NoRoom" or "Connection closed by peer" in words for kind, words in ends)
+    for row, other in zip(rows(folder / "crowded"), rows(folder / "halves"), strict=True):
+        same = {key: pytest.approx(value, rel=1e-6) if key.startswith("val/") else value for key, value in other.items()}
+        assert row == same  # validated four at a time and not two, which rounds otherwise
+    assert seen["no room"] == [["NoRoom", "out of memory with one image at a time"]] * 2
 
 
 @pytest.mark.parametrize("name", ["sharded", "two, then four sharded"])
