@@ -246,7 +246,8 @@ def run(config, folder, machine, rollbacks=0):
                      "val/loss and eval/copying flatter")
     levels = recomputed(config, net, machine, notes.append)  # by what is free before the network takes its place
     if first:
-        path, _, _, weights = first
+        path, _, text, weights = first
+        build.check_same_network(config, configs.from_json(text), path)
         build.put_weights(net, weights, path)
     network = learning(config, net, machine, levels, notes.append)
     averaged = averages(config, network.weights)

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+import shlex
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -417,6 +418,17 @@ def network_with(config, weights, path):
         net = network(config)
     put_weights(net, weights, path, assign=True)
     return net
+
+
+def check_same_network(config, other, path):
+    """Raise a ValueError for weights whose config makes another network of the same shapes, or is given other times."""
+    ours, theirs = configs.flatten(config), configs.flatten(other)
+    keys = [key for key in ours if key.startswith("model.") and key not in ("model.dropout", "model.initialization")]
+    differing = [key for key in [*keys, "diffusion.rescale_timesteps"] if ours[key] != theirs[key]]
+    if differing:
+        flags = " ".join(shlex.quote(f"--config.{key}={theirs[key]}") for key in differing)
+        unlike = "; ".join(f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in differing)
+        raise ValueError(f"{path} was trained with {unlike}; to begin from it add {flags}")
 
 
 def put_weights(net, weights, path, assign=False):

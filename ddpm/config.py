@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import zlib
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def base():
             "weighting": "simple",  # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid, sigmoid_eps, edm, uncertainty
             "times": "uniform",  # uniform, stratified, antithetic, logit_normal, lognormal, importance
             "self_condition": False,  # the network sees its last estimate of the image too
-            "rescale_timesteps": False,  # the network hears 1000 t / T, as OpenAI's code has it, in place of t
+            "rescale_timesteps": False,  # the network is given 1000 t / T in place of t, as in OpenAI's code
             "clip": True,  # samples: predicted images are clipped to [-1, 1] at each step
         },
         "train": {
@@ -317,11 +318,12 @@ def check(config):
         process = Process(*get_schedule(*(knobs[f"diffusion.{key}"] for key in (
             "beta_schedule", "timesteps", "zero_terminal_snr"))))
     usual, measured = knobs["sample.spacing"], knobs["evaluate.spacing"]
-    for key, spacing in (("sample.steps", usual), ("evaluate.steps", usual if measured == "auto" else measured)):
+    named = ("sample", usual) if measured == "auto" else ("evaluate", measured)
+    for key, (section, spacing) in (("sample.steps", ("sample", usual)), ("evaluate.steps", named)):
         if knobs[key] > knobs["diffusion.timesteps"]:
             raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
                              f"{knobs['diffusion.timesteps']} or fewer")
-        with about(key):
+        with about(f"{section}.spacing"):
             process.levels(knobs[key] or knobs["sample.steps"], spacing)
 
 
@@ -513,8 +515,11 @@ def check_continues(config, folder):
             raise ValueError(f"{path}: {error}; give another --workdir, or delete it to continue with this config") from None
         differing = contradictions(saved, config)
         if differing:
+            old = flatten(saved)
+            flags = [shlex.quote(f"--config.{line.partition(':')[0]}={old[line.partition(':')[0]]}") for line in differing]
+            same = f"add {' '.join(flags)}" if len(flags) <= 3 else "give the same config"
             raise ValueError(f"{folder} holds a run with another config ({'; '.join(differing)}); "
-                             "give another --workdir, or the same config to continue it")
+                             f"give another --workdir or, to continue it, {same}")
 
 
 def check_measures(config, folder):

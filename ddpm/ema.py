@@ -9,6 +9,8 @@ import contextlib
 
 import torch
 
+SLICE = 2**22  # numbers that are exchanged at once
+
 
 class EMA:
     """shadow <- decay * shadow + (1 - decay) * weights, at every `update()` (Ho et al. 2020, appendix B).
@@ -84,12 +86,14 @@ class EMA:
         if self._weights is None:
             raise RuntimeError("the averaged weights are not applied; call apply_shadow() before restore()")
         state = self.model.state_dict()
-        for name, weight in self._weights.items():
+        while self._weights:  # one by one, so that a failure leaves the rest to be restored
+            name, weight = next(iter(self._weights.items()))
             if weight.dtype == self.shadow[name].dtype:
                 exchange(state[name], weight)
                 self.shadow[name] = weight
             else:
                 state[name].copy_(weight)
+            del self._weights[name]
         self._weights = None
 
     @contextlib.contextmanager
@@ -131,7 +135,10 @@ class EMA:
 
 
 def exchange(first, second):
-    """Let two tensors have each other's values; takes the memory of one of them for the time being."""
-    kept = first.clone()
-    first.copy_(second)
-    second.copy_(kept)
+    """Let two tensors have each other's values, some rows at a time, so that this takes little memory."""
+    first, second = torch.atleast_1d(first, second)
+    rows = max(SLICE * len(first) // max(first.numel(), 1), 1)
+    for one, other in zip(first.split(rows), second.split(rows), strict=True):
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)

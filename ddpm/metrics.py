@@ -72,7 +72,7 @@ class Extractor:
     def __call__(self, images):
         assert images.dtype == torch.uint8 and images.ndim == 4, f"images are uint8 [b, c, h, w], got {images.dtype}"
         with torch.autocast(self.device.type, enabled=False):
-            chunks = [features for _, features in self.room.in_batches("looking at", images, CHUNK, self.features)]
+            chunks = [features for _, features in self.room.in_batches("extracting features of", images, CHUNK, self.features)]
         return torch.cat([torch.empty(0, self.width), *chunks])
 
     def features(self, images):
@@ -81,7 +81,7 @@ class Extractor:
 
     @property
     def computed(self):
-        """What features hang on beside images and weights, in a word: the kind of device, and how precisely it computes."""
+        """What features depend on besides images and weights, in a word: the kind of device, and how precisely it computes."""
         return f"{self.device.type}-float32"
 
 
@@ -356,7 +356,7 @@ def copying(drawn, held_out):
 
     `copying` is the probability that a drawn image lies nearer than a held-out one (Meehan et al. 2020, section 3.1: the
     Mann-Whitney statistic). `copies` is the share of drawn images that lie nearer than the k-th nearest held-out one, where
-    k = (m + 1) // 20; fewer than 19 held-out images leave it out. Equal distances count as if put in order by lot.
+    k = (m + 1) // 20; fewer than 19 held-out images leave it out. Equal distances count as if in random order.
 
     Beside each stands what a perfect generator gets, `_perfect`: its images are exchangeable with the held-out ones, so that
     is 1/2 and k / (m + 1), for any m. `_perfect_sd` is the standard deviation, exact where all distances differ.

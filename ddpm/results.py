@@ -43,7 +43,7 @@ MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances 
     r"(?P<extractor>[^;]+); (?P<samples>\d+) samples of the (?P<weights>[^;]+) weights in (?P<arithmetic>\w+); "
     r"(?P<sampler>[^;]+), (?P<steps>\d+) steps, (?P<spacing>[^;]+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
     r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)"
-    r"(, by (?P<kept>\d+) of them but for the Frechet distance)?",
+    r"(, by (?P<kept>\d+) of them except for the Frechet distance)?",
     r"bits/dim of (?P<likelihood_images>[^,]+)(, given (?P<given>.+),)? under the (?P<weights>[^,]+) weights, "
     r"by (?P<evaluations>\d+) evaluations")]
 ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare

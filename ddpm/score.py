@@ -32,7 +32,7 @@ class Scorer:
         self.places = np.asarray(metrics.reference_indices(len(dataset)))  # the image behind each row of the reference
         self.learned, self.held_out = map(self.rows, (learned, held_out))
         self.seeds, self.evaluations = range(num_samples), evaluations
-        fewer = f", by {len(self.places)} of them but for the Frechet distance" if len(self.places) < len(dataset) else ""
+        fewer = f", by {len(self.places)} of them except for the Frechet distance" if len(self.places) < len(dataset) else ""
         self.made = (f"{extractor.name}; {num_samples} samples of the {weights} weights in {str(machine.dtype)[6:]}; {recipe}; "
                      f"against {len(dataset)} images {dataset.fingerprint[:12]}{fewer}")
         few = len(self.held_out) < metrics.ONE_IN - 1

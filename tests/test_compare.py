@@ -165,7 +165,7 @@ def test_distances_of_which_some_rest_on_fewer_images_do_not_mix_with_those_that
     """Until 2026-11 all numbers of a large data set rested on 50,000 of its images."""
     runs = arms(tmp_path, {"cosine": 5.0, "linear": 6.0}, 3)
     assert results.made(runs[0].rows[0]["eval/made"])["images"] == "9"
-    other = runs[0].rows[0]["eval/made"] + ", by 5 of them but for the Frechet distance"
+    other = runs[0].rows[0]["eval/made"] + ", by 5 of them except for the Frechet distance"
     with pytest.raises(ValueError, match="kept is 5 in .*; something else in "):
         results.compare([dataclasses.replace(runs[0], rows=[runs[0].rows[0] | {"eval/made": other}]), *runs[1:]])
 

@@ -240,7 +240,7 @@ def test_a_run_of_before_goes_on_under_the_new_name_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert complaint(config.check_continues, with_knobs(diffusion__weighting="sigmoid"), tmp_path) == (
         f"{tmp_path} holds a run with another config (diffusion.weighting: 'sigmoid_eps' there, 'sigmoid' here); give another "
-        "--workdir, or the same config to continue it")
+        "--workdir or, to continue it, add --config.diffusion.weighting=sigmoid_eps")
     config.check_continues(with_knobs(diffusion__weighting="sigmoid_eps"), tmp_path)
     with pytest.raises(ValueError, match="holds another run"):
         config.check_measures(with_knobs(diffusion__weighting="sigmoid"), tmp_path)
@@ -329,8 +329,8 @@ def test_check_continues(tmp_path):
     assert (folder / "config.json").read_text() == to_json(base()) + "\n"
     config.check_continues(with_knobs(train__length="9 steps"), folder)
     assert complaint(config.check_continues, with_knobs(train__batch_size=32), folder) == (
-        f"{folder} holds a run with another config (train.batch_size: 64 there, 32 here); give another --workdir, "
-        "or the same config to continue it")
+        f"{folder} holds a run with another config (train.batch_size: 64 there, 32 here); give another --workdir "
+        "or, to continue it, add --config.train.batch_size=64")
     (folder / "config.json").write_text("{")
     assert complaint(config.check_continues, base(), folder).startswith(f"{folder / 'config.json'}: the saved config is not ")
 

@@ -520,7 +520,7 @@ def test_a_scorer_says_what_its_numbers_rest_on(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "MOST", 20)
     images = build.dataset(given)
     score = build.scorer(given, images, dist.start())
-    assert score.made.endswith(f"against 60 images {images.fingerprint[:12]}, by 20 of them but for the Frechet distance")
+    assert score.made.endswith(f"against 60 images {images.fingerprint[:12]}, by 20 of them except for the Frechet distance")
     assert results.made(score.made)["images"] == "60" and results.made(score.made)["kept"] == "20"
     pixels = torch.stack([images[k] for k in range(16)])
     numbers, _ = score(lambda seeds, recipe: iter([(seeds, pixels)]))

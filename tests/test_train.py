@@ -206,8 +206,14 @@ def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
     made = assemble.run(given, tmp_path / "b", dist.start())
     assert made.start == 0
     assert equal(dict(made.step.net.state_dict()), checkpoint.load_weights(tmp_path / "a")[3])
-    with pytest.raises(ValueError, match="are of another network than the config's"):
-        assemble.run(tiny(train__init_from=str(tmp_path / "a"), model__model_channels=16), tmp_path / "c", dist.start())
+    cases = [("model__model_channels", 16, "8"), ("model__norm_num_groups", 4, "0"),  # which has the same shapes
+             ("diffusion__rescale_timesteps", True, "False")]
+    for knob, value, theirs in cases:
+        key = knob.replace("__", ".")
+        said = f"was trained with {key} {theirs}, not {value}; to begin from it add --config.{key}={theirs}"
+        with pytest.raises(ValueError, match=said):
+            assemble.run(tiny(train__init_from=str(tmp_path / "a"), **{knob: value}), tmp_path / "c", dist.start())
+    assemble.run(tiny(train__init_from=str(tmp_path / "a"), model__dropout=0.3), tmp_path / "d", dist.start())
 
 
 def test_another_config_in_the_same_folder_is_refused_with_the_knobs_named(tmp_path):

@@ -37,7 +37,7 @@ class DDPM(nn.Module):
     VARIANCES (of ancestral sampling; for a learned one the network has twice the channels out); `clip` holds the estimate
     of x0 in [-1, 1] while sampling; `zero_terminal_snr` lets the schedule end in pure noise; `loss`, `weighting` and
     `times` name entries of LOSSES, WEIGHTINGS and TIMES; with `self_condition` the network takes twice the channels, the
-    second half being its last estimate of x0; with `rescale_timesteps` it hears 1000 t / T in place of t. Attributes:
+    second half being its last estimate of x0; with `rescale_timesteps` it is given 1000 t / T in place of t. Attributes:
     `process`, `objective`, and `samplers`, which is SAMPLERS with this model's variance as the default.
     Raises ValueError for unknown names, and for what contradicts itself.
     """
