@@ -30,7 +30,7 @@ def main():
     mean, deviation = measure.perfect.values()
     print(f"perfect generator    eval/fd_digits {mean:.4f} ± {deviation:.4f}", flush=True)
     for name, draw in (("uniform noise", noise), ("untrained network", build.drawer(config, build.network(config), machine))):
-        numbers = measure(draw)
+        numbers, _ = measure(draw)
         print(f"{name:20} eval/fd_digits {numbers['eval/fd_digits']:.2f}   {numbers['eval/made']}", flush=True)
 
 

@@ -52,7 +52,7 @@ class Size(NamedTuple):
     samples: int
 
 
-FULL = Size({}, (200, 300, 400, 600), 2400, (0, 1, 2), 32, (1, 2, 2), (120, 240, 480),
+FULL = Size({}, (200, 300, 400, 600, 800), 2400, (0, 1, 2), 32, (1, 2, 2), (120, 240, 480),
             ((25, 0.0), (50, 0.0)), 1000)
 TOY = Size({"model.model_channels": 8, "model.channel_mult": (1, 2), "train.warmup": "1 steps", "evaluate.steps": 2},
            (2, 4), 6, (0, 1), 8, (1, 2), (0.1, 0.2), ((2, 0.0), (2, 1.0)), 16)
