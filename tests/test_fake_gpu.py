@@ -74,6 +74,9 @@ def drawn(settings, recipe=None, dtype=torch.bfloat16, walk=lambda machine: draw
     return x
 
 
+in_half = pytest.mark.parametrize("dtype", HALF, ids=str)
+
+
 @pytest.mark.parametrize("everything, dtype", [(False, HALF[0]), *((True, dtype) for dtype in HALF)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_learns_and_draws(name, everything, dtype):
@@ -82,10 +85,11 @@ def test_every_network_learns_and_draws(name, everything, dtype):
     drawn(settings, {"steps": 2, "guidance": 2.0 if everything else 1.0}, dtype)
 
 
+@in_half
 @pytest.mark.parametrize("predict", TARGETS)
-def test_every_target_and_weighting(predict):
+def test_every_target_and_weighting(predict, dtype):
     with FakeGPU() as gpu:
-        machine, net = machine_of(gpu, torch.bfloat16), network_of(given(QUICK))
+        machine, net = machine_of(gpu, dtype), network_of(given(QUICK))
         x, t = torch.randn(2, 1, 16, 16, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
         for weighting in WEIGHTINGS:
             model = build.diffusion(given({"diffusion.predict": predict, "diffusion.weighting": weighting}), net)
@@ -105,8 +109,9 @@ CASES = [
 ]
 
 
+@in_half
 @pytest.mark.parametrize("changes", CASES, ids=lambda changes: ",".join(map(str, changes.values())))
-def test_every_loss_and_distribution_of_times(changes):
+def test_every_loss_and_distribution_of_times(changes, dtype):
     settings = given(QUICK)
     try:
         settings = given(QUICK | changes)
@@ -114,7 +119,7 @@ def test_every_loss_and_distribution_of_times(changes):
     except ValueError as error:
         assert "variance" in str(error)
         return
-    learn(settings)
+    learn(settings, dtype)
 
 
 def test_images_are_augmented_at_any_shape():
@@ -133,23 +138,27 @@ def ways(name):
         yield f"{name}({', '.join(f'{key}={value!r}' for key, value in zip(known, values, strict=True))})" if known else name
 
 
+@in_half
 @pytest.mark.parametrize("sampler", [way for name in SAMPLERS for way in ways(name)])
-def test_every_sampler(sampler):
+def test_every_sampler(sampler, dtype):
     changes = LEARNED if "learned" in sampler else {}
-    drawn(given(QUICK | CLASSES | changes), {"sampler": sampler, "steps": 4, "guidance": 2.0, "interval": (0.2, 5.0)})
+    drawn(given(QUICK | CLASSES | changes), {"sampler": sampler, "steps": 4, "guidance": 2.0, "interval": (0.2, 5.0)}, dtype)
 
 
+@in_half
 @pytest.mark.parametrize("predict", TARGETS)
-def test_every_target_draws(predict):
-    drawn(given(QUICK | {"diffusion.predict": predict, "diffusion.self_condition": True}))
+def test_every_target_draws(predict, dtype):
+    drawn(given(QUICK | {"diffusion.predict": predict, "diffusion.self_condition": True}), dtype=dtype)
 
 
+@in_half
 @pytest.mark.parametrize("name", EDITS)
-def test_every_edit(name):
+def test_every_edit(name, dtype):
     edit = get_edit("inpaint(jump_length=1, resamplings=2)" if name == "inpaint" else name)
     pictures = [torch.zeros(1, 16, 16, dtype=torch.uint8)] * edit.images
     mask = torch.ones(16, 16, dtype=torch.bool) if edit.mask else None
-    drawn(given(QUICK), {"sampler": "ddim", "steps": 4}, walk=lambda machine: draw.edited(edit, pictures, mask, 2, machine))
+    drawn(given(QUICK), {"sampler": "ddim", "steps": 4}, dtype,
+          walk=lambda machine: draw.edited(edit, pictures, mask, 2, machine))
 
 
 def test_the_bound():
