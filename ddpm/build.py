@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import math
-import shlex
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -426,9 +425,8 @@ def check_same_network(config, other, path):
     keys = [key for key in ours if key.startswith("model.") and key not in ("model.dropout", "model.initialization")]
     differing = [key for key in [*keys, "diffusion.rescale_timesteps"] if ours[key] != theirs[key]]
     if differing:
-        flags = " ".join(shlex.quote(f"--config.{key}={theirs[key]}") for key in differing)
         unlike = "; ".join(f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in differing)
-        raise ValueError(f"{path} was trained with {unlike}; to begin from it add {flags}")
+        raise ValueError(f"{path} was trained with {unlike}; to begin from it add {configs.as_flags(other, differing)}")
 
 
 def put_weights(net, weights, path, assign=False):

@@ -515,9 +515,8 @@ def check_continues(config, folder):
             raise ValueError(f"{path}: {error}; give another --workdir, or delete it to continue with this config") from None
         differing = contradictions(saved, config)
         if differing:
-            old = flatten(saved)
-            flags = [shlex.quote(f"--config.{line.partition(':')[0]}={old[line.partition(':')[0]]}") for line in differing]
-            same = f"add {' '.join(flags)}" if len(flags) <= 3 else "give the same config"
+            keys = contradicted(saved, config)
+            same = f"add {as_flags(saved, keys)}" if len(keys) <= 3 else "give the same config"
             raise ValueError(f"{folder} holds a run with another config ({'; '.join(differing)}); "
                              f"give another --workdir or, to continue it, {same}")
 
@@ -538,10 +537,22 @@ def is_free(key):
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
 
 
+def contradicted(saved, given):
+    """The knobs in which `given` differs from the config of the run it wants to continue."""
+    old, new = flatten(saved), flatten(given)
+    return [key for key in new if not is_free(key) and old[key] != new[key]]
+
+
 def contradictions(saved, given):
     """Lines naming the knobs in which `given` differs from the config of the run it wants to continue."""
     old, new = flatten(saved), flatten(given)
-    return [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in new if not is_free(key) and old[key] != new[key]]
+    return [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in contradicted(saved, given)]
+
+
+def as_flags(config, keys):
+    """The words of a command line that set some knobs to what a config has."""
+    knobs = flatten(config)
+    return shlex.join(f"--config.{key}={knobs[key]}" for key in keys)
 
 
 def run_name(file, overrides):
