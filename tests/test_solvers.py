@@ -428,7 +428,7 @@ def test_spacings_that_cannot_be_are_refused_at_the_start_of_a_run(spacing, step
     else:
         with pytest.raises(ValueError, match=remedy) as mistake:
             config.check(given)
-        assert str(mistake.value).startswith("config.sample.steps: ") and "\n" not in str(mistake.value)
+        assert str(mistake.value).startswith("config.sample.spacing: ") and "\n" not in str(mistake.value)
 
 
 @pytest.mark.parametrize("path", PATHS)
