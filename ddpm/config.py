@@ -48,7 +48,7 @@ def base():
             "num_workers": 0,  # processes that read images; 0 reads in the training process
         },
         "model": {
-            "name": "unet",  # unet, unet_mp, dit(size='S', patch_size=2), whose depth, width and heads can be given too
+            "name": "unet",  # unet, unet_edm2, dit(size='S', patch_size=2), whose depth, width and heads can be given too
             "dropout": 0.0,  # share of activations dropped in every block
             "qk_norm": False,  # attention: each head's queries and keys are normed
             # from here on: the U-Nets' alone
@@ -64,7 +64,7 @@ def base():
             "freq_shift": 1,  # frequencies of the time embedding: 1 as in Ho's code, 0 as in OpenAI's
             "downsample_padding": 0,  # zeros where an image is halved: 0 at its far end, as Ho's, 1 at both, as OpenAI's
             "norm_num_groups": 0,  # groups of a norm, at most; 0 is 32, of 4 channels or more: a group of 1 removes the time
-            "noise_embedding": "auto",  # unet_mp: auto is random Fourier features with predict=edm, else sines; or sines
+            "noise_embedding": "auto",  # unet_edm2: auto is random Fourier features with predict=edm, else sines; or sines
             "norm_eps": 1e-6,  # added to the variance of a group: 1e-6 as in Ho's code, 1e-5 as in OpenAI's
             "initialization": "glorot",  # of new weights: glorot as in Ho's code, torch as in OpenAI's
         },
@@ -271,6 +271,7 @@ def check(config):
         if key in ("evaluate.sampler", "evaluate.spacing") and knobs[key] == "auto":
             continue
         with about(key):
+            check_renamed(key, knobs[key])
             chosen = choose(f"config.{key}", table, knobs[key])
             if table is SAMPLERS:
                 evaluations(chosen, REHEARSAL, knobs["diffusion.variance"] == "learned")  # which refuses what it cannot do
@@ -335,6 +336,13 @@ def check_ranges(knobs):
             raise ValueError(f"config.{key} is {knobs[key]}; it must lie between {low} and {high}")
 
 
+def check_renamed(key, value):
+    """Raise a ValueError for a value that has another name now."""
+    for renamed, before, name, reused in RENAMED:
+        if renamed == key and reused is None and parse(value)[0] == before:
+            raise ValueError(f"config.{key} is {value!r}, which is called {name!r} now; write --config.{key}={name}")
+
+
 def check_sharded(knobs):
     """Raise a ValueError for what a network that ranks share out cannot be."""
     if not knobs["train.fully_shard"]:
@@ -342,8 +350,8 @@ def check_sharded(knobs):
     for key in ("train.compile", "train.channels_last"):
         if knobs[key]:
             raise ValueError(f"config.train.fully_shard and config.{key} are both True; choose one of them")
-    if parse(knobs["model.name"])[0] == "unet_mp":
-        raise ValueError("config.train.fully_shard cannot be True with config.model.name 'unet_mp', whose layers write into "
+    if parse(knobs["model.name"])[0] == "unet_edm2":
+        raise ValueError("config.train.fully_shard cannot be True with config.model.name 'unet_edm2', whose layers write into "
                          "their weights while they compute; choose another network, or train.fully_shard=False")
 
 
@@ -415,8 +423,9 @@ def freeze(config):
 
 
 FORMAT = 2  # of saved configs; those that do not say are of format 1
-RENAMED = (  # the first format in which a name of a knob has another meaning, and what the earlier meaning is called since
-    (2, "diffusion.weighting", "sigmoid", "sigmoid_eps"),
+RENAMED = (  # option, its value before and since, the first format in which the old value means something else (None: nothing)
+    ("diffusion.weighting", "sigmoid", "sigmoid_eps", 2),
+    ("model.name", "unet_mp", "unet_edm2", None),
 )
 
 
@@ -440,8 +449,8 @@ def from_json(text):
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise ValueError(f"the saved config has the format {version!r}, and this version knows 1 to {FORMAT}; use the version "
                          "of ddpm that wrote it")
-    for since, key, before, name in RENAMED:
-        if version < since and isinstance(knobs.get(key), str):
+    for key, before, name, reused in RENAMED:
+        if (reused is None or version < reused) and isinstance(knobs.get(key), str):
             knobs[key] = re.sub(rf"^\s*{before}\b", name, knobs[key])
     config = base()
     known = flatten(config)
@@ -471,7 +480,7 @@ def same_groups(config):
 
 BEFORE = {  # what a knob that a saved config lacks meant, where that is not its default
     "model.norm_num_groups": lambda config: 32,
-    "model.noise_embedding": lambda config: "sines" if parse(config.model.name)[0] == "unet_mp" and parse(
+    "model.noise_embedding": lambda config: "sines" if parse(config.model.name)[0] == "unet_edm2" and parse(
         config.diffusion.predict)[0] == "edm" else "auto",
 }
 

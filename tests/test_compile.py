@@ -86,7 +86,7 @@ def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeyp
 
 NETWORKS = {
     "unet": {"model.resblock_updown": True, "model.qk_norm": True}, "dit(depth=1, width=16, heads=2)": {},
-    "unet_mp": {"diffusion.predict": "edm"}}
+    "unet_edm2": {"diffusion.predict": "edm"}}
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -12,7 +12,7 @@ from ddpm import build, config
 from ddpm.models import MODELS
 from ddpm.models.dit import Block
 from ddpm.models.layers import ResidualBlock
-from ddpm.models.unet_mp import MPBlock
+from ddpm.models.unet_edm2 import MPBlock
 
 BLOCKS = (ResidualBlock, MPBlock, Block)
 UNET = dict(image_size=8, in_channels=2, out_channels=2, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
@@ -25,7 +25,7 @@ NETWORKS = [
       for width in (2, 8, 32)),
     pytest.param("unet", UNET | dict(model_channels=16, resblock_updown=True), id="unet resblock_updown"),
     pytest.param("unet", UNET | dict(model_channels=24, norm_num_groups=12), id="unet 12 groups"),
-    *(pytest.param("unet_mp", UNET | dict(model_channels=width), id=f"unet_mp {width}") for width in (4, 16, 32)),
+    *(pytest.param("unet_edm2", UNET | dict(model_channels=width), id=f"unet_edm2 {width}") for width in (4, 16, 32)),
     *(pytest.param("dit", dict(image_size=8, in_channels=2, out_channels=2, depth=2, width=width, heads=1, patch_size=2),
                    id=f"dit {width}") for width in (4, 16, 32)),
 ]
@@ -77,7 +77,7 @@ def arguments(kind):
 @pytest.mark.parametrize("kind", ["time", "class", "augmentation"])
 @pytest.mark.parametrize("name, options", NETWORKS)
 def test_every_block_depends_on_what_it_is_conditioned_on(name, options, kind):
-    if name == "unet_mp" and kind == "augmentation":
+    if name == "unet_edm2" and kind == "augmentation":
         with pytest.raises(ValueError, match="augmentation"):
             network(name, options, [kind])
         return
@@ -86,7 +86,7 @@ def test_every_block_depends_on_what_it_is_conditioned_on(name, options, kind):
     assert found and min(found) > CHANGE, [f"{change:.1e}" for change in found]
 
 
-@pytest.mark.parametrize("name", ["unet", "dit(depth=2, width=16, heads=1)", "unet_mp"])
+@pytest.mark.parametrize("name", ["unet", "dit(depth=2, width=16, heads=1)", "unet_edm2"])
 def test_blocks_depend_on_the_time_after_training(name):
     """Where the time decides everything: the same x at first and last times, and what is asked for is its opposite.
 

@@ -228,6 +228,17 @@ def test_a_name_means_what_it_meant_in_the_format_of_a_saved_config(said, name):
         assert from_json(json.dumps(said | {"diffusion": {"weighting": other}})).diffusion.weighting == other
 
 
+@pytest.mark.parametrize("said", [{}, {"format": 1}, {"format": 2}])
+def test_a_renamed_value_goes_on_in_saved_configs_and_is_explained_in_given_ones(said):
+    for old, new in (("unet_mp", "unet_edm2"), (" unet_mp ( )", "unet_edm2 ( )"), ("dit(width=32)", "dit(width=32)")):
+        back = from_json(json.dumps(said | {"model": {"name": old}, "wandb": {"notes": "unet_mp"}}))
+        assert back.model.name == new and back.wandb.notes == "unet_mp"
+        check(back)
+    for old in ("unet_mp", "unet_mp()"):
+        assert complaint(check, with_knobs(model__name=old)) == (
+            f"config.model.name is {old!r}, which is called 'unet_edm2' now; write --config.model.name=unet_edm2")
+
+
 @pytest.mark.parametrize("version", [0, 3, "2", 2.0, True, None, {"a": 1}])
 def test_a_saved_config_of_an_unknown_format(version):
     assert complaint(from_json, json.dumps({"format": version, "seed": 3})) == (
@@ -578,7 +589,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("changes, groups", [
     ({"model.model_channels": 192}, 0), ({"model.model_channels": 64}, 32), ({"model.model_channels": 128}, 0),
     ({"model.model_channels": 64, "model.channel_mult": (2, 4)}, 0), ({"model.name": "dit"}, 0),
-    ({"model.name": "unet_mp"}, 0)])
+    ({"model.name": "unet_edm2"}, 0)])
 def test_groups_of_a_config_from_before_make_the_same_network(changes, groups):
     """Files of format 1 say 32 groups, or are older than the option; a run goes on by the same command where 0 is the same."""
     knobs = config.flatten(config.changed(config.freeze(config.base()), changes)) | {"model.norm_num_groups": 32}

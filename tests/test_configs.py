@@ -86,7 +86,7 @@ def test_the_tables_are_whole():
     (dict(model__attention_resolutions=(5,)), "5"),
     (dict(model__num_heads=3), "heads"),
     (dict(model__res_blocks_per_level=(1, 2, 3)), "3 numbers for 2 levels; give one for each"),
-    (dict(model__name="dti"), r"'dti' \(did you mean 'dit'\?\); choose one of unet, unet_mp, dit"),
+    (dict(model__name="dti"), r"'dti' \(did you mean 'dit'\?\); choose one of unet, unet_edm2, dit"),
     (dict(model__name="unet(depth=3)"), "config.model.name 'unet' has no argument 'depth'; it takes none"),
     (dict(model__name="dit(size='M')"), "unknown size of a DiT 'M'; choose one of S, B, L, XL"),
     (dict(model__name="dit(patch=3)"), "has no argument 'patch'; it accepts size, patch_size, depth, width, heads"),

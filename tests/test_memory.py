@@ -19,7 +19,7 @@ WIDE = dict(model__model_channels=32, train__batch_size=16, diffusion__timesteps
 
 @pytest.mark.parametrize("knobs", [
     {}, {"model__name": "dit(depth=3, width=64, heads=2)"}, {"train__gradient_accumulation_steps": 2},
-    {"model__name": "unet_mp"},
+    {"model__name": "unet_edm2"},
     {"diffusion__weighting": "uncertainty", "model__dropout": 0.1, "diffusion__self_condition": True},
 ], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -66,9 +66,9 @@ def test_a_measured_case_takes_the_place_of_its_row_alone(tmp_path, monkeypatch)
     assert f"| toy | float32 | none | {none['planned']['mib']:,.1f} |" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name, tolerance", [("unet", 0), ("dit(depth=3, width=64, heads=2)", 0), ("unet_mp", 1e-4)])
+@pytest.mark.parametrize("name, tolerance", [("unet", 0), ("dit(depth=3, width=64, heads=2)", 0), ("unet_edm2", 1e-4)])
 def test_levels_that_are_computed_twice_change_no_number(name, tolerance, tmp_path):
-    """Dropout too: the same masks are drawn again. unet_mp norms its weights at each pass, once more up to rounding."""
+    """Dropout too: the same masks are drawn again. unet_edm2 norms its weights at each pass, once more up to rounding."""
     knobs = dict(model__name=name, model__dropout=0.3)
     for wanted in ("none", "all"):
         assert run(tiny(**knobs, train__activation_checkpointing=wanted), tmp_path / wanted)
@@ -107,7 +107,7 @@ def test_auto_recomputes_as_few_levels_as_the_card_needs(share, levels, monkeypa
 
 
 def test_every_module_of_the_levels_is_one_that_recomputes(tmp_path):
-    for name in ("unet", "unet_mp", "dit(depth=3, width=64, heads=2)"):
+    for name in ("unet", "unet_edm2", "dit(depth=3, width=64, heads=2)"):
         net = build.network(config.changed(tiny(), {"model.name": name}))
         inside = [module for level in net.levels for module in level]
         assert len(inside) == len({id(module) for module in inside})

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddpm.models import MODELS, DiT, UNet, UNetMP
+from ddpm.models import MODELS, DiT, UNet, UNetEDM2
 from ddpm.models.layers import (
     AttentionBlock,
     Downsample,
@@ -534,7 +534,7 @@ def test_construction_is_a_function_of_torchs_seed():
 
 
 def test_table_of_architectures():
-    assert MODELS == {"unet": UNet, "unet_mp": UNetMP, "dit": DiT}
+    assert MODELS == {"unet": UNet, "unet_edm2": UNetEDM2, "dit": DiT}
 
 
 def test_normed_queries_and_keys_do_not_depend_on_their_scale():

@@ -134,7 +134,7 @@ def test_torchrun_starts_again_after_sigkill_and_nothing_differs(folder, seen):
 
 
 @pytest.mark.parametrize("knob, value", [
-    ("train.compile", True), ("train.channels_last", True), ("model.name", "unet_mp")])
+    ("train.compile", True), ("train.channels_last", True), ("model.name", "unet_edm2")])
 def test_what_cannot_be_shared_out_is_refused(knob, value):
     with pytest.raises(ValueError, match=f"config.train.fully_shard .* config.{knob} ") as caught:
         tiny(**{"train__fully_shard": True, knob.replace(".", "__"): value})

@@ -256,7 +256,7 @@ def test_a_step_takes_disguised_errors_for_what_they_are(tmp_path, error):
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-@pytest.mark.parametrize("name", ["unet", "unet_mp"])
+@pytest.mark.parametrize("name", ["unet", "unet_edm2"])
 def test_a_rehearsal_changes_nothing(tmp_path, name):
     """Not even a network that scales its weights whenever it learns; nor an optimiser, which it lets allocate its state."""
     given = tiny(model__name=name, train__gradient_accumulation_steps=2)

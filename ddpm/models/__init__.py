@@ -6,10 +6,10 @@ section `model` has.
 
 from ddpm.models.dit import DiT
 from ddpm.models.unet import UNet
-from ddpm.models.unet_mp import UNetMP
+from ddpm.models.unet_edm2 import UNetEDM2
 
 MODELS = {
     "unet": UNet,
-    "unet_mp": UNetMP,
+    "unet_edm2": UNetEDM2,
     "dit": DiT,
 }

@@ -30,8 +30,8 @@ CASES = {  # name: knobs over base()
         "model.attention_resolutions": (16,), "train.batch_size": 8},
     "32 px, DiT-S/2": {"data.image_size": 32, "data.channels": 3, "model.name": "dit(size='S', patch_size=2)",
                        "train.batch_size": 8},
-    "64 px, unet_mp, 64 channels": {
-        "data.image_size": 64, "data.channels": 3, "model.name": "unet_mp", "model.channel_mult": (1, 2, 3),
+    "64 px, unet_edm2, 64 channels": {
+        "data.image_size": 64, "data.channels": 3, "model.name": "unet_edm2", "model.channel_mult": (1, 2, 3),
         "model.attention_resolutions": (16,), "train.batch_size": 4},
     "64 px, U-Net of 64 channels, 2 micro-batches": {
         "data.image_size": 64, "data.channels": 3, "model.channel_mult": (1, 2, 3), "model.attention_resolutions": (16,),

@@ -131,7 +131,7 @@ class MPBlock(nn.Module):
         return self.mix(rearrange(out, "b heads (h w) d -> b (heads d) h w", h=h, w=w))
 
 
-class UNetMP(nn.Module):
+class UNetEDM2(nn.Module):
     """A U-Net with the arguments of models/unet.py, in magnitude-preserving layers; a fresh one returns zeros.
 
     `noise_embedding` names an entry of NOISE_EMBEDDINGS: `sines` where t counts timesteps, `fourier` where it is a logarithm of
@@ -161,7 +161,7 @@ class UNetMP(nn.Module):
         for name, value in others.items():
             default = inspect.signature(UNet).parameters[name].default
             if value != default:
-                raise ValueError(f"{name} is {value}, of which unet_mp knows nothing; leave it at {default}, or use unet")
+                raise ValueError(f"{name} is {value}, of which unet_edm2 knows nothing; leave it at {default}, or use unet")
         self.halvings, self.num_classes = len(channel_mult) - 1, num_classes
         side = image_size if isinstance(image_size, int) else min(image_size)
         widths = [mult * model_channels for mult in channel_mult]

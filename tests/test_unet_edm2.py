@@ -14,7 +14,7 @@ from ddpm import build, checkpoint, config
 from ddpm.draw import joined
 from ddpm.generate import generate_images
 from ddpm.models import MODELS, UNet
-from ddpm.models.unet_mp import MPBlock, MPConv, MPFourier, MPSines, UNetMP, mp_cat, mp_silu, mp_sum, unit
+from ddpm.models.unet_edm2 import MPBlock, MPConv, MPFourier, MPSines, UNetEDM2, mp_cat, mp_silu, mp_sum, unit
 
 TINY = dict(image_size=8, in_channels=3, out_channels=3, model_channels=8, channel_mult=(1, 2), num_res_blocks=1,
             attention_resolutions=(4,))
@@ -22,7 +22,7 @@ TINY = dict(image_size=8, in_channels=3, out_channels=3, model_channels=8, chann
 
 def network(**changes):
     torch.manual_seed(0)
-    return UNetMP(**TINY | changes)
+    return UNetEDM2(**TINY | changes)
 
 
 def inputs(batch=4, size=8):
@@ -43,7 +43,7 @@ def lengths(net):
 def test_the_sizes_xs_to_xxl_are_the_published_ones(width, millions):
     """Karras et al. 2024, table 2: latents of 64 pixels, 1,000 classes, 64 channels a head."""
     with torch.device("meta"):
-        net = UNetMP(64, 4, 4, width, (1, 2, 3, 4), 3, (16, 8), num_head_channels=64, num_classes=1000)
+        net = UNetEDM2(64, 4, 4, width, (1, 2, 3, 4), 3, (16, 8), num_head_channels=64, num_classes=1000)
     assert round(sum(weight.numel() for weight in net.parameters()) / 1e6) == millions
 
 
@@ -97,7 +97,7 @@ def test_fourier_features_tell_levels_of_noise_apart_as_published():
 @pytest.mark.parametrize("predict, chosen, kind", [
     ("edm", "auto", MPFourier), ("edm(sigma_data=0.4)", "auto", MPFourier), ("edm", "sines", MPSines), ("v", "auto", MPSines)])
 def test_the_target_chooses_the_embedding(predict, chosen, kind):
-    given = tiny(model__name="unet_mp", diffusion__predict=predict, model__noise_embedding=chosen)
+    given = tiny(model__name="unet_edm2", diffusion__predict=predict, model__noise_embedding=chosen)
     net = build.network(given)
     assert type(net.noise_features) is kind
     other = build.network(config.changed(given, {"diffusion.predict": "eps"}))
@@ -108,17 +108,21 @@ OLD = Path(__file__).parent / "golden" / "unet_mp_sines.safetensors"
 
 
 def test_checkpoints_of_before_fourier_features_draw_the_same():
-    """Trained with predict=edm and drawn at commit 0494cba; another processor may round a pixel to the next value."""
+    """Trained with predict=edm and drawn at commit 0494cba; another processor may round a pixel to the next value.
+
+    The network was called unet_mp then.
+    """
     made = build.load(OLD, "cpu")
+    assert made.config.model.name == "unet_edm2"
     assert made.config.model.noise_embedding == "sines" and made.config.diffusion.predict == "edm"
     pixels = joined(build.drawer(made.config, made.net, made.machine)(range(2), build.grid_recipe(made.config)))
     before = torch.tensor(json.loads(OLD.with_suffix(".json").read_text()))
     assert abs(pixels.int() - before).max() <= 1
 
 
-def test_only_old_configs_of_unet_mp_with_edm_mean_sines():
-    for changes, meant in (({}, "auto"), ({"model.name": "unet_mp"}, "auto"), ({"diffusion.predict": "edm"}, "auto"),
-                           ({"model.name": "unet_mp", "diffusion.predict": "edm(sigma_data=0.4)"}, "sines")):
+def test_only_old_configs_of_unet_edm2_with_edm_mean_sines():
+    for changes, meant in (({}, "auto"), ({"model.name": "unet_edm2"}, "auto"), ({"diffusion.predict": "edm"}, "auto"),
+                           ({"model.name": "unet_edm2", "diffusion.predict": "edm(sigma_data=0.4)"}, "sines")):
         saved = json.loads(config.to_json(config.changed(tiny(), changes)))
         assert config.from_json(json.dumps(saved)).model.noise_embedding == "auto"
         del saved["model"]["noise_embedding"]
@@ -189,8 +193,8 @@ def test_a_fresh_network_returns_zeros_and_labels_matter():
 
 
 @pytest.mark.parametrize("changes, said", [
-    (dict(use_scale_shift_norm=True), "use_scale_shift_norm is True, of which unet_mp knows nothing; leave it at False"),
-    (dict(norm_eps=1e-5), "norm_eps is 1e-05, of which unet_mp knows nothing"), (dict(channel_mult=()), "channel_mult is ()"),
+    (dict(use_scale_shift_norm=True), "use_scale_shift_norm is True, of which unet_edm2 knows nothing; leave it at False"),
+    (dict(norm_eps=1e-5), "norm_eps is 1e-05, of which unet_edm2 knows nothing"), (dict(channel_mult=()), "channel_mult is ()"),
     (dict(image_size=7), "image_size 7 cannot be halved"), (dict(num_heads=3), "num_heads 3 does not divide"),
     (dict(attention_resolutions=(3,)), "attention resolution 3 does not occur")])
 def test_what_it_cannot_be(changes, said):
@@ -199,12 +203,12 @@ def test_what_it_cannot_be(changes, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-MP = dict(model__name="unet_mp", every__sample="0 steps", every__validate="0 steps", train__length="4 steps",
+MP = dict(model__name="unet_edm2", every__sample="0 steps", every__validate="0 steps", train__length="4 steps",
           train__warmup="0 steps", train__learning_rate=1e-2)
 
 
 def test_it_trains_resumes_and_samples(tmp_path):
-    assert MODELS.keys() >= {"unet", "unet_mp"} and MODELS["unet"] is UNet
+    assert MODELS.keys() >= {"unet", "unet_edm2"} and MODELS["unet"] is UNet
     run(tiny(**MP, model__dropout=0.1), tmp_path / "whole")
     run(tiny(**MP | dict(train__length="2 steps"), model__dropout=0.1), tmp_path / "parts")
     run(tiny(**MP, model__dropout=0.1), tmp_path / "parts")
