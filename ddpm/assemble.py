@@ -237,8 +237,8 @@ def run(config, folder, machine, rollbacks=0):
         rollbacks = max(rollbacks, content["parts"].get("guard", {}).get("rollbacks", 0))
 
     net = build.network(config)
-    notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"), *build.unconditioned(net),
-             f"{len(learned)} images to learn from, {len(held_out)} held out",
+    notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"), *build.unused_remarks(config),
+             *build.unconditioned(net), f"{len(learned)} images to learn from, {len(held_out)} held out",
              f"a step learns from {section.batch_size} of them, {build.at_a_time(config, machine)} at a time" +
              (f" on each of {machine.world} ranks" if machine.world > 1 else ""), evaluation]
     if twins := data.across(images.alike, held_out):

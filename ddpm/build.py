@@ -22,22 +22,42 @@ from ddpm.pictures import open_picture
 
 
 def network(config):
-    """The plain network of a config, its weights drawn at the config's seed; it gets those knobs of `model` that it names."""
-    model = dict(config.model)
-    make = spec.choose("config.model.name", MODELS, model.pop("name"))
-    model["num_head_channels"] = model["num_head_channels"] or None
-    if model["noise_embedding"] == "auto":
-        model["noise_embedding"] = "fourier" if get_target(config.diffusion.predict).tells_log_noise else "sines"
-    parameters = inspect.signature(make.func).parameters.values()
-    named = {p.name for p in parameters if p.kind is not p.KEYWORD_ONLY}
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):  # it says itself what it cannot take
-        named |= model.keys()
+    """The plain network of a config, its weights drawn at the config's seed; it gets those options of `model` that it takes.
+
+    Raises ValueError for what the network cannot be.
+    """
+    make, taken = chosen_network(config)
+    if config.data.augment and "augmentation" not in taken:
+        able = " or ".join(name for name in MODELS if "augmentation" in takes(MODELS[name]))
+        raise ValueError(f"config.data.augment is {config.data.augment}, and the network {config.model.name} cannot be "
+                         f"conditioned on augmentation, so samples would be augmented too; use data.augment=0, or {able}")
+    given = dict(config.model) | {
+        "image_size": config.data.image_size, "in_channels": channels_in(config),
+        "out_channels": config.data.channels * (1 + (config.diffusion.variance == "learned")),
+        "num_classes": len(config.data.classes) or None, "augmentation": augment.TOLD if config.data.augment else 0,
+        "num_head_channels": config.model.num_head_channels or None}
+    if given["noise_embedding"] == "auto":
+        given["noise_embedding"] = "fourier" if get_target(config.diffusion.predict).tells_log_noise else "sines"
     rng.reseed_torch(config.seed)
-    return make(
-        image_size=config.data.image_size, in_channels=channels_in(config),
-        out_channels=config.data.channels * (1 + (config.diffusion.variance == "learned")),
-        num_classes=len(config.data.classes) or None, augmentation=augment.TOLD if config.data.augment else 0,
-        **{name: value for name, value in model.items() if name in named})
+    return make(**{name: value for name, value in given.items() if name in taken})
+
+
+def chosen_network(config):
+    """The constructor of a config's network, the arguments of its name set, and the names of those that are left to give."""
+    make = spec.choose("config.model.name", MODELS, config.model.name)
+    return make, takes(make.func)
+
+
+def takes(make):
+    """The names of a network's arguments but for those that stand in `model.name`."""
+    return {p.name for p in inspect.signature(make).parameters.values() if p.kind is not p.KEYWORD_ONLY}
+
+
+def unused(config):
+    """The options that do nothing with the network and the target of a config."""
+    _, taken = chosen_network(config)
+    options = [f"model.{name}" for name in config.model if name != "name" and name not in taken]
+    return options + ["diffusion.rescale_timesteps"] * get_target(config.diffusion.predict).tells_log_noise
 
 
 def channels_in(config):
@@ -165,6 +185,14 @@ def remarks(config, section):
     if config.diffusion.variance == "learned" and sampler != "ddpm":
         return [f"the sampler {sampler!r} has no use for the learned variance; {section}.sampler=ddpm has"]
     return []
+
+
+def unused_remarks(config):
+    """A note on options that are set and do nothing with the network and the target of a config: lines, mostly none."""
+    given, usual = configs.flatten(config), configs.flatten(configs.base())
+    idle = [f"{key}={given[key]}" for key in unused(config) if given[key] != usual[key]]
+    chosen = " and ".join(f"{key}={spec.parse(given[key])[0]}" for key in ("model.name", "diffusion.predict"))
+    return [f"{', '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect with {chosen}"] if idle else []
 
 
 def unconditioned(net):
@@ -422,8 +450,9 @@ def network_with(config, weights, path):
 def check_same_network(config, other, path):
     """Raise a ValueError for weights whose config makes another network of the same shapes, or is given other times."""
     ours, theirs = configs.flatten(config), configs.flatten(other)
-    keys = [key for key in ours if key.startswith("model.") and key not in ("model.dropout", "model.initialization")]
-    differing = [key for key in [*keys, "diffusion.rescale_timesteps"] if ours[key] != theirs[key]]
+    free = {"model.dropout", "model.initialization", *unused(config)}
+    keys = [key for key in ours if key.startswith("model.") or key == "diffusion.rescale_timesteps"]
+    differing = [key for key in keys if key not in free and ours[key] != theirs[key]]
     if differing:
         unlike = "; ".join(f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in differing)
         raise ValueError(f"{path} was trained with {unlike}; to begin from it add {configs.as_flags(other, differing)}")

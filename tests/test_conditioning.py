@@ -78,7 +78,7 @@ def arguments(kind):
 @pytest.mark.parametrize("name, options", NETWORKS)
 def test_every_block_depends_on_what_it_is_conditioned_on(name, options, kind):
     if name == "unet_edm2" and kind == "augmentation":
-        with pytest.raises(ValueError, match="augmentation"):
+        with pytest.raises(TypeError, match="augmentation"):
             network(name, options, [kind])
         return
     net = network(name, options, [kind] if kind != "time" else [])

@@ -12,6 +12,8 @@ from ddpm import build, config, data, images, spec
 from ddpm.diffusion.editing import EDITS
 from ddpm.diffusion.process import VARIANCES
 from ddpm.diffusion.schedules import SCHEDULES
+from ddpm.diffusion.targets import TARGETS
+from ddpm.models import MODELS
 from ddpm.spec import parse
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -141,6 +143,66 @@ def test_a_network_gets_the_knobs_that_it_names():
     assert net.blocks[0].attention.norm_q.weight.shape == (8,)
     unet = build.network(config.changed(given, {"model.name": "unet"}))
     assert unet.middle[1].heads == 4 and unet.middle[1].norm_q.weight.shape == (4,) and unet.middle[0].dropout.p == 0.25
+
+
+OTHERWISE = {  # another value of each option of `model`
+    "dropout": 0.5, "qk_norm": True, "model_channels": 16, "channel_mult": (1, 3), "num_res_blocks": 2, "num_heads": 2,
+    "res_blocks_per_level": (1, 2), "attention_resolutions": (), "num_head_channels": 4, "use_scale_shift_norm": True,
+    "resblock_updown": True, "freq_shift": 0, "downsample_padding": 1, "norm_num_groups": 1, "noise_embedding": "sines",
+    "norm_eps": 0.1, "initialization": "torch"}
+
+
+@pytest.mark.parametrize("name", ["dit(depth=2, width=16, heads=2)" if name == "dit" else name for name in MODELS])
+def test_options_are_unused_where_the_network_is_the_same_without_them(name):
+    """The same modules, new weights and answers, to the bit; an answer is that of other weights, as a new network says 0."""
+    def traits(given):
+        net, generator = build.network(given), torch.Generator().manual_seed(0)
+        new = [weight.detach().clone() for weight in net.parameters()]
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight.normal_(generator=generator)
+            x = torch.randn(2, 1, 16, 16, generator=generator)
+            return repr(net), new, net.eval()(x, torch.tensor([-0.5, 300.0]))
+
+    def same(one, other):
+        return one[0] == other[0] and all(map(torch.equal, one[1], other[1])) and torch.equal(one[2], other[2])
+
+    given = tiny(model__name=name, diffusion__predict="edm")
+    plain = traits(given)
+    assert same(plain, traits(given)) and OTHERWISE.keys() == dict(given.model).keys() - {"name"}
+    idle = []
+    for option, value in OTHERWISE.items():
+        changed = config.changed(given, {f"model.{option}": value})
+        assert changed != given
+        if same(plain, traits(changed)):
+            idle.append(f"model.{option}")
+    assert set(build.unused(given)) == {*idle, "diffusion.rescale_timesteps"}
+
+
+def test_the_log_names_the_options_that_have_no_effect(tmp_path):
+    run(tiny(model__name="dit(depth=1, width=16, heads=2)", diffusion__predict="edm", diffusion__rescale_timesteps=True,
+             diffusion__timesteps=20, model__initialization="torch", train__length="1 steps"), tmp_path)
+    said = ("model.initialization=torch, diffusion.rescale_timesteps=True have no effect with model.name=dit and "
+            "diffusion.predict=edm")
+    assert said.split(", ", 1)[1] in (tmp_path / "training.log").read_text()
+    for predict in TARGETS:  # by what the network is given in fact
+        asked = [build.diffusion(tiny(diffusion__predict=predict, diffusion__timesteps=20, diffusion__rescale_timesteps=scaled),
+                                 None).target.told(7, 0.6, 0.8) for scaled in (True, False)]
+        idle = build.unused(tiny(diffusion__predict=predict))
+        assert ("diffusion.rescale_timesteps" in idle) == (asked[0] == asked[1]), predict
+    assert build.unused_remarks(config.freeze(config.base())) == []
+    one, other = (tiny(model__name="dit(depth=1, width=16, heads=2)", model__num_heads=number) for number in (1, 2))
+    build.check_same_network(one, other, "a file")  # weights of the one fit the other
+    with pytest.raises(ValueError, match="a file was trained with model.num_heads 2, not 1"):
+        build.check_same_network(*(config.changed(given, {"model.name": "unet"}) for given in (one, other)), "a file")
+
+
+def test_a_network_that_cannot_be_told_of_augmentation_is_not_trained_on_any():
+    with pytest.raises(ValueError) as caught:
+        build.check(tiny(model__name="unet_edm2", data__augment=0.3))
+    assert str(caught.value) == (
+        "config.data.augment is 0.3, and the network unet_edm2 cannot be conditioned on augmentation, so samples would be "
+        "augmented too; use data.augment=0, or unet or dit")
 
 
 def test_the_recipes_are_those_of_their_papers():

@@ -54,10 +54,7 @@ AXES = {
 }
 INPAINT = AXES["edit"][0]
 CONTRADICTIONS = {  # pairs that no other choice can bring together, and what is said of them
-    (("model.name", "unet_edm2"), ("model.qk_norm", True)): "unet_edm2 knows nothing",
-    (("model.name", "unet_edm2"), ("model.use_scale_shift_norm", True)): "unet_edm2 knows nothing",
-    (("model.name", "unet_edm2"), ("model.resblock_updown", True)): "unet_edm2 knows nothing",
-    (("data.augment", 0.5), ("model.name", "unet_edm2")): "unet_edm2 knows nothing",
+    (("data.augment", 0.5), ("model.name", "unet_edm2")): "cannot be conditioned on augmentation",
     (("data.class_labels", False), ("sample.guidance", 2.0)): "knows no classes",
     (("diffusion.beta_schedule", "flow"), ("diffusion.predict", "eps")): "ends in pure noise",
     (("diffusion.beta_schedule", "flow"), ("diffusion.predict", "edm")): "ends in pure noise",

@@ -6,7 +6,6 @@ whatever the optimiser does to them. So there are no biases and no group norms, 
 network changes: it has to fall (inverse_sqrt). Equations are the paper's.
 """
 
-import inspect
 import math
 
 import torch
@@ -132,10 +131,10 @@ class MPBlock(nn.Module):
 
 
 class UNetEDM2(nn.Module):
-    """A U-Net with the arguments of models/unet.py, in magnitude-preserving layers; a fresh one returns zeros.
+    """A U-Net as in models/unet.py, in magnitude-preserving layers; a fresh one returns zeros.
 
     `noise_embedding` names an entry of NOISE_EMBEDDINGS: `sines` where t counts timesteps, `fourier` where it is a logarithm of
-    the noise. Other arguments of UNet stay at its defaults. Raises ValueError for others, and for what UNet refuses.
+    the noise. The other arguments are those of UNet. Raises ValueError for what UNet refuses.
     """
 
     def __init__(
@@ -152,16 +151,11 @@ class UNetEDM2(nn.Module):
         dropout=0,
         num_classes=None,
         noise_embedding="sines",
-        **others,
     ):
         super().__init__()
         with torch.device("meta"):  # takes no memory, and refuses what no U-Net can be
             UNet(image_size, in_channels, out_channels, model_channels, channel_mult, num_res_blocks, attention_resolutions,
-                 num_heads, num_head_channels, num_classes=num_classes, **others)
-        for name, value in others.items():
-            default = inspect.signature(UNet).parameters[name].default
-            if value != default:
-                raise ValueError(f"{name} is {value}, of which unet_edm2 knows nothing; leave it at {default}, or use unet")
+                 num_heads, num_head_channels, num_classes=num_classes)
         self.halvings, self.num_classes = len(channel_mult) - 1, num_classes
         side = image_size if isinstance(image_size, int) else min(image_size)
         widths = [mult * model_channels for mult in channel_mult]
