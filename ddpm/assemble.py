@@ -220,8 +220,14 @@ def run(config, folder, machine, rollbacks=0):
         raise ValueError(f"config.sample.ema is {config.sample.ema}, and a training draws with config.ema.decay; leave it at "
                          "0, and give --ema to generate, sample or evaluate")
     content, damaged = checkpoint.newest(folder)  # files first: they may be refused
+    given, source = configs.flatten(config), None
+    if content is not None:  # which knows where it began, also when the command no longer says so
+        config = configs.changed(config, {"train.resume_from": configs.from_json(content["config"]).train.resume_from})
+    elif section.resume_from:
+        source, content = checkpoint.chosen(section.resume_from)
+        configs.check_resumes(config, configs.from_json(content["config"]), source)
     first = checkpoint.load_weights(section.init_from) if content is None and section.init_from else None
-    given, images = configs.flatten(config), build.dataset(config)
+    images = build.dataset(config)
     classes = build.class_names(config, images)
     config = build.with_classes(config, classes)
     learned, held_out = build.split(config, images)
@@ -271,6 +277,11 @@ def run(config, folder, machine, rollbacks=0):
         notes.append("speed/mfu is not tracked, as ddpm.cards lacks this card")
     if content is not None:
         checkpoint.restore(content["parts"], parts)
+        if source:
+            if content["step"] >= total and parts["due"].names is None:
+                raise ValueError(f"{source} is of step {content['step']}, and config.train.length {section.length!r} ends at "
+                                 f"step {total}; give a longer one")
+            notes.append(f"continues {source} from step {content['step']} (train.resume_from)")
         if parts["due"].names is not None:
             notes.append(f"first what is still to do at step {content['step']}: {', '.join(sorted(parts['due'].names))}")
     return Run(
@@ -286,10 +297,18 @@ def run(config, folder, machine, rollbacks=0):
         draw=build.drawer(config, network.net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),
         score=training_scorer(config, every["evaluate"], images, machine, notes), share=share,
         likelihood=build.likelihood(config, network.net, images, machine),
-        damaged=damaged, tracker_state=content and content["parts"].get("tracker", {}))
+        damaged=damaged, tracker_state=content and tracker_state(content, source), source=source)
+
+
+def tracker_state(content, source):
+    """What the tracker left in a checkpoint; a folder that continues another's is a new run of W&B."""
+    state = content["parts"].get("tracker", {})
+    return {key: value for key, value in state.items() if key != "wandb_id"} if source else state
 
 
 def track(config, made):
-    """Let a run be followed by its tracker."""
+    """Let a run be followed by its tracker, after what its folder takes over from the one where it was begun."""
+    if made.source and made.machine.main:
+        checkpoint.take_over(made.source, made.folder, made.start)
     made.track(build.tracker(configs.changed(config, made.filled), made.folder, made.machine, made.logged, made.total,
                              made.tracker_state))

@@ -8,12 +8,14 @@ for each record, and exported weights have one in their header. Nothing here unp
 what tensors are made of and nothing else, and its tensors stay mapped to the file, so they cannot be more than it is long.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import pickletools
 import re
+import shutil
 import sys
 import warnings
 import zipfile
@@ -25,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
-from ddpm.files import written_beside
+from ddpm.files import make_folder, written_beside
 
 FORMAT = 1
 LONGEST = 2**22  # characters of a config, which has some thousand: more would only fill the memory
@@ -189,6 +191,35 @@ def newest(folder):
     if damaged:
         raise none_whole(damaged)
     return None, []
+
+
+def chosen(run_or_file):
+    """(path, what `load` reads) of a checkpoint that is named, or of the newest of a run folder that is undamaged.
+
+    Raises ValueError where there is none, and for a file or folder that has weights only.
+    """
+    path = Path(run_or_file)
+    if path.is_dir() and (found := checkpoints(path)):
+        content, _ = newest(path)
+        return next(file for step, file in reversed(found) if step == content["step"]), content
+    file = find(path)
+    if file.suffix == ".safetensors":
+        raise ValueError(f"{file} has weights only, and no optimizer to continue with; give a .pt file of checkpoints/, or "
+                         "start a new run from these weights with train.init_from")
+    return file, load(file)
+
+
+def take_over(file, folder, step):
+    """Copy what the run of a checkpoint has kept up to its step into another run folder: rows, snapshots, the best weights."""
+    home, folder = folder_of(file), make_folder(folder)
+    kept = [path for at, path in snapshots(home) if at <= step] + [home / "metrics.jsonl"]
+    for path in home.glob("best*.safetensors"):
+        with contextlib.suppress(Damaged):
+            kept += [path] if header(path)["step"] <= step else []
+    for path in kept:
+        if path.is_file():
+            with written_beside(folder / path.relative_to(home)) as part:
+                shutil.copyfile(path, part)
 
 
 def none_whole(damaged):

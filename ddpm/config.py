@@ -101,6 +101,7 @@ def base():
             "label_dropout": 0.1,  # share of class labels dropped, for guidance: the network learns to do without too
             "max_hours": 0.0,  # saves and stops with exit code 75 before the process is so old; 0 is no limit
             "init_from": "",  # run folder or file whose EMA weights a new run begins with
+            "resume_from": "",  # checkpoint, or run folder for its newest, at which a new run folder continues that run
         },
         "ema": {
             "decay": 0.9999,  # of the averaged weights, a step
@@ -311,6 +312,10 @@ def check(config):
     if knobs["ema.profiles"] and clock.Every(knobs["every.snapshot"], 1, 1).never:
         raise ValueError(f"config.ema.profiles is {knobs['ema.profiles']}, but never stored; set config.every.snapshot, such "
                          "as '500 steps'")
+    if knobs["train.init_from"] and knobs["train.resume_from"]:
+        raise ValueError(f"config.train.init_from is {knobs['train.init_from']!r} and config.train.resume_from "
+                         f"{knobs['train.resume_from']!r}; choose init_from to start from weights alone, or resume_from to "
+                         "continue with the optimizer, the averages and the step")
     size, parts = knobs["train.batch_size"], knobs["train.gradient_accumulation_steps"]
     if size % parts:
         raise ValueError(f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; choose "
@@ -530,6 +535,15 @@ def check_continues(config, folder):
                              f"give another --workdir or, to continue it, {same}")
 
 
+def check_resumes(config, saved, path):
+    """Raise a ValueError that names the knobs in which a config contradicts the run whose checkpoint a new folder continues."""
+    begun = changed(config, {key: flatten(saved)[key] for key in ("train.init_from", "train.resume_from")})
+    if differing := contradictions(saved, begun):
+        raise ValueError(f"{path} is of a run with another config ({'; '.join(differing)}); to continue it, add "
+                         f"{as_flags(saved, contradicted(saved, begun))}; to change that, start from its weights alone with "
+                         "train.init_from")
+
+
 def check_measures(config, folder):
     """Raise a ValueError where a folder that is to keep a measurement holds another one, or a training."""
     path = Path(folder, "config.json")
@@ -547,9 +561,9 @@ def is_free(key):
 
 
 def contradicted(saved, given):
-    """The knobs in which `given` differs from the config of the run it wants to continue."""
+    """The knobs in which `given` differs from the config of the run it wants to continue, which knows where it began."""
     old, new = flatten(saved), flatten(given)
-    return [key for key in new if not is_free(key) and old[key] != new[key]]
+    return [key for key in new if not is_free(key) and old[key] != new[key] and (key, new[key]) != ("train.resume_from", "")]
 
 
 def contradictions(saved, given):

@@ -112,6 +112,7 @@ class Run:
     notes: list[str]  # what a person should read first
     damaged: list[checkpoint.Damaged]  # newer checkpoints than that of `start`
     tracker_state: dict | None  # what the tracker left in the checkpoint
+    source: Path | None = None  # the checkpoint of another folder at which this one begins
     tracker: Any = None
     saved: tuple | None = None  # the newest checkpoint: its step and what was due
     diverged: str = ""  # why it has gone wrong for good
@@ -140,6 +141,9 @@ class Run:
         self.step.say = self.step.diffusion.net.say = self.machine.room.say = tracker.say
         for note in self.notes:
             tracker.say(note)
+        if self.source:  # which may be gone the next time
+            with self.machine.wish.whole():
+                self.save(self.start)
 
     def whole(self):
         """The context in which the plain network has the weights."""

@@ -188,6 +188,8 @@ def main_of(folder):
     groups["one"] = [{"answer": trained(folder / "one"), "said": ""}]  # here: what is imported on the way, all others have
     group("two", 2, lambda rank: trained(folder / "two"))
     group("four", 4, lambda rank: trained(folder / "four", wandb__mode="offline"))
+    group("elsewhere", 2, lambda rank: trained(
+        folder / "elsewhere", train__resume_from=str(folder / "two" / "checkpoints" / "step_00000003.pt")))
     from ddpm import sharded  # noqa: F401
 
     group("halves", 2, lambda rank: trained(folder / "halves", train__gradient_accumulation_steps=2))

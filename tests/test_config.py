@@ -14,8 +14,8 @@ from ddpm import command, config, main
 from ddpm.config import base, changed, check, flatten, freeze, from_json, to_json
 
 ROOT = Path(__file__).parents[1]
-FREE_TEXT = {"data.cache", "train.init_from", "sample.guide", "evaluate.inception_weights", "wandb.project", "wandb.entity",
-             "wandb.name", "wandb.group", "wandb.notes"}
+FREE_TEXT = {"data.cache", "train.init_from", "train.resume_from", "sample.guide", "evaluate.inception_weights",
+             "wandb.project", "wandb.entity", "wandb.name", "wandb.group", "wandb.notes"}
 WORDS = {"wandb.tags", "data.classes", "sample.classes", "evaluate.classes", "sample.guidance_interval"}  # and pairs of numbers
 KNOBS = flatten(base())
 DURATION = "; write a number and one of steps, epochs, images, such as '500 steps'"

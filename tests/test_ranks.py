@@ -76,6 +76,11 @@ def test_as_one_process_with_the_joined_batch(name, folder):
     assert all(torch.allclose(half[0][key].float(), half[1][key].float(), rtol=2e-3, atol=1e-4) for key in half[0])
 
 
+def test_a_new_folder_continues_the_run_of_as_many_ranks_to_the_bit(folder, seen):
+    assert seen["elsewhere"] == seen["two"] and rows(folder / "elsewhere") == rows(folder / "two")
+    assert equal(final_state(folder / "elsewhere"), final_state(folder / "two"))
+
+
 def test_where_one_rank_has_no_room_all_cut_alike(folder, seen, said):
     """Before the first step; to the bits of a training that begins with such micro-batches."""
     assert seen["crowded"] == seen["halves"] and seen["crowded"][0]["weights"] != seen["two"][0]["weights"]
