@@ -311,4 +311,4 @@ def track(config, made):
     if made.source and made.machine.main:
         checkpoint.take_over(made.source, made.folder, made.start)
     made.track(build.tracker(configs.changed(config, made.filled), made.folder, made.machine, made.logged, made.total,
-                             made.tracker_state))
+                             made.tracker_state, made.source and checkpoint.folder_of(made.source)))

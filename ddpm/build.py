@@ -504,9 +504,15 @@ def chosen_weights(path, step, config):
     return found[-1][0], posthoc.reconstruct(stored, chosen)
 
 
-def tracker(config, folder, machine, start, total, state=None):
-    """Write a run's config.json and open its tracker, whose rows continue after step `start` of `total`."""
+def tracker(config, folder, machine, start, total, state=None, source=None):
+    """Write a run's config.json and open its tracker, whose rows continue after step `start` of `total`.
+
+    Both record the code, beside that which ran the folder until now, or ran the folder `source` where the run was begun.
+    """
+    code, shown = tracking.commit(), configs.tracked(config)
     if machine.main:
-        configs.write(config, folder)
-    return tracking.open_tracker(folder, config=configs.tracked(config), wandb=dict(config.wandb), start_step=start,
-                                 total_steps=total, state=state, main=machine.main)
+        ran = list(dict.fromkeys(filter(None, (*configs.code_in(source or folder), code))))
+        configs.write(config, folder, ran)
+        shown |= {"code": ran} if ran else {}
+    return tracking.open_tracker(folder, config=shown, wandb=dict(config.wandb), start_step=start, total_steps=total,
+                                 state=state, main=machine.main, code=code)

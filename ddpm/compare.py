@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from absl import flags
 
 from ddpm import build, command, config, figures, report, results, study
 from ddpm.files import written_beside
+from ddpm.tracking import commit
 
 
 @dataclasses.dataclass
@@ -187,7 +187,7 @@ def keep_wandb(run, folder):
     if knobs:
         text = json.dumps(knobs)
         try:
-            config.write(config.from_json(text), folder)
+            config.write(config.from_json(text), folder, run.config.get("code"))
         except ValueError:  # told by `results.read`, as of any other run that is broken
             (folder / "config.json").write_text(text)
     grid = step = None
@@ -253,11 +253,12 @@ SHAPES = (  # knobs outside of the section `model` that give the network its siz
 
 
 def provenance(out, runs, given=None):
-    """Where the runs come from: as it was recorded for the very same runs, else as it is here and now."""
+    """Where the runs come from: as they or a report of the very same runs recorded it, else as it is here and now."""
     digest = hashlib.sha256()
     for path in [run.folder / name for run in runs for name in ("config.json", "metrics.jsonl")]:
         digest.update(f"{path.parent.name}/{path.name}\n".encode() + (path.read_bytes() if path.is_file() else b""))
-    made = {"commit": commit(), "torch": version("torch"), "machine": this_machine(), "runs": digest.hexdigest()}
+    made = {"commit": "; ".join(report.code_of(runs)) or commit(), "torch": version("torch"), "machine": this_machine(),
+            "runs": digest.hexdigest()}
     for home in (runs[0].folder.parent.parent, out):  # the report that kept the runs, if one did, and the one that is written
         with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):  # none yet, or damaged
             kept = json.loads((home / "made.json").read_text())
@@ -268,18 +269,6 @@ def provenance(out, runs, given=None):
 def this_machine():
     """The class of this machine."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-
-
-def commit():
-    """The commit of this code, where it is known; with a word if the code was changed since."""
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True).stdout.strip()
-
-    try:
-        head = git("rev-parse", "--short=7", "HEAD") if git("ls-files", "ddpm") else ""
-        return head + (" with changes" if head and git("status", "--porcelain", "--", "ddpm", "configs") else "")
-    except OSError:  # there is no git
-        return ""
 
 
 def keep(folders, out):
@@ -341,7 +330,8 @@ def compare(*arguments, runs=None, out=None, machine=None):
         column.name in chief or not column.name.startswith(("best ", "val/")))]
     print(f"{source.name}: {len(found.counted)} runs in {len(found.groups)} settings\n")
     print(report.plain(report.table(found.groups, shown)), "", *report.differences(found), sep="\n")
-    print(*(f"left out: {line}" for line in left_out(source, found)), f"\nAnswer: {report.answer_and_trends(found)}", sep="\n")
+    print(*(f"left out: {line}" for line in left_out(source, found)), *report.mixed_code(found.counted),
+          f"\nAnswer: {report.answer_and_trends(found)}", sep="\n")
     print(f"{source.out}: {', '.join(files)}" if files else "nothing is written; --out=DIR writes a report")
     return found
 

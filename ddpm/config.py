@@ -448,7 +448,7 @@ def from_json(text):
     """
     try:
         saved = json.loads(text if len(text) <= checkpoint.LONGEST else "")
-        version, knobs = saved.pop("format", 1), flatten(saved)
+        version, _, knobs = saved.pop("format", 1), saved.pop("code", None), flatten(saved)
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise ValueError("the saved config is not a JSON object; the file is damaged or not one of ours") from None
     if type(version) is not int or not 1 <= version <= FORMAT:
@@ -513,10 +513,23 @@ def tracked(config):
     return {f"config.{key}": list(value) if isinstance(value, tuple) else value for key, value in knobs.items()}
 
 
-def write(config, folder):
-    """Save the config as the run folder's config.json."""
+COMMIT = re.compile(r"[0-9a-f]{7,40}( with changes [0-9a-f]{8})?")  # as `tracking.commit` tells it
+
+
+def write(config, folder, code=None):
+    """Save the config as the run folder's config.json, with the commits of the code that ran it, where they are known."""
+    saved = json.loads(to_json(config)) | ({"code": code} if code else {})
     with written_beside(Path(folder, "config.json")) as part:
-        part.write_text(to_json(config) + "\n")
+        part.write_text(json.dumps(saved, indent=2) + "\n")
+
+
+def code_in(folder):
+    """The commits that a run folder's config.json records, in the order in which they ran; () where it records none."""
+    try:
+        recorded = json.loads(Path(folder, "config.json").read_text()).get("code", ())
+        return tuple(one for one in recorded if COMMIT.fullmatch(one))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return ()
 
 
 def check_continues(config, folder):

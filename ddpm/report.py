@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -248,6 +249,19 @@ def protocol(found, record):
     yield f"{', '.join(filter(None, where))}."
 
 
+def code_of(runs):
+    """By which code runs were made, {"0494cba": number of runs}, the most frequent first; {} where none of them recorded it."""
+    counts = Counter(", then ".join(run.code) or "code that was not recorded" for run in runs)
+    return dict(counts.most_common()) if any(run.code for run in runs) else {}
+
+
+def mixed_code(runs):
+    """A sentence that warns of runs which different code made: lines, mostly none."""
+    if len(codes := code_of(runs)) > 1:
+        made = listed([f"{code} ({count} run{'s' if count > 1 else ''})" for code, count in codes.items()])
+        yield f"The runs were made by different code, so a difference may come from that: {made}."
+
+
 def perfect(runs):
     """What a perfect generator gets, `FD (digits) 0.179 ± 0.058`, of each number for which all runs say the same."""
     for key in keys(runs, "eval/.*"):
@@ -268,6 +282,7 @@ def limits(found):
     else:
         yield (f"{repeats(found.groups)} a setting do not show the noise, so no difference can be believed; {FEWEST} are the "
                "fewest that do.")
+    yield from mixed_code(found.counted)
     if found.groups[0].unit != "seed":
         yield "All numbers are of one training: another seed of it may order the settings otherwise."
     about = {"data.source": "data set ({})", "data.image_size": "size ({} pixels)", "train.length": "length of training ({})"}

@@ -56,7 +56,10 @@ ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; oth
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds: flat knobs, rows of metrics.jsonl, the last grid drawn, and why it does not count, if so."""
+    """What a run folder holds: flat knobs, rows of metrics.jsonl, the last grid drawn, and why it does not count, if so.
+
+    `code` has the commits that ran it, in order, and is empty where they were not recorded.
+    """
 
     name: str
     folder: Path
@@ -64,6 +67,7 @@ class Run:
     rows: list
     grid: Path | None = None
     fault: str = ""
+    code: tuple = ()
 
     def points(self, key):
         """The (step, value) of a tracked key, where it is finite."""
@@ -114,7 +118,8 @@ def read(folder):
     rows = list(itertools.takewhile(lambda row: row is not None, map(whole_row, lines)))
     fault = f"metrics.jsonl is torn after {len(rows)} rows" if len(rows) < len(lines) else "" if rows else "no rows"
     grids = sorted(path for path in folder.glob("samples/step_*.png") if path.stem[5:].isdecimal())
-    return Run(folder.name, folder, knobs, rows, grids[-1] if grids else None, fault)
+    return Run(folder.name, folder, knobs, rows, grids[-1] if grids else None, fault,
+               config.code_in(folder))
 
 
 def is_training(runs):

@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from _thread import interrupt_main
 from collections import deque
 from importlib.metadata import version
@@ -464,12 +465,34 @@ class Text(Sink):
         self.lines.write()
 
 
-def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, main=True):
+def commit():
+    """The commit of this package's tree, wherever the command is given, such as "0494cba"; "" where it is not known.
+
+    Where files were changed since, with a checksum of the package's code, which tells two such trees apart.
+    """
+    root = Path(__file__).parents[1]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # of the command's own tree
+
+    def git(*words):
+        return subprocess.run(["git", "--no-optional-locks", *words], cwd=root, capture_output=True, text=True, timeout=10,
+                              env=environment).stdout.strip()
+
+    try:
+        head = git("rev-parse", "--short=7", "HEAD") if git("ls-files", "ddpm") else ""
+        if head and git("status", "--porcelain", "--", "ddpm", "configs"):
+            code = b"".join(path.read_bytes() for path in sorted(root.glob("ddpm/**/*.py")))
+            return f"{head} with changes {zlib.crc32(code):08x}"
+        return head
+    except (OSError, subprocess.SubprocessError):  # there is no git, or it does not answer
+        return ""
+
+
+def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, main=True, code=""):
     """Return the tracker of the run in `folder`, whose rows continue after `start_step`; a silent one where not `main`.
 
     `config` is a flat dict of plain values under a sweep's names. `wandb` is a dict of mode (one of `MODES`), project,
     entity, name, group, tags and notes, where empty leaves W&B's default, or the folder's name. `state` is the
-    `state_dict()` in the checkpoint of `start_step`, None for a run from the start.
+    `state_dict()` in the checkpoint of `start_step`, None for a run from the start. `code` is the commit of the code.
     """
     if not main:
         return Tracker()
@@ -478,7 +501,8 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
     rows = Rows(folder / "metrics.jsonl", None if state is None else start_step)
     tracker = Tracker([Text(folder / "training.log", start_step, total_steps), rows], rows.last, state)
     origin = "from the start" if state is None else f"resumed from step {start_step}"
-    tracker.say(f"{shlex.join(sys.argv)} ({origin}; torch {version('torch')})")
+    at = f"; ddpm at commit {code}" if code else ""
+    tracker.say(f"{shlex.join(sys.argv)} ({origin}; torch {version('torch')}{at})")
     mode = wandb_mode(wandb["mode"])
     if mode != "disabled":
         known = None if state is None else os.environ.get("WANDB_RUN_ID") or state.get("wandb_id")

@@ -160,7 +160,7 @@ def test_rows_on_the_server_are_those_on_disk(desk, study):
 def test_a_config_has_one_column_for_each_knob(desk, study):
     for one in desk.runs_of(study):
         saved = config.from_json((desk.folder_of(one) / "config.json").read_text())
-        assert one.config == config.tracked(saved)
+        assert one.config == config.tracked(saved) | {"code": list(config.code_in(desk.folder_of(one)))}
         assert (saved.seed, saved.model.channel_mult) == (7, (1, 2))
         assert one.name == desk.folder_of(one).name
 
@@ -317,7 +317,7 @@ def test_a_run_is_complete_after_an_offline_training_and_wandb_sync(desk, tmp_pa
     rows = lines(tmp_path / "run")
     assert (one.state, one.exit_code, one.name) == ("finished", 0, "on the train")
     assert numbers(one.history) == rows and len(rows) == 4
-    assert one.config == config.tracked(given)
+    assert one.config == config.tracked(given) | {"code": list(config.code_in(tmp_path / "run"))}
     assert {key: value for key, value in rows[-1].items() if key != "step"}.items() <= one.summary.items()
     drawn = [row["samples"]["path"] for row in one.history if "samples" in row]
     pictures = [np.asarray(Image.open(io.BytesIO(one.files[path])).convert("RGB")) for path in drawn]
