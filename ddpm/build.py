@@ -434,7 +434,8 @@ def load(run_or_file, device=None, **knobs):
     if knobs.get("sample.guide") and config.sample.guidance == 1:
         raise ValueError(f"the guide {config.sample.guide} is not asked where guidance is 1; give such as --guidance=2 too")
     net = network_with(config, weights, path)
-    machine = dist.start(config.train.amp, config.train.deterministic, device)
+    section = config.train
+    machine = dist.start(section.amp, section.deterministic, device, cudnn_benchmark=section.cudnn_benchmark)
     net = net.to(machine.device, memory_format=machine.layout(config.data.image_size))
     return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net)
 

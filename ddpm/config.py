@@ -94,6 +94,7 @@ def base():
             "rollback": 0.5,  # where it diverges it goes back, once, and on in another order at this share of the rate; 0 stops
             "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
             "deterministic": False,  # on a card, bitwise repeatable and slower
+            "cudnn_benchmark": "auto",  # on a GPU, cuDNN tries its convolutions and takes the fastest: auto (on), on, off
             "compile": False,  # torch.compile: a minute or more at the start, then fewer kernels; rounds differently
             "channels_last": False,  # memory format of convolutions: may pay in half precision on a card; rounds differently
             "activation_checkpointing": "auto",  # levels computed twice to save memory: none, all, auto (as the card needs)
@@ -220,6 +221,7 @@ CHOICES = {
     "model.noise_embedding": ("auto", "sines"),
     "diffusion.variance": VARIANCES,
     "train.amp": dist.AMP,
+    "train.cudnn_benchmark": dist.BENCHMARK,
     "train.activation_checkpointing": ("none", "auto", "all"),
     "evaluate.extractor": ("auto", *metrics.EXTRACTORS, "none"),
     "evaluate.likelihood": LIKELIHOODS,
@@ -312,6 +314,9 @@ def check(config):
     if knobs["ema.profiles"] and clock.Every(knobs["every.snapshot"], 1, 1).never:
         raise ValueError(f"config.ema.profiles is {knobs['ema.profiles']}, but never stored; set config.every.snapshot, such "
                          "as '500 steps'")
+    if knobs["train.deterministic"] and knobs["train.cudnn_benchmark"] == "on":
+        raise ValueError("config.train.deterministic is True and config.train.cudnn_benchmark is 'on', which takes whichever "
+                         "convolution was faster this time; set train.cudnn_benchmark=auto, or train.deterministic=False")
     if knobs["train.init_from"] and knobs["train.resume_from"]:
         raise ValueError(f"config.train.init_from is {knobs['train.init_from']!r} and config.train.resume_from "
                          f"{knobs['train.resume_from']!r}; choose init_from to start from weights alone, or resume_from to "

@@ -25,6 +25,7 @@ from ddpm.interrupt import Interrupted, Wish
 from ddpm.room import Room, ran_out
 
 AMP = ("auto", "off", "bf16", "fp16")
+BENCHMARK = ("auto", "on", "off")
 PATIENCE = timedelta(minutes=30)  # that ranks wait for one which works alone, as on the features of the real images
 COMPILER = "inductor"  # torch's own
 GRAPHS = 64  # that it makes of one network, at most
@@ -354,11 +355,12 @@ def amp_dtype(amp, device):
     return torch.float16, "the card has no bf16; losses are scaled"
 
 
-def start(amp="auto", deterministic=False, device=None, wish=None):
+def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchmark="auto"):
     """Decide device, type and rank, and set torch up for them; under torchrun, join the other ranks.
 
     `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU. `wish` hears
-    what asks this process to stop. Raises ValueError where that device does not exist here, and for a rank that is no number.
+    what asks this process to stop. `cudnn_benchmark`, one of BENCHMARK, is by default on unless `deterministic`. Raises
+    ValueError where that device does not exist here, and for a rank that is no number.
     """
     if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:  # the name of torch 2.9 on, and that before
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # or memory is fragmented as batch sizes change
@@ -375,7 +377,7 @@ def start(amp="auto", deterministic=False, device=None, wish=None):
     notes = [f"device {chosen} ({name}), rank {rank} of {world}", f"networks compute in {dtype} ({reason})"]
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = not deterministic
+        torch.backends.cudnn.benchmark = cudnn_benchmark == "on" or cudnn_benchmark == "auto" and not deterministic
     round_float32(chosen.type == "cuda" and dtype != torch.float32)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

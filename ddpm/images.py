@@ -29,13 +29,36 @@ def encode(pixels):
     return pixels.to(torch.float32) / 127.5 - 1
 
 
+def denormalize(images):
+    """Map float images of a network, in [-1, 1], to float32 in [0, 1]: clamped, and NaN becomes 0."""
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; denormalize takes the floats of a network, in [-1, 1]")
+    return (torch.nan_to_num(images.to(torch.float32).clamp(-1, 1), nan=-1.0) + 1) / 2
+
+
 def decode(images):
-    """Map float images of any shape to uint8, the inverse of `encode`: clamped, rounded, and NaN becomes 0."""
-    unit = torch.nan_to_num(images.to(torch.float32).clamp(-1, 1), nan=-1.0)
-    return ((unit + 1) * 127.5).round().to(torch.uint8)
+    """Map float images of a network to uint8, the inverse of `encode`: clamped, rounded, and NaN becomes 0."""
+    return as_pixels(denormalize(images))
 
 
-denormalize = decode
+def as_pixels(images, value_range=(0, 1)):
+    """Map images to uint8 pixels: floats that lie in `value_range`, its ends black and white; uint8 pass as they are.
+
+    Raises ValueError for floats that leave that range by more than half a pixel's step, and for other types.
+    """
+    if images.dtype == torch.uint8:
+        return images
+    low, high = value_range
+    if not images.is_floating_point() or not low < high:
+        raise ValueError(f"images are {images.dtype} with value_range={value_range}; give uint8 pixels, or floats and their "
+                         "range (low, high)")
+    images, step = images.to(torch.float32), (high - low) / WHITE
+    if images.numel():
+        least, most = (value.item() for value in images.aminmax())
+        if not (low - step / 2 <= least and most <= high + step / 2):
+            raise ValueError(f"images reach from {least:.4g} to {most:.4g} and cannot be in value_range={value_range}; give "
+                             "their own, such as value_range=(-1, 1), or denormalize(images), which clamps those of a network")
+    return ((images.clamp(low, high) - low) / (high - low) * WHITE).round().to(torch.uint8)
 
 
 def make_grid(images, nrow=None, padding=2):
@@ -53,15 +76,15 @@ def make_grid(images, nrow=None, padding=2):
     return rearrange(F.pad(grid, (0, padding, 0, padding), value=WHITE), "c h w -> h w c").numpy()
 
 
-def save_image_grid(images, path, nrow=None):
-    """Save images [b, c, h, w], uint8 or float in [-1, 1], as one picture at `path`, whose suffix picks the format.
+def save_image_grid(images, path, nrow=None, value_range=(0, 1)):
+    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`, whose suffix picks the format.
 
-    Raises ValueError for a suffix that is not in `PICTURES`, or another shape.
+    Raises ValueError for a suffix that is not in `PICTURES`, another shape, and floats that cannot be of that range.
     """
     suffix = check_picture(path)
     if images.ndim != 4:
         raise ValueError(f"images have shape {tuple(images.shape)}; a grid takes [b, c, h, w], such as image.unsqueeze(0)")
-    pixels = make_grid(images if images.dtype == torch.uint8 else decode(images.detach()), nrow)
+    pixels = make_grid(as_pixels(images.detach(), value_range), nrow)
     with written_beside(path) as part:
         save_picture(pixels, part, suffix)
 

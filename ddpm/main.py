@@ -31,7 +31,7 @@ def train_experiment(given, folder):
     try:
         with wish.heard(), contextlib.ExitStack() as kept:
             with wish.abandonable():
-                machine = dist.start(given.train.amp, given.train.deterministic, wish=wish)
+                machine = dist.start(given.train.amp, given.train.deterministic, None, wish, given.train.cudnn_benchmark)
             with wish.abandonable(), machine.together():
                 build.check(given)
                 config.check_continues(given, folder)

@@ -5,6 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageSequence
 
 from ddpm import images
@@ -29,7 +30,8 @@ def test_every_pixel_survives_the_round_trip():
     encoded = images.encode(pixels)
     assert encoded.dtype == torch.float32 and encoded.min() == -1 and encoded.max() == 1
     assert torch.equal(images.decode(encoded), pixels)
-    assert torch.equal(images.denormalize(encoded.double()), pixels)
+    unit = images.denormalize(encoded.double())
+    assert unit.dtype == torch.float32 and torch.allclose(unit, pixels / 255, rtol=0, atol=1e-7) and unit.max() == 1
 
 
 def test_decode_rounds_to_the_nearest_pixel_and_clamps():
@@ -38,6 +40,39 @@ def test_decode_rounds_to_the_nearest_pixel_and_clamps():
         assert torch.equal(images.decode(torch.tensor(centres + offset / 127.5)), torch.arange(256, dtype=torch.uint8))
     beyond = torch.tensor([-1e30, -2.0, 2.0, 1e30, float("-inf"), float("inf"), float("nan")])
     assert images.decode(beyond).tolist() == [0, 0, 255, 255, 0, 255, 0]
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-1, 1), (-3.5, 20)])
+def test_floats_of_a_range_are_the_pixels_that_torchvision_saves(tmp_path, low, high):
+    """Also in half precision, and where rounding has left the range by less than half a pixel's step."""
+    given = torch.from_numpy(np.random.default_rng(1).uniform(low, high, (1, 3, 9, 7)))
+    given[0, :, 0, 0], given[0, :, 0, 1] = low - 1e-4, high + 1e-4
+    images.save_image_grid(given, tmp_path / "ours.png", value_range=(low, high))
+    torchvision.utils.save_image(given, tmp_path / "theirs.png", padding=0, normalize=True, value_range=(low, high))
+    ours, theirs = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("ours", "theirs"))
+    assert np.array_equal(ours[2:-2, 2:-2], theirs) and theirs.min() == 0 and theirs.max() == 255
+    images.save_image_grid(images.denormalize(images.encode(noise(2, 3)).half()), tmp_path / "half.png")
+
+
+def test_floats_as_torchvision_takes_them_are_not_washed_out(tmp_path):
+    given = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images.save_image_grid(given, tmp_path / "grid.png", nrow=3)
+    assert np.array_equal(np.array(Image.open(tmp_path / "grid.png"))[2:-2, 2:10], (given[0, 0] * 255).round().numpy())
+
+
+@pytest.mark.parametrize("given, said", [
+    (torch.linspace(-1, 1, 64), r"reach from -1 to 1 and cannot be in value_range=\(0, 1\); give their own, such as .*\(-1, 1"),
+    (torch.linspace(0, 255, 64), "reach from 0 to 255"), (torch.linspace(0, 1.3, 64), "denormalize"),
+    (torch.full((64,), torch.nan), "reach from nan to nan"), (torch.arange(64), "images are torch.int64 .*give uint8 pixels"),
+    (torch.zeros(64, dtype=torch.bool), "images are torch.bool")])
+def test_what_cannot_be_of_the_range_is_one_line(tmp_path, given, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        images.save_image_grid(given.reshape(1, 1, 8, 8), tmp_path / "grid.png")
+    assert "\n" not in str(caught.value) and not names(tmp_path)
+    with pytest.raises(ValueError, match="give uint8 pixels, or floats and their range"):
+        images.save_image_grid(torch.zeros(1, 1, 8, 8), tmp_path / "grid.png", value_range=(1, 1))
+    with pytest.raises(ValueError, match="images are torch.uint8; denormalize takes the floats"):
+        images.denormalize(noise(1, 3))
 
 
 def test_encode_refuses_what_are_no_pixels():
@@ -72,7 +107,7 @@ def test_saved_grid_is_the_grid(tmp_path, channels, mode):
     pixels = noise(5, channels)
     path = tmp_path / "new" / "folder" / "grid.PNG"
     images.save_image_grid(pixels, path, nrow=2)
-    images.save_image_grid(images.encode(pixels).requires_grad_(), tmp_path / "float.png", nrow=2)
+    images.save_image_grid(images.encode(pixels).requires_grad_(), tmp_path / "float.png", nrow=2, value_range=(-1, 1))
     assert names(path.parent) == ["grid.PNG"]
     for saved in (path, tmp_path / "float.png"):
         with Image.open(saved) as image:
