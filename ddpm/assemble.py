@@ -236,9 +236,9 @@ def run(config, folder, machine, rollbacks=0):
     config, interval, _, share, evaluation = build.evaluated(config, len(learned), asked, **begun)
     every = {name: clock.Every(text, section.batch_size, len(learned))
              for name, text in {**config.every, "evaluate": interval}.items()}
-    for name, nothing in (("validate", not len(held_out)), ("snapshot", not config.ema.profiles)):
-        if nothing:
-            every[name] = clock.Every("0 steps", section.batch_size, len(learned))
+    if not config.ema.profiles:
+        every["snapshot"] = clock.Every("0 steps", section.batch_size, len(learned))
+    best = Best("val/loss_ema" if len(held_out) else "train/loss")
     if content is not None:
         rollbacks = max(rollbacks, content["parts"].get("guard", {}).get("rollbacks", 0))
 
@@ -250,6 +250,10 @@ def run(config, folder, machine, rollbacks=0):
     if twins := data.across(images.alike, held_out):
         notes.append(f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is learned from: "
                      "val/loss and eval/copying flatter")
+    if not every["validate"].never:
+        notes.append(f"{best.file} keeps the averaged weights at the lowest {best.by}" + (
+            "" if len(held_out) else f" of {config.every.validate}, as no image is held out; that falls on where images are "
+            "copied, which only held-out images show: data.validation_fraction=0.1 in a new run"))
     levels = recomputed(config, net, machine, notes.append)  # by what is free before the network takes its place
     if first:
         path, _, text, weights = first
@@ -261,7 +265,7 @@ def run(config, folder, machine, rollbacks=0):
     notes += build.loss_remarks(made.objective)
     shared = {"net": network.weights, **averaged, "optimizer": made.optimizer}
     parts = {**{name: network.part(one) for name, one in shared.items()}, "scaler": made.scaler, "meters": made.meters,
-             "guard": made.guard, "best": Best(), "due": Due(),
+             "guard": made.guard, "best": best, "due": Due(),
              "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
     if made.objective.state_dict():  # a weighting or times that learn
         parts["objective"] = made.objective
@@ -288,7 +292,7 @@ def run(config, folder, machine, rollbacks=0):
         folder=folder, config_json=configs.to_json(config), machine=machine, recomputed=levels,
         filled={key: value for key, value in configs.flatten(config).items() if value != given[key]},
         start=content["step"] if content else 0, total=total, step=made, meters=made.meters, every=every, due=parts["due"],
-        best=parts["best"], parts=parts, notes=notes, rollback=section.rollback if rollbacks < ROLLBACKS else 0,
+        best=best, parts=parts, notes=notes, rollback=section.rollback if rollbacks < ROLLBACKS else 0,
         stored={name: averaged[name] for name in map(build.part_name, config.ema.profiles)},
         batches=lambda start: batches(config, images, learned, machine, made.seed, start, total),
         speed=clock.Speed(section.batch_size, len(learned), asked.training, machine.peak(), machine.wait),

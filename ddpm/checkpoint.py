@@ -254,10 +254,10 @@ def restore(states, parts):
             raise ValueError(f"the checkpoint's {name} does not fit this config: {reason}") from None
 
 
-def export(path, weights, step, config_json):
-    """Write weights (name -> tensor) and the config into one safetensors file: all that drawing needs."""
+def export(path, weights, step, config_json, **more):
+    """Write weights (name -> tensor), the config and what else `header` is to tell into one safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    about = {"format": FORMAT, "step": step, "config": config_json}
+    about = {"format": FORMAT, "step": step, "config": config_json} | more
     about["crc32"] = checksum(about, tensors)
     with written_beside(path) as part:  # about is one key, for several have no order
         part.write_bytes(serialized(tensors, metadata={"ddpm": json.dumps(about)}))  # its save_file hides it from other users

@@ -16,6 +16,8 @@ from ddpm import augment, data, images, rng
 from ddpm.room import NoRoom
 
 QUARTILES = 4
+LOGGED = "loss", "count", "steps"  # what Meters sums from one log to the next
+PER_RANK = "loss", "count", "since"  # and what each rank sums for itself
 FORGET = 0.998  # of the largest loss and norm, a step
 YOUNG = 100  # steps in which nothing is usual yet, and that the mean loss is about
 
@@ -23,26 +25,28 @@ YOUNG = 100  # steps in which nothing is usual yet, and that the mean loss is ab
 class Meters:
     """What the steps since the last log measured, summed on the device so that no step waits; a checkpoint part.
 
-    Losses and counts [4] by quartile of t, which each rank sums for its own images; [4]: steps, the gradient norms of those not
-    skipped, skipped steps, and those of them that were spikes, the same on all ranks.
+    Losses and counts [4] by quartile of t, which each rank sums for its own images, as it does loss and count [2] `since` the
+    best weights were chosen last; [4]: steps, the gradient norms of those not skipped, skipped steps, and those of them that
+    were spikes, the same on all ranks.
     """
 
     def __init__(self, timesteps, machine):
         self.timesteps, self.machine = timesteps, machine
         self.sums = {name: torch.zeros(size, device=machine.device)
-                     for name, size in (("loss", QUARTILES), ("count", QUARTILES), ("steps", 4))}
+                     for name, size in (("loss", QUARTILES), ("count", QUARTILES), ("since", 2), ("steps", 4))}
 
     def add_losses(self, t, losses):
         quartile = t * QUARTILES // self.timesteps
         self.sums["loss"].index_add_(0, quartile, losses.detach())
-        self.sums["count"].index_add_(0, quartile, torch.ones_like(losses))
+        self.sums["count"].index_add_(0, quartile, ones := torch.ones_like(losses))
+        self.sums["since"] += torch.stack([losses.detach(), ones]).sum(1)
 
     def add_step(self, norm, skipped, spike):
         self.sums["steps"] += torch.stack([torch.ones_like(norm), norm.masked_fill(skipped, 0), skipped.float(), spike.float()])
 
     def losses(self):
         """A copy of what `add_losses` has summed, for `forget`."""
-        return {name: self.sums[name].clone() for name in ("loss", "count")}
+        return {name: self.sums[name].clone() for name in PER_RANK}
 
     def forget(self, before):
         """Take back the losses that were added since `before`."""
@@ -58,13 +62,19 @@ class Meters:
         mean |= {"train/skipped_steps": skipped, "train/spikes": spikes}
         return mean | {"train/grad_norm": norm / max(steps - skipped, 1)}
 
-    def reset(self):
-        for total in self.sums.values():
-            total.zero_()
+    def loss_since(self):
+        """The mean loss since the best weights were chosen last; here too the host waits."""
+        loss, count = self.machine.sum(self.sums["since"].clone()).tolist()
+        return loss / max(count, 1)
+
+    def reset(self, *names):
+        """Begin again with some of the sums."""
+        for name in names:
+            self.sums[name].zero_()
 
     def collect(self):
         """Bring the ranks' sums together on the main one, whose state is saved."""
-        for name in ("loss", "count"):
+        for name in PER_RANK:
             self.sums[name] = self.machine.sum(self.sums[name]) * self.machine.main
 
     def state_dict(self):
@@ -72,8 +82,8 @@ class Meters:
 
     def load_state_dict(self, state):
         for name, total in self.sums.items():
-            total.copy_(state[name])
-        for name in ("loss", "count"):
+            total.copy_(state.get(name, torch.zeros_like(total)))  # `since` is of 2026-12
+        for name in PER_RANK:
             self.sums[name] *= self.machine.main
 
 

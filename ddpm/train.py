@@ -17,11 +17,12 @@ from ddpm.dist import Machine
 from ddpm.ema import EMA
 from ddpm.interrupt import Interrupted
 from ddpm.score import keep
-from ddpm.step import Meters, Step, Validation
+from ddpm.step import LOGGED, Meters, Step, Validation
 
 PATIENCE = 50  # more steps skipped than learned from: fp16 finds its loss scale in fewer
 SMALLEST = 1.0  # loss scale of fp16, below which gradients that overflow are wrong ones
 ROLLBACKS = 1
+BEST = {"val/loss_ema": "best.safetensors", "train/loss": "best_train_loss.safetensors"}
 
 
 class Diverged(Exception):
@@ -49,10 +50,15 @@ class Same:
 
 
 class Best:
-    """The lowest validation loss so far; a checkpoint part."""
+    """The lowest loss so far, and `by` which loss of BEST that is; a checkpoint part."""
 
-    def __init__(self):
-        self.loss = math.inf
+    def __init__(self, by):
+        self.by, self.loss = by, math.inf
+
+    @property
+    def file(self):
+        """The name of the file of the weights at that loss."""
+        return BEST[self.by]
 
     def improved(self, loss):
         """True where `loss` is the lowest yet, which it then is from now on."""
@@ -60,7 +66,7 @@ class Best:
         return better
 
     def state_dict(self):
-        return {"loss": self.loss}
+        return {"loss": self.loss, "by": self.by}
 
     def load_state_dict(self, state):
         self.loss = state["loss"]
@@ -190,7 +196,7 @@ class Run:
     def go_back(self, why):
         """Stand, made anew, where the run has gone back to: tracking keeps why, and a save lets the next start go this way."""
         self.tracker.summary("train/diverged", why)
-        self.best.loss = math.inf  # best.safetensors may be of the other way
+        self.best.loss = math.inf  # the best weights may be of the other way
         self.save(self.start)
 
     def diagnosis(self):
@@ -199,16 +205,30 @@ class Run:
         step = (guard.bad if guard.bad >= 0 else guard.well).item()
         return f"step {step + 1}: {self.step.diagnosis(step, next(iter(self.batches(step))))}"
 
+    def choose_best(self, done):
+        """Keep the averaged weights where they are the best yet: by the validation loss, which is logged too.
+
+        Where no image is held out it is by the training loss since the last time.
+        """
+        if self.best.by == "val/loss_ema":
+            self.keep_best(self.validate(done), done)
+        elif "validate" in self.due.names or self.best.loss == math.inf:  # at the end there may be few steps to average over
+            self.keep_best(self.meters.loss_since(), done)
+
+    def keep_best(self, loss, done):
+        """Keep the averaged weights, if their loss is the lowest yet."""
+        if self.best.improved(loss):
+            self.tracker.summary(f"best/{self.best.by.replace('/', '_')}", loss)
+            self.export(self.best.file, done, {"by": self.best.by, "loss": loss})
+
     def validate(self, done):
-        """Log the validation loss of the weights and of their average; keep the average where it is the best yet."""
+        """Log the validation loss of the weights and of their average; returns the latter."""
         with self.whole(), self.machine.wish.abandonable():
             loss = self.validation.loss()
         with self.averaged(), self.machine.wish.abandonable():
             averaged = self.validation.loss()
         self.tracker.log(done, {"val/loss": loss, "val/loss_ema": averaged} | self.speed.progress(done))
-        if self.best.improved(averaged):
-            self.tracker.summary("best/val_loss_ema", averaged)
-            self.export("best.safetensors", done)
+        return averaged
 
     def draw_grid(self, done):
         """Draw the same latents as every time, with the averaged weights, into samples/ and the tracker."""
@@ -230,11 +250,11 @@ class Run:
             show(self.folder, self.tracker, done, pictures)
             keep(self.folder, files)
 
-    def export(self, name, done):
-        """Write the averaged weights as `name`: all that drawing needs."""
+    def export(self, name, done, best=None):
+        """Write the averaged weights as `name`: all that drawing needs, and by which loss they are the best, if they are."""
         weights = self.gathered(self.step.ema)
         if self.machine.main:
-            checkpoint.export(self.folder / name, weights, done, self.config_json)
+            checkpoint.export(self.folder / name, weights, done, self.config_json, **({"best": best} if best else {}))
 
     def tidy(self):
         """Do, of a finished run, what a kill in its last save has left undone, and make final weights anew that are damaged."""
@@ -300,7 +320,7 @@ def events(run, done):
         run.check(done)
     with run.speed.pause():
         if "validate" in now:
-            run.validate(done)
+            run.choose_best(done)
         if "sample" in now:
             run.draw_grid(done)
         if "evaluate" in now:
@@ -311,7 +331,9 @@ def events(run, done):
         if "snapshot" in now:
             run.snapshot(done)
         if "log" in due:
-            run.meters.reset()
+            run.meters.reset(*LOGGED)
+        if "validate" in due:
+            run.meters.reset("since")
         run.due.names = None
         run.tracker.flush()  # or the row would come with the next one
         if now & {"save", "milestone"}:
