@@ -51,6 +51,7 @@ def base():
             "name": "unet",  # unet, unet_edm2, dit(size='S', patch_size=2), whose depth, width and heads can be given too
             "dropout": 0.0,  # share of activations dropped in every block
             "qk_norm": False,  # attention: each head's queries and keys are normed
+            "augmentation_place": "before",  # of data.augment: before the layers of the time embedding, as in EDM, or after
             # from here on: the U-Nets' alone
             "model_channels": 64,  # width of the first level
             "channel_mult": (1, 2, 2),  # width of each level in model_channels; each level after the first halves the image
@@ -217,6 +218,7 @@ RANGES = {
 }
 CHOICES = {
     "data.channels": (1, 3, 4),
+    "model.augmentation_place": ("before", "after"),
     "model.initialization": ("glorot", "torch"),
     "model.noise_embedding": ("auto", "sines"),
     "diffusion.variance": VARIANCES,
@@ -489,6 +491,7 @@ def same_groups(config):
 
 
 BEFORE = {  # what a knob that a saved config lacks meant, where that is not its default
+    "model.augmentation_place": lambda config: "after" if config.data.augment else "before",
     "model.norm_num_groups": lambda config: 32,
     "model.noise_embedding": lambda config: "sines" if parse(config.model.name)[0] == "unet_edm2" and parse(
         config.diffusion.predict)[0] == "edm" else "auto",

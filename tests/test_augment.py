@@ -1,14 +1,18 @@
 """Augmentation: each transformation against its closed form, and what the network is told of it."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import rows, run, tiny
 
-from ddpm import rng
+from ddpm import build, config, rng
 from ddpm.augment import NUMBERS, TOLD, augment
-from ddpm.models.dit import DiT
+from ddpm.models.dit import Block, DiT
+from ddpm.models.layers import ResidualBlock
 from ddpm.models.unet import UNet
 
 NEVER, MIRROR, FLIP, SIZE, TURN, STRETCH, MOVE = range(-1, 6)
@@ -110,6 +114,57 @@ def test_nothing_told_is_zeros_told_and_something_is_heard(net):
 def test_networks_that_were_not_made_for_it_say_so():
     with pytest.raises(ValueError, match="cannot be told of augmentation"):
         UNet(8, 3, 3, 8, (1, 2), 1, ())(X, torch.zeros(2), None, torch.ones(2, TOLD))
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("make", [
+    lambda **how: UNet(8, 3, 3, 12, (1, 2), 1, (), num_classes=4, augmentation=TOLD, **how),
+    lambda **how: DiT(8, 3, 3, num_classes=4, augmentation=TOLD, depth=1, width=12, heads=1, **how)])
+def test_what_is_told_enters_before_the_layers_of_the_time_as_in_edm(make, place):
+    """By Karras et al.'s code: silu(layer0(sines + A labels)), layer1, and only then the class."""
+    net = make(augmentation_place=place)
+    torch.manual_seed(0)
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight)
+    seen = []
+    for block in net.modules():
+        if isinstance(block, (ResidualBlock, Block)):
+            block.register_forward_hook(lambda block, given, out: seen.append(given[1]))
+    sines = []
+    net.time_embedding.register_forward_hook(lambda layers, given, out: sines.append(given[0]))
+    t, y, told = torch.tensor([3.0, 500.0]), torch.tensor([1, 3]), torch.randn(2, TOLD)
+    net(X, t, y)
+    net(X, t, y, told)
+    layers, a, classes = net.time_embedding, net.augmentation_embedding.weight, net.class_embedding.weight
+    plain, heard = sines
+    if place == "after":
+        wanted = layers[2](F.silu(layers[0](plain))) + classes[y] + told @ a.T
+    else:
+        wanted = layers[2](F.silu(layers[0](plain + told @ a.T))) + classes[y]
+        assert net.augmentation_embedding.out_features == layers[0].in_features
+    torch.testing.assert_close(seen[-1], wanted, rtol=1e-5, atol=1e-4)  # of float32 sums that are about 100
+    assert torch.equal(plain, heard) == (place == "after")
+
+
+OLD = Path(__file__).parent / "golden" / "augmentation_after.safetensors"
+
+
+def test_a_checkpoint_of_before_is_told_of_augmentation_as_it_was():
+    """Trained on augmented digits, with classes, and asked at commit 0494cba, where augmentation entered after the layers."""
+    made = build.load(OLD, "cpu")
+    assert made.config.model.augmentation_place == "after"
+    generator = torch.Generator().manual_seed(0)
+    x, told = torch.randn(2, 1, 8, 8, generator=generator), torch.randn(2, TOLD, generator=generator)
+    with torch.no_grad():
+        out, untold = (made.net.eval()(x, torch.tensor([3.0, 17.0]), torch.tensor([1, 7]), *one) for one in ([told], []))
+    before = torch.tensor(json.loads(OLD.with_suffix(".json").read_text()))
+    torch.testing.assert_close(out.flatten(1), before, rtol=1e-4, atol=1e-5)  # another processor sums in another order
+    assert (out - untold).abs().max() > 100 * 1e-4
+    for changes, place in (({}, "before"), ({"data.augment": 0.3}, "after")):
+        saved = json.loads(config.to_json(config.changed(tiny(), changes)))
+        assert config.from_json(json.dumps(saved)).model.augmentation_place == "before"
+        del saved["model"]["augmentation_place"]
+        assert config.from_json(json.dumps(saved)).model.augmentation_place == place
 
 
 def test_a_training_is_continued_and_cut_into_micro_batches(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, rows, run, tiny
 
-from ddpm import build, config, data, images, spec
+from ddpm import augment, build, config, data, images, spec
 from ddpm.diffusion.editing import EDITS
 from ddpm.diffusion.process import VARIANCES
 from ddpm.diffusion.schedules import SCHEDULES
@@ -124,6 +124,10 @@ def test_the_paper_networks_have_their_size():
     # and the 256 fixed positions
     latent = 675_129_632 - (1001 - 10) * 1152 - 4 * 1152 - 2 * 4 * 1153 - 256 * 1152
     assert parameters("dit_xl_2", 10) == latent
+    # NVlabs/edm's SongUNet(32, 3, 3, 0, 9, 128, [2, 2, 2]) has 55,733,891; ours has four attention blocks of 256 channels more
+    # and four 1x1 convolutions less
+    attention, shortcut = 2 * 256 + 4 * 256 * 257, 256 * 257
+    assert parameters("edm_cifar10") == 55_733_891 + 4 * attention - 4 * shortcut
     assert parameters("cats128") == 200_321_475
     cats = module_of(FILES[0].parent / "cats128.py").get_config()
     assert build.operations(cats).training == pytest.approx(1583e9, rel=1e-3)
@@ -149,7 +153,7 @@ OTHERWISE = {  # another value of each option of `model`
     "dropout": 0.5, "qk_norm": True, "model_channels": 16, "channel_mult": (1, 3), "num_res_blocks": 2, "num_heads": 2,
     "res_blocks_per_level": (1, 2), "attention_resolutions": (), "num_head_channels": 4, "use_scale_shift_norm": True,
     "resblock_updown": True, "freq_shift": 0, "downsample_padding": 1, "norm_num_groups": 1, "noise_embedding": "sines",
-    "norm_eps": 0.1, "initialization": "torch"}
+    "norm_eps": 0.1, "initialization": "torch", "augmentation_place": "after"}
 
 
 @pytest.mark.parametrize("name", ["dit(depth=2, width=16, heads=2)" if name == "dit" else name for name in MODELS])
@@ -162,12 +166,13 @@ def test_options_are_unused_where_the_network_is_the_same_without_them(name):
             for weight in net.parameters():
                 weight.normal_(generator=generator)
             x = torch.randn(2, 1, 16, 16, generator=generator)
-            return repr(net), new, net.eval()(x, torch.tensor([-0.5, 300.0]))
+            told = [] if name == "unet_edm2" else [None, torch.randn(2, augment.TOLD, generator=generator)]
+            return repr(net), new, net.eval()(x, torch.tensor([-0.5, 300.0]), *told)
 
     def same(one, other):
         return one[0] == other[0] and all(map(torch.equal, one[1], other[1])) and torch.equal(one[2], other[2])
 
-    given = tiny(model__name=name, diffusion__predict="edm")
+    given = tiny(model__name=name, diffusion__predict="edm", data__augment=0.0 if name == "unet_edm2" else 0.5)
     plain = traits(given)
     assert same(plain, traits(given)) and OTHERWISE.keys() == dict(given.model).keys() - {"name"}
     idle = []

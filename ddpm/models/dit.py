@@ -79,8 +79,8 @@ class DiT(nn.Module):
     of SIZES, of which `depth`, `width` and `heads` replace single numbers where they are not 0. The class embedding has
     `num_classes` rows; a label of -1 is dropped: it adds zero. `dropout` is that of each branch before its gate, and
     `qk_norm` norms each head's queries and keys; the paper has neither. With `augmentation` the forward pass takes a fourth
-    argument [b, augmentation], what was done to the images; None is nothing. The last layer starts at zero, so a fresh network
-    returns zeros.
+    argument [b, augmentation], what was done to the images; None is nothing, and it enters as in UNet. The last layer starts at
+    zero, so a fresh network returns zeros.
 
     Raises ValueError for an image size that the patch does not divide, an unknown size, a width that its heads do not
     divide, numbers beyond any network's, and labels where there are no classes.
@@ -95,6 +95,7 @@ class DiT(nn.Module):
         num_classes=None,
         qk_norm=False,
         augmentation=0,
+        augmentation_place="before",
         *,
         size="S",
         patch_size=2,
@@ -121,7 +122,8 @@ class DiT(nn.Module):
         self.patches = linear(in_channels * patch_size**2, width)
         self.time_embedding = nn.Sequential(linear(FREQUENCIES, width), nn.SiLU(), linear(width, width))
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, width)
-        self.augmentation_embedding = augmentation_embedding(augmentation, width)
+        self.augments_after = augmentation_place == "after"
+        self.augmentation_embedding = augmentation_embedding(augmentation, width if self.augments_after else FREQUENCIES)
         self.blocks = nn.ModuleList(Block(width, heads, dropout, qk_norm) for _ in range(depth))
         self.levels = [[block] for block in self.blocks]  # all of one size
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
@@ -135,14 +137,18 @@ class DiT(nn.Module):
         fitting = ", ".join(str(n) for n in (1, 2, 4, 8, 16) if gcd(*sides) % n == 0)
         check_multiple(sides, self.patch_size, f"cannot be cut into patches of {self.patch_size}", f"a patch_size of {fitting}")
 
-    def embed(self, t, y, dtype):
-        """The embedding [b, d] of times and labels; y None is every label dropped."""
+    def embed(self, t, y, augmentation, dtype):
+        """The embedding [b, d] of times, labels and augmentation; y None is every label dropped."""
         waves = timestep_embedding(t, FREQUENCIES, freq_shift=0).roll(FREQUENCIES // 2, dims=1)  # the paper has cosines first
-        return add_class(self.time_embedding(waves.to(dtype)), y, self.class_embedding)
+        waves = waves.to(dtype)
+        if not self.augments_after:
+            waves = add_augmentation(waves, augmentation, self.augmentation_embedding)
+        emb = add_class(self.time_embedding(waves), y, self.class_embedding)
+        return add_augmentation(emb, augmentation, self.augmentation_embedding) if self.augments_after else emb
 
     def forward(self, x, t, y=None, augmentation=None):
         self.check_size(x.shape[-2:])
-        emb, p = add_augmentation(self.embed(t, y, x.dtype), augmentation, self.augmentation_embedding), self.patch_size
+        emb, p = self.embed(t, y, augmentation, x.dtype), self.patch_size
         h, w = (side // p for side in x.shape[-2:])
         tokens = self.patches(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))
         tokens = tokens + positions(h, w, tokens.shape[-1], x.device).to(x.dtype)

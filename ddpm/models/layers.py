@@ -212,7 +212,7 @@ def augmentation_embedding(augmentation, channels):
 
 
 def add_augmentation(emb, augmentation, embedding):
-    """Add what was done to the images, [b, n] as ddpm.augment tells it, to emb [b, e]; None is nothing: it adds zero.
+    """Add what was done to the images, [b, n] as ddpm.augment tells it, to numbers [b, e]; None is nothing: it adds zero.
 
     Raises ValueError where the network was not made to be told.
     """

@@ -53,7 +53,8 @@ class UNet(nn.Module):
     groups at most, or, where that is 0, at most 32 of at least four channels each in the narrowest level. `freq_shift` to
     `norm_eps` are those in which weights from elsewhere differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5.
     `initialization` is `glorot`, as Ho's code, or `torch`, as OpenAI's. With
-    `augmentation` the forward pass takes a fourth argument [b, augmentation], what was done to the images; None is nothing.
+    `augmentation` the forward pass takes a fourth argument [b, augmentation], what was done to the images; None is nothing. It
+    is added to the sines of the time, `before` the layers that make the embedding of them as in EDM's code, or `after` those.
 
     Raises ValueError for a size that cannot be halved often enough, an attention resolution that never occurs, heads
     that do not divide the channels, blocks for other levels than there are, and labels where there are no classes.
@@ -81,6 +82,7 @@ class UNet(nn.Module):
         qk_norm=False,
         res_blocks_per_level=(),
         augmentation=0,
+        augmentation_place="before",
         initialization="glorot",
     ):
         super().__init__()
@@ -129,7 +131,9 @@ class UNet(nn.Module):
             linear(model_channels, embedding_channels), nn.SiLU(), linear(embedding_channels, embedding_channels)
         )
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, embedding_channels)
-        self.augmentation_embedding = augmentation_embedding(augmentation, embedding_channels)
+        self.augments_after = augmentation_place == "after"
+        self.augmentation_embedding = augmentation_embedding(
+            augmentation, embedding_channels if self.augments_after else model_channels)
 
         channels = model_channels
         self.stem = conv(in_channels, channels, 3)
@@ -164,14 +168,17 @@ class UNet(nn.Module):
         if initialization == "torch":
             initialize_as_torch(self)
 
-    def embed(self, t, y, dtype):
-        """The embedding [b, 4 model_channels] of times and labels; y None is every label dropped."""
-        emb = self.time_embedding(timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift).to(dtype))
-        return add_class(emb, y, self.class_embedding)
+    def embed(self, t, y, augmentation, dtype):
+        """The embedding [b, 4 model_channels] of times, labels and augmentation; y None is every label dropped."""
+        waves = timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift).to(dtype)
+        if not self.augments_after:
+            waves = add_augmentation(waves, augmentation, self.augmentation_embedding)
+        emb = add_class(self.time_embedding(waves), y, self.class_embedding)
+        return add_augmentation(emb, augmentation, self.augmentation_embedding) if self.augments_after else emb
 
     def forward(self, x, t, y=None, augmentation=None):
         check_size(x.shape[-2:], self.halvings)
-        emb = add_augmentation(self.embed(t, y, x.dtype), augmentation, self.augmentation_embedding)
+        emb = self.embed(t, y, augmentation, x.dtype)
         h = self.stem(x)
         skips = [h]
         for stage in self.encoder:
