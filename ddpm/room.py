@@ -72,4 +72,5 @@ class Room:
                 raise NoRoom(f"out of memory {doing} a single image ({found})")
             else:
                 self.most[doing] = half = len(batch) // 2
-                self.say(f"out of memory {doing} {len(batch)} images at a time: from now on {half}; the numbers stay")
+                self.say(f"out of memory {doing} {len(batch)} images at a time; continuing with {half} at a time, with the "
+                         "same results")

@@ -305,8 +305,9 @@ class Step:
         if more is None and count == len(self.places):
             raise NoRoom("out of memory with one image at a time")
         self.cut(more or len(self.places))
-        self.say(f"out of memory with {len(self.places) // count} images at a time: from now on {len(self.parts[0])}; "
-                 f"train.gradient_accumulation_steps={len(self.parts)} begins so; the numbers stay, but for dropout")
+        self.say(f"out of memory with {len(self.places) // count} images at a time; continuing with {len(self.parts[0])} at "
+                 "a time, with the same results except for dropout; to start with this size, set "
+                 f"train.gradient_accumulation_steps={len(self.parts)}")
 
     def _learn(self, step, micro, places, pixels, labels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout

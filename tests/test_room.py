@@ -97,8 +97,8 @@ def test_batches_are_cut_until_they_fit_and_stay_so():
         assert [item for batch, _ in found for item in batch] == list(range(11))
         assert [item for _, squares in found for item in squares] == [n**2 for n in range(11)]
     assert tried == [8, 4, 2, 2, 2, 2, 2, 1] + [2, 2, 2, 2, 2, 1]
-    assert said == ["out of memory squaring 8 images at a time: from now on 4; the numbers stay",
-                    "out of memory squaring 4 images at a time: from now on 2; the numbers stay"]
+    assert said == ["out of memory squaring 8 images at a time; continuing with 4 at a time, with the same results",
+                    "out of memory squaring 4 images at a time; continuing with 2 at a time, with the same results"]
 
 
 def test_nothing_of_what_failed_is_held_when_memory_is_given_back(monkeypatch):
@@ -146,7 +146,7 @@ def test_drawing_goes_on_with_the_same_images(trained, capsys, error):
     with crowded(3, error) as asked:
         found = drawn(trained, 5)
     assert max(asked) == 5 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert capsys.readouterr().out.count("out of memory drawing 5 images at a time: from now on 2") == 1
+    assert capsys.readouterr().out.count("out of memory drawing 5 images at a time; continuing with 2") == 1
 
 
 def test_a_film_goes_on_too(trained):
@@ -201,8 +201,9 @@ def test_a_training_validates_draws_and_measures_with_what_fits(tmp_path):
         assert train(made)
     made.tracker.close()
     log = (tmp_path / "crowded" / "training.log").read_text()
-    for line in ("validating 8 images at a time: from now on 4", "validating 4 images at a time: from now on 2",
-                 "drawing 4 images at a time: from now on 2", "measuring bits/dim of 8 images at a time: from now on 4"):
+    for line in ("validating 8 images at a time; continuing with 4", "validating 4 images at a time; continuing with 2",
+                 "drawing 4 images at a time; continuing with 2",
+                 "measuring bits/dim of 8 images at a time; continuing with 4"):
         assert log.count(f"out of memory {line}") == 1
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "crowded"), strict=True):
         assert a.keys() == b.keys()
