@@ -22,7 +22,7 @@ import torch
 from absl import flags
 
 from ddpm import build, command, config, figures, report, results, study
-from ddpm.files import written_beside
+from ddpm.files import folder_written_beside, written_beside
 from ddpm.tracking import commit
 
 
@@ -273,18 +273,15 @@ def this_machine():
 
 def keep(folders, out):
     """Copy what the report is made from to `out`/runs: each run's config, metrics and last grid."""
-    place, part = out / "runs", out / "runs.part"
-    shutil.rmtree(part, ignore_errors=True)
-    for folder in folders:
-        copy = part / folder.name
-        copy.mkdir(parents=True)
-        (copy / "metrics.jsonl").touch()
-        for path in (folder / "config.json", folder / "metrics.jsonl", *sorted(folder.glob("samples/step_*.png"))[-1:]):
-            if path.is_file():
-                (copy / path.relative_to(folder)).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy / path.relative_to(folder))
-    shutil.rmtree(place, ignore_errors=True)
-    part.rename(place)
+    with folder_written_beside(out / "runs") as part:
+        for folder in folders:
+            copy = part / folder.name
+            copy.mkdir()
+            (copy / "metrics.jsonl").touch()
+            for path in (folder / "config.json", folder / "metrics.jsonl", *sorted(folder.glob("samples/step_*.png"))[-1:]):
+                if path.is_file():
+                    (copy / path.relative_to(folder)).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, copy / path.relative_to(folder))
 
 
 def write(source, found, columns, machine=None):

@@ -45,7 +45,7 @@ from ddpm.dialects import (
     names,
 )
 from ddpm.diffusion.schedules import SCHEDULES, get_beta_schedule
-from ddpm.files import written_beside
+from ddpm.files import folder_written_beside, written_beside
 from ddpm.models.layers import AttentionBlock
 from ddpm.spec import parse
 
@@ -76,9 +76,13 @@ def convert(source, out, classes=None, no_label=None, **theirs):
         config, weights = from_openai(source, tensors, given, labels) if openai else from_diffusers(source, labels)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{source} is damaged, or no U-Net that ddpm knows: {command.one_line(error)}") from error
-    path = out if out.suffix == ".safetensors" else out / "final.safetensors"
-    checkpoint.export(path, weights, 0, configs.to_json(config))
-    return path
+    text = configs.to_json(config)
+    if out.suffix == ".safetensors":
+        checkpoint.export(out, weights, 0, text)
+        return out
+    with folder_written_beside(out) as folder:
+        checkpoint.export(folder / "final.safetensors", weights, 0, text)
+    return out / "final.safetensors"
 
 
 def from_diffusers(folder, labels):
@@ -245,7 +249,7 @@ def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False, no_label
     return config, weights
 
 
-def to_diffusers(source, folder):
+def to_diffusers(source, out):
     """Write a run folder or checkpoint of ours as a diffusers folder; returns the folder."""
     path, _, text, weights = checkpoint.load_weights(source)
     config = configs.changed(configs.from_json(text), {})  # and so checked
@@ -259,13 +263,14 @@ def to_diffusers(source, folder):
         if isinstance(layer, nn.Embedding):
             value = torch.cat([value, value.new_zeros(unet["num_class_embeds"] - len(value), value.shape[1])])
         tensors |= {one: part.clone() for one, part in zip(theirs, value.chunk(len(theirs)), strict=True)}
-    with written_beside(folder / "unet" / f"{STORED}.safetensors") as part:
-        part.write_bytes(save(tensors, metadata={"format": "pt"}))
     index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    for file, fields in (("unet/config", unet), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
-        with written_beside(folder / f"{file}.json") as part:
-            part.write_text(json.dumps(fields, indent=2) + "\n")
-    return folder
+    with folder_written_beside(out) as folder:
+        with written_beside(folder / "unet" / f"{STORED}.safetensors") as part:
+            part.write_bytes(save(tensors, metadata={"format": "pt"}))
+        for file, fields in (("unet/config", unet), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
+            with written_beside(folder / f"{file}.json") as part:
+                part.write_text(json.dumps(fields, indent=2) + "\n")
+    return out
 
 
 def their_unet(path, config, net):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 
@@ -27,6 +28,26 @@ def written_beside(path):
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_beside(folder):
+    """The same for a new folder: give one beside `folder` to write into, which takes its place when the block ends well."""
+    folder = Path(folder)
+    make_folder(folder.parent)
+    part, former = (folder.with_name(f"{folder.name}{suffix}.part") for suffix in ("", ".former"))
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        yield make_folder(part)
+        if folder.exists():
+            folder.rename(former)
+        part.rename(folder)
+        sync(folder.parent)
+    finally:
+        if former.exists() and not folder.exists():
+            former.rename(folder)
+        for left in (part, former):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
