@@ -14,6 +14,7 @@ from ddpm import images, rng, spec
 from ddpm.diffusion import editing, samplers
 from ddpm.diffusion.guidance import Guidance, unlabelled
 from ddpm.diffusion.process import latent
+from ddpm.progress import Progress
 
 
 class Recipe(NamedTuple):
@@ -73,10 +74,11 @@ def edited(edit, pictures, mask, count, machine):
     return walk
 
 
-def trajectory(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
+def trajectory(model, recipe, seeds, shape, machine, evaluated, guide=None, walk=afresh):
     """Yield x [b, c, h, w] in about [-1, 1] on the device: where the walk of `seeds` begins, then x after each of its steps.
 
     `guide` is the network net(x, t, y) that guides, in evaluation mode, or None for the model's own without labels.
+    `evaluated()` is called after each evaluation of a network.
     """
 
     def noise(k):
@@ -85,7 +87,9 @@ def trajectory(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
     def autocast(net):
         def ask(x, t, y=None):
             with machine.autocast():
-                return net(x, t, y).float()
+                out = net(x, t, y).float()
+            evaluated()
+            return out
         return ask
 
     y = machine.put(torch.tensor([recipe.labels[k % len(recipe.labels)] for k in seeds])) if recipe.labels else None
@@ -97,28 +101,42 @@ def trajectory(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
         yield from walk(sampler, lambda: model.denoiser(autocast(model.net), y, guidance), levels, noise, seeds)
 
 
-def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
+def progress(model, recipe, count, size, machine, times):
+    """The Progress of drawing `count` images, `size` at a time, in `times` network evaluations each, or the recipe's number."""
+    times = evaluations(model, recipe) if times is None else times
+    return Progress("drawing", count, size, times, shown=machine.main)
+
+
+def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
     """Yield (seeds, uint8 [b, c, h, w] on the host), batch by batch, for this rank's share of `seeds`.
 
-    Batches are smaller than the recipe's where memory runs out.
+    Batches are smaller than the recipe's where memory runs out. The main rank shows its progress.
 
-    `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h, w), `guide` as above.
+    `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h, w), `guide` as above, `times`
+    the number of network evaluations of a `walk` that is not `afresh`.
     """
-    def last(batch):
-        steps = trajectory(model, recipe, batch, shape, machine, guide, walk)
-        return images.decode(deque(steps, maxlen=1).pop()).cpu()
-
     mine = list(seeds)[machine.share(len(seeds))]
-    return machine.room.in_batches("drawing", mine, recipe.batch_size, last)
+    with progress(model, recipe, len(mine), recipe.batch_size, machine, times) as shown:
+        def last(batch):
+            steps = trajectory(model, recipe, batch, shape, machine, shown.evaluated, guide, walk)
+            return images.decode(deque(steps, maxlen=1).pop()).cpu()
+
+        for batch, pixels in machine.room.in_batches("drawing", mine, recipe.batch_size, last):
+            shown.finished(len(batch))
+            yield batch, pixels
 
 
-def frames(model, recipe, seeds, shape, machine, guide=None, walk=afresh):
+def frames(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
     """Yield (seeds, uint8 [b, c, h, w]) for each step, once all are done: how the images of `seeds` come out of the noise."""
-    def film(batch):
-        return torch.stack([images.decode(x).cpu() for x in trajectory(model, recipe, batch, shape, machine, guide, walk)])
+    seeds, parts = list(seeds), []
+    with progress(model, recipe, len(seeds), len(seeds), machine, times) as shown:
+        def film(batch):
+            steps = trajectory(model, recipe, batch, shape, machine, shown.evaluated, guide, walk)
+            return torch.stack([images.decode(x).cpu() for x in steps])
 
-    seeds = list(seeds)
-    parts = [part for _, part in machine.room.in_batches("drawing", seeds, len(seeds), film)]
+        for batch, part in machine.room.in_batches("drawing", seeds, len(seeds), film):
+            shown.finished(len(batch))
+            parts.append(part)
     for pixels in torch.cat(parts, dim=1):
         yield seeds, pixels
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ddpm import images, metrics, rng
 from ddpm.diffusion import likelihood
 from ddpm.dist import exact
 from ddpm.files import written_beside
+from ddpm.progress import Progress
 
 PAIRS = 32  # drawn images that are shown beside the training image nearest to them
 
@@ -83,13 +83,10 @@ class Scorer:
         return {f"eval/{name}": value for name, value in numbers.items()} | {"eval/made": self.made}, {"eval/nearest": pairs}
 
     def watched(self, batches, first):
-        """The images of a drawing, counted on a bar on a terminal; those with the first seeds are put into `first`."""
-        with tqdm(total=len(self.seeds[self.machine.share(len(self.seeds))]), desc="drawing for the evaluation", unit="image",
-                  leave=False, disable=None if self.machine.main else True) as bar:
-            for seeds, images in batches:
-                first.append(images[[seed < PAIRS for seed in seeds]])
-                yield images
-                bar.update(len(seeds))
+        """The images of a drawing; those with the first seeds are put into `first`."""
+        for seeds, pixels in batches:
+            first.append(pixels[[seed < PAIRS for seed in seeds]])
+            yield pixels
 
 
 class Likelihood:
@@ -116,7 +113,8 @@ class Likelihood:
     def __call__(self):
         """Measure; returns the same on every rank: the numbers, and as a text for likelihood.csv the terms over t."""
         self.model.net.eval()
-        found = {name: self.mean(getattr(self, name)) for name in self.by}
+        times = {"bound": len(self.edges) - 1, "flow": 4 * (len(self.levels) - 1)}  # network evaluations of an image
+        found = {name: self.mean(getattr(self, name), times[name]) for name in self.by}
         numbers, files = {}, {}
         if "bound" in found:
             terms = prior, reconstruction, *kl = found["bound"].tolist()
@@ -150,17 +148,23 @@ class Likelihood:
     def noise(self, purpose, k, batch, like):
         return self.machine.put(rng.normal(0, f"likelihood {purpose}", k, batch, like.shape[1:]))
 
-    def mean(self, measure):
-        """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images, of which each rank takes a share."""
+    def mean(self, measure, times):
+        """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images, of which each rank takes a share.
+
+        `times` is how many network evaluations an image takes.
+        """
         def of(batch):
             return measure(images.encode(self.machine.put(self.dataset.batch(batch))), batch).double().cpu()
 
         mine, found = self.indices[self.machine.share(len(self.indices))], []
-        with tqdm(total=len(mine), desc="measuring bits/dim", unit="image", leave=False,
-                  disable=None if self.machine.main else True) as bar:
-            for batch, bits in self.machine.room.in_batches("measuring bits/dim of", mine, self.batch_size, of):
-                found.append(bits)
-                bar.update(len(batch))
+        with Progress("measuring bits/dim", len(mine), self.batch_size, times, shown=self.machine.main) as shown:
+            hook = self.model.net.register_forward_hook(shown.evaluated)
+            try:
+                for batch, bits in self.machine.room.in_batches("measuring bits/dim of", mine, self.batch_size, of):
+                    found.append(bits)
+                    shown.finished(len(batch))
+            finally:
+                hook.remove()
         return self.machine.gather(torch.cat(found or [torch.empty(0)])).mean(0)
 
     def curve(self, prior, terms):

@@ -15,7 +15,8 @@ FLOORS = {
     "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures", "sheet"],
     "services": ["data", "pictures", "likeness", "cache", "shards", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],
-    "ground": ["spec", "rng", "dist", "sharded", "clock", "files", "memory", "room", "cards", "budget", "interrupt"],
+    "ground": ["spec", "rng", "dist", "sharded", "clock", "files", "memory", "room", "cards", "budget", "interrupt",
+               "progress"],
 }
 HEIGHT = {room: height for height, rooms in enumerate(reversed(FLOORS.values())) for room in rooms}
 GROUND, MATHEMATICS, SERVICES, CRAFT, ASSEMBLY, DOORS = range(6)
