@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import math
+import os
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -422,11 +423,15 @@ class Loaded(NamedTuple):
 
 
 def load(run_or_file, device=None, **knobs):
-    """Rebuild what a checkpoint describes.
+    """Rebuild what a checkpoint describes; of the newest run of runs/, which is said, where none is given.
 
     `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps": 25}`. Raises ValueError
     for a missing, damaged or foreign file, and for knobs that cannot be.
     """
+    if run_or_file is None:
+        run_or_file = checkpoint.newest_run()
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of a machine tells
+            print(f"no checkpoint given: taking the newest run, {run_or_file}", flush=True)
     path, step, text, weights = checkpoint.load_weights(run_or_file)
     config = settled(configs.changed(configs.from_json(text), knobs))
     if (name := weights_name(config)) != "EMA":

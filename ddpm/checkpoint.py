@@ -318,6 +318,19 @@ def folder_of(run_or_file):
     return path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
+def newest_run(runs="runs"):
+    """The run folder in `runs`, or in a study's folder there, whose weights are the newest; raises ValueError without any."""
+    times = {}
+    for folder in (path for depth in ("*", "*/*") for path in Path(runs).glob(depth) if path.is_dir()):
+        final = folder / "final.safetensors"
+        for weights in (*([final] if final.is_file() else ()), *([folder / "checkpoints"] if checkpoints(folder) else ())):
+            times[weights.stat().st_mtime_ns] = folder
+    if not times:
+        raise ValueError(f"no checkpoint given, and {Path(runs).absolute()} holds no run with weights; write "
+                         "--checkpoint=RUN_OR_FILE")
+    return times[max(times)]
+
+
 def find(run_or_file):
     """The file that a run folder or a file name means: final weights, if no checkpoint is newer, else the newest checkpoint.
 

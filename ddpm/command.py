@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import math
 import os
 import re
@@ -12,22 +13,24 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ddpm import interrupt
 from ddpm.config import KINDS, base, check, flatten, freeze
 from ddpm.room import NoRoom, ran_out
 from ddpm.spec import suggest
 
 FULL = errno.ENOSPC, errno.EDQUOT  # what a full disk is called
-DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 75
+DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, interrupt.GOES_ON
 
 
 def define_config_flag():
-    """The flag `--config=FILE[:VARIANT]`, with `--config.section.leaf=value` for each knob of the file."""
+    """The flag `--config=FILE[:VARIANT]`, with `--config.section.leaf=value` for each option of the file."""
+    flags.DEFINE_boolean("print_config", False, "Print the config with all its options, and end.")
     return config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py, or FILE.py:VARIANT.")
 
 
 def define_overrides_flag():
     """Flags `--config.section.leaf=value` over the config that a checkpoint carries."""
-    config_flags.DEFINE_config_dict("config", base(), "Knobs in place of the checkpoint's, --config.evaluate.steps=10.")
+    config_flags.DEFINE_config_dict("config", base(), "Options in place of the checkpoint's, --config.evaluate.steps=10.")
 
 
 def overrides():
@@ -35,34 +38,122 @@ def overrides():
     return config_flags.get_override_values(flags.FLAGS["config"])
 
 
-def define_checkpoint_flags():
-    """The flags of the doors that begin at a checkpoint."""
-    flags.DEFINE_string("checkpoint", None, "Run folder, or a .pt or .safetensors file in one.", required=True)
-    flags.DEFINE_string("sampler", None, "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the checkpoint's.")
-    flags.DEFINE_integer("steps", None, "Steps of the sampler; by default the checkpoint's.", lower_bound=1)
-    flags.DEFINE_string("spacing", None, "Where its steps are: trailing, karras(rho=7.0), ...; by default the checkpoint's.")
-    flags.DEFINE_float("ema", None, "Averaged weights: a decay of config.ema, or a sigma_rel up to 0.288 made from snapshots.")
-    flags.DEFINE_list("classes", None, "Classes to draw, names or numbers such as 3,5; empty for all.")
-    flags.DEFINE_float("guidance", None, "Scale of the guidance, such as 2; 1 for none.")
-    flags.DEFINE_list("guidance_interval", None, "Noise levels sigma/alpha to guide between, such as 0.2,5; empty for all.")
-    flags.DEFINE_string("guide", None, "A weaker run or its file that guides, in place of the network without its label.")
-    flags.DEFINE_integer("seed", None, "Seed of the noise; by default the checkpoint's.", lower_bound=0)
-    flags.DEFINE_integer("batch_size", None, "Images drawn at once; by default the checkpoint's.", lower_bound=1)
-    flags.DEFINE_boolean("compile", None, "Through torch.compile: for many images, as the first wait a minute or more.")
+DRAWING = {  # how a drawing is asked for, by flags and by arguments in Python: the option behind each, how it is defined, help
+    "sampler": ("{section}.sampler", flags.DEFINE_string, "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the "
+                "checkpoint's."),
+    "steps": ("{section}.steps", flags.DEFINE_integer, "Steps of the sampler; by default the checkpoint's."),
+    "spacing": ("{section}.spacing", flags.DEFINE_string, "Where its steps are: trailing, karras(rho=7.0), ...; by default the "
+                "checkpoint's."),
+    "ema": ("sample.ema", flags.DEFINE_float, "Averaged weights: a decay of config.ema, or a sigma_rel up to 0.288 made from "
+            "snapshots."),
+    "classes": ("{section}.classes", flags.DEFINE_list, "Classes to draw, names or numbers such as 3,5; empty for all."),
+    "guidance": ("sample.guidance", flags.DEFINE_float, "Scale of the guidance, such as 2; 1 for none."),
+    "guidance_interval": ("sample.guidance_interval", flags.DEFINE_list, "Noise levels sigma/alpha to guide between, such as "
+                          "0.2,5; empty for all."),
+    "guide": ("sample.guide", flags.DEFINE_string, "A weaker run or its file that guides, in place of the network without its "
+              "label."),
+    "seed": ("sample.seed", flags.DEFINE_integer, "Seed of the noise; by default the checkpoint's."),
+    "batch_size": ("{section}.batch_size", flags.DEFINE_integer, "Images drawn at once; by default the checkpoint's."),
+    "compile": ("sample.compile", flags.DEFINE_boolean, "Through torch.compile: for many images, as the first wait a minute or "
+                "more."),
+}
+MEASURING = {  # the same for a measurement alone
+    "num_samples": ("evaluate.num_samples", flags.DEFINE_integer, "Images drawn; by default the checkpoint's."),
+    "extractor": ("evaluate.extractor", flags.DEFINE_string, "auto, digits, inception or none; by default the checkpoint's."),
+    "likelihood": ("evaluate.likelihood", flags.DEFINE_string, "Bits/dim by bound, flow, both or none; by default the "
+                   "checkpoint's."),
+    "inception_weights": ("evaluate.inception_weights", flags.DEFINE_string, "Path of torch-fidelity's Inception weights; by "
+                          "default the checkpoint's."),
+    "source": ("data.source", flags.DEFINE_string, "The real images, where they lie elsewhere now: folder(path='data/cats'), "
+               "..."),
+}
+SECTIONS = {"sample": DRAWING, "evaluate": DRAWING | MEASURING}
+BEHIND = {}  # the flags of this command, by the options behind them
+
+
+def names_of(section):
+    """The options behind the names by which a command and its function know them: `{"steps": "sample.steps"}`."""
+    return {name: option.format(section=section) for name, (option, _, _) in SECTIONS[section].items()}
+
+
+def define_checkpoint_flags(section):
+    """The flags of the commands that begin at a checkpoint; `section` of its config says how they draw."""
+    flags.DEFINE_string("checkpoint", None, "Run folder, or a .pt or .safetensors file in one; by default the newest in runs/.")
     flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the card if there is one.")
+    for name, (_, define, words) in SECTIONS[section].items():
+        define(name, None, words)
+    BEHIND.update({option: name for name, option in names_of(section).items()})
 
 
-def sample_knobs(section):
-    """What those flags say, as knobs of a section, `sample` or `evaluate`; None where they say nothing."""
-    given = flags.FLAGS
-    classes, interval = (value if value is None else tuple(value) for value in (given.classes, given.guidance_interval))
-    with contextlib.suppress(ValueError):  # of a word that is no number, which the config's check tells
-        interval = interval and tuple(map(float, interval))
-    return {f"{section}.sampler": given.sampler, f"{section}.steps": given.steps, f"{section}.spacing": given.spacing,
-            "sample.ema": given.ema, "sample.seed": given.seed, "sample.compile": given.compile,
-            f"{section}.batch_size": given.batch_size,
-            f"{section}.classes": classes, "sample.guidance": given.guidance, "sample.guidance_interval": interval,
-            "sample.guide": given.guide}
+def drawing():
+    """The flags of DRAWING and MEASURING that the command line gives, by name."""
+    return {name: value for name in BEHIND.values() if (value := flags.FLAGS[name].value) is not None}
+
+
+def options(given, section):
+    """What a command or its function is given by name, `{"steps": 5}`, as options of the config, `{"sample.steps": 5}`.
+
+    Names are those of SECTIONS or an option's own, `sample.steps` or `config.sample.steps`. None leaves an option as it is.
+    Raises ValueError for another name, and for a value of another type.
+    """
+    names, known, found = names_of(section), flatten(base()), {}
+    for name, value in given.items():
+        option = names.get(name, name.removeprefix("config."))
+        if option not in known or option == name and "." not in name:  # the training's own seed is config.seed
+            near = suggest(name, [*names, *known])
+            raise ValueError(f"there is no option {name!r}{near}; there are {', '.join(names)}, and those of base() in "
+                             "ddpm/config.py by their full names, such as **{'diffusion.clip': False}")
+        if value is not None:
+            found[option] = as_option(name, option, value, type(known[option]))
+    return found
+
+
+def as_option(name, option, value, kind):
+    """A value in the type that an option has, as the flag of that name would read it; raises ValueError where it cannot be."""
+    if kind is tuple and type(value) is str:
+        value = value.split(",") if value else ()
+    if kind is tuple:
+        value = tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
+    if option == "sample.guidance_interval":
+        with contextlib.suppress(ValueError):  # of a word that is no number, which the config's check tells
+            value = tuple(map(float, value))
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is str and isinstance(value, Path):
+        value = str(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r}; it takes {KINDS[kind]}")
+    return value
+
+
+def as_typed(message):
+    """A message in which options that this command has a flag for are called by that, `--steps`, unless typed by full name."""
+    full = " ".join(sys.argv)
+    for option, flag in BEHIND.items():
+        if f"config.{option}=" not in full:
+            message = re.sub(rf"(?<![\w.-])(--)?(config\.)?{re.escape(option)}(?![\w.])", f"--{flag}", message)
+    return message
+
+
+def also_called(**names):
+    """A decorator for a function whose arguments have earlier names too: `@also_called(output_dir="out")`."""
+    def wrap(function):
+        @functools.wraps(function)
+        def called(*arguments, **given):
+            return function(*arguments, **{names.get(name, name): value for name, value in given.items()})
+        return called
+    return wrap
+
+
+def count(number, thing):
+    """So many of a thing, in words."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def check_count(num_images):
+    """Raise a ValueError for a number of images that cannot be drawn."""
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}; give 1 or more")
 
 
 def read_flags(argv, values=flags.FLAGS, takes=None):
@@ -183,6 +274,15 @@ def fail(code, message):
     sys.exit(code)
 
 
+def interrupted(error):
+    """End the process after KeyboardInterrupt with one line: what it says of the work that is kept, if anything."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        goes_on = interrupt.interrupted_code() == interrupt.GOES_ON
+        kept = str(error) or ("the same command goes on" if goes_on else "no half-written file is left")
+        interrupt.tell(f"interrupted: {kept}")
+    sys.exit(interrupt.interrupted_code())
+
+
 def one_line(error):
     """What an exception says, on one line and without its type where it speaks for itself."""
     if isinstance(error, OSError) and error.strerror:
@@ -199,7 +299,8 @@ def run_door(main, takes=None):
     """Run a door: `main()` after the flags are read, its return value the exit code; `main(arguments)` if it takes any.
 
     A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1
-    shows where it was raised. Memory that runs out is one line and exit code 1.
+    shows where it was raised. Memory that runs out is one line and exit code 1. So is Ctrl-C or SIGTERM, whose code is 130, or
+    75 where the same command goes on; a second one ends the process at once.
     """
 
     def read(argv):
@@ -213,7 +314,7 @@ def run_door(main, takes=None):
     def mistake(error):
         if os.environ.get("DDPM_TRACEBACK"):
             traceback.print_exc()
-        fail(MISTAKE, one_line(error))
+        fail(MISTAKE, as_typed(one_line(error)))
 
     def run(argv):
         try:
@@ -227,4 +328,8 @@ def run_door(main, takes=None):
             other = ", or give --device=cpu" if "device" in flags.FLAGS else ""
             fail(FAILED, f"{what}; end other programs that use the same memory{other}")
 
-    app.run(run, flags_parser=read)
+    with interrupt.interruptible():
+        try:
+            app.run(run, flags_parser=read)
+        except KeyboardInterrupt as error:
+            interrupted(error)

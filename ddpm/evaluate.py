@@ -8,26 +8,26 @@ from pathlib import Path
 
 from absl import flags
 
-from ddpm import build, command, config, figures
+from ddpm import build, checkpoint, command, config, figures
 from ddpm.draw import joined
 from ddpm.files import held
 from ddpm.score import keep
 from ddpm.train import show
 
-KNOBS = {"likelihood": "evaluate.likelihood", "num_samples": "evaluate.num_samples", "extractor": "evaluate.extractor",
-         "inception_weights": "evaluate.inception_weights", "source": "data.source"}
 
-
-def evaluate(checkpoint_path, device=None, workdir=None, **knobs):
+@command.also_called(checkpoint_path="checkpoint", num_images="num_samples")
+def evaluate(checkpoint=None, device=None, workdir=None, **options):
     """Draw images from a run folder or checkpoint file and measure them against its data; returns {"eval/fid": ...}.
 
-    `knobs` as in `{"evaluate.num_samples": 5000}` take the place of the checkpoint's own; `workdir` is a folder that becomes a
-    run with config.json, metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training images
+    The newest run of runs/ is taken where none is given. `options` are those of `python -m ddpm.evaluate --help` by the same
+    names, `num_samples=5000`, or any by its full name, `**{"diffusion.clip": False}`; `workdir` is a folder that becomes a run
+    with config.json, metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training images
     and, where the bound is measured, likelihood.csv and its picture. Raises ValueError, one line, for a missing checkpoint,
     data or extractor, for nothing to measure, for a folder that holds something else, and for a sample.spacing that would not
     be used.
     """
-    made = build.load(checkpoint_path, device, **knobs)
+    knobs = command.options(options, "evaluate")
+    made = build.load(checkpoint, device, **knobs)
     if knobs.get("sample.spacing") and knobs.get("evaluate.spacing") is None and made.config.evaluate.spacing != "auto":
         raise ValueError(f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
                          f"{made.config.evaluate.spacing!r}; give evaluate.spacing={knobs['sample.spacing']!r} in its place")
@@ -62,7 +62,8 @@ def measure(made, shown=0):
                          build.likelihood(made.config, made.net, images, made.machine))
     if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
         raise ValueError("nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set one of them")
-    print("\n".join([f"measuring {made.name}: {how}", *build.remarks(made.config, "evaluate"), *score.notes]))
+    remarks = map(command.as_typed, build.remarks(made.config, "evaluate"))
+    print("\n".join([f"measuring {made.name}: {how}", *remarks, *score.notes]), flush=True)
     draw = build.drawer(made.config, made.net, made.machine)
     (numbers, pictures), (bits, files) = score(draw), likelihood()
     if numbers and shown:
@@ -72,24 +73,20 @@ def measure(made, shown=0):
 
 def main():
     """Measure what the flags say and print a line for each number; returns the exit code."""
-    given = flags.FLAGS
-    knobs = command.sample_knobs("evaluate") | {knob: given[flag].value for flag, knob in KNOBS.items()} | command.overrides()
-    workdir = given.workdir
+    given, workdir = flags.FLAGS, flags.FLAGS.workdir
     if workdir is None and os.environ.get("WANDB_SWEEP_ID"):
-        workdir = config.default_workdir(f"{Path(given.checkpoint).stem}-measured", command.overrides())
-    for name, value in evaluate(given.checkpoint, given.device, workdir, **knobs).items():
+        path = Path(given.checkpoint or checkpoint.newest_run())
+        workdir = config.default_workdir(f"{path.stem}-measured", command.overrides())
+    others = {f"config.{option}": value for option, value in command.overrides().items()}
+    for name, value in evaluate(given.checkpoint, given.device, workdir, **command.drawing(), **others).items():
         print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}")
     return command.DONE
 
 
 if __name__ == "__main__":
-    command.define_checkpoint_flags()
+    command.define_checkpoint_flags("evaluate")
     command.define_overrides_flag()
-    flags.DEFINE_integer("num_samples", None, "Images drawn; by default the checkpoint's.", lower_bound=4)
-    flags.DEFINE_string("extractor", None, "auto, digits, inception or none; by default the checkpoint's.")
-    flags.DEFINE_string("likelihood", None, "Bits/dim by bound, flow, both or none; by default the checkpoint's.")
-    flags.DEFINE_string("inception_weights", None, "Path of torch-fidelity's Inception weights; by default the checkpoint's.")
-    flags.DEFINE_string("source", None, "The real images, where they lie elsewhere now: folder(path='data/cats'), ...")
+    flags.DEFINE_alias("num_images", "num_samples")
     flags.DEFINE_string("workdir", None, "Folder that becomes a run with these numbers; by default they are only printed.")
     flags.adopt_module_key_flags(command)
     command.run_door(main)

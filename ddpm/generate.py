@@ -4,43 +4,45 @@ Image k begins at noise that depends on (seed, k) alone. Network and sampler are
 With `--edit=inpaint --image=PATH --mask=PATH`, or another of EDITS, it edits pictures of your own.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from absl import flags
-from tqdm import tqdm
 
 from ddpm import build, command, draw
 from ddpm.diffusion.editing import EDITS, get_edit
 from ddpm.files import make_folder
-from ddpm.images import FORMATS, save_image_grid
+from ddpm.images import FORMATS, SINGLE, file_or_in, folder_of, recorded, remove_drawing, save_image_grid
 from ddpm.spec import check_choice
 
 
-def generate_images(checkpoint_path, num_images, output_dir, device=None, format="png", **knobs):
-    """Draw `num_images` images from a run folder or checkpoint file into `output_dir`; returns the paths written.
+@command.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images")
+def generate_images(checkpoint=None, num_images=16, out="samples", device=None, format="png", **options):
+    """Draw `num_images` images from a run folder or checkpoint file into the folder `out`; returns the paths written.
 
-    `format` is one of FORMATS; `knobs` as in `{"sample.steps": 25}` take the place of the checkpoint's own. Raises ValueError,
-    one line, for a missing or damaged checkpoint and for options that cannot be.
+    The newest run of runs/ is taken where none is given. `format` is one of FORMATS; `out` may also name the one file that it
+    makes, such as a grid's. `options` are those of `python -m ddpm.generate --help` by the same names, `steps=25`, or any by
+    its full name, `**{"diffusion.clip": False}`. Numbered pictures that an earlier drawing left in the folder are removed.
+    Raises ValueError, one line, for a missing or damaged checkpoint, for options that cannot be, and for a folder that holds
+    numbered pictures which no drawing wrote.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}; give 1 or more")
-    name, _, trained, machine, net = build.load(checkpoint_path, device, **knobs)
-    recipe, film = build.grid_recipe(trained), format == "gif"  # a picture a step, of all images at once
+    command.check_count(num_images)
+    folder = folder_of(out, format)
+    name, _, trained, machine, net = build.load(checkpoint, device, **command.options(options, "sample"))
+    recipe = build.grid_recipe(trained)
     times = build.evaluations(trained, recipe)
-    drawn = build.drawer(trained, net, machine, draw.frames if film else draw.draw)(range(num_images), recipe)
-    make_folder(output_dir)
-    print("\n".join([f"drawing {num_images} images from {name}: {recipe}; {times} network evaluations an image",
-                     *build.remarks(trained, "sample")]))
-    with progress(recipe.steps + 1 if film else num_images, film) as bar:
-        return write(Path(output_dir), shown(drawn, bar, by_image=not film))
+    how = draw.frames if format == "gif" else draw.draw  # a picture a step, of all images at once
+    drawn = build.drawer(trained, net, machine, how)(range(num_images), recipe)
+    make_place(folder, format, machine)
+    say(f"drawing {command.count(num_images, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained)
+    return written(write, out, drawn, format, num_images)
 
 
-def edit_images(checkpoint_path, edit, images, output_dir, mask=None, num_images=None, device=None, format="png", **knobs):
-    """Edit pictures by a run folder or checkpoint file into `output_dir`; returns the paths written.
+@command.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images", image="images")
+def edit_images(checkpoint, edit, images, out="samples", mask=None, num_images=None, device=None, format="png", **options):
+    """Edit pictures by a run folder or checkpoint file into the folder `out`; returns the paths written.
 
     `edit` names an entry of EDITS, `"inpaint"` or `"sdedit(strength=0.6)"`; `images` is the path of a picture, or a list of as
     many as it takes, `mask` that of a picture that is white where `inpaint` paints anew. There are `num_images` results, 16 by
@@ -49,25 +51,46 @@ def edit_images(checkpoint_path, edit, images, output_dir, mask=None, num_images
     """
     write, made = FORMATS[check_choice("format", format, list(FORMATS))], get_edit(edit)
     paths = [images] if isinstance(images, (str, Path)) else list(images)
-    count = edit_count(edit, made, paths, mask, num_images)
-    name, _, trained, machine, net = build.load(checkpoint_path, device, **knobs)
+    count, folder = edit_count(edit, made, paths, mask, num_images), folder_of(out, format, only=format != "grid")
+    name, _, trained, machine, net = build.load(checkpoint, device, **command.options(options, "sample"))
     pictures, area = build.pictures(trained, paths, mask)
     recipe = build.edit_recipe(trained)
     times = build.evaluations(trained, recipe, made)
-    make_folder(output_dir)
-    print("\n".join([f"{edit}: {count} image{'s' * (count > 1)} from {name}: {recipe}; {times} network evaluations an image",
-                     *build.remarks(trained, "sample")]))
+    make_place(folder, format, machine)
+    say(f"{edit}: {command.count(count, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained)
     film, results = format == "gif", []
-    how = partial(draw.frames if film else draw.draw, walk=draw.edited(made, pictures, area, count, machine))
-    with progress(None if film else count, film) as bar:
-        batches = shown(build.drawer(trained, net, machine, how)(range(count), recipe), bar, by_image=not film)
-        written = write(Path(output_dir), remembered(batches, results))
+    how = partial(draw.frames if film else draw.draw, walk=draw.edited(made, pictures, area, count, machine), times=times)
+    drawn = remembered(build.drawer(trained, net, machine, how)(range(count), recipe), results)
+    files = written(write, out, drawn, format, count)
     first, *others = pictures
     hidden = [] if area is None else [first.masked_fill(area, 127)]
     cells = [first, *hidden, *draw.joined(results[-1:] if film else results), *others]
-    grid = Path(output_dir) / "grid.png"
+    grid = file_or_in(out, "grid") if format == "grid" else Path(out, "grid.png")
     save_image_grid(torch.stack(cells), grid, nrow=len(cells) if others else None)  # between two images: in a row
-    return list(dict.fromkeys([*written, grid]))
+    return list(dict.fromkeys([*files, grid]))
+
+
+def make_place(folder, format, machine):
+    """Make the folder of a drawing, and remove the numbered pictures of an earlier one where the format numbers them too."""
+    with machine.together():
+        make_folder(folder)
+        if machine.main and format not in SINGLE and (removed := remove_drawing(folder)):
+            print(f"removed {command.count(removed, 'image')} of an earlier drawing from {folder}")
+
+
+def written(write, out, batches, format, count):
+    """Write batches in a format; returns the paths. A KeyboardInterrupt says how many of `count` images are kept."""
+    try:
+        return write(out, batches)
+    except KeyboardInterrupt:
+        kept = 0 if format in SINGLE else len(recorded(out))
+        whole = f"{kept} of {command.count(count, 'image')} {'is' if kept == 1 else 'are'} in {out}"
+        raise KeyboardInterrupt(whole if kept else f"nothing is written to {out}") from None
+
+
+def say(text, config):
+    """Say how a config draws, with what a person should know of it."""
+    print("\n".join([text, *map(command.as_typed, build.remarks(config, "sample"))]), flush=True)
 
 
 def edit_count(edit, made, paths, mask, num_images):
@@ -81,14 +104,8 @@ def edit_count(edit, made, paths, mask, num_images):
         raise ValueError(f"edit {edit!r} takes no mask; leave out --mask, or write --edit=inpaint")
     if made.single and num_images not in (None, 1):
         raise ValueError(f"edit {edit!r} makes one image; leave out --num_images")
-    if num_images is not None and num_images < 1:
-        raise ValueError(f"num_images is {num_images}; give 1 or more")
+    command.check_count(1 if num_images is None else num_images)
     return 1 if made.single else num_images or 16
-
-
-def progress(total, film):
-    """A progress bar of images, or of a film's steps; `total` is None where it is not known."""
-    return tqdm(total=total, unit="step" if film else "image", leave=False, disable=not sys.stderr.isatty())
 
 
 def remembered(batches, kept):
@@ -98,31 +115,34 @@ def remembered(batches, kept):
         yield batch
 
 
-def shown(batches, bar, by_image):
-    """The same batches, counted on a progress bar."""
-    for seeds, pixels in batches:
-        yield seeds, pixels
-        bar.update(len(seeds) if by_image else 1)
+def wrote(paths):
+    """What was written, in words."""
+    numbered = [path for path in paths if path.stem.isdigit()]
+    others = [str(path) for path in paths if path not in numbered]
+    last = f" ... {numbered[-1].name}" if numbered[1:] else ""
+    pictures = [f"{command.count(len(numbered), 'image')}, {numbered[0]}{last}"] if numbered else []
+    return f"wrote {', and '.join(pictures + others)}"
 
 
 def main():
     """Draw what the flags say; returns the exit code."""
-    given, knobs = flags.FLAGS, command.sample_knobs("sample")
+    given, options = flags.FLAGS, command.drawing()
     if given.edit:
         paths = edit_images(given.checkpoint, given.edit, given.image, given.out, given.mask, given.num_images, given.device,
-                            given.format, **knobs)
+                            given.format, **options)
     elif given.image or given.mask:
         raise ValueError(f"--image and --mask are for an edit; write --edit= and one of {', '.join(EDITS)}")
     else:
-        paths = generate_images(given.checkpoint, given.num_images or 16, given.out, given.device, given.format, **knobs)
-    print(f"wrote {paths[0]}" + (f" to {paths[-1]}" if len(paths) > 1 else ""))
+        paths = generate_images(given.checkpoint, given.num_images or 16, given.out, given.device, given.format, **options)
+    print(wrote(paths))
     return command.DONE
 
 
 if __name__ == "__main__":
-    command.define_checkpoint_flags()
+    command.define_checkpoint_flags("sample")
     flags.DEFINE_integer("num_images", None, "How many images; by default 16.", lower_bound=1)
-    flags.DEFINE_string("out", "samples", "Folder for the images.")
+    flags.DEFINE_alias("num_samples", "num_images")
+    flags.DEFINE_string("out", "samples", "Folder for the images, or the one file of a grid, npz, zip or gif.")
     flags.DEFINE_string("format", "png", f"One of {', '.join(FORMATS)}; gif shows how the images come out of the noise.")
     flags.DEFINE_string("edit", None, "inpaint(resamplings=10), sdedit(strength=0.6), invert or interpolate, of an --image.")
     flags.DEFINE_multi_string("image", [], "Picture to edit; given twice to interpolate.")

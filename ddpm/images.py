@@ -5,8 +5,12 @@ Everywhere else images are uint8 [b, c, h, w] in 0..255 (files, metrics, grids) 
 reader, or the next run after a kill, never meets half a file.
 """
 
+import contextlib
+import hashlib
 import io
+import json
 import math
+import re
 import shutil
 import tempfile
 import zipfile
@@ -21,6 +25,8 @@ from PIL import Image
 from ddpm.files import make_folder, written_beside
 
 WHITE = 255
+NUMBERED = re.compile(r"\d{6,}\.(png|jpg|webp)")  # the names that `numbered` gives
+RECORD = ".drawing.jsonl"  # beside them: the name and the digest of each that was written, a line of JSON each
 
 
 def encode(pixels):
@@ -126,15 +132,68 @@ def numbered(suffix):
         paths = []
         for seeds, images in batches:
             for seed, pixels in zip(seeds, channels_last(images), strict=True):
-                part = Path(out) / f"{seed:06d}{suffix}.part"
+                path = Path(out) / f"{seed:06d}{suffix}"
+                part = path.with_name(path.name + ".part")
                 try:
                     save_picture(pixels, part, suffix)
-                    paths.append(part.replace(part.with_suffix("")))
+                    with open(Path(out, RECORD), "a") as record:
+                        record.write(json.dumps([path.name, digest(part)]) + "\n")
+                    paths.append(part.replace(path))
                 finally:
                     part.unlink(missing_ok=True)
         return paths
 
     return write
+
+
+def digest(path):
+    """A checksum of a file's bytes."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+
+
+def recorded(folder):
+    """The (name, digest) of each numbered picture that was written into a folder since `remove_drawing`."""
+    record, known = Path(folder, RECORD), set()
+    for line in record.read_bytes().splitlines() if record.is_file() else ():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # of a line that was cut short
+            known.add(tuple(map(str, json.loads(line))))
+    return known
+
+
+def remove_drawing(folder):
+    """Remove the numbered pictures that an earlier drawing wrote into a folder; returns how many.
+
+    Nothing is removed where the folder holds one that its record does not know byte for byte: that is a ValueError.
+    """
+    known, found = recorded(folder), sorted(path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name))
+    if others := [path.name for path in found if not path.is_file() or (path.name, digest(path)) not in known]:
+        raise ValueError(f"{folder} holds numbered pictures that no drawing is known to have written as they are "
+                         f"({len(others)}, such as {others[0]}); move them away, or give another --out")
+    for path in [*found, Path(folder, RECORD)]:
+        path.unlink(missing_ok=True)
+    return len(found)
+
+
+def file_or_in(out, format):
+    """The one file that a format of SINGLE makes: `out` itself where its suffix says so, else one of the usual name in it."""
+    name, suffixes = SINGLE[format]
+    return Path(out) if Path(out).suffix.lower() in suffixes and not Path(out).is_dir() else Path(out, name)
+
+
+def folder_of(out, format, only=False):
+    """The folder of what a format writes to `out`, a folder or, unless that is the `only` thing it may be, the one file.
+
+    Raises ValueError where `out` is named like a file that the format does not make.
+    """
+    suffix = Path(out).suffix.lower()
+    kind = next((kind for kind, (_, suffixes) in SINGLE.items() if suffix in suffixes), None)
+    if kind is None or Path(out).is_dir():
+        return Path(out)
+    if only or kind != format:
+        raise ValueError(f"--out={out} is named like a file, and --format={format} writes a folder; write --format={kind}, or "
+                         f"--out={Path(out).with_suffix('')}" if format not in SINGLE or only else
+                         f"--out={out} is not named like a file of --format={format}; end it with {SINGLE[format][1][0]}")
+    return Path(out).parent
 
 
 def channels_last(images):
@@ -144,7 +203,7 @@ def channels_last(images):
 
 def grid(out, batches):
     """Write all images as one picture, `grid.png`."""
-    path = Path(out) / "grid.png"
+    path = file_or_in(out, "grid")
     save_image_grid(torch.cat([images.cpu() for _, images in batches]), path)
     return [path]
 
@@ -154,8 +213,8 @@ def npz(out, batches):
 
     An array's header holds its length, which is known only at the end: until then pixels wait on disk, not in memory.
     """
-    path, count, shape = Path(out) / "images.npz", 0, ()
-    with written_beside(path) as part, tempfile.TemporaryFile(dir=out) as waiting:
+    path, count, shape = file_or_in(out, "npz"), 0, ()
+    with written_beside(path) as part, tempfile.TemporaryFile(dir=path.parent) as waiting:
         for _, images in batches:
             pixels = channels_last(images)
             count, shape = count + len(pixels), pixels.shape[1:]
@@ -170,7 +229,7 @@ def npz(out, batches):
 
 def zipped(out, batches):
     """Write `images.zip`, PNG files stored without a second compression; the same images make the same bytes."""
-    path = Path(out) / "images.zip"
+    path = file_or_in(out, "zip")
     with written_beside(path) as part, zipfile.ZipFile(part, "w") as archive:
         for seeds, images in batches:
             for seed, pixels in zip(seeds, channels_last(images), strict=True):
@@ -184,7 +243,7 @@ def zipped(out, batches):
 
 def gif(out, batches):
     """Write `trajectory.gif`, one grid per batch: batches are the same images at successive steps of the sampler."""
-    path = Path(out) / "trajectory.gif"
+    path = file_or_in(out, "gif")
     frames = [flattened(picture(make_grid(images))) for _, images in batches]
     if not frames:
         raise ValueError("an animation needs at least one frame; give a sampler that takes at least one step")
@@ -203,7 +262,15 @@ PICTURES = {
     ".webp": {"format": "WEBP", "lossless": True, "exact": True},
 }
 
-# name -> f(out, batches) -> paths written; `out` is a folder, `batches` an iterator of (seeds, uint8 [b, c, h, w]).
+SINGLE = {  # formats that make one file: its usual name in a folder, and the suffixes by which `out` may name it
+    "grid": ("grid.png", tuple(PICTURES)),
+    "npz": ("images.npz", (".npz",)),
+    "zip": ("images.zip", (".zip",)),
+    "gif": ("trajectory.gif", (".gif",)),
+}
+
+# name -> f(out, batches) -> paths written; `out` is a folder, or the file of a format in SINGLE, `batches` an iterator of
+# (seeds, uint8 [b, c, h, w]).
 FORMATS = {
     "png": numbered(".png"),
     "jpg": numbered(".jpg"),

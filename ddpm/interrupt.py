@@ -1,17 +1,70 @@
 """Being asked to stop: a signal, or hours that are nearly over, become a wish that is granted where leaving costs nothing.
 
 What can be done again (a drawing, a measurement, the wait for a batch) runs inside `abandonable()` and ends at once; a step and
-a save are seen to their end.
+a save are seen to their end. Commands other than the training end by KeyboardInterrupt inside `interruptible()`; before that,
+while a command imports, `ddpm/__init__.py` has a signal end the process with one line.
 """
 
 import contextlib
 import os
 import signal
+import sys
 import time
 
 BEGAN = time.monotonic() - time.process_time()  # of this process, nearly: so far it has hardly waited
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)  # the last is our own alarm clock
 SLACK, MOST_SLACK = 0.02, 60  # share of the hours, and seconds at most, that are left unused
+STOPPED, GOES_ON = 130, 75  # exit codes of a command that is interrupted; the second where the same command goes on
+GOING_ON = ("ddpm.main", "ddpm.sweep")  # such commands
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what interrupts a command
+
+
+def interrupted_code():
+    """The exit code of this process where it is interrupted, by the command that it runs as `python -m`."""
+    return GOES_ON if any(name in sys.orig_argv for name in GOING_ON) else STOPPED
+
+
+def tell(text):
+    """Write a line to stderr at once, from a signal handler too; on a terminal below the `^C` and the bar that stand there."""
+    above = "\n" if os.isatty(2) else ""
+    with contextlib.suppress(OSError):  # print may be what is interrupted
+        os.write(2, f"{above}{text}\n".encode())
+
+
+def end_at_once(*_):
+    """A signal handler that ends the process where it stands."""
+    os._exit(interrupted_code())
+
+
+def end_before_start(*_):
+    """A signal handler for a command that still imports."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks on a machine the first one says it
+        again = ": nothing to save, the same command goes on" if interrupted_code() == GOES_ON else ": nothing is written"
+        tell(f"interrupted before the start{again}")
+    end_at_once()
+
+
+def raise_once(*_):
+    """A signal handler that raises KeyboardInterrupt; the next signal ends the process at once."""
+    handle(end_at_once)
+    raise KeyboardInterrupt
+
+
+def handle(handler):
+    """Let a handler have the signals of ENDING, except those that are ignored, as by nohup; returns the handlers before."""
+    heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Inside, the first signal raises KeyboardInterrupt, so that half-written files are cleaned up; the second ends at once."""
+    before = handle(raise_once)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interrupted(BaseException):
@@ -97,8 +150,7 @@ class Wish:
             raise KeyboardInterrupt
         if not self.asked:
             self.by = number
-            with contextlib.suppress(OSError):  # print may be what is interrupted
-                os.write(2, f"stopping, {self}: saving first\n".encode())
+            tell(f"stopping, {self}: saving first")
             self._grant()
 
     def _grant(self):

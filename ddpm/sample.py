@@ -1,4 +1,6 @@
-"""The quick look: `python -m ddpm.sample --checkpoint=RUN_OR_FILE --out=grid.png --num_samples=64` draws one grid."""
+"""The quick look: `python -m ddpm.sample --checkpoint=RUN_OR_FILE --out=grid.png --num_images=64` draws one grid."""
+
+from pathlib import Path
 
 from absl import flags
 
@@ -6,29 +8,34 @@ from ddpm import build, command, images
 from ddpm.draw import joined
 
 
-def sample_from_checkpoint(ckpt_path, out_path, num_samples=16, device=None, **knobs):
-    """Draw a grid of `num_samples` images from a run folder or checkpoint file into the picture `out_path`.
+@command.also_called(checkpoint_path="checkpoint", ckpt_path="checkpoint", out_path="out", num_samples="num_images")
+def sample_from_checkpoint(checkpoint=None, out="samples.png", num_images=16, device=None, **options):
+    """Draw a grid of `num_images` images from a run folder or checkpoint file into the picture `out`; returns [its path].
 
-    `knobs` as in `{"sample.steps": 25}` take the place of the checkpoint's own. Raises ValueError, one line, for a missing or
-    damaged checkpoint, and for a picture format that is not known.
+    The newest run of runs/ is taken where none is given. `options` are those of `python -m ddpm.sample --help` by the same
+    names, `steps=25`, or any by its full name, `**{"diffusion.clip": False}`. Raises ValueError, one line, for a missing or
+    damaged checkpoint, for options that cannot be, and for a picture format that is not known.
     """
-    images.check_picture(out_path)
-    _, _, trained, machine, net = build.load(ckpt_path, device, **knobs)
-    drawn = build.drawer(trained, net, machine)(range(num_samples), build.grid_recipe(trained))
-    images.save_image_grid(joined(drawn), out_path)
+    images.check_picture(out)
+    command.check_count(num_images)
+    _, _, trained, machine, net = build.load(checkpoint, device, **command.options(options, "sample"))
+    drawn = build.drawer(trained, net, machine)(range(num_images), build.grid_recipe(trained))
+    images.save_image_grid(joined(drawn), out)
+    return [Path(out)]
 
 
 def main():
     """Draw what the flags say; returns the exit code."""
     given = flags.FLAGS
-    sample_from_checkpoint(given.checkpoint, given.out, given.num_samples, given.device, **command.sample_knobs("sample"))
-    print(f"wrote {given.out}")
+    path, = sample_from_checkpoint(given.checkpoint, given.out, given.num_images, given.device, **command.drawing())
+    print(f"wrote {path}")
     return command.DONE
 
 
 if __name__ == "__main__":
-    command.define_checkpoint_flags()
-    flags.DEFINE_integer("num_samples", 16, "How many images.", lower_bound=1)
+    command.define_checkpoint_flags("sample")
+    flags.DEFINE_integer("num_images", 16, "How many images.", lower_bound=1)
+    flags.DEFINE_alias("num_samples", "num_images")
     flags.DEFINE_string("out", "samples.png", "The picture: png, jpg or webp.")
     flags.adopt_module_key_flags(command)
     command.run_door(main)

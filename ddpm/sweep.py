@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ddpm import build, checkpoint, command, results, rng
 from ddpm import config as configs
 from ddpm.files import held, written_beside
+from ddpm.interrupt import tell
 from ddpm.study import read
 
 STEP = re.compile(r"step (\d+)/(\d+) \(")
@@ -91,7 +92,7 @@ class Children:
 
     def ask(self, *_):
         self.asked += 1
-        print("stopping: the runs save and end; asked once more, they just end", file=sys.stderr, flush=True)
+        tell("stopping: the runs save and end; asked once more, they just end")
         for process in list(self.processes):
             process.terminate() if self.asked == 1 else process.kill()
 

@@ -16,7 +16,7 @@ def noise(count, channels, height=8, width=8):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != images.RECORD)
 
 
 def batches(pixels, size=3):
