@@ -19,7 +19,7 @@ setup(
         "torch>=2.7",
         "torchvision>=0.22",
         "numpy>=1.26",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "einops>=0.8",
         "ml-collections>=1.0",
         "absl-py>=2.1",

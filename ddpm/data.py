@@ -30,12 +30,13 @@ from einops import rearrange, repeat
 from PIL import Image
 from tqdm import tqdm
 
-from ddpm import cache, images, likeness, rng, spec
+from ddpm import cache, images, likeness, pictures, rng, spec
 from ddpm.pictures import MODES, SUFFIXES, TOO_SMALL, WHITE, Facts, Refused, decode, decode_file, examine, to_pixels
 
 PREPROCESSING = "square crop, bicubic, 1"  # in every fingerprint: count it up when the same file gives other pixels
+SRGB = 2  # in that of what gave other pixels before, as only PIL read it: it is converted to sRGB, or a rare kind
 PASSING = "not readable"  # a fault of the disk or the memory, which may be gone the next time
-SCAN = 1  # count it up when `pictures.examine` says other things of the same file
+SCAN = 2  # count it up when `pictures.examine` says other things of the same file
 
 Report = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))  # on a torchvision image
 
@@ -116,6 +117,9 @@ def digits(image_size, channels, matte):
     )
 
 
+DARK = 2**15  # of 65535: a picture of 16 bits that goes no further has values of 15 bits or fewer, or signs
+
+
 class Survey(NamedTuple):
     """A folder of images: the files of images with their facts, and the names of what else lies there."""
 
@@ -134,7 +138,30 @@ class Survey(NamedTuple):
         kinds = Counter(f"{suffix} files" if (suffix := Path(name).suffix.lower()) else "files without a suffix"
                         for name in self.others)
         kinds += Counter({"folders that may not be read": self.closed})
-        return shortened([f"{kinds[kind]} {kind}" for kind in sorted(kinds, key=lambda kind: (-kinds[kind], kind))])
+        return most_first(kinds)
+
+    def unread(self):
+        """The pictures of formats that are not read: name -> format."""
+        kinds = {name: pictures.UNREAD.get(Path(name).suffix.lower(), "") for name in self.others}
+        kinds |= {name: one.fault for name, one in zip(self.names, self.facts, strict=True)}
+        return {name: kind for name, kind in kinds.items() if kind in pictures.CONVERTIBLE}
+
+    def dark(self, image_size):
+        """The images of more than 8 bits a channel that use no more than half of their range: name -> the largest value."""
+        return {name: one.reach for name, one, fault in zip(self.names, self.facts, self.faults(image_size), strict=True)
+                if not fault and 0 < one.reach < DARK}
+
+    def remarks(self, image_size):
+        """What a person must know who trains on this folder, in lines."""
+        unread, dark, lines = self.unread(), self.dark(image_size), []
+        if unread:
+            verb = "picture is" if len(unread) == 1 else "pictures are"
+            lines.append(f"{len(unread):,} {verb} not read ({most_first(Counter(unread.values()))}): {pictures.CONVERT}")
+        if dark:
+            most = max(dark.values())
+            lines.append(f"{len(dark):,} of the images have more than 8 bits a channel and stop at {most} of 65535, which is "
+                         f"learned as {most / 65535:.1%} of white: multiply their values by {65535 / most:.3g}")
+        return lines
 
 
 def survey(path):
@@ -156,7 +183,8 @@ def folder(image_size, channels, matte, *, path):
     found = survey(path)
     root, names, strangers = found.root, found.names, found.strangers()
     if not names:
-        raise ValueError(f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is {', '.join(SUFFIXES)}")
+        raise ValueError(f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is {', '.join(SUFFIXES)}; "
+                         f"{pictures.CONVERT} what is a picture")
     faults = found.faults(image_size)
     kept = [i for i, fault in enumerate(faults) if not fault]
     said = left_out(names, faults)
@@ -165,6 +193,7 @@ def folder(image_size, channels, matte, *, path):
         raise ValueError(f"none of the {len(names)} images in {str(root)!r} can be used: {'; '.join(said)}; {remedy}")
     notes = [f"folder {root}: {len(kept)} of {len(names)} images kept", *said]
     notes += [f"not read: {strangers}"] if strangers else []
+    notes += found.remarks(image_size)
     names, facts = [names[i] for i in kept], [found.facts[i] for i in kept]
     labels, classes = classes_of(names)
     if classes:
@@ -179,12 +208,17 @@ def folder(image_size, channels, matte, *, path):
         fetch=partial(fetch_file, root, names, image_size, channels, matte),
         length=len(names),
         image_shape=(channels, image_size, image_size),
-        fingerprint=fingerprint("folder", PREPROCESSING, image_size, channels, matte, names, [one.digest for one in facts]),
+        fingerprint=fingerprint("folder", PREPROCESSING, image_size, channels, matte, names, list(map(content_of, facts))),
         labels=labels,
         classes=classes,
         notes=tuple(notes),
         alike=alike,
     )
+
+
+def content_of(one):
+    """What stands for the content of a file in a fingerprint, by its Facts: other where its pixels are others than before."""
+    return f"{one.digest} {SRGB} {one.done}" if one.done else one.digest
 
 
 def classes_of(names):
@@ -279,7 +313,7 @@ def streaming(image_size, channels, matte, *, path, remote="", cache_limit="", i
         fetch=fetch,
         length=len(shards),
         image_shape=shape,
-        fingerprint=fingerprint("streaming", PREPROCESSING, shape, matte, image, label, shards.digest),
+        fingerprint=fingerprint("streaming", PREPROCESSING, SRGB, shape, matte, image, label, shards.digest),
         labels=labels,
         classes=classes,
         notes=(f"streaming {path}: {len(shards)} images in {len(shards.sizes)} shards{f' of {remote}' if remote else ''}",),
@@ -360,7 +394,11 @@ def examine_item(found, image_size, index):
     try:
         image, target = found[index]
         content = f"{image.mode} {image.size}".encode() + image.tobytes()
-    except Exception:
+        _, done = pictures.plain(image)
+        content += f" {SRGB} {done}".encode() if done else b""
+    except Exception as error:
+        if pictures.is_ours(error):
+            raise
         return Report(fault="broken")
     category, *species = target if isinstance(target, tuple) else (target,)
     return Report(
@@ -384,6 +422,11 @@ def shortened(names, most=5):
     """The first few names and how many more there are, on one line and safe to print on any terminal."""
     text = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def most_first(counts):
+    """Counts of kinds in words, the largest first."""
+    return shortened([f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda kind: (-counts[kind], kind))])
 
 
 def fingerprint(*parts):
@@ -418,8 +461,12 @@ def fetch_sample(shards, column, image_size, channels, matte, index):
         value = sample[column]
         if isinstance(value, bytes):
             return decode_file(io.BytesIO(value), image_size, channels, matte)
+        if not isinstance(value, (np.ndarray, Image.Image)):
+            raise Refused("no image", type(value).__name__)
         return decode(Image.fromarray(value) if isinstance(value, np.ndarray) else value, image_size, channels, matte)
-    except Exception as error:  # as above, and whatever else a column may hold
+    except Exception as error:
+        if pictures.is_ours(error):
+            raise
         raise ValueError(f"column {column!r} of sample {index} in {shards.folder} is no image that can be read "
                          f"({type(error).__name__}); name another column by image=, or write the shards anew") from None
 

@@ -60,6 +60,9 @@ def diagnose(path, image_size, fraction):
         "misnamed": {name: one.format for name, one in zip(found.names, found.facts, strict=True)
                      if one.format and one.format != pictures.SUFFIXES[Path(name).suffix.lower()]},
         "without_suffix": {name: form for name in found.others if (form := pictures.format_in(found.root / name))},
+        "other_colours": {name: one.profile for name, one in zip(names, facts, strict=True) if one.profile},
+        "unread_profile": named(lambda _, one: one.unread_profile),
+        "dark": found.dark(image_size), "unread": found.unread(), "remarks": found.remarks(image_size),
         "not_read": found.strangers(),
         "cropped_away": dict(sorted(lost.items(), key=lambda item: -item[1])),
         "classes": {name: counts[number] for number, name in enumerate(classes)} if classes else {},
@@ -86,6 +89,7 @@ def verdict(report):
                         "learned from, so val/loss and eval/copying flatter: keep one of each group")
     elif report["near_duplicates"]:
         warnings.append("near-duplicates are learned more often than others, and copied sooner: keep one of each group")
+    warnings += report["remarks"]
     if report["one_colour"]:
         warnings.append(f"{len(report['one_colour']):,} images of one colour will be drawn too: take them away")
     if report["without_suffix"]:
@@ -118,12 +122,17 @@ def lines_of(report):
         rows.append(("near-duplicates", f"{sum(map(len, groups)):,} images in {len(groups):,} groups, such as "
                                         f"{data.shortened(groups[0], 3)}"))
     misnamed = [f"{name} ({form})" for name, form in report["misnamed"].items()]
+    coloured = [f"{name} ({profile})" for name, profile in report["other_colours"].items()]
     unnamed = [f"{name} ({form})" for name, form in report["without_suffix"].items()]
     rows += [
         ("of one colour", some(report["one_colour"])),
         ("turned upright", some(report["turned"])),
         ("transparent", some(report["transparent"])),
         ("CMYK", some(report["cmyk"])),
+        ("other colours", f"{some(coloured)}; converted to sRGB" if coloured else ""),
+        ("unread profile", f"{some(report['unread_profile'])}; taken for sRGB" if report["unread_profile"] else ""),
+        ("dark 16 bits", some([f"{name} (up to {most})" for name, most in report["dark"].items()])),
+        ("other program", some([f"{name} ({kind})" for name, kind in report["unread"].items()])),
         ("animated", f"{some(report['animated'])}; the first frame counts" if report["animated"] else ""),
         ("another format", some(misnamed)),
         ("no image suffix", some(unnamed)),
@@ -162,7 +171,7 @@ def contact_sheet(report, matte):
 
     twins = [seen(name, f"{'held out: ' if name in held_out else ''}{data.shortened([name])}", COLOURS[k % len(COLOURS)])
              for k, group in enumerate(report["near_duplicates"][:most]) for name in group[:4]][:2 * most]
-    unlike = [*report["turned"], *report["transparent"], *report["cmyk"], *report["animated"]]
+    unlike = [*report["turned"], *report["transparent"], *report["cmyk"], *report["animated"], *report["other_colours"]]
     unlike = [name for name in dict.fromkeys(unlike) if name not in left_out]
     outside = [Cell(fault, data.shortened([name])) if fault != pictures.TOO_SMALL else seen(name)
                for fault, names in report["left_out"].items() for name in names[:COLUMNS]]
@@ -171,7 +180,7 @@ def contact_sheet(report, matte):
         ("As training sees them", [seen(name, "") for name in thinned(kept, 4 * COLUMNS)]),
         (f"Near-duplicates: {len(report['near_duplicates']):,} groups, a colour each", twins),
         ("Cropped most: what is dimmed is lost", worst),
-        ("Turned upright, transparent, CMYK or animated, as training sees them", [seen(name) for name in unlike[:most]]),
+        ("Turned, transparent, animated, CMYK or other colours, as training sees them", [seen(name) for name in unlike[:most]]),
         ("Of one colour", [seen(name) for name in report["one_colour"][:COLUMNS]]),
         ("Left out", outside[:2 * most]),
     ])

@@ -1,6 +1,6 @@
 """Image files of strangers: opened within limits, decoded to squares, and examined.
 
-    pixels uint8 [c, image_size, image_size]; c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA
+    pixels uint8 [c, image_size, image_size] in sRGB; c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA
 
 Whoever reads an image file reads it here: training and its scan of a folder, shards, the pictures that a person names,
 `ddpm.doctor`, and `ddpm.compare` the samples of runs. So they agree on what is broken, and a file that was made to do harm
@@ -16,21 +16,39 @@ import re
 import stat
 import struct
 import threading
+import traceback
 import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange, reduce
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, features
 
-from ddpm import likeness
+from ddpm import colour, likeness, png
 
 WHITE = (255, 255, 255)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
-            ".gif": "GIF"}
-FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))  # and no other is tried: PIL's readers of EPS, PSD, FITS ... never see a file
+            ".gif": "GIF", ".avif": "AVIF", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".jpf": "JPEG2000", ".jpx": "JPEG2000"}
+RAW = "camera raw"
+UNREAD = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".jxl": "JPEG XL"} | dict.fromkeys(
+    (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"), RAW)  # suffixes of pictures that PIL lacks
+
+
+def readable(form):
+    """Whether this PIL reads a format: AVIF it has only learned of late, and JPEG 2000 it may be built without."""
+    if form == "AVIF":
+        try:
+            from PIL import AvifImagePlugin
+        except ImportError:  # before 11.3
+            return False
+        return AvifImagePlugin.SUPPORTED
+    return form != "JPEG2000" or features.check("jpg_2000")
+
+
+# No other is tried: PIL's readers of EPS, PSD, FITS ... never see a file.
+FORMATS = tuple(filter(readable, dict.fromkeys(SUFFIXES.values())))
 
 # More than nearly any camera makes. PIL takes 4 bytes a pixel, and four times that for a moment where there is transparency.
 MOST_PIXELS = 2**27
@@ -40,6 +58,7 @@ MOST_VALUES = 2**18  # numbers in one tag of a TIFF: each becomes an object of P
 MOST_SCANS = 100  # of a JPEG, each a pass over the whole image: encoders make about ten
 MOST_EXIF = 16  # segments of 64 KiB of a JPEG that PIL joins and reads as the tags of a TIFF
 
+CONVERT = "convert to JPEG or PNG"
 FAULTS = {  # why an image is left out -> what may be done about it
     "too small": "take a smaller image_size, or larger images",
     "empty": "copy or download again",
@@ -47,16 +66,21 @@ FAULTS = {  # why an image is left out -> what may be done about it
     "truncated": "the end is missing; copy or download again",
     "broken": "it contradicts itself; copy or download again",
     "too large": f"shrink to {MOST_PIXELS // 10**6} million pixels at most, or beware: files are made so to do harm",
-    "without an agreed range": "save with 8 or 16 bits a channel",
+    "without an agreed range": "save in sRGB with 8 or 16 bits a channel, and no signs",
+    "unsupported": "PIL does not read this kind of its format; convert to JPEG or PNG",
+    "HEIC": CONVERT, "JPEG XL": CONVERT, "AVIF": f"{CONVERT}, or pip install -U pillow", "JPEG2000": CONVERT,
     "not readable": "see that it is there, that you may read it, and that memory is free",
     "no file": "a pipe, socket or device; take it away",
 }
 TOO_SMALL = "too small"
+CONVERTIBLE = ("unsupported", "HEIC", "JPEG XL", "AVIF", "JPEG2000", RAW)  # faults of pictures that other programs show
 
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # PIL warns at this number, and raises at twice as many
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 # PIL warns on stderr of oddities in files that it reads all the same; what is left out stands in a source's notes.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+# Grey of 16 bits where 0 is white: PIL reads it of one byte order, and inverts neither; `levels_of` does.
+TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 
 
 class Refused(ValueError):
@@ -81,6 +105,10 @@ class Facts(NamedTuple):
     animated: bool = False
     blank: bool = False  # of one colour
     trace: str = ""  # what `likeness` compares, as text
+    profile: str = ""  # the name of what was converted to sRGB; empty for sRGB
+    unread_profile: bool = False  # there is one, and it cannot be used
+    reach: int = 0  # the largest value of one with more than 8 bits a channel, of 65535
+    done: str = ""  # what was done that PIL alone would not, such as a conversion to sRGB: pixels that once were others
 
     @property
     def likeness(self):
@@ -116,12 +144,24 @@ def opened(file):
     with contextlib.nullcontext(file) if hasattr(file, "read") else regular(file) as file:
         try:
             check(file)
-            with Image.open(file, formats=FORMATS) as image:
+            source, said = pared(file)
+            with Image.open(source, formats=FORMATS) as image:
+                image.info |= said
                 yield image
         except Refused:
             raise
         except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
+            if is_ours(error):
+                raise
             raise refusal(error, file) from error
+
+
+def is_ours(error):
+    """Whether what was raised while a file was read is a fault of this program, not of the file: PIL had no part in it."""
+    if isinstance(error, (Refused, OSError, EOFError, MemoryError, colour.Unsupported)):
+        return False
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return not any(name.split(".")[0] == "PIL" for name in modules)
 
 
 def regular(path):
@@ -148,6 +188,8 @@ def is_strange(path):
 def refusal(error, file):
     """The Refused for what was raised while an open file was read."""
     said = " ".join(str(error).split())[:200]
+    if isinstance(error, colour.Unsupported):
+        return Refused("unsupported", said)
     if isinstance(error, MemoryError):
         return Refused("not readable", "memory is full")
     if isinstance(error, Image.DecompressionBombError) or "too large" in said or "Too much memory" in said:
@@ -159,9 +201,18 @@ def refusal(error, file):
     if isinstance(error, UnidentifiedImageError):
         file.seek(0)
         head = file.read(16)
-        known = any(Image.OPEN[name][1](head) is True for name in FORMATS)
-        return Refused("broken", "its header") if known else Refused("no image")
-    return Refused("broken", f"{type(error).__name__} {said}")
+        if head[4:12] in (b"ftypmif1", b"ftypmsf1"):  # a HEIF of some kind; AVIF is one, and PIL has tried that
+            return Refused("HEIC")
+        known = [name for name in FORMATS if Image.OPEN[name][1](head) is True]
+        if not known:
+            return Refused("no image")
+        file.seek(0)
+        try:
+            Image.OPEN[known[0]][0](file)
+        except Exception as more:  # what PIL found, which it does not pass on
+            said = " ".join(str(more).split())[:200]
+        return Refused("unsupported" if UNSUPPORTED.search(said) else "broken", f"its header: {said}")
+    return Refused("unsupported" if UNSUPPORTED.search(said) else "broken", f"{type(error).__name__} {said}")
 
 
 def check(file):
@@ -173,8 +224,10 @@ def check(file):
     if size > MOST_BYTES:
         raise Refused("too large", f"{size:,} bytes")
     head = file.read(16)
+    if (form := foreign(head)) and form not in FORMATS:
+        raise Refused(form)
     for starts, walk in WALKS:
-        if head.startswith(starts):
+        if head.startswith(starts) or head[4:8] in starts:
             with contextlib.suppress(struct.error, IndexError):  # the end: PIL tells whether that is too early
                 for count, _ in enumerate(walk(file, size)):
                     if count > MOST_PARTS:
@@ -184,12 +237,39 @@ def check(file):
     file.seek(0)
 
 
-def png_chunks(file, size):
-    place = 8
+def foreign(head):
+    """The format of the first 16 bytes of a file, if it is one that PIL lacks or may lack."""
+    if head[4:8] == b"ftyp":
+        return BRANDS.get(head[8:12], "")
+    return next((form for starts, form in SIGNATURES if head.startswith(starts)), "")
+
+
+def boxes(file, size):
+    """(kind, place, length) of the boxes of an AVIF or a JPEG 2000, those within others too, and of the latter's segments."""
+    place = 0
+    file.seek(0)
+    if file.read(4) == b"\xff\x4f\xff\x51":
+        yield from codestream(file, 2)
+        return
     while place < size:
-        yield
         file.seek(place)
-        place += 12 + struct.unpack(">I", file.read(4))[0]
+        length, kind, large = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+        head, length = (16, large) if length == 1 else (8, length or size - place)
+        yield kind, place + head, max(length - head, 0)
+        if kind == b"jp2c":
+            yield from codestream(file, place + head + 2)
+        place += NESTED.get(kind) or max(length, 8)
+
+
+def codestream(file, place):
+    """The segments before the first tile of a JPEG 2000."""
+    while True:
+        file.seek(place)
+        marker, length = struct.unpack(">HH", file.read(4))
+        if marker in (0xFF90, 0xFF93, 0xFFD9):
+            return
+        yield marker, place, length
+        place += 2 + max(length, 2)
 
 
 def gif_blocks(file, size):
@@ -246,7 +326,41 @@ def jpeg_segments(file, size):
             place = found.start() if found else len(content)
 
 
-WALKS = ((b"\x89PNG", png_chunks), (b"GIF8", gif_blocks), ((b"II", b"MM"), tiff_tags), (b"\xff\xd8", jpeg_segments))
+WALKS = (((b"\x89PNG",), png.chunks), ((b"GIF8",), gif_blocks), ((b"II", b"MM"), tiff_tags), ((b"\xff\xd8",), jpeg_segments),
+         ((b"ftyp", b"jP  ", b"\xff\x4f\xff\x51"), boxes))
+NESTED = {b"jp2h": 8, b"meta": 12, b"iprp": 8, b"ipco": 8}  # boxes of boxes: the bytes before the first
+
+
+def pared(file):
+    """(the open file as PIL is to see it, entries for the info of PIL's image), which PIL does not give."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(12)
+    try:
+        if head.startswith(png.SIGNATURE):
+            return png.pared(file, size)
+        if head[4:8] in (b"ftyp", b"jP  "):
+            return file, {"icc_profile": profile_in_boxes(file, size)}
+        return file, {}
+    finally:
+        file.seek(0)
+
+
+def profile_in_boxes(file, size):
+    """The ICC profile that an AVIF or a JPEG 2000 contains or says by numbers; None where it does not say."""
+    found = None
+    with contextlib.suppress(struct.error):
+        for kind, place, length in boxes(file, size):
+            if kind == b"colr":
+                file.seek(place)
+                content = file.read(min(length, colour.MOST_PROFILE))
+                if content[:4] in (b"prof", b"rICC"):
+                    return content[4:]
+                if content[:1] == b"\2":  # JPEG 2000's
+                    return content[3:]
+                if content[:4] == b"nclx":
+                    found = colour.from_cicp(*struct.unpack(">HH", content[4:8]), True)
+    return found
 
 
 def decode_file(file, image_size, channels, matte=WHITE):
@@ -264,6 +378,11 @@ def decode(image, image_size, channels, matte):
     JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice what is needed: a photo of 11 megapixels
     costs a fifth, and pixels hardly change.
     """
+    return decoded(image, image_size, channels, matte)[0]
+
+
+def decoded(image, image_size, channels, matte):
+    """`decode`, and what was done beside PIL's own reading, as `plain` says it."""
     if image.format not in (None, "MPO", *FORMATS):  # opened by another library
         raise Refused("no image", f"{image.format} is not read")
     whole = image.size
@@ -272,7 +391,9 @@ def decode(image, image_size, channels, matte):
     with ROOM.take(width * height):
         image.load()
         extent = reduced[1][2:] if reduced else image.size
-        return to_pixels(image, image_size, channels, matte, extent, orientation_of(image))
+        orientation = orientation_of(image)
+        image, done = plain(image)
+        return to_pixels(image, image_size, channels, matte, extent, orientation), done
 
 
 def whole(path, side):
@@ -294,7 +415,9 @@ def orientation_of(image):
             return 1
         found = image.getexif().get(ORIENTATION, 1)
         return found if found in TURNS else 1
-    except Exception:  # a broken EXIF block does not make a picture unreadable
+    except Exception as error:  # a broken EXIF block does not make a picture unreadable
+        if is_ours(error):
+            raise
         return 1
 
 
@@ -337,19 +460,57 @@ def to_pixels(image, image_size, channels, matte, extent, orientation=1):
 
 
 def in_mode(image, channels, matte):
-    """The PIL image in the mode of that many channels: 16 bits scaled to 8, transparency laid over `matte` or kept."""
-    if image.mode == "F":
-        raise Refused("without an agreed range", "floating-point pixels")
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise Refused("without an agreed range", "32-bit pixels")
-        image = Image.fromarray(((values.astype(np.int32) + 128) // 257).astype(np.uint8))
+    """The PIL image in the mode of that many channels, in sRGB; transparency laid over `matte` or kept."""
+    image, _ = plain(image)
     if channels in (1, 3) and image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*matte, 255))
         ground.alpha_composite(image.convert("RGBA"))
         image = ground
     return image.convert(MODES[channels])
+
+
+def plain(image):
+    """(the PIL image in sRGB and 8 bits a channel as PIL's `convert` understands it, what was done for that).
+
+    That is "" for nothing, or PIL's own reading of 16 bits. Raises Refused for values without an agreed range.
+    """
+    done, form, tags = [], image.format, getattr(image, "tag_v2", {})
+    bits, signed = tags.get(BITS, (8,))[0], 2 in tags.get(SAMPLES, ())
+    profile, _ = colour.of(image)
+    if image.mode == "F":
+        raise Refused("without an agreed range", "floating-point pixels")
+    if signed and bits == 8 and np.asarray(image).max() > 127:
+        raise Refused("without an agreed range", "signed pixels")
+    key = image.info.get("transparency")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int32)
+        if values.min() < 0 or values.max() > 65535:
+            raise Refused("without an agreed range", f"32-bit pixels, from {values.min()} to {values.max()}")
+        full = 2**bits - 1 if 8 < bits < 16 else 65535
+        alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+        done += [f"{bits} bits"] * (full < 65535) + ["a transparent level"] * (key is not None)
+        if tags.get(PHOTOMETRIC) == 0:
+            values = full - values
+            done.append("0 is white")
+        levels = (values + 128) // 257 if full == 65535 else np.rint(values * (255 / full))
+        if profile:
+            levels = np.rint(np.interp(values * (255 / full), np.arange(256), profile.tone()))
+            done.append(profile.name)
+        image = Image.fromarray(levels.astype(np.uint8))
+        if alpha:
+            image.putalpha(alpha)
+        return image, ", ".join(done)
+    if image.mode == "1" and key is not None:
+        image = image.convert("L")
+        image.info["transparency"] = key
+        done.append("a transparent level")
+    if form == "BMP" and image.mode == "RGBA" and not image.getextrema()[3][1]:  # which says that nobody meant it
+        image = image.convert("RGB")
+        done.append("transparency everywhere")
+    if profile:
+        image = colour.converted(image, profile)
+        done.append(profile.name)
+    return image, ", ".join(done)
 
 
 def examine(path):
@@ -358,9 +519,10 @@ def examine(path):
         with regular(path) as file:
             with opened(file) as image:
                 form, mode, size, animated = image.format, image.mode, image.size, is_animated(image)
-                transparent = image.has_transparency_data
-                pixels = decode(image, likeness.SIDE, 4 if transparent else 3, WHITE)
-                orientation = orientation_of(image)
+                deep, transparent = is_deep(image), image.has_transparency_data
+                pixels, done = decoded(image, likeness.SIDE, 4 if transparent else 3, WHITE)
+                orientation, (profile, unread) = orientation_of(image), colour.of(image)
+                reach = reach_of(image) if deep else 0
             digest = digest_of(file)
     except Refused as refused:
         return Facts(refused.fault)
@@ -374,14 +536,33 @@ def examine(path):
     blank = bool((high - low <= BLANK).all())
     trace = "" if blank else base64.b85encode(likeness.trace(pixels.float().mean(0).numpy()).tobytes()).decode()
     form = "JPEG" if form == "MPO" else form
-    return Facts("", digest, *upright(size, orientation), form, mode, orientation, transparent, animated, blank, trace)
+    return Facts("", digest, *upright(size, orientation), form, mode, orientation, transparent, animated, blank, trace,
+                 profile.name if profile else "", unread, reach, done)
+
+
+def is_deep(image):
+    """Whether a PIL image that is not loaded yet has more than 8 bits a channel, or signs."""
+    form = [str(part) for tile in image.tile for part in (tile[3] if isinstance(tile[3], tuple) else tile[3:4])]
+    return image.mode.startswith("I") or image.format in ("PNG", "TIFF") and any(";16" in part for part in form) or \
+        2 in getattr(image, "tag_v2", {}).get(SAMPLES, ())
+
+
+def reach_of(image):
+    """The largest value in a PIL image of more than 8 bits a channel, of 65535; of colours PIL has kept the upper 8 bits."""
+    most = np.asarray(image.getextrema()).max()  # of a transparent one its alpha's, which says nothing: it is left alone
+    if not image.mode.startswith("I"):
+        return int(most) * 256 + 255
+    bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
+    return int(most) * 65535 // (2**bits - 1 if bits < 16 else 65535)
 
 
 def is_animated(image):
     """Whether a PIL image has further frames that are shown after the first; a photo's depth map is none."""
     try:
         return image.format != "MPO" and bool(getattr(image, "is_animated", False))
-    except Exception:  # whatever is behind the first frame is not read
+    except Exception as error:  # whatever is behind the first frame is not read
+        if is_ours(error):
+            raise
         return False
 
 
@@ -404,6 +585,12 @@ def format_in(path):
 
 
 ORIENTATION = 0x0112  # EXIF
+BITS, PHOTOMETRIC, SAMPLES = 258, 262, 339  # of a TIFF; of the last 2 is signed
+UNSUPPORTED = re.compile(r"(?i)unsupported|not (yet )?supported|unknown pixel mode")
+BRANDS = dict.fromkeys((b"avif", b"avis"), "AVIF") | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIC")
+SIGNATURES = ((b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"\0\0\0\x0cjP  ", "JPEG2000"),
+              (b"\xff\x4f\xff\x51", "JPEG2000"))
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # JPEG's
 BLANK = 2  # levels by which a picture of one colour may differ from itself: what JPEG makes of it
 

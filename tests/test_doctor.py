@@ -178,7 +178,7 @@ def test_a_white_picture_is_seen_on_a_sheet():
 
 def test_a_verdict_needs_what_it_says():
     fit = {"kept": 5000, "files": 5000, "left_out": {}, "across": 0, "held_out": [], "near_duplicates": [], "one_colour": [],
-           "without_suffix": {}, "classes": {}}
+           "without_suffix": {}, "classes": {}, "remarks": []}
     assert doctor.verdict(fit) == {"not_fit": [], "warnings": []}
     assert doctor.verdict(fit | {"kept": 299})["not_fit"] and doctor.verdict(fit | {"kept": 2999})["warnings"]
     assert doctor.verdict(fit | {"left_out": {"truncated": ["x"] * 501}})["not_fit"]

@@ -72,9 +72,9 @@ def attacks():
     return {
         "size.png": (png(100_000, 100_000, stream), "too large"),
         "stream.png": (png(64, 64, stream), ""),  # which is not read beyond the picture
-        "profile.png": (png(64, 64, plain, chunk(b"iCCP", b"x\0\0" + stream)), "too large"),
-        "text.png": (png(64, 64, plain, chunk(b"zTXt", b"x\0\0" + stream)), "too large"),
-        "texts.png": (png(64, 64, plain, chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(bytes(10**6))) * 100), "too large"),
+        "profile.png": (png(64, 64, plain, chunk(b"iCCP", b"x\0\0" + stream)), ""),  # which is not unpacked
+        "text.png": (png(64, 64, plain, chunk(b"zTXt", b"Raw profile type exif\0\0" + stream)), ""),
+        "texts.png": (png(64, 64, plain, chunk(b"iTXt", b"x\0\1\0\0\0" + zlib.compress(bytes(10**6))) * 100), ""),
         "chunks.png": (png(64, 64, plain, chunk(b"abCd", b"") * 200_000), "too large"),
         "size.tif": (tiff([(256, 4, 1, 100_000), (257, 4, 1, 100_000)]), "too large"),
         "tile.tif": (tiff([(259, 3, 1, 5), (322, 4, 1, 65520), (323, 4, 1, 32752), (324, 4, 1, 8), (325, 4, 1, 99)]),

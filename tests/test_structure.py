@@ -13,7 +13,7 @@ FLOORS = {
     "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
     "assembly": ["build", "assemble", "train"],
     "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures", "sheet"],
-    "services": ["data", "pictures", "likeness", "cache", "shards", "checkpoint", "tracking", "metrics"],
+    "services": ["data", "pictures", "colour", "png", "likeness", "cache", "shards", "checkpoint", "tracking", "metrics"],
     "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],
     "ground": ["spec", "rng", "dist", "sharded", "clock", "files", "memory", "room", "cards", "budget", "interrupt",
                "progress"],
