@@ -17,11 +17,6 @@ from ddpm.config import RANGES, base
 from ddpm.files import make_folder, written_beside
 from ddpm.sheet import COLUMNS, Cell, sheet
 
-# Small networks drew copies of 300 faces, now and then of 3,000, and hardly of 30,000 (Somepalli et al. 2023); with another
-# measure, Kadkhodaie et al. 2024 found copies up to about 1,000 and none at 100,000. Rules of thumb: other images differ.
-FEWEST, FEW, ENOUGH = 300, 3000, 30000
-DAMAGE = ("empty", "no image", "truncated", "broken", "not readable")
-MOST_DAMAGE = 0.1  # share of the files: more is a copy that went wrong
 IMBALANCE = 10  # times as many images in the largest class as in the smallest
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito 2008
 
@@ -72,18 +67,7 @@ def diagnose(path, image_size, fraction):
 
 def verdict(report):
     """Why a folder is not fit, and what to look at first: `{"not_fit": lines, "warnings": lines}`."""
-    kept, damaged = report["kept"], sum(len(report["left_out"].get(fault, ())) for fault in DAMAGE)
-    not_fit, warnings = [], []
-    if kept < FEWEST:
-        not_fit.append(f"{kept:,} images are too few: a network draws copies of its training images where it has "
-                       f"{FEWEST} or less; find more, or begin from a run on like images by train.init_from")
-    elif kept < FEW:
-        warnings.append(f"{kept:,} images are few, and some will be copied: set data.flip, data.augment=0.12 or "
-                        "model.dropout=0.2, and watch eval/copying")
-    if damaged > MOST_DAMAGE * report["files"]:
-        not_fit.append(f"{damaged:,} of {report['files']:,} files are damaged: bring the folder here again")
-    elif damaged:
-        warnings.append(f"{damaged:,} files are damaged, and left out")
+    not_fit, warnings = data.fitness(report["kept"], {fault: len(names) for fault, names in report["left_out"].items()})
     if report["across"]:
         warnings.append(f"{report['across']:,} of {len(report['held_out']):,} held-out images have a near-duplicate that is "
                         "learned from, so val/loss and eval/copying flatter: keep one of each group")
@@ -145,11 +129,10 @@ def lines_of(report):
     width = 2 + max(len(name) for name, _ in rows)
     yield from (f"{name:<{width}}{text}" for name, text in rows if text)
     yield ""
-    yield from (f"not fit: {line}" for line in report["not_fit"])
-    yield from (f"look at: {line}" for line in report["warnings"])
+    yield from data.verdict(report["not_fit"], report["warnings"])
     if not report["not_fit"]:
-        enough = "enough that copies are rare" if report["kept"] >= ENOUGH else "enough to begin with"
-        yield f"fit to train on: {report['kept']:,} images are {enough}" if report["kept"] >= FEW else "fit to train on"
+        enough = "enough that copies are rare" if report["kept"] >= data.ENOUGH else "enough to begin with"
+        yield f"fit to train on: {report['kept']:,} images are {enough}" if report["kept"] >= data.FEW else "fit to train on"
 
 
 def contact_sheet(report, matte):
