@@ -19,6 +19,8 @@ from ddpm.models.layers import recompute
 from ddpm.step import Guard, Meters, Step, Validation
 from ddpm.train import ROLLBACKS, Best, Due, Run, Same
 
+UNTRAINED = 0.05  # share of the first weights in an average that blurs or greys what is drawn
+
 
 def averages(config, weights):
     """The averages of a training by the names of their parts; the first is the one that is drawn and measured."""
@@ -41,6 +43,59 @@ def rate(config, dataset_size, rollbacks=0):
     decay = partial(optim.DECAYS[name], **arguments)
     base = section.learning_rate * section.rollback ** rollbacks
     return lambda step: optim.learning_rate(step, base, steps(section.warmup), decay)
+
+
+def length_remarks(config, dataset_size):
+    """What does not fit the length of a training that learns from so many images: lines, mostly none."""
+    section = config.train
+
+    def steps(text):
+        return clock.steps_of(text, section.batch_size, dataset_size)
+
+    total = steps(section.length)
+    intervals = {key: clock.Every(text, section.batch_size, dataset_size)
+                 for key, text in config.every.items() if text != "auto"}
+    return [*warmup_remarks(section, steps(section.warmup), total, rate(config, dataset_size)),
+            *decay_remarks(section, steps, total), *average_remarks(config.ema, total), *interval_remarks(intervals, total)]
+
+
+def warmup_remarks(section, warmup, total, rate):
+    """Of a warm-up that takes more than half of a training."""
+    if 2 * warmup > total:
+        ends = f", which ends at the rate {rate(total - 1):.2g} of {section.learning_rate:.2g}" if warmup > total else ""
+        yield (f"train.warmup is {section.warmup!r}, {'longer than' if ends else 'more than half of'} the training of "
+               f"{total:,} steps{ends}; set train.warmup='{max(total // 20, 1)} steps'")
+
+
+def decay_remarks(section, steps, total):
+    """Of a decay of the learning rate that ends long before a training, or long after it."""
+    name, arguments = spec.parse(section.learning_rate_decay)
+    length = steps(arguments["length"]) if "length" in arguments else total
+    if 0.95 * total <= length <= 1.05 * total or name == "inverse_sqrt" and length < total:  # which falls on and on
+        return
+    late = "begins after the end" if name == "inverse_sqrt" else "goes on after the end"
+    what = late if length > total else "is over before the end"
+    yield (f"train.learning_rate_decay is {section.learning_rate_decay!r}, which {what} of the training of {total:,} steps; "
+           f"give it the length {section.length!r}")
+
+
+def average_remarks(section, total):
+    """Of averages in which much is left of the weights that a training begins with."""
+    for decay in (section.decay, *section.more):
+        if not section.warmup and not section.rampup and decay ** total > UNTRAINED:
+            yield (f"{decay ** total:.0%} of an average of decay {decay:g} without ema.warmup are untrained weights after "
+                   f"{total:,} steps; set ema.warmup=True, or a decay up to {UNTRAINED ** (1 / total):.3g}")
+
+
+def interval_remarks(intervals, total):
+    """Of intervals, by their names in the section `every`, that do not end within a training."""
+    late = [key for key, every in intervals.items() if (every.first() or 0) > total]
+    if "milestone" in late:
+        late.remove("milestone")
+        yield f"every.milestone is longer than the training of {total:,} steps, which keeps no milestone"
+    if late:
+        names = ", ".join(f"every.{key}" for key in late)
+        yield f"{names}: longer than the training of {total:,} steps, so only once, at its end"
 
 
 def batches(config, images, indices, machine, seed, start, total):
@@ -205,11 +260,11 @@ def training_scorer(config, every, images, machine, notes):
         return score.Nothing()
 
 
-def run(config, folder, machine, rollbacks=0):
+def run(config, folder, machine, rollbacks=0, say=lambda text: None):
     """Make the run of a config in a folder: new, or standing where its newest checkpoint left it.
 
-    It was rolled back so often, or as often as the checkpoint knows. Raises ValueError for what cannot be run, before anything
-    is written.
+    It was rolled back so often, or as often as the checkpoint knows. `say(text)` hears what is about to take long. Raises
+    ValueError for what cannot be run, before anything is written.
     """
     section, folder = config.train, Path(folder)
     equal = machine.world * section.gradient_accumulation_steps
@@ -227,13 +282,14 @@ def run(config, folder, machine, rollbacks=0):
         source, content = checkpoint.chosen(section.resume_from)
         configs.check_resumes(config, configs.from_json(content["config"]), source)
     first = checkpoint.load_weights(section.init_from) if content is None and section.init_from else None
+    say(f"reading the images of {config.data.source}")
     images = build.dataset(config)
     classes = build.class_names(config, images)
     config = build.with_classes(config, classes)
     learned, held_out = build.split(config, images)
     total, asked = clock.steps_of(section.length, section.batch_size, len(learned)), build.operations(config)
     begun = {"spacing": configs.from_json(content["config"]).evaluate.spacing} if content else {}  # so its distances compare
-    config, interval, _, share, evaluation = build.evaluated(config, len(learned), asked, **begun)
+    config, interval, operations, share, evaluation = build.evaluated(config, len(learned), asked, **begun)
     every = {name: clock.Every(text, section.batch_size, len(learned))
              for name, text in {**config.every, "evaluate": interval}.items()}
     if not config.ema.profiles:
@@ -247,6 +303,7 @@ def run(config, folder, machine, rollbacks=0):
              *build.unconditioned(net), f"{len(learned)} images to learn from, {len(held_out)} held out",
              f"a step learns from {section.batch_size} of them, {build.at_a_time(config, machine)} at a time" +
              (f" on each of {machine.world} ranks" if machine.world > 1 else ""), evaluation]
+    notes += length_remarks(config, len(learned))
     if twins := data.across(images.alike, held_out):
         notes.append(f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is learned from: "
                      "val/loss and eval/copying flatter")
@@ -270,6 +327,7 @@ def run(config, folder, machine, rollbacks=0):
     if made.objective.state_dict():  # a weighting or times that learn
         parts["objective"] = made.objective
     if section.compile:
+        say("compiling the network, which takes a minute or more (train.compile)")
         notes.append(compiled(config, made))
     else:
         notes.append("the network is not compiled (train.compile): " + (
@@ -279,6 +337,11 @@ def run(config, folder, machine, rollbacks=0):
                      "is slower to learn in on a CPU" if machine.free() is None else "is yet to be measured on a card"))
     if machine.free() is not None and not machine.peak():
         notes.append("speed/mfu is not tracked, as ddpm.cards lacks this card")
+    if not every["evaluate"].never and config.evaluate.extractor != "none":
+        say(f"loading the feature extractor {build.extractor_name(config)}")
+    scorer = training_scorer(config, every["evaluate"], images, machine, notes)
+    if not scorer.made:
+        operations = 0 if every["evaluate"].never else build.likelihood_operations(config, asked)
     if content is not None:
         checkpoint.restore(content["parts"], parts)
         if source:
@@ -299,7 +362,7 @@ def run(config, folder, machine, rollbacks=0):
         validation=Validation(images, held_out, network.net, made.diffusion, machine, build.at_a_time(config, machine),
                               images.labels if classes else None),
         draw=build.drawer(config, network.net, machine), grid=(range(config.sample.num_images), build.grid_recipe(config)),
-        score=training_scorer(config, every["evaluate"], images, machine, notes), share=share,
+        score=scorer, share=share, evaluation=operations / asked.training,
         likelihood=build.likelihood(config, network.net, images, machine),
         damaged=damaged, tracker_state=content and tracker_state(content, source), source=source)
 

@@ -21,6 +21,11 @@ class Way(NamedTuple):
     spacing: str = "auto"
 
 
+def portion(share, of=""):
+    """A share in words: `"4.9%"`, with what follows a percentage as in `"4.9% of"`, and above one `"12 times"`."""
+    return f"{share:.1%}{of}" if share <= 1 else f"{share:,.0f} times" if share >= 10 else f"{share:.2g} times"
+
+
 def choose(room, ways, each=0.0, count=0, times=0):
     """(way, count, times): evaluations that together take no more than `room` operations; `times` 0 where not one fits.
 

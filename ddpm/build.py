@@ -397,7 +397,7 @@ def evaluated(config, images, asked, spacing=budget.FAST[2]):
     way, count, chosen = budget.choose(section.budget * whole, possible, bits, section.num_samples, times or 0)
     made = settled(config, way.sampler, way.steps, way.spacing, count)
     how = f"{count:,} images by {way.sampler} in {way.steps} steps" if way.cost else "bits/dim alone"
-    how += f", {one(made) / whole:.1%} of the training's operations"
+    how += f", {budget.portion(one(made) / whole, ' of')} the training's operations"
     if not auto and section.num_samples and section.steps and section.sampler != "auto":
         allowed = "all as the config says, so that evaluate.budget chooses nothing"
     if auto and not chosen:
@@ -408,7 +408,7 @@ def evaluated(config, images, asked, spacing=budget.FAST[2]):
         times = clock.Every(interval, train.batch_size, images).times(steps)
     share = None if times is None else times * one(made) / whole
     when = "at the end" if times == 1 else f"every {interval} and at the end"
-    total = "" if times == 1 else " each" if times is None else f" each, {share:.1%} for all {times}"
+    total = "" if times == 1 else " each" if times is None else f" each, {budget.portion(share)} for all {times}"
     return Evaluated(made, interval, one(made), share, f"evaluation {when}: {how}{total} ({allowed})")
 
 

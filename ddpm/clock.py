@@ -12,6 +12,7 @@ import time
 from fractions import Fraction
 
 SECONDS = {"second": 1, "minute": 60, "hour": 3600}
+UNITS = ("days", 86400), ("hours", 3600), ("minutes", 60)
 COUNTS = ("step", "epoch", "image")
 WARM_UP = 3  # steps in which a process sets up kernels and memory
 
@@ -40,6 +41,12 @@ def steps_of(text, batch_size, dataset_size):
     return math.ceil(images / batch_size)
 
 
+def in_words(seconds):
+    """A duration for people, in the unit that gives a number they can grasp: `"40 seconds"`, `"3.5 hours"`."""
+    unit, size = next(((unit, size) for unit, size in UNITS if seconds >= 2 * size), ("seconds", 1))
+    return f"{seconds / size:,.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.2g} {unit}"
+
+
 class Every:
     """Tells when something that happens at an interval is due; asked once at each step, in order.
 
@@ -54,6 +61,10 @@ class Every:
         self.seconds = [float(amount * SECONDS[unit]) for amount, unit in durations if unit in SECONDS and amount]
         self.never = not (self.images or self.seconds)
         self.batch_size, self.now, self.last = batch_size, now, now()
+
+    def first(self):
+        """The first step at which it is due; None where it is never, or that hangs on the time."""
+        return None if self.never or self.seconds else math.ceil(min(self.images) / self.batch_size)
 
     def due(self, step):
         """True when an interval ends with `step`, the number of steps done so far."""
@@ -87,10 +98,13 @@ class Stopwatch:
         yield
         self.paused += self.now() - entered
 
+    def read(self):
+        """The seconds since the last lap."""
+        return self.now() - self.start - self.paused
+
     def lap(self):
-        now = self.now()
-        seconds = now - self.start - self.paused
-        self.start, self.paused = now, 0.0
+        seconds = self.read()
+        self.start, self.paused = self.now(), 0.0
         return seconds
 
 
@@ -106,6 +120,7 @@ class Speed:
         self.batch_size, self.dataset_size = batch_size, dataset_size
         self.flops_per_image, self.peak, self.wait = flops_per_image, peak, wait
         self.watch, self.steps, self.waited = Stopwatch(now), 0, 0.0
+        self.rate = None  # images a second, as of the last reading
 
     def timed(self, batches):
         """The same batches, while the wait for each is measured."""
@@ -133,6 +148,12 @@ class Speed:
         return {"progress/epoch": images / self.dataset_size, "progress/images": images,
                 "progress/petaflop": images * self.flops_per_image / 1e15}
 
+    def seconds(self, images):
+        """About how long the training takes for so many images, at the speed last measured; None before there is one."""
+        now = self.steps * self.batch_size / max(self.watch.read(), 1e-9)
+        rate = self.rate or now
+        return images / rate if rate else None
+
     def read(self, done):
         """The rates since the last reading, at the end of a step, and how far the training is after `done` steps.
 
@@ -141,7 +162,7 @@ class Speed:
         seconds, steps = max(self.watch.lap(), 1e-9), self.steps
         if not steps:
             return self.progress(done)
-        rate = steps * self.batch_size / seconds
+        rate = self.rate = steps * self.batch_size / seconds
         readings = {
             "speed/images_per_second": rate,
             "speed/step_ms": 1000 * seconds / steps,

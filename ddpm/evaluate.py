@@ -11,8 +11,8 @@ from absl import flags
 from ddpm import build, checkpoint, command, config, figures
 from ddpm.draw import joined
 from ddpm.files import held
-from ddpm.score import keep
-from ddpm.train import show
+from ddpm.score import copies, keep
+from ddpm.train import grid_file, show
 
 
 @command.also_called(checkpoint_path="checkpoint", num_images="num_samples")
@@ -32,13 +32,17 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
         raise ValueError(f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
                          f"{made.config.evaluate.spacing!r}; give evaluate.spacing={knobs['sample.spacing']!r} in its place")
     if workdir is None:
-        return measure(made)[0]
+        numbers, _, _ = measure(made)
+        print("".join(f"{line}\n" for line in copies(numbers, "--workdir=DIR keeps a picture that shows it")), end="")
+        return numbers
     with held(workdir):
         config.check_measures(made.config, workdir)
         numbers, pictures, files = measure(made, made.config.sample.num_images)
         tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)
         tracker.log(made.step, numbers)
         show(workdir, tracker, made.step, pictures)
+        for line in copies(numbers, f"look at {grid_file(workdir, 'eval/nearest', made.step)}"):
+            tracker.say(line)
         if made.machine.main:
             keep(workdir, files)
             picture(workdir, files)

@@ -41,7 +41,7 @@ def train_experiment(given, folder):
             while code == AGAIN:
                 with wish.abandonable():
                     with machine.together():
-                        run = assemble.run(given, folder, machine, rollbacks)
+                        run = assemble.run(given, folder, machine, rollbacks, announced if machine.main else silent)
                     if run.finished:
                         run.tidy()
                         if machine.main:
@@ -67,6 +67,16 @@ def train_experiment(given, folder):
         return command.FAILED if wish.late else command.INTERRUPTED
     finally:
         dist.stop()
+
+
+def announced(text):
+    """Say at once, before a run has its log, what takes long at the start."""
+    with contextlib.suppress(OSError):  # of a console on a full disk
+        print(f"{text} ...", flush=True)
+
+
+def silent(text):
+    """Say nothing, on ranks that write nothing."""
 
 
 def main():

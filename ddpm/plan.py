@@ -104,6 +104,9 @@ def plan(config, vram, mfu, cards):
     yield (f"{evaluated.words}\nan evaluation of {evaluated.config.evaluate.num_samples:,} images costs as much as training on "
            f"{evaluated.operations / flops:,.0f}\n")
 
+    if remarks := assemble.length_remarks(config, size):
+        yield "\n".join(remarks) + "\n"
+
     file = 4 * weights / GIB
     state = file * (4 + len(config.ema.more) + len(config.ema.profiles))
     yield (f"disk, GiB: {state:.2f} a checkpoint, of which two are kept, beside best and final of {file:.2f} each: "
@@ -134,7 +137,8 @@ def length(config):
     Where they are not at hand there are taken to be ASSUMED, which the words say.
     """
     section, size, words = config.train, 0, ""
-    if "epoch" in section.length + config.every.evaluate + config.every.snapshot:
+    counted = section.length, section.warmup, section.learning_rate_decay, *config.every.values()
+    if any("epoch" in text for text in counted):
         try:
             size = len(build.split(config, build.dataset(config))[0])
             words = f", of {size:,} in the data"

@@ -17,6 +17,7 @@ from ddpm.dist import exact
 from ddpm.files import written_beside
 from ddpm.progress import Progress
 
+SURE = 3  # standard deviations that make a number no chance: once in 700 times
 PAIRS = 32  # drawn images that are shown beside the training image nearest to them
 
 
@@ -35,8 +36,8 @@ class Scorer:
         fewer = f", by {len(self.places)} of them except for the Frechet distance" if len(self.places) < len(dataset) else ""
         self.made = (f"{extractor.name}; {num_samples} samples of the {weights} weights in {str(machine.dtype)[6:]}; {recipe}; "
                      f"against {len(dataset)} images {dataset.fingerprint[:12]}{fewer}")
-        few = len(self.held_out) < metrics.ONE_IN - 1
-        self.notes = [f"eval/copies is not measured: that takes {metrics.ONE_IN - 1} held-out images, and there are "
+        few, lacking = len(self.held_out) < metrics.ONE_IN - 1, "is" if len(self.held_out) else "and eval/copying are"
+        self.notes = [f"eval/copies {lacking} not measured: that takes {metrics.ONE_IN - 1} held-out images, and there are "
                       f"{len(self.held_out)}; raise data.validation_fraction in a new run"] if few else []
 
     def rows(self, indices):
@@ -87,6 +88,19 @@ class Scorer:
         for seeds, pixels in batches:
             first.append(pixels[[seed < PAIRS for seed in seeds]])
             yield pixels
+
+
+def copies(numbers, picture):
+    """A line that says that samples are copies, where the numbers of an evaluation show it, and which picture does; or none.
+
+    They do where they lie further above those of a perfect generator than SURE of their standard deviations.
+    """
+    shown = []
+    for name in ("eval/copies", "eval/copying"):
+        value, usual, deviation = (numbers.get(f"{name}{end}") for end in ("", "_perfect", "_perfect_sd"))
+        if value is not None and value > usual + SURE * deviation:
+            shown.append(f"{name} is {value:.2f}, and {usual:.2f} ± {deviation:.2f} where nothing is copied")
+    return [f"samples are copies of training images: {'; '.join(shown)}; {picture}"] if shown else []
 
 
 class Likelihood:

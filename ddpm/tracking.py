@@ -73,7 +73,7 @@ class Tracker:
         if self.step is None:
             return
         for key in [key for key, value in self.row.items() if value is None]:
-            self._say_once(key, f"{key} is not finite at step {self.step}; it is kept as null")
+            self.say_once(key, f"{key} is not finite at step {self.step}; it is kept as null")
         self._tell("write", self.step, self.row, self.images)
         self.last, self.step, self.row, self.images = self.step, None, {}, {}
 
@@ -108,7 +108,7 @@ class Tracker:
         self._tell("close", exit_code, hurry)
         for sink in self.sinks:
             if sink.waiting:
-                self._say_once((sink, "close"), f"{sink.name} lacks its last {len(sink.waiting)} lines")
+                self.say_once((sink, "close"), f"{sink.name} lacks its last {len(sink.waiting)} lines")
 
     def _tell(self, event, *arguments):
         for sink in self.sinks:
@@ -116,13 +116,14 @@ class Tracker:
             try:
                 getattr(sink, event)(*arguments)
             except Exception as problem:
-                self._say_once(sink, f"{sink.name} is incomplete from here: {in_short(problem)}; training goes on")
+                self.say_once(sink, f"{sink.name} is incomplete from here: {in_short(problem)}; training goes on")
             else:
                 if behind and not sink.waiting:
                     self.said.discard(sink)
                     self.say(f"{sink.name} is whole again")
 
-    def _say_once(self, cause, text):
+    def say_once(self, cause, text):
+        """Say what has a cause that nothing was said of yet."""
         if cause not in self.said:
             self.said.add(cause)
             self.say(text)

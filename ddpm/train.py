@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ddpm import checkpoint, draw, images
-from ddpm.clock import Every, Speed, Stopwatch
+from ddpm.budget import portion
+from ddpm.clock import Every, Speed, Stopwatch, in_words
 from ddpm.dist import Machine
 from ddpm.ema import EMA
 from ddpm.interrupt import Interrupted
-from ddpm.score import keep
+from ddpm.score import copies, keep
 from ddpm.step import LOGGED, Meters, Step, Validation
 
 PATIENCE = 50  # more steps skipped than learned from: fp16 finds its loss scale in fewer
@@ -111,6 +112,7 @@ class Run:
     draw: Callable  # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
     grid: tuple[range, draw.Recipe]
     score: Callable  # (draw) -> dict of eval/ numbers, dict of pictures
+    evaluation: float  # images that could be learned from with the operations of one evaluation
     share: float | None  # of the training's operations that its evaluations take, where that can be known
     likelihood: Callable  # () -> dict of eval/ numbers, dict of texts by file name
     parts: dict[str, Any]
@@ -176,6 +178,11 @@ class Run:
         self.tracker.log(done, readings | {"train/learning_rate": rate, "train/loss_scale": scale,
                                            "train/rollbacks": self.step.guard.rollbacks})
 
+    def say_first_loss(self, done):
+        """Say the loss of the first step of this process, long before the first row."""
+        loss = self.meters.read()["train/loss"]
+        self.tracker.say(f"the first step is done: train/loss {loss:.4f} at step {done} of {self.total}")
+
     def check(self, done):
         """Raise Diverged where the training has gone wrong for good, which its guard and fp16's loss scale tell."""
         guard, scale = self.step.guard, self.step.scaler.get_scale()
@@ -238,9 +245,21 @@ class Run:
         if self.machine.main:
             show(self.folder, self.tracker, done, {"samples": drawn})
 
+    def remark_on_cost(self, done):
+        """Say before the first evaluation that costs more than the training it measures how long both take."""
+        images = done * self.step.batch_size
+        if self.evaluation <= images:
+            return
+        ours, theirs = self.speed.seconds(images), self.speed.seconds(self.evaluation)
+        times = "" if ours is None else f", about {in_words(theirs)} against {in_words(ours)} at the speed measured so far"
+        self.tracker.say_once("cost", f"the evaluation that begins costs {portion(self.evaluation / max(images, 1))} what the "
+                              f"training up to step {done} did{times}; fewer evaluate.num_samples or evaluate.steps cost less, "
+                              "and --config.every.evaluate='0 steps' leaves it out")
+
     def evaluate(self, done):
         """Log how far from real images drawn ones are, the real ones nearest to them, and bits/dim, by the averaged weights."""
         watch = Stopwatch()
+        self.remark_on_cost(done)
         with self.averaged(), self.machine.wish.abandonable():
             numbers, pictures = self.score(self.draw)
             bits, files = self.likelihood()
@@ -249,6 +268,8 @@ class Run:
             self.tracker.log(done, numbers | bits | cost | self.speed.progress(done))
             show(self.folder, self.tracker, done, pictures)
             keep(self.folder, files)
+            for line in copies(numbers, f"look at {grid_file(self.folder, 'eval/nearest', done)}"):
+                self.tracker.say(line)
 
     def export(self, name, done, best=None):
         """Write the averaged weights as `name`: all that drawing needs, and by which loss they are the best, if they are."""
@@ -290,11 +311,16 @@ class Run:
             self.save(done, milestone="milestone" in (self.due.names or ()))
 
 
+def grid_file(folder, key, done):
+    """Where images are kept as a grid, by their tracked key."""
+    return Path(folder, "samples", f"{'step' if key == 'samples' else key.rpartition('/')[2]}_{done:08d}.png")
+
+
 def show(folder, tracker, done, pictures):
     """Keep images [b, c, h, w] by their tracked keys as grids in samples/ and in the tracker."""
     for key, drawn in pictures.items():
-        name, nrow = ("step", None) if key == "samples" else (key.rpartition("/")[2], 8)
-        images.save_image_grid(drawn, Path(folder, "samples", f"{name}_{done:08d}.png"), nrow)
+        nrow = None if key == "samples" else 8
+        images.save_image_grid(drawn, grid_file(folder, key, done), nrow)
         tracker.log(done, {}, {key: images.make_grid(drawn, nrow)})
 
 
@@ -352,6 +378,8 @@ def train(run):
                     run.step(step, batch)
                 done = step + 1
                 run.tracker.tick(done)
+                if step == run.start:
+                    run.say_first_loss(done)
 
                 due = {name for name, every in run.every.items() if every.due(done)}
                 said = machine.exchange((due, wish.asked))
