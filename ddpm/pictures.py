@@ -474,7 +474,7 @@ def plain(image):
 
     That is "" for nothing, or PIL's own reading of 16 bits. Raises Refused for values without an agreed range.
     """
-    done, form, tags = [], image.format, getattr(image, "tag_v2", {})
+    done, tags = [image.info["mended"]] if "mended" in image.info else [], getattr(image, "tag_v2", {})
     bits, signed = tags.get(BITS, (8,))[0], 2 in tags.get(SAMPLES, ())
     profile, _ = colour.of(image)
     if image.mode == "F":
@@ -488,7 +488,7 @@ def plain(image):
             raise Refused("without an agreed range", f"32-bit pixels, from {values.min()} to {values.max()}")
         full = 2**bits - 1 if 8 < bits < 16 else 65535
         alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
-        done += [f"{bits} bits"] * (full < 65535) + ["a transparent level"] * (key is not None)
+        done += [f"{bits} bits"] * (full < 65535)
         if tags.get(PHOTOMETRIC) == 0:
             values = full - values
             done.append("0 is white")
@@ -503,8 +503,7 @@ def plain(image):
     if image.mode == "1" and key is not None:
         image = image.convert("L")
         image.info["transparency"] = key
-        done.append("a transparent level")
-    if form == "BMP" and image.mode == "RGBA" and not image.getextrema()[3][1]:  # which says that nobody meant it
+    if image.format == "BMP" and image.mode == "RGBA" and not image.getextrema()[3][1]:  # which says that nobody meant it
         image = image.convert("RGB")
         done.append("transparency everywhere")
     if profile:
@@ -549,9 +548,9 @@ def is_deep(image):
 
 def reach_of(image):
     """The largest value in a PIL image of more than 8 bits a channel, of 65535; of colours PIL has kept the upper 8 bits."""
-    most = np.asarray(image.getextrema()).max()  # of a transparent one its alpha's, which says nothing: it is left alone
-    if not image.mode.startswith("I"):
-        return int(most) * 256 + 255
+    if not image.mode.startswith("I"):  # of a transparent one alpha counts too, and so nothing is said of it
+        return int(np.max(image.getextrema())) * 256 + 255
+    most = np.asarray(image).max()
     bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
     return int(most) * 65535 // (2**bits - 1 if bits < 16 else 65535)
 

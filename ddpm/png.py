@@ -72,15 +72,19 @@ def inflated(content, most):
 
 
 def transparent_colour(found):
-    """tRNS of grey levels and of colours in the levels of PIL's image, as an entry of its info; PIL reads palettes' well."""
+    """tRNS of grey levels and of colours in the levels of PIL's image, as an entry of its info; PIL reads palettes' well.
+
+    Where PIL leaves it in other levels, `mended` says so.
+    """
     depth, kind = found.get(b"IHDR", b"").ljust(13, b"\0")[8:10]
     numbers, content = {0: 1, 2: 3}.get(kind, 0), found.get(b"tRNS", b"")
     if not numbers or not depth or len(content) < 2 * numbers:
         return {}
     key = [value & 2**depth - 1 for value in struct.unpack(f">{numbers}H", content[:2 * numbers])]
+    mended = {"mended": "a transparent level"} if depth != 8 else {}
     if kind == 0:
-        return {"transparency": key[0] if depth == 16 else key[0] * 255 // (2**depth - 1)}
-    return {"transparency": tuple(value >> max(depth - 8, 0) for value in key)}  # of 16 bits PIL keeps the upper 8
+        return mended | {"transparency": key[0] if depth == 16 else key[0] * 255 // (2**depth - 1)}
+    return mended | {"transparency": tuple(value >> max(depth - 8, 0) for value in key)}  # of 16 bits PIL keeps the upper 8
 
 
 def profile_of(found):
