@@ -375,7 +375,8 @@ def tracker_state(content, source):
 
 def track(config, made):
     """Let a run be followed by its tracker, after what its folder takes over from the one where it was begun."""
-    if made.source and made.machine.main:
-        checkpoint.take_over(made.source, made.folder, made.start)
+    home = made.source and checkpoint.run_of(made.source)
+    if home and made.machine.main:
+        checkpoint.take_over(home, made.folder, made.start)
     made.track(build.tracker(configs.changed(config, made.filled), made.folder, made.machine, made.logged, made.total,
-                             made.tracker_state, made.source and checkpoint.folder_of(made.source)))
+                             made.tracker_state, home))

@@ -209,9 +209,14 @@ def chosen(run_or_file):
     return file, load(file)
 
 
-def take_over(file, folder, step):
-    """Copy what the run of a checkpoint has kept up to its step into another run folder: rows, snapshots, the best weights."""
-    home, folder = folder_of(file), make_folder(folder)
+def run_of(file):
+    """The run folder in which a checkpoint lies; None for one that lies alone."""
+    return file.parent.parent if file.parent.name == "checkpoints" else None
+
+
+def take_over(home, folder, step):
+    """Copy what a run folder has kept up to a step into another: rows, snapshots, the best weights."""
+    folder = make_folder(folder)
     kept = [path for at, path in snapshots(home) if at <= step] + [home / "metrics.jsonl"]
     for path in home.glob("best*.safetensors"):
         with contextlib.suppress(Damaged):

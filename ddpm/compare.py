@@ -257,8 +257,8 @@ def provenance(out, runs, given=None):
     digest = hashlib.sha256()
     for path in [run.folder / name for run in runs for name in ("config.json", "metrics.jsonl")]:
         digest.update(f"{path.parent.name}/{path.name}\n".encode() + (path.read_bytes() if path.is_file() else b""))
-    made = {"commit": "; ".join(report.code_of(runs)) or commit(), "torch": version("torch"), "machine": this_machine(),
-            "runs": digest.hexdigest()}
+    code = "; ".join(report.code_of([run for run in runs if not run.fault]))
+    made = {"commit": code or commit(), "torch": version("torch"), "machine": this_machine(), "runs": digest.hexdigest()}
     for home in (runs[0].folder.parent.parent, out):  # the report that kept the runs, if one did, and the one that is written
         with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):  # none yet, or damaged
             kept = json.loads((home / "made.json").read_text())

@@ -557,7 +557,7 @@ def check_continues(config, folder):
 
 
 def check_resumes(config, saved, path):
-    """Raise a ValueError that names the knobs in which a config contradicts the run whose checkpoint a new folder continues."""
+    """Raise a ValueError that names the options in which a config contradicts the run that a new folder continues."""
     begun = changed(config, {key: flatten(saved)[key] for key in ("train.init_from", "train.resume_from")})
     if differing := contradictions(saved, begun):
         raise ValueError(f"{path} is of a run with another config ({'; '.join(differing)}); to continue it, add "

@@ -115,6 +115,18 @@ def test_what_cannot_be_continued_is_refused_in_one_line(trained, tmp_path):
         tiny(train__init_from="runs/a", train__resume_from="runs/b")
 
 
+def test_a_checkpoint_that_lies_alone_brings_no_history(trained, tmp_path):
+    """What else lies in its folder is another's."""
+    alone = tmp_path / "downloads"
+    alone.mkdir()
+    shutil.copy(trained / MILESTONE, alone / "theirs.pt")
+    for name in ("metrics.jsonl", "best.safetensors", "config.json"):
+        shutil.copy(trained / name, alone)
+    given = tiny(**GIVEN | {"train__resume_from": str(alone / "theirs.pt"), "train__length": "11 steps"})
+    assert run(given, tmp_path / "new") and [row["step"] for row in rows(tmp_path / "new")] == [11]
+    assert checkpoint.load_weights(tmp_path / "new" / "final.safetensors")[1] == 11
+
+
 def test_a_run_that_began_from_weights_is_continued_without_naming_them(trained, tmp_path):
     """Where a run began is past; one that continues a continued run is of the same kind."""
     begun = GIVEN | {"train__init_from": str(trained), "train__length": "3 steps", "every__milestone": "2 steps"}
