@@ -46,6 +46,8 @@ MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances 
     r"(, by (?P<kept>\d+) of them except for the Frechet distance)?",
     r"bits/dim of (?P<likelihood_images>[^,]+)(, given (?P<given>.+),)? under the (?P<weights>[^,]+) weights, "
     r"by (?P<evaluations>\d+) evaluations")]
+PROTOCOLS = ("eval/made", "eval/bits_per_dim_made")
+MEASURING = "a study of ddpm.evaluate, as experiments/samplers.yaml does"
 ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare
     "samples": {"evaluate.num_samples"}, "weights": {"sample.ema"}, "arithmetic": {"train.amp"},
     "sampler": {"evaluate.sampler"}, "steps": {"evaluate.steps"}, "spacing": {"evaluate.spacing", "sample.spacing"},
@@ -144,11 +146,13 @@ def finished(runs):
     return [replace(run, fault=cut_short(run)) if training and not run.fault else run for run in runs]
 
 
-def distinct(runs):
-    """The runs, those marked with a fault that repeat one before them, knob for knob and seed for seed."""
+def distinct(runs, axes):
+    """The runs, those marked with a fault that repeat one before them: in options, in seeds and in how they were measured."""
     training, first, told = is_training(runs), {}, []
     for run in runs:
-        point = tuple((knob, value) for knob, value in run.knobs.items() if knob in UNITS or is_related(knob, training))
+        options = [(knob, value) for knob, value in run.knobs.items()
+                   if knob in UNITS or knob in axes or is_related(knob, training)]
+        point = (*options, *(text for key in PROTOCOLS for text in run.made(key)))
         other = run if run.fault else first.setdefault(point, run)
         told.append(run if other is run else replace(run, fault=f"repeats {other.name}, with the same knobs and seeds"))
     return told
@@ -225,7 +229,7 @@ def check_made(runs, axes):
 
     What the axes vary may differ, and the seed.
     """
-    for key in ("eval/made", "eval/bits_per_dim_made"):
+    for key in PROTOCOLS:
         check_ways([(run.name, made(text)) for run in runs for text in run.made(key)], axes)
 
 
@@ -238,8 +242,10 @@ def check_ways(ways, axes):
         if len(found) > 1 and part != "seed" and not ON_PURPOSE.get(part, set()) & {*axes}:
             who = "; ".join(f"{value[:200]} in {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
                             for value, names in found.items())
-            raise ValueError(f"numbers made in different ways do not compare: {part} is {who}; leave runs out, or measure them "
-                             "alike with ddpm.evaluate")
+            option = next((option for option in sorted(ON_PURPOSE.get(part, ())) if option.startswith("evaluate.")), None)
+            remedy = f"give all runs the same config.{option}" if option else "leave runs out"
+            raise ValueError(f"numbers made in different ways do not compare: {part} is {who}; {remedy}, or measure their "
+                             f"checkpoints in {MEASURING}")
 
 
 LONGEST_NAME = 60  # of a setting in a figure: letters that fit beside its dots
@@ -492,7 +498,7 @@ def compare(runs, axes=None, wanted=None, reference=None):
     runs = finished(runs)
     axes = varied(runs) if axes is None else list(axes)
     check_same(runs, axes)
-    runs = distinct(runs)
+    runs = distinct(runs, axes)
     whole = [run for run in runs if not run.fault]
     if whole:
         check_made(whole, axes)

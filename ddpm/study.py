@@ -19,6 +19,7 @@ import yaml
 from ddpm import config as configs
 from ddpm import rng
 from ddpm.command import config_of, one_line
+from ddpm.results import MEASURING
 from ddpm.spec import check_choice, suggest
 
 KNOBS = configs.flatten(configs.base())
@@ -28,6 +29,10 @@ COMMAND = '["${env}", "${interpreter}", "-m", "ddpm.main", "--config=configs/dig
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")  # W&B's other forms of ${args} are none that a door reads
 OWN = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}  # by the program: the parameter that is no knob
 REPEATS = ("config.seed", "config.sample.seed", "checkpoint")  # vary to show the noise
+GRIDS = {  # by program: parameters that decide how grids are drawn, and the one that decides how runs are measured
+    "ddpm.main": {f"config.sample.{leaf}": f"config.evaluate.{leaf}" for leaf in ("sampler", "steps", "spacing", "classes")}
+    | {"config.sample.ema": "config.ema.decay"},
+    "ddpm.evaluate": {f"config.sample.{leaf}": f"config.evaluate.{leaf}" for leaf in ("sampler", "steps", "classes")}}
 SHORT = {("ddpm.evaluate", "ema"): "config.sample.ema"}  # a flag that is a knob
 MANY, MOST = 200, 10_000  # points of a grid: up to MANY each is tried before the first runs, beyond that each value
 
@@ -55,10 +60,14 @@ class Study:
         return Path(runs, self.name)
 
     @property
+    def varied(self):
+        """The parameters that have more than one value, sorted."""
+        return [name for name in sorted(self.parameters) if self.values(name) is None or len(self.values(name)) > 1]
+
+    @property
     def axes(self):
         """What is compared: the parameters that vary, as knobs (`diffusion.beta_schedule`), but for those that repeat a run."""
-        several = [name for name in self.parameters if self.values(name) is None or len(self.values(name)) > 1]
-        return [name.removeprefix("config.") for name in sorted(several) if name not in REPEATS]
+        return [name.removeprefix("config.") for name in self.varied if name not in REPEATS]
 
     def values(self, name):
         """All values that a parameter can have, None where they cannot be counted."""
@@ -116,7 +125,13 @@ class Study:
         return whole if len(whole) <= 120 else f"{whole[:110]}-{zlib.crc32(whole.encode()):08x}"
 
     def check(self):
-        """Raise a ValueError for a value that a run would refuse, and for two points that would share a folder."""
+        """Raise a ValueError for a value that a run would refuse, for two points that would share a folder, and for a parameter
+        that varies and does not decide how the runs are measured.
+        """
+        for name in self.varied:
+            if decides := GRIDS[self.program].get(name):
+                once = f", or train once and vary it in {MEASURING}" if self.program == "ddpm.main" else ""
+                raise ValueError(f"{name} varies, and runs of {self.program} are measured by {decides}; vary that{once}")
         points = self.grid() if self.method == "grid" else []
         names = Counter(map(self.run_name, points))
         for name in names:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from absl import flags
 from tqdm import tqdm
 
-from ddpm import build, checkpoint, command, results, rng
+from ddpm import build, checkpoint, command, data, results, rng
 from ddpm import config as configs
 from ddpm.files import held, written_beside
 from ddpm.interrupt import tell
@@ -52,6 +52,47 @@ def trial_of(study, point):
     except ValueError as error:
         raise ValueError(f"{study.path}: {name} cannot run: {error}") from None
     return Trial(name, point, study.command_of(point), zlib.crc32(content.encode()))
+
+
+def check_comparable(study, points):
+    """Raise a ValueError where trainings would be measured in ways that do not compare, as the report would at the end."""
+    ways = dict(measurements({study.run_name(point): study.config(point) for point in points}))
+    try:
+        results.check_ways(list(ways.items()), study.axes)
+    except ValueError as error:
+        raise ValueError(f"{study.path}: {error}") from None
+
+
+def measurements(trainings):
+    """Yield (name, parts of its `eval/made`) for each training of {name: config} that will be measured.
+
+    Data are opened where the parts depend on them; a training whose data are not there yet is left out.
+    """
+    counted, opened = {}, {}
+
+    def images(config):
+        section = config.data
+        key = section.source, section.image_size, section.channels, section.matte
+        opened[key] = opened.get(key) or data.open_source(*key)
+        return opened[key]
+
+    several = len({(config.data.source, config.data.image_size, config.data.channels) for config in trainings.values()}) > 1
+    for name, config in trainings.items():
+        network, parts, size = (config.model, config.data, config.diffusion), {}, 0
+        counted[network] = counted.get(network) or build.operations(config)
+        try:
+            if several:
+                parts = {"data": images(config).fingerprint[:12]}
+            if "epoch" in config.train.length + config.every.evaluate:
+                size = len(build.split(config, images(config))[0])
+        except ValueError:
+            continue
+        evaluated = build.evaluated(config, size, counted[network])
+        if evaluated.interval != "0 steps" and config.evaluate.extractor != "none":
+            how = build.recipe(evaluated.config, evaluated.config.evaluate, (), "")
+            yield name, parts | {
+                "extractor": build.extractor_name(config), "samples": str(evaluated.config.evaluate.num_samples),
+                "sampler": how.sampler, "steps": str(how.steps), "spacing": how.spacing, "guidance": str(how.guidance)}
 
 
 class Record:
@@ -279,6 +320,8 @@ def sweep(study, folder, parallel=1, count=None, seed=0):
         trials = (trial_of(study, point) for point in points)
         if study.method != "bayes":
             trials = iter(list(trials))  # each is checked before the first is run
+        if study.program == "ddpm.main":
+            check_comparable(study, study.probes() if study.method == "bayes" else points)
         say(f"{study.name}: {told.total} runs by {study.method}, {parallel} at a time, in {folder}")
         if study.early_terminate:
             say("early_terminate is for W&B's server; here every run goes to its end")

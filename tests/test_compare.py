@@ -438,6 +438,35 @@ def test_numbers_made_in_different_ways_are_refused(here):
         assert "\n" not in str(caught.value) and not (here / "experiments" / "schedules").exists()
 
 
+def test_a_study_over_how_trainings_are_measured(tmp_path, monkeypatch):
+    """Every run counts: what the study varies is the setting, and repeats nothing; the same runs alone do not compare."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.py").write_text(CONFIG)
+    text = STUDY.replace("config.diffusion.beta_schedule: {{values: [linear, cosine]}}",
+                         "config.evaluate.steps: {{values: [2, 5]}}").replace("[0, 1, 2]", "[3]")
+    Path("steps.yaml").write_text(text.format(config="tiny.py"))
+    wanted = study.read("steps.yaml")
+    for point in wanted.grid():
+        assert run(wanted.config(point), wanted.folder() / wanted.run_name(point))
+    found = compare("steps.yaml", out="report")
+    assert [group.setting for group in found.groups] == [{"evaluate.steps": 2}, {"evaluate.steps": 5}]
+    assert not any(run.fault for run in found.runs) and "## Left out" not in Path("report/README.md").read_text()
+    ways = [run.made("eval/made")[-1] for run in found.counted]
+    assert "2 steps" in ways[0] and "5 steps" in ways[1] and len({run.final("eval/fd_digits") for run in found.counted}) == 2
+    with pytest.raises(ValueError, match="steps is 2 in .*; give all runs the same config.evaluate.steps, or measure their"):
+        compare("runs/steps")
+
+
+@pytest.mark.parametrize("knob, values", [
+    ("data.num_workers", (0, 2)), ("evaluate.budget", (0.1, 0.2)), ("every.log", ("1 steps", "2 steps"))])
+def test_what_a_study_varies_is_never_ignored(tmp_path, knob, values):
+    rows = [DONE | {"eval/fid": 1.0}]
+    runs = [written(tmp_path, f"{value}-{seed}", {knob.replace(".", "__"): value, "seed": seed}, rows)
+            for value in values for seed in range(3)]
+    found = results.compare(runs, axes=[knob])
+    assert [(group.setting, len(group.runs)) for group in found.groups] == [({knob: value}, 3) for value in values]
+
+
 def test_a_run_of_another_study_is_refused(here):
     folder = here / "runs" / "schedules" / "beta_schedule=cosine-seed=1"
     saved = (folder / "config.json").read_text()

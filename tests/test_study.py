@@ -71,10 +71,11 @@ def test_the_grid_varies_its_last_name_fastest(study):
 
 
 def test_names_of_folders_tell_points_apart(study):
-    asked = study({"config.sample.sampler": {"values": ["ddim(eta=0.5)", "ddim (eta=0.5)"]},
-                   "config.sample.steps": {"values": [5, 10]}})
+    asked = study({"config.evaluate.sampler": {"values": ["ddim(eta=0.5)", "ddim (eta=0.5)"]},
+                   "config.evaluate.steps": {"values": [5, 10]}})
     names = [asked.run_name(point) for point in asked.grid()]
-    assert len(set(names)) == 4 and names[0].startswith("sample.sampler=ddim_eta=0.5-") and names[0].endswith("-sample.steps=5")
+    assert len(set(names)) == 4 and names[0].startswith("evaluate.sampler=ddim_eta=0.5-")
+    assert names[0].endswith("-evaluate.steps=5")
     long = study({"config.wandb.notes": {"values": ["a" * 200, "a" * 201]}})
     assert len({long.run_name(point) for point in long.grid()}) == 2 and len(long.run_name(long.grid()[0])) < 128
 
@@ -94,6 +95,22 @@ def test_a_study_can_measure(study):
     assert asked.program == "ddpm.evaluate" and asked.axes == ["evaluate.steps"]
     assert asked.config(asked.grid()[1]).evaluate.steps == 10
     assert len({asked.run_name(point) for point in asked.grid()}) == 4
+
+
+@pytest.mark.parametrize("leaf, values", [
+    ("sampler", ["heun", "unipc"]), ("steps", [3, 7]), ("spacing", ["trailing", "leading"]), ("ema", [0.1, 0.2])])
+def test_what_decides_grids_alone_is_no_axis(study, leaf, values):
+    """A training is measured by its section `evaluate`; a study of ddpm.evaluate may vary the average and the spacing."""
+    checkpoint = {"checkpoint": {"values": ["runs/a/x", "runs/b/x"]}}
+    with pytest.raises(ValueError, match=f"asked.yaml: config.sample.{leaf} varies, .* or train once .* as experiments/sampl"):
+        study({f"config.sample.{leaf}": {"values": values}})
+    study({f"config.sample.{leaf}": {"value": values[0]}})
+    if leaf in ("spacing", "ema"):
+        assert study(checkpoint | {f"config.sample.{leaf}": {"values": values}}, command=MEASURE).axes == [f"sample.{leaf}"]
+    else:
+        assert study({f"config.evaluate.{leaf}": {"values": values}}).axes == [f"evaluate.{leaf}"]
+        with pytest.raises(ValueError, match=f"runs of ddpm.evaluate are measured by config.evaluate.{leaf}; vary that$"):
+            study(checkpoint | {f"config.sample.{leaf}": {"values": values}}, command=MEASURE)
 
 
 MISTAKES = {  # what is wrong, and what the line about it says

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ddpm import command, config, results
 from ddpm.study import read
-from ddpm.sweep import Children, Record, Trial, bayes, chosen, result_of, sweep, trial_of
+from ddpm.sweep import Children, Record, Trial, bayes, check_comparable, chosen, result_of, sweep, trial_of
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["${env}", "${interpreter}", "-m", "ddpm.main", f"--config={ROOT}/configs/digits.py", "${args}"]
@@ -69,6 +69,39 @@ def test_a_grid_with_broken_runs(tmp_path, capsys):
     assert sweep(asked, folder) == command.DONE
     said = capsys.readouterr().out
     assert "started" not in said and "early_terminate is for W&B's server" in said
+
+
+OPEN = {"config.every.evaluate": {"value": "2 steps"}, "config.evaluate.num_samples": {"value": 0},  # left to the budget
+        "config.evaluate.steps": {"value": 0}, "config.evaluate.sampler": {"value": "auto"},
+        "config.sample.sampler": {"value": "ddpm"}, "config.sample.steps": {"value": 50}}
+
+
+@pytest.mark.parametrize("parameters, part", [
+    ({"config.evaluate.sampler": {"values": ["auto", "heun"]}}, "spacing is karras in .* the same config.evaluate.spacing"),
+    ({"config.train.length": {"values": ["90 epochs", "4000 epochs"]}, "config.every.evaluate": {"value": "auto"}},
+     "samples is .* the same config.evaluate.num_samples"),
+    ({"config.data.image_size": {"values": [8, 16]}}, "data is .* leave runs out"),
+    ({"config.evaluate.extractor": {"values": ["digits", "inception"]}}, "extractor is digits in "),
+    ({"config.data.class_labels": {"value": True}, "config.sample.guidance": {"values": [1.0, 3.0]},
+      "config.evaluate.sampler": {"value": "ddim"}, "config.evaluate.steps": {"values": [4, 9]}}, ""),
+    ({"config.evaluate.num_samples": {"values": [500, 600]}, "config.seed": {"values": [1, 2]}}, ""),
+    ({"config.evaluate.sampler": {"values": ["ddpm", "heun"]}, "config.every.evaluate": {"value": "0 steps"}}, ""),
+])
+def test_runs_that_would_not_compare_are_refused_before_the_first(tmp_path, parameters, part):
+    asked = study(tmp_path, OPEN | parameters)
+    if not part:
+        return check_comparable(asked, asked.grid())
+    with pytest.raises(ValueError, match=f"asked.yaml: numbers made in different ways do not compare: {part}") as error:
+        check_comparable(asked, asked.grid())
+    assert str(error.value).endswith("checkpoints in a study of ddpm.evaluate, as experiments/samplers.yaml does")
+    assert "\n" not in str(error.value)
+
+
+def test_such_a_study_starts_no_run(tmp_path, capsys):
+    asked = study(tmp_path, OPEN | {"config.evaluate.sampler": {"values": ["auto", "heun"]}})
+    with pytest.raises(ValueError, match="do not compare: spacing is"):
+        sweep(asked, tmp_path / "runs")
+    assert not list((tmp_path / "runs").glob("*/*")) and "started" not in capsys.readouterr().out
 
 
 def test_the_closing_line_and_damage_to_what_is_done(tmp_path, capsys):
