@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import functools
+import inspect
 import math
 import os
 import re
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -14,11 +16,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddpm import interrupt
-from ddpm.config import KINDS, base, check, flatten, freeze
+from ddpm.config import KINDS, base, check, flatten, freeze, to_json
 from ddpm.room import NoRoom, ran_out
 from ddpm.spec import suggest
 
 FULL = errno.ENOSPC, errno.EDQUOT  # what a full disk is called
+WIDTH = 100  # characters of a line of help
 DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, interrupt.GOES_ON
 
 
@@ -154,6 +157,39 @@ def check_count(num_images):
     """Raise a ValueError for a number of images that cannot be drawn."""
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}; give 1 or more")
+
+
+TYPES = {"string": "text", "int": "whole number", "float": "number", "bool": "true or false", "multi string": "text",
+         "comma separated list of strings": "words with commas between"}
+
+
+def help_text(module, everything=False):
+    """What `--help` shows of the command in a module: what it is for and its options; with all options of the config too."""
+    wrap = functools.partial(textwrap.wrap, width=WIDTH, break_on_hyphens=False, break_long_words=False)
+    key = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
+    for paragraph in (module.__doc__ or "").strip().split("\n\n"):
+        yield from (*wrap(paragraph), "")
+    yield "options, each with the type that it takes and its default:"
+    for name, flag in sorted(key.items()):
+        if name == "config" and flag.default is not None:  # one that holds options alone
+            continue
+        kind = TYPES.get(flag.flag_type(), "FILE or FILE:VARIANT")
+        default = "" if flag.default in (None, [], "") else f", default {flag.default}".lower()
+        about = " ".join(flag.help.partition(";\n")[0].split())  # absl adds a sentence to what may be repeated
+        yield from wrap(f"--{name}  ({kind}{default})  {about}", initial_indent="  ", subsequent_indent=" " * 6)
+    sets = "--config.section.leaf=value sets any option of the config" if "config" in key else "Trainings have a config"
+    shown = ", and --print_config the config as it would be trained" if "print_config" in key else ""
+    yield from ("", *wrap(f"{sets}. base() in ddpm/config.py has all its options, with defaults, units and choices: --helpfull "
+                          f"shows it{shown}."))
+    if everything:
+        yield from ("", inspect.getsource(base).rstrip())
+
+
+def show_help(argv):
+    """Print the help and end the process, where the command line asks for it."""
+    if asked := [word for word in argv[1:] if re.fullmatch(r"--?(help|helpshort|helpfull|helpxml|h|\?)(=true)?", word)]:
+        print("\n".join(help_text(sys.modules["__main__"], everything="helpfull" in asked[0])))
+        sys.exit(DONE)
 
 
 def read_flags(argv, values=flags.FLAGS, takes=None):
@@ -305,11 +341,10 @@ def run_door(main, takes=None):
 
     def read(argv):
         try:
+            show_help(argv)
             return read_flags(argv, takes=takes)
         except ValueError as error:
             mistake(error)
-        except SystemExit:  # --help was asked for and given
-            sys.exit(DONE)
 
     def mistake(error):
         if os.environ.get("DDPM_TRACEBACK"):
@@ -318,6 +353,9 @@ def run_door(main, takes=None):
 
     def run(argv):
         try:
+            if "print_config" in flags.FLAGS and flags.FLAGS.print_config:
+                print(to_json(given_config()[0]))
+                return DONE
             return main(argv[1:]) if takes else main()
         except (ValueError, OSError) as error:
             mistake(error)

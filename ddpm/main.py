@@ -7,6 +7,7 @@ import contextlib
 import gc
 import sys
 import traceback
+from pathlib import Path
 
 from absl import flags
 
@@ -49,7 +50,7 @@ def train_experiment(given, folder):
                         return command.DONE
                     if machine.main and not rollbacks:
                         with contextlib.suppress(OSError):  # of a console on a full disk
-                            print(run.config_json, flush=True)
+                            print(f"config: {Path(folder, 'config.json')} (--print_config shows it)", flush=True)
                     assemble.track(given, run)
                 if rollbacks:
                     run.go_back(why)
