@@ -181,9 +181,8 @@ DAMAGE = ("empty", "no image", "truncated", "broken", "not readable")
 MOST_DAMAGE = 0.1  # share of the files: more is a copy that went wrong
 
 
-def fitness(kept, left_out):
-    """(why images are not fit to train on, what to look at): lines, by how many are kept, and left out by their fault."""
-    damaged, files = sum(left_out.get(fault, 0) for fault in DAMAGE), kept + sum(left_out.values())
+def fitness(kept, files=0, damaged=0):
+    """(why images are not fit to train on, what to look at): lines, by how many are kept, and how many files are damaged."""
     not_fit, warnings = [], []
     if kept < FEWEST:
         not_fit.append(f"{kept:,} {'image is' if kept == 1 else 'images are'} too few: a network draws copies of its training "
@@ -222,7 +221,7 @@ def folder(image_size, channels, matte, *, path):
         remedy = f"use an image_size below {image_size}" if TOO_SMALL in faults else "use other files"
         raise ValueError(f"none of the {len(names)} images in {str(root)!r} can be used: {'; '.join(said)}; {remedy}")
     notes = [f"folder {root}: {len(kept)} of {len(names)} images kept", *said]
-    notes += verdict(*fitness(len(kept), Counter(filter(None, faults))))
+    notes += verdict(*fitness(len(kept), len(names), sum(fault in DAMAGE for fault in faults)))
     notes += [f"not read: {strangers}"] if strangers else []
     notes += found.remarks(image_size)
     names, facts = [names[i] for i in kept], [found.facts[i] for i in kept]
@@ -317,7 +316,7 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
         fingerprint=fingerprint("torchvision", PREPROCESSING, image_size, channels, matte, digests),
         labels=labels if classes else None,
         classes=classes,
-        notes=(f"torchvision {name}: {len(kept)} of {len(found)} images kept", *faults, *verdict(*fitness(len(kept), {}))),
+        notes=(f"torchvision {name}: {len(kept)} of {len(found)} images kept", *faults, *verdict(*fitness(len(kept)))),
     )
 
 
@@ -348,7 +347,7 @@ def streaming(image_size, channels, matte, *, path, remote="", cache_limit="", i
         labels=labels,
         classes=classes,
         notes=(f"streaming {path}: {len(shards)} images in {len(shards.sizes)} shards{f' of {remote}' if remote else ''}",
-               *verdict(*fitness(len(shards), {}))),
+               *verdict(*fitness(len(shards)))),
     )
 
 

@@ -67,7 +67,8 @@ def diagnose(path, image_size, fraction):
 
 def verdict(report):
     """Why a folder is not fit, and what to look at first: `{"not_fit": lines, "warnings": lines}`."""
-    not_fit, warnings = data.fitness(report["kept"], {fault: len(names) for fault, names in report["left_out"].items()})
+    damaged = sum(len(report["left_out"].get(fault, ())) for fault in data.DAMAGE)
+    not_fit, warnings = data.fitness(report["kept"], report["files"], damaged)
     if report["across"]:
         warnings.append(f"{report['across']:,} of {len(report['held_out']):,} held-out images have a near-duplicate that is "
                         "learned from, so val/loss and eval/copying flatter: keep one of each group")
