@@ -33,7 +33,7 @@ setup(
         "study": STUDY,
         "streaming": ["mosaicml-streaming>=0.13,<0.14"],  # not for the tests: it holds numpy and huggingface_hub back
         "bench": BENCH,
-        "test": [*STUDY, *BENCH, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "nbclient>=0.10",
+        "test": [*STUDY, *BENCH, "pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.100", "ruff>=0.9", "nbclient>=0.10",
                  "ipykernel>=6"],
     },
 )

@@ -341,9 +341,20 @@ def pared(file):
             return png.pared(file, size)
         if head[4:8] in (b"ftyp", b"jP  "):
             return file, {"icc_profile": profile_in_boxes(file, size)}
-        return file, {}
+        return file, {"icc_profile": profile_in_bmp(file)} if head.startswith(b"BM") else {}
     finally:
         file.seek(0)
+
+
+def profile_in_bmp(file):
+    """The ICC profile that a bitmap of Windows' fifth version contains, or None."""
+    file.seek(14)
+    head = file.read(124).ljust(124, b"\0")
+    length, kind, place, size = (struct.unpack_from("<I", head, at)[0] for at in (0, 56, 112, 116))
+    if length != 124 or kind != 0x4D424544 or size > colour.MOST_PROFILE:
+        return None
+    file.seek(14 + place)
+    return file.read(size)
 
 
 def profile_in_boxes(file, size):
@@ -485,7 +496,7 @@ def plain(image):
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
-            raise Refused("without an agreed range", f"32-bit pixels, from {values.min()} to {values.max()}")
+            raise Refused("without an agreed range", "32-bit or signed pixels")
         full = 2**bits - 1 if 8 < bits < 16 else 65535
         alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
         done += [f"{bits} bits"] * (full < 65535)
@@ -558,7 +569,7 @@ def reach_of(image):
 def is_animated(image):
     """Whether a PIL image has further frames that are shown after the first; a photo's depth map is none."""
     try:
-        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+        return image.format != "MPO" and (image.info.get("frames", 0) > 1 or bool(getattr(image, "is_animated", False)))
     except Exception as error:  # whatever is behind the first frame is not read
         if is_ours(error):
             raise
@@ -585,7 +596,7 @@ def format_in(path):
 
 ORIENTATION = 0x0112  # EXIF
 BITS, PHOTOMETRIC, SAMPLES = 258, 262, 339  # of a TIFF; of the last 2 is signed
-UNSUPPORTED = re.compile(r"(?i)unsupported|not (yet )?supported|unknown pixel mode")
+UNSUPPORTED = re.compile(r"(?i)unsupported|not (yet )?supported|unknown pixel mode|cannot handle")
 BRANDS = dict.fromkeys((b"avif", b"avis"), "AVIF") | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIC")
 SIGNATURES = ((b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"\0\0\0\x0cjP  ", "JPEG2000"),

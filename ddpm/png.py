@@ -14,10 +14,11 @@ from ddpm import colour
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MOST_TEXT = 2**20  # bytes, as many as PIL unpacks
 TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
+SHORTEST = {b"\0": 2, b"\2": 6}  # bytes of a tRNS, by IHDR's kind of picture
 FACTS = {b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"}
-# Chunks that are not critical and yet looked at, of up to so many bytes. Those of the film behind the first frame are not.
+# Chunks that are not critical and yet looked at, of up to so many bytes. Those of the frames behind the first are not.
 OPTIONAL = dict.fromkeys(TEXTS, MOST_TEXT) | dict.fromkeys(FACTS, colour.MOST_PROFILE) | dict.fromkeys(
-    (b"tRNS", b"eXIf", b"acTL", b"fcTL"), 2**20)
+    (b"tRNS", b"eXIf", b"acTL"), 2**20)
 
 
 def chunks(file, size):
@@ -46,9 +47,12 @@ def pared(file, size):
             if kind == b"CgBI":
                 raise colour.Unsupported("a PNG of Apple's own kind")
             found.setdefault(kind, content if kind != b"IDAT" else b"")
-            if kind not in FACTS and (kind not in TEXTS or tells_orientation(kind, content)):
-                pieces.append(chunk)
-    return io.BytesIO(b"".join(pieces)), transparent_colour(found) | {"icc_profile": profile_of(found)}
+            if kind in FACTS or kind == b"acTL" or kind in TEXTS and not tells_orientation(kind, content) or \
+                    kind == b"tRNS" and len(content) < SHORTEST.get(found.get(b"IHDR", b"")[9:10], 0):
+                continue
+            pieces.append(chunk)
+    frames = int.from_bytes(found.get(b"acTL", b"")[:4], "big")
+    return io.BytesIO(b"".join(pieces)), transparent_colour(found) | {"icc_profile": profile_of(found), "frames": frames}
 
 
 def tells_orientation(kind, content):

@@ -239,6 +239,31 @@ def test_chunks_of_png_count_in_the_order_of_the_standard(chunks, space):
     assert close(decoded(png(pixels, *chunks)), to_srgb(pixels, *space) if space else pixels, 0.6 if space else 1e-9)
 
 
+def test_profiles_that_pil_does_not_pass_on_are_found():
+    """In JPEG 2000, as numbers in AVIF, and in bitmaps."""
+    pixels, space = photo(), SPACES["Display P3"]
+    content = rgb_profile(*space)
+    if "JPEG2000" in pictures.FORMATS:
+        file = saved(Image.fromarray(pixels), "JPEG2000")
+        start, old = file.index(b"jp2h") - 4, struct.pack(">I4s", 15, b"colr") + b"\1\0\0\0\0\0\x10"
+        length = struct.unpack(">I", file[start:start + 4])[0]
+        new = struct.pack(">I4s", 11 + len(content), b"colr") + b"\2\0\0" + content
+        assert file.count(old) == 1
+        file = file[:start] + struct.pack(">I", length + len(new) - len(old)) + file[start + 4:].replace(old, new)
+        assert close(decoded(file), to_srgb(pixels, *space))
+    if "AVIF" in pictures.FORMATS:
+        file = saved(Image.fromarray(pixels), "AVIF", quality=95)
+        plain, wide = decoded(file), file.replace(b"colrnclx\0\1", b"colrnclx\0\x0c")
+        assert wide != file and close(decoded(wide), to_srgb(plain, *space))
+        with pytest.raises(pictures.Refused, match="unsupported: PQ"):
+            decoded(file.replace(b"colrnclx\0\1\0\x0d", b"colrnclx\0\x09\0\x10"))
+    head = struct.pack("<IiiHHIIiiII", 124, SIDE, -SIDE, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(16) + b"DEBM" + bytes(52)
+    head += struct.pack("<II", 124 + pixels.size, len(content)) + bytes(4)
+    bitmap = b"BM" + struct.pack("<IHHI", 0, 0, 0, 138) + head + pixels[..., ::-1].tobytes() + content
+    assert close(decoded(bitmap), to_srgb(pixels, *space))
+    assert np.array_equal(decoded(bitmap.replace(b"DEBM", b"BGRs")), pixels)
+
+
 @pytest.mark.parametrize("white, red, green, blue, gamma", [
     ((0.3127, 0.3290), (0.64, 0.33), (0.30, 0.60), (0.15, 0.06), 1.8), ((0.3457, 0.3585), (0.7347, 0.2653), (0.1596, 0.8404),
                                                                         (0.0366, 0.0001), 1.8)])
@@ -273,6 +298,12 @@ def test_texts_of_png_neither_cost_nor_break_a_picture():
         text = f"\nexif\n{len(hexed) // 2:8}\n{hexed}\n".encode()
         turned = png(pixels, torn, chunk(kind, b"Raw profile type exif\0" + (b"\0" + zlib.compress(text) if packed else text)))
         assert np.array_equal(decoded(turned), pixels[::-1, ::-1])
+    film = chunk(b"acTL", struct.pack(">II", 9, 0))
+    for rare in (chunk(b"pHYs", b"\0"), chunk(b"tRNS", b"\0\1"), chunk(b"acTL", b"\0"), film + film,
+                 film + chunk(b"fcTL", struct.pack(">IIIIIHHBB", 7, SIDE, SIDE, 0, 0, 1, 1, 0, 0))):
+        assert np.array_equal(decoded(png(pixels, rare)), pixels)
+    with pictures.opened(io.BytesIO(png(pixels, film))) as image:
+        assert pictures.is_animated(image)
     header = png(pixels)
     broken = header.replace(b"IHDR\0\0\0\x40", b"IHDR\0\0\1\x40")
     with pytest.raises(pictures.Refused, match="broken"):  # what the picture needs must be right
