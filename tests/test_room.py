@@ -27,7 +27,7 @@ DISGUISED = [  # as torch 2.14, cuDNN 9.24 and reports of users have them
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    torch.AcceleratorError("CUDA error: out of memory"),
+    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),  # of torch 2.8 on
     torch.OutOfMemoryError("CUDA out of memory."),
     MemoryError(),
 ]

@@ -17,9 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-QUICK = """colour pictures data doctor cache files spec rng config configs clock schedules process samplers solvers losses
-guidance images models dit augment ema optim memory plan checkpoint train exact metrics tracking study compare dashboard
-convert""".split()
+QUICK = """golden exact checkpoint colour pictures data doctor files spec rng schedules samplers images models dit ema optim
+compile room metrics tracking study sweep plan dashboard""".split()
 
 
 def uv(*words):
