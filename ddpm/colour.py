@@ -170,10 +170,10 @@ def from_cicp(primaries, transfer, full):
 def from_png(gamma, chromaticities):
     """The profile of PNG's gAMA (the power that was encoded with, or None) and cHRM (eight numbers, or None).
 
-    1/2.2 stands for sRGB's curve, as libpng and ImageMagick take it; so does no gAMA at all.
+    1/2.2 stands for sRGB's curve, as libpng and ImageMagick take it; so does no gAMA at all. None for a power beyond 10.
     """
     usual = gamma is None or 0.45 <= round(gamma, 2) <= 0.46
-    curve = SRGB_CURVE if usual else (1 / gamma,) if gamma > 0 else ()
+    curve = SRGB_CURVE if usual else (1 / gamma,) if 0.1 <= gamma <= 10 else ()
     named = [f"gAMA {gamma:.5f}"] if gamma is not None else []
     named += ["cHRM"] if chromaticities else []
     return matrix_profile(chromaticities or BT709, curve, " ".join(named)) if curve else None

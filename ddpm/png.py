@@ -100,7 +100,10 @@ def profile_of(found):
         primaries, transfer, matrix, full = found[b"cICP"]
         if not matrix and (profile := colour.from_cicp(primaries, transfer, full)):
             return profile
-    profile = inflated(found[b"iCCP"].partition(b"\0")[2][1:], colour.MOST_PROFILE) or b"?" if b"iCCP" in found else None
+    profile = None
+    if b"iCCP" in found:
+        packed = found[b"iCCP"].partition(b"\0")[2]
+        profile = (packed[:1] == b"\0" and inflated(packed[1:], colour.MOST_PROFILE)) or b"?"  # which is no profile
     if b"sRGB" in found and not (profile and colour.profile(profile)):
         return None
     if profile:

@@ -221,7 +221,7 @@ def profiled(*space):
 
 
 BAD = {"bytes": chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no profile" * 30)), "stream": chunk(b"iCCP", b"x\0\0\1\2\3"),
-       "checksum": profiled(*LINEAR)[:-1] + b"?"}
+       "checksum": profiled(*LINEAR)[:-1] + b"?", "method": chunk(b"iCCP", b"x\0\1" + zlib.compress(rgb_profile(*LINEAR)))}
 
 
 @pytest.mark.parametrize("chunks, space", [
@@ -231,7 +231,8 @@ BAD = {"bytes": chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no profile" * 30)), "s
     ([P3, SAYS_SRGB, GAMMA], DISPLAY_P3), ([profiled(*DISPLAY_P3), SAYS_SRGB], DISPLAY_P3),
     ([chunk(b"cICP", bytes([99, 99, 0, 1])), GAMMA], LINEAR), ([BAD["checksum"], GAMMA], LINEAR),
     ([BAD["bytes"], SAYS_SRGB], None), ([chunk(b"gAMA", bytes(4))], None),
-    ([chunk(b"gAMA", b"\0"), chunk(b"cHRM", bytes(32))], None),
+    ([chunk(b"gAMA", b"\0"), chunk(b"cHRM", bytes(32))], None), ([chunk(b"gAMA", b"\x7f\xff\xff\xff")], None),
+    ([BAD["method"], SAYS_SRGB], None),
 ])
 def test_chunks_of_png_count_in_the_order_of_the_standard(chunks, space):
     """PNG, third edition, 4.3: cICP, then iCCP, then sRGB, then gAMA with cHRM; what makes no sense is passed over."""
