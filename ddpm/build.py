@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import augment, budget, cache, checkpoint, clock, data, dist, draw, metrics, posthoc, rng, score, spec, tracking
@@ -316,6 +317,27 @@ def operations(config):
         out.sum().backward()
     guess = forward * config.diffusion.self_condition  # which is given its own estimate
     return Operations(forward, counter.get_total_flops() + guess)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations inside that compute something, and so launch a kernel or more."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def kernels(config):
+    """How many kernels a config's network, not compiled, launches at least for a micro-batch, forward and backward."""
+    with torch.device("meta"):
+        net, (_, *size) = network(config), image_shape(config)
+        with Kernels() as counter:
+            net(torch.empty(1, channels_in(config), *size), torch.zeros(1, dtype=torch.long)).sum().backward()
+    return counter.count
 
 
 def drawing_operations(config, asked):

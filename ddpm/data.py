@@ -7,6 +7,7 @@ resumed run, another number of workers or another number of GPUs sees the same i
 
 import atexit
 import contextlib
+import contextvars
 import hashlib
 import inspect
 import io
@@ -330,7 +331,7 @@ def streaming(image_size, channels, matte, *, path, remote="", cache_limit="", i
     """
     from ddpm.shards import Shards  # its library is optional, and seconds of start-up
 
-    shards = Shards(str(path), remote, cache_limit)
+    shards = Shards(str(path), remote if DOWNLOADS.get() else "", cache_limit)
     for name in (image, label) if label else (image,):
         if name not in shards.columns:
             raise ValueError(f"the shards in {str(path)!r} have no column {name!r}{spec.suggest(name, shards.columns)}; choose "
@@ -520,8 +521,9 @@ def open_torchvision(name, root, split):
         arguments["target_types"] = ["category", "binary-category"]
     try:
         return make(**arguments, download=False)
-    except (RuntimeError, OSError):
-        pass  # not there, or not whole
+    except (RuntimeError, OSError):  # not there, or not whole
+        if not DOWNLOADS.get():
+            raise ValueError(f"torchvision set {name!r} is not in {str(root / TORCHVISION[name])!r}") from None
     try:
         return make(**arguments, download=True)
     except Exception as error:
@@ -533,6 +535,19 @@ def open_torchvision(name, root, split):
             f"torchvision set {name!r} is not in {str(place)!r} and cannot be downloaded ({cause}); "
             f"put its files there, or run once where there is a network"
         ) from None
+
+
+DOWNLOADS = contextvars.ContextVar("DOWNLOADS", default=True)
+
+
+@contextlib.contextmanager
+def without_downloads():
+    """Inside, a source whose data are not on this machine raises ValueError instead of downloading them."""
+    before = DOWNLOADS.set(False)
+    try:
+        yield
+    finally:
+        DOWNLOADS.reset(before)
 
 
 def class_names(found, reports):

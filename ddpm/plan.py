@@ -1,8 +1,8 @@
-"""What a run will need, before it starts: `python -m ddpm.plan --config=configs/cats128.py [--vram=8]`; no card is needed.
+"""What a run will need, before it starts: `python -m ddpm.plan --config=configs/cats128.py [--vram=8]`, without a GPU or data.
 
-Memory is counted on the very training step, run on tensors without numbers; operations are counted on the network. Hours follow
-from what the makers of cards publish and from --mfu, the share of it that is reached, which is a guess until it is measured:
-a training tracks its own as `speed/mfu`.
+Memory is counted on the very training step, run on tensors without numbers; operations are counted on the network. Times follow
+from what the makers of GPUs publish and from --mfu, the share of it that is reached, which is a guess until it is measured:
+a training tracks its own as `speed/mfu`. A step takes no less than the launches of its kernels, which limit small networks.
 """
 
 import contextlib
@@ -11,15 +11,20 @@ from typing import NamedTuple
 
 import torch
 from absl import flags
+from tqdm import tqdm
 
-from ddpm import assemble, build, clock, command, memory
-from ddpm.cards import CARDS
+from ddpm import assemble, build, clock, command, data, memory
+from ddpm.cards import CARDS, known
 from ddpm.config import changed
 from ddpm.report import amount, plain
+from ddpm.spec import suggest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = memory.GIB
 ASSUMED = 10_000  # images in the data, where these are not at hand and anything is counted in epochs
+CLASSES = 1000  # in the data, likewise
+LAUNCH = 3.8e-6  # seconds a kernel takes at least: NVIDIA, "Getting Started with CUDA Graphs", without graphs, on a V100
+USUAL = "RTX 3060,RTX 4060,RTX 4070 Laptop,RTX 4070,RTX 4090,RTX 5070,RTX 5090,RX 7900 XTX,T4,L4,A100,H100,H200"
 
 
 class Memory(NamedTuple):
@@ -35,30 +40,40 @@ def memory_of(config, images, vram):
     """A `Memory` for each size of number, without and with activation checkpointing, on a card of `vram` bytes."""
     with torch.device("meta"):
         count = len(build.network(config).levels)
-    for types, dtype in (("fp32", torch.float32), ("bf16, fp16", torch.bfloat16)):
-        for name, levels in (("none", 0), ("all", count)):
-            one, other = (assemble.account(config, dtype, n, levels) for n in (images, 2 * images))
-            yield Memory(types, name, one, memory.most_images(one, images, other, 2 * images, vram))
+    with tqdm(total=8, desc="counting memory", unit="step", leave=False, disable=None) as bar:
+        for types, dtype in (("fp32", torch.float32), ("bf16, fp16", torch.bfloat16)):
+            for name, levels in (("none", 0), ("all", count)):
+                accounts = []
+                for n in (images, 2 * images):
+                    accounts.append(assemble.account(config, dtype, n, levels))
+                    bar.update()
+                one, other = accounts
+                yield Memory(types, name, one, memory.most_images(one, images, other, 2 * images, vram))
 
 
-def hours(images, flops, card, dtype, mfu, cards=1, batch_size=1, weights=0):
+def hours(images, flops, card, dtype, mfu, cards=1, batch_size=1, weights=0, kernels=0):
     """Hours for so many images on one card or several, and the images a second.
 
-    Several exchange gradients of `weights` bytes after every step, around a ring (2 (n - 1) / n of them through each link), and
-    nothing of that is taken to be hidden behind the computation.
+    A step takes no less than the launches of its `kernels`. Several cards exchange gradients of `weights` bytes after every
+    step, around a ring (2 (n - 1) / n of them through each link), and nothing of that is taken to be hidden behind computation.
     """
-    step = batch_size / cards * flops / (mfu * card.peak(dtype)) + 2 * (cards - 1) / cards * weights / (card.link * 1e9)
+    computed = max(batch_size / cards * flops / (mfu * card.peak(dtype)), kernels * LAUNCH)
+    step = computed + 2 * (cards - 1) / cards * weights / (card.link * 1e9)
     return images / batch_size * step / 3600, batch_size / step
 
 
-def plan(config, vram, mfu, cards):
-    """Yield the plan as lines. Raises ValueError, one line, for a config that cannot be run."""
+def plan(config, vram, mfu, cards, gpus=USUAL):
+    """Yield the plan as lines, with a row for each of `gpus`, or for `all`.
+
+    Raises ValueError, one line, for a config that cannot be run and for a GPU that is not known.
+    """
+    shown = listed(gpus)
     build.check(config)
     section, images = config.train, config.train.batch_size // config.train.gradient_accumulation_steps
     with torch.device("meta"):
         weights = sum(one.numel() for one in build.network(config).parameters())
     asked, shape = build.operations(config), "x".join(map(str, build.image_shape(config)[::-1]))
-    flops = asked.training
+    flops, kernels = asked.training, section.gradient_accumulation_steps * build.kernels(config)
     yield (f"{config.model.name}: {weights:,} parameters, images {shape}, {flops / 1e9:,.4g} GFLOP an image, forward and "
            "backward\n")
 
@@ -85,19 +100,21 @@ def plan(config, vram, mfu, cards):
 
     total, size, among = length(config)
     evaluated = build.evaluated(config, size, asked)
-    yield (f"time, if a card reaches {mfu:.0%} of what its maker publishes (--mfu): {section.length} are "
+    yield (f"time at the least, if a GPU reaches {mfu:.0%} of what its maker publishes (--mfu) and launches each of the "
+           f"{kernels:,} kernels of a step in {LAUNCH * 1e6:g} microseconds: {section.length} are "
            f"{total * section.batch_size:,} images{among}")
     equal = cards * section.gradient_accumulation_steps
     together = math.ceil(section.batch_size / equal) * equal
-    rows = [["card", "GiB", "type", "images/s", "hours", f"images/s, {cards} cards", "hours", "an evaluation, minutes"]]
-    for name, card in CARDS.items():
+    rows = [["GPU", "GiB", "type", "images/s", "training", f"images/s, {cards} GPUs", "training", "an evaluation"]]
+    for name in shown:
+        card = CARDS[name]
         kind = chosen(section.amp, card)
-        rates = [hours(total * section.batch_size, flops, card, DTYPES[kind], mfu, n, batch, 4 * weights)
+        rates = [hours(total * section.batch_size, flops, card, DTYPES[kind], mfu, n, batch, 4 * weights, kernels)
                  for n, batch in ((1, section.batch_size), (cards, together))]
-        minutes = evaluated.operations / (mfu * card.peak(DTYPES[kind])) / 60
-        rows.append([name, str(card.gib), kind, *(words for spent, rate in rates for words in (amount(rate), brief(spent))),
-                     brief(minutes)])
-    yield plain(rows)
+        measured = evaluated.operations / (mfu * card.peak(DTYPES[kind])) / 3600
+        rows.append([name, str(card.gib), kind, *(words for spent, rate in rates for words in (amount(rate), spell(spent))),
+                     spell(measured)])
+    yield plain(rows) + f"\nother GPUs: --gpus=all, or by name, --gpus='{list(CARDS)[0]}'"
     if together != section.batch_size:
         yield (f"on {cards} cards a batch of {section.batch_size} cannot be cut into {cards} ranks x "
                f"{section.gradient_accumulation_steps} parts: those columns are for --config.train.batch_size={together}")
@@ -120,8 +137,23 @@ def plan(config, vram, mfu, cards):
                ("" if times is None else f", {times} of them {times * each:.2f}"))
 
 
-def brief(time):
-    return amount(time) if time >= 0.01 else "< 0.01"
+def spell(hours):
+    """A time for people: `< 1 s`, `35 s`, `3 min`, `12.4 h`, `9.2 days`."""
+    for unit, size, least in (("days", 24, 100), ("h", 1, 2), ("min", 1 / 60, 2), ("s", 1 / 3600, 1)):
+        if hours >= least * size:
+            return f"{hours / size:.{1 if unit in ('days', 'h') else 0}f} {unit}"
+    return "< 1 s"
+
+
+def listed(gpus):
+    """The names in the table of GPUs that a person names, `"all"` or several joined by commas; raises ValueError for others."""
+    if gpus == "all":
+        return list(CARDS)
+    names = [name.strip() for name in gpus.split(",")]
+    for name in names:
+        if not known(name):
+            raise ValueError(f"unknown GPU {name!r}{suggest(name, list(CARDS))}; --gpus=all shows those that are known")
+    return [known(name) for name in names]
 
 
 def chosen(amp, card):
@@ -140,19 +172,45 @@ def length(config):
     counted = section.length, section.warmup, section.learning_rate_decay, *config.every.values()
     if any("epoch" in text for text in counted):
         try:
-            size = len(build.split(config, build.dataset(config))[0])
+            size = len(build.split(config, at_hand(config))[0])
             words = f", of {size:,} in the data"
         except ValueError as error:
             size, words = ASSUMED, f", as if there were {ASSUMED:,} in the data ({error})"
     return clock.steps_of(section.length, section.batch_size, size), size, words
 
 
+def at_hand(config):
+    """The images of a config, none of them decoded; raises ValueError where they are not on this machine."""
+    section = config.data
+    with data.without_downloads():
+        return data.open_source(section.source, section.image_size, section.channels, section.matte)
+
+
+def with_classes(config, count=None):
+    """(config, words): the config with names for its classes, `count` of them; without one they are those of its data.
+
+    Where the data are not at hand there are taken to be CLASSES, which the words say.
+    """
+    section, words = config.data, ""
+    if not section.class_labels or section.classes:
+        return config, words
+    names = dict.fromkeys(map(str, (*config.sample.classes, *config.evaluate.classes)))  # those that the config names
+    if count is None:
+        try:
+            return build.with_classes(config, build.class_names(config, at_hand(config))), words
+        except ValueError as error:
+            count, words = CLASSES, f"as if there were {CLASSES:,} classes in the data ({error}); --classes=10 says how many\n"
+    names = list(names | dict.fromkeys(map(str, range(count))))[:max(count, len(names))]
+    return changed(config, {"data.classes": tuple(names)}), words
+
+
 def main():
     """Print the plan of the config that the flags name; returns the exit code."""
-    given, _, _ = command.given_config()
-    if given.data.class_labels and not given.data.classes:
-        given = changed(given, {"data.classes": build.class_names(given, build.dataset(given))})
-    for lines in plan(given, flags.FLAGS.vram, flags.FLAGS.mfu, flags.FLAGS.cards):
+    values = flags.FLAGS
+    given, words = with_classes(command.given_config()[0], values.classes)
+    if words:
+        print(words, flush=True)
+    for lines in plan(given, values.vram, values.mfu, values.cards, values.gpus):
         print(lines, flush=True)
     return command.DONE
 
@@ -162,5 +220,8 @@ if __name__ == "__main__":
     flags.DEFINE_float("vram", 8.0, "Memory of the card that is asked about, in GiB.", lower_bound=0.1)
     flags.DEFINE_float("mfu", 0.4, "Share of a card's published peak that is reached.", lower_bound=0.001, upper_bound=1.0)
     flags.DEFINE_integer("cards", 8, "How many cards the last columns of the hours are for.", lower_bound=1)
+    flags.DEFINE_string("gpus", USUAL, "GPUs to show, by the names that torch gives them, joined by commas; or all.")
+    flags.DEFINE_integer("classes", None, "Classes in the data of a class-conditional config; by default as many as there are.",
+                         lower_bound=1)
     flags.adopt_module_key_flags(command)
     command.run_door(main)
