@@ -20,7 +20,7 @@ from ddpm.diffusion.guidance import unlabelled
 from ddpm.diffusion.targets import get_target
 from ddpm.models import MODELS
 from ddpm.models.layers import ResidualBlock
-from ddpm.pictures import open_picture
+from ddpm.pictures import BLACK, open_picture
 
 
 def network(config):
@@ -278,19 +278,21 @@ def evaluations(config, recipe, edit=None):
 def pictures(config, paths, mask=None):
     """The pictures at `paths`, uint8 [c, h, w] each, as a config's training data are, and the mask, bool [h, w], or None.
 
-    Raises ValueError for a file that cannot be read, and a mask that does not lie over the first picture or has nothing white.
+    The mask is True where its picture is white; what is transparent there is not masked. Raises ValueError for a file that
+    cannot be read, and a mask that does not lie over the first picture or has nothing white.
     """
     section = config.data
     read = [open_picture(path, section.image_size, section.channels, section.matte) for path in paths]
     if mask is None:
         return [pixels for pixels, _ in read], None
-    (grey,), (width, height) = open_picture(mask, section.image_size, 1)
+    (grey,), (width, height) = open_picture(mask, section.image_size, 1, BLACK)
     if (width, height) != read[0][1] and not (width == height and len(set(read[0][1])) == 1):
         raise ValueError(f"mask {str(mask)!r} is {width}x{height} and the image {'x'.join(map(str, read[0][1]))}; give one of "
                          "the image's size, or two squares")
     area = grey >= 128
     if not area.any():
-        raise ValueError(f"mask {str(mask)!r} has nothing white, where the image is painted anew; give another")
+        raise ValueError(f"mask {str(mask)!r} has nothing white, where the image is to be painted, in the square that the "
+                         "network sees; give one that is white there, and black or transparent elsewhere")
     return [pixels for pixels, _ in read], area
 
 

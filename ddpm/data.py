@@ -533,8 +533,18 @@ def open_torchvision(name, root, split):
             root.rmdir()  # which the attempt may have made; not if anything is in it
         raise ValueError(
             f"torchvision set {name!r} is not in {str(place)!r} and cannot be downloaded ({cause}); "
-            f"put its files there, or run once where there is a network"
+            f"download {address(make)} elsewhere and put its files there, or run once where there is a network"
         ) from None
+
+
+def address(make):
+    """Where a torchvision set comes from: the first web address that its class names, else its page in the manual."""
+    found, looked = "", list(vars(make).values())
+    while looked and not found:
+        item = looked.pop(0)
+        looked += item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+        found = item if isinstance(item, str) and item.startswith(("https://", "http://")) else ""
+    return found or f"what https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.{make.__name__}.html names"
 
 
 DOWNLOADS = contextvars.ContextVar("DOWNLOADS", default=True)

@@ -45,9 +45,10 @@ def edit_images(checkpoint, edit, images, out="samples", mask=None, num_images=N
     """Edit pictures by a run folder or checkpoint file into the folder `out`; returns the paths written.
 
     `edit` names an entry of EDITS, `"inpaint"` or `"sdedit(strength=0.6)"`; `images` is the path of a picture, or a list of as
-    many as it takes, `mask` that of a picture that is white where `inpaint` paints anew. There are `num_images` results, 16 by
-    default, and a `grid.png` of them with what was given. The rest is as for `generate_images`. Raises ValueError, one line,
-    also for pictures that cannot be used and for a sampler that cannot make the edit.
+    many as it takes, `mask` that of a picture that is white where `inpaint` paints anew, and black or transparent elsewhere;
+    the share to be painted is printed, with a warning where that is everything. There are `num_images` results, 16 by default,
+    and a `grid.png` of them with what was given. The rest is as for `generate_images`. Raises ValueError, one line, also for
+    pictures that cannot be used, for a mask of nothing and for a sampler that cannot make the edit.
     """
     write, made = FORMATS[check_choice("format", format, list(FORMATS))], get_edit(edit)
     paths = [images] if isinstance(images, (str, Path)) else list(images)
@@ -57,7 +58,8 @@ def edit_images(checkpoint, edit, images, out="samples", mask=None, num_images=N
     recipe = build.edit_recipe(trained)
     times = build.evaluations(trained, recipe, made)
     make_place(folder, format, machine)
-    say(f"{edit}: {command.count(count, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained)
+    say(f"{edit}: {command.count(count, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained,
+        *masked_words(mask, area))
     film, results = format == "gif", []
     how = partial(draw.frames if film else draw.draw, walk=draw.edited(made, pictures, area, count, machine), times=times)
     drawn = remembered(build.drawer(trained, net, machine, how)(range(count), recipe), results)
@@ -88,9 +90,19 @@ def written(write, out, batches, format, count):
         raise KeyboardInterrupt(whole if kept else f"nothing is written to {out}") from None
 
 
-def say(text, config):
+def say(text, config, *more):
     """Say how a config draws, with what a person should know of it."""
-    print("\n".join([text, *map(command.as_typed, build.remarks(config, "sample"))]), flush=True)
+    print("\n".join([text, *map(command.as_typed, build.remarks(config, "sample")), *more]), flush=True)
+
+
+def masked_words(mask, area):
+    """What a person should know of a mask, bool [h, w]: lines, none without one."""
+    if area is None:
+        return []
+    if area.all():
+        return [f"warning: mask {str(mask)!r} is white everywhere, so nothing of the picture is kept; make it black or "
+                "transparent where the picture is to stay"]
+    return [f"painting {area.float().mean():.1%} of the picture"]
 
 
 def edit_count(edit, made, paths, mask, num_images):
@@ -146,6 +158,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("format", "png", f"One of {', '.join(FORMATS)}; gif shows how the images come out of the noise.")
     flags.DEFINE_string("edit", None, "inpaint(resamplings=10), sdedit(strength=0.6), invert or interpolate, of an --image.")
     flags.DEFINE_multi_string("image", [], "Picture to edit; given twice to interpolate.")
-    flags.DEFINE_string("mask", None, "Picture for inpaint, white where the image is painted anew.")
+    flags.DEFINE_string("mask", None, "Picture for inpaint, white where the image is painted anew, black or "
+                        "transparent elsewhere.")
     flags.adopt_module_key_flags(command)
     command.run_door(main)

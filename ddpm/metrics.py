@@ -91,10 +91,10 @@ def inception(device, weights_path=""):
     Its weights are the file at `weights_path`, else torch-fidelity's own below `$TORCH_HOME`, else its download. Raises
     ValueError where there are none, or where they cannot be trusted to be what their name says.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # 1.6 s of start-up
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # 1.6 s of start-up
 
     path = Path(weights_path).expanduser() if weights_path else published_inception()
-    digest = digest_of(path, f"leave it empty, or give the path of {INCEPTION}")
+    digest = digest_of(path, f"leave it empty, or give the path of {INCEPTION} from {URL_INCEPTION_V3}")
     published = digest.startswith(INCEPTION_HASH)
     if path.name == INCEPTION and not published:
         raise ValueError(f"{path} is damaged (its sha256 starts with {digest[:8]}); delete it to download it again")
@@ -131,8 +131,9 @@ def published_inception():
         torch.hub.download_url_to_file(URL_INCEPTION_V3, path, INCEPTION_HASH, progress=sys.stderr.isatty())
     except Exception as error:
         raise ValueError(
-            f"no Inception weights: {path} is not there and cannot be downloaded ({one_line(error)}); "
-            f"put {INCEPTION} there, or give its path: --config.evaluate.inception_weights=PATH to ddpm.main, "
+            f"no Inception weights: {path} is not there and cannot be downloaded ({one_line(error)}); download "
+            f"{URL_INCEPTION_V3} elsewhere and put it there, or give its path: "
+            "--config.evaluate.inception_weights=PATH to ddpm.main, "
             "--inception_weights=PATH to ddpm.evaluate"
         ) from None
     finally:

@@ -27,7 +27,7 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, featu
 
 from ddpm import colour, likeness, png
 
-WHITE = (255, 255, 255)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
             ".gif": "GIF", ".avif": "AVIF", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".jpf": "JPEG2000", ".jpx": "JPEG2000"}

@@ -410,13 +410,15 @@ def test_every_torchvision_name_is_a_set_with_a_root_and_a_download():
         assert issubclass(getattr(torchvision.datasets, name), torchvision.datasets.VisionDataset)
 
 
-@pytest.mark.parametrize("name, place", [("CIFAR10", "cifar-10-batches-py"), ("MNIST", "MNIST/raw"), ("DTD", "dtd")])
-def test_without_a_network_one_line_says_where_the_files_belong(tmp_path, monkeypatch, name, place):
+@pytest.mark.parametrize("name, place, host", [
+    ("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/"), ("MNIST", "MNIST/raw", "https://ossci-datasets.s3"),
+    ("DTD", "dtd", "https://www.robots.ox.ac.uk/"), ("CelebA", "celeba", "what https://docs.pytorch.org/vision/stable/generated/")])
+def test_without_a_network_one_line_says_where_the_files_belong(tmp_path, monkeypatch, name, place, host):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    with pytest.raises(ValueError, match=f"'{tmp_path}/{place}' and cannot be downloaded .*; put its files there") as error:
+    with pytest.raises(ValueError, match=f"'{tmp_path}/{place}' and cannot be downloaded .*; download {host}.* there") as error:
         data.open_source(f"torchvision(name={name!r}, root={str(tmp_path)!r})", 32, 3)
     assert "\n" not in str(error.value)
 

@@ -132,9 +132,11 @@ def test_without_inception_weights_the_training_goes_on_and_says_so(tmp_path, mo
     assert run(tiny(evaluate__extractor="inception", every__evaluate="12 steps"), tmp_path)
     log = (tmp_path / "training.log").read_text()
     assert "going on without evaluation: no Inception weights" in log and "--config.evaluate.inception_weights=PATH" in log
+    address = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+    assert f"; download {address} elsewhere and put it there" in log
     with pytest.raises(ValueError, match="no Inception weights"):
         evaluate(tmp_path)
-    with pytest.raises(ValueError, match="/no/such/file"):
+    with pytest.raises(ValueError, match=f"/no/such/file.* from {address}"):
         run(tiny(evaluate__extractor="inception", evaluate__inception_weights="/no/such/file", every__evaluate="12 steps"),
             tmp_path / "named")
     assert not (tmp_path / "named").exists()

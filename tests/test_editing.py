@@ -19,7 +19,7 @@ from ddpm.diffusion.editing import EDITS, STEPWISE, Given, asked, get_edit, inve
 from ddpm.diffusion.process import CLEAN, latent
 from ddpm.diffusion.samplers import ddim, ddpm
 from ddpm.diffusion.targets import denoiser
-from ddpm.generate import edit_images, generate_images
+from ddpm.generate import edit_images, generate_images, masked_words
 
 HALF = torch.tensor([True, True, False, False]).expand(1, 1, 4, 4)  # of SHAPE, the left half painted anew
 
@@ -305,6 +305,7 @@ def test_inpainting_through_the_door(trained, tmp_path):
                           f"--image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png", "--num_images=5", "--seed=3",
                           f"--out={tmp_path}/out", "--device=cpu", cwd=tmp_path)
     assert code == 0 and not err, err
+    assert "painting 50.0% of the picture" in out
     assert "20 network evaluations" in out[0] and "grid.png" in out[-1]  # 12, and 4 again after jumps to 5 and 9 steps left
     results = [read(tmp_path / "out" / f"{k:06d}.png") for k in range(5)]
     assert all(np.array_equal(result[:, :8], pixels[:, :8]) for result in results)  # to the bit, in the file
@@ -313,6 +314,26 @@ def test_inpainting_through_the_door(trained, tmp_path):
     assert grid.shape == (56, 56) and np.array_equal(grid[2:18, 2:18], pixels)
     assert np.array_equal(grid[2:18, 20:28], pixels[:, :8]) and (grid[2:18, 28:36] == 127).all()
     assert np.array_equal(grid[2:18, 38:54], results[0])
+
+
+@pytest.mark.parametrize("mode, kind", [("RGBA", "png"), ("LA", "png"), ("P", "gif"), ("RGBA", "webp"), ("RGBA", "tiff")])
+def test_what_is_transparent_in_a_mask_is_not_masked(tmp_path, mode, kind):
+    """As a paint program saves the layer of a mask: white where something is painted, transparent white elsewhere."""
+    picture(tmp_path / "image.png", 16, 16)
+    right = np.zeros((16, 16), bool)
+    right[:, 12:] = True
+    if mode == "P":
+        layer = Image.fromarray(right.astype(np.uint8), "P")  # 0 is the transparent entry; both are white
+        layer.putpalette([255] * 6)
+        layer.save(tmp_path / f"mask.{kind}", transparency=0)
+    else:
+        colours = Image.new(mode[:-1], (16, 16), 255 if mode == "LA" else (255, 255, 255))
+        colours.putalpha(Image.fromarray(np.uint8(255 * right)))
+        colours.save(tmp_path / f"mask.{kind}", **({"lossless": True, "exact": True} if kind == "webp" else {}))
+    _, area = build.pictures(tiny(), [tmp_path / "image.png"], tmp_path / f"mask.{kind}")
+    assert np.array_equal(area.numpy(), right)
+    assert masked_words("mask", area) == ["painting 25.0% of the picture"]
+    assert masked_words("mask", area | True)[0].startswith("warning: mask 'mask' is white everywhere, so nothing of")
 
 
 def test_an_edit_is_the_same_image_however_many_are_drawn(trained, tmp_path):
@@ -368,6 +389,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
     picture(tmp_path / "wide.png", 20, 16)
     mask_file(tmp_path / "m.png", 16, 16)
     Image.new("L", (16, 16)).save(tmp_path / "black.png")
+    Image.new("RGBA", (16, 16), (255, 255, 255, 0)).save(tmp_path / "clear.png")
     (tmp_path / "text.png").write_text("no picture")
     image, mask = f"--image={tmp_path}/a.png", f"--mask={tmp_path}/m.png"
     for given, remedy in [
@@ -382,6 +404,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
         (["--edit=sdedit", f"--image={tmp_path}"], "cannot read"),
         (["--edit=inpaint", f"--image={tmp_path}/wide.png", mask], "is 16x16 and the image 20x16"),
         (["--edit=inpaint", image, f"--mask={tmp_path}/black.png"], "has nothing white"),
+        (["--edit=inpaint", image, f"--mask={tmp_path}/clear.png"], "black or transparent elsewhere"),
         (["--edit=inpaint(jump_length=4)", image, mask, "--sampler=heun"], "use ddpm, ddim, euler, euler_ancestral"),
         (["--edit=invert", image, "--sampler=ddpm"], "use ddim, euler"),
         (["--edit=inpaint", image, mask, "--steps=8"], "give more steps"),
