@@ -8,10 +8,13 @@ of one's own would be hardly faster (experiments/throughput). What is kept is ma
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
+import stat
 import sys
 from dataclasses import replace
+from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -19,12 +22,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ddpm.files import make_folder, sync, written_beside
+from ddpm.files import expanded, make_folder, sync, written_beside
+
+LOG = logging.getLogger(__name__)
 
 
 def home():
-    """Where caches lie: `$DDPM_CACHE`, else `~/.cache/ddpm`."""
-    return Path(os.environ.get("DDPM_CACHE") or "~/.cache/ddpm").expanduser()
+    """Where caches lie: `$DDPM_CACHE`, else `~/.cache/ddpm`; raises ValueError where no such folder is known."""
+    return expanded(os.environ.get("DDPM_CACHE") or "~/.cache/ddpm")
+
+
+def place(name):
+    """A folder below `home()`, made if it is not there: who may write to the one may write to the other, whatever the umask."""
+    folder = home() / name
+    if not folder.is_dir():
+        make_folder(folder)
+        with contextlib.suppress(PermissionError):  # another user was faster
+            folder.chmod(stat.S_IMODE(folder.parent.stat().st_mode))
+    return folder
 
 
 def decoded(source, folder=None):
@@ -35,15 +50,18 @@ def decoded(source, folder=None):
     Raises Undecodable for an image that cannot be had.
     """
     size, most = len(source) * int(np.prod(source.image_shape)), 0.9 if folder else 0.25
-    folder = Path(folder or home() / "decoded")
-    path = folder / f"{source.fingerprint}.u8"
+    given, folder = folder, Path(folder or "decoded")
     try:
-        with alone(make_folder(folder) / f"{source.fingerprint}.lock", "it decodes the same images"):
-            if not path.exists() or path.stat().st_size != size:
-                if size > most * (free := shutil.disk_usage(folder).free):
-                    raise OSError(f"{size / 2**30:.1f} GiB are more than {most:.0%} of the {free / 2**30:.1f} free; name "
-                                  "another folder as data.cache")
-                build(source, path, size)
+        folder = expanded(folder) if given else home() / folder
+        path = folder / f"{source.fingerprint}.u8"
+        if not is_whole(path, size):  # a file that is there needs no lock, which another user's cache may refuse
+            make_folder(folder) if given else place(folder.name)
+            with alone(path.with_suffix(".lock"), "it decodes the same images"):
+                if not is_whole(path, size):
+                    if size > most * (free := shutil.disk_usage(folder).free):
+                        raise OSError(f"{size / 2**30:.1f} GiB are more than {most:.0%} of the {free / 2**30:.1f} free; name "
+                                      "another folder as data.cache")
+                    build(source, path, size)
         if fits := size <= memory() / 2:
             read_through(path)
     except Undecodable:
@@ -53,6 +71,11 @@ def decoded(source, folder=None):
     note = f"decoded images: {path}, {size / 2**20:,.1f} MiB, {'in memory' if fits else 'more than half of the memory'}"
     rows = Rows(path, (len(source), *source.image_shape))
     return replace(source, fetch=rows, in_memory=fits, notes=(*source.notes, note))
+
+
+def is_whole(path, size):
+    """Whether a file of decoded images is there, complete, and may be read."""
+    return os.access(path, os.R_OK) and path.stat().st_size == size
 
 
 class Undecodable(ValueError):
@@ -105,26 +128,46 @@ def build(source, path, size):
 def remembered(name, reason="it reads the same files"):
     """A dict that lasts under a name below `home()`: one process has it at a time, and what is in it afterwards is kept.
 
-    Empty where there is none yet or it cannot be read, and lost again where it cannot be written.
+    Empty where there is none yet or it cannot be read, and lost again, with a warning, where it cannot be written.
     """
-    path = home() / f"{name}.json"
     with contextlib.ExitStack() as lock:
         with contextlib.suppress(OSError, ValueError):
-            lock.enter_context(alone(make_folder(path.parent) / f"{path.name}.lock", reason))
-        found = {}
-        with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-            found = dict(json.loads(path.read_text()))
+            kind, _, file = name.rpartition("/")
+            lock.enter_context(alone(place(kind) / f"{file}.json.lock", reason))
+        found = recalled(name)
         before = dict(found)
         yield found
         if found != before:
-            with contextlib.suppress(OSError, ValueError), written_beside(path) as part:
-                part.write_text(json.dumps(found))
+            remember(name, found)
+
+
+def recalled(name):
+    """The dict that is kept under a name below `home()`; empty where there is none, or it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        return dict(json.loads((home() / f"{name}.json").read_text()))
+    return {}
+
+
+def remember(name, content):
+    """Keep a dict under a name below `home()`; where that cannot be done, a warning says so."""
+    kind, _, file = name.rpartition("/")
+    try:
+        with written_beside(place(kind) / f"{file}.json") as part:
+            part.write_text(json.dumps(content))
+    except (OSError, ValueError) as error:
+        warn_once(f"what is found out about files cannot be kept ({error}), and is found out again each time; name a folder "
+                  "that you may write to as DDPM_CACHE")
+
+
+@cache
+def warn_once(text):
+    LOG.warning(text)
 
 
 @contextlib.contextmanager
 def alone(path, reason=""):
     """Wait until no one else is inside, for a reason that is said if given, and keep them out; a lock dies with its process."""
-    handle = os.open(path, os.O_CREAT | os.O_RDWR)
+    handle = lock_file(path)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             try:
@@ -136,6 +179,17 @@ def alone(path, reason=""):
         yield
     finally:
         os.close(handle)
+
+
+def lock_file(path):
+    """A handle of a file to lock, which is made so that other users can lock it too."""
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+    except PermissionError:  # to write; a file that can be read can be locked
+        return os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # of another user
+        os.fchmod(handle, 0o666)
+    return handle
 
 
 class Rows:

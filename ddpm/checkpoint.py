@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
-from ddpm.files import make_folder, written_beside
+from ddpm.files import expanded, make_folder, written_beside
 
 FORMAT = 1
 LONGEST = 2**22  # characters of a config, which has some thousand: more would only fill the memory
@@ -346,13 +346,13 @@ def find(run_or_file):
 
 def files_of(run_or_file):
     """The files of weights that a run folder or a file name means, the newest first; raises ValueError where there is none."""
-    path = Path(run_or_file)
+    path = expanded(run_or_file)
     if path.is_file():
         return [path]
     if not path.is_dir():
         runs = sorted(str(folder) for folder in Path("runs").glob("*") if folder.is_dir())
         there = f" (there is {', '.join(runs[:5])}{' ...' if len(runs) > 5 else ''})" if runs else ""
-        raise ValueError(f"{path} is neither a file nor a run folder; give runs/NAME{there}, or a .pt or .safetensors file")
+        raise ValueError(f"{os.path.abspath(path)} is neither a file nor a run folder; give runs/NAME{there}, or a .pt or .safetensors file")
     final, found = path / "final.safetensors", checkpoints(path)
     if final.is_file():
         try:

@@ -32,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpm import cache, images, likeness, pictures, rng, spec
+from ddpm.files import expanded
 from ddpm.pictures import MODES, SUFFIXES, TOO_SMALL, WHITE, Facts, Refused, decode, decode_file, examine, to_pixels
 
 PREPROCESSING = "square crop, bicubic, 1"  # in every fingerprint: count it up when the same file gives other pixels
@@ -165,12 +166,15 @@ class Survey(NamedTuple):
         return lines
 
 
-def survey(path):
-    """The Survey of a folder and its sub-folders; each file is read once and for all runs. Raises ValueError for no folder."""
-    root = Path(str(path)).expanduser()
+def survey(path, example="data/cats"):
+    """The Survey of a folder and its sub-folders; each file is read once and for all runs.
+
+    Raises ValueError, with an example of what to write, where there is no folder.
+    """
+    root = expanded(str(path))
     if not root.is_dir():
-        fault = "is a file" if root.exists() else "does not exist"
-        raise ValueError(f"image folder {str(root)!r} {fault}; give the path of a folder that holds images")
+        raise ValueError(f"image folder {os.path.abspath(root)!r} {'is a file' if root.exists() else 'does not exist'}; "
+                         f"give the path of a folder that holds images: {example}")
     names, others, closed = find_images(root)
     return Survey(root, names, scan_files(root, names), others, closed)
 
@@ -210,7 +214,7 @@ def folder(image_size, channels, matte, *, path):
     Ones that `pictures` refuses and ones whose shorter side is below `image_size` are left out and named in the notes.
     First-level sub-folders are classes if no image lies beside them. Raises ValueError where no image is left.
     """
-    found = survey(path)
+    found = survey(path, "--config.data.source=\"folder(path='data/cats')\"")
     root, names, strangers = found.root, found.names, found.strangers()
     if not names:
         raise ValueError(f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is {', '.join(SUFFIXES)}; "
@@ -268,18 +272,21 @@ def near_duplicates(root, facts):
     What has the same bytes is compared once, and what is of one colour is like nothing.
     """
     content = fingerprint([(one.digest, one.trace) for one in facts], likeness.ALIKE)
-    with cache.remembered(f"alike/{fingerprint(os.path.realpath(root))}") as known:
-        if known.get("content") != content:
-            same = {}
-            for number, one in enumerate(facts):
-                same.setdefault(one.digest, []).append(number)
-            firsts = [numbers[0] for numbers in same.values() if not facts[numbers[0]].blank]
-            near = likeness.groups(np.array([facts[number].likeness for number in firsts]))
-            joined = [[number for k in group for number in same[facts[firsts[k]].digest]] for group in near]
-            alone = {number for group in joined for number in group}
-            joined += [numbers for numbers in same.values() if len(numbers) > 1 and numbers[0] not in alone]
-            known.update(content=content, groups=sorted(sorted(group) for group in joined))
-        return tuple(map(tuple, known["groups"]))
+    name = f"alike/{fingerprint(os.path.realpath(root))}"
+    known = cache.recalled(name)
+    if known.get("content") != content:
+        same = {}
+        for number, one in enumerate(facts):
+            same.setdefault(one.digest, []).append(number)
+        firsts = [numbers[0] for numbers in same.values() if not facts[numbers[0]].blank]
+        near = likeness.groups(np.array([facts[number].likeness for number in firsts]))
+        joined = [[number for k in group for number in same[facts[firsts[k]].digest]] for group in near]
+        alone = {number for group in joined for number in group}
+        joined += [numbers for numbers in same.values() if len(numbers) > 1 and numbers[0] not in alone]
+        known = {"content": content, "groups": sorted(sorted(group) for group in joined)}
+        with cache.remembered(name) as kept:  # nobody waits for the comparing
+            kept.update(known)
+    return tuple(map(tuple, known["groups"]))
 
 
 def across(alike, held_out):
@@ -294,7 +301,7 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
     `split` is the set's own word ("train", "test", ...; empty for its default), `only` the one class to keep, for
     OxfordIIITPet also 'cats' or 'dogs'. Raises ValueError for an unknown name and where a download is not possible.
     """
-    found = open_torchvision(name, Path(root).expanduser(), split)
+    found = open_torchvision(name, expanded(root), split)
     reports = scan(partial(examine_item, found, image_size), range(len(found)), f"reading {name}")
     classes = class_names(found, reports)
     chosen = pick(name, reports, classes, only) if only else list(range(len(reports)))
@@ -528,7 +535,7 @@ def open_torchvision(name, root, split):
         return make(**arguments, download=True)
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        place = root / TORCHVISION[name]
+        place = Path(os.path.abspath(root), TORCHVISION[name])
         with contextlib.suppress(OSError):
             root.rmdir()  # which the attempt may have made; not if anything is in it
         raise ValueError(

@@ -18,6 +18,7 @@ def written_beside(path):
     make_folder(path.parent)
     part = path.with_name(path.name + ".part")
     try:
+        part.unlink(missing_ok=True)  # of a process that was killed: another user's may not be written to
         yield part
         sync(part)
         os.replace(part, path)
@@ -82,6 +83,15 @@ def held(folder):
             with contextlib.suppress(OSError):  # not empty
                 for path in new:
                     path.rmdir()
+
+
+def expanded(path):
+    """A path with the home folder in place of its `~`; raises ValueError where the system knows no such folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{str(path)!r} begins at a home folder that is not known here; write the whole path, or set "
+                         "HOME") from None
 
 
 def make_folder(folder):

@@ -8,9 +8,10 @@ have shorter traces, so that they are like nothing.
 """
 
 import math
-from collections import defaultdict
+from functools import partial
 
 import numpy as np
+from tqdm import tqdm
 
 SIDE = 50
 MARGIN = 2  # pixels that the inner part leaves on each side, 4 %
@@ -21,6 +22,8 @@ PLAIN = 5000.0  # length of the waves of a clear sky, whose direction is noise; 
 ALIKE = 0.9
 TABLES = 20  # ways of sorting: of 100,000 pictures a pair at ALIKE is missed by all of them once in a hundred, at 0.95 never
 GROUP = 512  # traces that are compared with each other in one of them, on average
+ROWS = 256  # pictures that are compared with others at once
+MOST_PRODUCTS = 2**24  # numbers that come of it: 64 MiB
 
 
 def trace(grey):
@@ -40,7 +43,9 @@ def groups(traces):
     """Groups of two or more pictures that are alike, or are both alike to a third: sorted lists of numbers.
 
     Each is compared with those on the same side of random planes through the origin (Charikar 2002), so n pictures cost n log n
-    comparisons and not n * n.
+    comparisons and not n * n; where so many are on one side that this would cost more, each is compared with all. Pictures that
+    are known to be in one group are not compared with each other, so thousands of a kind cost about as much as thousands of
+    different ones.
     """
     count = len(traces)
     if not count:
@@ -49,31 +54,80 @@ def groups(traces):
     mirrored = units * np.tile(np.where(np.arange(FREQUENCIES) % 2, -1, 1), FREQUENCIES)
     whole, inner = units[:, 0], units[:, 1]
     views = np.concatenate([whole, mirrored[:, 0], inner, mirrored[:, 1]]).astype(np.float32)
-    whole, planes = views[:count], max(0, math.ceil(math.log2(len(views) / GROUP)))
-    generator, parents = np.random.default_rng(0), list(range(count))
-    for _ in range(TABLES if planes else 1):
-        sides = views @ generator.standard_normal((FREQUENCIES**2, planes), dtype=np.float32) > 0
-        keys = sides @ (1 << np.arange(planes))
-        order = np.argsort(keys, kind="stable")
-        for members in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
-            for asking in np.array_split(members[members < count], len(members) // 4096 + 1):
-                alike = whole[asking] @ views[members].T >= ALIKE
-                for row in np.flatnonzero(alike.sum(1) > 1):
-                    for other in np.unique(members[alike[row]] % count):
-                        join(parents, asking[row], other)
-    found = defaultdict(list)
-    for number in range(count):
-        found[root(parents, number)].append(number)
-    return [group for group in found.values() if len(group) > 1]
+    found = Partition(count)
+    with tqdm(total=count, desc="comparing images", leave=False, disable=None, unit=" images", delay=1) as bar:
+        tables = list_tables(views, count)
+        bar.total = count * len(tables)
+        for table in tables:
+            for members in table():
+                compare(views, members, found, bar)
+    return found.groups()
 
 
-def root(parents, number):
-    """The number that stands for the group of a number."""
-    while parents[number] != number:
-        parents[number] = number = parents[parents[number]]
-    return int(number)
+def list_tables(views, count):
+    """Functions that sort the views of so many pictures into arrays of their numbers, those that are to be compared."""
+    planes = max(0, math.ceil(math.log2(len(views) / GROUP)))
+    everything = [lambda: [np.arange(len(views))]]
+    if not planes:
+        return everything
+    generator = np.random.default_rng(0)
+    directions = [generator.standard_normal((FREQUENCIES**2, planes), dtype=np.float32) for _ in range(TABLES)]
+    tables = [partial(sorted_by_side, views, each) for each in directions]
+    comparisons = sum(len(members) * np.count_nonzero(members < count) for members in tables[0]())
+    return tables if TABLES * comparisons < count * len(views) else everything
 
 
-def join(parents, one, other):
-    one, other = root(parents, one), root(parents, other)
-    parents[max(one, other)] = min(one, other)
+def sorted_by_side(views, directions):
+    """The numbers of views in arrays of those that lie on the same side of each plane."""
+    keys = (views @ directions > 0) @ (1 << np.arange(directions.shape[1]))
+    order = np.argsort(keys, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+
+
+def compare(views, members, found, bar):
+    """Join in the Partition `found` the pictures among `members` one of whose views is like the other one, as it is.
+
+    `members` are numbers of views, rising. View k is of picture k modulo their number, and the first is the picture as it is.
+    """
+    count = len(found.labels)
+    asking = members[members < count]
+    while len(asking):
+        others, chosen = members, np.ones(len(asking), bool)
+        if len(asking) > ROWS:
+            labels, sizes = np.unique(found.labels[asking], return_counts=True)
+            if sizes.max() > ROWS:  # members of one group, which look for others
+                label = labels[sizes.argmax()]
+                others, chosen = members[found.labels[members % count] != label], found.labels[asking] == label
+        if len(others):
+            chosen &= chosen.cumsum() <= max(1, min(ROWS, MOST_PRODUCTS // len(others)))
+            rows = asking[chosen]
+            alike = views[rows] @ views[others].T >= ALIKE
+            if others is members:
+                alike[np.arange(len(rows)), np.searchsorted(members, rows)] = False  # each is like itself
+            for row in np.flatnonzero(alike.any(1)):
+                found.join(rows[row], others[alike[row]] % count)
+        bar.update(int(chosen.sum()))
+        asking = asking[~chosen]
+
+
+class Partition:
+    """Numbers from 0 on in disjoint groups, first each in one of its own: `labels[k]` is the same for those of one group."""
+
+    def __init__(self, count):
+        self.labels, self.members = np.arange(count), {}
+
+    def join(self, number, others):
+        """Make one group of those of a number and of others: the smaller ones take the label of the largest."""
+        labels = np.unique(self.labels[others])
+        if len(labels) > 1 or labels[0] != self.labels[number]:
+            groups = {label: self.members.pop(label, [label]) for label in {*labels.tolist(), int(self.labels[number])}}
+            largest = max(groups, key=lambda label: len(groups[label]))
+            together = groups.pop(largest)
+            for smaller in groups.values():
+                self.labels[smaller] = largest
+                together += smaller
+            self.members[largest] = together
+
+    def groups(self):
+        """The groups of two or more, as sorted lists, in the order of their first numbers."""
+        return sorted(sorted(group) for group in self.members.values())

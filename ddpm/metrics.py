@@ -12,10 +12,10 @@ import io
 import logging
 import math
 import os
+import secrets
 import socket
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ddpm import cache, checkpoint, rng
 from ddpm.dist import exact
+from ddpm.files import expanded, written_beside
 from ddpm.images import encode
 from ddpm.room import Room
 
@@ -93,7 +94,7 @@ def inception(device, weights_path=""):
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # 1.6 s of start-up
 
-    path = Path(weights_path).expanduser() if weights_path else published_inception()
+    path = expanded(weights_path) if weights_path else published_inception()
     digest = digest_of(path, f"leave it empty, or give the path of {INCEPTION} from {URL_INCEPTION_V3}")
     published = digest.startswith(INCEPTION_HASH)
     if path.name == INCEPTION and not published:
@@ -261,12 +262,12 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     that cannot be written is done without.
     """
     name = f"{dataset.fingerprint}-{extractor.name}-{extractor.computed}"
-    path = Path(cache_dir or cache.home()) / f"{name}.safetensors"
     try:
+        path = Path(cache_dir or cache.home()) / f"{name}.safetensors"
         if path.exists():
             return kept_in(path, extractor, name)
     except (SafetensorError, OSError, ValueError) as error:
-        LOG.warning("features in %s cannot be read (%s); computing them again", path, error)
+        LOG.warning("features %s cannot be read (%s); computing them again", name, error)
     count, chosen = len(dataset), set(reference_indices(len(dataset)))
     if len(chosen) < count:
         LOG.warning("the Frechet distance is to all %d images, the other numbers to %d of them, taken at even distances",
@@ -281,9 +282,9 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             kept.append(features[[index in chosen for index in part]])
     made = Reference(torch.cat(kept), moments, name)
     try:
-        keep(made, path)
-    except OSError as error:
-        LOG.warning("features cannot be kept in %s (%s); the next run computes them again", path, error)
+        keep(made, Path(cache_dir or cache.home()) / f"{name}.safetensors")
+    except (OSError, ValueError) as error:
+        LOG.warning("features cannot be kept (%s); the next run computes them again", error)
     return made
 
 
@@ -311,14 +312,10 @@ def keep(reference, path):
     moments = reference.moments
     tensors = {"features": reference.features.contiguous(), "count": torch.tensor(moments.count), "mean": moments.mean,
                "scatter": moments.scatter}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False)
-    try:
-        with part:
-            part.write(safetensors.torch.save(tensors, {"crc32": str(checkpoint.checksum({}, tensors))}))
-        os.replace(part.name, path)
-    finally:
-        Path(part.name).unlink(missing_ok=True)
+    own = path.with_suffix(f".{secrets.token_hex(4)}")
+    with written_beside(own) as part:
+        part.write_bytes(safetensors.torch.save(tensors, {"crc32": str(checkpoint.checksum({}, tensors))}))
+    os.replace(own, path)
 
 
 @exact()

@@ -443,13 +443,13 @@ def open_picture(path, image_size, channels, matte=WHITE):
     Width and height are those of the upright picture. Raises ValueError where it is missing or cannot be read.
     """
     if not os.path.lexists(path):
-        raise ValueError(f"there is no picture {str(path)!r}; give the path of an image file")
+        raise ValueError(f"there is no picture {os.path.abspath(path)!r}; give the path of an image file")
     try:
         with opened(path) as image:
             size = image.size
             return decode(image, image_size, channels, matte), upright(size, orientation_of(image))
     except Refused as error:
-        raise ValueError(f"cannot read {str(path)!r} as a picture ({error}); give another file, one of "
+        raise ValueError(f"cannot read {os.path.abspath(path)!r} as a picture ({error}); give another file, one of "
                          f"{', '.join(SUFFIXES)}") from None
 
 

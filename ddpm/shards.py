@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.cache import alone
-from ddpm.files import make_folder
+from ddpm.files import expanded, make_folder
 
 try:
     from streaming import Stream
@@ -34,13 +34,13 @@ class Shards:
     """
 
     def __init__(self, folder, remote="", cache_limit=""):
-        self.given, self.folder = (folder, remote, cache_limit), Path(folder).expanduser()
+        self.given, self.folder = (folder, remote, cache_limit), expanded(folder)
         if "://" not in remote:
-            remote = str(Path(remote).expanduser().resolve()) if remote else ""
+            remote = str(expanded(remote).resolve()) if remote else ""
         self.remote = "" if remote == str(self.folder.resolve()) else remote
         if not self.remote and not (self.folder / "index.json").is_file():
-            raise ValueError(f"there is no {str(self.folder / 'index.json')!r}; give the path of a folder that MDSWriter of "
-                             "MosaicML Streaming wrote, or remote= where that is")
+            raise ValueError(f"there is no {os.path.abspath(self.folder / 'index.json')!r}; give the path of a folder that "
+                             "MDSWriter of MosaicML Streaming wrote, or remote= where that is, in --config.data.source")
         self.open()
         self.sizes = [len(shard) for shard in self.shards]
         self.spanner, self.columns = Spanner(np.array(self.sizes)), {}

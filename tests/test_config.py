@@ -503,7 +503,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     ([DIGITS, "--config.train.length=10 minutes"],
      "config.train.length: cannot read the duration '10 minutes'" + DURATION + " (a length in minutes could not be repeated)"),
     ([DIGITS, "--config.every.log=often"], "config.every.log: cannot read the duration 'often'; write a number and one of "),
-    ([DIGITS, "--config.data.source=folder(path='no/such')"], "image folder 'no/such' does not exist; give the path of a "),
+    ([DIGITS, "--config.data.source=folder(path='no/such')"], "no/such' does not exist; give the path of a folder that holds images: --config.data.source="),
     ([DIGITS, "--config.train.init_from=no/such"], "no/such is neither a file nor a run folder"),
     ([DIGITS, f"--workdir={__file__}/run"], "a file is in the way; choose another place"),
 ]
