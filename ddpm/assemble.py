@@ -300,7 +300,7 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
 
     net = build.network(config)
     notes = [*machine.notes, *images.notes, *build.remarks(config, "sample"), *build.unused_remarks(config),
-             *build.unconditioned(net), f"{len(learned)} images to learn from, {len(held_out)} held out",
+             *build.unconditioned(net), f"{spec.counted(len(learned), 'image')} to learn from, {len(held_out)} held out",
              f"a step learns from {section.batch_size} of them, {build.at_a_time(config, machine)} at a time" +
              (f" on each of {machine.world} ranks" if machine.world > 1 else ""), evaluation]
     notes += length_remarks(config, len(learned))

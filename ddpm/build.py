@@ -527,7 +527,7 @@ def chosen_weights(path, step, config):
     if chosen > posthoc.WIDEST or not found:
         decays = ", ".join(map(str, (section.decay, *section.more)))
         raise ValueError(f"{folder} has no {weights_name(config)} weights; it has the decays {decays} and {len(found)} "
-                         "snapshots for any sigma_rel up to 0.288. Choose of those, or train with config.ema.more, or with "
+                         "snapshots for any sigma_rel up to 0.288. Choose one of those, or train with config.ema.more, or with "
                          "config.ema.profiles and config.every.snapshot")
     stored = [(at, width, partial(checkpoint.load_snapshot, snapshot, part_name(width)))
               for at, snapshot in found for width in section.profiles]

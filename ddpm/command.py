@@ -148,11 +148,6 @@ def also_called(**names):
     return wrap
 
 
-def count(number, thing):
-    """So many of a thing, in words."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
 def check_count(num_images):
     """Raise a ValueError for a number of images that cannot be drawn."""
     if num_images < 1:

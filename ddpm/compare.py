@@ -23,6 +23,7 @@ from absl import flags
 
 from ddpm import build, command, config, figures, report, results, study
 from ddpm.files import folder_written_beside, written_beside
+from ddpm.spec import counted
 from ddpm.tracking import commit
 
 
@@ -325,7 +326,7 @@ def compare(*arguments, runs=None, out=None, machine=None):
     chief = ("val/loss_ema", found.metric, f"best {found.metric}")
     shown = [column for column in columns if column.table and (
         column.name in chief or not column.name.startswith(("best ", "val/")))]
-    print(f"{source.name}: {len(found.counted)} runs in {len(found.groups)} settings\n")
+    print(f"{source.name}: {counted(len(found.counted), 'run')} in {counted(len(found.groups), 'setting')}\n")
     print(report.plain(report.table(found.groups, shown)), "", *report.differences(found), sep="\n")
     print(*(f"left out: {line}" for line in left_out(source, found)), *report.mixed_code(found.counted),
           f"\nAnswer: {report.answer_and_trends(found)}", sep="\n")

@@ -190,22 +190,27 @@ def fitness(kept, files=0, damaged=0):
     """(why images are not fit to train on, what to look at): lines, by how many are kept, and how many files are damaged."""
     not_fit, warnings = [], []
     if kept < FEWEST:
-        not_fit.append(f"{kept:,} {'image is' if kept == 1 else 'images are'} too few: a network draws copies of its training "
-                       f"images where it has {FEWEST} or less; find more, or begin from a run on like images by "
-                       "train.init_from")
+        not_fit.append(f"{spec.counted(kept, 'image is', 'images are')} too few: a network draws copies of its training images "
+                       f"where it has {FEWEST} or less; find more, or begin from a run on like images by train.init_from")
     elif kept < FEW:
         warnings.append(f"{kept:,} images are few, and some will be copied: set data.flip, data.augment=0.12 or "
                         "model.dropout=0.2, and watch eval/copying")
     if damaged > MOST_DAMAGE * files:
-        not_fit.append(f"{damaged:,} of {files:,} files are damaged: bring the folder here again")
+        not_fit.append(f"{damaged:,} of {spec.counted(files, 'file is', 'files are')} damaged: bring the folder here again")
     elif damaged:
-        warnings.append(f"{damaged:,} files are damaged, and left out")
+        warnings.append(f"{spec.counted(damaged, 'file is', 'files are')} damaged, and left out")
     return not_fit, warnings
 
 
 def verdict(not_fit, warnings):
     """What `fitness` found, as lines for people."""
     return [*(f"not fit: {line}" for line in not_fit), *(f"look at: {line}" for line in warnings)]
+
+
+def no_image(root, strangers):
+    """Words for a folder without a file that is named as an image's; `strangers` says in words what it holds instead."""
+    return (f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is {', '.join(SUFFIXES)}; "
+            f"{pictures.CONVERT} what is a picture")
 
 
 def folder(image_size, channels, matte, *, path):
@@ -217,8 +222,7 @@ def folder(image_size, channels, matte, *, path):
     found = survey(path, "--config.data.source=\"folder(path='data/cats')\"")
     root, names, strangers = found.root, found.names, found.strangers()
     if not names:
-        raise ValueError(f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is {', '.join(SUFFIXES)}; "
-                         f"{pictures.CONVERT} what is a picture")
+        raise ValueError(no_image(root, strangers))
     faults = found.faults(image_size)
     kept = [i for i, fault in enumerate(faults) if not fault]
     said = left_out(names, faults)
@@ -233,9 +237,10 @@ def folder(image_size, channels, matte, *, path):
     labels, classes = classes_of(names)
     if classes:
         tops = Counter(labels)
-        notes.append(f"{len(classes)} classes: {shortened([f'{name} ({tops[k]})' for k, name in enumerate(classes)])}")
+        number = spec.counted(len(classes), "class", "classes")
+        notes.append(f"{number}: {shortened([f'{name} ({tops[k]})' for k, name in enumerate(classes)])}")
     alike, blank = near_duplicates(root, facts), sum(one.blank for one in facts)
-    doubtful = [f"{sum(map(len, alike))} in {len(alike)} groups of near-duplicates"] if alike else []
+    doubtful = [f"{sum(map(len, alike))} in {spec.counted(len(alike), 'group')} of near-duplicates"] if alike else []
     doubtful += [f"{blank} of one colour"] if blank else []
     if doubtful:
         notes.append(f"kept, but look at them by python -m ddpm.doctor {shortened([str(root)])}: {', '.join(doubtful)}")
@@ -644,8 +649,8 @@ def class_numbers(wanted, classes):
     known = {str(number): number for number in range(len(classes))} | {name: number for number, name in enumerate(classes)}
     for one in wanted:
         if str(one) not in known:
-            raise ValueError(f"unknown class {one!r}{spec.suggest(one, classes)}; choose of {shortened(list(classes))}, or a "
-                             f"number from 0 to {len(classes) - 1}")
+            raise ValueError(f"unknown class {one!r}{spec.suggest(one, classes)}; choose one of {shortened(list(classes))}, or "
+                             f"a number from 0 to {len(classes) - 1}")
     return [known[str(one)] for one in wanted]
 
 

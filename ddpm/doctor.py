@@ -16,6 +16,7 @@ from ddpm import command, data, images, pictures, spec
 from ddpm.config import RANGES, base
 from ddpm.files import make_folder, written_beside
 from ddpm.sheet import COLUMNS, Cell, sheet
+from ddpm.spec import counted
 
 IMBALANCE = 10  # times as many images in the largest class as in the smallest
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito 2008
@@ -69,6 +70,8 @@ def verdict(report):
     """Why a folder is not fit, and what to look at first: `{"not_fit": lines, "warnings": lines}`."""
     damaged = sum(len(report["left_out"].get(fault, ())) for fault in data.DAMAGE)
     not_fit, warnings = data.fitness(report["kept"], report["files"], damaged)
+    if not report["files"]:
+        not_fit = [data.no_image(report["folder"], report["not_read"])]
     if report["across"]:
         warnings.append(f"{report['across']:,} of {len(report['held_out']):,} held-out images have a near-duplicate that is "
                         "learned from, so val/loss and eval/copying flatter: keep one of each group")
@@ -76,9 +79,10 @@ def verdict(report):
         warnings.append("near-duplicates are learned more often than others, and copied sooner: keep one of each group")
     warnings += report["remarks"]
     if report["one_colour"]:
-        warnings.append(f"{len(report['one_colour']):,} images of one colour will be drawn too: take them away")
+        warnings.append(f"{counted(len(report['one_colour']), 'image')} of one colour will be drawn too: take them away")
     if report["without_suffix"]:
-        warnings.append(f"{len(report['without_suffix']):,} pictures are not read for want of a suffix of theirs: rename them")
+        unnamed = counted(len(report["without_suffix"]), "picture is", "pictures are")
+        warnings.append(f"{unnamed} not read for want of a suffix of theirs: rename them")
     counts = report["classes"].values()
     if counts and max(counts) > IMBALANCE * min(counts):
         warnings.append(f"the largest class has {max(counts) / min(counts):.0f} times as many images as the smallest, which "
@@ -91,6 +95,10 @@ def lines_of(report):
     def some(found, most=3):
         return f"{len(found):,}: {data.shortened(list(found), most)}" if found else ""
 
+    advice = data.verdict(report["not_fit"], report["warnings"])
+    if not report["files"]:
+        yield from advice
+        return
     lost, side = report["cropped_away"], report["shorter_side"]
     groups, small = report["near_duplicates"], len(report["left_out"].get(pictures.TOO_SMALL, ()))
     rows = [("formats", ", ".join(f"{count:,} {form}" for form, count in report["formats"].items()))]
@@ -104,7 +112,7 @@ def lines_of(report):
     for fault, names in report["left_out"].items():
         rows.append((f"left out: {fault}", f"{some(names)} ({pictures.FAULTS[fault]})"))
     if groups:
-        rows.append(("near-duplicates", f"{sum(map(len, groups)):,} images in {len(groups):,} groups, such as "
+        rows.append(("near-duplicates", f"{sum(map(len, groups)):,} images in {counted(len(groups), 'group')}, such as "
                                         f"{data.shortened(groups[0], 3)}"))
     misnamed = [f"{name} ({form})" for name, form in report["misnamed"].items()]
     coloured = [f"{name} ({profile})" for name, profile in report["other_colours"].items()]
@@ -125,12 +133,14 @@ def lines_of(report):
         ("classes", f"{len(report['classes'])}: " + data.shortened([f"{name} ({count:,})" for name, count in sorted(
             report["classes"].items(), key=lambda item: -item[1])], 6) if report["classes"] else ""),
     ]
-    yield (f"{data.shortened([report['folder']])}: {report['kept']:,} of {report['files']:,} images can be learned from at "
-           f"{report['image_size']}x{report['image_size']}, {len(report['held_out']):,} of them held out\n")
+    size = report["image_size"]
+    files = counted(report["files"], "image")
+    yield (f"{data.shortened([report['folder']])}: {report['kept']:,} of {files} can be learned from at {size}x{size}, "
+           f"{len(report['held_out']):,} of them held out\n")
     width = 2 + max(len(name) for name, _ in rows)
     yield from (f"{name:<{width}}{text}" for name, text in rows if text)
     yield ""
-    yield from data.verdict(report["not_fit"], report["warnings"])
+    yield from advice
     if not report["not_fit"]:
         enough = "enough that copies are rare" if report["kept"] >= data.ENOUGH else "enough to begin with"
         yield f"fit to train on: {report['kept']:,} images are {enough}" if report["kept"] >= data.FEW else "fit to train on"
@@ -160,9 +170,9 @@ def contact_sheet(report, matte):
     outside = [Cell(fault, data.shortened([name])) if fault != pictures.TOO_SMALL else seen(name)
                for fault, names in report["left_out"].items() for name in names[:COLUMNS]]
     worst = [cut(name, share) for name, share in list(report["cropped_away"].items())[:COLUMNS] if share]
-    return sheet(f"{data.shortened([report['folder']])}: {report['kept']:,} images at {size}x{size}", [
+    return sheet(f"{data.shortened([report['folder']])}: {counted(report['kept'], 'image')} at {size}x{size}", [
         ("As training sees them", [seen(name, "") for name in thinned(kept, 4 * COLUMNS)]),
-        (f"Near-duplicates: {len(report['near_duplicates']):,} groups, a colour each", twins),
+        (f"Near-duplicates: {counted(len(report['near_duplicates']), 'group')}, a colour each", twins),
         ("Cropped most: what is dimmed is lost", worst),
         ("Turned, transparent, animated, CMYK or other colours, as training sees them", [seen(name) for name in unlike[:most]]),
         ("Of one colour", [seen(name) for name in report["one_colour"][:COLUMNS]]),

@@ -14,7 +14,7 @@ from ddpm import build, command, draw
 from ddpm.diffusion.editing import EDITS, get_edit
 from ddpm.files import make_folder
 from ddpm.images import FORMATS, SINGLE, file_or_in, folder_of, recorded, remove_drawing, save_image_grid
-from ddpm.spec import check_choice
+from ddpm.spec import check_choice, counted
 
 
 @command.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images")
@@ -36,7 +36,7 @@ def generate_images(checkpoint=None, num_images=16, out="samples", device=None, 
     how = draw.frames if format == "gif" else draw.draw  # a picture a step, of all images at once
     drawn = build.drawer(trained, net, machine, how)(range(num_images), recipe)
     make_place(folder, format, machine)
-    say(f"drawing {command.count(num_images, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained)
+    say(f"drawing {counted(num_images, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained)
     return written(write, out, drawn, format, num_images)
 
 
@@ -58,7 +58,7 @@ def edit_images(checkpoint, edit, images, out="samples", mask=None, num_images=N
     recipe = build.edit_recipe(trained)
     times = build.evaluations(trained, recipe, made)
     make_place(folder, format, machine)
-    say(f"{edit}: {command.count(count, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained,
+    say(f"{edit}: {counted(count, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained,
         *masked_words(mask, area))
     film, results = format == "gif", []
     how = partial(draw.frames if film else draw.draw, walk=draw.edited(made, pictures, area, count, machine), times=times)
@@ -77,7 +77,7 @@ def make_place(folder, format, machine):
     with machine.together():
         make_folder(folder)
         if machine.main and format not in SINGLE and (removed := remove_drawing(folder)):
-            print(f"removed {command.count(removed, 'image')} of an earlier drawing from {folder}")
+            print(f"removed {counted(removed, 'image')} of an earlier drawing from {folder}")
 
 
 def written(write, out, batches, format, count):
@@ -86,7 +86,7 @@ def written(write, out, batches, format, count):
         return write(out, batches)
     except KeyboardInterrupt:
         kept = 0 if format in SINGLE else len(recorded(out))
-        whole = f"{kept} of {command.count(count, 'image')} {'is' if kept == 1 else 'are'} in {out}"
+        whole = f"{kept} of {counted(count, 'image')} {'is' if kept == 1 else 'are'} in {out}"
         raise KeyboardInterrupt(whole if kept else f"nothing is written to {out}") from None
 
 
@@ -132,7 +132,7 @@ def wrote(paths):
     numbered = [path for path in paths if path.stem.isdigit()]
     others = [str(path) for path in paths if path not in numbered]
     last = f" ... {numbered[-1].name}" if numbered[1:] else ""
-    pictures = [f"{command.count(len(numbered), 'image')}, {numbered[0]}{last}"] if numbered else []
+    pictures = [f"{counted(len(numbered), 'image')}, {numbered[0]}{last}"] if numbered else []
     return f"wrote {', and '.join(pictures + others)}"
 
 

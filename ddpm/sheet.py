@@ -1,5 +1,9 @@
 """A contact sheet: rows of small pictures under headings, each with a caption, for eyes and for print."""
 
+import importlib.util
+import unicodedata
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -18,7 +22,7 @@ class Cell(NamedTuple):
 
 def sheet(title, sections):
     """The PIL image of a sheet: `sections` are (heading, cells), of which those without cells are passed over."""
-    large, middle, small = (ImageFont.load_default(size) for size in (22, 15, 11))
+    large, middle, small = map(font_of, (22, 15, 11))
     sections = [(heading, cells) for heading, cells in sections if cells]
     step = CELL + GAP
     heights = [44 + -(-len(cells) // COLUMNS) * (step + row_below(cells)) for _, cells in sections]
@@ -51,11 +55,43 @@ def row_below(cells):
     return 16 if any(cell.caption for cell in cells) else 0
 
 
+@cache
+def font_of(size):
+    """DejaVu Sans, which knows many scripts, where matplotlib is installed; else Pillow's own, which knows the Latin one."""
+    found = importlib.util.find_spec("matplotlib")
+    path = found and Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(path, size) if path and path.is_file() else ImageFont.load_default(size)
+
+
+@cache
+def has(font, letter):
+    """Whether a font draws a letter, and not the box that stands for one it lacks."""
+    if not letter.isprintable():  # half a surrogate pair, which no font can be asked for, among them
+        return False
+    shape, lacking = font.getmask(letter), font.getmask("\U0010FFFF")
+    return (shape.size, bytes(shape)) != (lacking.size, bytes(lacking))
+
+
+def legible(text, font):
+    """The text in letters that a font has: accents go where need be, and a letter that it lacks becomes its code, U+732B's
+    `\\u732b`."""
+    def drawn(letter):
+        if has(font, letter):
+            return letter
+        plain = "".join(part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part))
+        if plain and all(has(font, part) for part in plain):
+            return plain
+        return ascii(letter)[1:-1]
+
+    return "".join(map(drawn, unicodedata.normalize("NFC", text)))
+
+
 def fitted(text, font, width):
     """The text, its middle left out where it is wider than that: names differ at both ends."""
-    kept = len(text)
+    text = legible(text, font)
+    kept, gap = len(text), "…" if has(font, "…") else "..."
     shown = text
     while kept > 2 and font.getlength(shown) > width:
         kept -= 1
-        shown = f"{text[:kept // 2]}…{text[len(text) - (kept - kept // 2):]}"
+        shown = f"{text[:kept // 2]}{gap}{text[len(text) - (kept - kept // 2):]}"
     return shown

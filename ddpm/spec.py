@@ -40,6 +40,11 @@ def suggest(given, allowed):
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def counted(number, thing, things=None):
+    """So many things in words, `"1 image"` and `"1,200 images"`; `things` where the plural takes more than an s."""
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
+
+
 def check_choice(kind, given, allowed):
     """Return `given` if it is one of `allowed`; raises a ValueError that lists them otherwise."""
     if given not in allowed:

@@ -167,7 +167,7 @@ def test_classes_and_guidance_at_the_doors(trained, tmp_path):
     code, out, err = door("generate", f"--checkpoint={trained}", "--guidance_interval=5,x", cwd=tmp_path)
     assert code == 2 and len(err) == 1 and "takes two noise levels" in err[0], err
     for knobs, said in [
-        ({"sample.classes": ("3", "11")}, r"unknown class '11' .*; choose of 0, 1, 2, 3, 4 and 5 more, or a number from 0"),
+        ({"sample.classes": ("3", "11")}, r"unknown class '11' .*; choose one of 0, 1, 2, 3, 4 and 5 more, or a number from 0"),
         ({"sample.guidance": 2.0, "sample.guide": "/no/such/run"}, "neither a file nor a run folder"),
     ]:
         with pytest.raises(ValueError, match=said):
@@ -206,7 +206,7 @@ def test_a_folder_without_sub_folders_has_no_labels(tmp_path):
 def test_classes_are_given_by_name_or_else_by_number():
     assert data.class_numbers(("dog", "0", 1), ("cat", "dog")) == [1, 0, 1]
     assert data.class_numbers(("10", "0"), ("1", "10", "2")) == [1, 0]  # a name comes before a number
-    with pytest.raises(ValueError, match=r"unknown class 'dgo' \(did you mean 'dog'\?\); choose of cat, dog, or a number"):
+    with pytest.raises(ValueError, match=r"unknown class 'dgo' \(did you mean 'dog'\?\); choose one of cat, dog, or a number"):
         data.class_numbers(("dgo",), ("cat", "dog"))
 
 

@@ -178,7 +178,7 @@ def test_sub_folders_are_classes_if_no_image_lies_beside_them(tmp_path):
     source = open_folder(tmp_path)
     assert source.classes == ["black", "tabby"] and source.labels == [0, 1, 1]
     assert source.notes[-2] == "2 classes: black (1), tabby (2)"
-    assert source.notes[-1].endswith("3 in 1 groups of near-duplicates, 3 of one colour")
+    assert source.notes[-1].endswith("3 in 1 group of near-duplicates, 3 of one colour")
     Image.new("RGB", (9, 9)).save(tmp_path / "stray.png")
     assert open_folder(tmp_path).labels is None
 

@@ -143,7 +143,7 @@ def test_a_training_says_what_the_doctor_says(folder, tmp_path):
                  data__validation_fraction=float(fraction), train__batch_size=4, train__length="1 steps")
     assert run(tiny(evaluate__extractor="none", **knobs), tmp_path / "run")
     log = (tmp_path / "run" / "training.log").read_text()
-    assert f"look at them by python -m ddpm.doctor {folder}: 2 in 1 groups of near-duplicates" in log
+    assert f"look at them by python -m ddpm.doctor {folder}: 2 in 1 group of near-duplicates" in log
     assert "1 held-out image has a near-duplicate that is learned from" in log
 
 
@@ -193,5 +193,7 @@ def test_a_folder_without_an_image_is_not_fit_and_has_a_sheet(content, tmp_path)
     for name, text in content.items():
         (tmp_path / name).write_bytes(text)
     report = report_on(tmp_path)
-    assert report["kept"] == 0 and "0 images are too few" in report["not_fit"][0] and any(doctor.lines_of(report))
+    said = "0 images are too few" if report["files"] else f"no image in {str(tmp_path)!r} (found "
+    assert report["kept"] == 0 and said in report["not_fit"][0]
+    assert len(lines := list(doctor.lines_of(report))) == 1 or report["files"], lines
     assert doctor.contact_sheet(report, pictures.WHITE).width > 1000

@@ -47,4 +47,4 @@ def test_the_report_follows_from_the_rows(tmp_path, monkeypatch, capsys):
     assert reliability.main([f"--out={tmp_path}"]) == 1 and "ZeroDivisionError" in (tmp_path / "README.md").read_text()
     with pytest.raises(SystemExit):
         reliability.main(["--only=nothing of that name"])
-    assert "there is no fault 'nothing of that name'; choose of broken" in capsys.readouterr().err
+    assert "there is no fault 'nothing of that name'; choose one of broken" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def main(arguments=None):
     given.out = given.out or (Path(tempfile.mkdtemp(prefix="ddpm-short-")) if given.short else HERE)
     names = [name.strip() for name in given.only.split(",") if name.strip()]
     if unknown := [name for name in names if name not in FAULTS]:
-        parser.error(f"there is no fault {unknown[0]!r}; choose of {', '.join(FAULTS)}")
+        parser.error(f"there is no fault {unknown[0]!r}; choose one of {', '.join(FAULTS)}")
     if given.report and not (given.out / "results.json").is_file():
         parser.error(f"there is no results.json in {given.out}; leave out --report")
     if not given.report:
