@@ -1,4 +1,8 @@
-"""Train, draw from, measure and compare denoising diffusion models of images: `python -m ddpm.main --help`, README.md."""
+"""A research workbench for denoising diffusion models of images: train, draw, measure and compare.
+
+Commands are started as `python -m ddpm.NAME`; `python -m ddpm` lists them. From Python, `ddpm.main.train_experiment` trains,
+`ddpm.generate.generate_images` and `edit_images` draw, `ddpm.evaluate.evaluate` measures, and `ddpm.compare.compare` compares.
+"""
 
 import sys
 

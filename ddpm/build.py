@@ -425,7 +425,7 @@ def evaluated(config, images, asked, spacing=budget.FAST[2]):
     if not auto and section.num_samples and section.steps and section.sampler != "auto":
         allowed = "all as the config says, so that evaluate.budget chooses nothing"
     if auto and not chosen:
-        return never(f"no evaluation: one of {how}, is too much, as {allowed}; for one at the end nevertheless give "
+        return never(f"no evaluation: one of {how}, is too much, as {allowed}; to get one at the end anyway, set "
                      f"--config.every.evaluate={train.length!r}")
     if auto:
         interval = f"{math.ceil(steps / chosen)} steps"

@@ -191,7 +191,8 @@ def fitness(kept, files=0, damaged=0):
     not_fit, warnings = [], []
     if kept < FEWEST:
         not_fit.append(f"{spec.counted(kept, 'image is', 'images are')} too few: a network draws copies of its training images "
-                       f"where it has {FEWEST} or less; find more, or begin from a run on like images by train.init_from")
+                       f"where it has {FEWEST} or less; find more, or start from a run on similar images with "
+                       "--config.train.init_from=runs/OTHER")
     elif kept < FEW:
         warnings.append(f"{kept:,} images are few, and some will be copied: set data.flip, data.augment=0.12 or "
                         "model.dropout=0.2, and watch eval/copying")
@@ -243,7 +244,7 @@ def folder(image_size, channels, matte, *, path):
     doubtful = [f"{sum(map(len, alike))} in {spec.counted(len(alike), 'group')} of near-duplicates"] if alike else []
     doubtful += [f"{blank} of one colour"] if blank else []
     if doubtful:
-        notes.append(f"kept, but look at them by python -m ddpm.doctor {shortened([str(root)])}: {', '.join(doubtful)}")
+        notes.append(f"kept, but look at them with python -m ddpm.doctor {shortened([str(root)])}: {', '.join(doubtful)}")
     return Source(
         fetch=partial(fetch_file, root, names, image_size, channels, matte),
         length=len(names),

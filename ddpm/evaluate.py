@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from pathlib import Path
 
 from absl import flags
@@ -11,6 +12,7 @@ from absl import flags
 from ddpm import build, checkpoint, command, config, figures
 from ddpm.draw import joined
 from ddpm.files import held
+from ddpm.report import plain
 from ddpm.score import copies, keep
 from ddpm.train import grid_file, show
 
@@ -66,6 +68,7 @@ def measure(made, shown=0):
                          build.likelihood(made.config, made.net, images, made.machine))
     if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
         raise ValueError("nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set one of them")
+    how = re.sub(f"(of )?{images.fingerprint[:12]}", lambda _: f"of {made.config.data.source}", how)  # by name, for people
     remarks = map(command.as_typed, build.remarks(made.config, "evaluate"))
     print("\n".join([f"measuring {made.name}: {how}", *remarks, *score.notes]), flush=True)
     draw = build.drawer(made.config, made.net, made.machine)
@@ -75,6 +78,11 @@ def measure(made, shown=0):
     return numbers | bits, pictures, files
 
 
+def four_digits(value):
+    """A number for people: `0.2617`, `88.70`, `6.123e-10`."""
+    return f"{value:.4f}" if value == 0 or 0.1 <= abs(value) < 1 else f"{value:#.4g}".removesuffix(".")
+
+
 def main():
     """Measure what the flags say and print a line for each number; returns the exit code."""
     given, workdir = flags.FLAGS, flags.FLAGS.workdir
@@ -82,8 +90,8 @@ def main():
         path = Path(given.checkpoint or checkpoint.newest_run())
         workdir = config.default_workdir(f"{path.stem}-measured", command.overrides())
     others = {f"config.{option}": value for option, value in command.overrides().items()}
-    for name, value in evaluate(given.checkpoint, given.device, workdir, **command.drawing(), **others).items():
-        print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {value}")
+    numbers = evaluate(given.checkpoint, given.device, workdir, **command.drawing(), **others)
+    print(plain([[name, four_digits(value) if isinstance(value, float) else str(value)] for name, value in numbers.items()]))
     return command.DONE
 
 

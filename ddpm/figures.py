@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddpm import pictures
 from ddpm.files import written_beside
-from ddpm.results import ASKED, LEARNED, is_training, label, lines_along, numeric_axes
+from ddpm.results import ASKED, FEWEST, LEARNED, is_training, label, lines_along, numeric_axes
 
 COLOURS = (  # Okabe and Ito 2008, and two of Tol 2021
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F", "#882255", "#999933")
@@ -73,7 +73,7 @@ def curves(groups, keys):
             for column, axis in enumerate(row):
                 x = [point[column] / (unit if column else 1) for point in points]
                 axis.plot(x, mean, label=group.short, marker=MARKERS[number % MOST] if len(x) < 12 else None, **look(number))
-                if points and points[0][3] is not None:
+                if points and banded(group):
                     low, high = ([point[2] + side * point[3] for point in points] for side in (-1, 1))
                     axis.fill_between(x, low, high, color=COLOURS[number % MOST], alpha=0.15, linewidth=0)
         scale(row[0], "y", means)
@@ -88,6 +88,11 @@ def curves(groups, keys):
     most = max(1, 110 // (8 + max(map(len, names))))
     figure.legend(handles, names, loc="outside upper center", ncols=balanced(len(names), most))
     return figure
+
+
+def banded(group):
+    """True where a group has the seeds that an interval takes: that of two would be wider than the axis, and cross itself."""
+    return len({run.knobs[group.unit] for run in group.runs}) >= FEWEST
 
 
 def counts_compute(groups):
@@ -224,7 +229,8 @@ def samples(groups, seed):
     grids = [(group.short, run.grid) for group in groups for run in group.runs if run.knobs[group.unit] == seed and run.grid]
     columns = balanced(len(grids), 4)
     rows = math.ceil(len(grids) / columns)
-    figure, axes = canvas(rows, columns, height=rows * (WIDTH / columns + 0.2))
+    figure, axes = canvas(rows, columns, height=rows * (WIDTH / columns + 0.3))
+    figure.get_layout_engine().set(h_pad=0.08)  # inches above the titles
     for axis in itertools.chain(*axes):
         axis.axis("off")
     for axis, (name, path) in zip(itertools.chain(*axes), grids, strict=False):
@@ -291,8 +297,10 @@ def draw(found):
     curved = [key for key in dict.fromkeys((metric, "val/loss_ema", LEARNED))
               if any(len(run.points(key)) > 1 for run in found.counted)]
     if curved:
+        band = "95 % interval as a band" if all(map(banded, few)) else f"95 % interval as a band from {FEWEST} seeds on"
         against = " and training compute (right)" if counts_compute(few) else ""
-        made.append(("curves.pdf", f"Learning curves{best} against steps{against}: mean over seeds, 95 % interval as a band.",
+        made.append(("curves.pdf", f"Learning curves{best} against steps{against}: mean over seeds, "
+                     f"{band}.",
                      curves(few, curved)))
     shared = set.intersection(*({run.knobs[group.unit] for run in group.runs if run.grid} for group in few))
     if shared:

@@ -12,6 +12,7 @@ import sys
 import time
 
 BEGAN = time.monotonic() - time.process_time()  # of this process, nearly: so far it has hardly waited
+NAMES = {signal.SIGINT: "Ctrl-C"}  # of signals, for people
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)  # the last is our own alarm clock
 SLACK, MOST_SLACK = 0.02, 60  # share of the hours, and seconds at most, that are left unused
 STOPPED, GOES_ON = 130, 75  # exit codes of a command that is interrupted; the second where the same command goes on
@@ -96,7 +97,9 @@ class Wish:
         return self.by == signal.SIGALRM
 
     def __str__(self):
-        return f"as train.max_hours={self.hours:g} is nearly over" if self.late else f"asked by {signal.Signals(self.by).name}"
+        if self.late:
+            return f"as train.max_hours={self.hours:g} is nearly over"
+        return f"by {NAMES.get(self.by) or signal.Signals(self.by).name}"
 
     @contextlib.contextmanager
     def heard(self):

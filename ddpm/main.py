@@ -96,7 +96,7 @@ def finish(run):
     try:
         if train(run):
             code = command.DONE
-            run.tracker.say(f"done: images by python -m ddpm.generate --checkpoint={run.folder}")
+            run.tracker.say(f"done; draw images with: python -m ddpm.generate --checkpoint={run.folder}")
         elif run.machine.wish.late and run.saved == run.begun:  # or a scheduler would begin it again for ever
             step, due = run.saved
             todo = f"the rest of step {step} ({', '.join(sorted(due))})" if due else "a step"
@@ -104,7 +104,7 @@ def finish(run):
                             "evaluations")
         else:
             code = command.INTERRUPTED
-            run.tracker.say(f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; the same command goes on")
+            run.tracker.say(f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; run the same command to continue")
     except Diverged as error:
         run.diverged = str(error)
         run.tracker.flush()

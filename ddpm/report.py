@@ -295,7 +295,8 @@ def limits(found):
                  if part in ways[0] and all(way.get(part) == ways[0][part] for way in ways)]
         yield f"One way of drawing ({', '.join(alike)}): drawn otherwise the settings may come in another order."
         if len({way.get("seed") for way in ways}) == 1:
-            yield f"One seed of the sampling ({ways[0].get('seed')}): the intervals, over trainings, know no noise of drawing."
+            yield (f"One seed of the sampling ({ways[0].get('seed')}): the intervals, over trainings, do not include sampling "
+                   "noise.")
     yield "One recipe for all settings: learning rate and the like were not tuned for each, which favours those they suit."
     if found.unlike:
         yield (f"Losses under different {listed([f'`{knob}`' for knob in found.unlike])} are different quantities: they show "

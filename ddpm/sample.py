@@ -1,4 +1,4 @@
-"""The quick look: `python -m ddpm.sample --checkpoint=RUN_OR_FILE --out=grid.png --num_images=64` draws one grid."""
+"""Draw one grid, for a quick look: `python -m ddpm.sample --checkpoint=RUN_OR_FILE --out=grid.png --num_images=64`."""
 
 from pathlib import Path
 

@@ -133,7 +133,7 @@ class Children:
 
     def ask(self, *_):
         self.asked += 1
-        tell("stopping: the runs save and end; asked once more, they just end")
+        tell("stopping: the runs save and end; press Ctrl-C again to end them without saving")
         for process in list(self.processes):
             process.terminate() if self.asked == 1 else process.kill()
 
@@ -297,7 +297,7 @@ class Sweep:
         for name in self.failed:
             say(f"not done: {name}")
         if self.children.asked:
-            say("interrupted; the same command goes on")
+            say("interrupted; run the same command to continue")
             return command.INTERRUPTED
         runs = [] if self.folder == self.study.folder() else [f"--runs={self.folder.parent}"]
         report = shlex.join(["python", "-m", "ddpm.compare", str(self.study.path), *runs])

@@ -265,6 +265,29 @@ def test_best_values_are_shown_where_they_are_not_the_last(tmp_path, first, show
     assert ("so they flatter" in text) is shown
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_curves_have_bands_where_seeds_show_the_noise(tmp_path, seeds):
+    """Of two seeds the interval, 12.7 standard errors, would leave the axes: no band, and the caption says so."""
+    runs = [written(tmp_path, f"{lr}-{seed}", {"seed": seed, "train__learning_rate": lr}, [
+        DONE | {"step": step, "eval/fid": 1.0 + lr + 0.1 * seed, "progress/epoch": step / 12} for step in (6, 12)])
+        for lr in (0.1, 0.2) for seed in range(seeds)]
+    found = results.compare(runs)
+    bands = [len(axis.collections) for axis in figures.curves(found.groups, ["eval/fid"]).axes]
+    assert set(bands) == {2 if seeds >= results.FEWEST else 0}
+    (caption,) = (words for name, words, _ in figures.draw(found) if name == "curves.pdf")
+    assert ("from 3 seeds on" in caption) is (seeds < results.FEWEST)
+
+
+def test_titles_of_samples_keep_off_the_edge(tmp_path):
+    run = written(tmp_path, "a", {}, [DONE | {"eval/fid": 1.0}])
+    Image.new("L", (40, 40)).save(tmp_path / "step_00000012.png")
+    group = results.grouped([dataclasses.replace(run, grid=tmp_path / "step_00000012.png")], ["seed"])
+    figure = figures.samples(group, 0)
+    figure.draw_without_rendering()
+    title = figure.axes[0].title.get_window_extent()
+    assert title.y1 < figure.bbox.y1 - 0.05 * figure.dpi  # inches
+
+
 def test_losses_of_different_schedules_decide_nothing(tmp_path):
     runs = []
     for schedule in ("cosine", "linear"):

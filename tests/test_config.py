@@ -481,7 +481,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     ([DIGITS, "--config.model.channel_mult=(1,2.5)"], "config.model.channel_mult is (1, 2.5); it takes whole numbers between "),
     ([DIGITS, "--config.seed=-1"], "config.seed is -1; it must lie between 0 and 9223372036854775807"),
     ([DIGITS, "--config.diffusion.beta_schedule=cosin"],
-     "unknown config.diffusion.beta_schedule 'cosin' (did you mean 'cosine'?); choose one of linear, cosine, "),
+     "unknown config.diffusion.beta_schedule 'cosin' (did you mean 'cosine'?); choose one of "),
     ([DIGITS, "--config.diffusion.beta_schedule=sigmoid(tua=1.0)"],
      "config.diffusion.beta_schedule 'sigmoid' has no argument 'tua'; it accepts start, end, tau"),
     ([DIGITS, "--config.diffusion.beta_schedule=sigmoid(tau=0.0)"], "does not add noise at every step; choose other arguments"),

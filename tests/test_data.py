@@ -129,7 +129,7 @@ def test_folder_reads_every_kind_and_names_what_it_leaves_out(zoo):
         "left out 1 without an agreed range: science.tif",
         "not read: 1 .heic files, 1 .txt files, 1 files without a suffix",
         "1 picture is not read (1 HEIC): convert to JPEG or PNG",
-        f"kept, but look at them by python -m ddpm.doctor {zoo}: 10 in 2 groups of near-duplicates",
+        f"kept, but look at them with python -m ddpm.doctor {zoo}: 10 in 2 groups of near-duplicates",
     )
     for index, pixels in enumerate(source):
         assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8) and pixels.is_contiguous()

@@ -217,7 +217,7 @@ def test_pure_noise_is_refused_for_eps_and_accepted_for_others(monkeypatch):
 @pytest.mark.parametrize("knobs, remedy", [
     (dict(beta_schedule="cosin"), "did you mean 'cosine'"),
     (dict(timesteps=0), "from 1 to 10000"),
-    (dict(predict="noise"), "choose one of eps, x0, v"),
+    (dict(predict="noise"), "choose one of .*eps"),
     (dict(variance="medium"), "choose one of small, large"),
 ])
 def test_mistakes_name_the_remedy(knobs, remedy):
@@ -229,7 +229,7 @@ def test_mistakes_name_the_remedy(knobs, remedy):
 @pytest.mark.parametrize("knobs, remedy", [
     (dict(steps=11), "1 to 10"),
     (dict(steps=0), "1 to 10"),
-    (dict(sampler="dim"), "choose one of ddpm, ddim"),
+    (dict(sampler="dim"), "choose one of .*ddim"),
     (dict(sampler="ddim(eta=2.0)"), "from 0 .* to 1"),
 ])
 def test_mistakes_in_sampling_name_the_remedy(knobs, remedy):

@@ -143,7 +143,7 @@ def test_a_training_says_what_the_doctor_says(folder, tmp_path):
                  data__validation_fraction=float(fraction), train__batch_size=4, train__length="1 steps")
     assert run(tiny(evaluate__extractor="none", **knobs), tmp_path / "run")
     log = (tmp_path / "run" / "training.log").read_text()
-    assert f"look at them by python -m ddpm.doctor {folder}: 2 in 1 group of near-duplicates" in log
+    assert f"look at them with python -m ddpm.doctor {folder}: 2 in 1 group of near-duplicates" in log
     assert "1 held-out image has a near-duplicate that is learned from" in log
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,9 @@ import torch
 from conftest import rows, run, tiny
 from PIL import Image
 
+import ddpm
 from ddpm import checkpoint, images
-from ddpm.evaluate import evaluate
+from ddpm.evaluate import evaluate, four_digits
 from ddpm.files import held
 from ddpm.generate import generate_images
 from ddpm.main import train_experiment
@@ -179,10 +181,28 @@ def test_sample_draws_the_grid_that_generate_draws(trained, tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(Image.open(drawn)))
 
 
-def test_evaluate_repeats_the_number_of_the_training(tmp_path):
+def test_the_package_lists_its_commands():
+    done = subprocess.run([sys.executable, "-m", "ddpm"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    listed = re.findall(r"python -m ddpm\.(\w+) +(\S.+)", done.stdout)
+    runnable = {path.stem for path in (ROOT / "ddpm").glob("*.py") if "command.run_door(" in path.read_text()}
+    assert {name for name, _ in listed} == runnable and all(len(words) > 10 for _, words in listed)
+    assert "train" in ddpm.__doc__ and "python -m ddpm" in ddpm.__doc__
+
+
+@pytest.mark.parametrize("value, words", [(6e-10, "6.000e-10"), (0.26171, "0.2617"), (1.68834, "1.688"), (88.703, "88.70"),
+                                          (0.0, "0.0000"), (1797.0, "1797"), (0.01234, "0.01234")])
+def test_numbers_are_printed_with_four_digits(value, words):
+    assert four_digits(value) == words and float(words) == pytest.approx(value, rel=1e-3)
+
+
+def test_evaluate_repeats_the_number_of_the_training(tmp_path, capsys):
     run(tiny(every__evaluate="12 steps"), tmp_path)
     logged = rows(tmp_path)[-1]
-    again = evaluate(tmp_path)
+    capsys.readouterr()
+    again = evaluate(tmp_path, **{"evaluate.likelihood": "flow", "evaluate.likelihood_images": 2})
+    said = capsys.readouterr().out
+    assert "against 1797 images of digits; bits/dim of 2 held-out images of digits under" in said  # recorded by a hash
     assert again["eval/made"] == logged["eval/made"]
     assert again["eval/fd_digits"] == pytest.approx(logged["eval/fd_digits"], rel=1e-6)
 
@@ -190,7 +210,7 @@ def test_evaluate_repeats_the_number_of_the_training(tmp_path):
 def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
     for name, flags, remedy in [
         ("generate", ["--checkpoint=/no/such/run"], "neither a file nor a run folder"),
-        ("generate", [f"--checkpoint={trained}", "--format=bmp"], "choose one of png"),
+        ("generate", [f"--checkpoint={trained}", "--format=bmp"], "choose one of "),
         ("generate", [f"--checkpoint={trained}", "--sampler=dim"], "did you mean 'ddim'?"),
         ("generate", [f"--checkpoint={trained}", "--spacing=trail"], "did you mean 'trailing'?"),
         ("sample", [f"--checkpoint={trained}", "--spacing=sections", "--steps=5"], "make 25 steps, not 5; ask for 25"),

@@ -83,9 +83,9 @@ def test_a_scheduler_waits_for_seconds_in_the_middle_of_a_long_drawing(tmp_path)
         said = process.communicate(timeout=60)[1]
     finally:
         process.kill()
-    assert process.returncode == INTERRUPTED and "stopping, asked by SIGUSR1" in said
+    assert process.returncode == INTERRUPTED and "stopping, by SIGUSR1" in said
     assert time.monotonic() - asked < 20  # 2 on an idle machine; the drawing takes minutes
-    assert "stopped, asked by SIGUSR1, and saved at step 2; the same" in (tmp_path / "training.log").read_text()
+    assert "stopped, by SIGUSR1, and saved at step 2; run the same" in (tmp_path / "training.log").read_text()
     assert not list(tmp_path.glob("samples/*"))
 
 
@@ -103,7 +103,8 @@ def test_the_hours_end_in_time_and_hours_that_cannot_suffice_are_a_failure(tmp_p
         assert checkpoint.checkpoints(tmp_path)[-1][0] == 1
         assert within(2) == FAILED  # or a scheduler would repeat it for ever
     log = (tmp_path / "training.log").read_text()
-    assert "stopped, as train.max_hours=" in log and "is nearly over, and saved at step 1; the same command goes on" in log
+    assert "stopped, as train.max_hours=" in log
+    assert "is nearly over, and saved at step 1; run the same command to continue" in log
     assert "and that is too little for the rest of step 1 (log, sample); give more hours, or smaller evaluations" in log
 
 
@@ -126,9 +127,9 @@ def test_stopped_while_wandb_waits_for_its_server(tmp_path):
             said = process.communicate(timeout=60)[1]
         finally:
             process.kill()
-    assert process.returncode == INTERRUPTED and "stopping, asked by SIGTERM: saving first" in said
+    assert process.returncode == INTERRUPTED and "stopping, by SIGTERM: saving first" in said
     assert time.monotonic() - asked < 45  # LEAVE_SECONDS and a few; W&B alone would wait for minutes
-    assert "saved at step 2; the same command goes on" in (tmp_path / "run" / "training.log").read_text()
+    assert "saved at step 2; run run the same command to continue" in (tmp_path / "run" / "training.log").read_text()
 
 
 def test_two_ranks_leave_together(tmp_path):
@@ -171,4 +172,4 @@ def test_what_is_whole_is_not_abandoned_and_the_wish_is_granted_after_it():
             seen.append("never")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert seen == ["whole"] and str(wish) == "asked by SIGTERM" and not wish.late
+    assert seen == ["whole"] and str(wish) == "by SIGTERM" and not wish.late

@@ -186,5 +186,5 @@ def test_mistakes_name_the_remedy():
         last(ddim(gaussian, noises()(0), levels, noises(), eta=1.5))
     with pytest.raises(ValueError, match="choose one of small, large"):
         last(ddpm(gaussian, noises()(0), levels, noises(), variance="medium"))
-    with pytest.raises(ValueError, match="choose one of ddpm, ddim"):
+    with pytest.raises(ValueError, match="choose one of .*ddim"):
         spec.choose("sampler", SAMPLERS, "ddimm")

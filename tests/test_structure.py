@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "ddpm"
 
 FLOORS = {
-    "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor"],
+    "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor",
+              "__main__"],
     "assembly": ["build", "assemble", "train"],
     "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures", "sheet"],
     "services": ["data", "pictures", "colour", "png", "likeness", "cache", "shards", "checkpoint", "tracking", "metrics"],

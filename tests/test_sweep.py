@@ -150,7 +150,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     said, errors = process.communicate(timeout=120)
     assert process.returncode == command.INTERRUPTED, errors
-    assert "seed=7: interrupted" in said and "the same command goes on" in said
+    assert "seed=7: interrupted" in said and "run the same command to continue" in said
 
     stopped = json.loads(rows.read_text().splitlines()[-1])["step"]
     shorter = study(tmp_path, {"config.seed": {"values": [7]}, "config.train.length": {"value": f"{stopped + 2} steps"}})
