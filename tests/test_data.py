@@ -127,6 +127,7 @@ def test_folder_reads_every_kind_and_names_what_it_leaves_out(zoo):
         "left out 1 too small: small.png",
         "left out 1 truncated: torn.jpg",
         "left out 1 without an agreed range: science.tif",
+        *data.verdict(*data.fitness(12, 16, 2)),
         "not read: 1 .heic files, 1 .txt files, 1 files without a suffix",
         "1 picture is not read (1 HEIC): convert to JPEG or PNG",
         f"kept, but look at them with python -m ddpm.doctor {zoo}: 10 in 2 groups of near-duplicates",
@@ -355,7 +356,7 @@ def test_torchvision_mnist_from_its_own_files(tmp_path):
     for source, part in ((train, "train"), (test, "t10k")):
         assert np.array_equal(torch.cat([source[i] for i in range(6)]).numpy(), pixels[part])
     assert train.fingerprint != test.fingerprint
-    assert train.notes == ("torchvision MNIST: 6 of 6 images kept",)
+    assert train.notes == ("torchvision MNIST: 6 of 6 images kept", *data.verdict(*data.fitness(6)))
     enlarged = data.open_source(f"{spec})", 32, 3)
     assert enlarged[0].shape == (3, 32, 32) and "below 32 pixels and are enlarged" in enlarged.notes[1]
     one = data.open_source(f"{spec}, only='2 - Two')", 28, 1)
@@ -402,7 +403,8 @@ def test_torchvision_pets_restricted_to_cats(tmp_path):
     assert cats.classes == ["Bengal", "Sphynx"] and cats.labels == [0, 1, 0]
     assert [flat(pixels) for pixels in cats] == [(0,) * 3, (80,) * 3, (120,) * 3]
     (base / "images" / "Sphynx_1.jpg").unlink()
-    assert data.open_source(f"{spec}, only='sphynx')", 16, 3).notes[1:] == ()  # label unknown of what cannot be read
+    sphynx = data.open_source(f"{spec}, only='sphynx')", 16, 3)
+    assert sphynx.notes[1:] == tuple(data.verdict(*data.fitness(1)))  # label unknown of what cannot be read
 
 
 def test_every_torchvision_name_is_a_set_with_a_root_and_a_download():
