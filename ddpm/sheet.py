@@ -73,15 +73,12 @@ def has(font, letter):
 
 
 def legible(text, font):
-    """The text in letters that a font has: accents go where need be, and a letter that it lacks becomes its code, U+732B's
-    `\\u732b`."""
+    """The text in letters that a font has: accents go where need be, and a letter that it lacks becomes its code, `\\u732b`."""
     def drawn(letter):
-        if has(font, letter):
+        if has(font, letter) and not unicodedata.combining(letter):
             return letter
         plain = "".join(part for part in unicodedata.normalize("NFKD", letter) if not unicodedata.combining(part))
-        if plain and all(has(font, part) for part in plain):
-            return plain
-        return ascii(letter)[1:-1]
+        return plain if all(has(font, part) for part in plain) else ascii(letter)[1:-1]
 
     return "".join(map(drawn, unicodedata.normalize("NFC", text)))
 
