@@ -11,6 +11,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import re
 import stat
@@ -79,6 +80,7 @@ Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # PIL warns at this number, and raise
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 # PIL warns on stderr of oddities in files that it reads all the same; what is left out stands in a source's notes.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 # Grey of 16 bits where 0 is white: PIL reads it of one byte order, and inverts neither; `levels_of` does.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 

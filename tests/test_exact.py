@@ -21,7 +21,8 @@ def precision():
             newer and (torch.backends.cuda.matmul.fp32_precision == "tf32", newer.fp32_precision == "tf32"))
 
 
-EXACT, FAST = ("highest", False, False, (False, False)), ("high", True, True, (True, True))
+NEWER = getattr(torch.backends.cudnn, "conv", None)
+EXACT, FAST = ("highest", False, False, NEWER and (False, False)), ("high", True, True, NEWER and (True, True))
 
 
 @pytest.fixture(autouse=True)
