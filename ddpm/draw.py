@@ -74,7 +74,7 @@ def edited(edit, pictures, mask, count, machine):
     return walk
 
 
-def trajectory(model, recipe, seeds, shape, machine, evaluated, guide=None, walk=afresh):
+def trajectory(model, recipe, seeds, shape, machine, guide=None, walk=afresh, evaluated=lambda: None):
     """Yield x [b, c, h, w] in about [-1, 1] on the device: where the walk of `seeds` begins, then x after each of its steps.
 
     `guide` is the network net(x, t, y) that guides, in evaluation mode, or None for the model's own without labels.
@@ -118,7 +118,7 @@ def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=No
     mine = list(seeds)[machine.share(len(seeds))]
     with progress(model, recipe, len(mine), recipe.batch_size, machine, times) as shown:
         def last(batch):
-            steps = trajectory(model, recipe, batch, shape, machine, shown.evaluated, guide, walk)
+            steps = trajectory(model, recipe, batch, shape, machine, guide, walk, shown.evaluated)
             return images.decode(deque(steps, maxlen=1).pop()).cpu()
 
         for batch, pixels in machine.room.in_batches("drawing", mine, recipe.batch_size, last):
@@ -131,7 +131,7 @@ def frames(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=
     seeds, parts = list(seeds), []
     with progress(model, recipe, len(seeds), len(seeds), machine, times) as shown:
         def film(batch):
-            steps = trajectory(model, recipe, batch, shape, machine, shown.evaluated, guide, walk)
+            steps = trajectory(model, recipe, batch, shape, machine, guide, walk, shown.evaluated)
             return torch.stack([images.decode(x).cpu() for x in steps])
 
         for batch, part in machine.room.in_batches("drawing", seeds, len(seeds), film):

@@ -169,7 +169,8 @@ def remove_drawing(folder):
     if others := [path.name for path in found if not path.is_file() or (path.name, digest(path)) not in known]:
         raise ValueError(f"{folder} holds numbered pictures that no drawing is known to have written as they are "
                          f"({len(others)}, such as {others[0]}); move them away, or give another --out")
-    for path in [*found, Path(folder, RECORD)]:
+    killed = [Path(folder, f"{name}.part") for name, *_ in known if NUMBERED.fullmatch(name)]  # in the middle of a picture
+    for path in [*found, *killed, Path(folder, RECORD)]:
         path.unlink(missing_ok=True)
     return len(found)
 

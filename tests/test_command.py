@@ -190,8 +190,10 @@ def test_a_drawing_leaves_no_picture_of_another_in_its_folder(mine, tmp_path, ca
     assert "removed 4 images of an earlier drawing" in said
     assert sorted(path.name for path in out.iterdir()) == [images.RECORD, "000000.jpg", "000001.jpg", "mine.png"]
     with open(out / images.RECORD, "a") as record:
-        record.write('["0000')  # killed as it wrote
+        record.write('["000001.jpg", "12"]\n["0000')  # killed as it wrote
+    (out / "000001.jpg.part").write_bytes(b"half")
     assert [path.name for path in generate_images(mine, 1, out, steps=2)] == ["000000.png"]
+    assert sorted(path.name for path in out.iterdir()) == [images.RECORD, "000000.png", "mine.png"]
 
     for name in ("000000.png", "0000123.webp"):  # one that was changed, and one that ddpm did not draw
         Image.new("L", (16, 16)).save(out / name)

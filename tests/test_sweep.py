@@ -169,7 +169,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     assert errors.startswith(f"error: {path}: unknown parameter 'config.sede' (did you mean 'config.seed'?)")
     assert errors.count("\n") == 1 and not (tmp_path / "runs").exists()
     said, _ = door(tmp_path, "--help").communicate(timeout=120)
-    assert "Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted" in said
+    assert "Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted" in " ".join(said.split())
 
 
 def test_networks_are_checked_before_anything_runs(tmp_path):
