@@ -170,9 +170,11 @@ def account(config, dtype, images, levels=0):
     """
     parts = config.train.gradient_accumulation_steps
     config = configs.changed(config, {"train.batch_size": images, "train.gradient_accumulation_steps": 1})
+    with torch.device("meta"):  # the weights' first values would take longer than the step
+        net = build.network(config)
     ledger = memory.Ledger()
     with ledger:
-        net = build.network(config)
+        net.to_empty(device="cpu")
         weights = ledger.live
         recompute(itertools.chain(*net.levels[:levels]))
         averaged = list(averages(config, net).values())

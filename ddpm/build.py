@@ -303,24 +303,6 @@ def check(config):
     diffusion(config, net)
 
 
-class Operations(NamedTuple):
-    """The floating-point operations of a network on one image."""
-
-    forward: int
-    training: int  # forward and backward
-
-
-def operations(config):
-    """The Operations of a config's network, counted without computing any."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        net, (_, *size) = network(config), image_shape(config)
-        out = net(torch.empty(1, channels_in(config), *size), torch.zeros(1, dtype=torch.long))
-        forward = counter.get_total_flops()
-        out.sum().backward()
-    guess = forward * config.diffusion.self_condition  # which is given its own estimate
-    return Operations(forward, counter.get_total_flops() + guess)
-
-
 class Kernels(TorchDispatchMode):
     """Counts the operations inside that compute something, and so launch a kernel or more."""
 
@@ -333,13 +315,24 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def kernels(config):
-    """How many kernels a config's network, not compiled, launches at least for a micro-batch, forward and backward."""
-    with torch.device("meta"):
+class Operations(NamedTuple):
+    """The floating-point operations of a network on one image, and the kernels that it launches for a micro-batch at least."""
+
+    forward: int
+    training: int  # forward and backward
+    kernels: int = 0  # forward and backward, where it is not compiled
+
+
+def operations(config):
+    """The Operations of a config's network, counted without computing any."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, Kernels() as launched:
         net, (_, *size) = network(config), image_shape(config)
-        with Kernels() as counter:
-            net(torch.empty(1, channels_in(config), *size), torch.zeros(1, dtype=torch.long)).sum().backward()
-    return counter.count
+        launched.count = 0  # the weights' first values are no part of a step
+        out = net(torch.empty(1, channels_in(config), *size), torch.zeros(1, dtype=torch.long))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    guess = forward * config.diffusion.self_condition  # which is given its own estimate
+    return Operations(forward, counter.get_total_flops() + guess, launched.count)
 
 
 def drawing_operations(config, asked):
@@ -353,7 +346,7 @@ def drawing_operations(config, asked):
 def likelihood_operations(config, asked):
     """The operations, at most, of the bits a dimension in one evaluation."""
     section = config.evaluate
-    each = {"none": 0, "bound": asked.forward, "flow": asked.training, "both": sum(asked)}[section.likelihood]
+    each = {"none": 0, "bound": asked.forward, "flow": asked.training, "both": sum(asked[:2])}[section.likelihood]
     return section.likelihood_images * section.likelihood_evaluations * each
 
 

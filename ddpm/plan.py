@@ -73,7 +73,7 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
     with torch.device("meta"):
         weights = sum(one.numel() for one in build.network(config).parameters())
     asked, shape = build.operations(config), "x".join(map(str, build.image_shape(config)[::-1]))
-    flops, kernels = asked.training, section.gradient_accumulation_steps * build.kernels(config)
+    flops, kernels = asked.training, section.gradient_accumulation_steps * asked.kernels
     yield (f"{config.model.name}: {weights:,} parameters, images {shape}, {flops / 1e9:,.4g} GFLOP an image, forward and "
            "backward\n")
 

@@ -129,7 +129,7 @@ def test_stopped_while_wandb_waits_for_its_server(tmp_path):
             process.kill()
     assert process.returncode == INTERRUPTED and "stopping, by SIGTERM: saving first" in said
     assert time.monotonic() - asked < 45  # LEAVE_SECONDS and a few; W&B alone would wait for minutes
-    assert "saved at step 2; run run the same command to continue" in (tmp_path / "run" / "training.log").read_text()
+    assert "saved at step 2; run the same command to continue" in (tmp_path / "run" / "training.log").read_text()
 
 
 def test_two_ranks_leave_together(tmp_path):

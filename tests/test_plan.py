@@ -92,7 +92,7 @@ def test_small_networks_are_limited_by_their_kernels():
     given = tiny()
     with torch.device("meta"):
         layers = sum(not list(module.children()) for module in build.network(given).modules())
-    assert layers < build.kernels(given) < 20 * layers
+    assert layers < build.operations(given).kernels < 20 * layers
 
 
 @pytest.mark.parametrize("hours, words", [
