@@ -483,46 +483,55 @@ def in_mode(image, channels, matte):
 
 
 def plain(image):
-    """(the PIL image in sRGB and 8 bits a channel as PIL's `convert` understands it, what was done for that).
+    """(the PIL image in sRGB with 8 bits a channel, what was done for it that PIL alone does not do, in words).
 
-    That is "" for nothing, or PIL's own reading of 16 bits. Raises Refused for values without an agreed range.
+    An image that is so already comes back as it is, with "". Raises Refused for values without an agreed range.
     """
-    done, tags = [image.info["mended"]] if "mended" in image.info else [], getattr(image, "tag_v2", {})
-    bits, signed = tags.get(BITS, (8,))[0], 2 in tags.get(SAMPLES, ())
+    tags, key = getattr(image, "tag_v2", {}), image.info.get("transparency")
     profile, _ = colour.of(image)
+    done = [image.info["mended"]] if "mended" in image.info else []
     if image.mode == "F":
         raise Refused("without an agreed range", "floating-point pixels")
-    if signed and bits == 8 and np.asarray(image).max() > 127:
+    if 2 in tags.get(SAMPLES, ()) and tags.get(BITS) == (8,) and np.asarray(image).max() > 127:
         raise Refused("without an agreed range", "signed pixels")
-    key = image.info.get("transparency")
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int32)
-        if values.min() < 0 or values.max() > 65535:
-            raise Refused("without an agreed range", "32-bit or signed pixels")
-        full = 2**bits - 1 if 8 < bits < 16 else 65535
-        alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
-        done += [f"{bits} bits"] * (full < 65535)
-        if tags.get(PHOTOMETRIC) == 0:
-            values = full - values
-            done.append("0 is white")
-        levels = (values + 128) // 257 if full == 65535 else np.rint(values * (255 / full))
-        if profile:
-            levels = np.rint(np.interp(values * (255 / full), np.arange(256), profile.tone()))
-            done.append(profile.name)
-        image = Image.fromarray(levels.astype(np.uint8))
-        if alpha:
-            image.putalpha(alpha)
-        return image, ", ".join(done)
-    if image.mode == "1" and key is not None:
+        image, more = grey_of_8_bits(image, tags, key, profile)
+        done += more
+    elif image.mode == "1" and key is not None:
         image = image.convert("L")
         image.info["transparency"] = key
-    if image.format == "BMP" and image.mode == "RGBA" and not image.getextrema()[3][1]:  # which says that nobody meant it
+    elif image.format == "BMP" and image.mode == "RGBA" and not image.getextrema()[3][1]:  # nobody meant it to be invisible
         image = image.convert("RGB")
         done.append("transparency everywhere")
     if profile:
-        image = colour.converted(image, profile)
+        image = colour.converted(image, profile) if "icc_profile" in image.info else image
         done.append(profile.name)
     return image, ", ".join(done)
+
+
+def grey_of_8_bits(image, tags, key, profile):
+    """(the image of mode L or LA of a deeper grey one, what was done beside dividing by 257); `key` is a transparent level.
+
+    The curve of a profile is applied here, where there are more levels to round.
+    """
+    values, bits, done = np.asarray(image).astype(np.int32), tags.get(BITS, (16,))[0], []
+    if values.min() < 0 or values.max() > 65535:
+        raise Refused("without an agreed range", "32-bit or signed pixels")
+    alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+    full = 65535
+    if bits < 16:
+        full = 2**bits - 1
+        done.append(f"{bits} bits")
+    if tags.get(PHOTOMETRIC) == 0:
+        values = full - values
+        done.append("0 is white")
+    levels = np.rint(values * (255 / full)) if full < 65535 else (values + 128) // 257
+    if profile:
+        levels = np.rint(np.interp(values * (255 / full), np.arange(256), profile.tone()))
+    grey = Image.fromarray(levels.astype(np.uint8))
+    if alpha:
+        grey.putalpha(alpha)
+    return grey, done
 
 
 def examine(path):

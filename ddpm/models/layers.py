@@ -35,7 +35,7 @@ def without_autocast(x):
 
     On a GPU autocast runs norms and resizing in float32, and a network would keep twice the memory for its backward pass.
     """
-    kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # meta has no autocast to turn off
+    kind = "cpu" if x.is_meta else x.device.type  # meta has no autocast to turn off
     return torch.autocast(kind, enabled=False)
 
 
