@@ -161,8 +161,10 @@ class Survey(NamedTuple):
             lines.append(f"{len(unread):,} {verb} not read ({most_first(Counter(unread.values()))}): {pictures.CONVERT}")
         if dark:
             most = max(dark.values())
-            lines.append(f"{len(dark):,} of the images have more than 8 bits a channel and stop at {most} of 65535, which is "
-                         f"learned as {most / 65535:.1%} of white: multiply their values by {65535 / most:.3g}")
+            bits = most.bit_length()
+            lines.append(f"images with more than 8 bits a channel ({len(dark):,}) reach only {most} of 65535, as values of "
+                         f"{bits} bits do, and are learned at {most / 65535:.1%} of white: multiply their values by "
+                         f"{2**(16 - bits)}")
         return lines
 
 

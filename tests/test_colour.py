@@ -409,7 +409,7 @@ def test_what_fills_little_of_its_range_is_said_by_the_doctor_and_in_the_log(tmp
     report, source = doctor.diagnose(tmp_path, 32, 0), data.open_source(f"folder(path={str(tmp_path)!r})", 32)
     assert report["dark"] == {"colour.png": 4095, "ct.tif": 32640, "scan.png": 4080, "white.tif": 1023 - 4 * int(grey.min())}
     line, = [one for one in report["warnings"] if "32640 of 65535" in one]
-    assert line.startswith("4 of the images") and "multiply their values by 2.01" in line and line in source.notes
+    assert "(4) reach" in line and "of 15 bits" in line and line.endswith("multiply their values by 2") and line in source.notes
     assert any(row.startswith("dark 16 bits") and "scan.png (up to 4080)" in row for row in doctor.lines_of(report | {
         "dark": {"scan.png": 4080}}))
 
@@ -423,7 +423,7 @@ def test_the_doctor_has_rows_for_profiles(tmp_path):
     report = doctor.diagnose(tmp_path, 32, 0)
     assert report["other_colours"] == {"wide.jpg": "test"} and report["unread_profile"] == ["ink.jpg", "torn.png"]
     rows = {row.split("  ")[0]: row for row in doctor.lines_of(report)}
-    assert "wide.jpg (test); converted to sRGB" in rows["other colours"] and "taken for sRGB" in rows["unread profile"]
+    assert "wide.jpg (test); converted to sRGB" in rows["colour profile"] and "taken for sRGB" in rows["unread profile"]
     assert np.array_equal(decoded((tmp_path / "torn.png").read_bytes()), photo())
     kept = data.survey(tmp_path)
     marked = [one.done for one in kept.facts]
