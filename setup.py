@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 STUDY = [  # to run, compare and show studies
-    "matplotlib>=3.8", "optuna>=4.0", "pyyaml>=6.0", "scipy>=1.11", "wandb-workspaces>=0.4.2"]
+    "matplotlib>=3.8", "optuna>=4.0", "pyyaml>=6.0", "scipy>=1.11", "wandb-workspaces>=0.4.8"]
 
 BENCH = [  # what the benchmarks stand beside
     "accelerate>=1.0", "denoising-diffusion-pytorch>=2.1", "diffusers>=0.32", "matplotlib>=3.8"]
