@@ -27,6 +27,9 @@ from ddpm.interrupt import tell
 from ddpm.study import read
 
 STEP = re.compile(r"step (\d+)/(\d+) \(")
+ONE_RUN = {f"WANDB_{word}" for word in (  # what names one run of W&B's, in which the runs of a study would collide
+    "RUN_ID", "RUN_NAME", "NAME", "RESUME", "RESUME_FROM", "FORK_FROM", "SWEEP_ID", "SWEEP_PARAM_PATH", "RUN_DIR",
+    "RUN_STORAGE_ID", "SERVICE")}
 ENDS = {command.FAILED: "failed", command.MISTAKE: "refused", command.DIVERGED: "diverged", command.INTERRUPTED: "interrupted"}
 
 
@@ -129,7 +132,8 @@ class Children:
         self.folder, self.processes, self.asked = folder, set(), 0
         self.places = list(range(parallel))  # lines of the terminal without a progress bar
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.environment = {"WANDB_RUN_GROUP": study.name, "OMP_NUM_THREADS": str(max(1, cores // parallel)), **os.environ}
+        inherited = {name: value for name, value in os.environ.items() if name not in ONE_RUN}
+        self.environment = {"WANDB_RUN_GROUP": study.name, "OMP_NUM_THREADS": str(max(1, cores // parallel))} | inherited
 
     def ask(self, *_):
         self.asked += 1
