@@ -17,7 +17,7 @@ from ddpm.dist import StepNetwork, of_kernels
 from ddpm.ema import EMA
 from ddpm.models.layers import recompute
 from ddpm.step import Guard, Meters, Step, Validation
-from ddpm.train import ROLLBACKS, Best, Due, Run, Same
+from ddpm.train import ROLLBACKS, Best, Due, Run
 
 UNTRAINED = 0.05  # share of the first weights in an average that blurs or greys what is drawn
 
@@ -288,6 +288,9 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
     images = build.dataset(config)
     classes = build.class_names(config, images)
     config = build.with_classes(config, classes)
+    same = build.same_data(config, images)
+    if content is not None:  # before the network, whose shapes follow the classes
+        checkpoint.restore(content["parts"], {"data": same})
     learned, held_out = build.split(config, images)
     total, asked = clock.steps_of(section.length, section.batch_size, len(learned)), build.operations(config)
     begun = {"spacing": configs.from_json(content["config"]).evaluate.spacing} if content else {}  # so its distances compare
@@ -324,8 +327,7 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
     notes += build.loss_remarks(made.objective)
     shared = {"net": network.weights, **averaged, "optimizer": made.optimizer}
     parts = {**{name: network.part(one) for name, one in shared.items()}, "scaler": made.scaler, "meters": made.meters,
-             "guard": made.guard, "best": best, "due": Due(),
-             "data": Same(images=len(images), fingerprint=images.fingerprint, **({"classes": classes} if classes else {}))}
+             "guard": made.guard, "best": best, "due": Due(), "data": same}
     if made.objective.state_dict():  # a weighting or times that learn
         parts["objective"] = made.objective
     if section.compile:

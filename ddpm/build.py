@@ -110,6 +110,23 @@ def class_names(config, images):
     return tuple(images.classes)
 
 
+def same_data(config, images):
+    """The checkpoint part that says which images a config learns from, wherever they lie."""
+    classes = class_names(config, images)
+    return data.Same(config.data.source, images=len(images), fingerprint=images.fingerprint,
+                     **({"classes": classes} if classes else {}))
+
+
+def other_data(config, images, run_or_file=None):
+    """A note where the images are not those that a run learned from: lines, mostly none."""
+    try:
+        content, _ = checkpoint.newest(checkpoint.folder_of(run_or_file or checkpoint.newest_run()))
+    except ValueError:  # all are damaged
+        content = None
+    changes = same_data(config, images).changes(content["parts"].get("data", {})) if content else []
+    return [f"measured against other images than it learned from: {'; '.join(changes)}"] if changes else []
+
+
 def with_classes(config, names):
     """The config with the names of its classes, by which a checkpoint is rebuilt without the data."""
     return configs.changed(config, {"data.classes": names}) if names else config
@@ -297,7 +314,8 @@ def pictures(config, paths, mask=None):
 
 
 def check(config):
-    """Raise a ValueError for what only network and process know to be impossible; no memory is taken."""
+    """Raise a ValueError for what only network, process and W&B know to be impossible; no memory is taken."""
+    tracking.check(dict(config.wandb))
     with torch.device("meta"):
         net = network(config)
     diffusion(config, net)
@@ -471,8 +489,12 @@ def network_with(config, weights, path):
 
 
 def check_same_network(config, other, path):
-    """Raise a ValueError for weights whose config makes another network of the same shapes, or is given other times."""
+    """Raise a ValueError for weights whose config makes another network, be it of the same shapes, or is given other times."""
     ours, theirs = configs.flatten(config), configs.flatten(other)
+    if len(config.data.classes) != len(other.data.classes):
+        were, are = (data.in_words(one.data.classes) if one.data.classes else "none" for one in (other, config))
+        raise ValueError(f"{path} was trained with other classes: they were {were}, are {are} in {config.data.source}; begin "
+                         "from a run with as many, or train without train.init_from")
     free = {"model.dropout", "model.initialization", *unused(config)}
     keys = [key for key in ours if key.startswith("model.") or key == "diffusion.rescale_timesteps"]
     differing = [key for key in keys if key not in free and ours[key] != theirs[key]]

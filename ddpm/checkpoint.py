@@ -352,7 +352,8 @@ def files_of(run_or_file):
     if not path.is_dir():
         runs = sorted(str(folder) for folder in Path("runs").glob("*") if folder.is_dir())
         there = f" (there is {', '.join(runs[:5])}{' ...' if len(runs) > 5 else ''})" if runs else ""
-        raise ValueError(f"{os.path.abspath(path)} is neither a file nor a run folder; give runs/NAME{there}, or a .pt or .safetensors file")
+        raise ValueError(f"{os.path.abspath(path)} is neither a file nor a run folder; give runs/NAME{there}, or a .pt or "
+                         ".safetensors file")
     final, found = path / "final.safetensors", checkpoints(path)
     if final.is_file():
         try:

@@ -177,6 +177,8 @@ def with_variant(config, variant, variants):
 FREE = ("train.length", "train.max_hours", "train.activation_checkpointing", "train.fully_shard", "every.", "wandb.",
         "evaluate.", "data.classes", "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
 
+PLACE = "data.source"  # of which a checkpoint keeps the content: that decides whether a run goes on
+
 RANGES = {
     "seed": (0, 2**63 - 1),
     "data.image_size": (1, 4096),
@@ -584,7 +586,8 @@ def is_free(key):
 def contradicted(saved, given):
     """The knobs in which `given` differs from the config of the run it wants to continue, which knows where it began."""
     old, new = flatten(saved), flatten(given)
-    return [key for key in new if not is_free(key) and old[key] != new[key] and (key, new[key]) != ("train.resume_from", "")]
+    return [key for key in new if not is_free(key) and key != PLACE and old[key] != new[key]
+            and (key, new[key]) != ("train.resume_from", "")]
 
 
 def contradictions(saved, given):

@@ -670,6 +670,34 @@ def fetch_part(fetch, indices, index):
     return fetch(indices[index])
 
 
+class Same:
+    """What must not change of the data at `source` while a run goes on: a checkpoint part that is compared, not loaded."""
+
+    def __init__(self, source, **facts):
+        self.source, self.facts = source, facts
+
+    def state_dict(self):
+        return dict(self.facts)
+
+    def load_state_dict(self, state):
+        if changes := self.changes(state):
+            raise ValueError(f"the data of this run have changed since its checkpoint ({'; '.join(changes)}); bring them back, "
+                             "say where they are now by --config.data.source, or begin a new run with --workdir and "
+                             "--config.train.init_from")
+
+    def changes(self, state):
+        """What is another than in a state, in words; a fingerprint where nothing else is."""
+        found = [f"{name} were {in_words(state.get(name))}, are {in_words(fact)} in {self.source}"
+                 for name, fact in self.facts.items() if state.get(name) != fact and name != "fingerprint"]
+        was, now = state.get("fingerprint"), self.facts["fingerprint"]
+        return found if found or was == now else [f"fingerprint was {str(was)[:12]}, is {now[:12]} in {self.source}"]
+
+
+def in_words(fact):
+    """A number, or a list of names in brackets."""
+    return f"({shortened(list(fact), 20)})" if isinstance(fact, (list, tuple)) else fact
+
+
 class Batches(torch.utils.data.Dataset):
     """A source by lists of indices: uint8 [b, c, h, w] and labels int64 [b], -1 where there are none."""
 

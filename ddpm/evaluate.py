@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ddpm import build, checkpoint, command, config, figures
+from ddpm import build, checkpoint, command, config, figures, tracking
 from ddpm.draw import joined
 from ddpm.files import held
 from ddpm.report import plain
@@ -34,12 +34,13 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
         raise ValueError(f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
                          f"{made.config.evaluate.spacing!r}; give evaluate.spacing={knobs['sample.spacing']!r} in its place")
     if workdir is None:
-        numbers, _, _ = measure(made)
+        numbers, _, _ = measure(made, checkpoint)
         print("".join(f"{line}\n" for line in copies(numbers, "--workdir=DIR keeps a picture that shows it")), end="")
         return numbers
+    tracking.check(dict(made.config.wandb))
     with held(workdir):
         config.check_measures(made.config, workdir)
-        numbers, pictures, files = measure(made, made.config.sample.num_images)
+        numbers, pictures, files = measure(made, checkpoint, made.config.sample.num_images)
         tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)
         tracker.log(made.step, numbers)
         show(workdir, tracker, made.step, pictures)
@@ -61,7 +62,7 @@ def picture(workdir, files):
             print(f"{name} is not drawn: {error}")
 
 
-def measure(made, shown=0):
+def measure(made, run_or_file, shown=0):
     """Numbers and pictures of what a checkpoint draws, of which the first are `shown`; numbers and files of the likelihood."""
     images = build.dataset(made.config)
     score, likelihood = (build.scorer(made.config, images, made.machine),
@@ -69,8 +70,9 @@ def measure(made, shown=0):
     if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
         raise ValueError("nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set one of them")
     how = re.sub(f"(of )?{images.fingerprint[:12]}", lambda _: f"of {made.config.data.source}", how)  # by name, for people
-    remarks = map(command.as_typed, build.remarks(made.config, "evaluate"))
-    print("\n".join([f"measuring {made.name}: {how}", *remarks, *score.notes]), flush=True)
+    notes = [*map(command.as_typed, build.remarks(made.config, "evaluate")), *score.notes,
+             *build.other_data(made.config, images, run_or_file)]
+    print("\n".join([f"measuring {made.name}: {how}", *notes]), flush=True)
     draw = build.drawer(made.config, made.net, made.machine)
     (numbers, pictures), (bits, files) = score(draw), likelihood()
     if numbers and shown:

@@ -36,7 +36,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ddpm import images as pixels
-from ddpm.files import written_beside
+from ddpm.files import expanded, written_beside
 
 WAITS = {"init_timeout": 30, "finish_timeout": 60}  # s for the server; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT go before
 LEAVE_SECONDS = 15  # for W&B's own process at the end, beyond that; and in all once a signal has come: a scheduler waits
@@ -90,6 +90,10 @@ class Tracker:
         """Print a line, and keep it in training.log."""
         self._tell("say", text)
 
+    def keep(self, text):
+        """Keep a line in training.log that the console has had already."""
+        self._tell("keep", text)
+
     def summary(self, key, value):
         """Set one number or word that stands for the run, such as `best/val_loss_ema`."""
         self.state.setdefault("summary", {})[key] = plain(value)
@@ -105,6 +109,7 @@ class Tracker:
         Code 75 marks the run preempted, others but 0 as failed.
         """
         self.flush()
+        WARNINGS.follow(None)
         self._tell("close", exit_code, hurry)
         for sink in self.sinks:
             if sink.waiting:
@@ -137,7 +142,7 @@ class Sink:
     def nothing(self, *arguments):
         """Other events pass."""
 
-    write = tick = say = summary = close = nothing
+    write = tick = say = keep = summary = close = nothing
 
 
 class Lines:
@@ -197,6 +202,8 @@ class Wandb(Sink):
         """Begin run `run_id`, or where it is `known` continue it, with the rows up to step `last`. `notice(text)` tells."""
         import wandb  # not above: it takes a second, and its failures concern only runs that use it
 
+        if not is_writable(os.environ.get("WANDB_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"):
+            os.environ["WANDB_CACHE_DIR"] = str(folder.resolve() / "wandb")  # or it logs all that it does on the console
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # what it tells its makers would hold up the end: 10 s a server
         self.wandb, self.folder, self.config, self.options, self.mode = wandb, folder, config, options, mode
         self.run_id, self.known, self.reached, self.summaries, self.notice = run_id, known, last, dict(summaries), notice
@@ -384,8 +391,10 @@ class Wandb(Sink):
             self.news.append(f"W&B's log is complete on this disk; {self._upload()}")
 
     def _upload(self):
-        """What brings the server all that the sessions of this run have logged."""
+        """What brings the server all that the sessions of this run have logged, if there is anything."""
         mend_logs(self.folder, self.run_id)
+        if not logs_in(self.folder, self.run_id):
+            return "it has nothing to upload, and metrics.jsonl has every row"
         online = any(self.folder.glob(f"wandb/run-*-{self.run_id}"))
         return ("to upload it: wandb sync " + ("--include-online " if online else "")
                 + f"{shlex.quote(str(self.folder))}/wandb/{'*' if online else 'offline-'}run-*-{self.run_id}*")
@@ -466,6 +475,37 @@ class Text(Sink):
         self.lines.write()
 
 
+class Warnings(logging.Handler):
+    """Warnings of this package, as lines on stderr and, from when a tracker is open, as what it says: also those until then."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.tracker, self.earlier = None, []
+
+    def attach(self):
+        """Take the warnings, which no other handler gets then; absl, which the commands use, lets no others through."""
+        logger = logging.getLogger(__package__)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+        logger.addHandler(self)
+
+    def emit(self, record):
+        text = record.getMessage()
+        if self.tracker:
+            self.tracker.say(text)
+            return
+        self.earlier.append(text)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of a machine tells
+            print(text, file=sys.stderr, flush=True)
+
+    def follow(self, tracker):
+        """Let a tracker say them from now on; None ends that."""
+        self.tracker = tracker
+        for text in self.earlier if tracker else ():
+            tracker.keep(text)
+        self.earlier = []
+
+
 def commit():
     """The commit of this package's tree, wherever the command is given, such as "0494cba"; "" where it is not known.
 
@@ -496,12 +536,14 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
     `state_dict()` in the checkpoint of `start_step`, None for a run from the start. `code` is the commit of the code.
     """
     if not main:
-        return Tracker()
+        WARNINGS.follow(tracker := Tracker())
+        return tracker
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = Rows(folder / "metrics.jsonl", None if state is None else start_step)
     tracker = Tracker([Text(folder / "training.log", start_step, total_steps), rows], rows.last, state)
     origin = "from the start" if state is None else f"resumed from step {start_step}"
+    WARNINGS.follow(tracker)
     at = f"; ddpm at commit {code}" if code else ""
     tracker.say(f"{shlex.join(sys.argv)} ({origin}; torch {version('torch')}{at})")
     mode = wandb_mode(wandb["mode"])
@@ -518,11 +560,40 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
     return tracker
 
 
+def check(options):
+    """Raise a ValueError for what W&B's own client refuses of the options of `open_tracker` and of its environment."""
+    if wandb_mode(options["mode"]) == "disabled":
+        return
+    try:
+        import wandb
+    except ImportError:  # which a run tells and does without
+        return
+    given = {f"config.wandb.{key}": (setting, options[key]) for key, setting in SETTINGS.items() if options[key]}
+    given |= {name: (setting, os.environ[name]) for name, (setting, key) in ENVIRONMENT.items()
+              if os.environ.get(name) and not options.get(key)}
+    for name, (setting, value) in given.items():
+        try:
+            wandb.Settings(**{setting: value})
+        except Exception as error:  # pydantic's, or W&B's own
+            said = error.errors()[0]["msg"] if hasattr(error, "errors") else error
+            raise ValueError(f"{name} is {value!r}, which W&B refuses ({' '.join(str(said).split())}); give another, or "
+                             "--config.wandb.mode=disabled") from None
+
+
 def wandb_mode(given):
     """The mode that was asked for; `auto` leaves it to WANDB_MODE."""
     named = os.environ.get("WANDB_MODE", "auto") if given == "auto" else given
     named = {"dryrun": "offline", "run": "online", "shared": "online"}.get(named, named)
     return named if named in MODES else "auto"
+
+
+def is_writable(folder):
+    """Whether a folder can be written to, or made."""
+    try:
+        folder = expanded(folder)
+    except ValueError:
+        return False
+    return os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK)
 
 
 def logs_in(folder, run_id):
@@ -614,7 +685,14 @@ def in_short(problem):
     return " ".join([f"{type(problem).__name__}:", *str(problem).strip().splitlines()[:1]])
 
 
+WARNINGS = Warnings()
 MODES = ("auto", "online", "offline", "disabled")
+
+SETTINGS = {  # W&B's names for options
+    "project": "project", "entity": "entity", "name": "run_name", "group": "run_group", "tags": "run_tags",
+    "notes": "run_notes"}
+ENVIRONMENT = {  # its setting, and the option in whose place it stands
+    "WANDB_PROJECT": ("project", "project"), "WANDB_NAME": ("run_name", "name"), "WANDB_RUN_ID": ("run_id", "")}
 
 SHOWN = {  # in training.log, beside all of val/ and eval/
     "train/loss": "loss {:.4f}",

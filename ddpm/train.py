@@ -34,22 +34,6 @@ class Diverged(Exception):
         self.well = well
 
 
-class Same:
-    """What must not change while a run goes on; a checkpoint part whose state is compared, not loaded."""
-
-    def __init__(self, **facts):
-        self.facts = facts
-
-    def state_dict(self):
-        return dict(self.facts)
-
-    def load_state_dict(self, state):
-        changes = [f"{name} was {state.get(name)}, is {fact}" for name, fact in self.facts.items() if state.get(name) != fact]
-        if changes:
-            raise ValueError(f"the data of this run have changed since its checkpoint ({'; '.join(changes)}); bring them back, "
-                             "or begin a new run with --workdir and --config.train.init_from")
-
-
 class Best:
     """The lowest loss so far, and `by` which loss of BEST that is; a checkpoint part."""
 
