@@ -17,11 +17,14 @@ from ml_collections import config_flags
 
 from ddpm import interrupt
 from ddpm.config import KINDS, base, check, flatten, freeze, to_json
+from ddpm.files import expanded
 from ddpm.room import NoRoom, ran_out
 from ddpm.spec import suggest
+from ddpm.tracking import WARNINGS
 
 FULL = errno.ENOSPC, errno.EDQUOT  # what a full disk is called
 WIDTH = 100  # characters of a line of help
+PATHS = ("checkpoint", "guide", "image", "inception_weights", "mask", "out", "runs", "workdir")  # flags
 DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, interrupt.GOES_ON
 
 
@@ -199,6 +202,9 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
         rest = values(argv)
     except Exception as error:  # whatever the config file raises is its author's to mend
         raise ValueError(explained(error)) from error
+    for name in [name for name in PATHS if name in values and values[name].value]:
+        given = values[name].value  # no shell reads the ~ in --out=~/samples
+        values[name].value = [str(expanded(path)) for path in given] if isinstance(given, list) else str(expanded(given))
     for name in values:
         if isinstance(value := values[name].value, float) and not math.isfinite(value) and not name.startswith("config."):
             raise ValueError(f"flag --{name}={value}: give a finite number")
@@ -271,7 +277,9 @@ def explained(error):
 
 
 def no_config_file(path):
-    return f"there is no config file {path}; write --config=configs/digits.py, or another of configs/"
+    place = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+    return (f"there is no config file {path}{place}; configs/ is in the clone of the repository: run there, or write the whole "
+            "path of a config file")
 
 
 def plainly(said):
@@ -326,13 +334,24 @@ def one_line(error):
     return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
+def name_a_home():
+    """Give a process that has no home folder one, as containers do: W&B, torch and matplotlib cannot do without."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"
+
+
 def run_door(main, takes=None):
     """Run a door: `main()` after the flags are read, its return value the exit code; `main(arguments)` if it takes any.
 
     A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1
     shows where it was raised. Memory that runs out is one line and exit code 1. So is Ctrl-C or SIGTERM, whose code is 130, or
-    75 where the same command goes on; a second one ends the process at once.
+    75 where the same command goes on; a second one ends the process at once. Warnings of the package are lines on stderr.
     """
+    WARNINGS.attach()
+    name_a_home()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may be of bytes that its encoding does not know
 
     def read(argv):
         try:

@@ -122,7 +122,7 @@ def published_inception():
     """The path of torch-fidelity's weights in torch's own cache, downloaded if they are not there yet."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    path = expanded(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     if path.is_file():
         return path
     patience = socket.getdefaulttimeout()

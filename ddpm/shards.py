@@ -7,7 +7,6 @@ at the same time, in this job or another, is kept in step by locks that the syst
 import hashlib
 import os
 from contextlib import nullcontext, suppress
-from pathlib import Path
 
 import numpy as np
 

@@ -448,8 +448,8 @@ DIGITS = f"--config={ROOT}/configs/digits.py"
 MISTAKES = [  # the arguments, and what the one line says; (file) is a file of FILES
     ([], "no config given; write --config=configs/digits.py, or another of configs/"),
     (["--config="], "no config given; write --config=configs/digits.py"),
-    (["--config=no_such.py"], "there is no config file no_such.py; write --config=configs/digits.py, or another of configs/"),
-    ([f"--config={ROOT}/configs"], f"there is no config file {ROOT}/configs; write --config=configs/digits.py"),
+    (["--config=no_such.py"], "there is no config file no_such.py in /"),
+    ([f"--config={ROOT}/configs"], f"there is no config file {ROOT}/configs; configs/ is in the clone"),
     (["--config=(syntax.py)"], "'(' was never closed (syntax.py, line 2)"),
     (["--config=(nothing.py)"], "the config file has no function get_config; configs/digits.py shows one"),
     (["--config=(forgot.py)"], "get_config of (forgot.py) returns no config; end it with `return config`"),
@@ -503,7 +503,8 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     ([DIGITS, "--config.train.length=10 minutes"],
      "config.train.length: cannot read the duration '10 minutes'" + DURATION + " (a length in minutes could not be repeated)"),
     ([DIGITS, "--config.every.log=often"], "config.every.log: cannot read the duration 'often'; write a number and one of "),
-    ([DIGITS, "--config.data.source=folder(path='no/such')"], "no/such' does not exist; give the path of a folder that holds images: --config.data.source="),
+    ([DIGITS, "--config.data.source=folder(path='no/such')"],
+     "no/such' does not exist; give the path of a folder that holds images: --config.data.source="),
     ([DIGITS, "--config.train.init_from=no/such"], "no/such is neither a file nor a run folder"),
     ([DIGITS, f"--workdir={__file__}/run"], "a file is in the way; choose another place"),
 ]

@@ -5,17 +5,18 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import rows, run, tiny
+import wandb
+from conftest import run, tiny
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
-from ddpm import cache, data, likeness, metrics
+from ddpm import build, cache, data, likeness, metrics
 
 ROOT = Path(__file__).parents[1]
 REAL_USERS = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
@@ -29,6 +30,14 @@ def photos(folder, count=8, seed=0, side=24):
         pixels = np.kron(generator.integers(0, 256, (6, 6, 3)), np.ones((side // 6, side // 6, 1))).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture
+def public():
+    """A folder that every user may enter; pytest closes its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 def source_of(folder):
@@ -88,7 +97,8 @@ def test_nobody_waits_for_the_comparing(tmp_path, monkeypatch):
         names = [path.name for path in (cache.home() / "alike").glob("*.lock")] if (cache.home() / "alike").exists() else []
         name = f"alike/{data.fingerprint(os.path.realpath(folder))}"
         code = f"from ddpm import cache\nwith cache.remembered({name!r}): print('in')"
-        begun.append((names, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+        begun.append((names, done))
         return plain(given)
 
     monkeypatch.setattr(likeness, "groups", groups)
@@ -121,16 +131,14 @@ def as_user(uid, group, mask, act, *arguments):
 
 
 @REAL_USERS
-def test_users_of_a_group_share_a_cache(tmp_path, monkeypatch):
+def test_users_of_a_group_share_a_cache(public, monkeypatch):
     """The second reads what the first has made, without a word, and each may add to it; nobody makes anything again."""
-    for above in (tmp_path, *tmp_path.parents[:3]):
-        above.chmod(above.stat().st_mode | 0o055) if above.owner() == "root" else None
-    shared = tmp_path / "cache"
+    shared = public / "cache"
     shared.mkdir()
     os.chown(shared, 0, 4242)
     shared.chmod(0o2770)
     monkeypatch.setenv("DDPM_CACHE", str(shared))
-    one, two = photos(tmp_path / "one"), photos(tmp_path / "two", seed=1)
+    one, two = photos(public / "one"), photos(public / "two", seed=1)
     extractor = metrics.digits("cpu")
     data.open_source(source_of(one), 16, 3)  # Pillow and numpy load what they need before the user changes
 
@@ -158,3 +166,107 @@ def test_users_of_a_group_share_a_cache(tmp_path, monkeypatch):
     for lock in shared.rglob("*.lock"):
         lock.unlink()
     assert as_user(70003, 4242, 0o077, use, one) == first  # who may only read
+
+
+# no home folder
+
+
+def command(name, *words, cwd, **environment):
+    """A command as a process: (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, "-m", f"ddpm.{name}", *map(str, words)], cwd=cwd, capture_output=True, text=True,
+                          errors="surrogateescape", timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+TINY = [f"--config={ROOT}/configs/digits.py", "--config.model.model_channels=8", "--config.model.channel_mult=(1,2)",
+        "--config.model.num_res_blocks=1", "--config.diffusion.timesteps=20", "--config.train.batch_size=4",
+        "--config.sample.steps=2", "--config.sample.num_images=4", "--config.every.evaluate=0 steps",
+        "--config.train.length=2 steps", "--config.wandb.mode=offline"]
+RGB = ["--config.data.channels=3", "--config.evaluate.extractor=none"]
+
+
+@REAL_USERS
+def test_a_user_without_a_home_folder_and_a_name(public):
+    """As `docker run --user 54321`: nothing is kept, which is said, and the rest goes on, W&B too."""
+    folder, cwd = photos(public / "photos"), public / "cwd"
+    cwd.mkdir()
+    cwd.chmod(0o777)
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "DDPM_CACHE", "XDG_CACHE_HOME") and
+                   not key.startswith("WANDB")} | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    other = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]  # who may read Python, wherever it is, and no more
+    other += [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")]
+
+    def stranger(name, *words):
+        command = [*other, sys.executable, "-m", f"ddpm.{name}", *words]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    kept = "what is found out about files cannot be kept ([Errno 13] Permission denied: '/.cache')"
+    code, out, err = stranger("doctor", str(folder), "--image_size=16")
+    assert code == 1 and "8 of 8 images can be learned from" in out and err.startswith(kept) and err.count("\n") == 1
+    code, out, err = stranger("main", *TINY, *RGB, f"--config.data.source={source_of(folder)}", "--workdir=run")
+    assert code == 0 and "images are decoded at each use, as /.cache/ddpm/decoded cannot keep them" in out, err
+    assert kept in (cwd / "run" / "training.log").read_text() and kept in err
+    assert "INFO" not in err and "upload it: wandb sync run/wandb/offline-run-*" in out
+    assert len(list(cwd.glob("run/wandb/offline-run-*/*.wandb"))) == 1 and sorted(os.listdir(cwd)) == ["run"]
+
+
+def test_the_home_of_a_user_who_does_not_exist(tmp_path):
+    for words in (["doctor", "~nobody-here/x"], ["main", *TINY, "--workdir=~nobody-here/x"],
+                  ["main", *TINY, "--config.data.source=folder(path='~nobody-here/x')"],
+                  ["generate", "--checkpoint=~nobody-here/x"], ["main", *TINY, "--config.train.init_from=~nobody-here/x"]):
+        code, out, err = command(*words, cwd=tmp_path)
+        assert code == 2 and "'~nobody-here/x' begins at a home folder" in err and err.count("\n") == 1, words
+    code, out, err = command("doctor", photos(tmp_path / "p"), "--image_size=16", cwd=tmp_path, DDPM_CACHE="~nobody-here/c")
+    assert code == 1 and "8 of 8" in out and "cannot be kept ('~nobody-here/c' begins at a home folder" in err
+    code, out, err = command("doctor", "~/p", "--image_size=16", "--out=~/report", cwd=tmp_path, HOME=str(tmp_path))
+    assert (tmp_path / "report" / "report.json").is_file() and not (tmp_path / "~").exists()
+
+
+# W&B
+
+
+@pytest.mark.parametrize("name", ["team/cats", "a:b", "50%", "x" * 129])
+def test_a_project_that_wandb_refuses_is_a_mistake(name, tmp_path, monkeypatch):
+    with pytest.raises(wandb.errors.UsageError):
+        wandb.Settings(project=name)
+    with pytest.raises(ValueError, match=r"config.wandb.project is '.*', which W&B refuses \(Invalid project name"):
+        build.check(tiny(wandb__mode="offline", wandb__project=name))
+    build.check(tiny(wandb__project=name))  # nothing is tracked
+    monkeypatch.setenv("WANDB_PROJECT", name)
+    with pytest.raises(ValueError, match="WANDB_PROJECT is '"):
+        build.check(tiny(wandb__mode="offline"))
+    build.check(tiny(wandb__mode="offline", wandb__project="cats of the team"))
+
+
+def test_what_wandb_refuses_ends_every_command_before_the_first_step(tmp_path):
+    bad = ["--config.wandb.mode=offline", "--config.wandb.project=a?b"]
+    run(tiny(train__length="2 steps", every__save="2 steps"), tmp_path / "run")
+    study = tmp_path / "asked.yaml"
+    words = ["${env}", "${interpreter}", "-m", "ddpm.main", f"--config={ROOT}/configs/digits.py", *bad, "${args}"]
+    study.write_text(json.dumps({"method": "grid", "metric": {"name": "val/loss_ema"}, "command": words,
+                                 "parameters": {"config.seed": {"values": [0, 1]}}}))
+    for asked in (["main", *TINY, *bad, "--workdir=new"], ["sweep", study, "--runs=new"],
+                  ["evaluate", "--checkpoint=run", "--workdir=new", *bad],
+                  ["main", *TINY, f"--config.wandb.tags=('{'t' * 65}',)", "--workdir=new"]):
+        code, out, err = command(*asked, cwd=tmp_path)
+        assert code == 2 and err.count("\n") == 1 and not out and not (tmp_path / "new").exists(), asked
+        assert "which W&B refuses" in err or "takes" in err
+    code, out, err = command("main", *TINY, "--workdir=new", cwd=tmp_path, WANDB_RUN_ID="a/b")
+    assert code == 2 and err.startswith("error: WANDB_RUN_ID is 'a/b', which W&B refuses")
+
+
+def test_the_runs_of_a_sweep_are_wandb_runs_of_their_own(tmp_path):
+    study = tmp_path / "asked.yaml"
+    study.write_text(json.dumps({
+        "method": "grid", "metric": {"name": "val/loss_ema"},
+        "command": ["${env}", "${interpreter}", "-m", "ddpm.main", *TINY, "${args}"],
+        "parameters": {"config.seed": {"values": [0, 1]}}}))
+    code, out, err = command("sweep", study, "--runs=runs", cwd=tmp_path, WANDB_RUN_ID="mine", WANDB_RESUME="must",
+                             WANDB_NAME="the one", WANDB_SWEEP_ID="theirs")
+    assert code == 0, out + err
+    logs = {log.stem for log in tmp_path.glob("runs/asked/*/wandb/offline-run-*/*.wandb")}
+    assert len(logs) == 2 and "run-mine" not in logs
+    code, out, err = command("main", *TINY, cwd=tmp_path, WANDB_RUN_ID="agents", WANDB_SWEEP_ID="theirs")  # as by an agent
+    assert code == 0 and len(list(tmp_path.glob("runs/*-agents/wandb/offline-run-*-agents/run-agents.wandb"))) == 1
