@@ -355,6 +355,18 @@ def amp_dtype(amp, device):
     return torch.float16, "the card has no bf16; losses are scaled"
 
 
+def busy_cores(device):
+    """A note where other processes keep the cores busy and this one computes on several threads: lines, mostly none.
+
+    Threads that spin while they wait for each other then compute a third as fast as threads that sleep, or slower.
+    """
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if device.type != "cpu" or torch.get_num_threads() == 1 or "OMP_WAIT_POLICY" in os.environ or load < 0.75 * cores:
+        return []
+    return [f"other processes keep this machine busy (load {load:.1f} on {cores} cores): with OMP_WAIT_POLICY=PASSIVE before "
+            "the command its threads do not spin while they wait, which can be several times as fast"]
+
+
 def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchmark="auto"):
     """Decide device, type and rank, and set torch up for them; under torchrun, join the other ranks.
 
@@ -387,6 +399,7 @@ def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchma
         if not distributed.is_initialized():
             join("nccl" if chosen.type == "cuda" else "gloo")
         hosts = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    notes += busy_cores(chosen)
     return Machine(chosen, dtype, rank, world, notes, hosts, wish or Wish())
 
 

@@ -681,8 +681,9 @@ def seconds_in_environment(name, default):
 
 
 def in_short(problem):
-    """An exception in one line."""
-    return " ".join([f"{type(problem).__name__}:", *str(problem).strip().splitlines()[:1]])
+    """An exception in one line, with its type but for W&B's UsageError, whose words say it all."""
+    kind = [] if type(problem).__name__ == "UsageError" else [f"{type(problem).__name__}:"]
+    return " ".join([*kind, *str(problem).strip().splitlines()[:1]])
 
 
 WARNINGS = Warnings()

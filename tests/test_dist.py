@@ -193,5 +193,19 @@ def test_a_device_that_is_not_there(device):
     assert line.startswith(f"device {device!r} is not to be had on this machine; use cpu") and "\n" not in line
 
 
+@pytest.mark.parametrize("load, threads, policy, said", [
+    (5.0, 2, None, True), (0.2, 2, None, False), (5.0, 1, None, False), (5.0, 2, "PASSIVE", False)])
+def test_a_busy_machine_is_named_with_what_helps(monkeypatch, load, threads, policy, said):
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    notes = " ".join(dist.start("off", device="cpu").notes)
+    assert ("(load 5.0 on 2 cores): with OMP_WAIT_POLICY=PASSIVE" in notes) == said
+
+
+
 if __name__ == "__main__":
     as_one_of_two(sys.argv[1])

@@ -232,7 +232,7 @@ def test_what_the_doctor_says_of_a_folder_s_size_reaches_the_log(tmp_path, count
     lines = [line for line in doctor.lines_of(report) if line.startswith(("not fit: ", "look at: "))]
     found = [note for note in notes if note.startswith(("not fit: ", "look at: "))]
     damaged = "not fit: 1 of 2 files are damaged: bring the folder here again" if count == 1 else (
-        "look at: 1 files are damaged, and left out")
+        "look at: 1 file is damaged, and left out")
     assert damaged in found and set(found) <= set(lines)
     assert [note for note in found if said and note.startswith(said)] == [note for note in found if note != damaged]
 
