@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -70,14 +71,19 @@ def of_study(path, given=None, out=None):
                          "takes those of a W&B sweep")
     points = {wanted.run_name(point): point for point in wanted.grid()} if wanted.method == "grid" else {}
     runs = [with_file(wanted, points, run) for run in runs] if results.FILE in wanted.axes else runs
+    more, runs = apart(wanted, runs) if "checkpoint" in wanted.varied else ([], runs)
+    axes = wanted.axes + more
     absent += [f"{name}: no run" for name in missing(wanted, points, runs) if name not in {folder.name for folder in folders}]
     reference = setting(wanted, next(iter(points.values())), wanted.axes) if points else None
+    for run in runs:
+        if run.name == next(iter(points), None):
+            reference |= {axis: run.knobs[axis] for axis in more}
     metric = wanted.metric[0] if wanted.metric and wanted.metric[1] == "minimize" else None
     question = " ".join(wanted.description.split()) or f"How do the runs of {wanted.name} compare?"
     measured = wanted.values("checkpoint") if "checkpoint" in wanted.parameters else []
     again = AGAIN.format(path=path, runs=parent, made=made if parent else f"runs/{wanted.name}",
                          first=f" It measures {report.listed(measured)}, which must be trained before." if measured else "")
-    return Source(wanted.name, question, folders, runs, absent, wanted.axes, metric, reference, Path(out or home), again)
+    return Source(wanted.name, question, folders, runs, absent, axes, metric, reference, Path(out or home), again)
 
 
 AGAIN = """    python -m ddpm.sweep {path}{runs}
@@ -120,6 +126,40 @@ def with_file(wanted, points, run):
     if file is None:
         raise ValueError(f"{run.folder} is of another study: no config file of this one makes its config; move it away")
     return dataclasses.replace(run, knobs=run.knobs | {results.FILE: file_name(wanted, file)})
+
+
+def apart(wanted, runs):
+    """What tells the checkpoints of a study apart: a list of axes, and the runs with a value on each.
+
+    Trainings differ in options, or in the seed alone, which is no axis; checkpoints of one training differ in the step, else in
+    the file.
+    """
+    files = {run.name: checkpoint_of(wanted, run.name) for run in runs}
+    known = [run for run in runs if files[run.name] and not run.fault]
+    differing = results.varied(known) if known else []
+    axes = [option for option in differing if results.is_related(option) and option not in wanted.axes]
+    trainings = defaultdict(list)
+    for run in known:
+        trainings[tuple(run.knobs[option] for option in (*wanted.axes, *axes, *results.UNITS))].append(run)
+
+    def suffices(values):
+        return all(len({values[run.name] for run in alike}) == len({files[run.name] for run in alike})
+                   for alike in trainings.values())
+
+    if suffices(dict.fromkeys(files)):
+        return axes, runs
+    steps = {run.name: run.rows[-1]["step"] if run.rows else None for run in runs}
+    names = {name: Path(file or name).name for name, file in files.items()}
+    paths = {name: file or name for name, file in files.items()}
+    axis, values = next((axis, values) for axis, values in (("step", steps), ("checkpoint", names), ("checkpoint", paths))
+                        if suffices(values))
+    return [*axes, axis], [dataclasses.replace(run, knobs=run.knobs | {axis: values[run.name]}) for run in runs]
+
+
+def checkpoint_of(wanted, name):
+    """The checkpoint that a run of a study measured, which its name begins with; None where it is none of the study's."""
+    labels = {wanted.label("checkpoint", value): value for value in wanted.values("checkpoint")}
+    return labels.get(max((label for label in labels if f"{name}-".startswith(f"{label}-")), key=len, default=None))
 
 
 def missing(wanted, points, runs):

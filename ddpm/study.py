@@ -28,7 +28,8 @@ KEYS = ("method", "metric", "parameters", "command", "program", "name", "descrip
 COMMAND = '["${env}", "${interpreter}", "-m", "ddpm.main", "--config=configs/digits.py", "${args}"]'
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")  # W&B's other forms of ${args} are none that a door reads
 OWN = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}  # by the program: the parameter that is no knob
-REPEATS = ("config.seed", "config.sample.seed", "checkpoint")  # vary to show the noise
+REPEATS = ("config.seed", "config.sample.seed", "checkpoint")  # vary to show the noise; what else tells checkpoints apart,
+# their runs know: `compare.apart`
 GRIDS = {  # by program: parameters that decide how grids are drawn, and the one that decides how runs are measured
     "ddpm.main": {f"config.sample.{leaf}": f"config.evaluate.{leaf}" for leaf in ("sampler", "steps", "spacing", "classes")}
     | {"config.sample.ema": "config.ema.decay"},

@@ -551,6 +551,34 @@ def test_measurements_against_the_number_of_steps(here, trained, capsys):
     assert len(grids) == 3  # each drawn as it was measured
 
 
+def test_checkpoints_of_one_training_are_settings(here, trained):
+    """Trainings differ in options or in the seed, which shows the noise; checkpoints of one in the step, else in the file."""
+    parts = "runs/schedules/beta_schedule={}-seed={}/{}".format
+    early, late, final = "checkpoints/step_00000010.pt", "checkpoints/step_00000012.pt", "final.safetensors"
+
+    def compared(name, *checkpoints):
+        Path(name).write_text(json.dumps({
+            "method": "grid", "command": ["${env}", "${interpreter}", "-m", "ddpm.evaluate", "${args}"],
+            "parameters": {"checkpoint": {"values": list(checkpoints)}, "config.evaluate.steps": {"values": [2]}}}))
+        wanted = study.read(name)
+        for point in wanted.grid():
+            folder = wanted.folder() / wanted.run_name(point)
+            evaluate(trained / point["checkpoint"], workdir=folder)
+        folder.rename(f"{folder}-1a2b3c4d")  # as a run of a W&B sweep is named
+        found = compare(name, out=Path(name).stem)
+        assert not any(run.fault for run in found.runs) and len(found.counted) == len(checkpoints)
+        return [(group.setting, len(group.runs)) for group in found.groups], found
+
+    seeds = [parts("cosine", seed, file) for seed in (0, 1) for file in (early, late)]
+    assert compared("steps.yaml", *seeds)[0] == [({"step": 10}, 2), ({"step": 12}, 2)]
+    assert "| 10 | 2 |" in Path("steps/README.md").read_text()
+    settings, found = compared("files.yaml", parts("cosine", 0, late), parts("cosine", 0, final))
+    assert settings == [({"checkpoint": "step_00000012.pt"}, 1), ({"checkpoint": "final.safetensors"}, 1)]
+    assert found.groups[0].final("eval/fd_digits") == found.groups[1].final("eval/fd_digits")  # the same weights
+    settings, _ = compared("trainings.yaml", *(parts(name, seed, "") for name in ("linear", "cosine") for seed in (0, 1)))
+    assert settings == [({"diffusion.beta_schedule": "linear"}, 2), ({"diffusion.beta_schedule": "cosine"}, 2)]
+
+
 def test_the_door(here):
     def door(*arguments):
         done = subprocess.run([sys.executable, "-m", "ddpm.compare", *arguments], capture_output=True, text=True,
