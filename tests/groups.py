@@ -111,7 +111,7 @@ def drawn(folder):
     made = build.load(folder, **{"sample.batch_size": 2, "evaluate.batch_size": 2})
     batches = list(build.drawer(made.config, made.net, made.machine)(range(8), build.grid_recipe(made.config)))
     images = made.machine.gather(draw.joined(batches))
-    numbers, _, _ = evaluate.measure(made)
+    numbers, _, _ = evaluate.measure(made, folder)
     dist.stop()
     return {"images": digest({"": images}), "mine": [seed for seeds, _ in batches for seed in seeds], "numbers": numbers}
 
