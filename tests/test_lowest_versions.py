@@ -13,5 +13,7 @@ def test_the_floors_of_setup_py_were_installed_and_tested():
     report = (ROOT / "experiments" / "lowest_versions" / "README.md").read_text()
     tested = dict(re.findall(r"\| `([\w-]+)` \| ([\d.]+) \|", report))
     del floors["mosaicml-streaming"]  # not among the requirements of the tests, as setup.py says
-    assert {name: Version(tested[name]) for name in floors} == {name: Version(floor) for name, floor in floors.items()}
+    for name, floor in floors.items():
+        lowest = Version(floor).release  # of which there may only be a release that mends it, such as 1.11.1
+        assert Version(tested[name]).release[:len(lowest)] == lowest, f"run experiments/lowest_versions/run.py again for {name}"
     assert " 0 failed" in report
