@@ -106,7 +106,8 @@ def class_names(config, images):
                          "data.class_labels=False")
     if given and given != tuple(images.classes):
         raise ValueError(f"{config.data.source} has the classes {data.shortened(images.classes)}, and the config has "
-                         f"{data.shortened(list(given))}; bring those images back, or begin a new run without data.classes")
+                         f"{data.shortened(list(given))}; bring those images back, say where they are by "
+                         "--config.data.source, or begin a new run without data.classes")
     return tuple(images.classes)
 
 
@@ -123,8 +124,8 @@ def other_data(config, images, run_or_file=None):
         content, _ = checkpoint.newest(checkpoint.folder_of(run_or_file or checkpoint.newest_run()))
     except ValueError:  # all are damaged
         content = None
-    changes = same_data(config, images).changes(content["parts"].get("data", {})) if content else []
-    return [f"measured against other images than it learned from: {'; '.join(changes)}"] if changes else []
+    changes = same_data(config, images).changes(content["parts"].get("data", {})) if content else ""
+    return [f"measured against other images than it learned from: {changes}"] if changes else []
 
 
 def with_classes(config, names):

@@ -14,7 +14,6 @@ import shutil
 import stat
 import sys
 from dataclasses import replace
-from functools import cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from ddpm.files import expanded, make_folder, sync, written_beside
 
 LOG = logging.getLogger(__name__)
+WARNED = set()  # values of $DDPM_CACHE that a warning has named
 
 
 def home():
@@ -155,13 +155,10 @@ def remember(name, content):
         with written_beside(place(kind) / f"{file}.json") as part:
             part.write_text(json.dumps(content))
     except (OSError, ValueError) as error:
-        warn_once(f"what is found out about files cannot be kept ({error}), and is found out again each time; name a folder "
-                  "that you may write to as DDPM_CACHE")
-
-
-@cache
-def warn_once(text):
-    LOG.warning(text)
+        if (given := os.environ.get("DDPM_CACHE")) not in WARNED:
+            WARNED.add(given)
+            LOG.warning("what is found out about files cannot be kept (%s), and is found out again each time; name a folder that "
+                        "you may write to as DDPM_CACHE", error)
 
 
 @contextlib.contextmanager

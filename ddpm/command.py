@@ -334,6 +334,14 @@ def one_line(error):
     return text if " " in text else f"{type(error).__name__} {text}".strip()
 
 
+def open_streams():
+    """Let what is printed go nowhere where the process was started with a closed stream, and let any name be printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # in its place the next file that is opened would get its number, 0, 1 or 2
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may be of bytes that its encoding does not know
+
+
 def name_a_home():
     """Give a process that has no home folder one, as containers do: W&B, torch and matplotlib cannot do without."""
     try:
@@ -349,9 +357,9 @@ def run_door(main, takes=None):
     shows where it was raised. Memory that runs out is one line and exit code 1. So is Ctrl-C or SIGTERM, whose code is 130, or
     75 where the same command goes on; a second one ends the process at once. Warnings of the package are lines on stderr.
     """
-    WARNINGS.attach()
+    open_streams()
     name_a_home()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name may be of bytes that its encoding does not know
+    WARNINGS.attach()
 
     def read(argv):
         try:

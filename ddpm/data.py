@@ -681,16 +681,17 @@ class Same:
 
     def load_state_dict(self, state):
         if changes := self.changes(state):
-            raise ValueError(f"the data of this run have changed since its checkpoint ({'; '.join(changes)}); bring them back, "
-                             "say where they are now by --config.data.source, or begin a new run with --workdir and "
+            raise ValueError(f"the data of this run have changed since its checkpoint ({changes}); bring them back, say where "
+                             "they are now by --config.data.source, or begin a new run with --workdir and "
                              "--config.train.init_from")
 
     def changes(self, state):
-        """What is another than in a state, in words; a fingerprint where nothing else is."""
-        found = [f"{name} were {in_words(state.get(name))}, are {in_words(fact)} in {self.source}"
+        """What is another than in a state, in words: a fingerprint where nothing else is, and nothing where all is the same."""
+        found = [f"{name} were {in_words(state.get(name))}, are {in_words(fact)}"
                  for name, fact in self.facts.items() if state.get(name) != fact and name != "fingerprint"]
         was, now = state.get("fingerprint"), self.facts["fingerprint"]
-        return found if found or was == now else [f"fingerprint was {str(was)[:12]}, is {now[:12]} in {self.source}"]
+        found = found if found or was == now else [f"fingerprint was {str(was)[:12]}, is {now[:12]}"]
+        return "; ".join([f"in {self.source}", *found]) if found else ""
 
 
 def in_words(fact):

@@ -9,6 +9,9 @@ import ast
 import difflib
 import functools
 import inspect
+import re
+
+STRAY = re.compile("[\ud800-\udfff]")  # what stands in a path for a byte that the locale's encoding does not know (PEP 383)
 
 
 def parse(text):
@@ -18,7 +21,7 @@ def parse(text):
     """
     mistake = ValueError(f"cannot read {text!r}; write a name, or a name with arguments such as \"name(key=0.5)\"")
     try:
-        node = ast.parse(str(text).strip(), mode="eval").body
+        node = ast.parse(STRAY.sub(lambda byte: f"\\u{ord(byte[0]):04x}", str(text).strip()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: nested too deeply for the parser
         raise mistake from None
     if isinstance(node, ast.Name):

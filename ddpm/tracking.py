@@ -152,7 +152,7 @@ class Lines:
         self.path, self.waiting = path, deque()
 
     def add(self, line):
-        self.waiting.append(f"{line}\n".encode())
+        self.waiting.append(f"{line}\n".encode(errors="backslashreplace"))
         self.write()
 
     def write(self):
@@ -204,6 +204,7 @@ class Wandb(Sink):
 
         if not is_writable(os.environ.get("WANDB_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"):
             os.environ["WANDB_CACHE_DIR"] = str(folder.resolve() / "wandb")  # or it logs all that it does on the console
+        sys.argv[:] = [word.encode(errors="backslashreplace").decode() for word in sys.argv]  # which it keeps, as UTF-8
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # what it tells its makers would hold up the end: 10 s a server
         self.wandb, self.folder, self.config, self.options, self.mode = wandb, folder, config, options, mode
         self.run_id, self.known, self.reached, self.summaries, self.notice = run_id, known, last, dict(summaries), notice

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import wandb
-from conftest import run, tiny
+from conftest import rows, run, tiny
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
-from ddpm import build, cache, data, likeness, metrics
+from ddpm import assemble, build, cache, config, data, dist, likeness, metrics, spec
+from ddpm.evaluate import evaluate
+from ddpm.generate import edit_images
 
 ROOT = Path(__file__).parents[1]
 REAL_USERS = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
@@ -270,3 +273,119 @@ def test_the_runs_of_a_sweep_are_wandb_runs_of_their_own(tmp_path):
     assert len(logs) == 2 and "run-mine" not in logs
     code, out, err = command("main", *TINY, cwd=tmp_path, WANDB_RUN_ID="agents", WANDB_SWEEP_ID="theirs")  # as by an agent
     assert code == 0 and len(list(tmp_path.glob("runs/*-agents/wandb/offline-run-*-agents/run-agents.wandb"))) == 1
+
+
+# where the photos are, and what is in them
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory):
+    """A folder with a run of two steps that learned two classes from `pets`, and those photos, which are in `animals` now."""
+    folder = tmp_path_factory.mktemp("moved")
+    for seed, name in enumerate(("cat", "dog")):
+        photos(folder / "pets" / name, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("DDPM_CACHE", str(folder / "cache"))
+        assert run(labelled("pets"), folder / "run")
+        (folder / "pets").rename(folder / "animals")
+    return folder
+
+
+def labelled(path, **knobs):
+    """A tiny config that learns the classes of a folder."""
+    return tiny(**{"data__channels": 3, "data__source": source_of(path), "data__class_labels": True, "train__length": "2 steps",
+                   "evaluate__extractor": "none", "evaluate__likelihood": "bound", "evaluate__likelihood_evaluations": 4,
+                   "every__save": "2 steps"} | knobs)
+
+
+def test_a_run_whose_photos_moved_goes_on(moved, tmp_path, monkeypatch):
+    """By a relative, an absolute and a linked path, as if nothing had happened: the same numbers as without a stop."""
+    monkeypatch.chdir(moved)
+    shutil.copytree(moved / "run", tmp_path / "run")
+    (tmp_path / "link").symlink_to(moved / "animals")
+    for steps, path in ((4, "animals"), (6, moved / "animals"), (8, tmp_path / "link")):
+        assert run(labelled(path, train__length=f"{steps} steps"), tmp_path / "run")
+    assert run(labelled("animals", train__length="8 steps"), tmp_path / "whole")
+    folders = tmp_path / "run", tmp_path / "whole"
+    steps = [[row["train/loss"] for row in rows(folder) if row["step"] == 8] for folder in folders]
+    assert steps[0] == steps[1] and len(steps[0]) == 1
+    assert f"folder(path={str(tmp_path / 'link')!r})" in json.loads((tmp_path / "run" / "config.json").read_text())["data"][
+        "source"]
+    assert config.run_name("x.py", {"data.source": "digits"}) == "x-source=digits"  # two data sets are two runs
+    with pytest.raises(ValueError, match="train.batch_size: 8 there, 4 here"):
+        config.check_continues(labelled("animals", train__batch_size=4), tmp_path / "run")
+
+
+def test_a_path_that_is_not_found_is_whole_and_with_what_to_change(moved, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    gone = rf"image folder '{tmp_path}/pets' does not exist; give the path .*: --config.data.source="
+    with pytest.raises(ValueError, match=gone):
+        evaluate(moved / "run", "cpu")
+    with pytest.raises(ValueError, match=gone):
+        assemble.run(labelled("pets", train__length="4 steps"), moved / "run", dist.start())
+    with pytest.raises(ValueError, match=f"there is no picture '{tmp_path}/cat.png'"):
+        edit_images(moved / "run", "sdedit", "cat.png", tmp_path / "out", device="cpu")
+    with pytest.raises(ValueError, match=f"image folder '{tmp_path}/pets' does not exist"):
+        data.survey("pets")
+    shutil.copytree(moved / "animals", tmp_path / "pets")
+    assert evaluate(moved / "run", "cpu")["eval/bits_per_dim"] > 0 and "other images" not in capfd.readouterr().out
+    (tmp_path / "pets" / "cat" / "0.png").unlink()
+    evaluate(moved / "run", "cpu")
+    assert ("measured against other images than it learned from: in folder(path='pets'); images were 16, are 15"
+            in capfd.readouterr().out)
+
+
+def test_other_classes_are_told_by_their_names(moved, tmp_path):
+    more, fewer = tmp_path / "more", tmp_path / "fewer"
+    shutil.copytree(moved / "animals", more)
+    photos(more / "ant", seed=3)
+    photos(fewer / "dog", seed=1)
+    for folder, names in ((more, "(ant, cat, dog)"), (fewer, "(dog)")):
+        given = labelled(folder, train__length="4 steps")
+        with pytest.raises(ValueError) as told:
+            assemble.run(given, moved / "run", dist.start())
+        assert f"classes were (cat, dog), are {names}); bring them back" in str(told.value)
+        with pytest.raises(ValueError, match="trained with other classes: they were ") as told:
+            assemble.run(labelled(folder, train__init_from=str(moved / "run")), tmp_path / "new", dist.start())
+        assert f"(cat, dog), are {names} in folder(" in str(told.value)
+    same = data.Same("streaming(path='x')", images=3, fingerprint="a", classes=("0", "1", "2"))
+    with pytest.raises(ValueError, match=r"in streaming\(path='x'\); classes were \(0, 1\), are \(0, 1, 2\)\); bring"):
+        same.load_state_dict({"images": 3, "fingerprint": "b", "classes": ["0", "1"]})
+
+
+# words that reach people
+
+
+def test_warnings_reach_the_console_and_the_log_of_a_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    words = [*TINY, "--config.every.evaluate=2 steps", "--config.evaluate.num_samples=8", "--config.wandb.mode=disabled"]
+    code, out, err = command("main", *words, "--workdir=run", cwd=tmp_path)
+    assert code == 0 and "cannot be read" not in out + err
+    for asked in (["evaluate", "--checkpoint=run"], ["main", *words, "--workdir=again"]):
+        kept, = (tmp_path / "cache").glob("*-digits-*.safetensors")
+        kept.write_bytes(b"garbage")
+        code, out, err = command(*asked, cwd=tmp_path)
+        assert code == 0 and (out + err).count("cannot be read (") == 1, err
+    assert (tmp_path / "again" / "training.log").read_text().count("; computing them again") == 1
+
+
+def test_names_in_another_encoding(tmp_path):
+    """Latin-1 bytes in a path, and in the name of a class: learned from as they are looked at, whatever may be printed."""
+    name = os.fsdecode(b"f\xe9t\xe9")
+    photos(tmp_path / name / "sub")
+    photos(tmp_path / name / name, seed=1)
+    assert spec.parse(f"folder(path={name!r})") == spec.parse(f"folder(path='{name}')") == ("folder", {"path": name})
+    words = [*TINY, *RGB, f"--config.data.source=folder(path='{name}')", "--config.data.class_labels=True", "--workdir=run"]
+    code, out, err = command("main", *words, cwd=tmp_path, PYTHONIOENCODING="ascii:strict")
+    assert code == 0 and "2 classes: f?t? (8), sub (8)" in out and "upload it: wandb sync" in out, err
+    assert "f\\udce9t\\udce9" in (tmp_path / "run" / "training.log").read_text()
+    assert config.read(tmp_path / "run" / "config.json").data.classes == (name, "sub")
+
+
+def test_closed_streams(tmp_path):
+    """As some schedulers start a process; what it opens first must not take the place of a stream."""
+    words = [sys.executable, "-m", "ddpm.main", *TINY, "--config.wandb.mode=disabled", "--workdir=run"]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
+    assert done.returncode == 0 and "done: images by" in (tmp_path / "run" / "training.log").read_text()
