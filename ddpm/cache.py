@@ -157,8 +157,8 @@ def remember(name, content):
     except (OSError, ValueError) as error:
         if (given := os.environ.get("DDPM_CACHE")) not in WARNED:
             WARNED.add(given)
-            LOG.warning("what is found out about files cannot be kept (%s), and is found out again each time; name a folder that "
-                        "you may write to as DDPM_CACHE", error)
+            LOG.warning("what is found out about files cannot be kept (%s), and is found out again each time; name a folder "
+                        "that you may write to as DDPM_CACHE", error)
 
 
 @contextlib.contextmanager

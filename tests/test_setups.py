@@ -183,8 +183,8 @@ def command(name, *words, cwd, **environment):
 
 TINY = [f"--config={ROOT}/configs/digits.py", "--config.model.model_channels=8", "--config.model.channel_mult=(1,2)",
         "--config.model.num_res_blocks=1", "--config.diffusion.timesteps=20", "--config.train.batch_size=4",
-        "--config.sample.steps=2", "--config.sample.num_images=4", "--config.every.evaluate=0 steps",
-        "--config.train.length=2 steps", "--config.wandb.mode=offline"]
+        "--config.sample.steps=2", "--config.evaluate.steps=2", "--config.sample.num_images=4",
+        "--config.every.evaluate=0 steps", "--config.train.length=2 steps", "--config.wandb.mode=offline"]
 RGB = ["--config.data.channels=3", "--config.evaluate.extractor=none"]
 
 
