@@ -258,7 +258,7 @@ def test_an_interrupted_run_is_resumed_by_the_next_agent(desk, bad_day):
     assert bad_day.interrupted == ("preempted", 75)
     assert (one.state, one.exit_code) == ("finished", 0)
     log = (desk.folder_of(one) / "training.log").read_text()
-    assert "and saved at step" in log and "done: " in log
+    assert "and saved at step" in log and "done; draw images with" in log
     steps = [row["step"] for row in lines(desk.folder_of(one))]
     assert steps == list(range(2, steps[-1] + 1, 2))
     assert numbers(one.history) == lines(desk.folder_of(one))

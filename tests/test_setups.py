@@ -388,4 +388,4 @@ def test_closed_streams(tmp_path):
     words = [sys.executable, "-m", "ddpm.main", *TINY, "--config.wandb.mode=disabled", "--workdir=run"]
     done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=300)
-    assert done.returncode == 0 and "done; images by" in (tmp_path / "run" / "training.log").read_text()
+    assert done.returncode == 0 and "done; draw images with" in (tmp_path / "run" / "training.log").read_text()
