@@ -63,8 +63,9 @@ def warmup_remarks(section, warmup, total, rate):
     """Of a warm-up that takes more than half of a training."""
     if 2 * warmup > total:
         ends = f", which ends at the rate {rate(total - 1):.2g} of {section.learning_rate:.2g}" if warmup > total else ""
+        shorter = max(total // 20, 1)
         yield (f"train.warmup is {section.warmup!r}, {'longer than' if ends else 'more than half of'} the training of "
-               f"{total:,} steps{ends}; set train.warmup='{max(total // 20, 1)} steps'")
+               f"{total:,} steps{ends}; set train.warmup='{shorter} step{'s' * (shorter > 1)}'")
 
 
 def decay_remarks(section, steps, total):

@@ -259,7 +259,11 @@ def explained(error):
         return "the config file takes no variant; leave out what follows ':', or write `def get_config(variant=None)`"
     if "Error whilst parsing config file" in str(error):  # what ml_collections puts around a whole traceback
         return one_line(causes[-1])
-    if re.search(r"Unknown command line flag 'config\.|before a value for --config", str(error)):
+    option = re.search(r"Unknown command line flag 'config\.(.*?)'", str(error))
+    if option and "config" not in flags.FLAGS:
+        remedy = f"write --{BEHIND[option[1]]}=" if option[1] in BEHIND else "--help shows the flags that it has"
+        return f"this command takes no --config.{option[1]}; {remedy}"
+    if option or "before a value for --config" in str(error):
         return "--config.x=... without --config=FILE before it; write --config=configs/digits.py, or another of configs/, first"
     if unknown := re.search(r"Unknown command line flag '(.*?)'(?:\. Did you mean: (.*) \?)?", str(error), re.DOTALL):
         meant = f" (did you mean --{unknown[2]}?)" if unknown[2] else ""

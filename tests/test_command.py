@@ -110,6 +110,8 @@ MESSAGES = [
     (["evaluate", "--steps=2000"], "--steps is 2000 with only 1000 timesteps"),
     (["evaluate", "--config.evaluate.steps=2000"], "config.evaluate.steps is 2000 with only 1000 timesteps"),
     (["evaluate", "--num_samples=2"], "--num_samples is 2; it takes 4"),
+    (["generate", "--config.sample.steps=2", "--out=x"], "this command takes no --config.sample.steps; write --steps="),
+    (["sample", "--config.seed=2", "--out=x.png"], "this command takes no --config.seed; --help shows the flags that it has"),
 ]
 
 
