@@ -24,7 +24,7 @@ GIB = memory.GIB
 ASSUMED = 10_000  # images in the data, where these are not at hand and anything is counted in epochs
 CLASSES = 1000  # in the data, likewise
 LAUNCH = 3.8e-6  # seconds a kernel takes at least, an assumption: measured on a V100 for kernels that compute 2.9 of them
-# (NVIDIA 2019, "Getting Started with CUDA Graphs", without graphs) and on a B200 (arXiv 2512.22219); what torch adds is not counted
+# (NVIDIA 2019, "Getting Started with CUDA Graphs", without graphs) and on a B200 (arXiv 2512.22219); without what torch adds
 USUAL = "RTX 3060,RTX 4060,RTX 4070 Laptop,RTX 4070,RTX 4090,RTX 5070,RTX 5090,RX 7900 XTX,T4,L4,A100,H100,H200"
 
 
