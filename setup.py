@@ -14,7 +14,7 @@ setup(
     description="An experiment-tracked workbench for denoising diffusion models of images",
     python_requires=">=3.10",
     packages=find_packages(include=["ddpm", "ddpm.*"]),
-    package_data={"ddpm": ["assets/*"]},
+    package_data={"ddpm.evaluation": ["assets/*"]},
     install_requires=[
         "torch>=2.7",
         "torchvision>=0.22",
@@ -33,7 +33,16 @@ setup(
         "study": STUDY,
         "streaming": ["mosaicml-streaming>=0.13,<0.14"],  # not for the tests: it holds numpy and huggingface_hub back
         "bench": BENCH,
-        "test": [*STUDY, *BENCH, "pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6.100", "ruff>=0.9", "nbclient>=0.10",
-                 "ipykernel>=6.0.2"],
+        "test": [
+            *STUDY,
+            *BENCH,
+            "pytest>=8",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.100",
+            "import-linter>=2.0",
+            "ruff>=0.9",
+            "nbclient>=0.10",
+            "ipykernel>=6.0.2",
+        ],
     },
 )

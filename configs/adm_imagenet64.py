@@ -4,7 +4,7 @@ The images lie in data/imagenet, one sub-folder a class. Labels are dropped one 
 own guidance is by a classifier.
 """
 
-from ddpm.config import base, with_variant
+from ddpm.config.defaults import base, with_variant
 
 
 def get_config(variant=None):

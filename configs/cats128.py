@@ -7,7 +7,7 @@ Planned by ddpm.plan, not measured on a GPU: in bf16, two images at a time, it t
 Laptop). With 12 GB (RTX 4070) all eight fit at a time, which is faster: --config.train.gradient_accumulation_steps=1.
 """
 
-from ddpm.config import base, with_variant
+from ddpm.config.defaults import base, with_variant
 
 VARIANTS = {  # what differs from the full recipe
     "small": {"model.model_channels": 128, "train.gradient_accumulation_steps": 2},

@@ -1,6 +1,6 @@
 """CIFAR-10 as Ho et al. 2020 trained it: 35.7 M parameters, 800,000 steps."""
 
-from ddpm.config import base, with_variant
+from ddpm.config.defaults import base, with_variant
 
 VARIANTS = {  # what differs; `dit` spends what the U-Net spends, within 3 percent, at its paper's rate
     "dit": {"model.name": "dit(size='S', patch_size=2)", "model.dropout": 0.0, "train.learning_rate": 1e-4},

@@ -5,7 +5,7 @@ name; `studied` is `original` with three of its lines changed. The variants of t
 experiments/architectures.yaml; `dit` takes the same compute within 4 percent, and `classes` is conditioned on the digit.
 """
 
-from ddpm.config import base, with_variant
+from ddpm.config.defaults import base, with_variant
 
 ORIGINAL = {
     "model.use_scale_shift_norm": False,

@@ -3,7 +3,7 @@
 Class-conditional, with learned variance, as in the paper. `:s`, `:b` and `:l` are its smaller sizes.
 """
 
-from ddpm.config import base, with_variant
+from ddpm.config.defaults import base, with_variant
 
 VARIANTS = {size.lower(): {"model.name": f"dit(size='{size}', patch_size=2)"} for size in ("S", "B", "L")}
 

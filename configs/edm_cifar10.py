@@ -4,7 +4,7 @@ The network has 56.5 M parameters where their DDPM++ has 55.7 M: it differs by a
 pixels, where theirs is after the last alone, and by shortcuts without a convolution in blocks that resize.
 """
 
-from ddpm.config import base, with_variant
+from ddpm.config.defaults import base, with_variant
 
 
 def get_config(variant=None):

@@ -3,7 +3,7 @@
 `:vlb` is their L_vlb: the bound alone, with times by the second moment of the loss.
 """
 
-from ddpm.config import base, with_variant
+from ddpm.config.defaults import base, with_variant
 
 VARIANTS = {"vlb": {"diffusion.loss": "vlb", "diffusion.times": "importance"}}
 

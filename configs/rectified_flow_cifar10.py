@@ -3,7 +3,7 @@
 `:logit_normal` draws the middle of the path more often (Esser et al. 2024); `:dit` is on a transformer (Ma et al. 2024, SiT).
 """
 
-from ddpm.config import base, with_variant
+from ddpm.config.defaults import base, with_variant
 
 VARIANTS = {
     "logit_normal": {"diffusion.times": "logit_normal"},

@@ -11,43 +11,18 @@ was trained with label dropout goes out with a row of zeros as its last, and of 
 that is. It is added to the bias before it and taken from the other rows, which makes the same network.
 """
 
-import contextlib
-import json
-import re
 from pathlib import Path
 
-import safetensors
-import torch
 from absl import flags
-from einops import rearrange
-from safetensors.torch import load_file, save
-from torch import nn
 
-from ddpm import build, checkpoint, command
-from ddpm import config as configs
-from ddpm.dialects import (
-    BETAS,
-    BLOCKS,
-    DIFFUSERS,
-    OLD,
-    OLD_PART,
-    OPENAI,
-    OUR_CLASSES,
-    OUR_NAME,
-    SCHEDULER,
-    SHAPE,
-    STORED,
-    UNET,
-    allow,
-    factors,
-    fields_as_knobs,
-    knobs_as_fields,
-    names,
-)
-from ddpm.diffusion.schedules import SCHEDULES, get_beta_schedule
-from ddpm.files import folder_written_beside, written_beside
-from ddpm.models.layers import AttentionBlock
-from ddpm.spec import parse
+from ddpm.common import errors
+from ddpm.common.files import folder_written_beside
+from ddpm.config import files
+from ddpm.config import flags as config_flags
+from ddpm.interop import diffusers
+from ddpm.interop import openai as interop_openai
+from ddpm.training import checkpoint
+from ddpm.training import weights as training_weights
 
 
 def convert(source, out, classes=None, no_label=None, **theirs):
@@ -61,322 +36,47 @@ def convert(source, out, classes=None, no_label=None, **theirs):
     labels = ({"classes": tuple(classes)} if classes else {}) | ({} if no_label is None else {"no_label": no_label})
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out, or remove it")
-    tensors = tensors_of(source) if source.is_file() else {}
+    tensors = diffusers.tensors_of(source) if source.is_file() else {}
     openai = "input_blocks.0.0.weight" in tensors
     if given and not openai:
         raise ValueError(f"--{min(given)} is for weights of OpenAI, which {source} does not hold; leave it out")
     if "conv_in.weight" in tensors:
         raise ValueError(f"{source} is one file of a diffusers model; give the folder, which has its configs too")
-    if not openai and "_class_name" not in json_of(source / "model_index.json") | json_of(part_of(source, "unet", "config")):
+    if not openai and "_class_name" not in diffusers.json_of(source / "model_index.json") | diffusers.json_of(
+        diffusers.part_of(source, "unet", "config")
+    ):
         if labels:
             ours = checkpoint.find(source)
             raise ValueError(f"--{min(labels)} is for a network of others, and {ours} is one of ddpm; leave it out")
-        return to_diffusers(source, out)
+        return diffusers.to_diffusers(source, out)
     try:
-        config, weights = from_openai(source, tensors, given, labels) if openai else from_diffusers(source, labels)
+        config, weights = (
+            interop_openai.from_openai(source, tensors, given, labels) if openai else diffusers.from_diffusers(source, labels)
+        )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{source} is damaged, or no U-Net that ddpm knows: {command.one_line(error)}") from error
-    text = configs.to_json(config)
+        raise ValueError(f"{source} is damaged, or no U-Net that ddpm knows: {errors.one_line(error)}") from error
+    text = files.to_json(config)
     if out.suffix == ".safetensors":
-        checkpoint.export(out, weights, 0, text)
+        training_weights.export(out, weights, 0, text)
         return out
     with folder_written_beside(out) as folder:
-        checkpoint.export(folder / "final.safetensors", weights, 0, text)
+        training_weights.export(folder / "final.safetensors", weights, 0, text)
     return out / "final.safetensors"
-
-
-def from_diffusers(folder, labels):
-    """Return the config and the weights of a diffusers folder, as ours; `labels` as for `label_knobs`."""
-    parts = json_of(folder / "model_index.json")
-    allow(folder, "model_index.json's list", sorted(name for name in parts if name[0] != "_"), [["scheduler", "unet"], []])
-    path, other = part_of(folder, "unet", "config"), part_of(folder, "scheduler", "scheduler_config")
-    unet, scheduler = json_of(path), json_of(other)
-    if not scheduler:
-        raise ValueError(f"there is no {other}; put there the noise that the network was trained with")
-    knobs = fields_as_knobs(path, unet, UNET) | shape_as_knobs(path, unet) | fields_as_knobs(other, scheduler, SCHEDULER)
-    configs.check_ranges(knobs)  # before anything is as long as they say
-    learned, channels = knobs["diffusion.variance"] == "learned", knobs["data.channels"]
-    knobs["diffusion.loss"] = "hybrid" if learned else "mse"
-    allow(path, "out_channels", unet.get("out_channels", 3), [channels * (1 + learned)])
-    knobs["diffusion.beta_schedule"] = our_schedule(other, scheduler, knobs["diffusion.timesteps"])
-    rows = unet.get("num_class_embeds")
-    counted = rows is None or type(rows) is int and 0 < rows <= MOST_CLASSES
-    allow(path, "num_class_embeds", rows, [rows] if counted else [None, f"1 to {MOST_CLASSES}"])
-    named, no_label = label_knobs(path, rows, labels, unet.get(OUR_CLASSES, ()))
-    stored = [file for suffix in (".safetensors", ".bin") if (file := path.with_name(STORED + suffix)).exists()]
-    if not stored:
-        raise ValueError(f"there is no {path.with_name(STORED)}.safetensors; give a folder with weights, in one file")
-    tensors = {re.sub(OLD_PART, lambda old: OLD[old[0]], name): value for name, value in tensors_of(stored[0]).items()}
-    return as_ours(stored[0], tensors, knobs | named, DIFFUSERS, unet.get("flip_sin_to_cos", True), no_label=no_label)
-
-
-def shape_as_knobs(path, unet):
-    """The knobs for what stands in several fields of a UNet2DModel's config."""
-    for field in unet:
-        allow(path, field, unet[field], [unet[field]] if field[0] == "_" or field in UNET or field in SHAPE else [])
-    widths, groups, size = unet["block_out_channels"], unet.get("norm_num_groups", 32), unet["sample_size"]
-    types = [allow(path, "down_block_types", name, BLOCKS) for name in unet["down_block_types"]]
-    allow(path, "up_block_types", unet["up_block_types"], [[BLOCKS[name][0] for name in types[::-1]]])
-    usual = [unet.get(field, "conv") for field in ("downsample_type", "upsample_type")]
-    ways = sorted({BLOCKS[name][2] or way for name in types for way in usual})
-    allow(path, "the way to resize in down_block_types, downsample_type, upsample_type", ways, [["conv"], ["resnet"]])
-    allow(path, "time_embedding_dim", unet.get("time_embedding_dim"), [None, 4 * widths[0]])
-    silent = [None] if unet.get("resnet_time_scale_shift", "default") == "default" else []  # else None is no norm in the middle
-    allow(path, "attn_norm_num_groups", unet.get("attn_norm_num_groups"), [groups, *silent])
-    return {
-        "model.model_channels": widths[0], "model.channel_mult": factors(path, "block_out_channels", widths, widths[0]),
-        "model.attention_resolutions": tuple(size >> level for level, name in enumerate(types) if BLOCKS[name][1]),
-        "model.num_head_channels": unet.get("attention_head_dim", 8) or 0, "model.resblock_updown": ways == ["resnet"],
-    }
-
-
-def our_schedule(path, scheduler, steps):
-    """Our name for the betas of a diffusers scheduler."""
-    betas, name = scheduler.get("trained_betas"), scheduler.get("beta_schedule", "linear")
-    make = BETAS[allow(path, "beta_schedule", name, BETAS)] if betas is None else None
-    try:
-        betas = make(scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02), steps) if make else betas
-        betas = torch.as_tensor(betas, dtype=torch.float64)
-    except (TypeError, ValueError, ArithmeticError):
-        raise ValueError(f"{path}: its betas are no numbers that a schedule can have; use another file") from None
-    ends = "(start={:.9g}, end={:.9g})".format(*(betas[[0, -1]] * steps / 1000).tolist())
-    for name in (scheduler.get(OUR_NAME), *SCHEDULES, f"linear{ends}", f"quadratic{ends}"):
-        with contextlib.suppress(ValueError):  # of what is no schedule, or has no betas
-            ours = get_beta_schedule(name, steps)
-            if ours.shape == betas.shape and torch.allclose(ours, betas, rtol=1e-5, atol=1e-9):  # theirs may be float32
-                return name
-    raise ValueError(f"{path}: its betas, {betas[0]:.3g} to {betas[-1]:.3g} in {steps} steps, are those of no schedule of ddpm")
-
-
-def from_openai(path, tensors, given, labels):
-    """Return the config and the weights of OpenAI's tensors, as ours.
-
-    `given` are their flags, for what shapes do not say, and `labels` as for `label_knobs`.
-    """
-
-    def numbers(pattern):
-        return {int(found[1]) for name in tensors if (found := re.match(pattern, name))}
-
-    ups, stages = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\."), numbers(r"output_blocks\.(\d+)\.")
-    blocks = len(stages) // (len(ups) + 1) - 1
-    firsts = [f"output_blocks.{level * (blocks + 1)}" for level in range(len(ups), -1, -1)]  # the largest images first
-    widths = [len(tensors[f"{first}.0.out_layers.3.bias"]) for first in firsts]
-    (stem, channels), width = tensors["input_blocks.0.0.weight"].shape[:2], tensors["time_embed.0.weight"].shape[1]
-    named, no_label = label_knobs(path, len(tensors.get("label_emb.weight", ())), labels)
-    learned = allow(path, "the number of channels out (learn_sigma doubles it)", len(tensors["out.2.bias"]),
-                    [channels, 2 * channels]) > channels
-    allow(path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True])  # else halving has no weights
-
-    given = {flag: value for flag, value in given.items() if value != -1}  # which is their None
-    heads = sorted({"num_heads", "num_head_channels"} & given.keys()) or ["num_heads"]
-    needed = ["image_size", "diffusion_steps", "noise_schedule", *heads, "use_new_attention_order"]
-    if missing := [FLAGS[flag][1] for flag in needed if flag not in given]:
-        raise ValueError(f"{path} does not say how it was trained; add what is true of {', '.join(missing)}")
-    steps, size = given["diffusion_steps"], given["image_size"]
-    rescaled = allow(path, "rescale_timesteps", given.get("rescale_timesteps"),  # two of their codes have two defaults
-                     [True, False] if steps != 1000 else [None, True, False])
-    return as_ours(path, tensors, {
-        "data.image_size": size, "data.channels": channels,
-        "model.model_channels": width, "model.channel_mult": factors(path, "channel_mult", [stem, *widths], width)[1:],
-        "model.num_res_blocks": blocks, "model.resblock_updown": bool(numbers(r"output_blocks\.(\d+)\.[12]\.in_layers")),
-        "model.attention_resolutions": tuple(
-            size >> level for level, first in enumerate(firsts) if f"{first}.1.qkv.weight" in tensors),
-        "model.num_heads": given.get("num_heads", 1), "model.num_head_channels": given.get("num_head_channels", 0),
-        "model.use_scale_shift_norm": len(tensors["middle_block.0.emb_layers.1.bias"]) == 2 * widths[-1],
-        "model.freq_shift": 0, "model.downsample_padding": 1, "model.norm_num_groups": 32, "model.norm_eps": 1e-5,
-        "diffusion.timesteps": steps, "diffusion.rescale_timesteps": bool(rescaled),
-        "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
-        "diffusion.beta_schedule": allow(path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]),
-        "diffusion.variance": "learned" if learned else "large", "diffusion.loss": "hybrid" if learned else "mse",
-    } | named, OPENAI, cosines_first=True, legacy=not given["use_new_attention_order"], no_label=no_label)
-
-
-def label_knobs(path, rows, labels, names=()):
-    """The knobs for the classes of a network with so many `rows` of labels, or none, and its row for no label, or None.
-
-    `labels` are the flags that were given, of "classes" and "no_label"; `names` are those that came with the network, one fewer
-    than rows where the last is for no label. Raises ValueError where they do not fit the rows.
-    """
-    if not rows:
-        if labels:
-            raise ValueError(f"--{min(labels)} is for a network with labels, which {path} has not; leave it out")
-        return {}, None
-    no_label = labels.get("no_label", rows - 1 if len(names) == rows - 1 > 0 else None)
-    if no_label is not None and (rows == 1 or no_label not in range(rows)):
-        raise ValueError(f"--no_label is {no_label}, and {path} has " + (
-            "one label, a class; leave it out" if rows == 1 else f"the labels 0 to {rows - 1}; give one of them"))
-    numbers = tuple(str(row) for row in range(rows) if row != no_label)
-    names = labels.get("classes", tuple(names) or numbers)
-    if not len(names) == len(set(names)) == len(numbers):
-        raise ValueError(f"{path} has {len(numbers)} classes, and {len(names)} are named, {len(set(names))} differently; give "
-                         "--classes= and a name for each, and --no_label= if a label means none")
-    known = {"data.class_labels": True, "data.classes": names}
-    return known | ({"train.label_dropout": 0.0} if no_label is None else {}), no_label  # by which guidance is refused
-
-
-def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False, no_label=None):
-    """Return base() with `knobs`, and their tensors under our names and in our order.
-
-    Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head by head; what they look up
-    for the label `no_label` is here the zero that is added without one.
-    """
-    steps, unknown = knobs["diffusion.timesteps"], "folder(path='the images it was trained on')"
-    knobs = knobs | {"data.source": unknown, "sample.sampler": "ddpm", "sample.steps": steps, "evaluate.steps": min(50, steps)}
-    config = configs.changed(configs.freeze(configs.base()), knobs)
-    build.check(config)
-    with torch.device("meta"):
-        net = build.network(config)
-    weights, rest = {}, dict(tensors)
-    for name, theirs, layer in names(net, config.model.num_res_blocks, dialect):
-        if lacking := [one for one in theirs if one not in rest]:
-            raise ValueError(f"{path}: the tensor {lacking[0]} is missing, which a network of this config has")
-        value = torch.cat([rest.pop(one).float() for one in theirs])
-        if legacy and ".qkv." in name:
-            value = rearrange(value, "(heads three d) ... -> (three heads d) ...", three=3, heads=layer.heads)
-        weights[name] = value.reshape(value.shape + (1,) * (net.get_parameter(name).dim() - value.dim()))
-    if rest:
-        raise ValueError(f"{path}: the tensor {min(rest)} has no place in a network of this config")
-    if cosines_first:
-        rows = weights["time_embedding.0.weight"]
-        half, odd = divmod(rows.shape[1], 2)
-        cosines, sines, zero = rows.split([half, half, odd], dim=1)
-        weights["time_embedding.0.weight"] = torch.cat([sines, cosines, zero], dim=1)
-    if no_label is not None:
-        rows = weights["class_embedding.weight"]
-        weights["time_embedding.2.bias"] = weights["time_embedding.2.bias"] + rows[no_label]
-        weights["class_embedding.weight"] = torch.cat([rows[:no_label], rows[no_label + 1:]]) - rows[no_label]
-    build.put_weights(net, weights, path, assign=True)
-    return config, weights
-
-
-def to_diffusers(source, out):
-    """Write a run folder or checkpoint of ours as a diffusers folder; returns the folder."""
-    path, _, text, weights = checkpoint.load_weights(source)
-    config = configs.changed(configs.from_json(text), {})  # and so checked
-    net = build.network_with(config, weights, path)
-    unet, scheduler = their_unet(path, config, net), their_scheduler(path, config)
-    tensors = {}
-    for name, theirs, layer in names(net, config.model.num_res_blocks, DIFFUSERS):
-        value = net.get_parameter(name).detach().float()
-        if isinstance(layer, AttentionBlock) and value.dim() == 4:
-            value = rearrange(value, "o i 1 1 -> o i")
-        if isinstance(layer, nn.Embedding):
-            value = torch.cat([value, value.new_zeros(unet["num_class_embeds"] - len(value), value.shape[1])])
-        tensors |= {one: part.clone() for one, part in zip(theirs, value.chunk(len(theirs)), strict=True)}
-    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    with folder_written_beside(out) as folder:
-        with written_beside(folder / "unet" / f"{STORED}.safetensors") as part:
-            part.write_bytes(save(tensors, metadata={"format": "pt"}))
-        for file, fields in (("unet/config", unet), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
-            with written_beside(folder / f"{file}.json") as part:
-                part.write_text(json.dumps(fields, indent=2) + "\n")
-    return out
-
-
-def their_unet(path, config, net):
-    """The fields of a UNet2DModel's config for a network of ours."""
-    knobs, usual = configs.flatten(config), configs.flatten(configs.base())
-    carried = {knob for _, knob, _ in UNET.values()}.union(*SHAPE.values(), ("model.initialization",))  # trained over
-    for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
-        allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
-    model = config.model
-    if config.diffusion.timesteps != 1000:
-        allow(path, "config.diffusion.rescale_timesteps", config.diffusion.rescale_timesteps, [False])
-    allow(path, "config.diffusion.self_condition", config.diffusion.self_condition, [False])
-    allow(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
-    groups = sorted({layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)})
-    allow(path, f"config.model.norm_num_groups {model.norm_num_groups}, in groups of its norms,", groups, [groups[:1]])
-    blocks = [layer for layer in net.modules() if isinstance(layer, AttentionBlock)]
-    heads = sorted({layer.norm.num_channels // layer.heads for layer in blocks})
-    heads = [None] if all(layer.heads == 1 for layer in blocks) else heads
-    allow(path, "config.model.num_heads, in channels a head,", heads, [heads[:1]])
-    resize = "resnet" if model.resblock_updown else "conv"
-    attends = [config.data.image_size >> level in model.attention_resolutions for level in range(len(model.channel_mult))]
-    downs = [next(name for name, (_, attention, way) in BLOCKS.items() if attention == yes and way in (None, resize))
-             for yes in attends]
-    classes = list(config.data.classes)
-    labels = {"num_class_embeds": len(classes) + (config.train.label_dropout > 0), OUR_CLASSES: classes} if classes else {}
-    return knobs_as_fields(path, knobs, UNET) | labels | {
-        "out_channels": net.head[2].out_channels,
-        "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
-        "down_block_types": downs, "up_block_types": [BLOCKS[name][0] for name in downs[::-1]],
-        "downsample_type": resize, "upsample_type": resize, "attention_head_dim": heads[0],
-        "norm_num_groups": groups[0], "attn_norm_num_groups": groups[0],
-    }
-
-
-def their_scheduler(path, config):
-    """The fields of a DDPMScheduler's config for a process of ours: a name for the betas if there is one, else themselves."""
-    variance = parse(config.sample.sampler)[1].get("variance", config.diffusion.variance)
-    spacing = config.sample.spacing
-    fields = knobs_as_fields(path, configs.flatten(config) | {  # how to draw is anyone's choice, so this is never refused
-        "diffusion.variance": config.diffusion.variance if config.diffusion.variance == "learned" else variance,
-        "sample.spacing": spacing if spacing in SCHEDULER["timestep_spacing"][2].values() else "leading",
-    }, SCHEDULER)
-    name, steps = config.diffusion.beta_schedule, config.diffusion.timesteps
-    try:
-        betas = get_beta_schedule(name, steps)
-    except ValueError:
-        allow(path, "config.diffusion.beta_schedule", name, [])
-    start, end = (float(f"{beta:.9g}") for beta in betas[[0, -1]].tolist())
-    for theirs, make in BETAS.items():
-        if torch.allclose(make(start, end, steps), betas, rtol=1e-8, atol=0):
-            return fields | {"beta_schedule": theirs, "beta_start": start, "beta_end": end}
-    return fields | {"trained_betas": betas.tolist(), OUR_NAME: name}
-
-
-def part_of(folder, part, name):
-    """The config of a part of a diffusers folder, which has a folder of its own or lies beside the others."""
-    return (folder / part if (folder / part).is_dir() else folder) / f"{name}.json"
-
-
-def json_of(path):
-    """The fields in a JSON file; none where there is no file. Raises ValueError where it holds something else."""
-    with contextlib.suppress(ValueError, RecursionError):
-        fields = {}
-        if path.is_file():
-            with open(path) as file:
-                fields = json.loads(file.read(checkpoint.LONGEST))
-        if isinstance(fields, dict):
-            return fields
-    raise ValueError(f"{path} is damaged or no config; use another file")
-
-
-def tensors_of(path):
-    """The tensors in a file, on the host; none where it holds something else besides. Raises ValueError if it is damaged."""
-    try:
-        found = load_file(path) if path.suffix == ".safetensors" else checkpoint.read(path)
-    except (OSError, safetensors.SafetensorError):
-        raise ValueError(f"{path} is damaged or no file of weights; use another file") from None
-    return found if isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values()) else {}
 
 
 def main(arguments):
     """Convert what the command line names; returns the exit code."""
     if len(arguments) > 1:
         raise ValueError(f"one source at a time; leave out {arguments[1]}")
-    given = {flag: getattr(flags.FLAGS, flag) for flag in (*FLAGS, "classes", "no_label")}
+    given = {flag: getattr(flags.FLAGS, flag) for flag in (*interop_openai.FLAGS, "classes", "no_label")}
     print(f"wrote {convert(arguments[0], flags.FLAGS.out, **given)}")
-    return command.DONE
-
-
-MOST_CLASSES = 100_000  # four times as many as ImageNet has, the whole of it
-FLAGS = {  # OpenAI's flags, for what shapes do not say
-    "image_size": (flags.DEFINE_integer, "--image_size=64"),
-    "diffusion_steps": (flags.DEFINE_integer, "--diffusion_steps=1000"),
-    "noise_schedule": (flags.DEFINE_string, "--noise_schedule=linear"),
-    "num_heads": (flags.DEFINE_integer, "--num_heads=4 or --num_head_channels=64"),
-    "num_head_channels": (flags.DEFINE_integer, "--num_head_channels=64"),
-    "use_new_attention_order": (flags.DEFINE_bool, "--use_new_attention_order=False"),
-    "rescale_timesteps": (flags.DEFINE_bool, "--rescale_timesteps=True"),
-    "predict_xstart": (flags.DEFINE_bool, "--predict_xstart=True"),
-}
+    return errors.DONE
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "The folder, or the .safetensors file, to write.", required=True)
     flags.DEFINE_list("classes", None, "Names for the classes of a network of others, in order; by default their numbers.")
     flags.DEFINE_integer("no_label", None, "The label by which a network of others was told none: what guidance needs.")
-    for flag, (define, example) in FLAGS.items():
+    for flag, (define, example) in interop_openai.FLAGS.items():
         define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")
-    command.run_door(main, takes="a diffusers folder, a file of OpenAI's weights, or a run folder or checkpoint of ddpm")
+    config_flags.run_door(main, takes="a diffusers folder, a file of OpenAI's weights, or a run folder or checkpoint of ddpm")

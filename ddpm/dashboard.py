@@ -8,7 +8,10 @@ import contextlib
 
 from absl import flags
 
-from ddpm import command, config, results
+from ddpm.common import errors
+from ddpm.config import files
+from ddpm.config import flags as config_flags
+from ddpm.studies import runs as studies_runs
 
 PROJECT = flags.DEFINE_string("project", None, "PROJECT, or ENTITY/PROJECT where it is not the login's own.", required=True)
 SWEEP = flags.DEFINE_string("sweep", None, "Id of the sweep whose runs are shown; by default all of the project.")
@@ -45,7 +48,7 @@ def main():
     with in_one_line():
         made.save()
     print(made.url)
-    return command.DONE
+    return errors.DONE
 
 
 @contextlib.contextmanager
@@ -54,7 +57,7 @@ def in_one_line():
     try:
         yield
     except Exception as error:
-        raise ValueError(f"W&B: {command.one_line(error)}") from error
+        raise ValueError(f"W&B: {errors.one_line(error)}") from error
 
 
 def varied(sweep, runs):
@@ -63,7 +66,7 @@ def varied(sweep, runs):
         given = sweep.config["parameters"].items()
         names = [name for name, axis in given if "value" not in axis and len(axis.get("values", axis)) > 1]
     else:
-        columns = {name for run in runs for name in run.config if not config.is_free(name.removeprefix("config."))}
+        columns = {name for run in runs for name in run.config if not files.is_free(name.removeprefix("config."))}
         names = [name for name in columns if len({str(run.config.get(name)) for run in runs}) > 1]
     return sorted(name for name in names if name != SEED)
 
@@ -73,7 +76,7 @@ def measured(runs):
     logged = {key for run in runs for key, value in run.summary_metrics.items()
               if key.startswith("eval/") and isinstance(value, (int, float))}
     return [[key, *({f"{key}_perfect"} & logged)] for key in sorted(logged or DISTANCES)
-            if not key.endswith((*results.PERFECT, results.RETIRED))]
+            if not key.endswith((*studies_runs.PERFECT, studies_runs.RETIRED))]
 
 
 def workspace(entity, project, sweep, runs):
@@ -121,4 +124,4 @@ def workspace(entity, project, sweep, runs):
 
 
 if __name__ == "__main__":
-    command.run_door(main)
+    config_flags.run_door(main)

@@ -12,11 +12,15 @@ from pathlib import Path
 from absl import flags
 from PIL import Image
 
-from ddpm import command, data, images, pictures, spec
-from ddpm.config import RANGES, base
-from ddpm.files import make_folder, written_beside
-from ddpm.sheet import COLUMNS, Cell, sheet
-from ddpm.spec import counted
+from ddpm.common import errors, pixels, registry
+from ddpm.common.files import make_folder, written_beside
+from ddpm.common.registry import counted
+from ddpm.config import flags as config_flags
+from ddpm.config.check import RANGES
+from ddpm.config.defaults import base
+from ddpm.data import decode, duplicates, folder, inspect, order, source
+from ddpm.data.contact_sheet import COLUMNS, Cell, sheet
+from ddpm.sampling import formats
 
 IMBALANCE = 10  # times as many images in the largest class as in the smallest
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito 2008
@@ -27,16 +31,16 @@ def diagnose(path, image_size, fraction):
 
     Raises ValueError where there is no such folder.
     """
-    found = data.survey(path)
+    found = folder.survey(path)
     faults = found.faults(image_size)
     kept = [number for number, fault in enumerate(faults) if not fault]
     names, facts = [found.names[k] for k in kept], [found.facts[k] for k in kept]
-    labels, classes = data.classes_of(names) if names else (None, None)
+    labels, classes = folder.classes_of(names) if names else (None, None)
     counts = Counter(labels or ())
     whole = [one for one in found.facts if not one.fault]
     sides = sorted(min(one.width, one.height) for one in whole)
     lost = {name: 1 - min(one.width, one.height) / max(one.width, one.height) for name, one in zip(names, facts, strict=True)}
-    alike, held_out = data.near_duplicates(found.root, facts), data.split(len(kept), fraction, 0)[1]
+    alike, held_out = duplicates.near_duplicates(found.root, facts), order.split(len(kept), fraction, 0)[1]
 
     def named(holds):
         return [name for name, one in zip(names, facts, strict=True) if holds(name, one)]
@@ -48,14 +52,14 @@ def diagnose(path, image_size, fraction):
         "shorter_side": dict(zip(("least", "median", "most"), (sides[0], statistics.median(sides), sides[-1]), strict=True))
         if sides else {},
         "left_out": {fault: [name for name, one in zip(found.names, faults, strict=True) if one == fault]
-                     for fault in pictures.FAULTS if fault in faults},
-        "near_duplicates": [[names[k] for k in group] for group in alike], "across": data.across(alike, held_out),
+                     for fault in decode.FAULTS if fault in faults},
+        "near_duplicates": [[names[k] for k in group] for group in alike], "across": duplicates.across(alike, held_out),
         "one_colour": named(lambda _, one: one.blank), "turned": named(lambda _, one: one.orientation != 1),
         "transparent": named(lambda _, one: one.transparent), "cmyk": named(lambda _, one: one.mode == "CMYK"),
         "animated": named(lambda _, one: one.animated),
         "misnamed": {name: one.format for name, one in zip(found.names, found.facts, strict=True)
-                     if one.format and one.format != pictures.SUFFIXES[Path(name).suffix.lower()]},
-        "without_suffix": {name: form for name in found.others if (form := pictures.format_in(found.root / name))},
+                     if one.format and one.format != decode.SUFFIXES[Path(name).suffix.lower()]},
+        "without_suffix": {name: form for name in found.others if (form := inspect.format_in(found.root / name))},
         "other_colours": {name: one.profile for name, one in zip(names, facts, strict=True) if one.profile},
         "unread_profile": named(lambda _, one: one.unread_profile),
         "dark": found.dark(image_size), "unread": found.unread(), "remarks": found.remarks(image_size),
@@ -68,10 +72,10 @@ def diagnose(path, image_size, fraction):
 
 def verdict(report):
     """Why a folder is not fit, and what to look at first: `{"not_fit": lines, "warnings": lines}`."""
-    damaged = sum(len(report["left_out"].get(fault, ())) for fault in data.DAMAGE)
-    not_fit, warnings = data.fitness(report["kept"], report["files"], damaged)
+    damaged = sum(len(report["left_out"].get(fault, ())) for fault in folder.DAMAGE)
+    not_fit, warnings = folder.fitness(report["kept"], report["files"], damaged)
     if not report["files"]:
-        not_fit = [data.no_image(report["folder"], report["not_read"])]
+        not_fit = [folder.no_image(report["folder"], report["not_read"])]
     if report["across"]:
         warnings.append(f"{report['across']:,} of {len(report['held_out']):,} held-out images have a near-duplicate that is "
                         "learned from, so val/loss and eval/copying flatter: keep one of each group")
@@ -93,14 +97,14 @@ def verdict(report):
 def lines_of(report):
     """The report in one screen of text."""
     def some(found, most=3):
-        return f"{len(found):,}: {data.shortened(list(found), most)}" if found else ""
+        return f"{len(found):,}: {source.shortened(list(found), most)}" if found else ""
 
-    advice = data.verdict(report["not_fit"], report["warnings"])
+    advice = folder.verdict(report["not_fit"], report["warnings"])
     if not report["files"]:
         yield from advice
         return
     lost, side = report["cropped_away"], report["shorter_side"]
-    groups, small = report["near_duplicates"], len(report["left_out"].get(pictures.TOO_SMALL, ()))
+    groups, small = report["near_duplicates"], len(report["left_out"].get(decode.TOO_SMALL, ()))
     rows = [("formats", ", ".join(f"{count:,} {form}" for form, count in report["formats"].items()))]
     if side:
         rows.append(("shorter side", f"{side['least']:,} to {side['most']:,} pixels, median {side['median']:,.0f}; "
@@ -108,12 +112,12 @@ def lines_of(report):
     if lost:
         worst = next(iter(lost))
         rows.append(("cropped away", f"{statistics.median(lost.values()):.0%} of the pixels in the median, at most "
-                                     f"{lost[worst]:.0%}: {data.shortened([worst])}"))
+                                     f"{lost[worst]:.0%}: {source.shortened([worst])}"))
     for fault, names in report["left_out"].items():
-        rows.append((f"left out: {fault}", f"{some(names)} ({pictures.FAULTS[fault]})"))
+        rows.append((f"left out: {fault}", f"{some(names)} ({decode.FAULTS[fault]})"))
     if groups:
         rows.append(("near-duplicates", f"{sum(map(len, groups)):,} images in {counted(len(groups), 'group')}, such as "
-                                        f"{data.shortened(groups[0], 3)}"))
+                                        f"{source.shortened(groups[0], 3)}"))
     misnamed = [f"{name} ({form})" for name, form in report["misnamed"].items()]
     coloured = [f"{name} ({profile})" for name, profile in report["other_colours"].items()]
     unnamed = [f"{name} ({form})" for name, form in report["without_suffix"].items()]
@@ -130,20 +134,20 @@ def lines_of(report):
         ("another format", some(misnamed)),
         ("no image suffix", some(unnamed)),
         ("not read", report["not_read"]),
-        ("classes", f"{len(report['classes'])}: " + data.shortened([f"{name} ({count:,})" for name, count in sorted(
+        ("classes", f"{len(report['classes'])}: " + source.shortened([f"{name} ({count:,})" for name, count in sorted(
             report["classes"].items(), key=lambda item: -item[1])], 6) if report["classes"] else ""),
     ]
     size = report["image_size"]
     files = counted(report["files"], "image")
-    yield (f"{data.shortened([report['folder']])}: {report['kept']:,} of {files} can be learned from at {size}x{size}, "
+    yield (f"{source.shortened([report['folder']])}: {report['kept']:,} of {files} can be learned from at {size}x{size}, "
            f"{len(report['held_out']):,} of them held out\n")
     width = 2 + max(len(name) for name, _ in rows)
     yield from (f"{name:<{width}}{text}" for name, text in rows if text)
     yield ""
     yield from advice
     if not report["not_fit"]:
-        enough = "enough that copies are rare" if report["kept"] >= data.ENOUGH else "enough to begin with"
-        yield f"fit to train on: {report['kept']:,} images are {enough}" if report["kept"] >= data.FEW else "fit to train on"
+        enough = "enough that copies are rare" if report["kept"] >= folder.ENOUGH else "enough to begin with"
+        yield f"fit to train on: {report['kept']:,} images are {enough}" if report["kept"] >= folder.FEW else "fit to train on"
 
 
 def contact_sheet(report, matte):
@@ -155,22 +159,22 @@ def contact_sheet(report, matte):
 
     def seen(name, caption=None, colour=""):
         try:
-            picture = images.picture(images.channels_last(pictures.decode_file(root / name, size, 3, matte)[None])[0])
-        except pictures.Refused as refused:
+            picture = pixels.picture(formats.channels_last(decode.decode_file(root / name, size, 3, matte)[None])[0])
+        except decode.Refused as refused:
             picture = refused.fault
-        return Cell(picture, data.shortened([name]) if caption is None else caption, colour)
+        return Cell(picture, source.shortened([name]) if caption is None else caption, colour)
 
     def cut(name, share):
-        return Cell(cropped(root / name), f"{share:.0%}  {data.shortened([name])}")
+        return Cell(cropped(root / name), f"{share:.0%}  {source.shortened([name])}")
 
-    twins = [seen(name, f"{'held out: ' if name in held_out else ''}{data.shortened([name])}", COLOURS[k % len(COLOURS)])
+    twins = [seen(name, f"{'held out: ' if name in held_out else ''}{source.shortened([name])}", COLOURS[k % len(COLOURS)])
              for k, group in enumerate(report["near_duplicates"][:most]) for name in group[:4]][:2 * most]
     unlike = [*report["turned"], *report["transparent"], *report["cmyk"], *report["animated"], *report["other_colours"]]
     unlike = [name for name in dict.fromkeys(unlike) if name not in left_out]
-    outside = [Cell(fault, data.shortened([name])) if fault != pictures.TOO_SMALL else seen(name)
+    outside = [Cell(fault, source.shortened([name])) if fault != decode.TOO_SMALL else seen(name)
                for fault, names in report["left_out"].items() for name in names[:COLUMNS]]
     worst = [cut(name, share) for name, share in list(report["cropped_away"].items())[:COLUMNS] if share]
-    return sheet(f"{data.shortened([report['folder']])}: {counted(report['kept'], 'image')} at {size}x{size}", [
+    return sheet(f"{source.shortened([report['folder']])}: {counted(report['kept'], 'image')} at {size}x{size}", [
         ("As training sees them", [seen(name, "") for name in thinned(kept, 4 * COLUMNS)]),
         (f"Near-duplicates: {counted(len(report['near_duplicates']), 'group')}, a colour each", twins),
         ("Cropped most: what is dimmed is lost", worst),
@@ -182,14 +186,14 @@ def contact_sheet(report, matte):
 
 def thinned(names, most):
     """So many of the names, evenly from first to last."""
-    return [names[k] for k in data.thinned(range(len(names)), most)] if names else []
+    return [names[k] for k in order.thinned(range(len(names)), most)] if names else []
 
 
 def cropped(path):
     """A whole picture, small, its parts dimmed that the square crop leaves out; the fault in a word where it cannot be read."""
     try:
-        picture = pictures.whole(path, 224)
-    except pictures.Refused as refused:
+        picture = decode.whole(path, 224)
+    except decode.Refused as refused:
         return refused.fault
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
@@ -204,10 +208,10 @@ def asked(arguments):
     given, config = flags.FLAGS, base()
     config.data.image_size = 128
     if given.config is not None:
-        config, _, _ = command.given_config()
+        config, _, _ = config_flags.given_config()
     if len(arguments) > 1:
         raise ValueError(f"did not expect {arguments[1]!r}; give one folder")
-    name, knobs = spec.parse(config.data.source)
+    name, knobs = registry.parse(config.data.source)
     if not arguments and name != "folder":
         raise ValueError(f"the doctor looks at folders of files, and config.data.source is {config.data.source!r}; write "
                          "python -m ddpm.doctor data/cats")
@@ -226,14 +230,14 @@ def main(arguments):
         with written_beside(Path(out) / "sheet.png") as part:
             contact_sheet(report, matte).save(part, "PNG")
         print(f"wrote {Path(out) / 'report.json'} and {Path(out) / 'sheet.png'}")
-    return command.FAILED if report["not_fit"] or flags.FLAGS.strict and report["warnings"] else command.DONE
+    return errors.FAILED if report["not_fit"] or flags.FLAGS.strict and report["warnings"] else errors.DONE
 
 
 if __name__ == "__main__":
-    command.define_config_flag()
+    config_flags.define_config_flag()
     flags.DEFINE_integer("image_size", None, "Pixels a side to train at; by default the config's, or 128.",
                          *RANGES["data.image_size"])
     flags.DEFINE_string("out", None, "Folder for report.json and sheet.png, a picture of what is in the folder.")
     flags.DEFINE_boolean("strict", False, "Exit with 1 for a warning too.")
-    flags.adopt_module_key_flags(command)
-    command.run_door(main, takes="a folder of images such as data/cats, or --config=configs/cats128.py")
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.run_door(main, takes="a folder of images such as data/cats, or --config=configs/cats128.py")

@@ -9,15 +9,21 @@ from pathlib import Path
 
 from absl import flags
 
-from ddpm import build, checkpoint, command, config, figures, tracking
-from ddpm.draw import joined
-from ddpm.files import held
-from ddpm.report import plain
-from ddpm.score import copies, keep
-from ddpm.train import grid_file, show
+from ddpm.common import errors
+from ddpm.common.files import held
+from ddpm.config import files as config_files
+from ddpm.config import flags as config_flags
+from ddpm.evaluation.scorer import copies, keep
+from ddpm.experiment import build, drawing, load
+from ddpm.sampling.draw import joined
+from ddpm.studies import figures
+from ddpm.studies.tables import plain
+from ddpm.tracking import wandb
+from ddpm.training import checkpoint as training_checkpoint
+from ddpm.training.trainer import grid_file, show
 
 
-@command.also_called(checkpoint_path="checkpoint", num_images="num_samples")
+@config_flags.also_called(checkpoint_path="checkpoint", num_images="num_samples")
 def evaluate(checkpoint=None, device=None, workdir=None, **options):
     """Draw images from a run folder or checkpoint file and measure them against its data; returns {"eval/fid": ...}.
 
@@ -28,8 +34,8 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
     data or extractor, for nothing to measure, for a folder that holds something else, and for a sample.spacing that would not
     be used.
     """
-    knobs = command.options(options, "evaluate")
-    made = build.load(checkpoint, device, **knobs)
+    knobs = config_flags.options(options, "evaluate")
+    made = load.load(checkpoint, device, **knobs)
     if knobs.get("sample.spacing") and knobs.get("evaluate.spacing") is None and made.config.evaluate.spacing != "auto":
         raise ValueError(f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
                          f"{made.config.evaluate.spacing!r}; give evaluate.spacing={knobs['sample.spacing']!r} in its place")
@@ -37,9 +43,9 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
         numbers, _, _ = measure(made, checkpoint)
         print("".join(f"{line}\n" for line in copies(numbers, "--workdir=DIR keeps a picture that shows it")), end="")
         return numbers
-    tracking.check(dict(made.config.wandb))
+    wandb.check(dict(made.config.wandb))
     with held(workdir):
-        config.check_measures(made.config, workdir)
+        config_files.check_measures(made.config, workdir)
         numbers, pictures, files = measure(made, checkpoint, made.config.sample.num_images)
         tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)
         tracker.log(made.step, numbers)
@@ -65,15 +71,15 @@ def picture(workdir, files):
 def measure(made, run_or_file, shown=0):
     """Numbers and pictures of what a checkpoint draws, of which the first are `shown`; numbers and files of the likelihood."""
     images = build.dataset(made.config)
-    score, likelihood = (build.scorer(made.config, images, made.machine),
-                         build.likelihood(made.config, made.net, images, made.machine))
+    score, likelihood = (drawing.scorer(made.config, images, made.machine),
+                         drawing.likelihood(made.config, made.net, images, made.machine))
     if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
         raise ValueError("nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set one of them")
     how = re.sub(f"(of )?{images.fingerprint[:12]}", lambda _: f"of {made.config.data.source}", how)  # by name, for people
-    notes = [*map(command.as_typed, build.remarks(made.config, "evaluate")), *score.notes,
+    notes = [*map(config_flags.as_typed, build.remarks(made.config, "evaluate")), *score.notes,
              *build.other_data(made.config, images, run_or_file)]
     print("\n".join([f"measuring {made.name}: {how}", *notes]), flush=True)
-    draw = build.drawer(made.config, made.net, made.machine)
+    draw = drawing.drawer(made.config, made.net, made.machine)
     (numbers, pictures), (bits, files) = score(draw), likelihood()
     if numbers and shown:
         pictures["samples"] = made.machine.gather(joined(draw(range(shown), score.recipe)))
@@ -89,18 +95,18 @@ def main():
     """Measure what the flags say and print a line for each number; returns the exit code."""
     given, workdir = flags.FLAGS, flags.FLAGS.workdir
     if workdir is None and os.environ.get("WANDB_SWEEP_ID"):
-        path = Path(given.checkpoint or checkpoint.newest_run())
-        workdir = config.default_workdir(f"{path.stem}-measured", command.overrides())
-    others = {f"config.{option}": value for option, value in command.overrides().items()}
-    numbers = evaluate(given.checkpoint, given.device, workdir, **command.drawing(), **others)
+        path = Path(given.checkpoint or training_checkpoint.newest_run())
+        workdir = config_files.default_workdir(f"{path.stem}-measured", config_flags.overrides())
+    others = {f"config.{option}": value for option, value in config_flags.overrides().items()}
+    numbers = evaluate(given.checkpoint, given.device, workdir, **config_flags.drawing(), **others)
     print(plain([[name, four_digits(value) if isinstance(value, float) else str(value)] for name, value in numbers.items()]))
-    return command.DONE
+    return errors.DONE
 
 
 if __name__ == "__main__":
-    command.define_checkpoint_flags("evaluate")
-    command.define_overrides_flag()
+    config_flags.define_checkpoint_flags("evaluate")
+    config_flags.define_overrides_flag()
     flags.DEFINE_alias("num_images", "num_samples")
     flags.DEFINE_string("workdir", None, "Folder that becomes a run with these numbers; by default they are only printed.")
-    flags.adopt_module_key_flags(command)
-    command.run_door(main)
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.run_door(main)

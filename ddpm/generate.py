@@ -10,14 +10,18 @@ from pathlib import Path
 import torch
 from absl import flags
 
-from ddpm import build, command, draw
+from ddpm.common import errors
+from ddpm.common.files import make_folder
+from ddpm.common.pixels import SINGLE, file_or_in, folder_of, recorded, remove_drawing, save_image_grid
+from ddpm.common.registry import check_choice, counted
+from ddpm.config import flags as config_flags
 from ddpm.diffusion.editing import EDITS, get_edit
-from ddpm.files import make_folder
-from ddpm.images import FORMATS, SINGLE, file_or_in, folder_of, recorded, remove_drawing, save_image_grid
-from ddpm.spec import check_choice, counted
+from ddpm.experiment import build, cost, drawing, load
+from ddpm.sampling import draw
+from ddpm.sampling.formats import FORMATS
 
 
-@command.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images")
+@config_flags.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images")
 def generate_images(checkpoint=None, num_images=16, out="samples", device=None, format="png", **options):
     """Draw `num_images` images from a run folder or checkpoint file into the folder `out`; returns the paths written.
 
@@ -28,19 +32,19 @@ def generate_images(checkpoint=None, num_images=16, out="samples", device=None, 
     numbered pictures which no drawing wrote.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
-    command.check_count(num_images)
+    config_flags.check_count(num_images)
     folder = folder_of(out, format)
-    name, _, trained, machine, net = build.load(checkpoint, device, **command.options(options, "sample"))
+    name, _, trained, machine, net = load.load(checkpoint, device, **config_flags.options(options, "sample"))
     recipe = build.grid_recipe(trained)
-    times = build.evaluations(trained, recipe)
+    times = cost.evaluations(trained, recipe)
     how = draw.frames if format == "gif" else draw.draw  # a picture a step, of all images at once
-    drawn = build.drawer(trained, net, machine, how)(range(num_images), recipe)
+    drawn = drawing.drawer(trained, net, machine, how)(range(num_images), recipe)
     make_place(folder, format, machine)
     say(f"drawing {counted(num_images, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained)
     return written(write, out, drawn, format, num_images)
 
 
-@command.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images", image="images")
+@config_flags.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images", image="images")
 def edit_images(checkpoint, edit, images, out="samples", mask=None, num_images=None, device=None, format="png", **options):
     """Edit pictures by a run folder or checkpoint file into the folder `out`; returns the paths written.
 
@@ -53,16 +57,16 @@ def edit_images(checkpoint, edit, images, out="samples", mask=None, num_images=N
     write, made = FORMATS[check_choice("format", format, list(FORMATS))], get_edit(edit)
     paths = [images] if isinstance(images, (str, Path)) else list(images)
     count, folder = edit_count(edit, made, paths, mask, num_images), folder_of(out, format, only=format != "grid")
-    name, _, trained, machine, net = build.load(checkpoint, device, **command.options(options, "sample"))
-    pictures, area = build.pictures(trained, paths, mask)
+    name, _, trained, machine, net = load.load(checkpoint, device, **config_flags.options(options, "sample"))
+    pictures, area = drawing.pictures(trained, paths, mask)
     recipe = build.edit_recipe(trained)
-    times = build.evaluations(trained, recipe, made)
+    times = cost.evaluations(trained, recipe, made)
     make_place(folder, format, machine)
     say(f"{edit}: {counted(count, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained,
         *masked_words(mask, area))
     film, results = format == "gif", []
     how = partial(draw.frames if film else draw.draw, walk=draw.edited(made, pictures, area, count, machine), times=times)
-    drawn = remembered(build.drawer(trained, net, machine, how)(range(count), recipe), results)
+    drawn = remembered(drawing.drawer(trained, net, machine, how)(range(count), recipe), results)
     files = written(write, out, drawn, format, count)
     first, *others = pictures
     hidden = [] if area is None else [first.masked_fill(area, 127)]
@@ -92,7 +96,7 @@ def written(write, out, batches, format, count):
 
 def say(text, config, *more):
     """Say how a config draws, with what a person should know of it."""
-    print("\n".join([text, *map(command.as_typed, build.remarks(config, "sample")), *more]), flush=True)
+    print("\n".join([text, *map(config_flags.as_typed, build.remarks(config, "sample")), *more]), flush=True)
 
 
 def masked_words(mask, area):
@@ -116,7 +120,7 @@ def edit_count(edit, made, paths, mask, num_images):
         raise ValueError(f"edit {edit!r} takes no mask; leave out --mask, or write --edit=inpaint")
     if made.single and num_images not in (None, 1):
         raise ValueError(f"edit {edit!r} makes one image; leave out --num_images")
-    command.check_count(1 if num_images is None else num_images)
+    config_flags.check_count(1 if num_images is None else num_images)
     return 1 if made.single else num_images or 16
 
 
@@ -138,7 +142,7 @@ def wrote(paths):
 
 def main():
     """Draw what the flags say; returns the exit code."""
-    given, options = flags.FLAGS, command.drawing()
+    given, options = flags.FLAGS, config_flags.drawing()
     if given.edit:
         paths = edit_images(given.checkpoint, given.edit, given.image, given.out, given.mask, given.num_images, given.device,
                             given.format, **options)
@@ -147,11 +151,11 @@ def main():
     else:
         paths = generate_images(given.checkpoint, given.num_images or 16, given.out, given.device, given.format, **options)
     print(wrote(paths))
-    return command.DONE
+    return errors.DONE
 
 
 if __name__ == "__main__":
-    command.define_checkpoint_flags("sample")
+    config_flags.define_checkpoint_flags("sample")
     flags.DEFINE_integer("num_images", None, "How many images; by default 16.", lower_bound=1)
     flags.DEFINE_alias("num_samples", "num_images")
     flags.DEFINE_string("out", "samples", "Folder for the images, or the one file of a grid, npz, zip or gif.")
@@ -160,5 +164,5 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("image", [], "Picture to edit; given twice to interpolate.")
     flags.DEFINE_string("mask", None, "Picture for inpaint, white where the image is painted anew, black or "
                         "transparent elsewhere.")
-    flags.adopt_module_key_flags(command)
-    command.run_door(main)
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.run_door(main)

@@ -11,15 +11,20 @@ from pathlib import Path
 
 from absl import flags
 
-from ddpm import assemble, build, checkpoint, command, config, dist
-from ddpm.files import held
-from ddpm.interrupt import Interrupted, Wish
-from ddpm.room import NoRoom, ran_out
-from ddpm.train import Diverged, train
+from ddpm.common import errors
+from ddpm.common.files import held
+from ddpm.config import files
+from ddpm.config import flags as config_flags
+from ddpm.experiment import build, memory, trainer
+from ddpm.runtime import device, ranks
+from ddpm.runtime.out_of_memory import NoRoom, ran_out
+from ddpm.runtime.signals import Interrupted, Wish
+from ddpm.training import checkpoint
+from ddpm.training.trainer import Diverged, train
 
 AGAIN = -1  # no exit code
 
-command.define_config_flag()
+config_flags.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
 
 
@@ -32,31 +37,31 @@ def train_experiment(given, folder):
     try:
         with wish.heard(), contextlib.ExitStack() as kept:
             with wish.abandonable():
-                machine = dist.start(given.train.amp, given.train.deterministic, None, wish, given.train.cudnn_benchmark)
+                machine = device.start(given.train.amp, given.train.deterministic, None, wish, given.train.cudnn_benchmark)
             with wish.abandonable(), machine.together():
                 build.check(given)
-                config.check_continues(given, folder)
+                files.check_continues(given, folder)
                 if machine.main:
                     kept.enter_context(held(folder))
             code, rollbacks, why = AGAIN, 0, ""
             while code == AGAIN:
                 with wish.abandonable():
                     with machine.together():
-                        run = assemble.run(given, folder, machine, rollbacks, announced if machine.main else silent)
+                        run = trainer.run(given, folder, machine, rollbacks, announced if machine.main else silent)
                     if run.finished:
                         run.tidy()
                         if machine.main:
                             print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
-                        return command.DONE
+                        return errors.DONE
                     if machine.main and not rollbacks:
                         with contextlib.suppress(OSError):  # of a console on a full disk
                             print(f"config: {Path(folder, 'config.json')} (--print_config shows it)", flush=True)
-                    assemble.track(given, run)
+                    trainer.track(given, run)
                 if rollbacks:
                     run.go_back(why)
                 code, why, rollbacks = finish(run), run.diverged, run.step.guard.rollbacks + 1
-                if code == command.FAILED and machine.world > 1:
-                    dist.abandon(code)
+                if code == errors.FAILED and machine.world > 1:
+                    ranks.abandon(code)
                 machine.exchange(None)  # the first to leave may have the others killed, while rank 0 closes its tracker
                 del run
                 gc.collect()
@@ -65,9 +70,9 @@ def train_experiment(given, folder):
     except Interrupted:  # before the first step
         more = "; give more hours" if wish.late else ": nothing to save, the same command goes on"
         print(f"stopped before the first step, {wish}{more}", file=sys.stderr, flush=True)
-        return command.FAILED if wish.late else command.INTERRUPTED
+        return errors.FAILED if wish.late else errors.INTERRUPTED
     finally:
-        dist.stop()
+        ranks.stop()
 
 
 def announced(text):
@@ -82,9 +87,9 @@ def silent(text):
 
 def main():
     """Train what the flags say; returns the exit code."""
-    given, file, overrides = command.given_config()
-    code = train_experiment(given, WORKDIR.value or config.default_workdir(file, overrides))
-    return command.DONE if code == command.INTERRUPTED and dist.restarted() else code
+    given, file, overrides = config_flags.given_config()
+    code = train_experiment(given, WORKDIR.value or files.default_workdir(file, overrides))
+    return errors.DONE if code == errors.INTERRUPTED and ranks.restarted() else code
 
 
 def finish(run):
@@ -92,10 +97,10 @@ def finish(run):
 
     AGAIN says that the run was rolled back, and is to be made anew.
     """
-    code = command.FAILED
+    code = errors.FAILED
     try:
         if train(run):
-            code = command.DONE
+            code = errors.DONE
             run.tracker.say(f"done; draw images with: python -m ddpm.generate --checkpoint={run.folder}")
         elif run.machine.wish.late and run.saved == run.begun:  # or a scheduler would begin it again for ever
             step, due = run.saved
@@ -103,7 +108,7 @@ def finish(run):
             run.tracker.say(f"failed: {run.machine.wish}, and that is too little for {todo}; give more hours, or smaller "
                             "evaluations")
         else:
-            code = command.INTERRUPTED
+            code = errors.INTERRUPTED
             run.tracker.say(f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; run the same command to continue")
     except Diverged as error:
         run.diverged = str(error)
@@ -113,27 +118,27 @@ def finish(run):
             code = AGAIN
             run.tracker.say(f"rolled back: {run.roll_back(error)}")
         else:
-            code = command.DIVERGED
+            code = errors.DIVERGED
             try:
                 words = run.diagnosis()
             except (RuntimeError, MemoryError) as problem:
-                words = f"none, as that failed too: {command.one_line(problem)}"
+                words = f"none, as that failed too: {errors.one_line(problem)}"
             run.tracker.say(f"diagnosis: {words}")
             run.tracker.summary("train/diverged", run.diverged)
             run.tracker.summary("train/diagnosis", words)
     except OSError as error:
-        spare = checkpoint.spare(run.folder) if error.errno in command.FULL else ""
+        spare = checkpoint.spare(run.folder) if error.errno in errors.FULL else ""
         may_go = f" (of this run may go {spare})" if spare else ""
-        failed(run, f"{command.one_line(error)}{may_go}; then the same command goes on from the last checkpoint")
+        failed(run, f"{errors.one_line(error)}{may_go}; then the same command goes on from the last checkpoint")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
         if ran_out(error):
-            what = error if isinstance(error, NoRoom) else f"out of memory ({command.one_line(error)})"
-            helps = ", ".join(assemble.savings(config.from_json(run.config_json), run.machine, run.recomputed))
+            what = error if isinstance(error, NoRoom) else f"out of memory ({errors.one_line(error)})"
+            helps = ", ".join(memory.savings(files.from_json(run.config_json), run.machine, run.recomputed))
             failed(run, f"{what}; what helps, by what it saves: {helps}")
-        elif failed(run, f"{command.one_line(error)}; the same command goes on from the last checkpoint"):
+        elif failed(run, f"{errors.one_line(error)}; the same command goes on from the last checkpoint"):
             traceback.print_exc()
     finally:
-        run.tracker.close(command.DONE if code == AGAIN else code, hurry=lambda: run.machine.wish.asked)
+        run.tracker.close(errors.DONE if code == AGAIN else code, hurry=lambda: run.machine.wish.asked)
     return code
 
 
@@ -148,5 +153,5 @@ def failed(run, words):
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(command)
-    command.run_door(main)
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.run_door(main)

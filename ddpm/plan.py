@@ -13,11 +13,17 @@ import torch
 from absl import flags
 from tqdm import tqdm
 
-from ddpm import assemble, build, clock, command, data, memory
-from ddpm.cards import CARDS, known
-from ddpm.config import changed
-from ddpm.report import amount, plain
-from ddpm.spec import suggest
+from ddpm import data
+from ddpm.common import durations, errors
+from ddpm.common.registry import suggest
+from ddpm.config import flags as config_flags
+from ddpm.config.files import changed
+from ddpm.data import source
+from ddpm.experiment import build, cost, trainer
+from ddpm.experiment import memory as experiment_memory
+from ddpm.runtime import memory
+from ddpm.runtime.gpus import CARDS, known
+from ddpm.studies.tables import amount, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = memory.GIB
@@ -46,7 +52,7 @@ def memory_of(config, images, vram):
             for name, levels in (("none", 0), ("all", count)):
                 accounts = []
                 for n in (images, 2 * images):
-                    accounts.append(assemble.account(config, dtype, n, levels))
+                    accounts.append(experiment_memory.account(config, dtype, n, levels))
                     bar.update()
                 one, other = accounts
                 yield Memory(types, name, one, memory.most_images(one, images, other, 2 * images, vram))
@@ -73,7 +79,7 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
     section, images = config.train, config.train.batch_size // config.train.gradient_accumulation_steps
     with torch.device("meta"):
         weights = sum(one.numel() for one in build.network(config).parameters())
-    asked, shape = build.operations(config), "x".join(map(str, build.image_shape(config)[::-1]))
+    asked, shape = cost.operations(config), "x".join(map(str, build.image_shape(config)[::-1]))
     flops, kernels = asked.training, section.gradient_accumulation_steps * asked.kernels
     yield (f"{config.model.name}: {weights:,} parameters, images {shape}, {flops / 1e9:,.4g} GFLOP an image, forward and "
            "backward\n")
@@ -86,7 +92,7 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
     rows = [["type", "checkpointing", "weights", "EMA", "optimizer", "gradients", "activations", "workspace", "sum",
              "card has", "most images", f"of {cards} sharded"]]
     for found in memory_of(config, images, vram * GIB):
-        each = sharded and f"{memory.with_margin(assemble.on_each(sharded, found.account, cards)) / GIB:.2f}"
+        each = sharded and f"{memory.with_margin(experiment_memory.on_each(sharded, found.account, cards)) / GIB:.2f}"
         parts = (*found.account.parts, found.account.total, memory.with_margin(found.account.total))
         rows.append([found.types, found.checkpointing, *(f"{part / GIB:.2f}" for part in parts), str(max(found.most, 0)),
                      each or "cannot be"])
@@ -100,7 +106,7 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
         yield f"faster in bf16 or fp16 on such a card, in fewer parts: --config.train.gradient_accumulation_steps={fewest}\n"
 
     total, size, among = length(config)
-    evaluated = build.evaluated(config, size, asked)
+    evaluated = cost.evaluated(config, size, asked)
     yield (f"time at the least, if a GPU reaches {mfu:.0%} of what its maker publishes (--mfu) and launches each of the "
            f"{kernels:,} kernels of a step in {LAUNCH * 1e6:g} microseconds: {section.length} are "
            f"{total * section.batch_size:,} images{among}")
@@ -122,7 +128,7 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
     yield (f"{evaluated.words}\nan evaluation of {evaluated.config.evaluate.num_samples:,} images costs as much as training on "
            f"{evaluated.operations / flops:,.0f}\n")
 
-    if remarks := assemble.length_remarks(config, size):
+    if remarks := trainer.length_remarks(config, size):
         yield "\n".join(remarks) + "\n"
 
     file = 4 * weights / GIB
@@ -133,7 +139,7 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
            (f", {size * math.prod(build.image_shape(config)) / GIB:.2f} in all" if size else ""))
     if config.ema.profiles:
         count, rhythm = len(config.ema.profiles), config.every.snapshot
-        times, each = clock.Every(rhythm, section.batch_size, size).times(total), file / 2 * count
+        times, each = durations.Every(rhythm, section.batch_size, size).times(total), file / 2 * count
         yield (f"and a snapshot of {count} averages in half precision (every.snapshot={rhythm}) {each:.2f}" +
                ("" if times is None else f", {times} of them {times * each:.2f}"))
 
@@ -177,13 +183,13 @@ def length(config):
             words = f", of {size:,} in the data"
         except ValueError as error:
             size, words = ASSUMED, f", as if there were {ASSUMED:,} in the data ({error})"
-    return clock.steps_of(section.length, section.batch_size, size), size, words
+    return durations.steps_of(section.length, section.batch_size, size), size, words
 
 
 def at_hand(config):
     """The images of a config, none of them decoded; raises ValueError where they are not on this machine."""
     section = config.data
-    with data.without_downloads():
+    with source.without_downloads():
         return data.open_source(section.source, section.image_size, section.channels, section.matte)
 
 
@@ -208,21 +214,21 @@ def with_classes(config, count=None):
 def main():
     """Print the plan of the config that the flags name; returns the exit code."""
     values = flags.FLAGS
-    given, words = with_classes(command.given_config()[0], values.classes)
+    given, words = with_classes(config_flags.given_config()[0], values.classes)
     if words:
         print(words, flush=True)
     for lines in plan(given, values.vram, values.mfu, values.cards, values.gpus):
         print(lines, flush=True)
-    return command.DONE
+    return errors.DONE
 
 
 if __name__ == "__main__":
-    command.define_config_flag()
+    config_flags.define_config_flag()
     flags.DEFINE_float("vram", 8.0, "Memory of the card that is asked about, in GiB.", lower_bound=0.1)
     flags.DEFINE_float("mfu", 0.4, "Share of a card's published peak that is reached.", lower_bound=0.001, upper_bound=1.0)
     flags.DEFINE_integer("cards", 8, "How many cards the last columns of the hours are for.", lower_bound=1)
     flags.DEFINE_string("gpus", USUAL, "GPUs to show, by the names that torch gives them, joined by commas; or all.")
     flags.DEFINE_integer("classes", None, "Classes in the data of a class-conditional config; by default as many as there are.",
                          lower_bound=1)
-    flags.adopt_module_key_flags(command)
-    command.run_door(main)
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.run_door(main)

@@ -4,11 +4,13 @@ from pathlib import Path
 
 from absl import flags
 
-from ddpm import build, command, images
-from ddpm.draw import joined
+from ddpm.common import errors, pixels
+from ddpm.config import flags as config_flags
+from ddpm.experiment import build, drawing, load
+from ddpm.sampling.draw import joined
 
 
-@command.also_called(checkpoint_path="checkpoint", ckpt_path="checkpoint", out_path="out", num_samples="num_images")
+@config_flags.also_called(checkpoint_path="checkpoint", ckpt_path="checkpoint", out_path="out", num_samples="num_images")
 def sample_from_checkpoint(checkpoint=None, out="samples.png", num_images=16, device=None, **options):
     """Draw a grid of `num_images` images from a run folder or checkpoint file into the picture `out`; returns [its path].
 
@@ -16,26 +18,26 @@ def sample_from_checkpoint(checkpoint=None, out="samples.png", num_images=16, de
     names, `steps=25`, or any by its full name, `**{"diffusion.clip": False}`. Raises ValueError, one line, for a missing or
     damaged checkpoint, for options that cannot be, and for a picture format that is not known.
     """
-    images.check_picture(out)
-    command.check_count(num_images)
-    _, _, trained, machine, net = build.load(checkpoint, device, **command.options(options, "sample"))
-    drawn = build.drawer(trained, net, machine)(range(num_images), build.grid_recipe(trained))
-    images.save_image_grid(joined(drawn), out)
+    pixels.check_picture(out)
+    config_flags.check_count(num_images)
+    _, _, trained, machine, net = load.load(checkpoint, device, **config_flags.options(options, "sample"))
+    drawn = drawing.drawer(trained, net, machine)(range(num_images), build.grid_recipe(trained))
+    pixels.save_image_grid(joined(drawn), out)
     return [Path(out)]
 
 
 def main():
     """Draw what the flags say; returns the exit code."""
     given = flags.FLAGS
-    path, = sample_from_checkpoint(given.checkpoint, given.out, given.num_images, given.device, **command.drawing())
+    path, = sample_from_checkpoint(given.checkpoint, given.out, given.num_images, given.device, **config_flags.drawing())
     print(f"wrote {path}")
-    return command.DONE
+    return errors.DONE
 
 
 if __name__ == "__main__":
-    command.define_checkpoint_flags("sample")
+    config_flags.define_checkpoint_flags("sample")
     flags.DEFINE_integer("num_images", 16, "How many images.", lower_bound=1)
     flags.DEFINE_alias("num_samples", "num_images")
     flags.DEFINE_string("out", "samples.png", "The picture: png, jpg or webp.")
-    flags.adopt_module_key_flags(command)
-    command.run_door(main)
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.run_door(main)

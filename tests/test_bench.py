@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from test_configs import module_of
+
+from support.configs import module_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PEERS = ("accelerate", "denoising_diffusion_pytorch", "diffusers")

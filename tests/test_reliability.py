@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_configs import module_of
+
+from support.configs import module_of
 
 RELIABILITY = Path(__file__).parents[1] / "experiments" / "reliability"
 sys.path.append(str(RELIABILITY))

@@ -1,44 +1,34 @@
-"""The architecture, read from the imports: floors point down only, and a library has one home."""
+"""The house: import order, one home for a library, and rules that hold for every file."""
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "ddpm"
-
-FLOORS = {
-    "doors": ["main", "generate", "sample", "evaluate", "plan", "compare", "convert", "sweep", "dashboard", "doctor",
-              "__main__"],
-    "assembly": ["build", "assemble", "train"],
-    "craft": ["config", "command", "dialects", "study", "draw", "score", "step", "results", "report", "figures", "sheet"],
-    "services": ["data", "pictures", "colour", "png", "likeness", "cache", "shards", "checkpoint", "tracking", "metrics"],
-    "mathematics": ["diffusion", "models", "augment", "ema", "posthoc", "optim", "images"],
-    "ground": ["spec", "rng", "dist", "sharded", "clock", "files", "memory", "room", "cards", "budget", "interrupt",
-               "progress"],
-}
-HEIGHT = {room: height for height, rooms in enumerate(reversed(FLOORS.values())) for room in rooms}
-GROUND, MATHEMATICS, SERVICES, CRAFT, ASSEMBLY, DOORS = range(6)
-EXCEPTIONS = {("sample", "generate"): "a door may call generate's function"}
-
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ddpm"
+COMMANDS = {"main", "generate", "sample", "evaluate", "plan", "doctor", "sweep", "compare", "dashboard", "convert"}
 HOMES = {
-    "wandb": {"tracking", "compare", "dashboard"},
-    "torch_fidelity": {"metrics"},
-    "diffusers": {"convert"},
-    "optuna": {"sweep"},
+    "wandb": {"tracking.wandb", "studies.wandb_io", "dashboard"},
+    "torch_fidelity": {"evaluation"},
+    "diffusers": {"interop.diffusers"},
+    "optuna": {"studies.search"},
     "wandb_workspaces": {"dashboard"},
-    "torch.distributed": {"dist", "sharded"},
-    "ml_collections": {"config", "command"},
-    "matplotlib": {"figures"},
-    "scipy": {"results"},
-    "streaming": {"shards"},
+    "torch.distributed": {"runtime", "training.network", "training.fsdp"},
+    "ml_collections": {"config"},
+    "matplotlib": {"studies.figures", "data.contact_sheet"},
+    "scipy": {"studies.statistics", "evaluation.distances"},
+    "streaming": {"data.shards"},
 }
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def module_of(path):
+    """The name of a file's module below `ddpm`, such as `data.decode`; a folder's own is the folder's."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports_of(path):
@@ -54,44 +44,48 @@ def imports_of(path):
             yield node.lineno, ast.unparse(node)
 
 
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+def lint_imports(root):
+    """Exit code and output of import-linter on the package in a folder; the contract is the one in pyproject.toml."""
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={"PYTHONPATH": str(root)})
+    return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_imports_point_down_only(path):
-    room = room_of(path)
-    assert room in HEIGHT, f"{room} has no floor: give it one in tests/test_structure.py and CONTRIBUTING.md"
-    for line, module in imports_of(path):
-        if not module.startswith("ddpm."):
-            continue
-        other = module.split(".")[1]
-        if other == room or (room, other) in EXCEPTIONS:
-            continue
-        assert other in HEIGHT, f"{path.name}:{line} imports {module}, which has no floor"
-        upward = HEIGHT[other] > HEIGHT[room]
-        beside = HEIGHT[other] == HEIGHT[room] and HEIGHT[room] == DOORS
-        assert not upward, f"{path.name}:{line} imports {other}, which is on a higher floor: data flows one way"
-        assert not beside, f"{path.name}:{line}: a door never opens on another door ({other})"
-        if HEIGHT[room] == SERVICES:
-            allowed = other == "images" or HEIGHT[other] in (GROUND, SERVICES)
-            assert allowed, f"{path.name}:{line}: services do not know the mathematics ({other})"
-        if HEIGHT[room] == MATHEMATICS:
-            assert other not in ("dist", "sharded"), f"{path.name}:{line}: the mathematics knows no ranks or devices"
+def test_the_root_holds_the_commands_and_nothing_else():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == COMMANDS | {"__init__", "__main__"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_the_map_names_every_module():
+    text = (PACKAGE / "README.md").read_text()
+    for path in MODULES:
+        known = path.stem in text or path.stem in ("__init__", "__main__")
+        assert known, f"{path.relative_to(PACKAGE)} is not in ddpm/README.md"
+
+
+def test_imports_follow_the_order_of_the_folders():
+    code, output = lint_imports(ROOT)
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("importer, imported", [
+    ("diffusion/process.py", "ddpm.training.step"), ("models/unet.py", "ddpm.data.order"), ("plan.py", "ddpm.main")])
+def test_the_contract_can_fail(tmp_path, importer, imported):
+    shutil.copytree(PACKAGE, tmp_path / "ddpm", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "ddpm" / importer
+    path.write_text(f"{path.read_text()}\n\ndef late():\n    import {imported}\n")
+    code, output = lint_imports(tmp_path)
+    assert code == 1 and imported in output, output
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_a_library_has_one_home(path):
-    for line, module in imports_of(path):
+    module = module_of(path)
+    for line, name in imports_of(path):
         for library, homes in HOMES.items():
-            if module == library or module.startswith(library + "."):
-                assert room_of(path) in homes, f"{path.name}:{line}: {library} lives only in {sorted(homes)}"
-
-
-def test_the_rules_can_fail():
-    """The reader of imports sees what the rules look for, wherever it stands."""
-    source = PACKAGE.parent / "tests" / "test_structure.py"
-    assert "ast" in [module for _, module in imports_of(source)]
-    assert HEIGHT["spec"] == GROUND and HEIGHT["main"] == DOORS and HEIGHT["build"] == ASSEMBLY and HEIGHT["draw"] == CRAFT
+            if name == library or name.startswith(library + "."):
+                at_home = any(module == home or module.startswith(home + ".") for home in homes)
+                assert at_home, f"{module}:{line}: {library} lives only in {sorted(homes)}"
 
 
 def test_no_unsafe_loading_and_no_device_strings():
@@ -106,7 +100,7 @@ def test_one_module_opens_pictures():
     for path in MODULES:
         calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         opens = [call for call in calls if call in ("Image.open", "PIL.Image.open", "plt.imread", "read_image", "imread")]
-        assert bool(opens) == (room_of(path) == "pictures"), f"{path.name}: open it by ddpm.pictures"
+        assert bool(opens) == (module_of(path) == "data.decode"), f"{path.name}: open it by ddpm.data.decode"
 
 
 def test_what_others_wrote_is_not_checked_by_assert():

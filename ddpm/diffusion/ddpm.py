@@ -12,13 +12,14 @@ import torch
 from einops import rearrange, reduce
 from torch import nn
 
-from ddpm import spec
+from ddpm.common import registry
 from ddpm.diffusion import samplers, schedules
+from ddpm.diffusion.denoiser import ask, denoiser, estimate
 from ddpm.diffusion.guidance import NONE, Guidance, unlabelled
 from ddpm.diffusion.likelihood import bound_term
 from ddpm.diffusion.losses import Objective
 from ddpm.diffusion.process import VARIANCES, Process, latent
-from ddpm.diffusion.targets import ask, denoiser, estimate, get_target
+from ddpm.diffusion.targets import get_target
 
 
 class Step(NamedTuple):
@@ -51,7 +52,7 @@ class DDPM(nn.Module):
         self.net = net
         self.predict, self.time_scale = predict, 1000 / timesteps if rescale_timesteps else 1
         self.target = get_target(predict, self.time_scale)
-        self.variance = spec.check_choice("variance", variance, VARIANCES)
+        self.variance = registry.check_choice("variance", variance, VARIANCES)
         self.clip, self.self_condition = clip, self_condition
         self.process = Process(*schedules.get_schedule(beta_schedule, timesteps, zero_terminal_snr))
         if not self.target.pure_noise and self.process.alpha[-1].float() == 0:  # the precision that x is divided in
@@ -144,7 +145,7 @@ class DDPM(nn.Module):
         y [b] are followed the more, the more `guidance` is above 1 (Ho & Salimans 2022).
         Raises ValueError for an unknown sampler and for steps outside 1 .. T.
         """
-        walk = spec.choose("sampler", self.samplers, sampler)
+        walk = registry.choose("sampler", self.samplers, sampler)
         levels = self.process.levels(self.process.timesteps if steps is None else steps)
         device = next(self.parameters(), torch.empty(0)).device
         noise = noise or (lambda k: torch.randn(shape, device=device))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange, reduce
 
-from ddpm import spec
+from ddpm.common import registry
 from ddpm.diffusion import samplers
 from ddpm.diffusion.process import latent
 
@@ -176,7 +176,7 @@ def inner(sampler):
 
 def get_edit(text):
     """Return the Edit of a name like `"inpaint"` or `"sdedit(strength=0.6)"`; raises ValueError for an unknown one."""
-    return spec.choose("edit", EDITS, text)()
+    return registry.choose("edit", EDITS, text)()
 
 
 def asked(edit, sampler, levels):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 
-from ddpm import spec
+from ddpm.common import registry
 from ddpm.diffusion.spacings import SPACINGS
 
 
@@ -116,7 +116,7 @@ class Process:
 
         `spacing` names an entry of SPACINGS. Raises ValueError for steps outside 1 .. T, or that the spacing cannot make.
         """
-        space = spec.choose("spacing", SPACINGS, spacing)
+        space = registry.choose("spacing", SPACINGS, spacing)
         if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
             raise ValueError(f"{steps!r} steps is out of range; give 1 to {self.timesteps} (the timesteps)")
         times = space(self, steps)

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import torch
 
-from ddpm import spec
+from ddpm.common import registry
 from ddpm.diffusion.process import VARIANCES, posterior
 
 
@@ -24,7 +24,7 @@ def ddpm(denoise, x, levels, noise, *, variance="small"):
 
     Raises ValueError for a variance that is not one of VARIANCES, and for `learned` with a network that has learned none.
     """
-    spec.check_choice("variance", variance, VARIANCES)
+    registry.check_choice("variance", variance, VARIANCES)
     for k, (t, s) in enumerate(pairwise(levels), start=1):
         x0, _, *mix = denoise(x, t)
         step = posterior(s, t)

@@ -10,7 +10,7 @@ from numbers import Integral
 
 import torch
 
-from ddpm import spec
+from ddpm.common import registry
 
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021: keeps the last steps, where alpha_bar nears 0, from being singular
 
@@ -103,7 +103,7 @@ def get_schedule(name, timesteps, zero_terminal=False):
     `zero_terminal` rescales them by `zero_terminal_snr`. Raises ValueError for an unknown name or knob, T outside
     1 .. 10,000, or knobs under which noise does not grow.
     """
-    schedule = spec.choose("schedule", SCHEDULES, name)
+    schedule = registry.choose("schedule", SCHEDULES, name)
     if isinstance(timesteps, bool) or not isinstance(timesteps, Integral) or not 1 <= timesteps <= 10_000:
         raise ValueError(f"timesteps {timesteps!r} is out of range; give a whole number from 1 to 10000")
     try:

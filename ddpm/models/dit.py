@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
+from ddpm.common.registry import check_choice
 from ddpm.models.layers import (
     add_augmentation,
     add_class,
@@ -20,7 +21,6 @@ from ddpm.models.layers import (
     query_key_norms,
     timestep_embedding,
 )
-from ddpm.spec import check_choice
 
 LARGEST, DEEPEST = 65536, 1024  # beyond any network: a number that came with somebody's file may not fill the memory
 FREQUENCIES = 256  # sines and cosines that a time is told apart by, at any width

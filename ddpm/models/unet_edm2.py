@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from ddpm.common.registry import check_choice
 from ddpm.models.layers import NearestUpsample, head_count, timestep_embedding
 from ddpm.models.unet import UNet, check_size
-from ddpm.spec import check_choice
 
 LIMIT = 256.0  # of activations, so that none overflows in half precision
 

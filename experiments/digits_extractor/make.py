@@ -1,4 +1,4 @@
-"""Makes ddpm/assets/digits-HASH.safetensors, the network behind FD (digits), and measures what it can tell apart.
+"""Makes ddpm/evaluation/assets/digits-HASH.safetensors, the network behind FD (digits), and measures what it can tell apart.
 
     python experiments/digits_extractor/make.py            train the shipped one again and write it
     python experiments/digits_extractor/make.py --table    train five seeds, measure each, write table.csv
@@ -22,8 +22,8 @@ from einops import rearrange
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from ddpm import metrics
 from ddpm.data import open_source
+from ddpm.evaluation import distances, extractors, reference
 
 HERE = Path(__file__).parent
 SHIPPED_SEED = 3  # the best of the five on held-out digits and on the least visible missing class
@@ -122,7 +122,7 @@ def train(digits, labels, seed):
         blur = torch.where(spoilt & (fault > 0.4), amount[1], 0)
         x = warped(digits[size][chosen].float())
         x = quantised(noisy(blurred(x, blur * MOST_BLUR * size / 16), noise * MOST_NOISE))
-        guesses = net(metrics.digits_input(x))
+        guesses = net(extractors.digits_input(x))
         loss = F.cross_entropy(guesses[0], labels[chosen], label_smoothing=0.1)
         loss = loss + NOISE_WEIGHT * F.mse_loss(guesses[1].flatten(), noise)
         loss = loss + BLUR_WEIGHT * F.mse_loss(guesses[2].flatten(), blur)
@@ -145,7 +145,7 @@ def held_out_accuracy(digits, labels, seed):
     for seen, unseen in (halves(labels), halves(labels)[::-1]):
         with torch.enable_grad():
             net = train({size: x[seen] for size, x in digits.items()}, labels[seen], seed)
-        right += (net(metrics.digits_input(digits[16][unseen]))[0].argmax(1) == labels[unseen]).sum().item()
+        right += (net(extractors.digits_input(digits[16][unseen]))[0].argmax(1) == labels[unseen]).sum().item()
     return right / len(labels)
 
 
@@ -154,23 +154,25 @@ def measure(extractor, digits, labels):
     torch.manual_seed(1)
     x, count = digits.float(), len(digits)
     pixel = digits.shape[-1] / 16
-    real = metrics.extract(extractor, [digits])
+    real = extractors.extract(extractor, [digits])
 
     def distance(images):
-        return metrics.frechet(metrics.extract(extractor, [images]), real)
+        return distances.frechet(extractors.extract(extractor, [images]), real)
 
     pairs = [halves(labels, split) for split in range(10)]
-    table = {"half against half": sum(metrics.frechet(real[first], real[second]) for first, second in pairs) / 10}
+    table = {"half against half": sum(distances.frechet(real[first], real[second]) for first, second in pairs) / 10}
     table["uniform noise"] = distance(torch.randint(0, 256, digits.shape, dtype=torch.uint8))
     for std in (10, 20, 40):
         table[f"noise {std}/255"] = distance(quantised(noisy(x, torch.full([count], std))))
     for std in (1, 2):
         table[f"blur {std} px"] = distance(quantised(blurred(x, torch.full([count], std * pixel))))
-    missing = [metrics.frechet(real[labels != label], real) for label in range(10)]
+    missing = [distances.frechet(real[labels != label], real) for label in range(10)]
     table["one class missing, least"] = min(missing)
     table["one class missing, mean"] = sum(missing) / len(missing)
     for n in (500, 1000, 1797):
-        table[f"perfect generator, {n}"], table[f"perfect generator, {n}, sd"] = metrics.chance(metrics.Reference.of(real), n)
+        table[f"perfect generator, {n}"], table[f"perfect generator, {n}, sd"] = distances.chance(
+            reference.Reference.of(real), n
+        )
     return table
 
 
@@ -187,7 +189,7 @@ def tabulate(digits, labels):
     columns = {}
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
-            extractor = metrics.digits_extractor(write(train(digits, labels, seed), folder), "cpu")
+            extractor = extractors.digits_extractor(write(train(digits, labels, seed), folder), "cpu")
         name = f"seed {seed}: {extractor.name}"
         for size in SIZES:
             columns[f"{name} at {size}x{size}"] = measure(extractor, digits[size], labels)
@@ -218,11 +220,11 @@ def main():
     if arguments.table:
         tabulate(digits, labels)
     elif arguments.shipped:
-        extractor = metrics.digits("cpu")
+        extractor = extractors.digits("cpu")
         columns = {f"{extractor.name} at {size}x{size}": measure(extractor, digits[size], labels) for size in SIZES}
         write_table(columns, HERE / "shipped.csv")
     else:
-        print(f"wrote {write(train(digits, labels, SHIPPED_SEED), metrics.DIGITS.parent)}")
+        print(f"wrote {write(train(digits, labels, SHIPPED_SEED), extractors.DIGITS.parent)}")
 
 
 if __name__ == "__main__":

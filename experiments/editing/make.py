@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from ddpm import data
+from ddpm.common.pixels import make_grid
 from ddpm.generate import edit_images
-from ddpm.images import make_grid
 
 CELLS = 12  # a row
 THREE, EIGHT = 13, 18  # among the digits

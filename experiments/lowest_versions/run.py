@@ -17,8 +17,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-QUICK = """golden exact checkpoint colour pictures data doctor files spec rng schedules samplers images models dit ema optim
-compile room metrics tracking study sweep plan dashboard""".split()
+QUICK = """training/golden training/exact training/checkpoint data/colour data/decode data/sources commands/doctor
+common/files common/registry common/rng diffusion/schedules diffusion/samplers common/pixels models/networks
+models/dit training/ema training/optim runtime/compile runtime/out_of_memory evaluation/distances
+tracking/tracker studies/study studies/runner commands/plan commands/dashboard""".split()
 
 
 def uv(*words):
@@ -40,7 +42,7 @@ def environment(folder, python):
 
 def tested(python, folder):
     """The cases of the quick tests: (file, name, "passed", "failed" or "skipped", message)."""
-    files = [f"tests/test_{name}.py" for name in QUICK]
+    files = ["tests/{}/test_{}.py".format(*name.split("/")) for name in QUICK]
     command = [python, "-m", "pytest", "-n", "0", "-q", "--tb=short", f"--junitxml={folder / 'tests.xml'}", *files]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     for case in xml.parse(folder / "tests.xml").iter("testcase"):

@@ -16,10 +16,16 @@ from textwrap import fill
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm import assemble, build, config, dist, memory
-from ddpm.compare import commit, this_machine
-from ddpm.files import written_beside
-from ddpm.report import listed, markdown
+from ddpm.common.files import written_beside
+from ddpm.config import defaults, files
+from ddpm.experiment import build
+from ddpm.experiment import memory as experiment_memory
+from ddpm.experiment import step as experiment_step
+from ddpm.runtime import device as runtime_device
+from ddpm.runtime import memory
+from ddpm.studies.archive import commit, this_machine
+from ddpm.studies.report import listed
+from ddpm.studies.tables import markdown
 
 HERE = Path(__file__).parent
 TYPES = {"cpu": ("off", "bf16"), "cuda": ("off", "bf16", "fp16")}  # train.amp by device
@@ -62,10 +68,10 @@ def measured(given, machine, levels):
     It is the weights, averages and optimiser's state, and what a step adds to them: no buffer that a library keeps between
     steps, such as cuBLAS's.
     """
-    network = assemble.learning(given, build.network(given), machine, levels, print)
-    averages = list(assemble.averages(given, network.weights).values())
-    step = assemble.step(given, network, averages, 100)
-    batch = assemble.blank(given, given.train.batch_size)
+    network = experiment_step.learning(given, build.network(given), machine, levels, print)
+    averages = list(experiment_step.averages(given, network.weights).values())
+    step = experiment_step.step(given, network, averages, 100)
+    batch = experiment_step.blank(given, given.train.batch_size)
     step(0, batch)  # the optimiser has begun
     held = [*network.weights.state_dict().values(), *(value for average in averages for value in average.shadow.values()),
             *(value for state in step.optimizer.state.values() for value in state.values())]
@@ -75,7 +81,7 @@ def measured(given, machine, levels):
 def planned(given, dtype, levels):
     """What the planner says of the same step, in bytes."""
     images = given.train.batch_size // given.train.gradient_accumulation_steps
-    return assemble.account(given, dtype, images, levels).total
+    return experiment_memory.account(given, dtype, images, levels).total
 
 
 def computes(machine):
@@ -110,7 +116,7 @@ def measure(names, device, out):
     kept, at = rows_of(out / "results.json"), {"commit": commit(), "torch": version("torch")}
     place = this_machine() if device == "cuda" else f"{os.cpu_count()} CPU cores"
     for name, amp, levels in itertools.product(names, TYPES[device], (0, 99)):
-        given, machine = config.changed(config.freeze(config.base()), CASES[name]), dist.start(amp, device=device)
+        given, machine = files.changed(defaults.freeze(defaults.base()), CASES[name]), runtime_device.start(amp, device=device)
         row = {"network": name, "type": str(machine.dtype).removeprefix("torch."), "checkpointing": "all" if levels else "none",
                "device": device}
         if not computes(machine) and key(row) not in kept:

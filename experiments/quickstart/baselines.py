@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm import build, dist, rng
-from ddpm.config import freeze
+from ddpm.common import rng
+from ddpm.config.defaults import freeze
+from ddpm.experiment import build, drawing
+from ddpm.runtime import device
 
 HERE = Path(__file__).parent
 RECIPE = importlib.util.spec_from_file_location("digits", HERE.parents[1] / "configs" / "digits.py")
@@ -25,11 +27,11 @@ def noise(seeds, recipe):
 def main():
     module = importlib.util.module_from_spec(RECIPE)
     RECIPE.loader.exec_module(module)
-    config, machine = freeze(module.get_config()), dist.start()
-    measure = build.scorer(config, build.dataset(config), machine)
+    config, machine = freeze(module.get_config()), device.start()
+    measure = drawing.scorer(config, build.dataset(config), machine)
     mean, deviation = measure.perfect.values()
     print(f"perfect generator    eval/fd_digits {mean:.4f} ± {deviation:.4f}", flush=True)
-    for name, draw in (("uniform noise", noise), ("untrained network", build.drawer(config, build.network(config), machine))):
+    for name, draw in (("uniform noise", noise), ("untrained network", drawing.drawer(config, build.network(config), machine))):
         numbers, _ = measure(draw)
         print(f"{name:20} eval/fd_digits {numbers['eval/fd_digits']:.2f}   {numbers['eval/made']}", flush=True)
 

@@ -8,9 +8,10 @@ import time
 import numpy as np
 from faults import Found, differences, forked, small, training
 from PIL import Image
-from test_pictures import attacks
 
 from ddpm import data
+from ddpm.data import folder as data_folder
+from support.pictures import attacks
 
 KINDS = (("JPEG", "RGB", {}), ("JPEG", "L", {"progressive": True}), ("PNG", "RGB", {}), ("PNG", "P", {}), ("WEBP", "RGB", {}),
          ("WEBP", "RGBA", {"lossless": True}), ("BMP", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
@@ -53,7 +54,7 @@ def among_good_ones(folder, times, seed):
     given = small(data__source=f"folder(path={str(photos)!r})", data__channels=3, data__cache="none",
                   evaluate__extractor="none")
     begun = time.monotonic()
-    found = data.survey(photos)
+    found = data_folder.survey(photos)
     spent, faults = time.monotonic() - begun, found.faults(16)
     lost = [f"{name} is left out: {fault}" for name, fault in zip(found.names, faults, strict=True) if fault and "good" in name]
     codes = [forked(training(given, folder / "run"), folder / "log", limit=1200)]
@@ -94,7 +95,7 @@ def while_read(folder, times, seed):
     finally:
         done.set()
         thread.join()
-    found = data.survey(folder)
+    found = data_folder.survey(folder)
     for name, fault in zip(found.names, found.faults(16), strict=True):
         whole = (folder / name).is_file() and (name == "0.png" or (folder / name).read_bytes() == content)
         lost += [] if whole == (not fault) else [f"{name} is {'' if whole else 'not '}whole, and said to be {fault or 'whole'}"]

@@ -16,10 +16,11 @@ import numpy as np
 import PIL.Image
 import torch
 from faults import Found, before_call, die, differences, forked, small, training
-from test_tracking import lines, rows_of, synced
 
-from ddpm import images, tracking
+from ddpm.common import pixels as common_pixels
 from ddpm.generate import generate_images
+from ddpm.tracking import wandb
+from support.wandb_logs import lines, rows_of, synced
 
 
 class Alone(NamedTuple):
@@ -185,7 +186,7 @@ def drawing(folder, times, seed):
 
 def row_flush(at):
     """A point: before or after a row goes to W&B, with or without W&B's own process."""
-    original, calls = tracking.Wandb.write, itertools.count(1)
+    original, calls = wandb.Wandb.write, itertools.count(1)
 
     def write(sink, *arguments):
         number = next(calls)
@@ -199,7 +200,7 @@ def row_flush(at):
             die()
         original(sink, *arguments)
 
-    tracking.Wandb.write = write
+    wandb.Wandb.write = write
     return lambda: next(calls) - 1
 
 
@@ -213,7 +214,7 @@ POINTS = {  # name -> f(at): let this process die at its `at`-th coming there; r
     "fsync": before(os, "fsync"),
     "rename": before(os, "replace"),
     "deletion": before(Path, "unlink"),
-    "picture": half(images, "save_picture", 1),
+    "picture": half(common_pixels, "save_picture", 1),
     "decoding": before(PIL.Image, "open"),
     "row": row_flush,
 }

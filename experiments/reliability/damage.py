@@ -11,9 +11,10 @@ import sys
 import numpy as np
 from crashes import alone
 from faults import Found, before_call, differences, forked, last_line, small, training
-from test_train import equal
 
-from ddpm import checkpoint, images
+from ddpm.common import pixels, safe_load
+from ddpm.training import checkpoint, weights
+from support.runs import equal
 
 DAMAGE = "is damaged"
 
@@ -34,7 +35,7 @@ def unseen(folder, times, seed):
     """Flips of one bit anywhere in a checkpoint or in exported weights, and cuts; what is read is the same or is refused."""
     rng, whole, found, lost = np.random.default_rng(seed), alone().folder, 0, []
     places = [(checkpoint.checkpoints(whole)[-1][1], checkpoint.load, lambda read: read),
-              (whole / "final.safetensors", checkpoint.exported, lambda read: (read[0]["step"], read[0]["config"], read[1]))]
+              (whole / "final.safetensors", weights.exported, lambda read: (read[0]["step"], read[0]["config"], read[1]))]
     for number in range(times):
         path, read, told = places[number % 2]
         content, other = path.read_bytes(), folder / f"other{path.suffix}"
@@ -59,13 +60,13 @@ def rotten(folder, times, seed):
             while True:
                 contents[path] = (cut, flipped)[number // 2 % 2](path.read_bytes(), rng)
                 path.write_bytes(contents[path])
-                with contextlib.suppress(checkpoint.Damaged):
+                with contextlib.suppress(safe_load.Damaged):
                     checkpoint.load(path)
                     continue
                 break
         (run / "final.safetensors").unlink()
         with contextlib.redirect_stderr(io.StringIO()) as told:
-            drawn = checkpoint.load_weights(run)[1]
+            drawn = weights.load_weights(run)[1]
         if drawn != step or told.getvalue().count(DAMAGE) != len(newer):
             lost.append(f"{run.name}: drawn from step {drawn}, said {told.getvalue()!r}")
         code = forked(training(small(), run), log := folder / f"log {number}")
@@ -158,7 +159,7 @@ def shared(folder, times, seed):
             def begin():
                 (folder / f"code {number}").write_text(str(forked(training(small(), run), second)))  # noqa: B023
 
-            before_call(images, "save_image_grid", at, begin)  # noqa: B023
+            before_call(pixels, "save_image_grid", at, begin)  # noqa: B023
             return training(small(), run)()  # noqa: B023
 
         if code := forked(first, folder / "log"):

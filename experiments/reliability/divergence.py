@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from faults import Found, forked, rows, small, training
 
-from ddpm import checkpoint
-from ddpm.command import DIVERGED, DONE
+from ddpm.common.errors import DIVERGED, DONE
 from ddpm.models.unet import UNet
+from ddpm.training import weights as training_weights
 
 SIMPLE = dict(train__length="170 steps", every__log="10 steps", every__save="20 steps", every__milestone="0 steps",
               every__sample="0 steps", every__validate="0 steps", model__channel_mult=(1,), model__attention_resolutions=())
@@ -69,7 +69,7 @@ def in_turn(folder, times, seed):
         (given, fault), run = make(rng), folder / f"run {number}"
         code = forked(lambda: (fault and wrong_from(*fault), training(given, run)())[1], folder / "log")  # noqa: B023
         written, log = rows(run), (run / "training.log").read_text()
-        finite = code == DIVERGED or all(one.isfinite().all() for one in checkpoint.load_weights(run)[3].values())
+        finite = code == DIVERGED or all(one.isfinite().all() for one in training_weights.load_weights(run)[3].values())
         ok = code == expected and finite and written[-1]["train/rollbacks"] == rollbacks
         ok = ok and ("diagnosis: step" in log) == (code == DIVERGED) and " steps were skipped: " in log
         ended.setdefault(f"{kind}: exit code {code}, {written[-1]['train/rollbacks']} rollbacks", []).append(number)

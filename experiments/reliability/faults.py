@@ -1,6 +1,6 @@
 """What the faults stand on: a training of two seconds, children that can be killed, and what is told of them.
 
-The training is the tests' own (tests/conftest.py), run by the door's function. Children are forked from a process that has
+The training is the tests' own (tests/support/runs.py), run by the door's function. Children are forked from a process that has
 imported everything, so that a kill costs a second and not the start of torch.
 """
 
@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
-from conftest import rows, tiny
-from test_train import equal
-
-from ddpm import checkpoint, command, main
+from ddpm import main
+from ddpm.common import errors
+from ddpm.training import checkpoint
+from support.runs import equal, rows, tiny
 
 
 class Found(NamedTuple):
@@ -56,8 +56,8 @@ def as_door(work):
         try:
             return work()
         except (ValueError, OSError) as error:
-            print(f"error: {command.one_line(error)}")
-            return command.MISTAKE
+            print(f"error: {errors.one_line(error)}")
+            return errors.MISTAKE
 
     return door
 

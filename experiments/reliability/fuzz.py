@@ -14,13 +14,20 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import torch
-from conftest import TINY, run, tiny
 from faults import Fault, Found
 from hypothesis import strategies as st
 from PIL import Image
-from test_train import equal
 
-from ddpm import checkpoint, command, compare, config, data, figures, main, pictures, report, study, tracking
+from ddpm import data, main
+from ddpm.common import errors
+from ddpm.config import check, defaults, flags
+from ddpm.config import files as config_files
+from ddpm.data import decode
+from ddpm.studies import archive, figures, study, tables
+from ddpm.tracking import files
+from ddpm.training import checkpoint
+from ddpm.training import weights as training_weights
+from support.runs import TINY, equal, run, tiny
 
 HERE = Path(__file__).parent
 REMEDY = re.compile(r"\b(use|give|choose|set|write|takes?|accepts?|must|needs|leave|train|begin|bring|knows|lower|put|delete|"
@@ -89,26 +96,26 @@ def values(key, default):
         return OTHER[key]
     if key in TUPLES:
         return TUPLES[key].map(tuple)
-    if key in config.CHOICES:
-        return st.sampled_from(config.CHOICES[key]) | WORDS if type(default) is str else st.sampled_from(config.CHOICES[key])
-    if key in config.SPECS:
-        return st.sampled_from(list(config.SPECS[key])) | spec_of(config.SPECS[key]) | WORDS
+    if key in check.CHOICES:
+        return st.sampled_from(check.CHOICES[key]) | WORDS if type(default) is str else st.sampled_from(check.CHOICES[key])
+    if key in check.SPECS:
+        return st.sampled_from(list(check.SPECS[key])) | spec_of(check.SPECS[key]) | WORDS
     if type(default) is bool:
         return st.booleans()
     if key in NUMBERS:
-        low, high = config.RANGES[key]
+        low, high = check.RANGES[key]
         return st.sampled_from([*NUMBERS[key], *NUMBERS[key], low - 1, high + 1, 10**30])
     if type(default) is int:
-        low, high = config.RANGES[key]
+        low, high = check.RANGES[key]
         return st.integers(low, high) | st.sampled_from([low - 1, high + 1])
     if type(default) is float:
-        return number(*config.RANGES[key])
+        return number(*check.RANGES[key])
     if key.startswith("every."):
         return st.sampled_from(["1 step", "2 steps", "0 steps", "1 second", "1 epoch, 1 minute", "auto"]) | WORDS
     return WORDS
 
 
-DEFAULTS = config.flatten(config.base())
+DEFAULTS = defaults.flatten(defaults.base())
 CONFIGS = st.lists(st.sampled_from(sorted(DEFAULTS)), min_size=1, max_size=6, unique=True).flatmap(
     lambda keys: st.fixed_dictionaries({key: values(key, DEFAULTS[key]) for key in keys}))
 FILE = f"""from ddpm.config import base
@@ -128,12 +135,12 @@ def train_or_refuse(knobs, folder):
     with contextlib.chdir(folder) if hasattr(contextlib, "chdir") else contextlib.nullcontext(), \
             contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            given, _, _ = command.config_of(words)
+            given, _, _ = flags.config_of(words)
             code = main.train_experiment(given, folder / "run")
         except (ValueError, OSError) as error:
-            return not one_line_with_remedy(command.one_line(error))
-    assert code in (command.DONE, command.DIVERGED), f"exit code {code}: {said.getvalue()[-2000:]}"
-    assert code == command.DIVERGED or (folder / "run" / "final.safetensors").is_file()
+            return not one_line_with_remedy(errors.one_line(error))
+    assert code in (errors.DONE, errors.DIVERGED), f"exit code {code}: {said.getvalue()[-2000:]}"
+    assert code == errors.DIVERGED or (folder / "run" / "final.safetensors").is_file()
     return True
 
 
@@ -190,16 +197,16 @@ def image(suffix, edits, head, folder):
     assert len(source) in (3, 4) and all(source[index].shape == (3, 16, 16) for index in range(len(source)))
     assert len(source) == 4 or any(name in note for note in source.notes), source.notes
     try:
-        pictures.open_picture(folder / name, 16, 3)
+        decode.open_picture(folder / name, 16, 3)
         return True
     except ValueError as error:
-        return not one_line_with_remedy(command.one_line(error))
+        return not one_line_with_remedy(errors.one_line(error))
 
 
 def rows(edits, folder):
     """Damaged rows of metrics.jsonl: those that are whole are kept, none is past the step, and the next can be written."""
     (folder / "metrics.jsonl").write_bytes(mutated(ROWS, edits))
-    sink = tracking.Rows(folder / "metrics.jsonl", 30)
+    sink = files.Rows(folder / "metrics.jsonl", 30)
     sink.write(31, {"train/loss": 1.0}, {})
     sink.close(0, False)
     *kept, last = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -211,14 +218,14 @@ def compared(edits, said, folder):
     """Damaged rows, or rows that say nonsense, among the runs of `ddpm.compare`: it reads them, or leaves out what it names."""
     lines = [json.dumps(row | said.get(at, {})) for at, row in enumerate(CURVE)]
     for name, seed, content in (("whole", 0, "\n".join(map(json.dumps, CURVE)) + "\n"), ("other", 1, "\n".join(lines) + "\n")):
-        config.write(tiny(seed=seed), folder / name)
+        config_files.write(tiny(seed=seed), folder / name)
         (folder / name / "metrics.jsonl").write_bytes(mutated(content.encode(), edits if seed else []))
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            found = compare.compare(str(folder))
+            found = archive.compare(str(folder))
     except ValueError as error:
-        return not one_line_with_remedy(command.one_line(error))
-    report.csv(found.groups, report.columns(found.groups, compare.parameters))
+        return not one_line_with_remedy(errors.one_line(error))
+    tables.csv(found.groups, tables.columns(found.groups, archive.parameters))
     figures.draw(found) if not edits else None  # half a second
     return len(found.counted) == 2
 
@@ -230,17 +237,17 @@ def yaml(edits, folder):
         study.read(folder / "study.yaml")
         return True
     except ValueError as error:
-        return not one_line_with_remedy(command.one_line(error))
+        return not one_line_with_remedy(errors.one_line(error))
 
 
 def saved(edits, folder):
     """A run folder with a damaged config.json is refused in one line, unless it still says the same."""
     (folder / "config.json").write_bytes(mutated(CONFIG, edits))
     try:
-        config.check_continues(tiny(), folder)
+        config_files.check_continues(tiny(), folder)
         return True
     except ValueError as error:
-        return not one_line_with_remedy(command.one_line(error))
+        return not one_line_with_remedy(errors.one_line(error))
 
 
 def weights(suffix, edits, head, folder):
@@ -248,11 +255,11 @@ def weights(suffix, edits, head, folder):
     path = folder / f"step_00000002{suffix}"
     path.write_bytes(mutated(trained()[suffix], edits, head))
     try:
-        _, step, text, found = checkpoint.load_weights(path)
+        _, step, text, found = training_weights.load_weights(path)
     except ValueError as error:
-        return not one_line_with_remedy(command.one_line(error))
+        return not one_line_with_remedy(errors.one_line(error))
     path.write_bytes(trained()[suffix])
-    _, *whole, weights = checkpoint.load_weights(path)
+    _, *whole, weights = training_weights.load_weights(path)
     assert whole == [step, text] and equal(found, weights), "other weights were read"
     return True
 
@@ -265,7 +272,7 @@ NONSENSE = st.dictionaries(st.sampled_from(sorted(CURVE[0])), st.sampled_from([
     None, True, "x", "", [], {}, {"a": 1}, 0, -1, 5, 12, 2**53, 10**400, 1e308, -1e308, 1e-320, float("nan"), float("-inf"),
     "a; 1 samples of the b weights in c; " + "d, 1 steps, " * 2000]), max_size=3)
 STUDY = (HERE.parent / "schedules.yaml").read_bytes()
-CONFIG = config.to_json(tiny()).encode()
+CONFIG = config_files.to_json(tiny()).encode()
 TRAINED = {}
 
 

@@ -17,8 +17,12 @@ from crashes import alone
 from faults import Found, as_door, forked, last_line, small, training
 from safetensors.torch import save
 
-from ddpm import cache, config, convert, data, metrics
+from ddpm import convert, data
+from ddpm.common import files as common_files
+from ddpm.config import files as config_files
+from ddpm.data import source
 from ddpm.evaluate import evaluate
+from ddpm.evaluation import extractors, reference
 from ddpm.generate import generate_images
 from ddpm.sample import sample_from_checkpoint
 
@@ -98,7 +102,7 @@ def safetensors_of(header, content=b""):
 
 
 def with_knob(key, value):
-    knobs = json.loads(config.to_json(small()))
+    knobs = json.loads(config_files.to_json(small()))
     section, _, leaf = key.partition(".")
     knobs[section][leaf] = value
     return json.dumps(knobs)
@@ -176,7 +180,7 @@ def exports(mark):
         "a header nested 10^6 deep": safetensors_of(b'{"a":' * 10**6), "a zip": zipped(b""), "nothing": b"",
         "no header of ours": save({"a": torch.zeros(4)}), "our header nested": save({}, {"ddpm": "[" * 10**6}),
         "our header of 8 MB": exported_of("{}", more=" " * 2**23),
-        "another checksum": exported_of(config.to_json(small()), crc32=1),
+        "another checksum": exported_of(config_files.to_json(small()), crc32=1),
         "a step that is a list": save({}, {"ddpm": json.dumps({"format": 1, "step": [], "config": "{}"})}),
         **{f"config: {name}": exported_of(text) for name, text in configs(mark).items()},
     }
@@ -243,7 +247,7 @@ def doors(folder, trained):
             trained, 1, out, **{"sample.guide": str(path), "sample.guidance": 2.0}), both),
         "sample": (lambda path: sample_from_checkpoint(path, out / "grid.png", 1), both),
         "evaluate": (lambda path: evaluate(path), both),
-        "evaluate, Inception": (lambda path: metrics.inception("cpu", str(path)), (".pt",)),  # all that it does with them
+        "evaluate, Inception": (lambda path: extractors.inception("cpu", str(path)), (".pt",)),  # all that it does with them
         "convert": (lambda path: convert.convert(path, out / "converted"), (*both, ".diffusers")),
     }
 
@@ -295,10 +299,10 @@ def caches(folder, times, seed):
     """What is kept in `$DDPM_CACHE` between runs, in place of what was kept there: it is made anew."""
     lost, done = [], 0
     digits = data.open_source("digits", 16, 1)
-    logging.getLogger("ddpm.metrics").setLevel(logging.ERROR)  # which tells of each
-    extractor = metrics.EXTRACTORS["digits"]("cpu")
-    part = data.part(digits, range(64))
-    right = metrics.reference(extractor, part, folder / "right").features
+    logging.getLogger("ddpm.evaluation").setLevel(logging.ERROR)  # which tells of each
+    extractor = extractors.EXTRACTORS["digits"]("cpu")
+    part = source.part(digits, range(64))
+    right = reference.reference(extractor, part, folder / "right").features
     (place,) = (folder / "right").glob("*.safetensors")
     flips = [place.read_bytes()[:n] + bytes([place.read_bytes()[n] ^ 4]) + place.read_bytes()[n + 1:] for n in (300, 2000, -9)]
     files = exports(folder / "harm") | checkpoints(folder / "harm", folder)
@@ -306,7 +310,7 @@ def caches(folder, times, seed):
         home = folder / f"home {number}"
         home.mkdir()
         (home / place.name).write_bytes(content)
-        found = metrics.reference(extractor, part, home).features
+        found = reference.reference(extractor, part, home).features
         done += 1
         if not torch.equal(found, right) or (home / place.name).read_bytes() != place.read_bytes():
             lost.append(f"features of file {number}")
@@ -314,7 +318,7 @@ def caches(folder, times, seed):
     try:
         for name, text in configs(folder / "harm").items():
             (folder / "told.json").write_text(text)
-            with cache.remembered("told") as told:
+            with common_files.remembered("told") as told:
                 done += 1
                 if not isinstance(told, dict):
                     lost.append(f"what is remembered, {name}")

@@ -8,9 +8,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import rows
 from faults import Found, differences, forked, small, training
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from support.runs import rows
 
 WORLD = 2  # ranks, where they do not come and go
 

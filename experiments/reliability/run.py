@@ -25,12 +25,12 @@ import hostile
 import preemption
 import ranks
 import torch
-import tracking
 from faults import Fault, Found
 
-from ddpm.compare import commit, this_machine
-from ddpm.files import written_beside
-from ddpm.report import markdown
+import tracking
+from ddpm.common.files import written_beside
+from ddpm.studies.archive import commit, this_machine
+from ddpm.studies.tables import markdown
 
 HERE = Path(__file__).parent
 SAME = "the same command goes on to the same weights, rows and pictures, bit for bit, and leaves no half file"
@@ -173,8 +173,8 @@ against a run that was left alone: tensors of every checkpoint, the bytes of exp
 metrics.jsonl but for what depends on the machine's speed. Which moments and points are hit is drawn from a fixed seed.
 
 **What this does not show.** A power cut: SIGKILL ends the process, not the machine, so what the kernel holds is still written.
-That files are synced before they get their names is a test (tests/test_files.py); that a disk keeps what it has synced is up to
-the disk. Whether anything grows in a long run is asked in [soak.md](soak.md).
+That files are synced before they get their names is a test (tests/common/test_files.py); that a disk keeps what it has synced
+is up to the disk. Whether anything grows in a long run is asked in [soak.md](soak.md).
 
 By `python experiments/reliability/run.py` ({hours:.1f} hours) at commit {commit}, torch {torch}, {machine}.
 """

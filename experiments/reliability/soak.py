@@ -30,9 +30,12 @@ import torch
 from faults import equal
 from PIL import Image
 
-from ddpm import build, checkpoint, config, figures
-from ddpm.compare import commit, this_machine
-from ddpm.report import markdown
+from ddpm.config import defaults
+from ddpm.experiment import build
+from ddpm.studies import figures
+from ddpm.studies.archive import commit, this_machine
+from ddpm.studies.tables import markdown
+from ddpm.training import checkpoint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -222,7 +225,7 @@ def missing_rows(folder):
 
 def write_photos(folder):
     """The digits as files, for loader workers and the cache of decoded images to have work."""
-    images = build.dataset(config.freeze(config.base()))
+    images = build.dataset(defaults.freeze(defaults.base()))
     folder.mkdir()
     for index in range(len(images)):
         Image.fromarray(images[index][0].numpy()).save(folder / f"{index:04d}.png")

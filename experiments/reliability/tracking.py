@@ -1,12 +1,13 @@
-"""Faults of tracking: the server, W&B's own process, its disk and its login, by tests/troubled.py in a process of its own."""
+"""Faults of tracking: the server, W&B's own process, its disk and its login, by tests/support/troubled.py in a process."""
 
 import itertools
 import json
 import subprocess
 import sys
 
-import troubled
 from faults import Fault, Found
+
+from support import troubled
 
 ALONE = ["unshare", "-rm"]  # small disks are mounted where nobody else sees them
 KEPT = "metrics.jsonl has every row, no step waits, the end takes seconds, and W&B has every row after `wandb sync`"
@@ -27,7 +28,7 @@ def trouble(*names):
     return do
 
 
-FAULTS = {  # in the tests they are tests/test_troubled.py
+FAULTS = {  # in the tests they are tests/tracking/test_wandb.py
     name: Fault(trouble(*kinds), what, KEPT, times, 0) for name, kinds, what, times in (
         ("W&B cannot be reached", ("silent at the start", "gone at the start", "no login"),
          "at the start the server refuses, or never answers, or nobody is logged in", 15),

@@ -14,20 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import assemble, build, checkpoint, convert, dist
-from ddpm import config as configs
-from ddpm.draw import joined
-from ddpm.images import encode
+from ddpm import convert
+from ddpm.common.pixels import encode
+from ddpm.config import defaults, files
+from ddpm.experiment import build, cost, trainer
+from ddpm.experiment import drawing as experiment_drawing
+from ddpm.runtime import device
+from ddpm.sampling.draw import joined
+from ddpm.training import weights
 
 QUIET = {  # of a training: nothing but its steps
     "train.length": "1000000 steps", "evaluate.extractor": "none", "wandb.mode": "disabled",
-    **{f"every.{name}": "0 steps" for name in configs.base().every}}
+    **{f"every.{name}": "0 steps" for name in defaults.base().every}}
 
 
 class Task(NamedTuple):
     """What is trained: a config of ours, and the arguments of denoising-diffusion-pytorch's Unet that come nearest to it."""
 
-    config: configs.FrozenConfigDict
+    config: defaults.FrozenConfigDict
     dim: int
     dim_mults: tuple
     folder: Path  # for what is written
@@ -58,10 +62,10 @@ class Ours:
         section = {"data.source": f"folder(path={str(task.photos)!r})", "data.cache": str(task.folder / "cache"),
                    "data.num_workers": 0, "train.batch_size": len(task.pixels), "train.amp": task.amp,
                    "train.compile": task.compiled, "train.channels_last": task.channels_last}
-        self.config = configs.changed(task.config, QUIET | section)
-        self.made = assemble.run(self.config, task.folder / "ours", dist.start(task.amp))
+        self.config = files.changed(task.config, QUIET | section)
+        self.made = trainer.run(self.config, task.folder / "ours", device.start(task.amp))
         self.net, self.machine = self.made.step.net, self.made.machine
-        self.parameters, self.flops = count(self.net), build.operations(task.config).training
+        self.parameters, self.flops = count(self.net), cost.operations(task.config).training
         self.batch = task.pixels, torch.full((len(task.pixels),), -1)
 
     def train(self, steps):
@@ -71,7 +75,7 @@ class Ours:
 
     def draw(self, count, steps, sampler):
         recipe = build.grid_recipe(self.config)._replace(sampler=sampler, steps=steps, batch_size=count)
-        return joined(build.drawer(self.config, self.net, self.machine)(range(count), recipe))
+        return joined(experiment_drawing.drawer(self.config, self.net, self.machine)(range(count), recipe))
 
 
 class Diffusers:
@@ -89,9 +93,9 @@ class Diffusers:
         source, folder = task.folder / "network.safetensors", task.folder / "diffusers"
         if not folder.exists():
             net = build.network(task.config)
-            checkpoint.export(source, net.state_dict(), 0, configs.to_json(task.config))
+            weights.export(source, net.state_dict(), 0, files.to_json(task.config))
             convert.convert(source, folder)
-        machine = dist.start(task.amp)
+        machine = device.start(task.amp)
         theirs = UNet2DModel.from_pretrained(folder, subfolder="unet")  # in mapped memory, which a count of memory would miss
         layout = torch.channels_last if task.channels_last else torch.contiguous_format
         self.net = UNet2DModel.from_config(theirs.config).to(machine.device, memory_format=layout)

@@ -27,8 +27,11 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from ddpm import cache, data, images
-from ddpm.compare import commit
+from ddpm import data
+from ddpm.common import pixels as common_pixels
+from ddpm.data import cache, loader
+from ddpm.data import source as data_source
+from ddpm.studies.archive import commit
 
 HERE = Path(__file__).parent
 PHOTOS = {"500 px": (512, (500, 375)), "1 to 2 megapixels": (512, (1280, 960), (1600, 1200))}  # how many, and sizes by turns
@@ -70,7 +73,7 @@ def rate(running, seconds=SECONDS):
 
 
 def our_loader(source, seed):
-    return data.loader(source, batches(len(source), seed))
+    return loader.loader(source, batches(len(source), seed))
 
 
 def folder_loader(folder, size, workers, seed):
@@ -82,7 +85,7 @@ def folder_loader(folder, size, workers, seed):
 
 def own(source):
     """The source with its images copied into an array of this process."""
-    return replace(source, fetch=partial(data.take, source.batch(range(len(source))).numpy()))
+    return replace(source, fetch=partial(data_source.take, source.batch(range(len(source))).numpy()))
 
 
 def measure(photos=PHOTOS, sizes=SIZES, workers=WORKERS, rounds=ROUNDS, seconds=SECONDS):
@@ -114,11 +117,13 @@ def compare(folder, size, work, workers, rounds, seconds):
     timed("decode", lambda: cache.decoded(plain))
     ours = timed("open again", lambda: cache.decoded(data.open_source(f"folder(path={str(folder)!r})", size)))
     assert ours.in_memory
-    ways = {"map": partial(our_loader, ours),
-            "map, as numbers": lambda seed: ((images.encode(pixels), labels) for pixels, labels in our_loader(ours, seed)),
-            "own array": partial(our_loader, own(ours)),
-            "one by one": partial(our_loader, replace(ours, in_memory=False)),
-            **{f"ImageFolder, {n} workers": partial(folder_loader, folder, size, n) for n in workers}}
+    ways = {
+        "map": partial(our_loader, ours),
+        "map, as numbers": lambda seed: ((common_pixels.encode(pixels), labels) for pixels, labels in our_loader(ours, seed)),
+        "own array": partial(our_loader, own(ours)),
+        "one by one": partial(our_loader, replace(ours, in_memory=False)),
+        **{f"ImageFolder, {n} workers": partial(folder_loader, folder, size, n) for n in workers},
+    }
     rates = {name: [] for name in ways}
     for turn in range(rounds):
         for name, begin in ways.items():

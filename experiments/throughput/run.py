@@ -26,9 +26,11 @@ from contenders import CONTENDERS, Ours, Task
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm import build, cards, config
-from ddpm.compare import commit, this_machine
-from ddpm.report import listed
+from ddpm.config import defaults, files
+from ddpm.experiment import build
+from ddpm.runtime import gpus
+from ddpm.studies.archive import commit, this_machine
+from ddpm.studies.report import listed
 
 HERE = Path(__file__).parent
 TASKS = {  # name: config, variant, knobs, batch on a CPU, batch on a card, dim and dim_mults of the peer's Unet, steps a turn
@@ -47,7 +49,7 @@ def task_of(name, folder, tasks):
     file, variant, knobs, on_cpu, on_card, dim, dim_mults, _ = tasks[name]
     found = spec_from_file_location(file, HERE.parents[1] / "configs" / f"{file}.py")
     found.loader.exec_module(module := module_from_spec(found))
-    given = config.changed(config.freeze(module.get_config(variant)), knobs)
+    given = files.changed(defaults.freeze(module.get_config(variant)), knobs)
     shape, size = build.image_shape(given), on_card if torch.cuda.is_available() else on_cpu
     pixels = torch.randint(0, 256, (max(size, 128), *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     photos = folder / "photos"
@@ -204,7 +206,7 @@ def measure(tasks, rounds, count, steps):
 def made():
     """How and where it was measured."""
     machine, card = this_machine(), torch.cuda.is_available()
-    published = cards.card_of(machine) if card else None
+    published = gpus.card_of(machine) if card else None
     types = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return {"machine": machine, "card": card, "threads": torch.get_num_threads(), "commit": commit(),
             "peaks": {name: published.peak(dtype) for name, dtype in types.items()} if published else {},

@@ -4,8 +4,9 @@ import json
 from statistics import median
 from textwrap import fill
 
-from ddpm import figures
-from ddpm.report import listed, markdown, plain
+from ddpm.studies import figures
+from ddpm.studies.report import listed
+from ddpm.studies.tables import markdown, plain
 
 OURS, EQUAL, NEAREST = "ddpm", "diffusers", "denoising-diffusion-pytorch"
 GIB = 2**30

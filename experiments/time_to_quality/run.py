@@ -25,11 +25,18 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from ddpm import assemble, build, config, dist, figures, metrics
-from ddpm.compare import commit, this_machine
-from ddpm.draw import joined
-from ddpm.report import amount, listed, markdown
-from ddpm.train import train
+from ddpm.config import defaults, files
+from ddpm.evaluation import distances, extractors
+from ddpm.evaluation import reference as evaluation_reference
+from ddpm.experiment import build
+from ddpm.experiment import trainer as experiment_trainer
+from ddpm.runtime import device
+from ddpm.sampling.draw import joined
+from ddpm.studies import figures
+from ddpm.studies.archive import commit, this_machine
+from ddpm.studies.report import listed
+from ddpm.studies.tables import amount, markdown
+from ddpm.training.trainer import train
 
 HERE = Path(__file__).parent
 OURS, PEER = "ddpm", "denoising-diffusion-pytorch"
@@ -62,12 +69,12 @@ def ours(size, seed, steps):
     """Our recipe in a length of its own, as shipped but for that: its row of the table."""
     found = spec_from_file_location("digits", HERE.parents[1] / "configs" / "digits.py")
     found.loader.exec_module(module := module_from_spec(found))
-    given = config.changed(config.freeze(module.get_config()), QUIET | size.knobs | {
+    given = files.changed(defaults.freeze(module.get_config()), QUIET | size.knobs | {
         "seed": seed, "train.length": f"{steps} steps", "train.learning_rate_decay": f"cosine(length='{steps} steps')",
         "evaluate.num_samples": size.samples})
     with tempfile.TemporaryDirectory() as folder, quiet():
-        made = assemble.run(given, folder, dist.start(given.train.amp))
-        assemble.track(given, made)
+        made = experiment_trainer.run(given, folder, device.start(given.train.amp))
+        experiment_trainer.track(given, made)
         begun = time.process_time()
         train(made)
         spent = time.process_time() - begun
@@ -129,16 +136,16 @@ def peer_drawn(size, path, steps, spent, evaluations, eta):
 def row(recipe, seed, steps, images, spent, sampler, evaluations, drawn):
     """A line of results.csv; the distance is the same measure for all."""
     extractor, reference = measure()
-    distance = metrics.frechet(metrics.extract(extractor, drawn.split(256)), reference.features)
+    distance = distances.frechet(extractors.extract(extractor, drawn.split(256)), reference.features)
     return {"recipe": recipe, "seed": seed, "steps": steps, "images": images, "cpu_seconds": round(spent, 2),
             "sampler": sampler, "evaluations": evaluations, "samples": len(drawn), "fd_digits": round(distance, 4)}
 
 
 def measure():
     """The extractor of the digits and the metrics.Reference of all of them."""
-    given = config.freeze(config.base())
-    extractor = build.extractor(given, dist.start("off"))
-    return extractor, metrics.reference(extractor, build.dataset(given))
+    given = defaults.freeze(defaults.base())
+    extractor = build.extractor(given, device.start("off"))
+    return extractor, evaluation_reference.reference(extractor, build.dataset(given))
 
 
 def work(job):
@@ -164,7 +171,7 @@ def everything(size, folder, run, ancestral):
 
 def write_digits(folder):
     """The digits that our recipe learns from, those not held out, as files."""
-    given = config.freeze(config.base())
+    given = defaults.freeze(defaults.base())
     images = build.dataset(given)
     folder.mkdir(parents=True)
     for index in build.split(given, images)[0]:
@@ -174,8 +181,8 @@ def write_digits(folder):
 def how(size):
     """What the report says of how it was made."""
     extractor, reference = measure()
-    perfect, deviation = metrics.chance(reference, size.samples)
-    given = config.freeze(config.base())
+    perfect, deviation = distances.chance(reference, size.samples)
+    given = defaults.freeze(defaults.base())
     return {"commit": commit(), "machine": this_machine(), "perfect": [round(perfect, 4), round(deviation, 4)],
             "extractor": extractor.name,
             "learned": len(build.split(given, build.dataset(given))[0]), "digits": len(reference.features), "dim": size.dim,

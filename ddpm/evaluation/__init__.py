@@ -1,0 +1,1 @@
+"""How far drawn images are from real ones, and bits per dimension."""

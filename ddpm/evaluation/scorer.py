@@ -1,0 +1,127 @@
+"""A model becomes numbers, each with how it was made, while training and after: what it draws, and how likely it finds images.
+
+    draw(seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]): this rank's share
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddpm.common.files import written_beside
+from ddpm.evaluation import distances as measures
+from ddpm.evaluation import extractors
+from ddpm.evaluation import reference as evaluation_reference
+
+SURE = 3  # standard deviations that make a number no chance: once in 700 times
+PAIRS = 32  # drawn images that are shown beside the training image nearest to them
+
+
+class Scorer:
+    """Measures `num_samples` drawn images against all images of a data set, through one feature extractor.
+
+    `learned` and `held_out` are the indices of the images that the network was trained on, and was not; of each those are
+    used whose features the reference keeps. `evaluations` is how often the network is asked for an image.
+    """
+
+    def __init__(self, extractor, dataset, learned, held_out, recipe, num_samples, weights, evaluations, machine):
+        self.extractor, self.dataset, self.recipe, self.machine = extractor, dataset, recipe, machine
+        self.places = np.asarray(
+            evaluation_reference.reference_indices(len(dataset))
+        )  # the image behind each row of the reference
+        self.learned, self.held_out = map(self.rows, (learned, held_out))
+        self.seeds, self.evaluations = range(num_samples), evaluations
+        fewer = f", by {len(self.places)} of them except for the Frechet distance" if len(self.places) < len(dataset) else ""
+        self.made = (f"{extractor.name}; {num_samples} samples of the {weights} weights in {str(machine.dtype)[6:]}; {recipe}; "
+                     f"against {len(dataset)} images {dataset.fingerprint[:12]}{fewer}")
+        few, lacking = (
+            len(self.held_out) < measures.ONE_IN - 1,
+            "is" if len(self.held_out) else "and eval/copying are",
+        )
+        self.notes = (
+            [
+                f"eval/copies {lacking} not measured: that takes {measures.ONE_IN - 1} held-out images, and there are "
+                f"{len(self.held_out)}; raise data.validation_fraction in a new run"
+            ]
+            if few
+            else []
+        )
+
+    def rows(self, indices):
+        """The rows of the reference that belong to the images at `indices`."""
+        return torch.from_numpy(np.flatnonzero(np.isin(self.places, indices)))
+
+    @cached_property
+    def reference(self):
+        """The metrics.Reference of the real images, computed by one rank and read from the cache by the others."""
+        if self.machine.main:
+            found = evaluation_reference.reference(self.extractor, self.dataset)
+        self.machine.agree("the reference is in the cache")
+        return found if self.machine.main else evaluation_reference.reference(self.extractor, self.dataset)
+
+    @cached_property
+    def perfect(self):
+        """The Frechet distance that a perfect generator gets at as many samples, computed by one rank."""
+        n = len(self.seeds)
+        return self.machine.agree(measures.perfect(self.reference, n, self.extractor) if self.machine.main else None)
+
+    @cached_property
+    def unseen(self):
+        """How near [m] held-out images lie to the nearest that were learned from."""
+        features = self.reference.features
+        return measures.nearest(features[self.held_out], features[self.learned])[0]
+
+    def __call__(self, draw):
+        """Draw and measure; returns the same on every rank.
+
+        First the numbers: distances, closeness to the training images, what a perfect generator gets, and `eval/made`, which
+        says how. Then pictures uint8 [b, c, h, w]: `eval/nearest` has the first drawn images, each before the training image
+        nearest to it.
+        """
+        first = []
+        drawn = extractors.extract(self.extractor, self.watched(draw(self.seeds, self.recipe), first))
+        drawn, first = self.machine.gather(drawn), self.machine.gather(torch.cat(first or [torch.empty(0, dtype=torch.uint8)]))
+        numbers = measures.compare(drawn, self.reference, self.extractor) | self.perfect | {"evaluations": self.evaluations}
+
+        distances, which = measures.nearest(drawn, self.reference.features[self.learned])
+        if len(self.held_out):
+            numbers |= measures.copying(distances, self.unseen)
+        originals = torch.stack([self.dataset[int(self.places[self.learned[which[k]]])] for k in range(len(first))])
+        pairs = torch.stack([first, originals], dim=1).flatten(0, 1)
+        return {f"eval/{name}": value for name, value in numbers.items()} | {"eval/made": self.made}, {"eval/nearest": pairs}
+
+    def watched(self, batches, first):
+        """The images of a drawing; those with the first seeds are put into `first`."""
+        for seeds, pixels in batches:
+            first.append(pixels[[seed < PAIRS for seed in seeds]])
+            yield pixels
+
+
+def copies(numbers, picture):
+    """A line that says that samples are copies, where the numbers of an evaluation show it, and which picture does; or none.
+
+    They do where they lie further above those of a perfect generator than SURE of their standard deviations.
+    """
+    shown = []
+    for name in ("eval/copies", "eval/copying"):
+        value, usual, deviation = (numbers.get(f"{name}{end}") for end in ("", "_perfect", "_perfect_sd"))
+        if value is not None and value > usual + SURE * deviation:
+            shown.append(f"{name} is {value:.2f}, and {usual:.2f} ± {deviation:.2f} where nothing is copied")
+    return [f"samples are copies of training images: {'; '.join(shown)}; {picture}"] if shown else []
+
+
+class Nothing:
+    """Stands where nothing is to be measured; nothing is drawn for it."""
+
+    made, notes = "", ()
+
+    def __call__(self, *arguments):
+        return {}, {}
+
+
+def keep(folder, files):
+    """Write texts by their names into a folder."""
+    for name, text in files.items():
+        with written_beside(Path(folder, name)) as part:
+            part.write_text(text)

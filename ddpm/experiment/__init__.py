@@ -1,0 +1,1 @@
+"""From a config to objects; nothing else reads config sections."""

@@ -1,0 +1,95 @@
+"""The memory that a config's training step takes, and which savings make it fit."""
+
+import contextlib
+import itertools
+from bisect import bisect_left
+from functools import cache
+
+import torch
+
+from ddpm.config import files
+from ddpm.experiment import build, drawing, step
+from ddpm.models.layers import recompute
+from ddpm.runtime import device, memory
+from ddpm.training.network import StepNetwork
+
+
+def account(config, dtype, images, levels=0):
+    """The memory of a step of a config on one card, by part: `images` at a time, `levels` of the network recomputed.
+
+    Nothing is allocated or computed. Gradients are accumulated where the config does so.
+    """
+    parts = config.train.gradient_accumulation_steps
+    config = files.changed(config, {"train.batch_size": images, "train.gradient_accumulation_steps": 1})
+    with torch.device("meta"):  # the weights' first values would take longer than the step
+        net = build.network(config)
+    ledger = memory.Ledger()
+    with ledger:
+        net.to_empty(device="cpu")
+        weights = ledger.live
+        recompute(itertools.chain(*net.levels[:levels]))
+        averaged = list(step.averages(config, net).values())
+    network = StepNetwork(net, device.Machine(torch.device("cpu"), dtype))
+    made = step.step(config, network, averaged, dataset_size=images)
+    return memory.account(ledger, made, step.blank(config, images), weights, ledger.live - weights, accumulated=parts > 1)
+
+
+def on_each(config, found, ranks):
+    """The bytes on each of so many cards, where `found` is the account of the same micro-batch on one alone."""
+    if ranks == 1:
+        return found.total
+    if not config.train.fully_shard:
+        return found.total + found.weights  # a copy of the gradients to exchange
+    with torch.device("meta"):
+        net = build.network(config)
+    stages = [memory.size_of_all(stage.parameters()) for stage in itertools.chain(*net.levels)]
+    together = found.weights - sum(stages) + sum(sorted(stages)[-2:])  # what is in no stage, and the stage at work and the next
+    return found.shared / ranks + found.total - found.shared + 2 * together  # as weights and as gradients
+
+
+def recomputed(config, net, machine, note):
+    """How many levels of a network keep no activations; `note(text)` is told why.
+
+    `auto` is as few as fit into what is free on the card beside a training step, and none on a CPU.
+    """
+    wanted, free, count = config.train.activation_checkpointing, machine.free(), len(net.levels)
+    images = drawing.at_a_time(config, machine)
+
+    @cache  # an account takes seconds
+    def needed(levels):
+        return memory.with_margin(on_each(config, account(config, machine.dtype, images, levels), machine.world))
+
+    if wanted == "auto":
+        levels = 0 if free is None else min(bisect_left(range(count + 1), True, key=lambda n: needed(n) <= free), count)
+    else:
+        levels = count if wanted == "all" else 0
+    if levels:
+        sizes = f"{needed(0) / memory.GIB:.1f} GiB without, {needed(levels) / memory.GIB:.1f} so"
+        sizes += "" if free is None else f", {free / memory.GIB:.1f} free"
+        note(f"{levels} of {count} levels of the network are computed again in the backward pass, as "
+             f"train.activation_checkpointing is {wanted}: {sizes}")
+    else:
+        why = "" if wanted == "none" else ", no card" if free is None else (
+            f": {needed(0) / memory.GIB:.1f} GiB of {free / memory.GIB:.1f} that are free")
+        note(f"all activations are kept (train.activation_checkpointing is {wanted}{why})")
+    return levels
+
+
+def savings(config, machine, levels=0):
+    """What would take less memory than a step with one image at a time that recomputes `levels`: words, by what it saves."""
+    alone, found = account(config, machine.dtype, 1, levels), []
+    now = alone.total
+    for knob, value in (("train.activation_checkpointing", "all"), ("train.amp", "bf16"),
+                        ("model.model_channels", config.model.model_channels // 2),
+                        ("data.image_size", config.data.image_size // 2)):
+        dtype = torch.bfloat16 if knob == "train.amp" else machine.dtype
+        with contextlib.suppress(ValueError):  # of a network that cannot be so
+            other = files.changed(config, {knob: value})
+            build.check(other)
+            saved = now - account(other, dtype, 1, 99 if value == "all" else levels).total
+            found.append((saved, f"--config.{knob}={value} (saves {saved / 2**20:,.1f} MiB)"))
+    with contextlib.suppress(ValueError):
+        other = files.changed(config, {"train.fully_shard": True})
+        saved = on_each(config, alone, machine.world) - on_each(other, alone, machine.world)
+        found.append((saved, f"--config.train.fully_shard=True (saves {saved / 2**20:,.1f} MiB on {machine.world} ranks)"))
+    return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]

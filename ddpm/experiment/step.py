@@ -1,0 +1,99 @@
+"""The training step and its averages, built from a config."""
+
+import itertools
+import math
+import time
+from functools import partial
+
+import torch
+
+from ddpm.common import durations, registry, rng
+from ddpm.experiment import build, load
+from ddpm.models.layers import recompute
+from ddpm.runtime.compile import of_kernels
+from ddpm.training import optim, posthoc_ema
+from ddpm.training.ema import EMA
+from ddpm.training.meters import Meters
+from ddpm.training.network import StepNetwork
+from ddpm.training.stability import Guard
+from ddpm.training.step import Step
+
+
+def averages(config, weights):
+    """The averages of a training by the names of their parts; the first is the one that is drawn and measured."""
+    section = config.ema
+    made = {"ema": EMA(weights, section.decay, section.warmup, section.rampup)}
+    made |= {load.part_name(decay): EMA(weights, decay, section.warmup, section.rampup) for decay in section.more}
+    return made | {load.part_name(width): EMA(weights, posthoc_ema.power_function(width)) for width in section.profiles}
+
+
+def rate(config, dataset_size, rollbacks=0):
+    """The learning rate as a function of the step, for a run that has been rolled back so often."""
+    section = config.train
+
+    def steps(text):
+        return durations.steps_of(text, section.batch_size, dataset_size)
+
+    name, arguments = registry.parse(section.learning_rate_decay)
+    if "length" in arguments:
+        arguments["length"] = steps(arguments["length"])
+    decay = partial(optim.DECAYS[name], **arguments)
+    base = section.learning_rate * section.rollback ** rollbacks
+    return lambda step: optim.learning_rate(step, base, steps(section.warmup), decay)
+
+
+def step(config, network, averages, dataset_size, rollbacks=0):
+    """The step that trains a StepNetwork and its averages, for a run that has been rolled back so often."""
+    section, machine, model = config.train, network.machine, build.diffusion(config, network)
+    model.objective.to(machine.device)
+    return Step(
+        net=network.net, diffusion=model, averages=averages, machine=machine,
+        meters=Meters(config.diffusion.timesteps, machine), guard=Guard(section.spike, machine, rollbacks),
+        scaler=network.scaler(), optimizer=registry.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
+            [*network.parameters, *model.objective.parameters()], section.learning_rate),
+        seed=rng.another(config.seed, rollbacks), learning_rate=rate(config, dataset_size, rollbacks),
+        batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
+        gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
+        augmentation=config.data.augment, label_dropout=section.label_dropout if config.data.classes else None)
+
+
+def learning(config, net, machine, levels, note):
+    """The StepNetwork of a network on the host that recomputes so many levels: on the machine, or shared out over its ranks."""
+    section = config.train
+    recompute(itertools.chain(*net.levels[:levels]))
+    if not section.fully_shard or machine.world == 1:
+        if section.fully_shard:
+            note("train.fully_shard does nothing in one process: torchrun starts several")
+        form = torch.channels_last if section.channels_last else torch.contiguous_format
+        return StepNetwork(net.to(machine.device, memory_format=form), machine)
+    from ddpm.training.fsdp import ShardedNetwork  # not above: torch takes a second for what only such runs need
+
+    note(f"weights, gradients, averages and the optimiser's state are shared out over {machine.world} ranks "
+         "(train.fully_shard)")
+    with torch.device("meta"):
+        twin = build.network(config)
+    recompute(itertools.chain(*twin.levels[:levels]))
+    return ShardedNetwork(twin, net, machine)
+
+
+def blank(config, count):
+    """A batch of black images, of the first class where there are any."""
+    labels = torch.full((count,), 0 if config.data.classes else -1)
+    return torch.zeros(count, *build.image_shape(config), dtype=torch.uint8), labels
+
+
+def compiled(config, made):
+    """Let a step learn through torch.compile, tried on a blank batch; says how long that took, or why it is not done."""
+    net, begun, said, fitted = made.diffusion.net, time.monotonic(), [], True
+    net.compiled()
+    net.say = said.append
+    try:
+        fitted, _ = made.machine.room.fits(partial(made.rehearse, blank(config, len(made.places))))
+        made.machine.wait()
+    except Exception as error:  # of the backward pass
+        if of_kernels(error):
+            raise
+        net.give_up(error)
+    if not fitted:
+        return "the network is compiled at the first step that has room (train.compile)"
+    return said[0] if said else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"

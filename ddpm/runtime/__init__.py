@@ -1,0 +1,1 @@
+"""The machine: device and number type, ranks, memory, compilation, signals."""

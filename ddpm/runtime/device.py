@@ -1,0 +1,248 @@
+"""Where a run computes: device, number type and rank, decided once and printed with the reason.
+
+Everything that differs between a laptop, a card and eight cards stands here; elsewhere there is no device string, no autocast
+and no torch.distributed. One process is a world of one, for which every collective is the identity.
+"""
+
+import contextlib
+import os
+import resource
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as distributed
+
+from ddpm.runtime import gpus, prefetch, ranks
+from ddpm.runtime.out_of_memory import Room
+from ddpm.runtime.signals import Interrupted, Wish
+
+AMP = ("auto", "off", "bf16", "fp16")
+BENCHMARK = ("auto", "on", "off")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`device`, autocast type `dtype` (float32 means off), `rank` of `world`; `notes` say why, a line each.
+
+    `hosts` is the group in which ranks exchange what lies on the host, without going through the card. `wish` knows whether
+    this process is asked to stop, `room` what fits into memory.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+    notes: list = field(default_factory=list)
+    hosts: distributed.ProcessGroup | None = None
+    wish: Wish = field(default_factory=Wish, compare=False)
+    room: Room = field(default_factory=Room, compare=False)
+
+    @property
+    def main(self):
+        """True on the one rank that writes files and tracks."""
+        return self.rank == 0
+
+    def put(self, tensor):
+        """The tensor on this device; the host does not wait for a copy to a card."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()  # a copy from other memory waits for what the card is doing
+        return tensor.to(self.device, non_blocking=True)
+
+    def autocast(self):
+        """The context in which a network runs."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def scaler(self):
+        """A GradScaler that scales for float16 and does nothing otherwise."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def share(self, n):
+        """The slice of n things that is this rank's, contiguous and in rank order."""
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    def sum(self, tensor):
+        """The sum of a tensor over ranks."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def exchange(self, value, left=False):
+        """What each rank says, in rank order. Raises Interrupted on all ranks where one has `left` the work they share."""
+        if self.world == 1:
+            return [value]
+        said = [None] * self.world
+        with self.wish.whole():
+            distributed.all_gather_object(said, (left, value), group=self.hosts)
+            if any(gone for gone, _ in said):
+                raise Interrupted(told=True)
+        return [value for _, value in said]
+
+    def leave(self, interrupted):
+        """Come together with the others after Interrupted: they hear of it when they exchange something next."""
+        if self.world > 1 and not interrupted.told:
+            with contextlib.suppress(Interrupted):
+                self.exchange(None, left=True)
+
+    def waiting(self):
+        """The context of waiting for a batch: alone it may be abandoned; several ranks stop after the same step."""
+        return self.wish.abandonable() if self.world == 1 else contextlib.nullcontext()
+
+    def gather(self, tensor):
+        """The ranks' host tensors [n_i, ...] joined in rank order, on every rank."""
+        return tensor if self.world == 1 else torch.cat(self.exchange(tensor))
+
+    def agree(self, value):
+        """What rank 0 says: for decisions that hang on a clock or a file."""
+        return self.exchange(value)[0]
+
+    @contextlib.contextmanager
+    def together(self):
+        """A block without exchange between ranks, which all leave well or none does.
+
+        Where a ValueError or OSError is raised on some of them, rank 0 raises the first one's, and the others exit with 2,
+        quietly.
+        """
+        refused = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if self.world == 1:
+                raise
+            refused = error
+        said = self.exchange(refused and str(refused))
+        first = next((rank for rank, words in enumerate(said) if words is not None), None)
+        if first is None:
+            return
+        if not self.main:
+            sys.exit(2)
+        raise refused if first == 0 else ValueError(f"rank {first}: {said[first]}")
+
+    def cause(self, words):
+        """Leave word of why this rank fails; returns the words of the first that failed, which is why the others do."""
+        if self.world == 1:
+            return words
+        with contextlib.suppress(Exception):  # of a store that went with the rank which held it
+            return distributed.distributed_c10d._get_default_store().compare_set("failed", "", words).decode()
+        return words
+
+    def wait(self):
+        """Let a card come to the end of what it was given to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def layout(self, side):
+        """The memory format in which a network draws images of so many pixels a side fastest, where it was measured."""
+        return torch.channels_last if self.device.type == "cpu" and side >= 32 else torch.contiguous_format
+
+    def ahead(self, batches):
+        """The same batches (images, labels); on a card, the images are copied there while those before are worked on."""
+        return prefetch.fetched_ahead(batches, self.device) if self.device.type == "cuda" else batches
+
+    def release(self):
+        """Give back what the card's allocator holds and nothing uses."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def peak(self):
+        """The operations a second, at most, of all ranks' cards together; 0 on a CPU and on cards that ddpm.cards lacks."""
+        card = gpus.card_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        return card.peak(self.dtype) * self.world if card else 0
+
+    def free(self):
+        """The bytes that are free on the card; None on a CPU, where other things decide how much a process may have."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
+
+    def memory(self):
+        """Peak memory so far in GiB under its tracked keys."""
+        unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss counts bytes there, KiB elsewhere
+        use = {"memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+        if self.device.type == "cuda":
+            use["memory/vram_peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            use["memory/vram_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
+        return use
+
+
+def first_words(error):
+    """What an exception says first, with its type: compilers add pages."""
+    return " ".join([type(error).__name__, *str(error).split()])[:200]
+
+
+def round_float32(wanted):
+    """Let a GPU round what float32 products and convolutions multiply to TF32's ten bits, or not.
+
+    By torch's older switches alone: to read them is an error once its newer `fp32_precision` is set to something else.
+    """
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
+
+
+@contextlib.contextmanager
+def exact():
+    """Inside, float32 is float32 on a GPU too, without TF32; a decorator as well."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    round_float32(False)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def amp_dtype(amp, device):
+    """The autocast type that `amp` (one of AMP) means on a device, and the reason in words."""
+    if amp != "auto":
+        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp], "asked for by train.amp"
+    if device.type != "cuda":
+        return torch.float32, "no card"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the card computes bf16, which needs no loss scaling"
+    return torch.float16, "the card has no bf16; losses are scaled"
+
+
+def busy_cores(device):
+    """A note where other processes keep the cores busy and this one computes on several threads: lines, mostly none.
+
+    Threads that spin while they wait for each other then compute a third as fast as threads that sleep, or slower.
+    """
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if device.type != "cpu" or torch.get_num_threads() == 1 or "OMP_WAIT_POLICY" in os.environ or load < 0.75 * cores:
+        return []
+    return [f"other processes keep this machine busy (load {load:.1f} on {cores} cores): with OMP_WAIT_POLICY=PASSIVE before "
+            "the command its threads do not spin while they wait, which can be several times as fast"]
+
+
+def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchmark="auto"):
+    """Decide device, type and rank, and set torch up for them; under torchrun, join the other ranks.
+
+    `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU. `wish` hears
+    what asks this process to stop. `cudnn_benchmark`, one of BENCHMARK, is by default on unless `deterministic`. Raises
+    ValueError where that device does not exist here, and for a rank that is no number.
+    """
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:  # the name of torch 2.9 on, and that before
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # or memory is fragmented as batch sizes change
+    rank, world, local = (ranks.number_in_environment(*one) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device("cuda", local) if str(chosen) == "cuda" else chosen
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not to be had on this machine; use cpu" +
+                         (", cuda" if torch.cuda.is_available() else "")) from None
+    dtype, reason = amp_dtype(amp, chosen)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
+    notes = [f"device {chosen} ({name}), rank {rank} of {world}", f"networks compute in {dtype} ({reason})"]
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = cudnn_benchmark == "on" or cudnn_benchmark == "auto" and not deterministic
+    round_float32(chosen.type == "cuda" and dtype != torch.float32)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    hosts = None
+    if world > 1:
+        if not distributed.is_initialized():
+            ranks.join("nccl" if chosen.type == "cuda" else "gloo")
+        hosts = distributed.new_group(backend="gloo", timeout=ranks.PATIENCE)
+    notes += busy_cores(chosen)
+    return Machine(chosen, dtype, rank, world, notes, hosts, wish or Wish())

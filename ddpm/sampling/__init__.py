@@ -1,0 +1,1 @@
+"""From weights and image numbers to images, and to files of images."""

@@ -1,0 +1,1 @@
+"""Runs of a study: made, read back, compared and reported."""

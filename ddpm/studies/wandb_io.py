@@ -1,0 +1,59 @@
+"""A study's runs from a W&B server: sweeps and groups, downloaded as run folders."""
+
+import json
+import re
+from pathlib import Path
+
+from ddpm.common import errors
+from ddpm.config import files
+
+
+def is_remote(path):
+    """True for what can only be a W&B project or sweep."""
+    return bool(not Path(path).exists() and WANDB_PATH.fullmatch(path))
+
+
+def download(path, folder):
+    """Write the runs of a W&B project or sweep below a folder. Raises ValueError where there are none to be had."""
+    import wandb  # a second of start-up
+
+    try:
+        api = wandb.Api()
+        found = api.sweep(path).runs if path.count("/") == 2 else api.runs(path)
+        for run in found:
+            keep_wandb(run, Path(folder, f"{re.sub('[^A-Za-z0-9_.=+-]+', '_', run.name).removesuffix(f'-{run.id}')}-{run.id}"))
+    except Exception as error:  # W&B has many for a server that does not answer, or not as it should
+        raise ValueError(f"{path} is no folder here and cannot be read from W&B: {errors.one_line(error)[:200]}") from None
+    if not any(Path(folder).glob("*/config.json")):
+        raise ValueError(f"{path} has no runs of ddpm yet")
+
+
+def keep_wandb(run, folder):
+    """Write a run of W&B's public API as a run folder; one that is not of ddpm stays without a config.json."""
+    folder.mkdir()
+    knobs = {key.removeprefix("config."): value for key, value in run.config.items() if key.startswith("config.")}
+    if knobs:
+        text = json.dumps(knobs)
+        try:
+            files.write(files.from_json(text), folder, run.config.get("code"))
+        except ValueError:  # told by `runs.read`, as of any other run that is broken
+            (folder / "config.json").write_text(text)
+    grid = step = None
+    with open(folder / "metrics.jsonl", "w") as file:
+        for row in run.scan_history():
+            numbers = {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
+            if "train/step" in numbers:
+                file.write(json.dumps({"step": numbers.pop("train/step"), **numbers}) + "\n")
+                if isinstance(picture := row.get("samples"), dict):
+                    grid, step = str(picture.get("path")), row["train/step"]
+    if grid and not (PICTURE.fullmatch(grid) and isinstance(step, int)):
+        print(f"left out: the samples of {folder.name}, which W&B does not keep at {grid!r}")
+        grid = None
+    for picture in run.files([grid]) if grid else ():  # none where it never arrived
+        picture.download(folder)
+        (folder / "samples").mkdir()
+        (folder / grid).rename(folder / "samples" / f"step_{step:08d}.png")
+
+
+PICTURE = re.compile(r"media/images/\w[\w.-]*")  # where W&B keeps what is logged as one
+WANDB_PATH = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # entity/project, entity/project/sweep

@@ -1,0 +1,1 @@
+"""What a run measures, handed to files, W&B and the person at the terminal."""

@@ -1,0 +1,122 @@
+"""What a run writes for people and programs: metrics.jsonl, training.log and the progress bar."""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+
+from tqdm import tqdm
+
+from ddpm.common.files import written_beside
+from ddpm.tracking import rows
+
+
+class Sink:
+    """Answers those events that concern it."""
+
+    waiting = ()  # lines that are not written yet
+
+    def nothing(self, *arguments):
+        """Other events pass."""
+
+    write = tick = say = keep = summary = close = nothing
+
+
+class Lines:
+    """A file that grows by whole lines; those that the disk does not take wait, and go first when it does again."""
+
+    def __init__(self, path):
+        self.path, self.waiting = path, deque()
+
+    def add(self, line):
+        self.waiting.append(f"{line}\n".encode(errors="backslashreplace"))
+        self.write()
+
+    def write(self):
+        """Write what waits; raises OSError where the disk is full."""
+        with open(self.path, "ab", buffering=0) as file:
+            while self.waiting:
+                size = file.tell()
+                if file.write(self.waiting[0]) < len(self.waiting[0]):  # the next line must not join half of this one
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self.waiting.popleft()
+
+
+class Rows(Sink):
+    """metrics.jsonl: one strict JSON object a line, `{"step": 100, "train/loss": ...}`."""
+
+    name = "metrics.jsonl"
+
+    def __init__(self, path, start_step):
+        """Keep the rows up to `start_step`, cut later ones and torn lines; keep none if it is None."""
+        self.lines = Lines(path)
+        self.waiting = self.lines.waiting
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [] if start_step is None else rows.rows_of(path, start_step)
+        self.last = kept[-1]["step"] if kept else None
+        if len(kept) < len(lines):
+            with written_beside(path) as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step, row, images):
+        self.lines.add(json.dumps({"step": step, **row}, allow_nan=False))
+
+    def close(self, exit_code, hurry):
+        self.lines.write()
+
+
+class Text(Sink):
+    """training.log, and its lines on the console; on a terminal a progress bar stands for all but the evaluations."""
+
+    name = "training.log"
+
+    def __init__(self, path, start_step, total_steps):
+        self.lines, self.start_step, self.total_steps = Lines(path), start_step, total_steps
+        self.waiting = self.lines.waiting
+        self.began = time.monotonic()
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+
+    def write(self, step, row, images):
+        values = {key: math.nan if value is None else value for key, value in row.items() if not isinstance(value, str)}
+        known = [form.format(values[key]) for key, form in SHOWN.items() if key in values]
+        scores = [f"{key} {value:.4g}" for key, value in values.items() if key.startswith(("val/", "eval/"))]
+        left = (self.total_steps - step) / max(step - self.start_step, 1) * (time.monotonic() - self.began)
+        line = "  ".join([f"step {step}/{self.total_steps} ({step / self.total_steps:.1%})", *known, *scores,
+                          *(f"{key}: {value}" for key, value in row.items() if isinstance(value, str)),
+                          *(f"{key} drawn" for key in images), f"eta {tqdm.format_interval(left)}"])
+        self.tick(step)
+        if self.bar.disable or any(key.startswith("eval/") for key in row):
+            self.say(line)
+        else:
+            self.bar.set_postfix_str(", ".join([*known[:1], *scores]))
+            self.keep(line)
+
+    def tick(self, step):
+        self.bar.update(step - self.bar.n)
+
+    def say(self, text):
+        try:
+            tqdm.write(text)  # above the bar, if there is one
+            sys.stdout.flush()
+        finally:
+            self.keep(text)
+
+    def keep(self, text):
+        self.lines.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+
+    def close(self, exit_code, hurry):
+        self.bar.close()
+        self.lines.write()
+
+SHOWN = {  # in training.log, beside all of val/ and eval/
+    "train/loss": "loss {:.4f}",
+    "speed/images_per_second": "{:.1f} images/s",
+    "memory/vram_peak_gib": "vram {:.2f} GiB",
+    "memory/rss_gib": "rss {:.2f} GiB",
+    "progress/epoch": "epoch {:.2f}",
+    "progress/epoch_seconds": "{:.1f} s/epoch",
+}

@@ -1,0 +1,173 @@
+"""Counters of a training on its device, and its speed: read only when something is logged."""
+
+import contextlib
+import itertools
+import time
+
+import torch
+
+from ddpm.training import step
+
+
+def portion(share, of=""):
+    """A share in words: `"4.9%"`, with what follows a percentage as in `"4.9% of"`, and above one `"12 times"`."""
+    return f"{share:.1%}{of}" if share <= 1 else f"{share:,.0f} times" if share >= 10 else f"{share:.2g} times"
+
+
+WARM_UP = 3  # steps in which a process sets up kernels and memory
+
+
+class Stopwatch:
+    """Seconds that were worked, without the pauses; `lap()` returns them and begins anew."""
+
+    def __init__(self, now=time.monotonic):
+        self.now, self.start, self.paused = now, now(), 0.0
+
+    @contextlib.contextmanager
+    def pause(self):
+        """The time inside this context does not count."""
+        entered = self.now()
+        yield
+        self.paused += self.now() - entered
+
+    def read(self):
+        """The seconds since the last lap."""
+        return self.now() - self.start - self.paused
+
+    def lap(self):
+        seconds = self.read()
+        self.start, self.paused = self.now(), 0.0
+        return seconds
+
+
+class Speed:
+    """How fast the training goes: images and steps a second, and the share of the time spent waiting for images.
+
+    The first WARM_UP steps of a process do not count, nor do pauses; `wait()` lets the device come to an end of its work first.
+    With `peak`, the operations a second that the devices are made for, also the share of them that the training reaches (model
+    FLOPs utilisation, Chowdhery et al. 2022, appendix B: what is computed twice to save memory does not count).
+    """
+
+    def __init__(self, batch_size, dataset_size, flops_per_image=0, peak=0, wait=lambda: None, now=time.monotonic):
+        self.batch_size, self.dataset_size = batch_size, dataset_size
+        self.flops_per_image, self.peak, self.wait = flops_per_image, peak, wait
+        self.watch, self.steps, self.waited = Stopwatch(now), 0, 0.0
+        self.rate = None  # images a second, as of the last reading
+
+    def timed(self, batches):
+        """The same batches, while the wait for each is measured."""
+        batches = iter(batches)
+        for count in itertools.count():
+            if count == WARM_UP:
+                self.wait()
+                self.watch.lap()
+                self.steps, self.waited = 0, 0.0
+            before = self.watch.now()
+            batch = next(batches, None)
+            self.waited += self.watch.now() - before
+            if batch is None:
+                return
+            self.steps += count >= WARM_UP
+            yield batch
+
+    def pause(self):
+        """The time inside this context does not count."""
+        return self.watch.pause()
+
+    def progress(self, done):
+        """How far the training is after `done` steps: epochs, images, and operations in 10^15 (forward and backward)."""
+        images = done * self.batch_size
+        return {"progress/epoch": images / self.dataset_size, "progress/images": images,
+                "progress/petaflop": images * self.flops_per_image / 1e15}
+
+    def seconds(self, images):
+        """About how long the training takes for so many images, at the speed last measured; None before there is one."""
+        now = self.steps * self.batch_size / max(self.watch.read(), 1e-9)
+        rate = self.rate or now
+        return images / rate if rate else None
+
+    def read(self, done):
+        """The rates since the last reading, at the end of a step, and how far the training is after `done` steps.
+
+        There are no rates before the first step that counts.
+        """
+        seconds, steps = max(self.watch.lap(), 1e-9), self.steps
+        if not steps:
+            return self.progress(done)
+        rate = self.rate = steps * self.batch_size / seconds
+        readings = {
+            "speed/images_per_second": rate,
+            "speed/step_ms": 1000 * seconds / steps,
+            "speed/loader_wait": self.waited / seconds,
+            "progress/epoch_seconds": self.dataset_size / rate,
+        } | ({"speed/mfu": rate * self.flops_per_image / self.peak} if self.peak else {}) | self.progress(done)
+        self.steps, self.waited = 0, 0.0
+        return readings
+
+
+QUARTILES = 4
+
+
+class Meters:
+    """What the steps since the last log measured, summed on the device so that no step waits; a checkpoint part.
+
+    Losses and counts [4] by quartile of t, which each rank sums for its own images, as it does loss and count [2] `since` the
+    best weights were chosen last; [4]: steps, the gradient norms of those not skipped, skipped steps, and those of them that
+    were spikes, the same on all ranks.
+    """
+
+    def __init__(self, timesteps, machine):
+        self.timesteps, self.machine = timesteps, machine
+        self.sums = {name: torch.zeros(size, device=machine.device)
+                     for name, size in (("loss", QUARTILES), ("count", QUARTILES), ("since", 2), ("steps", 4))}
+
+    def add_losses(self, t, losses):
+        quartile = t * QUARTILES // self.timesteps
+        self.sums["loss"].index_add_(0, quartile, losses.detach())
+        self.sums["count"].index_add_(0, quartile, ones := torch.ones_like(losses))
+        self.sums["since"] += torch.stack([losses.detach(), ones]).sum(1)
+
+    def add_step(self, norm, skipped, spike):
+        self.sums["steps"] += torch.stack([torch.ones_like(norm), norm.masked_fill(skipped, 0), skipped.float(), spike.float()])
+
+    def losses(self):
+        """A copy of what `add_losses` has summed, for `forget`."""
+        return {name: self.sums[name].clone() for name in step.PER_RANK}
+
+    def forget(self, before):
+        """Take back the losses that were added since `before`."""
+        for name, total in before.items():
+            self.sums[name].copy_(total)
+
+    def read(self):
+        """The means under their tracked keys; this is where the host waits for the device."""
+        loss, count = (self.machine.sum(self.sums[name].clone()).tolist() for name in ("loss", "count"))
+        steps, norm, skipped, spikes = self.sums["steps"].tolist()
+        mean = {"train/loss": sum(loss) / max(sum(count), 1)}
+        mean |= {f"train/loss_q{q}": loss[q] / count[q] for q in range(QUARTILES) if count[q]}
+        mean |= {"train/skipped_steps": skipped, "train/spikes": spikes}
+        return mean | {"train/grad_norm": norm / max(steps - skipped, 1)}
+
+    def loss_since(self):
+        """The mean loss since the best weights were chosen last; here too the host waits."""
+        loss, count = self.machine.sum(self.sums["since"].clone()).tolist()
+        return loss / max(count, 1)
+
+    def reset(self, *names):
+        """Begin again with some of the sums."""
+        for name in names:
+            self.sums[name].zero_()
+
+    def collect(self):
+        """Bring the ranks' sums together on the main one, whose state is saved."""
+        for name in step.PER_RANK:
+            self.sums[name] = self.machine.sum(self.sums[name]) * self.machine.main
+
+    def state_dict(self):
+        return dict(self.sums)
+
+    def load_state_dict(self, state):
+        for name, total in self.sums.items():
+            total.copy_(state.get(name, torch.zeros_like(total)))  # `since` is of 2026-12
+        for name in step.PER_RANK:
+            self.sums[name] *= self.machine.main

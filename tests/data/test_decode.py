@@ -1,0 +1,135 @@
+"""Files that were made to do harm are refused in little time and memory, and what broke once stays mended."""
+
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ddpm import data
+from ddpm.data import decode, streaming
+from ddpm.experiment import drawing
+from support.pictures import attacks, saved
+from support.runs import tiny
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+CHILD = """
+import resource, sys
+from pathlib import Path
+from ddpm import doctor
+from ddpm.data import folder as data
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)  # beyond which memory is refused
+before = resource.getrusage(resource.RUSAGE_SELF)
+found = data.survey(sys.argv[1])
+for name, one in zip(found.names, found.facts):
+    try:
+        pictures.decode_file(found.root / name, 32, 3)
+        said = ""
+    except pictures.Refused as refused:
+        said = refused.fault
+    assert said == one.fault, (name, said, one.fault)
+    try:
+        pictures.open_picture(found.root / name, 32, 3)
+    except ValueError as error:
+        assert said in str(error) and "\\n" not in str(error), error
+    print(name, one.fault, sep=":")
+doctor.contact_sheet(doctor.diagnose(sys.argv[1], 32, 0.1), pictures.WHITE)
+after = resource.getrusage(resource.RUSAGE_SELF)
+print(after.ru_maxrss - before.ru_maxrss, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+"""
+
+
+def test_files_made_to_do_harm_are_refused_in_little_time_and_memory(tmp_path):
+    """By training's scan, the doctor with its sheet, and the doors that take pictures: all of them, one after the other."""
+    made = attacks()
+    for name, (content, _) in made.items():
+        (tmp_path / name).write_bytes(content)
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.write(made["size.png"][0][:100])
+        file.truncate(100 * GIB)
+    os.mkfifo(tmp_path / "pipe.gif")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    expected = {name: fault for name, (_, fault) in made.items()}
+    expected |= {"sparse.png": "too large", "pipe.gif": "no file", "zero.jpg": "no file"}
+    child = subprocess.run([sys.executable, "-c", CHILD, tmp_path], capture_output=True, text=True, timeout=180,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert child.returncode == 0, child.stderr[-2000:]
+    *lines, used = child.stdout.splitlines()
+    assert dict(line.split(":") for line in lines) == expected
+    memory, seconds = used.split()
+    # Measured: 0.2 GiB and 5 s. Without limits one of them took 2 GiB, others a minute and more.
+    assert int(memory) < 2**20 and float(seconds) < 60
+
+
+def test_pictures_in_shards_and_at_the_doors_are_refused_too(tmp_path):
+    bomb = attacks()["size.png"][0]
+    with pytest.raises(ValueError, match="is no image that can be read"):
+        streaming.fetch_sample(Samples({"image": bomb}), "image", 16, 3, decode.WHITE, 0)
+    script = Image.new("RGB", (9, 9))
+    script.format = "EPS"  # as another library would open it
+    with pytest.raises(ValueError, match="is no image that can be read"):
+        streaming.fetch_sample(Samples({"image": script}), "image", 16, 3, decode.WHITE, 0)
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, fault in (("bomb.png", "too large"), ("pipe.png", "no file"), ("", "no file|not readable")):
+        with pytest.raises(ValueError, match=rf"cannot read .* as a picture \(({fault})"):
+            drawing.pictures(tiny(), [tmp_path / name])
+    with pytest.raises(ValueError, match="there is no picture"):
+        drawing.pictures(tiny(), [tmp_path / "none.png"])
+
+
+class Samples(list):
+    """Samples as shards give them."""
+
+    folder = "shards"
+
+    def __init__(self, *samples):
+        super().__init__(samples)
+
+
+def test_a_file_that_changes_or_goes_after_the_scan_is_one_line(tmp_path):
+    for k in range(3):
+        (tmp_path / f"{k}.png").write_bytes(saved("PNG", (20, 20), "RGB"))
+    source = data.open_source(f"folder(path={str(tmp_path)!r})", 8, 3)
+    (tmp_path / "1.png").write_bytes(saved("PNG")[:60])
+    (tmp_path / "2.png").unlink()
+    for index, fault in ((1, "1.png could be read before, and now is "), (2, "2.png .* now is not readable: No such file")):
+        with pytest.raises(ValueError, match=fault) as error:
+            source[index]
+        assert "\n" not in str(error.value)
+
+
+def test_large_pictures_wait_for_each_other():
+    room, most, inside, peak = decode.Room(10), 10, [0], [0]
+
+    def work(pixels):
+        with room.take(pixels):
+            inside[0] += pixels
+            peak[0] = max(peak[0], inside[0])
+            time.sleep(0.01)
+            inside[0] -= pixels
+
+    threads = [threading.Thread(target=work, args=(pixels,)) for pixels in (4, 5, 6, 4, 3, 9, 1, 1) * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert inside == [0] and 6 < peak[0] <= most
+    with room.take(50):  # alone, and larger than the room
+        pass
+    assert room.taken == 0
+
+
+def test_limits_are_where_they_say():
+    assert Image.MAX_IMAGE_PIXELS * 2 == decode.MOST_PIXELS and not decode.ImageFile.LOAD_TRUNCATED_IMAGES
+    assert decode.decode_file(io.BytesIO(saved("PNG", (11585, 11585), "1")), 8, 1).shape == (1, 8, 8)  # 134 million pixels
+    with pytest.raises(decode.Refused, match="too large"):
+        decode.decode_file(io.BytesIO(saved("PNG", (11586, 11586), "1")), 8, 1)

@@ -1,0 +1,224 @@
+"""Trains and draws on several ranks over gloo, forked from one process that has torch already.
+
+tests/runtime/test_ranks.py looks at what they leave.
+
+`python tests/support/groups.py FOLDER` leaves there the run folders below, and seen.json: what each rank of each group
+answered, and what it said.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ddpm import evaluate
+from ddpm.config import defaults
+from ddpm.experiment import build, drawing, load, trainer
+from ddpm.models.unet import UNet
+from ddpm.runtime import device
+from ddpm.runtime import ranks as runtime_ranks
+from ddpm.sampling import draw, formats
+from ddpm.training.trainer import train
+from support.runs import tiny
+
+ROOT = Path(__file__).parents[2]
+WAIT = 300  # seconds after which a group is held to hang
+RUN = tiny(
+    train__length="6 steps", every__log="4 steps", every__save="3 steps", every__validate="6 steps", every__sample="6 steps",
+    data__class_labels=True, data__validation_fraction=0.02, diffusion__self_condition=True, diffusion__weighting="uncertainty",
+    model__channel_mult=(1,), model__attention_resolutions=(), model__norm_num_groups=4, ema__profiles=(0.1,),
+    every__snapshot="6 steps")
+
+
+def forked(world, work, folder, **environment):
+    """What `work(rank)` returned on each rank of a group, or the type and words of what it raised, and what it said."""
+    folder.mkdir(parents=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        if (child := os.fork()) == 0:
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            os.environ |= {key: str(value) for key, value in (address | environment).items()}
+            with open(folder / f"{rank}.txt", "w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                try:
+                    answer = work(rank)
+                except SystemExit as left:
+                    answer = left.code
+                except BaseException as error:
+                    traceback.print_exc()
+                    answer = [type(error).__name__, str(error)]
+            (folder / f"{rank}.json").write_text(json.dumps(answer))
+            os._exit(0)
+        ranks.append(child)
+    begun = time.monotonic()
+    while left := [rank for rank in ranks if os.waitpid(rank, os.WNOHANG) == (0, 0)]:
+        ranks = left
+        if time.monotonic() - begun > WAIT:
+            for rank in left:
+                os.kill(rank, signal.SIGKILL)
+            sys.exit(f"{folder.name} hangs: " + "\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))))
+        time.sleep(0.02)
+    return [{"answer": json.loads((folder / f"{rank}.json").read_text()), "said": (folder / f"{rank}.txt").read_text()}
+            for rank in range(world)]
+
+
+def digest(tensors):
+    """A fingerprint of named tensors."""
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        hashed.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def trained(folder, **knobs):
+    """Train RUN with other knobs in a folder, or go on with it; the fingerprints of the weights and of their average."""
+    given = tiny(**{key.replace(".", "__"): value for key, value in defaults.flatten(RUN).items()} | knobs)
+    made = trainer.run(given, folder, device.start())
+    trainer.track(given, made)
+    assert train(made)
+    made.tracker.close()
+    network = made.step.diffusion.net
+    with network.whole():
+        weights = digest(network.net.state_dict())
+    with made.averaged():
+        average = digest(network.net.state_dict())
+    rows = sum(map(torch.numel, network.weights.state_dict().values()))
+    runtime_ranks.stop()
+    return {"weights": weights, "average": average, "numbers here": rows}
+
+
+def crowded(rank, folder, most):
+    """Train where rank 1 alone runs out of memory with more than `most` images, once the ranks have met."""
+    def check(module, inputs):
+        images = inputs[0]
+        if rank == 1 and isinstance(module, UNet) and module.training and not images.is_meta and len(images) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    register_module_forward_pre_hook(check)
+    return trained(folder)
+
+
+def drawn(folder):
+    """What is drawn and measured by a checkpoint, and which of the images are this rank's."""
+    made = load.load(folder, **{"sample.batch_size": 2, "evaluate.batch_size": 2})
+    batches = list(drawing.drawer(made.config, made.net, made.machine)(range(8), build.grid_recipe(made.config)))
+    images = made.machine.gather(draw.joined(batches))
+    numbers, _, _ = evaluate.measure(made, folder)
+    runtime_ranks.stop()
+    return {"images": digest({"": images}), "mine": [seed for seeds, _ in batches for seed in seeds], "numbers": numbers}
+
+
+def door(*knobs):
+    """Train as the command does; ends with its exit code."""
+    flags = [f"--config={ROOT}/configs/digits.py", "--workdir=run", "--config.wandb.mode=disabled", *knobs]
+    sys.argv[:] = ["ddpm.main", *(f"--config.{knob}" if "=" in knob and not knob.startswith("--") else knob for knob in flags)]
+    runpy.run_module("ddpm.main", run_name="__main__", alter_sys=True)
+
+
+def photos():
+    """A folder of pictures here."""
+    Path("photos").mkdir()
+    for k in range(9):
+        formats.FORMATS["png"](Path("photos"), [([k], torch.full((1, 3, 16, 16), 20 * k, dtype=torch.uint8))])
+
+
+def with_data_on_rank_0_alone(rank, folder):
+    Path(folder, str(rank)).mkdir(parents=True)
+    os.chdir(folder / str(rank))
+    if rank == 0:
+        photos()
+    door("data.source=folder(path='photos')", "data.channels=3")
+
+
+def until_data_go(rank, folder):
+    """Train on pictures that rank 1 loses on the way; the exit code."""
+    from ddpm.main import finish
+
+    Path(folder, str(rank)).mkdir(parents=True)
+    os.chdir(folder / str(rank))
+    photos()
+    given = tiny(data__source="folder(path='photos')", data__channels=3, data__cache="none", data__validation_fraction=0.0)
+    made = trainer.run(given, folder / "run", device.start())
+    trainer.track(given, made)
+    if rank == 1:
+        shutil.rmtree("photos")
+    return finish(made)
+
+
+def restarted(folder):
+    """What torchrun starts: a training whose rank 1 is killed with SIGKILL after step 4, the first time."""
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        threading.Thread(target=killed_after, args=(folder / "metrics.jsonl", 4), daemon=True).start()
+    return trained(folder)
+
+
+def killed_after(rows, step):
+    while not rows.is_file() or f'"step": {step},' not in rows.read_text():
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def torchrun(folder):
+    """What torchrun does with two ranks and a restart; what they returned in the end."""
+    how = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                       run_id="killed", max_restarts=1, monitor_interval=0.05, start_method="fork")
+    return elastic_launch(how, restarted)(folder)
+
+
+def main_of(folder):
+    groups = {}
+
+    def group(name, world, work, **environment):
+        groups[name] = forked(world, work, folder / "said" / name, **environment)
+
+    def resumed(name, world, start, **knobs):
+        """Go on from the checkpoint in the middle of a run."""
+        shutil.copytree(folder / start, folder / name)
+        (folder / name / "checkpoints" / "step_00000006.pt").unlink()
+        group(name, world, lambda rank: trained(folder / name, **knobs))
+
+    groups["one"] = [{"answer": trained(folder / "one"), "said": ""}]  # here: what is imported on the way, all others have
+    group("two", 2, lambda rank: trained(folder / "two"))
+    group("four", 4, lambda rank: trained(folder / "four", wandb__mode="offline"))
+    group("elsewhere", 2, lambda rank: trained(
+        folder / "elsewhere", train__resume_from=str(folder / "two" / "checkpoints" / "step_00000003.pt")))
+
+    group("halves", 2, lambda rank: trained(folder / "halves", train__gradient_accumulation_steps=2))
+    group("crowded", 2, lambda rank: crowded(rank, folder / "crowded", 2))
+    group("no room", 2, lambda rank: crowded(rank, folder / "no room", 0))
+    group("sharded", 2, lambda rank: trained(folder / "sharded", train__fully_shard=True))
+    resumed("two, then one", 1, "two")
+    resumed("two, then four", 4, "two")
+    resumed("two, then four sharded", 4, "two", train__fully_shard=True)
+    resumed("sharded, then one", 1, "sharded")
+    for world in (1, 2, 4):
+        group(f"drawn-{world}", world, lambda rank: drawn(folder / "one"))
+    cut = folder / "cut"
+    cut.mkdir()
+    os.chdir(cut)
+    group("no such cut", 4, lambda rank: door("train.batch_size=6"))
+    group("no such knob", 4, lambda rank: door("train.batchsize=8"))
+    group("no data", 2, lambda rank: with_data_on_rank_0_alone(rank, folder / "no data"))
+    group("data go", 2, lambda rank: until_data_go(rank, folder / "data go"))
+    group("killed", 1, lambda rank: torchrun(folder / "killed"))
+    (folder / "seen.json").write_text(json.dumps(groups))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main_of(Path(sys.argv[1]))
