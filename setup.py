@@ -3,10 +3,19 @@
 from setuptools import find_packages, setup
 
 STUDY = [  # to run, compare and show studies
-    "matplotlib>=3.8", "optuna>=4.0", "pyyaml>=6.0", "scipy>=1.11.1", "wandb-workspaces>=0.4.8"]
+    "matplotlib>=3.8",
+    "optuna>=4.0",
+    "pyyaml>=6.0",
+    "scipy>=1.11.1",
+    "wandb-workspaces>=0.4.8",
+]
 
 BENCH = [  # what the benchmarks stand beside
-    "accelerate>=1.0", "denoising-diffusion-pytorch>=2.1", "diffusers>=0.32", "matplotlib>=3.8"]
+    "accelerate>=1.0",
+    "denoising-diffusion-pytorch>=2.1",
+    "diffusers>=0.32",
+    "matplotlib>=3.8",
+]
 
 setup(
     name="ddpm",
@@ -31,7 +40,9 @@ setup(
     ],
     extras_require={
         "study": STUDY,
-        "streaming": ["mosaicml-streaming>=0.13,<0.14"],  # not for the tests: it holds numpy and huggingface_hub back
+        "streaming": [
+            "mosaicml-streaming>=0.13,<0.14"
+        ],  # not for the tests: it holds numpy and huggingface_hub back
         "bench": BENCH,
         "test": [
             *STUDY,

@@ -1,7 +1,8 @@
-"""ImageNet at 128 pixels as Dhariwal & Nichol 2021 trained it (ADM): 421.5 M parameters, class-conditional, 4,360,000 steps.
+"""ImageNet at 128 pixels as Dhariwal & Nichol 2021 trained it (ADM): 421.5 M parameters,
+class-conditional, 4,360,000 steps.
 
-The images lie in data/imagenet, one sub-folder a class. Labels are dropped one time in ten, for classifier-free guidance; their
-own guidance is by a classifier.
+The images lie in data/imagenet, one sub-folder a class. Labels are dropped one time in ten, for
+classifier-free guidance; their own guidance is by a classifier.
 """
 
 from ddpm.config.defaults import base, with_variant

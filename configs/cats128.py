@@ -1,20 +1,34 @@
-"""A folder of cat photos at 128 pixels: the recipe for one card with 8 GB, and smaller variants for less.
+"""A folder of cat photos at 128 pixels: the recipe for one card with 8 GB, and smaller variants for
+less.
 
 `--config=configs/cats128.py:small` picks a variant. The photos lie in data/cats; other places by
 `--config.data.source="folder(path='...')"`.
 
-Planned by ddpm.plan, not measured on a GPU: in bf16, two images at a time, it takes 6.4 GiB, and so fits into 8 GB (RTX 4070
-Laptop). With 12 GB (RTX 4070) all eight fit at a time, which is faster: --config.train.gradient_accumulation_steps=1.
+Planned by ddpm.plan, not measured on a GPU: in bf16, two images at a time, it takes 6.4 GiB, and so
+fits into 8 GB (RTX 4070 Laptop). With 12 GB (RTX 4070) all eight fit at a time, which is faster:
+--config.train.gradient_accumulation_steps=1.
 """
 
 from ddpm.config.defaults import base, with_variant
 
 VARIANTS = {  # what differs from the full recipe
     "small": {"model.model_channels": 128, "train.gradient_accumulation_steps": 2},
-    "tiny": {"model.model_channels": 64, "model.num_res_blocks": 1, "train.gradient_accumulation_steps": 1},
-    "64px": {"data.image_size": 64, "model.model_channels": 128, "train.batch_size": 16,
-             "train.gradient_accumulation_steps": 2},
-    "dit": {"model.name": "dit(size='B', patch_size=4)", "model.dropout": 0.0, "train.learning_rate": 1e-4},  # 1,024 patches
+    "tiny": {
+        "model.model_channels": 64,
+        "model.num_res_blocks": 1,
+        "train.gradient_accumulation_steps": 1,
+    },
+    "64px": {
+        "data.image_size": 64,
+        "model.model_channels": 128,
+        "train.batch_size": 16,
+        "train.gradient_accumulation_steps": 2,
+    },
+    "dit": {
+        "model.name": "dit(size='B', patch_size=4)",
+        "model.dropout": 0.0,
+        "train.learning_rate": 1e-4,
+    },  # 1,024 patches
 }
 
 
@@ -37,7 +51,9 @@ def get_config(variant=None):
     config.diffusion.beta_schedule = "cosine"
     config.train.length = "500 epochs"
     config.train.batch_size = 8
-    config.train.gradient_accumulation_steps = 4  # two images at a time: activations for eight would not fit beside the weights
+    config.train.gradient_accumulation_steps = (
+        4  # two images at a time: activations for eight would not fit beside the weights
+    )
     config.train.learning_rate = 2e-4
     config.train.warmup = "5000 steps"
     config.train.gradient_clip = 1.0

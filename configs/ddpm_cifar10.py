@@ -2,8 +2,13 @@
 
 from ddpm.config.defaults import base, with_variant
 
-VARIANTS = {  # what differs; `dit` spends what the U-Net spends, within 3 percent, at its paper's rate
-    "dit": {"model.name": "dit(size='S', patch_size=2)", "model.dropout": 0.0, "train.learning_rate": 1e-4},
+# what differs; `dit` spends what the U-Net spends, within 3 percent, at its paper's rate
+VARIANTS = {
+    "dit": {
+        "model.name": "dit(size='S', patch_size=2)",
+        "model.dropout": 0.0,
+        "train.learning_rate": 1e-4,
+    },
 }
 
 
@@ -13,7 +18,9 @@ def get_config(variant=None):
     config.data.image_size = 32
     config.data.channels = 3
     config.data.flip = True
-    config.data.validation_fraction = 0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
+    config.data.validation_fraction = (
+        0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
+    )
     config.model.model_channels = 128
     config.model.channel_mult = (1, 2, 2, 2)
     config.model.num_res_blocks = 2
@@ -29,7 +36,9 @@ def get_config(variant=None):
     config.ema.decay = 0.9999
     config.ema.warmup = False
     config.sample.sampler = "ddpm(variance='large')"
-    config.sample.steps = 1000  # the paper's FID: 50,000 images drawn so, by ddpm.evaluate afterwards
+    config.sample.steps = (
+        1000  # the paper's FID: 50,000 images drawn so, by ddpm.evaluate afterwards
+    )
     config.every.log = "100 steps"
     config.every.sample = "20000 steps"
     config.every.validate = "10000 steps"

@@ -1,8 +1,10 @@
-"""The main job: 1,797 real handwritten digits at 16 pixels, without a download, minutes on two CPU cores.
+"""The main job: 1,797 real handwritten digits at 16 pixels, without a download, minutes on two CPU
+cores.
 
-The recipe is what experiments/recipe found best within that time. `original` is the default that reports before December 2026
-name; `studied` is `original` with three of its lines changed. The variants of the U-Net are those of
-experiments/architectures.yaml; `dit` takes the same compute within 4 percent, and `classes` is conditioned on the digit.
+The recipe is what experiments/recipe found best within that time. `original` is the default that
+reports before December 2026 name; `studied` is `original` with three of its lines changed. The
+variants of the U-Net are those of experiments/architectures.yaml; `dit` takes the same compute
+within 4 percent, and `classes` is conditioned on the digit.
 """
 
 from ddpm.config.defaults import base, with_variant
@@ -30,8 +32,8 @@ ORIGINAL = {
 }
 VARIANTS = {
     "original": ORIGINAL,
-    "studied": ORIGINAL | {
-        "diffusion.predict": "x0", "diffusion.weighting": "p2", "model.use_scale_shift_norm": True},
+    "studied": ORIGINAL
+    | {"diffusion.predict": "x0", "diffusion.weighting": "p2", "model.use_scale_shift_norm": True},
     "classes": {"data.class_labels": True},
     "noattention": {"model.attention_resolutions": ()},
     "addition": {"model.use_scale_shift_norm": False},

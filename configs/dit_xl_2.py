@@ -1,11 +1,15 @@
-"""A DiT-XL/2 (Peebles & Xie 2023) on small images themselves, CIFAR-10 at 32 pixels, in place of an autoencoder's latents.
+"""A DiT-XL/2 (Peebles & Xie 2023) on small images themselves, CIFAR-10 at 32 pixels, in place of an
+autoencoder's latents.
 
-Class-conditional, with learned variance, as in the paper. `:s`, `:b` and `:l` are its smaller sizes.
+Class-conditional, with learned variance, as in the paper. `:s`, `:b` and `:l` are its smaller
+sizes.
 """
 
 from ddpm.config.defaults import base, with_variant
 
-VARIANTS = {size.lower(): {"model.name": f"dit(size='{size}', patch_size=2)"} for size in ("S", "B", "L")}
+VARIANTS = {
+    size.lower(): {"model.name": f"dit(size='{size}', patch_size=2)"} for size in ("S", "B", "L")
+}
 
 
 def get_config(variant=None):
@@ -15,7 +19,9 @@ def get_config(variant=None):
     config.data.channels = 3
     config.data.flip = True
     config.data.class_labels = True
-    config.data.validation_fraction = 0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
+    config.data.validation_fraction = (
+        0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
+    )
     config.model.name = "dit(size='XL', patch_size=2)"
     config.diffusion.beta_schedule = "linear"
     config.diffusion.variance = "learned"

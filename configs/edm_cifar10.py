@@ -1,7 +1,9 @@
-"""CIFAR-10 by the recipe of Karras et al. 2022: their preconditioning, noise levels, sampler and hyperparameters.
+"""CIFAR-10 by the recipe of Karras et al. 2022: their preconditioning, noise levels, sampler and
+hyperparameters.
 
-The network has 56.5 M parameters where their DDPM++ has 55.7 M: it differs by attention after every block of the decoder at 16
-pixels, where theirs is after the last alone, and by shortcuts without a convolution in blocks that resize.
+The network has 56.5 M parameters where their DDPM++ has 55.7 M: it differs by attention after every
+block of the decoder at 16 pixels, where theirs is after the last alone, and by shortcuts without a
+convolution in blocks that resize.
 """
 
 from ddpm.config.defaults import base, with_variant
@@ -13,7 +15,9 @@ def get_config(variant=None):
     config.data.image_size = 32
     config.data.channels = 3
     config.data.augment = 0.12
-    config.data.validation_fraction = 0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
+    config.data.validation_fraction = (
+        0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
+    )
     config.model.model_channels = 128
     config.model.channel_mult = (2, 2, 2)
     config.model.num_res_blocks = 4

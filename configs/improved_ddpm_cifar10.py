@@ -1,4 +1,5 @@
-"""CIFAR-10 as Nichol & Dhariwal 2021 trained it: 52.5 M parameters, learned variance, cosine, T = 4000, 500,000 steps.
+"""CIFAR-10 as Nichol & Dhariwal 2021 trained it: 52.5 M parameters, learned variance, cosine, T =
+4000, 500,000 steps.
 
 `:vlb` is their L_vlb: the bound alone, with times by the second moment of the loss.
 """
@@ -13,7 +14,9 @@ def get_config(variant=None):
     config.data.source = "torchvision(name='CIFAR10')"
     config.data.image_size = 32
     config.data.channels = 3
-    config.data.validation_fraction = 0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
+    config.data.validation_fraction = (
+        0.0  # all 50,000 images are learned from; 0.02 brings val/loss, eval/copying and best
+    )
     config.model.model_channels = 128
     config.model.channel_mult = (1, 2, 2, 2)
     config.model.num_res_blocks = 3

@@ -1,7 +1,8 @@
 """A research workbench for denoising diffusion models of images: train, draw, measure and compare.
 
-Commands are started as `python -m ddpm.NAME`; `python -m ddpm` lists them. From Python, `ddpm.main.train_experiment` trains,
-`ddpm.generate.generate_images` and `edit_images` draw, `ddpm.evaluate.evaluate` measures, and `ddpm.compare.compare` compares.
+Commands are started as `python -m ddpm.NAME`; `python -m ddpm` lists them. From Python,
+`ddpm.main.train_experiment` trains, `ddpm.generate.generate_images` and `edit_images` draw,
+`ddpm.evaluate.evaluate` measures, and `ddpm.compare.compare` compares.
 """
 
 import importlib
@@ -34,7 +35,8 @@ def __dir__():
     return [*globals(), *PUBLIC]
 
 
-if sys.argv[0] == "-m":  # `python -m ddpm.X`, which imports torch next: Ctrl-C ends it with one line, not a traceback
+# `python -m ddpm.X`, which imports torch next: Ctrl-C ends it with one line, not a traceback
+if sys.argv[0] == "-m":
     from ddpm.runtime import signals
 
     signals.handle(signals.end_before_start)

@@ -3,7 +3,18 @@
 import ast
 from pathlib import Path
 
-COMMANDS = ("main", "generate", "sample", "evaluate", "plan", "doctor", "sweep", "compare", "dashboard", "convert")
+COMMANDS = (
+    "main",
+    "generate",
+    "sample",
+    "evaluate",
+    "plan",
+    "doctor",
+    "sweep",
+    "compare",
+    "dashboard",
+    "convert",
+)
 
 
 def listing():

@@ -1,14 +1,20 @@
-"""Exchange weights with others: `python -m ddpm.convert SOURCE --out=DEST`; what SOURCE is decides the direction.
+"""Exchange weights with others: `python -m ddpm.convert SOURCE --out=DEST`; what SOURCE is decides
+the direction.
 
-    a diffusers folder, a UNet2DModel and its DDPMScheduler -> a checkpoint, DEST.safetensors or DEST/final.safetensors
-    OpenAI's weights, guided- or improved-diffusion (.pt)   -> the same; FLAGS say what shapes do not, --num_heads=4 ...
-    a run folder or checkpoint of ours                      -> a diffusers folder, for DDPMPipeline.from_pretrained
+    a diffusers folder, a UNet2DModel and its DDPMScheduler -> a checkpoint: DEST.safetensors, or
+                                                               DEST/final.safetensors
+    OpenAI's weights, guided- or improved-diffusion (.pt)   -> the same; FLAGS say what shapes do
+                                                               not, --num_heads=4 ...
+    a run folder or checkpoint of ours                      -> a diffusers folder, for
+                                                               DDPMPipeline.from_pretrained
 
-The network's output stays the same, and what has no counterpart is refused by its name. No code of the others is needed.
+The network's output stays the same, and what has no counterpart is refused by its name. No code of
+the others is needed.
 
-Labels are the same too. For no label our network adds zero, and others look up one more row, or do without: so a network that
-was trained with label dropout goes out with a row of zeros as its last, and of one that comes in --no_label=10 says which row
-that is. It is added to the bias before it and taken from the other rows, which makes the same network.
+Labels are the same too. For no label our network adds zero, and others look up one more row, or do
+without: so a network that was trained with label dropout goes out with a row of zeros as its last,
+and of one that comes in --no_label=10 says which row that is. It is added to the bias before it and
+taken from the other rows, which makes the same network.
 """
 
 from pathlib import Path
@@ -26,35 +32,58 @@ from ddpm.training import weights as training_weights
 
 
 def convert(source, out, classes=None, no_label=None, **theirs):
-    """Convert `source` into `out` as above, `theirs` being OpenAI's flags; returns the path that was written.
+    """Convert `source` into `out` as above, `theirs` being OpenAI's flags; returns the path that
+    was written.
 
-    `classes` are names for those of a network that comes in, by default their numbers; `no_label` is the label by which it
-    was told none. Raises ValueError, one line, for what is damaged, has no counterpart on the other side, or is there already.
+    `classes` are names for those of a network that comes in, by default their numbers; `no_label`
+    is the label by which it was told none. Raises ValueError, one line, for what is damaged, has no
+    counterpart on the other side, or is there already.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     given = {flag: value for flag, value in theirs.items() if value is not None}
-    labels = ({"classes": tuple(classes)} if classes else {}) | ({} if no_label is None else {"no_label": no_label})
+    labels = ({"classes": tuple(classes)} if classes else {}) | (
+        {} if no_label is None else {"no_label": no_label}
+    )
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out, or remove it")
     tensors = diffusers.tensors_of(source) if source.is_file() else {}
     openai = "input_blocks.0.0.weight" in tensors
     if given and not openai:
-        raise ValueError(f"--{min(given)} is for weights of OpenAI, which {source} does not hold; leave it out")
+        raise ValueError(
+            f"--{min(given)} is for weights of OpenAI, which {source} does not hold; leave it out"
+        )
     if "conv_in.weight" in tensors:
-        raise ValueError(f"{source} is one file of a diffusers model; give the folder, which has its configs too")
-    if not openai and "_class_name" not in diffusers.json_of(source / "model_index.json") | diffusers.json_of(
-        diffusers.part_of(source, "unet", "config")
-    ):
+        raise ValueError(
+            f"{source} is one file of a diffusers model; give the folder, which has its configs too"
+        )
+    if not openai and "_class_name" not in diffusers.json_of(
+        source / "model_index.json"
+    ) | diffusers.json_of(diffusers.part_of(source, "unet", "config")):
         if labels:
             ours = checkpoint.find(source)
-            raise ValueError(f"--{min(labels)} is for a network of others, and {ours} is one of ddpm; leave it out")
+            raise ValueError(
+                f"--{min(labels)} is for a network of others, and {ours} is one of ddpm; leave it "
+                "out"
+            )
         return diffusers.to_diffusers(source, out)
     try:
         config, weights = (
-            interop_openai.from_openai(source, tensors, given, labels) if openai else diffusers.from_diffusers(source, labels)
+            interop_openai.from_openai(source, tensors, given, labels)
+            if openai
+            else diffusers.from_diffusers(source, labels)
         )
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{source} is damaged, or no U-Net that ddpm knows: {errors.one_line(error)}") from error
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ArithmeticError,
+    ) as error:
+        raise ValueError(
+            f"{source} is damaged, or no U-Net that ddpm knows: {errors.one_line(error)}"
+        ) from error
     text = files.to_json(config)
     if out.suffix == ".safetensors":
         training_weights.export(out, weights, 0, text)
@@ -68,15 +97,31 @@ def main(arguments):
     """Convert what the command line names; returns the exit code."""
     if len(arguments) > 1:
         raise ValueError(f"one source at a time; leave out {arguments[1]}")
-    given = {flag: getattr(flags.FLAGS, flag) for flag in (*interop_openai.FLAGS, "classes", "no_label")}
+    given = {
+        flag: getattr(flags.FLAGS, flag) for flag in (*interop_openai.FLAGS, "classes", "no_label")
+    }
     print(f"wrote {convert(arguments[0], flags.FLAGS.out, **given)}")
     return errors.DONE
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("out", None, "The folder, or the .safetensors file, to write.", required=True)
-    flags.DEFINE_list("classes", None, "Names for the classes of a network of others, in order; by default their numbers.")
-    flags.DEFINE_integer("no_label", None, "The label by which a network of others was told none: what guidance needs.")
+    flags.DEFINE_string(
+        "out", None, "The folder, or the .safetensors file, to write.", required=True
+    )
+    flags.DEFINE_list(
+        "classes",
+        None,
+        "Names for the classes of a network of others, in order; by default their numbers.",
+    )
+    flags.DEFINE_integer(
+        "no_label",
+        None,
+        "The label by which a network of others was told none: what guidance needs.",
+    )
     for flag, (define, example) in interop_openai.FLAGS.items():
         define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")
-    config_flags.run_door(main, takes="a diffusers folder, a file of OpenAI's weights, or a run folder or checkpoint of ddpm")
+    config_flags.run_door(
+        main,
+        takes="a diffusers folder, a file of OpenAI's weights, or a run folder or checkpoint of "
+        "ddpm",
+    )

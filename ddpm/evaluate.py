@@ -1,6 +1,8 @@
-"""Measure a checkpoint: `python -m ddpm.evaluate --checkpoint=RUN_OR_FILE`, the numbers that a training logs.
+"""Measure a checkpoint: `python -m ddpm.evaluate --checkpoint=RUN_OR_FILE`, the numbers that a
+training logs.
 
-`--workdir=DIR` keeps them as a run of their own, tracked like a training: so a sweep can vary sampler and steps.
+`--workdir=DIR` keeps them as a run of their own, tracked like a training: so a sweep can vary
+sampler and steps.
 """
 
 import os
@@ -25,23 +27,38 @@ from ddpm.training.trainer import grid_file, show
 
 @config_flags.also_called(checkpoint_path="checkpoint", num_images="num_samples")
 def evaluate(checkpoint=None, device=None, workdir=None, **options):
-    """Draw images from a run folder or checkpoint file and measure them against its data; returns {"eval/fid": ...}.
+    """Draw images from a run folder or checkpoint file and measure them against its data; returns
+    {"eval/fid": ...}.
 
-    The newest run of runs/ is taken where none is given. `options` are those of `python -m ddpm.evaluate --help` by the same
-    names, `num_samples=5000`, or any by its full name, `**{"diffusion.clip": False}`; `workdir` is a folder that becomes a run
-    with config.json, metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training images
-    and, where the bound is measured, likelihood.csv and its picture. Raises ValueError, one line, for a missing checkpoint,
-    data or extractor, for nothing to measure, for a folder that holds something else, and for a sample.spacing that would not
-    be used.
+    The newest run of runs/ is taken where none is given. `options` are those of `python -m
+    ddpm.evaluate --help` by the same names, `num_samples=5000`, or any by its full name,
+    `**{"diffusion.clip": False}`; `workdir` is a folder that becomes a run with config.json,
+    metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training
+    images and, where the bound is measured, likelihood.csv and its picture. Raises ValueError, one
+    line, for a missing checkpoint, data or extractor, for nothing to measure, for a folder that
+    holds something else, and for a sample.spacing that would not be used.
     """
     knobs = config_flags.options(options, "evaluate")
     made = load.load(checkpoint, device, **knobs)
-    if knobs.get("sample.spacing") and knobs.get("evaluate.spacing") is None and made.config.evaluate.spacing != "auto":
-        raise ValueError(f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
-                         f"{made.config.evaluate.spacing!r}; give evaluate.spacing={knobs['sample.spacing']!r} in its place")
+    if (
+        knobs.get("sample.spacing")
+        and knobs.get("evaluate.spacing") is None
+        and made.config.evaluate.spacing != "auto"
+    ):
+        raise ValueError(
+            f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
+            f"{made.config.evaluate.spacing!r}; give evaluate.spacing={knobs['sample.spacing']!r} "
+            "in its place"
+        )
     if workdir is None:
         numbers, _, _ = measure(made, checkpoint)
-        print("".join(f"{line}\n" for line in copies(numbers, "--workdir=DIR keeps a picture that shows it")), end="")
+        print(
+            "".join(
+                f"{line}\n"
+                for line in copies(numbers, "--workdir=DIR keeps a picture that shows it")
+            ),
+            end="",
+        )
         return numbers
     wandb.check(dict(made.config.wandb))
     with held(workdir):
@@ -60,7 +77,9 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
 
 
 def picture(workdir, files):
-    """Draw the terms of the bound, if they were measured, beside their csv; without matplotlib that is told, and no more."""
+    """Draw the terms of the bound, if they were measured, beside their csv; without matplotlib
+    that is told, and no more.
+    """
     for name, text in files.items():
         try:
             figures.save(figures.likelihood(text), Path(workdir, name).with_suffix(".png"))
@@ -69,15 +88,24 @@ def picture(workdir, files):
 
 
 def measure(made, run_or_file, shown=0):
-    """Numbers and pictures of what a checkpoint draws, of which the first are `shown`; numbers and files of the likelihood."""
+    """Numbers and pictures of what a checkpoint draws, of which the first are `shown`; numbers
+    and files of the likelihood.
+    """
     images = build.dataset(made.config)
-    score, likelihood = (drawing.scorer(made.config, images, made.machine),
-                         drawing.likelihood(made.config, made.net, images, made.machine))
+    score = drawing.scorer(made.config, images, made.machine)
+    likelihood = drawing.likelihood(made.config, made.net, images, made.machine)
     if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
-        raise ValueError("nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set one of them")
-    how = re.sub(f"(of )?{images.fingerprint[:12]}", lambda _: f"of {made.config.data.source}", how)  # by name, for people
-    notes = [*map(config_flags.as_typed, build.remarks(made.config, "evaluate")), *score.notes,
-             *build.other_data(made.config, images, run_or_file)]
+        raise ValueError(
+            "nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set "
+            "one of them"
+        )
+    # by name, for people
+    how = re.sub(f"(of )?{images.fingerprint[:12]}", lambda _: f"of {made.config.data.source}", how)
+    notes = [
+        *map(config_flags.as_typed, build.remarks(made.config, "evaluate")),
+        *score.notes,
+        *build.other_data(made.config, images, run_or_file),
+    ]
     print("\n".join([f"measuring {made.name}: {how}", *notes]), flush=True)
     draw = drawing.drawer(made.config, made.net, made.machine)
     (numbers, pictures), (bits, files) = score(draw), likelihood()
@@ -88,18 +116,28 @@ def measure(made, run_or_file, shown=0):
 
 def four_digits(value):
     """A number for people: `0.2617`, `88.70`, `6.123e-10`."""
-    return f"{value:.4f}" if value == 0 or 0.1 <= abs(value) < 1 else f"{value:#.4g}".removesuffix(".")
+    return (
+        f"{value:.4f}" if value == 0 or 0.1 <= abs(value) < 1 else f"{value:#.4g}".removesuffix(".")
+    )
 
 
 def main():
     """Measure what the flags say and print a line for each number; returns the exit code."""
-    given, workdir = flags.FLAGS, flags.FLAGS.workdir
+    given = flags.FLAGS
+    workdir = flags.FLAGS.workdir
     if workdir is None and os.environ.get("WANDB_SWEEP_ID"):
         path = Path(given.checkpoint or training_checkpoint.newest_run())
         workdir = config_files.default_workdir(f"{path.stem}-measured", config_flags.overrides())
     others = {f"config.{option}": value for option, value in config_flags.overrides().items()}
     numbers = evaluate(given.checkpoint, given.device, workdir, **config_flags.drawing(), **others)
-    print(plain([[name, four_digits(value) if isinstance(value, float) else str(value)] for name, value in numbers.items()]))
+    print(
+        plain(
+            [
+                [name, four_digits(value) if isinstance(value, float) else str(value)]
+                for name, value in numbers.items()
+            ]
+        )
+    )
     return errors.DONE
 
 
@@ -107,6 +145,10 @@ if __name__ == "__main__":
     config_flags.define_checkpoint_flags("evaluate")
     config_flags.define_overrides_flag()
     flags.DEFINE_alias("num_images", "num_samples")
-    flags.DEFINE_string("workdir", None, "Folder that becomes a run with these numbers; by default they are only printed.")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder that becomes a run with these numbers; by default they are only printed.",
+    )
     flags.adopt_module_key_flags(config_flags)
     config_flags.run_door(main)

@@ -1,7 +1,9 @@
-"""Draw images from a checkpoint: `python -m ddpm.generate --checkpoint=RUN_OR_FILE --num_images=16 --out=DIR --format=png`.
+"""Draw images from a checkpoint: `python -m ddpm.generate --checkpoint=RUN_OR_FILE --num_images=16
+--out=DIR --format=png`.
 
-Image k begins at noise that depends on (seed, k) alone. Network and sampler are those of the checkpoint's own config.
-With `--edit=inpaint --image=PATH --mask=PATH`, or another of EDITS, it edits pictures of your own.
+Image k begins at noise that depends on (seed, k) alone. Network and sampler are those of the
+checkpoint's own config. With `--edit=inpaint --image=PATH --mask=PATH`, or another of EDITS, it
+edits pictures of your own.
 """
 
 from functools import partial
@@ -12,7 +14,14 @@ from absl import flags
 
 from ddpm.common import errors
 from ddpm.common.files import make_folder
-from ddpm.common.pixels import SINGLE, file_or_in, folder_of, recorded, remove_drawing, save_image_grid
+from ddpm.common.pixels import (
+    SINGLE,
+    file_or_in,
+    folder_of,
+    recorded,
+    remove_drawing,
+    save_image_grid,
+)
 from ddpm.common.registry import check_choice, counted
 from ddpm.config import flags as config_flags
 from ddpm.diffusion.editing import EDITS, get_edit
@@ -22,62 +31,103 @@ from ddpm.sampling.formats import FORMATS
 
 
 @config_flags.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images")
-def generate_images(checkpoint=None, num_images=16, out="samples", device=None, format="png", **options):
-    """Draw `num_images` images from a run folder or checkpoint file into the folder `out`; returns the paths written.
+def generate_images(
+    checkpoint=None, num_images=16, out="samples", device=None, format="png", **options
+):
+    """Draw `num_images` images from a run folder or checkpoint file into the folder `out`; returns
+    the paths written.
 
-    The newest run of runs/ is taken where none is given. `format` is one of FORMATS; `out` may also name the one file that it
-    makes, such as a grid's. `options` are those of `python -m ddpm.generate --help` by the same names, `steps=25`, or any by
-    its full name, `**{"diffusion.clip": False}`. Numbered pictures that an earlier drawing left in the folder are removed.
-    Raises ValueError, one line, for a missing or damaged checkpoint, for options that cannot be, and for a folder that holds
-    numbered pictures which no drawing wrote.
+    The newest run of runs/ is taken where none is given. `format` is one of FORMATS; `out` may also
+    name the one file that it makes, such as a grid's. `options` are those of `python -m
+    ddpm.generate --help` by the same names, `steps=25`, or any by its full name,
+    `**{"diffusion.clip": False}`. Numbered pictures that an earlier drawing left in the folder are
+    removed. Raises ValueError, one line, for a missing or damaged checkpoint, for options that
+    cannot be, and for a folder that holds numbered pictures which no drawing wrote.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
     config_flags.check_count(num_images)
     folder = folder_of(out, format)
-    name, _, trained, machine, net = load.load(checkpoint, device, **config_flags.options(options, "sample"))
+    name, _, trained, machine, net = load.load(
+        checkpoint, device, **config_flags.options(options, "sample")
+    )
     recipe = build.grid_recipe(trained)
     times = cost.evaluations(trained, recipe)
     how = draw.frames if format == "gif" else draw.draw  # a picture a step, of all images at once
     drawn = drawing.drawer(trained, net, machine, how)(range(num_images), recipe)
     make_place(folder, format, machine)
-    say(f"drawing {counted(num_images, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained)
+    say(
+        f"drawing {counted(num_images, 'image')} from {name}: {recipe}; {times} network "
+        "evaluations an image",
+        trained,
+    )
     return written(write, out, drawn, format, num_images)
 
 
-@config_flags.also_called(checkpoint_path="checkpoint", output_dir="out", num_samples="num_images", image="images")
-def edit_images(checkpoint, edit, images, out="samples", mask=None, num_images=None, device=None, format="png", **options):
-    """Edit pictures by a run folder or checkpoint file into the folder `out`; returns the paths written.
+@config_flags.also_called(
+    checkpoint_path="checkpoint", output_dir="out", num_samples="num_images", image="images"
+)
+def edit_images(
+    checkpoint,
+    edit,
+    images,
+    out="samples",
+    mask=None,
+    num_images=None,
+    device=None,
+    format="png",
+    **options,
+):
+    """Edit pictures by a run folder or checkpoint file into the folder `out`; returns the paths
+    written.
 
-    `edit` names an entry of EDITS, `"inpaint"` or `"sdedit(strength=0.6)"`; `images` is the path of a picture, or a list of as
-    many as it takes, `mask` that of a picture that is white where `inpaint` paints anew, and black or transparent elsewhere;
-    the share to be painted is printed, with a warning where that is everything. There are `num_images` results, 16 by default,
-    and a `grid.png` of them with what was given. The rest is as for `generate_images`. Raises ValueError, one line, also for
-    pictures that cannot be used, for a mask of nothing and for a sampler that cannot make the edit.
+    `edit` names an entry of EDITS, `"inpaint"` or `"sdedit(strength=0.6)"`; `images` is the path of
+    a picture, or a list of as many as it takes, `mask` that of a picture that is white where
+    `inpaint` paints anew, and black or transparent elsewhere; the share to be painted is printed,
+    with a warning where that is everything. There are `num_images` results, 16 by default, and a
+    `grid.png` of them with what was given. The rest is as for `generate_images`. Raises ValueError,
+    one line, also for pictures that cannot be used, for a mask of nothing and for a sampler that
+    cannot make the edit.
     """
-    write, made = FORMATS[check_choice("format", format, list(FORMATS))], get_edit(edit)
+    write = FORMATS[check_choice("format", format, list(FORMATS))]
+    made = get_edit(edit)
     paths = [images] if isinstance(images, (str, Path)) else list(images)
-    count, folder = edit_count(edit, made, paths, mask, num_images), folder_of(out, format, only=format != "grid")
-    name, _, trained, machine, net = load.load(checkpoint, device, **config_flags.options(options, "sample"))
+    count = edit_count(edit, made, paths, mask, num_images)
+    folder = folder_of(out, format, only=format != "grid")
+    name, _, trained, machine, net = load.load(
+        checkpoint, device, **config_flags.options(options, "sample")
+    )
     pictures, area = drawing.pictures(trained, paths, mask)
     recipe = build.edit_recipe(trained)
     times = cost.evaluations(trained, recipe, made)
     make_place(folder, format, machine)
-    say(f"{edit}: {counted(count, 'image')} from {name}: {recipe}; {times} network evaluations an image", trained,
-        *masked_words(mask, area))
-    film, results = format == "gif", []
-    how = partial(draw.frames if film else draw.draw, walk=draw.edited(made, pictures, area, count, machine), times=times)
+    say(
+        f"{edit}: {counted(count, 'image')} from {name}: {recipe}; {times} network evaluations an "
+        "image",
+        trained,
+        *masked_words(mask, area),
+    )
+    film = format == "gif"
+    results = []
+    how = partial(
+        draw.frames if film else draw.draw,
+        walk=draw.edited(made, pictures, area, count, machine),
+        times=times,
+    )
     drawn = remembered(drawing.drawer(trained, net, machine, how)(range(count), recipe), results)
     files = written(write, out, drawn, format, count)
     first, *others = pictures
     hidden = [] if area is None else [first.masked_fill(area, 127)]
     cells = [first, *hidden, *draw.joined(results[-1:] if film else results), *others]
     grid = file_or_in(out, "grid") if format == "grid" else Path(out, "grid.png")
-    save_image_grid(torch.stack(cells), grid, nrow=len(cells) if others else None)  # between two images: in a row
+    # between two images: in a row
+    save_image_grid(torch.stack(cells), grid, nrow=len(cells) if others else None)
     return list(dict.fromkeys([*files, grid]))
 
 
 def make_place(folder, format, machine):
-    """Make the folder of a drawing, and remove the numbered pictures of an earlier one where the format numbers them too."""
+    """Make the folder of a drawing, and remove the numbered pictures of an earlier one where the
+    format numbers them too.
+    """
     with machine.together():
         make_folder(folder)
         if machine.main and format not in SINGLE and (removed := remove_drawing(folder)):
@@ -85,7 +135,9 @@ def make_place(folder, format, machine):
 
 
 def written(write, out, batches, format, count):
-    """Write batches in a format; returns the paths. A KeyboardInterrupt says how many of `count` images are kept."""
+    """Write batches in a format; returns the paths. A KeyboardInterrupt says how many of `count`
+    images are kept.
+    """
     try:
         return write(out, batches)
     except KeyboardInterrupt:
@@ -96,7 +148,10 @@ def written(write, out, batches, format, count):
 
 def say(text, config, *more):
     """Say how a config draws, with what a person should know of it."""
-    print("\n".join([text, *map(config_flags.as_typed, build.remarks(config, "sample")), *more]), flush=True)
+    print(
+        "\n".join([text, *map(config_flags.as_typed, build.remarks(config, "sample")), *more]),
+        flush=True,
+    )
 
 
 def masked_words(mask, area):
@@ -104,18 +159,26 @@ def masked_words(mask, area):
     if area is None:
         return []
     if area.all():
-        return [f"warning: mask {str(mask)!r} is white everywhere, so nothing of the picture is kept; make it black or "
-                "transparent where the picture is to stay"]
+        return [
+            f"warning: mask {str(mask)!r} is white everywhere, so nothing of the picture is kept; "
+            "make it black or transparent where the picture is to stay"
+        ]
     return [f"painting {area.float().mean():.1%} of the picture"]
 
 
 def edit_count(edit, made, paths, mask, num_images):
-    """How many results an edit makes; raises ValueError where it takes other pictures than it was given, or another number."""
+    """How many results an edit makes; raises ValueError where it takes other pictures than it
+    was given, or another number.
+    """
     if len(paths) != made.images:
-        raise ValueError(f"edit {edit!r} takes {made.images} image{'s' * (made.images > 1)}, not {len(paths)}; write "
-                         f"{' '.join(['--image=PATH'] * made.images)}")
+        raise ValueError(
+            f"edit {edit!r} takes {made.images} image{'s' * (made.images > 1)}, not {len(paths)}; "
+            f"write {' '.join(['--image=PATH'] * made.images)}"
+        )
     if made.mask and mask is None:
-        raise ValueError(f"edit {edit!r} takes a mask; write --mask=PATH, a picture, white where painted anew")
+        raise ValueError(
+            f"edit {edit!r} takes a mask; write --mask=PATH, a picture, white where painted anew"
+        )
     if mask is not None and not made.mask:
         raise ValueError(f"edit {edit!r} takes no mask; leave out --mask, or write --edit=inpaint")
     if made.single and num_images not in (None, 1):
@@ -142,14 +205,33 @@ def wrote(paths):
 
 def main():
     """Draw what the flags say; returns the exit code."""
-    given, options = flags.FLAGS, config_flags.drawing()
+    given = flags.FLAGS
+    options = config_flags.drawing()
     if given.edit:
-        paths = edit_images(given.checkpoint, given.edit, given.image, given.out, given.mask, given.num_images, given.device,
-                            given.format, **options)
+        paths = edit_images(
+            given.checkpoint,
+            given.edit,
+            given.image,
+            given.out,
+            given.mask,
+            given.num_images,
+            given.device,
+            given.format,
+            **options,
+        )
     elif given.image or given.mask:
-        raise ValueError(f"--image and --mask are for an edit; write --edit= and one of {', '.join(EDITS)}")
+        raise ValueError(
+            f"--image and --mask are for an edit; write --edit= and one of {', '.join(EDITS)}"
+        )
     else:
-        paths = generate_images(given.checkpoint, given.num_images or 16, given.out, given.device, given.format, **options)
+        paths = generate_images(
+            given.checkpoint,
+            given.num_images or 16,
+            given.out,
+            given.device,
+            given.format,
+            **options,
+        )
     print(wrote(paths))
     return errors.DONE
 
@@ -158,11 +240,25 @@ if __name__ == "__main__":
     config_flags.define_checkpoint_flags("sample")
     flags.DEFINE_integer("num_images", None, "How many images; by default 16.", lower_bound=1)
     flags.DEFINE_alias("num_samples", "num_images")
-    flags.DEFINE_string("out", "samples", "Folder for the images, or the one file of a grid, npz, zip or gif.")
-    flags.DEFINE_string("format", "png", f"One of {', '.join(FORMATS)}; gif shows how the images come out of the noise.")
-    flags.DEFINE_string("edit", None, "inpaint(resamplings=10), sdedit(strength=0.6), invert or interpolate, of an --image.")
+    flags.DEFINE_string(
+        "out", "samples", "Folder for the images, or the one file of a grid, npz, zip or gif."
+    )
+    flags.DEFINE_string(
+        "format",
+        "png",
+        f"One of {', '.join(FORMATS)}; gif shows how the images come out of the noise.",
+    )
+    flags.DEFINE_string(
+        "edit",
+        None,
+        "inpaint(resamplings=10), sdedit(strength=0.6), invert or interpolate, of an --image.",
+    )
     flags.DEFINE_multi_string("image", [], "Picture to edit; given twice to interpolate.")
-    flags.DEFINE_string("mask", None, "Picture for inpaint, white where the image is painted anew, black or "
-                        "transparent elsewhere.")
+    flags.DEFINE_string(
+        "mask",
+        None,
+        "Picture for inpaint, white where the image is painted anew, black or "
+        "transparent elsewhere.",
+    )
     flags.adopt_module_key_flags(config_flags)
     config_flags.run_door(main)

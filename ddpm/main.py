@@ -1,6 +1,8 @@
-"""Train one experiment: `python -m ddpm.main --config=configs/digits.py [--config.section.leaf=value ...] [--workdir=DIR]`.
+"""Train one experiment: `python -m ddpm.main --config=configs/digits.py
+[--config.section.leaf=value ...] [--workdir=DIR]`.
 
-The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your mistake, 3 diverged, 75 interrupted and saved.
+The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your mistake, 3 diverged,
+75 interrupted and saved.
 """
 
 import contextlib
@@ -25,7 +27,9 @@ from ddpm.training.trainer import Diverged, train
 AGAIN = -1  # no exit code
 
 config_flags.define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides."
+)
 
 
 def train_experiment(given, folder):
@@ -37,32 +41,51 @@ def train_experiment(given, folder):
     try:
         with wish.heard(), contextlib.ExitStack() as kept:
             with wish.abandonable():
-                machine = device.start(given.train.amp, given.train.deterministic, None, wish, given.train.cudnn_benchmark)
+                machine = device.start(
+                    given.train.amp,
+                    given.train.deterministic,
+                    None,
+                    wish,
+                    given.train.cudnn_benchmark,
+                )
             with wish.abandonable(), machine.together():
                 build.check(given)
                 files.check_continues(given, folder)
                 if machine.main:
                     kept.enter_context(held(folder))
-            code, rollbacks, why = AGAIN, 0, ""
+            code = AGAIN
+            rollbacks = 0
+            why = ""
             while code == AGAIN:
                 with wish.abandonable():
                     with machine.together():
-                        run = trainer.run(given, folder, machine, rollbacks, announced if machine.main else silent)
+                        run = trainer.run(
+                            given, folder, machine, rollbacks, announced if machine.main else silent
+                        )
                     if run.finished:
                         run.tidy()
                         if machine.main:
-                            print(f"{folder} is finished: {run.start} steps; to go on, give a longer --config.train.length")
+                            print(
+                                f"{folder} is finished: {run.start} steps; to go on, give a "
+                                "longer --config.train.length"
+                            )
                         return errors.DONE
                     if machine.main and not rollbacks:
                         with contextlib.suppress(OSError):  # of a console on a full disk
-                            print(f"config: {Path(folder, 'config.json')} (--print_config shows it)", flush=True)
+                            print(
+                                f"config: {Path(folder, 'config.json')} (--print_config shows it)",
+                                flush=True,
+                            )
                     trainer.track(given, run)
                 if rollbacks:
                     run.go_back(why)
-                code, why, rollbacks = finish(run), run.diverged, run.step.guard.rollbacks + 1
+                code = finish(run)
+                why = run.diverged
+                rollbacks = run.step.guard.rollbacks + 1
                 if code == errors.FAILED and machine.world > 1:
                     ranks.abandon(code)
-                machine.exchange(None)  # the first to leave may have the others killed, while rank 0 closes its tracker
+                # the first to leave may have the others killed, while rank 0 closes its tracker
+                machine.exchange(None)
                 del run
                 gc.collect()
                 machine.release()
@@ -93,7 +116,8 @@ def main():
 
 
 def finish(run):
-    """Train a run to its end, or to what stops it; the tracker hears how it ended, and the exit code says it.
+    """Train a run to its end, or to what stops it; the tracker hears how it ended, and the exit
+    code says it.
 
     AGAIN says that the run was rolled back, and is to be made anew.
     """
@@ -101,15 +125,23 @@ def finish(run):
     try:
         if train(run):
             code = errors.DONE
-            run.tracker.say(f"done; draw images with: python -m ddpm.generate --checkpoint={run.folder}")
-        elif run.machine.wish.late and run.saved == run.begun:  # or a scheduler would begin it again for ever
+            run.tracker.say(
+                f"done; draw images with: python -m ddpm.generate --checkpoint={run.folder}"
+            )
+        elif run.machine.wish.late and run.saved == run.begun:
+            # or a scheduler would begin it again for ever
             step, due = run.saved
             todo = f"the rest of step {step} ({', '.join(sorted(due))})" if due else "a step"
-            run.tracker.say(f"failed: {run.machine.wish}, and that is too little for {todo}; give more hours, or smaller "
-                            "evaluations")
+            run.tracker.say(
+                f"failed: {run.machine.wish}, and that is too little for {todo}; give more hours, "
+                "or smaller evaluations"
+            )
         else:
             code = errors.INTERRUPTED
-            run.tracker.say(f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; run the same command to continue")
+            run.tracker.say(
+                f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; run the same "
+                "command to continue"
+            )
     except Diverged as error:
         run.diverged = str(error)
         run.tracker.flush()
@@ -129,21 +161,35 @@ def finish(run):
     except OSError as error:
         spare = checkpoint.spare(run.folder) if error.errno in errors.FULL else ""
         may_go = f" (of this run may go {spare})" if spare else ""
-        failed(run, f"{errors.one_line(error)}{may_go}; then the same command goes on from the last checkpoint")
+        failed(
+            run,
+            f"{errors.one_line(error)}{may_go}; then the same command goes on from the last "
+            "checkpoint",
+        )
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
         if ran_out(error):
-            what = error if isinstance(error, NoRoom) else f"out of memory ({errors.one_line(error)})"
-            helps = ", ".join(memory.savings(files.from_json(run.config_json), run.machine, run.recomputed))
+            what = (
+                error if isinstance(error, NoRoom) else f"out of memory ({errors.one_line(error)})"
+            )
+            helps = ", ".join(
+                memory.savings(files.from_json(run.config_json), run.machine, run.recomputed)
+            )
             failed(run, f"{what}; what helps, by what it saves: {helps}")
-        elif failed(run, f"{errors.one_line(error)}; the same command goes on from the last checkpoint"):
+        elif failed(
+            run, f"{errors.one_line(error)}; the same command goes on from the last checkpoint"
+        ):
             traceback.print_exc()
     finally:
-        run.tracker.close(errors.DONE if code == AGAIN else code, hurry=lambda: run.machine.wish.asked)
+        run.tracker.close(
+            errors.DONE if code == AGAIN else code, hurry=lambda: run.machine.wish.asked
+        )
     return code
 
 
 def failed(run, words):
-    """Say why a run fails: on rank 0 and, where it failed first, on this one; returns True if it did."""
+    """Say why a run fails: on rank 0 and, where it failed first, on this one; returns True if it
+    did.
+    """
     mine = words if run.machine.world == 1 else f"rank {run.machine.rank}: {words}"
     cause = run.machine.cause(mine)
     run.tracker.say(f"failed: {cause}")

@@ -1,8 +1,10 @@
-"""What a run will need, before it starts: `python -m ddpm.plan --config=configs/cats128.py [--vram=8]`, without a GPU or data.
+"""What a run will need, before it starts: `python -m ddpm.plan --config=configs/cats128.py
+[--vram=8]`, without a GPU or data.
 
-Memory is counted on the very training step, run on tensors without numbers; operations are counted on the network. Times follow
-from what the makers of GPUs publish and from --mfu, the share of it that is reached, which is a guess until it is measured:
-a training tracks its own as `speed/mfu`. A step takes no less than the launches of its kernels, which limit small networks.
+Memory is counted on the very training step, run on tensors without numbers; operations are counted
+on the network. Times follow from what the makers of GPUs publish and from --mfu, the share of it
+that is reached, which is a guess until it is measured: a training tracks its own as `speed/mfu`. A
+step takes no less than the launches of its kernels, which limit small networks.
 """
 
 import contextlib
@@ -27,24 +29,36 @@ from ddpm.studies.tables import amount, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = memory.GIB
-ASSUMED = 10_000  # images in the data, where these are not at hand and anything is counted in epochs
+# images in the data, where these are not at hand and anything is counted in epochs
+ASSUMED = 10_000
 CLASSES = 1000  # in the data, likewise
-LAUNCH = 3.8e-6  # seconds a kernel takes at least, an assumption: measured on a V100 for kernels that compute 2.9 of them
-# (NVIDIA 2019, "Getting Started with CUDA Graphs", without graphs) and on a B200 (arXiv 2512.22219); without what torch adds
-USUAL = "RTX 3060,RTX 4060,RTX 4070 Laptop,RTX 4070,RTX 4090,RTX 5070,RTX 5090,RX 7900 XTX,T4,L4,A100,H100,H200"
+# seconds a kernel takes at least, an assumption: measured on a V100 for kernels that compute 2.9 of
+# them
+LAUNCH = 3.8e-6
+# (NVIDIA 2019, "Getting Started with CUDA Graphs", without graphs) and on a B200 (arXiv
+# 2512.22219); without what torch adds
+USUAL = (
+    "RTX 3060,RTX 4060,RTX 4070 Laptop,RTX 4070,RTX 4090,RTX 5070,RTX 5090,RX 7900 "
+    "XTX,T4,L4,A100,H100,H200"
+)
 
 
 class Memory(NamedTuple):
-    """How one arithmetic, with so many levels recomputed, takes memory: at the config's micro-batch, and at most on a card."""
+    """How one arithmetic, with so many levels recomputed, takes memory: at the config's
+    micro-batch, and at most on a card.
+    """
 
     types: str
     checkpointing: str
     account: memory.Account
-    most: int  # images at a time in the memory that was asked about; -1 where not even the weights fit
+    # images at a time in the memory that was asked about; -1 where not even the weights fit
+    most: int
 
 
 def memory_of(config, images, vram):
-    """A `Memory` for each size of number, without and with activation checkpointing, on a card of `vram` bytes."""
+    """A `Memory` for each size of number, without and with activation checkpointing, on a card
+    of `vram` bytes.
+    """
     with torch.device("meta"):
         count = len(build.network(config).levels)
     with tqdm(total=8, desc="counting memory", unit="step", leave=False, disable=None) as bar:
@@ -55,14 +69,17 @@ def memory_of(config, images, vram):
                     accounts.append(experiment_memory.account(config, dtype, n, levels))
                     bar.update()
                 one, other = accounts
-                yield Memory(types, name, one, memory.most_images(one, images, other, 2 * images, vram))
+                yield Memory(
+                    types, name, one, memory.most_images(one, images, other, 2 * images, vram)
+                )
 
 
 def hours(images, flops, card, dtype, mfu, cards=1, batch_size=1, weights=0, kernels=0):
     """Hours for so many images on one card or several, and the images a second.
 
-    A step takes no less than the launches of its `kernels`. Several cards exchange gradients of `weights` bytes after every
-    step, around a ring (2 (n - 1) / n of them through each link), and nothing of that is taken to be hidden behind computation.
+    A step takes no less than the launches of its `kernels`. Several cards exchange gradients of
+    `weights` bytes after every step, around a ring (2 (n - 1) / n of them through each link), and
+    nothing of that is taken to be hidden behind computation.
     """
     computed = max(batch_size / cards * flops / (mfu * card.peak(dtype)), kernels * LAUNCH)
     step = computed + 2 * (cards - 1) / cards * weights / (card.link * 1e9)
@@ -76,90 +93,193 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
     """
     shown = listed(gpus)
     build.check(config)
-    section, images = config.train, config.train.batch_size // config.train.gradient_accumulation_steps
+    section = config.train
+    images = config.train.batch_size // config.train.gradient_accumulation_steps
     with torch.device("meta"):
         weights = sum(one.numel() for one in build.network(config).parameters())
-    asked, shape = cost.operations(config), "x".join(map(str, build.image_shape(config)[::-1]))
-    flops, kernels = asked.training, section.gradient_accumulation_steps * asked.kernels
-    yield (f"{config.model.name}: {weights:,} parameters, images {shape}, {flops / 1e9:,.4g} GFLOP an image, forward and "
-           "backward\n")
+    asked = cost.operations(config)
+    shape = "x".join(map(str, build.image_shape(config)[::-1]))
+    flops = asked.training
+    kernels = section.gradient_accumulation_steps * asked.kernels
+    yield (
+        f"{config.model.name}: {weights:,} parameters, images {shape}, {flops / 1e9:,.4g} GFLOP "
+        "an image, forward and backward\n"
+    )
 
-    yield (f"memory of a training step on one card, GiB, {images} images at a time (a batch of {section.batch_size} in "
-           f"{section.gradient_accumulation_steps} parts); most images at a time on a card of {vram:g} GiB")
+    yield (
+        f"memory of a training step on one card, GiB, {images} images at a time (a batch of "
+        f"{section.batch_size} in {section.gradient_accumulation_steps} parts); most images at a "
+        f"time on a card of {vram:g} GiB"
+    )
     sharded = None
     with contextlib.suppress(ValueError):  # of a network that cannot be
-        sharded = changed(config, {"train.fully_shard": True, "train.compile": False, "train.channels_last": False})
-    rows = [["type", "checkpointing", "weights", "EMA", "optimizer", "gradients", "activations", "workspace", "sum",
-             "card has", "most images", f"of {cards} sharded"]]
+        sharded = changed(
+            config,
+            {"train.fully_shard": True, "train.compile": False, "train.channels_last": False},
+        )
+    rows = [
+        [
+            "type",
+            "checkpointing",
+            "weights",
+            "EMA",
+            "optimizer",
+            "gradients",
+            "activations",
+            "workspace",
+            "sum",
+            "card has",
+            "most images",
+            f"of {cards} sharded",
+        ]
+    ]
     for found in memory_of(config, images, vram * GIB):
-        each = sharded and f"{memory.with_margin(experiment_memory.on_each(sharded, found.account, cards)) / GIB:.2f}"
+        each = sharded
+        if sharded:
+            total = experiment_memory.on_each(sharded, found.account, cards)
+            each = f"{memory.with_margin(total) / GIB:.2f}"
         parts = (*found.account.parts, found.account.total, memory.with_margin(found.account.total))
-        rows.append([found.types, found.checkpointing, *(f"{part / GIB:.2f}" for part in parts), str(max(found.most, 0)),
-                     each or "cannot be"])
+        rows.append(
+            [
+                found.types,
+                found.checkpointing,
+                *(f"{part / GIB:.2f}" for part in parts),
+                str(max(found.most, 0)),
+                each or "cannot be",
+            ]
+        )
         if found.checkpointing == "none":
-            fewest = next((parts for parts in range(1, section.gradient_accumulation_steps)
-                           if section.batch_size % parts == 0 and section.batch_size // parts <= found.most), None)
-    yield (plain(rows) + "\n'gradients' are those that live at the peak: none at the end of the forward pass of a batch in one "
-           "part;\n'card has' is the sum, a tenth and half a GiB: kernels' own workspace and gaps are not counted;\n"
-           f"the last column is what each of {cards} cards has by train.fully_shard, {images} images at a time on each\n")
+            fewest = next(
+                (
+                    parts
+                    for parts in range(1, section.gradient_accumulation_steps)
+                    if section.batch_size % parts == 0 and section.batch_size // parts <= found.most
+                ),
+                None,
+            )
+    yield (
+        plain(rows)
+        + "\n'gradients' are those that live at the peak: none at the end of the forward pass of "
+        "a batch in one part;\n'card has' is the sum, a tenth and half a GiB: kernels' own "
+        "workspace and gaps are not counted;\n"
+        f"the last column is what each of {cards} cards has by train.fully_shard, {images} images "
+        "at a time on each\n"
+    )
     if fewest:
-        yield f"faster in bf16 or fp16 on such a card, in fewer parts: --config.train.gradient_accumulation_steps={fewest}\n"
+        yield (
+            "faster in bf16 or fp16 on such a card, in fewer parts: "
+            f"--config.train.gradient_accumulation_steps={fewest}\n"
+        )
 
     total, size, among = length(config)
     evaluated = cost.evaluated(config, size, asked)
-    yield (f"time at the least, if a GPU reaches {mfu:.0%} of what its maker publishes (--mfu) and launches each of the "
-           f"{kernels:,} kernels of a step in {LAUNCH * 1e6:g} microseconds: {section.length} are "
-           f"{total * section.batch_size:,} images{among}")
+    yield (
+        f"time at the least, if a GPU reaches {mfu:.0%} of what its maker publishes (--mfu) and "
+        f"launches each of the {kernels:,} kernels of a step in {LAUNCH * 1e6:g} microseconds: "
+        f"{section.length} are {total * section.batch_size:,} images{among}"
+    )
     equal = cards * section.gradient_accumulation_steps
     together = math.ceil(section.batch_size / equal) * equal
-    rows = [["GPU", "GiB", "type", "images/s", "training", f"images/s, {cards} GPUs", "training", "an evaluation"]]
+    rows = [
+        [
+            "GPU",
+            "GiB",
+            "type",
+            "images/s",
+            "training",
+            f"images/s, {cards} GPUs",
+            "training",
+            "an evaluation",
+        ]
+    ]
     for name in shown:
         card = CARDS[name]
         kind = chosen(section.amp, card)
-        rates = [hours(total * section.batch_size, flops, card, DTYPES[kind], mfu, n, batch, 4 * weights, kernels)
-                 for n, batch in ((1, section.batch_size), (cards, together))]
+        rates = [
+            hours(
+                total * section.batch_size,
+                flops,
+                card,
+                DTYPES[kind],
+                mfu,
+                n,
+                batch,
+                4 * weights,
+                kernels,
+            )
+            for n, batch in ((1, section.batch_size), (cards, together))
+        ]
         measured = evaluated.operations / (mfu * card.peak(DTYPES[kind])) / 3600
-        rows.append([name, str(card.gib), kind, *(words for spent, rate in rates for words in (amount(rate), spell(spent))),
-                     spell(measured)])
+        rows.append(
+            [
+                name,
+                str(card.gib),
+                kind,
+                *(words for spent, rate in rates for words in (amount(rate), spell(spent))),
+                spell(measured),
+            ]
+        )
     yield plain(rows) + f"\nother GPUs: --gpus=all, or by name, --gpus='{list(CARDS)[0]}'"
     if together != section.batch_size:
-        yield (f"on {cards} cards a batch of {section.batch_size} cannot be cut into {cards} ranks x "
-               f"{section.gradient_accumulation_steps} parts: those columns are for --config.train.batch_size={together}")
-    yield (f"{evaluated.words}\nan evaluation of {evaluated.config.evaluate.num_samples:,} images costs as much as training on "
-           f"{evaluated.operations / flops:,.0f}\n")
+        yield (
+            f"on {cards} cards a batch of {section.batch_size} cannot be cut into {cards} ranks x "
+            f"{section.gradient_accumulation_steps} parts: those columns are for "
+            f"--config.train.batch_size={together}"
+        )
+    yield (
+        f"{evaluated.words}\nan evaluation of {evaluated.config.evaluate.num_samples:,} images "
+        f"costs as much as training on {evaluated.operations / flops:,.0f}\n"
+    )
 
     if remarks := trainer.length_remarks(config, size):
         yield "\n".join(remarks) + "\n"
 
     file = 4 * weights / GIB
     state = file * (4 + len(config.ema.more) + len(config.ema.profiles))
-    yield (f"disk, GiB: {state:.2f} a checkpoint, of which two are kept, beside best and final of {file:.2f} each: "
-           f"{2 * state + 2 * file:.2f}, and {state:.2f} more while one is written; {math.prod(build.image_shape(config)):,} "
-           "bytes for each decoded image of a folder (data.cache)" +
-           (f", {size * math.prod(build.image_shape(config)) / GIB:.2f} in all" if size else ""))
+    yield (
+        f"disk, GiB: {state:.2f} a checkpoint, of which two are kept, beside best and final of "
+        f"{file:.2f} each: {2 * state + 2 * file:.2f}, and {state:.2f} more while one is written; "
+        f"{math.prod(build.image_shape(config)):,} bytes for each decoded image of a folder "
+        "(data.cache)"
+        + (f", {size * math.prod(build.image_shape(config)) / GIB:.2f} in all" if size else "")
+    )
     if config.ema.profiles:
-        count, rhythm = len(config.ema.profiles), config.every.snapshot
-        times, each = durations.Every(rhythm, section.batch_size, size).times(total), file / 2 * count
-        yield (f"and a snapshot of {count} averages in half precision (every.snapshot={rhythm}) {each:.2f}" +
-               ("" if times is None else f", {times} of them {times * each:.2f}"))
+        count = len(config.ema.profiles)
+        rhythm = config.every.snapshot
+        times = durations.Every(rhythm, section.batch_size, size).times(total)
+        each = file / 2 * count
+        yield (
+            f"and a snapshot of {count} averages in half precision (every.snapshot={rhythm}) "
+            f"{each:.2f}" + ("" if times is None else f", {times} of them {times * each:.2f}")
+        )
 
 
 def spell(hours):
     """A time for people: `< 1 s`, `35 s`, `3 min`, `12.4 h`, `9.2 days`."""
-    for unit, size, least in (("days", 24, 100), ("h", 1, 2), ("min", 1 / 60, 2), ("s", 1 / 3600, 1)):
+    for unit, size, least in (
+        ("days", 24, 100),
+        ("h", 1, 2),
+        ("min", 1 / 60, 2),
+        ("s", 1 / 3600, 1),
+    ):
         if hours >= least * size:
             return f"{hours / size:.{1 if unit in ('days', 'h') else 0}f} {unit}"
     return "< 1 s"
 
 
 def listed(gpus):
-    """The names in the table of GPUs that a person names, `"all"` or several joined by commas; raises ValueError for others."""
+    """The names in the table of GPUs that a person names, `"all"` or several joined by commas;
+    raises ValueError for others.
+    """
     if gpus == "all":
         return list(CARDS)
     names = [name.strip() for name in gpus.split(",")]
     for name in names:
         if not known(name):
-            raise ValueError(f"unknown GPU {name!r}{suggest(name, list(CARDS))}; --gpus=all shows those that are known")
+            raise ValueError(
+                f"unknown GPU {name!r}{suggest(name, list(CARDS))}; --gpus=all shows those that "
+                "are known"
+            )
     return [known(name) for name in names]
 
 
@@ -171,43 +291,56 @@ def chosen(amp, card):
 
 
 def length(config):
-    """(steps, images, words): the length of the training; the data's images, where anything is counted in epochs, else 0.
+    """(steps, images, words): the length of the training; the data's images, where anything is
+    counted in epochs, else 0.
 
     Where they are not at hand there are taken to be ASSUMED, which the words say.
     """
-    section, size, words = config.train, 0, ""
+    section = config.train
+    size = 0
+    words = ""
     counted = section.length, section.warmup, section.learning_rate_decay, *config.every.values()
     if any("epoch" in text for text in counted):
         try:
             size = len(build.split(config, at_hand(config))[0])
             words = f", of {size:,} in the data"
         except ValueError as error:
-            size, words = ASSUMED, f", as if there were {ASSUMED:,} in the data ({error})"
+            size = ASSUMED
+            words = f", as if there were {ASSUMED:,} in the data ({error})"
     return durations.steps_of(section.length, section.batch_size, size), size, words
 
 
 def at_hand(config):
-    """The images of a config, none of them decoded; raises ValueError where they are not on this machine."""
+    """The images of a config, none of them decoded; raises ValueError where they are not on this
+    machine.
+    """
     section = config.data
     with source.without_downloads():
         return data.open_source(section.source, section.image_size, section.channels, section.matte)
 
 
 def with_classes(config, count=None):
-    """(config, words): the config with names for its classes, `count` of them; without one they are those of its data.
+    """(config, words): the config with names for its classes, `count` of them; without one they are
+    those of its data.
 
     Where the data are not at hand there are taken to be CLASSES, which the words say.
     """
-    section, words = config.data, ""
+    section = config.data
+    words = ""
     if not section.class_labels or section.classes:
         return config, words
-    names = dict.fromkeys(map(str, (*config.sample.classes, *config.evaluate.classes)))  # those that the config names
+    # those that the config names
+    names = dict.fromkeys(map(str, (*config.sample.classes, *config.evaluate.classes)))
     if count is None:
         try:
             return build.with_classes(config, build.class_names(config, at_hand(config))), words
         except ValueError as error:
-            count, words = CLASSES, f"as if there were {CLASSES:,} classes in the data ({error}); --classes=10 says how many\n"
-    names = list(names | dict.fromkeys(map(str, range(count))))[:max(count, len(names))]
+            count = CLASSES
+            words = (
+                f"as if there were {CLASSES:,} classes in the data ({error}); --classes=10 "
+                "says how many\n"
+            )
+    names = list(names | dict.fromkeys(map(str, range(count))))[: max(count, len(names))]
     return changed(config, {"data.classes": tuple(names)}), words
 
 
@@ -224,11 +357,27 @@ def main():
 
 if __name__ == "__main__":
     config_flags.define_config_flag()
-    flags.DEFINE_float("vram", 8.0, "Memory of the card that is asked about, in GiB.", lower_bound=0.1)
-    flags.DEFINE_float("mfu", 0.4, "Share of a card's published peak that is reached.", lower_bound=0.001, upper_bound=1.0)
-    flags.DEFINE_integer("cards", 8, "How many cards the last columns of the hours are for.", lower_bound=1)
-    flags.DEFINE_string("gpus", USUAL, "GPUs to show, by the names that torch gives them, joined by commas; or all.")
-    flags.DEFINE_integer("classes", None, "Classes in the data of a class-conditional config; by default as many as there are.",
-                         lower_bound=1)
+    flags.DEFINE_float(
+        "vram", 8.0, "Memory of the card that is asked about, in GiB.", lower_bound=0.1
+    )
+    flags.DEFINE_float(
+        "mfu",
+        0.4,
+        "Share of a card's published peak that is reached.",
+        lower_bound=0.001,
+        upper_bound=1.0,
+    )
+    flags.DEFINE_integer(
+        "cards", 8, "How many cards the last columns of the hours are for.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "gpus", USUAL, "GPUs to show, by the names that torch gives them, joined by commas; or all."
+    )
+    flags.DEFINE_integer(
+        "classes",
+        None,
+        "Classes in the data of a class-conditional config; by default as many as there are.",
+        lower_bound=1,
+    )
     flags.adopt_module_key_flags(config_flags)
     config_flags.run_door(main)

@@ -1,4 +1,6 @@
-"""Draw one grid, for a quick look: `python -m ddpm.sample --checkpoint=RUN_OR_FILE --out=grid.png --num_images=64`."""
+"""Draw one grid, for a quick look: `python -m ddpm.sample --checkpoint=RUN_OR_FILE
+--out=grid.png --num_images=64`.
+"""
 
 from pathlib import Path
 
@@ -10,17 +12,25 @@ from ddpm.experiment import build, drawing, load
 from ddpm.sampling.draw import joined
 
 
-@config_flags.also_called(checkpoint_path="checkpoint", ckpt_path="checkpoint", out_path="out", num_samples="num_images")
-def sample_from_checkpoint(checkpoint=None, out="samples.png", num_images=16, device=None, **options):
-    """Draw a grid of `num_images` images from a run folder or checkpoint file into the picture `out`; returns [its path].
+@config_flags.also_called(
+    checkpoint_path="checkpoint", ckpt_path="checkpoint", out_path="out", num_samples="num_images"
+)
+def sample_from_checkpoint(
+    checkpoint=None, out="samples.png", num_images=16, device=None, **options
+):
+    """Draw a grid of `num_images` images from a run folder or checkpoint file into the picture
+    `out`; returns [its path].
 
-    The newest run of runs/ is taken where none is given. `options` are those of `python -m ddpm.sample --help` by the same
-    names, `steps=25`, or any by its full name, `**{"diffusion.clip": False}`. Raises ValueError, one line, for a missing or
-    damaged checkpoint, for options that cannot be, and for a picture format that is not known.
+    The newest run of runs/ is taken where none is given. `options` are those of `python -m
+    ddpm.sample --help` by the same names, `steps=25`, or any by its full name,
+    `**{"diffusion.clip": False}`. Raises ValueError, one line, for a missing or damaged checkpoint,
+    for options that cannot be, and for a picture format that is not known.
     """
     pixels.check_picture(out)
     config_flags.check_count(num_images)
-    _, _, trained, machine, net = load.load(checkpoint, device, **config_flags.options(options, "sample"))
+    _, _, trained, machine, net = load.load(
+        checkpoint, device, **config_flags.options(options, "sample")
+    )
     drawn = drawing.drawer(trained, net, machine)(range(num_images), build.grid_recipe(trained))
     pixels.save_image_grid(joined(drawn), out)
     return [Path(out)]
@@ -29,7 +39,9 @@ def sample_from_checkpoint(checkpoint=None, out="samples.png", num_images=16, de
 def main():
     """Draw what the flags say; returns the exit code."""
     given = flags.FLAGS
-    path, = sample_from_checkpoint(given.checkpoint, given.out, given.num_images, given.device, **config_flags.drawing())
+    (path,) = sample_from_checkpoint(
+        given.checkpoint, given.out, given.num_images, given.device, **config_flags.drawing()
+    )
     print(f"wrote {path}")
     return errors.DONE
 

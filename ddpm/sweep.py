@@ -1,7 +1,9 @@
-"""Run a study on this machine, without a server: `python -m ddpm.sweep experiments/NAME.yaml [--parallel=2]`.
+"""Run a study on this machine, without a server: `python -m ddpm.sweep experiments/NAME.yaml
+[--parallel=2]`.
 
-Each run is a process of its own, in `runs/NAME/RUN`. The same command again leaves out what is finished and goes on with the
-rest. Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted (the same command goes on).
+Each run is a process of its own, in `runs/NAME/RUN`. The same command again leaves out what is
+finished and goes on with the rest. Exit codes: 0 all done, 1 some are not, 2 your mistake, 75
+interrupted (the same command goes on).
 """
 
 from absl import flags
@@ -19,13 +21,21 @@ def main(arguments):
     study = read(arguments[0])
     count = given.count or study.run_cap
     if count is None and study.method != "grid":
-        raise ValueError(f"{study.path}: method {study.method} has no end of its own; give --count=20, or run_cap in the file")
+        raise ValueError(
+            f"{study.path}: method {study.method} has no end of its own; give --count=20, or "
+            "run_cap in the file"
+        )
     return runner.sweep(study, study.folder(given.runs), given.parallel, count, given.seed)
 
 
 if __name__ == "__main__":
     flags.DEFINE_integer("parallel", 1, "Runs at a time.", lower_bound=1)
     flags.DEFINE_string("runs", "runs", "Folder in which the study has one of its own.")
-    flags.DEFINE_integer("count", None, "Runs, at most; by default the study's run_cap, or its whole grid.", lower_bound=1)
+    flags.DEFINE_integer(
+        "count",
+        None,
+        "Runs, at most; by default the study's run_cap, or its whole grid.",
+        lower_bound=1,
+    )
     flags.DEFINE_integer("seed", 0, "Seed of what random and bayes choose.", lower_bound=0)
     config_flags.run_door(main, takes="experiments/NAME.yaml")

@@ -1,15 +1,19 @@
-"""What every test stands on: no trace outside its own folder, one thread, and a run small enough to train in a second."""
+"""What every test stands on: no trace outside its own folder, one thread, and a run small enough
+to train in a second.
+"""
 
 import os
 import signal
 
-os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}  # of children too: tests run side by side
+# of children too: tests run side by side
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts jobs in the background; children would not hear it
+# as a shell starts jobs in the background; children would not hear it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as by nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -20,11 +24,29 @@ torch.set_num_threads(1)  # sums depend on it bit for bit
 def isolated(tmp_path_factory, monkeypatch):
     """No login, no cache and no settings of the person who runs the tests."""
     home = tmp_path_factory.mktemp("home")
-    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "DDPM_CACHE", "WANDB_DIR", "WANDB_CACHE_DIR",
-                 "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+    for name in (
+        "HOME",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "TORCH_HOME",
+        "DDPM_CACHE",
+        "WANDB_DIR",
+        "WANDB_CACHE_DIR",
+        "WANDB_CONFIG_DIR",
+        "WANDB_DATA_DIR",
+        "WANDB_ARTIFACT_DIR",
+    ):
         monkeypatch.setenv(name, str(home))
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_PROJECT", "WANDB_SERVICE", "RANK",
-                 "WORLD_SIZE"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_MODE",
+        "WANDB_RUN_ID",
+        "WANDB_SWEEP_ID",
+        "WANDB_PROJECT",
+        "WANDB_SERVICE",
+        "RANK",
+        "WORLD_SIZE",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -1,4 +1,6 @@
-"""The benchmarks run, at a size that says nothing, and their reports follow from the numbers alone."""
+"""The benchmarks run, at a size that says nothing, and their reports follow from the numbers
+alone.
+"""
 
 import csv
 import json
@@ -13,7 +15,9 @@ from support.configs import module_of
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 PEERS = ("accelerate", "denoising_diffusion_pytorch", "diffusers")
-among_peers = pytest.mark.skipif(not all(map(find_spec, PEERS)), reason="needs pip install -e '.[bench]'")
+among_peers = pytest.mark.skipif(
+    not all(map(find_spec, PEERS)), reason="needs pip install -e '.[bench]'"
+)
 
 
 @pytest.fixture(params=["throughput", "time_to_quality"])
@@ -24,7 +28,9 @@ def alone(request, monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS / request.param)
     for name in ("contenders", "words"):  # as another test left them
         monkeypatch.delitem(sys.modules, name, raising=False)
-    folder = shutil.copytree(EXPERIMENTS / request.param, request.getfixturevalue("tmp_path") / "copy")
+    folder = shutil.copytree(
+        EXPERIMENTS / request.param, request.getfixturevalue("tmp_path") / "copy"
+    )
     return module_of(EXPERIMENTS / request.param / "run.py"), folder
 
 
@@ -54,7 +60,9 @@ def test_without_the_peers_there_are_reports_and_a_line_that_says_what_to_instal
 
 def test_threads_that_cannot_be_are_refused(capsys, monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS / "throughput")
-    assert "--threads is 1 to " in refused(module_of(EXPERIMENTS / "throughput" / "run.py"), capsys, "--threads=0")
+    assert "--threads is 1 to " in refused(
+        module_of(EXPERIMENTS / "throughput" / "run.py"), capsys, "--threads=0"
+    )
 
 
 @among_peers
@@ -62,18 +70,26 @@ def test_throughput(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXPERIMENTS / "throughput")
     bench, data = (module_of(EXPERIMENTS / "throughput" / f"{name}.py") for name in ("run", "data"))
     bench.main(["--toy", f"--out={tmp_path}"])
-    found, text = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "README.md").read_text()
+    found = json.loads((tmp_path / "results.json").read_text())
+    text = (tmp_path / "README.md").read_text()
     ours, theirs, other = found["steps"][:3]
     assert [ours["contender"], theirs["contender"], other["contender"]] == list(bench.CONTENDERS)
     assert (ours["parameters"], ours["flops"]) == (theirs["parameters"], theirs["flops"])
     for row in found["steps"]:
-        assert row["peak_bytes"] > 4 * 4 * row["parameters"]  # weights, their average and Adam's two
-        assert 0 < min(row["seconds"])
+        # weights, their average and Adam's two
+        assert row["peak_bytes"] > 4 * 4 * row["parameters"]
+        assert min(row["seconds"]) > 0
     spent = found["stages"][0]["seconds"]
-    assert min(spent.values()) > 0 and spent["noise, network, loss"] + spent["backward"] > sum(spent.values()) / 2
+    assert (
+        min(spent.values()) > 0
+        and spent["noise, network, loss"] + spent["backward"] > sum(spent.values()) / 2
+    )
     assert all(row["evaluations"] == 5 for row in found["draws"]) and len(found["draws"]) == 5
-    assert all(0 < inside < whole for row in found["draws"]
-               for inside, whole in zip(row["network_seconds"], row["seconds"], strict=True))
+    assert all(
+        0 < inside < whole
+        for row in found["draws"]
+        for inside, whole in zip(row["network_seconds"], row["seconds"], strict=True)
+    )
     assert "MFU" not in text or found["made"]["peaks"]
 
     bench.main(["--report", f"--out={tmp_path}"])
@@ -86,18 +102,28 @@ def test_throughput(tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text(json.dumps(found))
     data.main(["--toy", f"--out={tmp_path}"])
     found_data = json.loads((tmp_path / "data.json").read_text())
-    row, = found_data["rows"]
+    (row,) = found_data["rows"]
     assert min(row["seconds"].values()) > 0
     rates = row["images a second"]
     assert row["times as many"]["median"] == rates["map"] / rates["ImageFolder, 0 workers"] > 1
-    row["times as many"] = row["times as many, as numbers"] = {"median": 31.04, "least": 30, "most": 33}
+    row["times as many"] = row["times as many, as numbers"] = {
+        "median": 31.04,
+        "least": 30,
+        "most": 33,
+    }
     rates["map"] = 12345.6
     (tmp_path / "data.json").write_text(json.dumps(found_data))
     bench.main(["--report", f"--out={tmp_path}"])
     text = (tmp_path / "README.md").read_text()
     assert f"data.py` at commit {found_data['commit']}, cores " in text
-    assert f"{found['steps'][0]['batch'] / found['steps'][0]['seconds'][0] * found['steps'][0]['flops'] / 1e12:.1%}" in text
-    assert f"| 12,346 | {rates['ImageFolder, 0 workers']:,.0f} (0 workers) | 31.0 (30.0 to 33.0) |" in text
+    assert (
+        f"{found['steps'][0]['batch'] / found['steps'][0]['seconds'][0] * found['steps'][0]['flops'] / 1e12:.1%}"
+        in text
+    )
+    assert (
+        f"| 12,346 | {rates['ImageFolder, 0 workers']:,.0f} (0 workers) | 31.0 (30.0 to 33.0) |"
+        in text
+    )
     assert "31 to 31 times as many" in " ".join(text.split())
 
 
@@ -110,17 +136,24 @@ def test_time_to_quality(tmp_path):
     with (tmp_path / "results.csv").open() as lines:
         rows = list(csv.DictReader(lines))
     assert [int(row["steps"]) for row in rows if row["recipe"] == bench.OURS] == [2, 2, 4, 4, 6]
-    assert len([row for row in rows if row["recipe"] == bench.PEER]) == len(bench.TOY.points) - 1 + len(bench.TOY.samplers)
+    assert len([row for row in rows if row["recipe"] == bench.PEER]) == len(
+        bench.TOY.points
+    ) - 1 + len(bench.TOY.samplers)
     assert all(float(row["fd_digits"]) > 1 and float(row["cpu_seconds"]) > 0 for row in rows)
 
     for row in rows:  # ours is nearer from 4 steps on, in half of the time
-        steps, peer = int(row["steps"]), row["recipe"] == bench.PEER
-        row["fd_digits"], row["cpu_seconds"] = (9, 480) if peer else (5 if steps > 2 else 12, 60 * steps)
+        steps = int(row["steps"])
+        peer = row["recipe"] == bench.PEER
+        row["fd_digits"], row["cpu_seconds"] = (
+            (9, 480) if peer else (5 if steps > 2 else 12, 60 * steps)
+        )
     with (tmp_path / "results.csv").open("w") as lines:
         writer = csv.DictWriter(lines, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
     bench.main(["--report", f"--out={tmp_path}"])
     assert (tmp_path / "README.md").read_text() != text
-    assert "in each of 2 seeds after 240 CPU seconds, 4 steps (5.00): 1 / 2.0 of the time" in " ".join(
-        (tmp_path / "README.md").read_text().split())
+    assert (
+        "in each of 2 seeds after 240 CPU seconds, 4 steps (5.00): 1 / 2.0 of the time"
+        in " ".join((tmp_path / "README.md").read_text().split())
+    )

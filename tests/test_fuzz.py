@@ -1,4 +1,6 @@
-"""Nonsense is used or refused in one line: what hypothesis found once, and a little more each time."""
+"""Nonsense is used or refused in one line: what hypothesis found once, and a little more each
+time.
+"""
 
 import sys
 from pathlib import Path
@@ -14,10 +16,20 @@ CORPUS = [  # what was not, once
     ("studies", [[("flip", 0.5078125, 0)]]),
     ("studies", [[("flip", 0.96875, 0)]]),  # in ml_collections' words
     ("studies", [[("flip", 0.953125, 2)]]),  # a config that is not given once
-    ("studies", [[("repeat", 0.0, 36), ("repeat", 0.9375, 17)]]),  # a flag that does not exist, in absl's words
-    ("compared rows", [[], {2: {"eval/made": "d, 1 steps, " * 2000}}]),  # in a line of 24,000 characters
+    # a flag that does not exist, in absl's words
+    ("studies", [[("repeat", 0.0, 36), ("repeat", 0.9375, 17)]]),
+    # in a line of 24,000 characters
+    ("compared rows", [[], {2: {"eval/made": "d, 1 steps, " * 2000}}]),
 ]
-TIMES = {"configs": 8, "images": 60, "rows": 60, "compared rows": 20, "studies": 40, "saved configs": 60, "weights": 60}
+TIMES = {
+    "configs": 8,
+    "images": 60,
+    "rows": 60,
+    "compared rows": 20,
+    "studies": 40,
+    "saved configs": 60,
+    "weights": 60,
+}
 
 
 @pytest.mark.parametrize("kind, arguments", CORPUS)

@@ -14,6 +14,9 @@ def test_the_floors_of_setup_py_were_installed_and_tested():
     tested = dict(re.findall(r"\| `([\w-]+)` \| ([\d.]+) \|", report))
     del floors["mosaicml-streaming"]  # not among the requirements of the tests, as setup.py says
     for name, floor in floors.items():
-        lowest = Version(floor).release  # of which there may only be a release that mends it, such as 1.11.1
-        assert Version(tested[name]).release[:len(lowest)] == lowest, f"run experiments/lowest_versions/run.py again for {name}"
+        # of which there may only be a release that mends it, such as 1.11.1
+        lowest = Version(floor).release
+        assert Version(tested[name]).release[: len(lowest)] == lowest, (
+            f"run experiments/lowest_versions/run.py again for {name}"
+        )
     assert " 0 failed" in report

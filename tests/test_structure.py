@@ -10,7 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm"
-COMMANDS = {"main", "generate", "sample", "evaluate", "plan", "doctor", "sweep", "compare", "dashboard", "convert"}
+COMMANDS = {
+    "main",
+    "generate",
+    "sample",
+    "evaluate",
+    "plan",
+    "doctor",
+    "sweep",
+    "compare",
+    "dashboard",
+    "convert",
+}
 HOMES = {
     "wandb": {"tracking.wandb", "studies.wandb_io", "dashboard"},
     "torch_fidelity": {"evaluation"},
@@ -27,7 +38,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_of(path):
-    """The name of a file's module below `ddpm`, such as `data.decode`; a folder's own is the folder's."""
+    """The name of a file's module below `ddpm`, such as `data.decode`; a folder's own is the
+    folder's.
+    """
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -45,9 +58,13 @@ def imports_of(path):
 
 
 def lint_imports(root):
-    """Exit code and output of import-linter on the package in a folder; the contract is the one in pyproject.toml."""
+    """Exit code and output of import-linter on the package in a folder; the contract is the one
+    in pyproject.toml.
+    """
     command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={"PYTHONPATH": str(root)})
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env={"PYTHONPATH": str(root)}
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -67,10 +84,18 @@ def test_imports_follow_the_order_of_the_folders():
     assert code == 0, output
 
 
-@pytest.mark.parametrize("importer, imported", [
-    ("diffusion/process.py", "ddpm.training.step"), ("models/unet.py", "ddpm.data.order"), ("plan.py", "ddpm.main")])
+@pytest.mark.parametrize(
+    "importer, imported",
+    [
+        ("diffusion/process.py", "ddpm.training.step"),
+        ("models/unet.py", "ddpm.data.order"),
+        ("plan.py", "ddpm.main"),
+    ],
+)
 def test_the_contract_can_fail(tmp_path, importer, imported):
-    shutil.copytree(PACKAGE, tmp_path / "ddpm", ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    shutil.copytree(
+        PACKAGE, tmp_path / "ddpm", ignore=shutil.ignore_patterns("__pycache__", "assets")
+    )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "ddpm" / importer
     path.write_text(f"{path.read_text()}\n\ndef late():\n    import {imported}\n")
@@ -98,9 +123,19 @@ def test_no_unsafe_loading_and_no_device_strings():
 def test_one_module_opens_pictures():
     """Elsewhere PIL would open any format and believe any size."""
     for path in MODULES:
-        calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        opens = [call for call in calls if call in ("Image.open", "PIL.Image.open", "plt.imread", "read_image", "imread")]
-        assert bool(opens) == (module_of(path) == "data.decode"), f"{path.name}: open it by ddpm.data.decode"
+        calls = [
+            ast.unparse(node.func)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+        ]
+        opens = [
+            call
+            for call in calls
+            if call in ("Image.open", "PIL.Image.open", "plt.imread", "read_image", "imread")
+        ]
+        assert bool(opens) == (module_of(path) == "data.decode"), (
+            f"{path.name}: open it by ddpm.data.decode"
+        )
 
 
 def test_what_others_wrote_is_not_checked_by_assert():
@@ -108,26 +143,55 @@ def test_what_others_wrote_is_not_checked_by_assert():
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Try):
-                checks = [inner for part in node.body for inner in ast.walk(part) if isinstance(inner, ast.Assert)]
+                checks = [
+                    inner
+                    for part in node.body
+                    for inner in ast.walk(part)
+                    if isinstance(inner, ast.Assert)
+                ]
                 assert not checks, f"{path.name}:{checks[0].lineno}"
 
 
 def test_nothing_unpickles_or_runs_text():
-    """Files of others are data: every call by which Python makes code or objects of them is missing, or told not to."""
-    forbidden = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    """Files of others are data: every call by which Python makes code or objects of them is
+    missing, or told not to.
+    """
+    forbidden = {
+        "pickle",
+        "_pickle",
+        "cPickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "marshal",
+        "shelve",
+    }
     for path in MODULES:
         for line, module in imports_of(path):
             assert module.partition(".")[0] not in forbidden, f"{path.name}:{line} imports {module}"
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
-                call, options = ast.unparse(node.func), {option.arg: ast.unparse(option.value) for option in node.keywords}
+                call = ast.unparse(node.func)
+                options = {option.arg: ast.unparse(option.value) for option in node.keywords}
                 where = f"{path.name}:{node.lineno}: {call}"
-                assert call not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load"), where
+                assert call not in (
+                    "eval",
+                    "exec",
+                    "compile",
+                    "__import__",
+                    "os.system",
+                    "os.popen",
+                    "yaml.load",
+                ), where
                 assert not call.endswith((".extractall", ".unpack_archive", ".read_pickle")), where
                 assert call != "torch.load" or options.get("weights_only") == "True", where
-                assert options.get("allow_pickle", "False") == options.get("shell", "False") == "False", where
+                assert (
+                    options.get("allow_pickle", "False") == options.get("shell", "False") == "False"
+                ), where
 
 
 def test_the_linter_is_content():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", PACKAGE.parent], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    for check in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *check, PACKAGE.parent]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout

@@ -1,1 +1,3 @@
-"""What every folder may use: tables of functions, random numbers, durations, pixels, files, errors."""
+"""What every folder may use: tables of functions, random numbers, durations, pixels, files,
+errors.
+"""

@@ -2,7 +2,9 @@
 
 import errno
 
-STOPPED, GOES_ON = 130, 75  # exit codes of a command that is interrupted; the second where the same command goes on
+STOPPED = 130
+# exit codes of a command that is interrupted; the second where the same command goes on
+GOES_ON = 75
 
 
 def in_short(problem):
@@ -12,16 +14,24 @@ def in_short(problem):
 
 
 FULL = errno.ENOSPC, errno.EDQUOT  # what a full disk is called
-DONE, FAILED, MISTAKE, DIVERGED, INTERRUPTED = 0, 1, 2, 3, GOES_ON
+DONE = 0
+FAILED = 1
+MISTAKE = 2
+DIVERGED = 3
+INTERRUPTED = GOES_ON
 
 
 def one_line(error):
     """What an exception says, on one line and without its type where it speaks for itself."""
     if isinstance(error, OSError) and error.strerror:
         remedy = "free some space, or " if error.errno in FULL else ""
-        return f"cannot use {error.filename or 'the disk'}: {error.strerror}; {remedy}give another place"
+        return (
+            f"cannot use {error.filename or 'the disk'}: {error.strerror}; {remedy}give "
+            "another place"
+        )
     said = error
-    while isinstance(said, (AttributeError, KeyError)) and said.args:  # whose text is a repr, or another such error
+    # whose text is a repr, or another such error
+    while isinstance(said, (AttributeError, KeyError)) and said.args:
         said = said.args[0]
     text = " ".join(str(said).split())
     return text if " " in text else f"{type(error).__name__} {text}".strip()

@@ -1,4 +1,6 @@
-"""Files that are never half-written: written beside, synced to the disk, then renamed into place."""
+"""Files that are never half-written: written beside, synced to the disk, then renamed into
+place.
+"""
 
 import contextlib
 import fcntl
@@ -13,16 +15,18 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def written_beside(path):
-    """Give a name beside `path` to write to, put in the place of `path` when the block ends well and removed when it does not.
+    """Give a name beside `path` to write to, put in the place of `path` when the block ends well
+    and removed when it does not.
 
-    A reader sees the old file or the new one, whole, whenever the process or the machine stops. Raises ValueError where a file
-    stands in the place of a folder.
+    A reader sees the old file or the new one, whole, whenever the process or the machine stops.
+    Raises ValueError where a file stands in the place of a folder.
     """
     path = Path(path)
     make_folder(path.parent)
     part = path.with_name(path.name + ".part")
     try:
-        part.unlink(missing_ok=True)  # of a process that was killed: another user's may not be written to
+        # of a process that was killed: another user's may not be written to
+        part.unlink(missing_ok=True)
         yield part
         sync(part)
         os.replace(part, path)
@@ -37,7 +41,9 @@ def written_beside(path):
 
 @contextlib.contextmanager
 def folder_written_beside(folder):
-    """The same for a new folder: give one beside `folder` to write into, which takes its place when the block ends well."""
+    """The same for a new folder: give one beside `folder` to write into, which takes its place
+    when the block ends well.
+    """
     folder = Path(folder)
     make_folder(folder.parent)
     part, former = (folder.with_name(f"{folder.name}{suffix}.part") for suffix in ("", ".former"))
@@ -57,12 +63,14 @@ def folder_written_beside(folder):
 
 @contextlib.contextmanager
 def held(folder):
-    """Keep a folder for this process while the block runs; it is made, and goes again if nothing came into it.
+    """Keep a folder for this process while the block runs; it is made, and goes again if nothing
+    came into it.
 
-    Raises ValueError where another process holds it, or where a file is in the way. The system lets go of it when a process
-    ends, however it ends. Between machines that share a folder this relies on flock being passed on: NFS does it (Linux, unless
-    mounted with local_lock or nolock) for files that are open for writing, not for folders, so there a file `.lock` is locked;
-    Lustre needs the option flock. Where a file system has no locks at all nobody is kept out.
+    Raises ValueError where another process holds it, or where a file is in the way. The system lets
+    go of it when a process ends, however it ends. Between machines that share a folder this relies
+    on flock being passed on: NFS does it (Linux, unless mounted with local_lock or nolock) for
+    files that are open for writing, not for folders, so there a file `.lock` is locked; Lustre
+    needs the option flock. Where a file system has no locks at all nobody is kept out.
     """
     new = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = make_folder(folder)
@@ -75,8 +83,10 @@ def held(folder):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                raise ValueError(f"{folder} is in use by another process; wait for it, stop it, or use another "
-                                 "folder") from None
+                raise ValueError(
+                    f"{folder} is in use by another process; wait for it, stop it, or use another "
+                    "folder"
+                ) from None
             except OSError:
                 pass
         try:
@@ -90,20 +100,28 @@ def held(folder):
 
 
 def expanded(path):
-    """A path with the home folder in place of its `~`; raises ValueError where the system knows no such folder."""
+    """A path with the home folder in place of its `~`; raises ValueError where the system knows
+    no such folder.
+    """
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{str(path)!r} begins at a home folder that is not known here; write the whole path, or set "
-                         "HOME") from None
+        raise ValueError(
+            f"{str(path)!r} begins at a home folder that is not known here; write the whole path, "
+            "or set HOME"
+        ) from None
 
 
 def make_folder(folder):
-    """Make a folder, with those above it, and return its path; raises ValueError where a file is in the way."""
+    """Make a folder, with those above it, and return its path; raises ValueError where a file is
+    in the way.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"cannot write to {folder}: a file is in the way; choose another place") from None
+        raise ValueError(
+            f"cannot write to {folder}: a file is in the way; choose another place"
+        ) from None
     return Path(folder)
 
 
@@ -121,12 +139,16 @@ WARNED = set()  # values of $DDPM_CACHE that a warning has named
 
 
 def home():
-    """Where caches lie: `$DDPM_CACHE`, else `~/.cache/ddpm`; raises ValueError where no such folder is known."""
+    """Where caches lie: `$DDPM_CACHE`, else `~/.cache/ddpm`; raises ValueError where no such
+    folder is known.
+    """
     return expanded(os.environ.get("DDPM_CACHE") or "~/.cache/ddpm")
 
 
 def place(name):
-    """A folder below `home()`, made if it is not there: who may write to the one may write to the other, whatever the umask."""
+    """A folder below `home()`, made if it is not there: who may write to the one may write to
+    the other, whatever the umask.
+    """
     folder = home() / name
     if not folder.is_dir():
         make_folder(folder)
@@ -137,9 +159,11 @@ def place(name):
 
 @contextlib.contextmanager
 def remembered(name, reason="it reads the same files"):
-    """A dict that lasts under a name below `home()`: one process has it at a time, and what is in it afterwards is kept.
+    """A dict that lasts under a name below `home()`: one process has it at a time, and what is in
+    it afterwards is kept.
 
-    Empty where there is none yet or it cannot be read, and lost again, with a warning, where it cannot be written.
+    Empty where there is none yet or it cannot be read, and lost again, with a warning, where it
+    cannot be written.
     """
     with contextlib.ExitStack() as lock:
         with contextlib.suppress(OSError, ValueError):
@@ -153,7 +177,9 @@ def remembered(name, reason="it reads the same files"):
 
 
 def recalled(name):
-    """The dict that is kept under a name below `home()`; empty where there is none, or it cannot be read."""
+    """The dict that is kept under a name below `home()`; empty where there is none, or it cannot
+    be read.
+    """
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads((home() / f"{name}.json").read_text()))
     return {}
@@ -168,13 +194,18 @@ def remember(name, content):
     except (OSError, ValueError) as error:
         if (given := os.environ.get("DDPM_CACHE")) not in WARNED:
             WARNED.add(given)
-            LOG.warning("what is found out about files cannot be kept (%s), and is found out again each time; name a folder "
-                        "that you may write to as DDPM_CACHE", error)
+            LOG.warning(
+                "what is found out about files cannot be kept (%s), and is found out again each "
+                "time; name a folder that you may write to as DDPM_CACHE",
+                error,
+            )
 
 
 @contextlib.contextmanager
 def alone(path, reason=""):
-    """Wait until no one else is inside, for a reason that is said if given, and keep them out; a lock dies with its process."""
+    """Wait until no one else is inside, for a reason that is said if given, and keep them out; a
+    lock dies with its process.
+    """
     handle = lock_file(path)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -206,4 +237,6 @@ def is_writable(folder):
         folder = expanded(folder)
     except ValueError:
         return False
-    return os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK)
+    return os.access(
+        next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK
+    )

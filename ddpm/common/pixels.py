@@ -1,8 +1,8 @@
 """The one place where numbers become pixels, and pixels become files.
 
-Everywhere else images are uint8 [b, c, h, w] in 0..255 (files, metrics, grids) or float [b, c, h, w] in [-1, 1]
-(networks); c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA. Every file is written beside its place and renamed, so that a
-reader, or the next run after a kill, never meets half a file.
+Everywhere else images are uint8 [b, c, h, w] in 0..255 (files, metrics, grids) or float [b, c, h,
+w] in [-1, 1] (networks); c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA. Every file is written beside
+its place and renamed, so that a reader, or the next run after a kill, never meets half a file.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from ddpm.common.files import written_beside
 
 WHITE = 255
 NUMBERED = re.compile(r"\d{6,}\.(png|jpg|webp)")  # the names that `numbered` gives
-RECORD = ".drawing.jsonl"  # beside them: the name and the digest of each that was written, a line of JSON each
+# beside them: the name and the digest of each that was written, a line of JSON each
+RECORD = ".drawing.jsonl"
 
 
 def encode(pixels):
@@ -31,45 +32,63 @@ def encode(pixels):
 
 
 def denormalize(images):
-    """Map float images of a network, in [-1, 1], to float32 in [0, 1]: clamped, and NaN becomes 0."""
+    """Map float images of a network, in [-1, 1], to float32 in [0, 1]: clamped, and NaN becomes
+    0.
+    """
     if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}; denormalize takes the floats of a network, in [-1, 1]")
+        raise ValueError(
+            f"images are {images.dtype}; denormalize takes the floats of a network, in [-1, 1]"
+        )
     return (torch.nan_to_num(images.to(torch.float32).clamp(-1, 1), nan=-1.0) + 1) / 2
 
 
 def decode(images):
-    """Map float images of a network to uint8, the inverse of `encode`: clamped, rounded, and NaN becomes 0."""
+    """Map float images of a network to uint8, the inverse of `encode`: clamped, rounded, and NaN
+    becomes 0.
+    """
     return as_pixels(denormalize(images))
 
 
 def as_pixels(images, value_range=(0, 1)):
-    """Map images to uint8 pixels: floats that lie in `value_range`, its ends black and white; uint8 pass as they are.
+    """Map images to uint8 pixels: floats that lie in `value_range`, its ends black and white; uint8
+    pass as they are.
 
-    Raises ValueError for floats that leave that range by more than half a pixel's step, and for other types.
+    Raises ValueError for floats that leave that range by more than half a pixel's step, and for
+    other types.
     """
     if images.dtype == torch.uint8:
         return images
     low, high = value_range
     if not images.is_floating_point() or not low < high:
-        raise ValueError(f"images are {images.dtype} with value_range={value_range}; give uint8 pixels, or floats and their "
-                         "range (low, high)")
-    images, step = images.to(torch.float32), (high - low) / WHITE
+        raise ValueError(
+            f"images are {images.dtype} with value_range={value_range}; give uint8 pixels, or "
+            "floats and their range (low, high)"
+        )
+    images = images.to(torch.float32)
+    step = (high - low) / WHITE
     if images.numel():
         least, most = (value.item() for value in images.aminmax())
         if not (low - step / 2 <= least and most <= high + step / 2):
-            raise ValueError(f"images reach from {least:.4g} to {most:.4g} and cannot be in value_range={value_range}; give "
-                             "their own, such as value_range=(-1, 1), or denormalize(images), which clamps those of a network")
+            raise ValueError(
+                f"images reach from {least:.4g} to {most:.4g} and cannot be in "
+                f"value_range={value_range}; give their own, such as value_range=(-1, 1), or "
+                "denormalize(images), which clamps those of a network"
+            )
     return ((images.clamp(low, high) - low) / (high - low) * WHITE).round().to(torch.uint8)
 
 
 def make_grid(images, nrow=None, padding=2):
-    """Arrange uint8 images [b, c, h, w] as one uint8 numpy picture [h, w, c] with `nrow` images a row, on white.
+    """Arrange uint8 images [b, c, h, w] as one uint8 numpy picture [h, w, c] with `nrow` images a
+    row, on white.
 
     `nrow` defaults to the nearest square. Raises ValueError for no images or a row of none.
     """
     count = len(images)
     if count == 0 or (nrow is not None and nrow < 1):
-        raise ValueError(f"a grid of {count} images with nrow={nrow} is empty; give at least one image and nrow >= 1")
+        raise ValueError(
+            f"a grid of {count} images with nrow={nrow} is empty; give at least one image and "
+            "nrow >= 1"
+        )
     columns = min(nrow or math.ceil(math.sqrt(count)), count)
     missing = -count % columns
     cells = F.pad(images.cpu(), (padding, 0, padding, 0, 0, 0, 0, missing), value=WHITE)
@@ -78,23 +97,33 @@ def make_grid(images, nrow=None, padding=2):
 
 
 def save_image_grid(images, path, nrow=None, value_range=(0, 1)):
-    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`, whose suffix picks the format.
+    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`, whose
+    suffix picks the format.
 
-    Raises ValueError for a suffix that is not in `PICTURES`, another shape, and floats that cannot be of that range.
+    Raises ValueError for a suffix that is not in `PICTURES`, another shape, and floats that cannot
+    be of that range.
     """
     suffix = check_picture(path)
     if images.ndim != 4:
-        raise ValueError(f"images have shape {tuple(images.shape)}; a grid takes [b, c, h, w], such as image.unsqueeze(0)")
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}; a grid takes [b, c, h, w], such as "
+            "image.unsqueeze(0)"
+        )
     pixels = make_grid(as_pixels(images.detach(), value_range), nrow)
     with written_beside(path) as part:
         save_picture(pixels, part, suffix)
 
 
 def check_picture(path):
-    """The suffix of a picture's path in lower case; raises ValueError if it is not in `PICTURES`."""
+    """The suffix of a picture's path in lower case; raises ValueError if it is not in
+    `PICTURES`.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in PICTURES:
-        raise ValueError(f"cannot save a picture as {Path(path).name!r}; use one of the suffixes {', '.join(PICTURES)}")
+        raise ValueError(
+            f"cannot save a picture as {Path(path).name!r}; use one of the suffixes "
+            f"{', '.join(PICTURES)}"
+        )
     return suffix
 
 
@@ -113,7 +142,9 @@ def flattened(image):
 
 
 def save_picture(pixels, file, suffix):
-    """Write uint8 numpy pixels [h, w, c] to a path or open file in the format of `suffix`, a key of `PICTURES`."""
+    """Write uint8 numpy pixels [h, w, c] to a path or open file in the format of `suffix`, a key
+    of `PICTURES`.
+    """
     options = PICTURES[suffix]
     image = picture(pixels)
     (flattened(image) if options["format"] == "JPEG" else image).save(file, **options)
@@ -125,10 +156,14 @@ def digest(path):
 
 
 def recorded(folder):
-    """The (name, digest) of each numbered picture that was written into a folder since `remove_drawing`."""
-    record, known = Path(folder, RECORD), set()
+    """The (name, digest) of each numbered picture that was written into a folder since
+    `remove_drawing`.
+    """
+    record = Path(folder, RECORD)
+    known = set()
     for line in record.read_bytes().splitlines() if record.is_file() else ():
-        with contextlib.suppress(ValueError, TypeError, RecursionError):  # of a line that was cut short
+        # of a line that was cut short
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             known.add(tuple(map(str, json.loads(line))))
     return known
 
@@ -136,26 +171,40 @@ def recorded(folder):
 def remove_drawing(folder):
     """Remove the numbered pictures that an earlier drawing wrote into a folder; returns how many.
 
-    Nothing is removed where the folder holds one that its record does not know byte for byte: that is a ValueError.
+    Nothing is removed where the folder holds one that its record does not know byte for byte: that
+    is a ValueError.
     """
-    known, found = recorded(folder), sorted(path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name))
-    if others := [path.name for path in found if not path.is_file() or (path.name, digest(path)) not in known]:
-        raise ValueError(f"{folder} holds numbered pictures that no drawing is known to have written as they are "
-                         f"({len(others)}, such as {others[0]}); move them away, or give another --out")
-    killed = [Path(folder, f"{name}.part") for name, *_ in known if NUMBERED.fullmatch(name)]  # in the middle of a picture
+    known = recorded(folder)
+    found = sorted(path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name))
+    if others := [
+        path.name for path in found if not path.is_file() or (path.name, digest(path)) not in known
+    ]:
+        raise ValueError(
+            f"{folder} holds numbered pictures that no drawing is known to have written as they "
+            f"are ({len(others)}, such as {others[0]}); move them away, or give another --out"
+        )
+    # in the middle of a picture
+    killed = [Path(folder, f"{name}.part") for name, *_ in known if NUMBERED.fullmatch(name)]
     for path in [*found, *killed, Path(folder, RECORD)]:
         path.unlink(missing_ok=True)
     return len(found)
 
 
 def file_or_in(out, format):
-    """The one file that a format of SINGLE makes: `out` itself where its suffix says so, else one of the usual name in it."""
+    """The one file that a format of SINGLE makes: `out` itself where its suffix says so, else
+    one of the usual name in it.
+    """
     name, suffixes = SINGLE[format]
-    return Path(out) if Path(out).suffix.lower() in suffixes and not Path(out).is_dir() else Path(out, name)
+    return (
+        Path(out)
+        if Path(out).suffix.lower() in suffixes and not Path(out).is_dir()
+        else Path(out, name)
+    )
 
 
 def folder_of(out, format, only=False):
-    """The folder of what a format writes to `out`, a folder or, unless that is the `only` thing it may be, the one file.
+    """The folder of what a format writes to `out`, a folder or, unless that is the `only` thing it
+    may be, the one file.
 
     Raises ValueError where `out` is named like a file that the format does not make.
     """
@@ -164,9 +213,13 @@ def folder_of(out, format, only=False):
     if kind is None or Path(out).is_dir():
         return Path(out)
     if only or kind != format:
-        raise ValueError(f"--out={out} is named like a file, and --format={format} writes a folder; write --format={kind}, or "
-                         f"--out={Path(out).with_suffix('')}" if format not in SINGLE or only else
-                         f"--out={out} is not named like a file of --format={format}; end it with {SINGLE[format][1][0]}")
+        raise ValueError(
+            f"--out={out} is named like a file, and --format={format} writes a folder; write "
+            f"--format={kind}, or --out={Path(out).with_suffix('')}"
+            if format not in SINGLE or only
+            else f"--out={out} is not named like a file of --format={format}; end it with "
+            f"{SINGLE[format][1][0]}"
+        )
     return Path(out).parent
 
 
@@ -177,7 +230,9 @@ PICTURES = {
     ".webp": {"format": "WEBP", "lossless": True, "exact": True},
 }
 
-SINGLE = {  # formats that make one file: its usual name in a folder, and the suffixes by which `out` may name it
+# formats that make one file: its usual name in a folder, and the suffixes by which `out` may name
+# it
+SINGLE = {
     "grid": ("grid.png", tuple(PICTURES)),
     "npz": ("images.npz", (".npz",)),
     "zip": ("images.zip", (".zip",)),

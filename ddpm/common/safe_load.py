@@ -1,6 +1,7 @@
 """Reads files of tensors without running code from them: size limits, checksums, weights only.
 
-A file may be damaged or malicious. `Misfit` means that it is not such a file, `Damaged` that it was one.
+A file may be damaged or malicious. `Misfit` means that it is not such a file, `Damaged` that it was
+one.
 """
 
 import itertools
@@ -15,7 +16,10 @@ import zlib
 import torch
 
 LONGEST = 2**22  # characters of a config, which has some thousand: more would only fill the memory
-HARMLESS = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor|tensor_v2|parameter)|torch(.storage)? \w+Storage")
+HARMLESS = re.compile(
+    r"collections OrderedDict|torch._utils _rebuild_(tensor|tensor_v2|parameter)|torch(.storage)? "
+    r"\w+Storage"
+)
 LEGACY = 5  # pickles in a file of torch before 1.6, one after the other
 
 
@@ -27,28 +31,42 @@ class Damaged(ValueError):
     """The bytes of a file are not those that were written: those of an older checkpoint may be."""
 
     def __init__(self, path, why):
-        self.path, self.why = path, " ".join(str(why).split())[:200]
-        super().__init__(f"{path} is damaged or not a checkpoint of ddpm ({self.why}); use another file")
+        self.path = path
+        self.why = " ".join(str(why).split())[:200]
+        super().__init__(
+            f"{path} is damaged or not a checkpoint of ddpm ({self.why}); use another file"
+        )
 
 
 def read(path):
-    """What torch.save wrote: dicts, lists, words, numbers and tensors, which are mapped to the file.
+    """What torch.save wrote: dicts, lists, words, numbers and tensors, which are mapped to the
+    file.
 
-    Raises Damaged where it cannot be read or a checksum does not fit, and ValueError where it holds anything else, or tensors
-    that claim to be more than they are.
+    Raises Damaged where it cannot be read or a checksum does not fit, and ValueError where it holds
+    anything else, or tensors that claim to be more than they are.
     """
     with open(path, "rb") as file:
         try:
             zipped = file.read(4) == b"PK\3\4"  # as torch tells
             file.seek(0)
-            named = set(names_in_zip(file) if zipped else itertools.chain(*(names_in(file) for _ in range(LEGACY))))
+            named = set(
+                names_in_zip(file)
+                if zipped
+                else itertools.chain(*(names_in(file) for _ in range(LEGACY)))
+            )
         except Misfit as misfit:
             raise Damaged(path, misfit) from None
         except Exception:  # there are as many as ways to be damaged, in words of Python's
-            raise Damaged(path, "its list of records, at its end, is cut off or torn" if zipped else
-                          "its end is missing, or it is no file of torch's") from None
+            raise Damaged(
+                path,
+                "its list of records, at its end, is cut off or torn"
+                if zipped
+                else "its end is missing, or it is no file of torch's",
+            ) from None
     if unknown := sorted(name for name in named if not HARMLESS.fullmatch(name)):
-        raise ValueError(f"{path} holds more than tensors, numbers and words: {unknown[0]!r}; use another file")
+        raise ValueError(
+            f"{path} holds more than tensors, numbers and words: {unknown[0]!r}; use another file"
+        )
     try:
         with warnings.catch_warnings():  # of torch, about a file that is refused below
             warnings.simplefilter("ignore")
@@ -57,15 +75,23 @@ def read(path):
         raise Damaged(path, error) from None
     for tensor in tensors_in(content):
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path} has a tensor of {tuple(tensor.shape)} that it does not hold; use another file")
+            raise ValueError(
+                f"{path} has a tensor of {tuple(tensor.shape)} that it does not hold; use another "
+                "file"
+            )
     return content
 
 
 def names_in_zip(file):
-    """What the pickle in a zip of torch's names, after all records were held against their checksums."""
+    """What the pickle in a zip of torch's names, after all records were held against their
+    checksums.
+    """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        if any(one.compress_type for one in records) or sum(one.file_size for one in records) > os.fstat(file.fileno()).st_size:
+        if (
+            any(one.compress_type for one in records)
+            or sum(one.file_size for one in records) > os.fstat(file.fileno()).st_size
+        ):
             raise Misfit("its records claim to be longer than it is")
         if len({one.filename.lower() for one in records}) < len(records):
             raise Misfit("two of its records have one name")
@@ -81,12 +107,15 @@ def names_in_zip(file):
 def names_in(file):
     """What a pickle names, such as "collections OrderedDict"; nothing is built of it."""
     named = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
-    return [str(value or code.name) for code, value, _ in pickletools.genops(file) if code.name in named]
+    return [
+        str(value or code.name) for code, value, _ in pickletools.genops(file) if code.name in named
+    ]
 
 
 def tensors_in(content):
     """The tensors in nested dicts and lists."""
-    waiting, seen = [content], set()
+    waiting = [content]
+    seen = set()
     while waiting:
         one = waiting.pop()
         if id(one) in seen:  # or a few bytes could be walked for ever
@@ -99,9 +128,13 @@ def tensors_in(content):
 
 
 def checksum(about, tensors):
-    """The CRC-32 of names, types, shapes and bytes of tensors, and of what else is told about them."""
+    """The CRC-32 of names, types, shapes and bytes of tensors, and of what else is told about
+    them.
+    """
     named = sorted(tensors.items())
-    found = zlib.crc32(json.dumps([about, [(name, str(one.dtype), one.shape) for name, one in named]]).encode())
+    found = zlib.crc32(
+        json.dumps([about, [(name, str(one.dtype), one.shape) for name, one in named]]).encode()
+    )
     for _, tensor in named:
         found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
     return found

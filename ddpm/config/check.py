@@ -99,14 +99,24 @@ INTEGER_TUPLES = {
     "model.attention_resolutions": (1, 4096),
 }
 FRACTION_TUPLES = {  # apart, so that a number says which of the two it is
-    "ema.more": (0.3, 0.999999999, (0.999, 0.9995)), "ema.profiles": (0.001, 0.288, (0.05, 0.1))}
-KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple such as (1, 2)"}
+    "ema.more": (0.3, 0.999999999, (0.999, 0.9995)),
+    "ema.profiles": (0.001, 0.288, (0.05, 0.1)),
+}
+KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a tuple such as (1, 2)",
+}
 
 
 def check(config):
-    """Raise a ValueError, one line with the remedy, for a value or a combination that cannot be run.
+    """Raise a ValueError, one line with the remedy, for a value or a combination that cannot be
+    run.
 
-    Nothing is allocated; what only the network knows about its arguments is checked when `build` makes it.
+    Nothing is allocated; what only the network knows about its arguments is checked when `build`
+    makes it.
     """
     knobs = defaults.flatten(config)
     for key, default in defaults.flatten(defaults.base()).items():
@@ -116,8 +126,10 @@ def check(config):
     for key, allowed in CHOICES.items():
         check_choice(f"config.{key}", knobs[key], list(allowed))
     if "/" in knobs["data.source"] and "(" not in knobs["data.source"]:
-        raise ValueError(f"config.data.source is {knobs['data.source']!r}; for a folder of images write "
-                         f"\"folder(path={knobs['data.source']!r})\"")
+        raise ValueError(
+            f"config.data.source is {knobs['data.source']!r}; for a folder of images write "
+            f'"folder(path={knobs["data.source"]!r})"'
+        )
     for key, table in SPECS.items():
         if key in ("evaluate.sampler", "evaluate.spacing") and knobs[key] == "auto":
             continue
@@ -125,30 +137,51 @@ def check(config):
             check_renamed(key, knobs[key])
             chosen = choose(f"config.{key}", table, knobs[key])
             if table is SAMPLERS:
-                evaluations(chosen, REHEARSAL, knobs["diffusion.variance"] == "learned")  # which refuses what it cannot do
+                # which refuses what it cannot do
+                evaluations(chosen, REHEARSAL, knobs["diffusion.variance"] == "learned")
     for key, (low, high) in INTEGER_TUPLES.items():
-        if len(knobs[key]) > 64 or not all(type(item) is int and low <= item <= high for item in knobs[key]):
+        if len(knobs[key]) > 64 or not all(
+            type(item) is int and low <= item <= high for item in knobs[key]
+        ):
             raise ValueError(
-                f"config.{key} is {knobs[key]}; it takes whole numbers between {low} and {high}, such as (1, 2, 2)")
+                f"config.{key} is {knobs[key]}; it takes whole numbers between {low} and {high}, "
+                "such as (1, 2, 2)"
+            )
     for key, (low, high, example) in FRACTION_TUPLES.items():
         if not all(type(item) is float and low <= item <= high for item in knobs[key]):
-            raise ValueError(f"config.{key} is {knobs[key]}; it takes numbers between {low} and {high}, such as {example}")
+            raise ValueError(
+                f"config.{key} is {knobs[key]}; it takes numbers between {low} and {high}, such "
+                f"as {example}"
+            )
         if len({*knobs[key], knobs["ema.decay"]}) <= len(knobs[key]):
-            raise ValueError(f"config.{key} is {knobs[key]} beside ema.decay {knobs['ema.decay']}; give each number once")
+            raise ValueError(
+                f"config.{key} is {knobs[key]} beside ema.decay {knobs['ema.decay']}; give each "
+                "number once"
+            )
     if len(knobs["data.matte"]) != 3:
         raise ValueError(
-            f"config.data.matte is {knobs['data.matte']}; it takes red, green and blue, such as (255, 255, 255)")
+            f"config.data.matte is {knobs['data.matte']}; it takes red, green and blue, such as "
+            "(255, 255, 255)"
+        )
     if not knobs["model.channel_mult"]:
-        raise ValueError("config.model.channel_mult is empty; it takes a factor for each level, such as (1, 2, 2)")
+        raise ValueError(
+            "config.model.channel_mult is empty; it takes a factor for each level, such as (1, 2, "
+            "2)"
+        )
     if not all(type(tag) is str for tag in knobs["wandb.tags"]):
-        raise ValueError(f"config.wandb.tags is {knobs['wandb.tags']}; it takes words, such as ('cats', 'small')")
+        raise ValueError(
+            f"config.wandb.tags is {knobs['wandb.tags']}; it takes words, such as ('cats', 'small')"
+        )
     check_classes(knobs)
     check_sharded(knobs)
     for key in LENGTHS:
         with about(key):
             durations.parse_duration(knobs[key], times=False)
     if not durations.parse_duration(knobs["train.length"])[0]:
-        raise ValueError(f"config.train.length is {knobs['train.length']!r}; it takes more than nothing, such as '1 step'")
+        raise ValueError(
+            f"config.train.length is {knobs['train.length']!r}; it takes more than nothing, such "
+            "as '1 step'"
+        )
     with about("train.learning_rate_decay"):
         name, arguments = parse(knobs["train.learning_rate_decay"])
         if "length" in arguments:
@@ -160,28 +193,47 @@ def check(config):
                 durations.Every(knobs[f"every.{key}"], 1, 1)
     check_budget(knobs)
     if knobs["ema.profiles"] and durations.Every(knobs["every.snapshot"], 1, 1).never:
-        raise ValueError(f"config.ema.profiles is {knobs['ema.profiles']}, but never stored; set config.every.snapshot, such "
-                         "as '500 steps'")
+        raise ValueError(
+            f"config.ema.profiles is {knobs['ema.profiles']}, but never stored; set "
+            "config.every.snapshot, such as '500 steps'"
+        )
     if knobs["train.deterministic"] and knobs["train.cudnn_benchmark"] == "on":
-        raise ValueError("config.train.deterministic is True and config.train.cudnn_benchmark is 'on', which takes whichever "
-                         "convolution was faster this time; set train.cudnn_benchmark=auto, or train.deterministic=False")
+        raise ValueError(
+            "config.train.deterministic is True and config.train.cudnn_benchmark is 'on', which "
+            "takes whichever convolution was faster this time; set train.cudnn_benchmark=auto, or "
+            "train.deterministic=False"
+        )
     if knobs["train.init_from"] and knobs["train.resume_from"]:
-        raise ValueError(f"config.train.init_from is {knobs['train.init_from']!r} and config.train.resume_from "
-                         f"{knobs['train.resume_from']!r}; choose init_from to start from weights alone, or resume_from to "
-                         "continue with the optimizer, the averages and the step")
-    size, parts = knobs["train.batch_size"], knobs["train.gradient_accumulation_steps"]
+        raise ValueError(
+            f"config.train.init_from is {knobs['train.init_from']!r} and config.train.resume_from "
+            f"{knobs['train.resume_from']!r}; choose init_from to start from weights alone, or "
+            "resume_from to continue with the optimizer, the averages and the step"
+        )
+    size = knobs["train.batch_size"]
+    parts = knobs["train.gradient_accumulation_steps"]
     if size % parts:
-        raise ValueError(f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; choose "
-                         f"gradient_accumulation_steps among the divisors of {size}")
+        raise ValueError(
+            f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; "
+            f"choose gradient_accumulation_steps among the divisors of {size}"
+        )
     with about("diffusion.beta_schedule"):
-        process = Process(*get_schedule(*(knobs[f"diffusion.{key}"] for key in (
-            "beta_schedule", "timesteps", "zero_terminal_snr"))))
-    usual, measured = knobs["sample.spacing"], knobs["evaluate.spacing"]
+        process = Process(
+            *get_schedule(
+                *(
+                    knobs[f"diffusion.{key}"]
+                    for key in ("beta_schedule", "timesteps", "zero_terminal_snr")
+                )
+            )
+        )
+    usual = knobs["sample.spacing"]
+    measured = knobs["evaluate.spacing"]
     named = ("sample", usual) if measured == "auto" else ("evaluate", measured)
     for key, (section, spacing) in (("sample.steps", ("sample", usual)), ("evaluate.steps", named)):
         if knobs[key] > knobs["diffusion.timesteps"]:
-            raise ValueError(f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} timesteps; use "
-                             f"{knobs['diffusion.timesteps']} or fewer")
+            raise ValueError(
+                f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} "
+                f"timesteps; use {knobs['diffusion.timesteps']} or fewer"
+            )
         with about(f"{section}.spacing"):
             process.levels(knobs[key] or knobs["sample.steps"], spacing)
 
@@ -198,7 +250,10 @@ def check_renamed(key, value):
     """Raise a ValueError for a value that has another name now."""
     for renamed, before, name, reused in defaults.RENAMED:
         if renamed == key and reused is None and parse(value)[0] == before:
-            raise ValueError(f"config.{key} is {value!r}, which is called {name!r} now; write --config.{key}={name}")
+            raise ValueError(
+                f"config.{key} is {value!r}, which is called {name!r} now; write "
+                f"--config.{key}={name}"
+            )
 
 
 def check_sharded(knobs):
@@ -207,53 +262,88 @@ def check_sharded(knobs):
         return
     for key in ("train.compile", "train.channels_last"):
         if knobs[key]:
-            raise ValueError(f"config.train.fully_shard and config.{key} are both True; choose one of them")
+            raise ValueError(
+                f"config.train.fully_shard and config.{key} are both True; choose one of them"
+            )
     if parse(knobs["model.name"])[0] == "unet_edm2":
-        raise ValueError("config.train.fully_shard cannot be True with config.model.name 'unet_edm2', whose layers write into "
-                         "their weights while they compute; choose another network, or train.fully_shard=False")
+        raise ValueError(
+            "config.train.fully_shard cannot be True with config.model.name 'unet_edm2', whose "
+            "layers write into their weights while they compute; choose another network, or "
+            "train.fully_shard=False"
+        )
 
 
 def check_budget(knobs):
-    """Raise a ValueError for what leaves the budget of evaluations nothing to choose a number of images by."""
-    count, often = knobs["evaluate.num_samples"], knobs["every.evaluate"]
+    """Raise a ValueError for what leaves the budget of evaluations nothing to choose a number of
+    images by.
+    """
+    count = knobs["evaluate.num_samples"]
+    often = knobs["every.evaluate"]
     if 0 < count < extractors.FEWEST:
-        raise ValueError(f"config.evaluate.num_samples is {count}; it takes {extractors.FEWEST} or more, or 0 for as many as "
-                         "evaluate.budget allows")
+        raise ValueError(
+            f"config.evaluate.num_samples is {count}; it takes {extractors.FEWEST} or more, or 0 "
+            "for as many as evaluate.budget allows"
+        )
     if count or often == "auto" or (every := durations.Every(often, 1, 1)).never:
         return
     if every.seconds:
-        raise ValueError(f"config.every.evaluate is {often!r}, and no budget can tell how often that will be; give "
-                         "evaluate.num_samples too, such as 10000")
+        raise ValueError(
+            f"config.every.evaluate is {often!r}, and no budget can tell how often that will be; "
+            "give evaluate.num_samples too, such as 10000"
+        )
     if not knobs["evaluate.budget"]:
-        raise ValueError(f"config.every.evaluate is {often!r}, and evaluate.budget 0 allows no image; give "
-                         "evaluate.num_samples, such as 10000, or a budget, such as 0.05")
+        raise ValueError(
+            f"config.every.evaluate is {often!r}, and evaluate.budget 0 allows no image; give "
+            "evaluate.num_samples, such as 10000, or a budget, such as 0.05"
+        )
 
 
 def check_classes(knobs):
-    """Raise a ValueError for what cannot be of guidance, and of classes as far as they are known yet."""
-    learned, classes = knobs["data.class_labels"], knobs["data.classes"]
+    """Raise a ValueError for what cannot be of guidance, and of classes as far as they are known
+    yet.
+    """
+    learned = knobs["data.class_labels"]
+    classes = knobs["data.classes"]
     for key in ("data.classes", "sample.classes", "evaluate.classes"):
-        if not all(type(one) is str or type(one) is int and key != "data.classes" for one in knobs[key]):
-            raise ValueError(f"config.{key} is {knobs[key]}; it takes the names of classes, such as ('cat', 'dog')")
+        if not all(
+            type(one) is str or type(one) is int and key != "data.classes" for one in knobs[key]
+        ):
+            raise ValueError(
+                f"config.{key} is {knobs[key]}; it takes the names of classes, such as ('cat', "
+                "'dog')"
+            )
         if knobs[key] and not learned:
-            raise ValueError(f"config.{key} is {knobs[key]}, and the network knows no classes; leave it out, or train with "
-                             "data.class_labels=True")
+            raise ValueError(
+                f"config.{key} is {knobs[key]}, and the network knows no classes; leave it out, "
+                "or train with data.class_labels=True"
+            )
         if classes:
             with about(key):
                 source.class_numbers(knobs[key], classes)
     between = knobs["sample.guidance_interval"]
-    if between != () and not (len(between) == 2 and all(type(one) in (int, float) for one in between)
-                              and 0 <= between[0] < between[1]):
-        raise ValueError(f"config.sample.guidance_interval is {between}; it takes two noise levels sigma/alpha, the lower "
-                         "first, such as (0.2, 5.0), or () for all")
+    if between != () and not (
+        len(between) == 2
+        and all(type(one) in (int, float) for one in between)
+        and 0 <= between[0] < between[1]
+    ):
+        raise ValueError(
+            f"config.sample.guidance_interval is {between}; it takes two noise levels "
+            "sigma/alpha, the lower first, such as (0.2, 5.0), or () for all"
+        )
     if knobs["sample.guidance"] == 1 or knobs["sample.guide"]:
         return
     given = f"config.sample.guidance is {knobs['sample.guidance']}, and the network"
     otherwise = "name a weaker run as sample.guide, or set sample.guidance=1"
     if not learned:
-        raise ValueError(f"{given} knows no classes to be guided by; train with data.class_labels=True, {otherwise}")
+        raise ValueError(
+            f"{given} knows no classes to be guided by; train with data.class_labels=True, "
+            f"{otherwise}"
+        )
     if not knobs["train.label_dropout"]:
-        raise ValueError(f"{given} has never done without its label; train with train.label_dropout=0.1, {otherwise}")
+        raise ValueError(
+            f"{given} has never done without its label; train with train.label_dropout=0.1, "
+            f"{otherwise}"
+        )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""A config as JSON: written, read (also files of earlier versions), compared with a run's, and named."""
+"""A config as JSON: written, read (also files of earlier versions), compared with a run's, and
+named.
+"""
 
 import json
 import os
@@ -16,8 +18,20 @@ from ddpm.config import check, defaults
 from ddpm.models.layers import norm_groups
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
-FREE = ("train.length", "train.max_hours", "train.activation_checkpointing", "train.fully_shard", "every.", "wandb.",
-        "evaluate.", "data.classes", "data.cache", "data.num_workers", "sample.batch_size", "sample.compile")
+FREE = (
+    "train.length",
+    "train.max_hours",
+    "train.activation_checkpointing",
+    "train.fully_shard",
+    "every.",
+    "wandb.",
+    "evaluate.",
+    "data.classes",
+    "data.cache",
+    "data.num_workers",
+    "sample.batch_size",
+    "sample.compile",
+)
 
 
 FORMAT = 2  # of saved configs; those that do not say are of format 1
@@ -29,20 +43,26 @@ def to_json(config):
 
 
 def from_json(text):
-    """The frozen config that a run folder or a checkpoint carries; knobs it does not know yet take their defaults, or what
-    they were before they were knobs.
+    """The frozen config that a run folder or a checkpoint carries; knobs it does not know yet take
+    their defaults, or what they were before they were knobs.
 
-    Names that meant something else in its format are translated. It is data and never run. Raises ValueError for what is not
-    such a config.
+    Names that meant something else in its format are translated. It is data and never run. Raises
+    ValueError for what is not such a config.
     """
     try:
         saved = json.loads(text if len(text) <= safe_load.LONGEST else "")
-        version, _, knobs = saved.pop("format", 1), saved.pop("code", None), defaults.flatten(saved)
+        version = saved.pop("format", 1)
+        _ = saved.pop("code", None)
+        knobs = defaults.flatten(saved)
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise ValueError("the saved config is not a JSON object; the file is damaged or not one of ours") from None
+        raise ValueError(
+            "the saved config is not a JSON object; the file is damaged or not one of ours"
+        ) from None
     if type(version) is not int or not 1 <= version <= FORMAT:
-        raise ValueError(f"the saved config has the format {version!r}, and this version knows 1 to {FORMAT}; use the version "
-                         "of ddpm that wrote it")
+        raise ValueError(
+            f"the saved config has the format {version!r}, and this version knows 1 to {FORMAT}; "
+            "use the version of ddpm that wrote it"
+        )
     for key, before, name, reused in defaults.RENAMED:
         if (reused is None or version < reused) and isinstance(knobs.get(key), str):
             knobs[key] = re.sub(rf"^\s*{before}\b", name, knobs[key])
@@ -50,71 +70,105 @@ def from_json(text):
     known = defaults.flatten(config)
     for key, value in knobs.items():
         if key not in known:
-            raise ValueError(f"the saved config has a knob {key!r} that this version does not know"
-                             f"{suggest(key, list(known))}; use the version of ddpm that wrote it")
+            raise ValueError(
+                f"the saved config has a knob {key!r} that this version does not know"
+                f"{suggest(key, list(known))}; use the version of ddpm that wrote it"
+            )
         kind = type(known[key])
-        if kind is tuple and isinstance(value, list) or kind is float and type(value) is int and abs(value) < 2**53:
+        if (
+            kind is tuple
+            and isinstance(value, list)
+            or kind is float
+            and type(value) is int
+            and abs(value) < 2**53
+        ):
             value = kind(value)
         if type(value) is not kind:
-            raise ValueError(f"the saved config has {value!r} for {key}; it takes {check.KINDS[kind]}")
+            raise ValueError(
+                f"the saved config has {value!r} for {key}; it takes {check.KINDS[kind]}"
+            )
         config.update_from_flattened_dict({key: value})
     for key in BEFORE.keys() - knobs.keys():
         config.update_from_flattened_dict({key: BEFORE[key](config)})
     if version < 2 and same_groups(config):
-        config.model.norm_num_groups = 0  # as configs are written now, so that a run goes on by the same command
+        # as configs are written now, so that a run goes on by the same command
+        config.model.norm_num_groups = 0
     return defaults.freeze(config)
 
 
 def same_groups(config):
-    """Whether the 32 groups of a config are what 0, the default since format 2, comes to: in wide U-Nets and without norms."""
+    """Whether the 32 groups of a config are what 0, the default since format 2, comes to: in
+    wide U-Nets and without norms.
+    """
     model = config.model
-    wide = bool(model.channel_mult) and norm_groups(min(model.channel_mult) * model.model_channels) == 32
+    wide = (
+        bool(model.channel_mult)
+        and norm_groups(min(model.channel_mult) * model.model_channels) == 32
+    )
     return model.norm_num_groups == 32 and (wide or parse(model.name)[0] != "unet")
 
 
 BEFORE = {  # what a knob that a saved config lacks meant, where that is not its default
     "model.augmentation_place": lambda config: "after" if config.data.augment else "before",
     "model.norm_num_groups": lambda config: 32,
-    "model.noise_embedding": lambda config: "sines" if parse(config.model.name)[0] == "unet_edm2" and parse(
-        config.diffusion.predict)[0] == "edm" else "auto",
+    "model.noise_embedding": lambda config: (
+        "sines"
+        if parse(config.model.name)[0] == "unet_edm2"
+        and parse(config.diffusion.predict)[0] == "edm"
+        else "auto"
+    ),
 }
 
 
 def read(path):
-    """The frozen config in a file such as a run folder's config.json; raises ValueError as `from_json` does."""
+    """The frozen config in a file such as a run folder's config.json; raises ValueError as
+    `from_json` does.
+    """
     with open(path) as file:
         return from_json(file.read(safe_load.LONGEST + 1))
 
 
 def changed(config, knobs):
-    """A frozen copy with other values for some knobs, `{"sample.steps": 25}`; None leaves a knob as it is.
+    """A frozen copy with other values for some knobs, `{"sample.steps": 25}`; None leaves a knob as
+    it is.
 
     Raises ValueError where the result cannot be run.
     """
     copy = ConfigDict(config.to_dict()).lock()
-    copy.update_from_flattened_dict({key: value for key, value in knobs.items() if value is not None})
+    copy.update_from_flattened_dict(
+        {key: value for key, value in knobs.items() if value is not None}
+    )
     check.check(copy)
     return defaults.freeze(copy)
 
 
 def tracked(config):
-    """The config as W&B shows it: flat, under the names that a sweep's parameters have, and with its format."""
+    """The config as W&B shows it: flat, under the names that a sweep's parameters have, and with
+    its format.
+    """
     knobs = {"format": FORMAT} | defaults.flatten(config)
-    return {f"config.{key}": list(value) if isinstance(value, tuple) else value for key, value in knobs.items()}
+    return {
+        f"config.{key}": list(value) if isinstance(value, tuple) else value
+        for key, value in knobs.items()
+    }
 
 
 COMMIT = re.compile(r"[0-9a-f]{7,40}( with changes [0-9a-f]{8})?")  # as `tracker.commit` tells it
 
 
 def write(config, folder, code=None):
-    """Save the config as the run folder's config.json, with the commits of the code that ran it, where they are known."""
+    """Save the config as the run folder's config.json, with the commits of the code that ran it,
+    where they are known.
+    """
     saved = json.loads(to_json(config)) | ({"code": code} if code else {})
     with written_beside(Path(folder, "config.json")) as part:
         part.write_text(json.dumps(saved, indent=2) + "\n")
 
 
 def code_in(folder):
-    """The commits that a run folder's config.json records, in the order in which they ran; () where it records none."""
+    """The commits that a run folder's config.json records, in the order in which they ran; ()
+    where it records none.
+    """
     try:
         recorded = json.loads(Path(folder, "config.json").read_text()).get("code", ())
         return tuple(one for one in recorded if COMMIT.fullmatch(one))
@@ -123,32 +177,48 @@ def code_in(folder):
 
 
 def check_continues(config, folder):
-    """Raise a ValueError that names the knobs in which a config contradicts the run that the folder holds already."""
+    """Raise a ValueError that names the knobs in which a config contradicts the run that the
+    folder holds already.
+    """
     path = Path(folder, "config.json")
     if path.is_file():
         try:
             saved = read(path)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}; give another --workdir, or delete it to continue with this config") from None
+            raise ValueError(
+                f"{path}: {error}; give another --workdir, or delete it to continue with this "
+                "config"
+            ) from None
         differing = contradictions(saved, config)
         if differing:
             keys = contradicted(saved, config)
             same = f"add {as_flags(saved, keys)}" if len(keys) <= 3 else "give the same config"
-            raise ValueError(f"{folder} holds a run with another config ({'; '.join(differing)}); "
-                             f"give another --workdir or, to continue it, {same}")
+            raise ValueError(
+                f"{folder} holds a run with another config ({'; '.join(differing)}); "
+                f"give another --workdir or, to continue it, {same}"
+            )
 
 
 def check_resumes(config, saved, path):
-    """Raise a ValueError that names the options in which a config contradicts the run that a new folder continues."""
-    begun = changed(config, {key: defaults.flatten(saved)[key] for key in ("train.init_from", "train.resume_from")})
+    """Raise a ValueError that names the options in which a config contradicts the run that a new
+    folder continues.
+    """
+    begun = changed(
+        config,
+        {key: defaults.flatten(saved)[key] for key in ("train.init_from", "train.resume_from")},
+    )
     if differing := contradictions(saved, begun):
-        raise ValueError(f"{path} is of a run with another config ({'; '.join(differing)}); to continue it, add "
-                         f"{as_flags(saved, contradicted(saved, begun))}; to change that, start from its weights alone with "
-                         "train.init_from")
+        raise ValueError(
+            f"{path} is of a run with another config ({'; '.join(differing)}); to continue it, add "
+            f"{as_flags(saved, contradicted(saved, begun))}; to change that, start from its "
+            "weights alone with train.init_from"
+        )
 
 
 def check_measures(config, folder):
-    """Raise a ValueError where a folder that is to keep a measurement holds another one, or a training."""
+    """Raise a ValueError where a folder that is to keep a measurement holds another one, or a
+    training.
+    """
     path = Path(folder, "config.json")
     try:
         another = path.exists() and defaults.flatten(read(path)) != defaults.flatten(config)
@@ -164,15 +234,27 @@ def is_free(key):
 
 
 def contradicted(saved, given):
-    """The knobs in which `given` differs from the config of the run it wants to continue, which knows where it began."""
-    old, new = defaults.flatten(saved), defaults.flatten(given)
-    return [key for key in new if not is_free(key) and key != defaults.PLACE and old[key] != new[key]
-            and (key, new[key]) != ("train.resume_from", "")]
+    """The knobs in which `given` differs from the config of the run it wants to continue, which
+    knows where it began.
+    """
+    old = defaults.flatten(saved)
+    new = defaults.flatten(given)
+    return [
+        key
+        for key in new
+        if not is_free(key)
+        and key != defaults.PLACE
+        and old[key] != new[key]
+        and (key, new[key]) != ("train.resume_from", "")
+    ]
 
 
 def contradictions(saved, given):
-    """Lines naming the knobs in which `given` differs from the config of the run it wants to continue."""
-    old, new = defaults.flatten(saved), defaults.flatten(given)
+    """Lines naming the knobs in which `given` differs from the config of the run it wants to
+    continue.
+    """
+    old = defaults.flatten(saved)
+    new = defaults.flatten(given)
     return [f"{key}: {old[key]!r} there, {new[key]!r} here" for key in contradicted(saved, given)]
 
 
@@ -183,18 +265,22 @@ def as_flags(config, keys):
 
 
 def run_name(file, overrides):
-    """A run's name from its config file (`configs/cats128.py:small`) and the knobs set on the command line.
+    """A run's name from its config file (`configs/cats128.py:small`) and the knobs set on the
+    command line.
 
-    What a folder's name cannot hold becomes `_`, or is cut; a checksum then keeps two runs from sharing a name.
+    What a folder's name cannot hold becomes `_`, or is cut; a checksum then keeps two runs from
+    sharing a name.
     """
     path, _, variant = str(file).partition(":")
     leaves = [key.rpartition(".")[2] for key in defaults.flatten(defaults.base())]
     given = [(key, value) for key, value in sorted(overrides.items()) if not is_free(key)]
-    parts, whole = [Path(path).stem + (f"-{variant}" if variant else "")], True
+    parts = [Path(path).stem + (f"-{variant}" if variant else "")]
+    whole = True
     for key, value in given:
         leaf = key.rpartition(".")[2]
         word = re.sub(r"[^\w.+-]+", "_", str(value), flags=re.ASCII).strip("_")
-        whole = whole and (word == value or not isinstance(value, str))  # numbers and tuples stay told apart
+        # numbers and tuples stay told apart
+        whole = whole and (word == value or not isinstance(value, str))
         parts.append(f"{leaf if leaves.count(leaf) == 1 else key}={word}")
     name = re.sub(r"[^\w.=+-]+", "_", "-".join(parts), flags=re.ASCII)
     if whole and name == "-".join(parts) and len(name) <= 120:
@@ -203,6 +289,8 @@ def run_name(file, overrides):
 
 
 def default_workdir(file, overrides):
-    """`runs/NAME`; inside a W&B agent NAME ends with the agent's run id, so that a repeated sweep is a new run."""
+    """`runs/NAME`; inside a W&B agent NAME ends with the agent's run id, so that a repeated
+    sweep is a new run.
+    """
     run_id = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
     return Path("runs") / (run_name(file, overrides) + (f"-{run_id}" if run_id else ""))

@@ -1,4 +1,6 @@
-"""Command lines of the doors: flags become configs, and a user's mistake becomes one line and an exit code."""
+"""Command lines of the doors: flags become configs, and a user's mistake becomes one line and an
+exit code.
+"""
 
 import contextlib
 import functools
@@ -25,18 +27,25 @@ from ddpm.runtime.out_of_memory import NoRoom, ran_out
 from ddpm.tracking.tracker import WARNINGS
 
 WIDTH = 100  # characters of a line of help
-PATHS = ("checkpoint", "guide", "image", "inception_weights", "mask", "out", "runs", "workdir")  # flags
+# flags
+PATHS = ("checkpoint", "guide", "image", "inception_weights", "mask", "out", "runs", "workdir")
 
 
 def define_config_flag():
-    """The flag `--config=FILE[:VARIANT]`, with `--config.section.leaf=value` for each option of the file."""
+    """The flag `--config=FILE[:VARIANT]`, with `--config.section.leaf=value` for each option of
+    the file.
+    """
     flags.DEFINE_boolean("print_config", False, "Print the config with all its options, and end.")
-    return config_flags.DEFINE_config_file("config", None, "Config file, such as configs/digits.py, or FILE.py:VARIANT.")
+    return config_flags.DEFINE_config_file(
+        "config", None, "Config file, such as configs/digits.py, or FILE.py:VARIANT."
+    )
 
 
 def define_overrides_flag():
     """Flags `--config.section.leaf=value` over the config that a checkpoint carries."""
-    config_flags.DEFINE_config_dict("config", base(), "Options in place of the checkpoint's, --config.evaluate.steps=10.")
+    config_flags.DEFINE_config_dict(
+        "config", base(), "Options in place of the checkpoint's, --config.evaluate.steps=10."
+    )
 
 
 def overrides():
@@ -44,47 +53,114 @@ def overrides():
     return config_flags.get_override_values(flags.FLAGS["config"])
 
 
-DRAWING = {  # how a drawing is asked for, by flags and by arguments in Python: the option behind each, how it is defined, help
-    "sampler": ("{section}.sampler", flags.DEFINE_string, "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the "
-                "checkpoint's."),
-    "steps": ("{section}.steps", flags.DEFINE_integer, "Steps of the sampler; by default the checkpoint's."),
-    "spacing": ("{section}.spacing", flags.DEFINE_string, "Where its steps are: trailing, karras(rho=7.0), ...; by default the "
-                "checkpoint's."),
-    "ema": ("sample.ema", flags.DEFINE_float, "Averaged weights: a decay of config.ema, or a sigma_rel up to 0.288 made from "
-            "snapshots."),
-    "classes": ("{section}.classes", flags.DEFINE_list, "Classes to draw, names or numbers such as 3,5; empty for all."),
-    "guidance": ("sample.guidance", flags.DEFINE_float, "Scale of the guidance, such as 2; 1 for none."),
-    "guidance_interval": ("sample.guidance_interval", flags.DEFINE_list, "Noise levels sigma/alpha to guide between, such as "
-                          "0.2,5; empty for all."),
-    "guide": ("sample.guide", flags.DEFINE_string, "A weaker run or its file that guides, in place of the network without its "
-              "label."),
-    "seed": ("sample.seed", flags.DEFINE_integer, "Seed of the noise; by default the checkpoint's."),
-    "batch_size": ("{section}.batch_size", flags.DEFINE_integer, "Images drawn at once; by default the checkpoint's."),
-    "compile": ("sample.compile", flags.DEFINE_boolean, "Through torch.compile: for many images, as the first wait a minute or "
-                "more."),
+# how a drawing is asked for, by flags and by arguments in Python: the option behind each, how it is
+# defined, help
+DRAWING = {
+    "sampler": (
+        "{section}.sampler",
+        flags.DEFINE_string,
+        "ddim, ddim(eta=1.0), ddpm(variance='large'), ...; by default the checkpoint's.",
+    ),
+    "steps": (
+        "{section}.steps",
+        flags.DEFINE_integer,
+        "Steps of the sampler; by default the checkpoint's.",
+    ),
+    "spacing": (
+        "{section}.spacing",
+        flags.DEFINE_string,
+        "Where its steps are: trailing, karras(rho=7.0), ...; by default the checkpoint's.",
+    ),
+    "ema": (
+        "sample.ema",
+        flags.DEFINE_float,
+        "Averaged weights: a decay of config.ema, or a sigma_rel up to 0.288 made from snapshots.",
+    ),
+    "classes": (
+        "{section}.classes",
+        flags.DEFINE_list,
+        "Classes to draw, names or numbers such as 3,5; empty for all.",
+    ),
+    "guidance": (
+        "sample.guidance",
+        flags.DEFINE_float,
+        "Scale of the guidance, such as 2; 1 for none.",
+    ),
+    "guidance_interval": (
+        "sample.guidance_interval",
+        flags.DEFINE_list,
+        "Noise levels sigma/alpha to guide between, such as 0.2,5; empty for all.",
+    ),
+    "guide": (
+        "sample.guide",
+        flags.DEFINE_string,
+        "A weaker run or its file that guides, in place of the network without its label.",
+    ),
+    "seed": (
+        "sample.seed",
+        flags.DEFINE_integer,
+        "Seed of the noise; by default the checkpoint's.",
+    ),
+    "batch_size": (
+        "{section}.batch_size",
+        flags.DEFINE_integer,
+        "Images drawn at once; by default the checkpoint's.",
+    ),
+    "compile": (
+        "sample.compile",
+        flags.DEFINE_boolean,
+        "Through torch.compile: for many images, as the first wait a minute or more.",
+    ),
 }
 MEASURING = {  # the same for a measurement alone
-    "num_samples": ("evaluate.num_samples", flags.DEFINE_integer, "Images drawn; by default the checkpoint's."),
-    "extractor": ("evaluate.extractor", flags.DEFINE_string, "auto, digits, inception or none; by default the checkpoint's."),
-    "likelihood": ("evaluate.likelihood", flags.DEFINE_string, "Bits/dim by bound, flow, both or none; by default the "
-                   "checkpoint's."),
-    "inception_weights": ("evaluate.inception_weights", flags.DEFINE_string, "Path of torch-fidelity's Inception weights; by "
-                          "default the checkpoint's."),
-    "source": ("data.source", flags.DEFINE_string, "The real images, where they lie elsewhere now: folder(path='data/cats'), "
-               "..."),
+    "num_samples": (
+        "evaluate.num_samples",
+        flags.DEFINE_integer,
+        "Images drawn; by default the checkpoint's.",
+    ),
+    "extractor": (
+        "evaluate.extractor",
+        flags.DEFINE_string,
+        "auto, digits, inception or none; by default the checkpoint's.",
+    ),
+    "likelihood": (
+        "evaluate.likelihood",
+        flags.DEFINE_string,
+        "Bits/dim by bound, flow, both or none; by default the checkpoint's.",
+    ),
+    "inception_weights": (
+        "evaluate.inception_weights",
+        flags.DEFINE_string,
+        "Path of torch-fidelity's Inception weights; by default the checkpoint's.",
+    ),
+    "source": (
+        "data.source",
+        flags.DEFINE_string,
+        "The real images, where they lie elsewhere now: folder(path='data/cats'), ...",
+    ),
 }
 SECTIONS = {"sample": DRAWING, "evaluate": DRAWING | MEASURING}
 BEHIND = {}  # the flags of this command, by the options behind them
 
 
 def names_of(section):
-    """The options behind the names by which a command and its function know them: `{"steps": "sample.steps"}`."""
-    return {name: option.format(section=section) for name, (option, _, _) in SECTIONS[section].items()}
+    """The options behind the names by which a command and its function know them: `{"steps":
+    "sample.steps"}`.
+    """
+    return {
+        name: option.format(section=section) for name, (option, _, _) in SECTIONS[section].items()
+    }
 
 
 def define_checkpoint_flags(section):
-    """The flags of the commands that begin at a checkpoint; `section` of its config says how they draw."""
-    flags.DEFINE_string("checkpoint", None, "Run folder, or a .pt or .safetensors file in one; by default the newest in runs/.")
+    """The flags of the commands that begin at a checkpoint; `section` of its config says how
+    they draw.
+    """
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Run folder, or a .pt or .safetensors file in one; by default the newest in runs/.",
+    )
     flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the card if there is one.")
     for name, (_, define, words) in SECTIONS[section].items():
         define(name, None, words)
@@ -93,35 +169,47 @@ def define_checkpoint_flags(section):
 
 def drawing():
     """The flags of DRAWING and MEASURING that the command line gives, by name."""
-    return {name: value for name in BEHIND.values() if (value := flags.FLAGS[name].value) is not None}
+    return {
+        name: value for name in BEHIND.values() if (value := flags.FLAGS[name].value) is not None
+    }
 
 
 def options(given, section):
-    """What a command or its function is given by name, `{"steps": 5}`, as options of the config, `{"sample.steps": 5}`.
+    """What a command or its function is given by name, `{"steps": 5}`, as options of the config,
+    `{"sample.steps": 5}`.
 
-    Names are those of SECTIONS or an option's own, `sample.steps` or `config.sample.steps`. None leaves an option as it is.
-    Raises ValueError for another name, and for a value of another type.
+    Names are those of SECTIONS or an option's own, `sample.steps` or `config.sample.steps`. None
+    leaves an option as it is. Raises ValueError for another name, and for a value of another type.
     """
-    names, known, found = names_of(section), flatten(base()), {}
+    names = names_of(section)
+    known = flatten(base())
+    found = {}
     for name, value in given.items():
         option = names.get(name, name.removeprefix("config."))
-        if option not in known or option == name and "." not in name:  # the training's own seed is config.seed
+        # the training's own seed is config.seed
+        if option not in known or option == name and "." not in name:
             near = suggest(name, [*names, *known])
-            raise ValueError(f"there is no option {name!r}{near}; there are {', '.join(names)}, and those of base() in "
-                             "ddpm/config/defaults.py by their full names, such as **{'diffusion.clip': False}")
+            raise ValueError(
+                f"there is no option {name!r}{near}; there are {', '.join(names)}, and those of "
+                "base() in ddpm/config/defaults.py by their full names, such as "
+                f"**{{'diffusion.clip': False}}"
+            )
         if value is not None:
             found[option] = as_option(name, option, value, type(known[option]))
     return found
 
 
 def as_option(name, option, value, kind):
-    """A value in the type that an option has, as the flag of that name would read it; raises ValueError where it cannot be."""
+    """A value in the type that an option has, as the flag of that name would read it; raises
+    ValueError where it cannot be.
+    """
     if kind is tuple and type(value) is str:
         value = value.split(",") if value else ()
     if kind is tuple:
         value = tuple(value) if isinstance(value, (list, tuple, range)) else (value,)
     if option == "sample.guidance_interval":
-        with contextlib.suppress(ValueError):  # of a word that is no number, which the config's check tells
+        # of a word that is no number, which the config's check tells
+        with contextlib.suppress(ValueError):
             value = tuple(map(float, value))
     if kind is float and type(value) is int:
         value = float(value)
@@ -133,21 +221,32 @@ def as_option(name, option, value, kind):
 
 
 def as_typed(message):
-    """A message in which options that this command has a flag for are called by that, `--steps`, unless typed by full name."""
+    """A message in which options that this command has a flag for are called by that, `--steps`,
+    unless typed by full name.
+    """
     full = " ".join(sys.argv)
     for option, flag in BEHIND.items():
         if f"config.{option}=" not in full:
-            message = re.sub(rf"(?<![\w.-])(--)?(config\.)?{re.escape(option)}(?![\w.])", f"--{flag}", message)
+            message = re.sub(
+                rf"(?<![\w.-])(--)?(config\.)?{re.escape(option)}(?![\w.])", f"--{flag}", message
+            )
     return message
 
 
 def also_called(**names):
-    """A decorator for a function whose arguments have earlier names too: `@also_called(output_dir="out")`."""
+    """A decorator for a function whose arguments have earlier names too:
+    `@also_called(output_dir="out")`.
+    """
+
     def wrap(function):
         @functools.wraps(function)
         def called(*arguments, **given):
-            return function(*arguments, **{names.get(name, name): value for name, value in given.items()})
+            return function(
+                *arguments, **{names.get(name, name): value for name, value in given.items()}
+            )
+
         return called
+
     return wrap
 
 
@@ -157,13 +256,23 @@ def check_count(num_images):
         raise ValueError(f"num_images is {num_images}; give 1 or more")
 
 
-TYPES = {"string": "text", "int": "whole number", "float": "number", "bool": "true or false", "multi string": "text",
-         "comma separated list of strings": "words with commas between"}
+TYPES = {
+    "string": "text",
+    "int": "whole number",
+    "float": "number",
+    "bool": "true or false",
+    "multi string": "text",
+    "comma separated list of strings": "words with commas between",
+}
 
 
 def help_text(module, everything=False):
-    """What `--help` shows of the command in a module: what it is for and its options; with all options of the config too."""
-    wrap = functools.partial(textwrap.wrap, width=WIDTH, break_on_hyphens=False, break_long_words=False)
+    """What `--help` shows of the command in a module: what it is for and its options; with all
+    options of the config too.
+    """
+    wrap = functools.partial(
+        textwrap.wrap, width=WIDTH, break_on_hyphens=False, break_long_words=False
+    )
     key = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
     for paragraph in (module.__doc__ or "").strip().split("\n\n"):
         yield from (*wrap(paragraph), "")
@@ -173,15 +282,24 @@ def help_text(module, everything=False):
             continue
         kind = TYPES.get(flag.flag_type(), "FILE or FILE:VARIANT")
         default = "" if flag.default in (None, [], "") else f", default {flag.default}".lower()
-        about = " ".join(flag.help.partition(";\n")[0].split())  # absl adds a sentence to what may be repeated
-        yield from wrap(f"--{name}  ({kind}{default})  {about}", initial_indent="  ", subsequent_indent=" " * 6)
-    sets = "--config.section.leaf=value sets any option of the config" if "config" in key else "Trainings have a config"
-    shown = ", and --print_config the config as it would be trained" if "print_config" in key else ""
+        # absl adds a sentence to what may be repeated
+        about = " ".join(flag.help.partition(";\n")[0].split())
+        yield from wrap(
+            f"--{name}  ({kind}{default})  {about}", initial_indent="  ", subsequent_indent=" " * 6
+        )
+    sets = (
+        "--config.section.leaf=value sets any option of the config"
+        if "config" in key
+        else "Trainings have a config"
+    )
+    shown = (
+        ", and --print_config the config as it would be trained" if "print_config" in key else ""
+    )
     yield from (
         "",
         *wrap(
-            f"{sets}. base() in ddpm/config/defaults.py has all its options, with defaults, units and choices: --helpfull "
-            f"shows it{shown}."
+            f"{sets}. base() in ddpm/config/defaults.py has all its options, with defaults, units "
+            f"and choices: --helpfull shows it{shown}."
         ),
     )
     if everything:
@@ -190,16 +308,21 @@ def help_text(module, everything=False):
 
 def show_help(argv):
     """Print the help and end the process, where the command line asks for it."""
-    if asked := [word for word in argv[1:] if re.fullmatch(r"--?(help|helpshort|helpfull|helpxml|h|\?)(=true)?", word)]:
+    if asked := [
+        word
+        for word in argv[1:]
+        if re.fullmatch(r"--?(help|helpshort|helpfull|helpxml|h|\?)(=true)?", word)
+    ]:
         print("\n".join(help_text(sys.modules["__main__"], everything="helpfull" in asked[0])))
         sys.exit(errors.DONE)
 
 
 def read_flags(argv, values=flags.FLAGS, takes=None):
-    """Read a door's command line into absl's flags, refuse what it does not say clearly, and return [program, *arguments].
+    """Read a door's command line into absl's flags, refuse what it does not say clearly, and return
+    [program, *arguments].
 
-    `takes` says what arguments without a flag are, for a door that has them. Raises ValueError for a mistake in the command
-    line, or in the config file that it names.
+    `takes` says what arguments without a flag are, for a door that has them. Raises ValueError for
+    a mistake in the command line, or in the config file that it names.
     """
     check_knobs_exist(argv)
     logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
@@ -209,31 +332,49 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
         raise ValueError(explained(error)) from error
     for name in [name for name in PATHS if name in values and values[name].value]:
         given = values[name].value  # no shell reads the ~ in --out=~/samples
-        values[name].value = [str(expanded(path)) for path in given] if isinstance(given, list) else str(expanded(given))
+        values[name].value = (
+            [str(expanded(path)) for path in given]
+            if isinstance(given, list)
+            else str(expanded(given))
+        )
     for name in values:
-        if isinstance(value := values[name].value, float) and not math.isfinite(value) and not name.startswith("config."):
+        if (
+            isinstance(value := values[name].value, float)
+            and not math.isfinite(value)
+            and not name.startswith("config.")
+        ):
             raise ValueError(f"flag --{name}={value}: give a finite number")
     if len(rest) > 1 and not takes:
         raise ValueError(f"did not expect {rest[1]!r}; flags are written --name=value")
-    flag = values["config"] if "config" in values else None
+    flag = values["config"] if "config" in values else None  # noqa: SIM401 (absl has no get)
     named = flag is not None and not flag.using_default_value
     if takes and len(rest) == 1 and not named:
         raise ValueError(f"nothing given; write {takes}")
-    if flag is None or flag.default is not None or takes and not named:  # no config, or knobs over that of a checkpoint
+    # no config, or knobs over that of a checkpoint
+    if flag is None or flag.default is not None or takes and not named:
         return rest
     if flag.using_default_value or not flag.config_filename:
-        raise ValueError("no config given; write --config=configs/digits.py, or another of configs/")
+        raise ValueError(
+            "no config given; write --config=configs/digits.py, or another of configs/"
+        )
     path = Path(flag.config_filename.partition(":")[0])
     if not path.is_file():
         raise ValueError(no_config_file(path))
     try:
-        knobs, known = set(flatten(flag.value)), set(flatten(base()))
+        knobs = set(flatten(flag.value))
+        known = set(flatten(base()))
     except AttributeError:
-        raise ValueError(f"get_config of {path} returns no config; end it with `return config`") from None
+        raise ValueError(
+            f"get_config of {path} returns no config; end it with `return config`"
+        ) from None
     except OSError as error:  # kept back by ml_collections until the config is looked at
         raise ValueError(f"{path}: {errors.one_line(error.__cause__ or error)}") from error
     if knobs != known:
-        fault = f"lacks {min(known - knobs)}" if known - knobs else f"has an unknown knob {min(knobs - known)}"
+        fault = (
+            f"lacks {min(known - knobs)}"
+            if known - knobs
+            else f"has an unknown knob {min(knobs - known)}"
+        )
         raise ValueError(f"{path} {fault}; begin get_config with `config = base()`")
     return rest
 
@@ -246,13 +387,20 @@ def check_knobs_exist(argv):
         if match and match[1] not in known:
             inside = [key for key in known if key.startswith(match[1] + ".")]
             if inside:
-                raise ValueError(f"config.{match[1]} is a section; set one of its knobs, such as --config.{inside[0]}")
-            raise ValueError(f"there is no knob config.{match[1]}{suggest(match[1], known)}; "
-                             "base() in ddpm/config/defaults.py shows them all")
+                raise ValueError(
+                    f"config.{match[1]} is a section; set one of its knobs, such as "
+                    f"--config.{inside[0]}"
+                )
+            raise ValueError(
+                f"there is no knob config.{match[1]}{suggest(match[1], known)}; "
+                "base() in ddpm/config/defaults.py shows them all"
+            )
 
 
 def explained(error):
-    """What an error of flag parsing says: with the line, if the config file raised it, and with the type a knob takes."""
+    """What an error of flag parsing says: with the line, if the config file raised it, and with
+    the type a knob takes.
+    """
     causes = [error]
     while causes[-1].__context__:
         causes.append(causes[-1].__context__)
@@ -261,21 +409,36 @@ def explained(error):
             if frame.name in ("get_config", "<module>"):
                 return f"{frame.filename}, line {frame.lineno}: {plainly(errors.one_line(cause))}"
     if "get_config() takes 0 positional arguments" in str(causes[-1]):
-        return "the config file takes no variant; leave out what follows ':', or write `def get_config(variant=None)`"
-    if "Error whilst parsing config file" in str(error):  # what ml_collections puts around a whole traceback
+        return (
+            "the config file takes no variant; leave out what follows ':', or write `def "
+            "get_config(variant=None)`"
+        )
+    # what ml_collections puts around a whole traceback
+    if "Error whilst parsing config file" in str(error):
         return errors.one_line(causes[-1])
     option = re.search(r"Unknown command line flag 'config\.(.*?)'", str(error))
     if option and "config" not in flags.FLAGS:
-        remedy = f"write --{BEHIND[option[1]]}=" if option[1] in BEHIND else "--help shows the flags that it has"
+        remedy = (
+            f"write --{BEHIND[option[1]]}="
+            if option[1] in BEHIND
+            else "--help shows the flags that it has"
+        )
         return f"this command takes no --config.{option[1]}; {remedy}"
     if option or "before a value for --config" in str(error):
-        return "--config.x=... without --config=FILE before it; write --config=configs/digits.py, or another of configs/, first"
-    if unknown := re.search(r"Unknown command line flag '(.*?)'(?:\. Did you mean: (.*) \?)?", str(error), re.DOTALL):
+        return (
+            "--config.x=... without --config=FILE before it; write --config=configs/digits.py, "
+            "or another of configs/, first"
+        )
+    if unknown := re.search(
+        r"Unknown command line flag '(.*?)'(?:\. Did you mean: (.*) \?)?", str(error), re.DOTALL
+    ):
         meant = f" (did you mean --{unknown[2]}?)" if unknown[2] else ""
         return f"there is no flag --{unknown[1]}{meant}; --help shows them all"
     if missing := re.match(r"flag --(\w+)=None: .* must have a value", str(error)):
         return f"no {missing[1]} given; write --{missing[1]}=..."
-    if missing := re.search(r"(?s)Failed loading config file.*No such file or directory: '(.*?)'", str(error)):
+    if missing := re.search(
+        r"(?s)Failed loading config file.*No such file or directory: '(.*?)'", str(error)
+    ):
         return no_config_file(missing[1])
     if "has no attribute 'get_config'" in str(error):
         return "the config file has no function get_config; configs/digits.py shows one"
@@ -287,28 +450,45 @@ def explained(error):
 
 def no_config_file(path):
     place = "" if os.path.isabs(path) else f" in {os.getcwd()}"
-    return (f"there is no config file {path}{place}; configs/ is in the clone of the repository: run there, or write the whole "
-            "path of a config file")
+    return (
+        f"there is no config file {path}{place}; configs/ is in the clone of the repository: run "
+        "there, or write the whole path of a config file"
+    )
 
 
 def plainly(said):
     """What ml_collections says of a knob that a config file sets, without its own words."""
-    if field := re.match(r"Could not override field '(\w+)'.*?\. (.*) is of original type .* to type <class '(\w+)'>", said):
+    if field := re.match(
+        r"Could not override field '(\w+)'.*?\. (.*) is of original type .* "
+        r"to type <class '(\w+)'>",
+        said,
+    ):
         kinds = {kind.__name__: words for kind, words in KINDS.items()}
         return f"{field[1]} cannot be {field[2]!r}; it takes {kinds.get(field[3], field[3])}"
-    return re.sub(r" and cannot be added.*?\.( Other fields present: .*?\}\S*)?(?= Did you mean|$)",
-                  "; base() in ddpm/config/defaults.py shows every knob.", said)
+    return re.sub(
+        r" and cannot be added.*?\.( Other fields present: .*?\}\S*)?(?= Did you mean|$)",
+        "; base() in ddpm/config/defaults.py shows every knob.",
+        said,
+    )
 
 
 def given_config(values=flags.FLAGS):
-    """What `--config` says: (frozen config, file name, overrides); raises ValueError for a config that cannot be run."""
+    """What `--config` says: (frozen config, file name, overrides); raises ValueError for a
+    config that cannot be run.
+    """
     flag = values["config"]
     check(flag.value)
-    return freeze(flag.value), config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
+    return (
+        freeze(flag.value),
+        config_flags.get_config_filename(flag),
+        config_flags.get_override_values(flag),
+    )
 
 
 def config_of(words):
-    """The same for a command line that is not this process's, `["--config=configs/digits.py", "--config.seed=1"]`."""
+    """The same for a command line that is not this process's, `["--config=configs/digits.py",
+    "--config.seed=1"]`.
+    """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=["", *words])
     read_flags(["", *words], values)
@@ -316,31 +496,43 @@ def config_of(words):
 
 
 def fail(code, message):
-    """End the process with one line, which may quote anything; of the ranks on a machine the first one says it."""
+    """End the process with one line, which may quote anything; of the ranks on a machine the
+    first one says it.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message[:2000]}", file=sys.stderr)
     sys.exit(code)
 
 
 def interrupted(error):
-    """End the process after KeyboardInterrupt with one line: what it says of the work that is kept, if anything."""
+    """End the process after KeyboardInterrupt with one line: what it says of the work that is
+    kept, if anything.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         goes_on = signals.interrupted_code() == errors.GOES_ON
-        kept = str(error) or ("the same command goes on" if goes_on else "no half-written file is left")
+        kept = str(error) or (
+            "the same command goes on" if goes_on else "no half-written file is left"
+        )
         signals.tell(f"interrupted: {kept}")
     sys.exit(signals.interrupted_code())
 
 
 def open_streams():
-    """Let what is printed go nowhere where the process was started with a closed stream, and let any name be printed."""
+    """Let what is printed go nowhere where the process was started with a closed stream, and let
+    any name be printed.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # in its place the next file that is opened would get its number, 0, 1 or 2
+        # in its place the next file that is opened would get its number, 0, 1 or 2
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name may be of bytes that its encoding does not know
+    # a name may be of bytes that its encoding does not know
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def name_a_home():
-    """Give a process that has no home folder one, as containers do: W&B, torch and matplotlib cannot do without."""
+    """Give a process that has no home folder one, as containers do: W&B, torch and matplotlib
+    cannot do without.
+    """
     try:
         Path.home()
     except RuntimeError:
@@ -348,11 +540,13 @@ def name_a_home():
 
 
 def run_door(main, takes=None):
-    """Run a door: `main()` after the flags are read, its return value the exit code; `main(arguments)` if it takes any.
+    """Run a door: `main()` after the flags are read, its return value the exit code;
+    `main(arguments)` if it takes any.
 
-    A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit code 2; DDPM_TRACEBACK=1
-    shows where it was raised. Memory that runs out is one line and exit code 1. So is Ctrl-C or SIGTERM, whose code is 130, or
-    75 where the same command goes on; a second one ends the process at once. Warnings of the package are lines on stderr.
+    A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit
+    code 2; DDPM_TRACEBACK=1 shows where it was raised. Memory that runs out is one line and exit
+    code 1. So is Ctrl-C or SIGTERM, whose code is 130, or 75 where the same command goes on; a
+    second one ends the process at once. Warnings of the package are lines on stderr.
     """
     open_streams()
     name_a_home()
@@ -381,7 +575,11 @@ def run_door(main, takes=None):
         except Exception as error:
             if not ran_out(error):
                 raise
-            what = errors.one_line(error) if isinstance(error, NoRoom) else f"out of memory ({errors.one_line(error)[:200]})"
+            what = (
+                errors.one_line(error)
+                if isinstance(error, NoRoom)
+                else f"out of memory ({errors.one_line(error)[:200]})"
+            )
             other = ", or give --device=cpu" if "device" in flags.FLAGS else ""
             fail(errors.FAILED, f"{what}; end other programs that use the same memory{other}")
 

@@ -1,8 +1,10 @@
-"""What was worked out once for all runs and ranks of a machine: decoded images, and what was found in files.
+"""What was worked out once for all runs and ranks of a machine: decoded images, and what was found
+in files.
 
-A source decodes a photo each time it is asked for it. Here its images are uint8 rows of a file under the fingerprint of the
-source, and the file is mapped: what is read of it lies in memory that the system has to spare, once for all processes. A copy
-of one's own would be hardly faster (experiments/throughput). What is kept is made under a lock and renamed into place whole.
+A source decodes a photo each time it is asked for it. Here its images are uint8 rows of a file
+under the fingerprint of the source, and the file is mapped: what is read of it lies in memory that
+the system has to spare, once for all processes. A copy of one's own would be hardly faster
+(experiments/throughput). What is kept is made under a lock and renamed into place whole.
 """
 
 import contextlib
@@ -21,32 +23,48 @@ from ddpm.common.files import expanded, make_folder, sync
 
 
 def decoded(source, folder=None):
-    """The same source, its images read from a file in `folder`, by default below `home()`; the file is made if it is not there.
+    """The same source, its images read from a file in `folder`, by default below `home()`; the file
+    is made if it is not there.
 
-    Where the disk has no room for it or cannot be written, the source itself, with a note. Unasked, without a `folder`, at most
-    a quarter of what is free is taken. A file of up to half of the memory is read through, to be there from the first step on.
-    Raises Undecodable for an image that cannot be had.
+    Where the disk has no room for it or cannot be written, the source itself, with a note. Unasked,
+    without a `folder`, at most a quarter of what is free is taken. A file of up to half of the
+    memory is read through, to be there from the first step on. Raises Undecodable for an image that
+    cannot be had.
     """
-    size, most = len(source) * int(np.prod(source.image_shape)), 0.9 if folder else 0.25
-    given, folder = folder, Path(folder or "decoded")
+    size = len(source) * int(np.prod(source.image_shape))
+    most = 0.9 if folder else 0.25
+    given = folder
+    folder = Path(folder or "decoded")
     try:
         folder = expanded(folder) if given else files.home() / folder
         path = folder / f"{source.fingerprint}.u8"
-        if not is_whole(path, size):  # a file that is there needs no lock, which another user's cache may refuse
+        # a file that is there needs no lock, which another user's cache may refuse
+        if not is_whole(path, size):
             make_folder(folder) if given else files.place(folder.name)
             with files.alone(path.with_suffix(".lock"), "it decodes the same images"):
                 if not is_whole(path, size):
                     if size > most * (free := shutil.disk_usage(folder).free):
-                        raise OSError(f"{size / 2**30:.1f} GiB are more than {most:.0%} of the {free / 2**30:.1f} free; name "
-                                      "another folder as data.cache")
+                        raise OSError(
+                            f"{size / 2**30:.1f} GiB are more than {most:.0%} of the "
+                            f"{free / 2**30:.1f} free; name another folder as data.cache"
+                        )
                     build(source, path, size)
         if fits := size <= memory() / 2:
             read_through(path)
     except Undecodable:
         raise
     except (OSError, ValueError) as error:
-        return replace(source, notes=(*source.notes, f"images are decoded at each use, as {folder} cannot keep them: {error}"))
-    note = f"decoded images: {path}, {size / 2**20:,.1f} MiB, {'in memory' if fits else 'more than half of the memory'}"
+        return replace(
+            source,
+            notes=(
+                *source.notes,
+                f"images are decoded at each use, as {folder} cannot keep them: {error}",
+            ),
+        )
+    note = (
+        f"decoded images: {path}, {size / 2**20:,.1f} MiB, "
+        f"{'in memory' if fits else 'more than half of the memory'}"
+    )
     rows = Rows(path, (len(source), *source.image_shape))
     return replace(source, fetch=rows, in_memory=fits, notes=(*source.notes, note))
 
@@ -80,7 +98,8 @@ def build(source, path, size):
     part = path.with_suffix(".part")  # of a build that was killed too: the lock is ours
     try:
         with open(part, "wb") as file:
-            if hasattr(os, "posix_fallocate"):  # a disk that turns out full later kills the process that writes to the map
+            # a disk that turns out full later kills the process that writes to the map
+            if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             file.truncate(size)
         rows = np.memmap(part, np.uint8, "r+", shape=(len(source), *source.image_shape))
@@ -93,7 +112,9 @@ def build(source, path, size):
 
         with ThreadPool() as pool:  # decoding photographs lets go of Python's lock
             work = pool.imap_unordered(decode, range(len(source)), chunksize=16)
-            for _ in tqdm(work, "decoding images", len(source), leave=False, disable=None, unit=" images"):
+            for _ in tqdm(
+                work, "decoding images", len(source), leave=False, disable=None, unit=" images"
+            ):
                 pass
         rows.flush()
         sync(part)
@@ -103,13 +124,16 @@ def build(source, path, size):
 
 
 class Rows:
-    """`rows(index)` is the image at an index from a file of shape [n, c, h, w], `rows(indices)` a batch at an array of them.
+    """`rows(index)` is the image at an index from a file of shape [n, c, h, w], `rows(indices)` a
+    batch at an array of them.
 
     The file is mapped once in each process that asks.
     """
 
     def __init__(self, path, shape):
-        self.path, self.shape, self.rows = path, shape, None
+        self.path = path
+        self.shape = shape
+        self.rows = None
 
     def __call__(self, index):
         if self.rows is None:

@@ -1,9 +1,11 @@
-"""The colours of pictures in sRGB: ICC profiles, and what PNG and AVIF say by numbers, converted by littleCMS.
+"""The colours of pictures in sRGB: ICC profiles, and what PNG and AVIF say by numbers, converted by
+littleCMS.
 
-The intent is relative colorimetric with black point compensation, Photoshop's default: white stays white, black becomes
-black, and a colour that sRGB lacks is clipped in each channel. Values are rounded to the nearest of 256 levels. A picture that
-is in sRGB already, or does not say, keeps its bytes. The conversion takes place at full size, before transparency is laid over
-a matte and before resizing: so a picture gives the pixels of its copy that another program converted to sRGB.
+The intent is relative colorimetric with black point compensation, Photoshop's default: white stays
+white, black becomes black, and a colour that sRGB lacks is clipped in each channel. Values are
+rounded to the nearest of 256 levels. A picture that is in sRGB already, or does not say, keeps its
+bytes. The conversion takes place at full size, before transparency is laid over a matte and before
+resizing: so a picture gives the pixels of its copy that another program converted to sRGB.
 """
 
 import io
@@ -13,11 +15,13 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-SAME = 2  # levels by which a profile may move a colour and still be sRGB: what rounded tables of it differ by
+# levels by which a profile may move a colour and still be sRGB: what rounded tables of it differ by
+SAME = 2
 MOST_PROFILE = 2**23  # bytes; printers' profiles have 0.5 to 4 MiB
 BLACK_POINT_COMPENSATION = 0x2000  # littleCMS's
 SRGB = ImageCms.createProfile("sRGB")
-MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> the mode of the pictures that it describes
+# colour space of a profile -> the mode of the pictures that it describes
+MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 class Unsupported(ValueError):
@@ -25,7 +29,9 @@ class Unsupported(ValueError):
 
 
 class Profile:
-    """An ICC profile: its `name`, its colour `space`, and whether `is_srgb`. Raises ValueError for bytes that are none."""
+    """An ICC profile: its `name`, its colour `space`, and whether `is_srgb`. Raises ValueError
+    for bytes that are none.
+    """
 
     def __init__(self, content):
         try:
@@ -34,7 +40,8 @@ class Profile:
             self.name = " ".join((self.icc.profile.profile_description or "unnamed").split())
             self.transforms = {}
             self.to_rgb = self.transform(MODES[self.space], "RGB")
-        except (OSError, KeyError, UnicodeError, ImageCms.PyCMSError) as error:  # a damaged one, or of another colour space
+        except (OSError, KeyError, UnicodeError, ImageCms.PyCMSError) as error:
+            # a damaged one, or of another colour space
             raise ValueError(f"no profile that can be used: {error}") from None
         levels = np.arange(0, 256, 17 if self.space == "RGB" else 1, dtype=np.uint8)
         if self.space == "RGB":
@@ -44,26 +51,43 @@ class Profile:
         self.is_srgb = self.space != "CMYK" and self.moves(colours) <= SAME
 
     def transform(self, mode, into):
-        """littleCMS's transform from pictures of a mode to sRGB ones of another; for CMYK it takes a while to make."""
+        """littleCMS's transform from pictures of a mode to sRGB ones of another; for CMYK it
+        takes a while to make.
+        """
         if (mode, into) not in self.transforms:
             self.transforms[mode, into] = ImageCms.buildTransform(
-                self.icc, SRGB, mode, into, ImageCms.Intent.RELATIVE_COLORIMETRIC, BLACK_POINT_COMPENSATION)
+                self.icc,
+                SRGB,
+                mode,
+                into,
+                ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                BLACK_POINT_COMPENSATION,
+            )
         return self.transforms[mode, into]
 
     def moves(self, colours):
-        """By how many levels the most moved of some colours, uint8 [1, n] or [1, n, 3], differs in sRGB."""
+        """By how many levels the most moved of some colours, uint8 [1, n] or [1, n, 3], differs
+        in sRGB.
+        """
         moved = np.asarray(self.to_rgb.apply(Image.fromarray(colours)), np.int16)
         return int(np.abs(moved - (colours if colours.ndim == 3 else colours[..., None])).max())
 
     def tone(self):
         """The level in sRGB of each of 256 grey levels, float64 [256]."""
         ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-        return np.asarray(self.to_rgb.apply(ramp.convert(MODES[self.space])).convert("L"), np.float64)[0]
+        return np.asarray(
+            self.to_rgb.apply(ramp.convert(MODES[self.space])).convert("L"), np.float64
+        )[0]
 
     def describes(self, mode):
-        """Whether it may belong to a picture of a mode; a profile of RGB does to grey ones too, as viewers hold."""
-        return {"CMYK": mode == "CMYK", "GRAY": is_grey(mode), "RGB": is_grey(mode) or mode[:3] == "RGB" or mode[:1] == "P"}[
-            self.space]
+        """Whether it may belong to a picture of a mode; a profile of RGB does to grey ones too,
+        as viewers hold.
+        """
+        return {
+            "CMYK": mode == "CMYK",
+            "GRAY": is_grey(mode),
+            "RGB": is_grey(mode) or mode[:3] == "RGB" or mode[:1] == "P",
+        }[self.space]
 
 
 @lru_cache(maxsize=16)
@@ -80,7 +104,9 @@ def is_grey(mode):
 
 
 def of(image):
-    """(the Profile that a PIL image is to be converted from, or None; whether it has one that cannot be used)."""
+    """(the Profile that a PIL image is to be converted from, or None; whether it has one that
+    cannot be used).
+    """
     content = image.info.get("icc_profile")
     if not content:
         return None, False
@@ -109,27 +135,50 @@ def converted(image, found):
 # Numbers instead of a profile: x and y of white, red, green and blue, and a transfer curve.
 
 D50 = np.array([0.9642, 1.0, 0.8249])  # of ICC's connection space
-BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
-D65, DCI = (0.3127, 0.3290), (0.314, 0.351)
+BRADFORD = np.array(
+    [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
+)
+D65 = (0.3127, 0.3290)
+DCI = (0.314, 0.351)
 BT709 = (*D65, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 PRIMARIES = {  # H.273, table 2
-    1: BT709, 4: (0.310, 0.316, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08), 5: (*D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
-    6: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070), 7: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
-    9: (*D65, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046), 11: (*DCI, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
-    12: (*D65, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060), 22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
+    1: BT709,
+    4: (0.310, 0.316, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
+    5: (*D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
+    6: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    7: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    9: (*D65, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
+    11: (*DCI, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+    12: (*D65, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+    22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
 }
 SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)  # ICC's parametric curve of type 3
-# H.273, table 3. Cameras' curves (1, 6, 14, 15) are not those of displays; as browsers do, sRGB's stands for them.
-CURVES = {1: SRGB_CURVE, 6: SRGB_CURVE, 14: SRGB_CURVE, 15: SRGB_CURVE, 13: SRGB_CURVE, 4: (2.2,), 5: (2.8,), 8: (1.0,)}
-HDR = {16: "PQ", 18: "HLG"}  # brighter than white: how it is to be shown on other displays nobody has agreed on
+# H.273, table 3. Cameras' curves (1, 6, 14, 15) are not those of displays; as browsers do, sRGB's
+# stands for them.
+CURVES = {
+    1: SRGB_CURVE,
+    6: SRGB_CURVE,
+    14: SRGB_CURVE,
+    15: SRGB_CURVE,
+    13: SRGB_CURVE,
+    4: (2.2,),
+    5: (2.8,),
+    8: (1.0,),
+}
+# brighter than white: how it is to be shown on other displays nobody has agreed on
+HDR = {16: "PQ", 18: "HLG"}
 
 
 def matrix_profile(chromaticities, curve, name):
-    """The ICC profile (version 4) of white, red, green and blue by x and y, and a curve; None for what is no colour space."""
+    """The ICC profile (version 4) of white, red, green and blue by x and y, and a curve; None
+    for what is no colour space.
+    """
     points = np.array(chromaticities, np.float64).reshape(4, 2)
     if (points[:, 1] <= 0).any() or not all(0 < value < 100 for value in curve):
         return None
-    white, *primaries = np.stack([points[:, 0], points[:, 1], 1 - points.sum(1)], axis=1) / points[:, 1:]
+    white, *primaries = (
+        np.stack([points[:, 0], points[:, 1], 1 - points.sum(1)], axis=1) / points[:, 1:]
+    )
     matrix = np.stack(primaries, axis=1)
     if abs(np.linalg.det(matrix)) < 1e-6:
         return None
@@ -145,32 +194,59 @@ def matrix_profile(chromaticities, curve, name):
 
     text = name.encode("utf-16-be")
     shape = b"para\0\0\0\0" + struct.pack(">HH", 3 if len(curve) > 1 else 0, 0) + numbers(*curve)
-    tags = [(b"desc", b"mluc\0\0\0\0" + struct.pack(">II4sII", 1, 12, b"enUS", len(text), 28) + text),
-            (b"wtpt", b"XYZ \0\0\0\0" + numbers(*D50))]
+    tags = [
+        (b"desc", b"mluc\0\0\0\0" + struct.pack(">II4sII", 1, 12, b"enUS", len(text), 28) + text),
+        (b"wtpt", b"XYZ \0\0\0\0" + numbers(*D50)),
+    ]
     for letter, column in zip(b"rgb", columns, strict=True):
-        tags += [(bytes([letter]) + b"XYZ", b"XYZ \0\0\0\0" + numbers(*column)), (bytes([letter]) + b"TRC", shape)]
-    table, content = struct.pack(">I", len(tags)), b""
+        tags += [
+            (bytes([letter]) + b"XYZ", b"XYZ \0\0\0\0" + numbers(*column)),
+            (bytes([letter]) + b"TRC", shape),
+        ]
+    table = struct.pack(">I", len(tags))
+    content = b""
     for tag, value in tags:
         table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(content), len(value))
         content += value + bytes(-len(value) % 4)
-    head = struct.pack(">II4s4s4s4s12s4s", 132 + len(table) - 4 + len(content), 0, b"\4\x30\0\0", b"mntr", b"RGB ", b"XYZ ",
-                       bytes(12), b"acsp") + bytes(28) + numbers(*D50)
+    head = (
+        struct.pack(
+            ">II4s4s4s4s12s4s",
+            132 + len(table) - 4 + len(content),
+            0,
+            b"\4\x30\0\0",
+            b"mntr",
+            b"RGB ",
+            b"XYZ ",
+            bytes(12),
+            b"acsp",
+        )
+        + bytes(28)
+        + numbers(*D50)
+    )
     return head.ljust(128, b"\0") + table + content
 
 
 def from_cicp(primaries, transfer, full):
-    """The profile of code points of H.273, or None where they say nothing that is known; raises Unsupported for HDR."""
+    """The profile of code points of H.273, or None where they say nothing that is known; raises
+    Unsupported for HDR.
+    """
     if transfer in HDR or not full:
-        raise Unsupported(f"{HDR[transfer]}, whose white is not sRGB's" if transfer in HDR else "levels of 16 to 235")
+        raise Unsupported(
+            f"{HDR[transfer]}, whose white is not sRGB's"
+            if transfer in HDR
+            else "levels of 16 to 235"
+        )
     if primaries not in PRIMARIES or transfer not in CURVES:
         return None
     return matrix_profile(PRIMARIES[primaries], CURVES[transfer], f"CICP {primaries}/{transfer}")
 
 
 def from_png(gamma, chromaticities):
-    """The profile of PNG's gAMA (the power that was encoded with, or None) and cHRM (eight numbers, or None).
+    """The profile of PNG's gAMA (the power that was encoded with, or None) and cHRM (eight numbers,
+    or None).
 
-    1/2.2 stands for sRGB's curve, as libpng and ImageMagick take it; so does no gAMA at all. None for a power beyond 10.
+    1/2.2 stands for sRGB's curve, as libpng and ImageMagick take it; so does no gAMA at all. None
+    for a power beyond 10.
     """
     usual = gamma is None or 0.45 <= round(gamma, 2) <= 0.46
     curve = SRGB_CURVE if usual else (1 / gamma,) if 0.1 <= gamma <= 10 else ()

@@ -2,9 +2,10 @@
 
     pixels uint8 [c, image_size, image_size] in sRGB; c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA
 
-Whoever reads an image file reads it here: training and its scan of a folder, shards, the pictures that a person names,
-`ddpm.doctor`, and `ddpm.compare` the samples of runs. So they agree on what is broken, and a file that was made to do harm
-costs one line, not the memory of the machine or an hour.
+Whoever reads an image file reads it here: training and its scan of a folder, shards, the pictures
+that a person names, `ddpm.doctor`, and `ddpm.compare` the samples of runs. So they agree on what is
+broken, and a file that was made to do harm costs one line, not the memory of the machine or an
+hour.
 """
 
 import base64
@@ -27,20 +28,40 @@ from PIL import Image, ImageFile, TiffImagePlugin, UnidentifiedImageError, featu
 
 from ddpm.data import colour, png
 
-PREPROCESSING = "square crop, bicubic, 1"  # in every fingerprint: count it up when the same file gives other pixels
+# in every fingerprint: count it up when the same file gives other pixels
+PREPROCESSING = "square crop, bicubic, 1"
 
 
-WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+WHITE = (255, 255, 255)
+BLACK = (0, 0, 0)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF",
-            ".gif": "GIF", ".avif": "AVIF", ".jp2": "JPEG2000", ".j2k": "JPEG2000", ".jpf": "JPEG2000", ".jpx": "JPEG2000"}
+SUFFIXES = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".gif": "GIF",
+    ".avif": "AVIF",
+    ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
+    ".jpf": "JPEG2000",
+    ".jpx": "JPEG2000",
+}
 RAW = "camera raw"
 UNREAD = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".jxl": "JPEG XL"} | dict.fromkeys(
-    (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"), RAW)  # suffixes of pictures that PIL lacks
+    # suffixes of pictures that PIL lacks
+    (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+    RAW,
+)
 
 
 def readable(form):
-    """Whether this PIL reads a format: AVIF it has only learned of late, and JPEG 2000 it may be built without."""
+    """Whether this PIL reads a format: AVIF it has only learned of late, and JPEG 2000 it may be
+    built without.
+    """
     if form == "AVIF":
         try:
             from PIL import AvifImagePlugin
@@ -53,10 +74,13 @@ def readable(form):
 # No other is tried: PIL's readers of EPS, PSD, FITS ... never see a file.
 FORMATS = tuple(filter(readable, dict.fromkeys(SUFFIXES.values())))
 
-# More than nearly any camera makes. PIL takes 4 bytes a pixel, and four times that for a moment where there is transparency.
+# More than nearly any camera makes. PIL takes 4 bytes a pixel, and four times that for a moment
+# where there is transparency.
 MOST_PIXELS = 2**27
 MOST_BYTES = 2**29  # of a file: MOST_PIXELS of RGB and a quarter more, uncompressed
-MOST_PARTS = 2**16  # chunks and blocks, each of which costs microseconds: what it takes for MOST_BYTES in pieces of 8 KiB
+# chunks and blocks, each of which costs microseconds: what it takes for MOST_BYTES in pieces of 8
+# KiB
+MOST_PARTS = 2**16
 MOST_VALUES = 2**18  # numbers in one tag of a TIFF: each becomes an object of Python's
 MOST_SCANS = 100  # of a JPEG, each a pass over the whole image: encoders make about ten
 MOST_EXIF = 16  # segments of 64 KiB of a JPEG that PIL joins and reads as the tags of a TIFF
@@ -68,27 +92,36 @@ FAULTS = {  # why an image is left out -> what may be done about it
     "no image": f"what is in it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
     "truncated": "the end is missing; copy or download again",
     "broken": "it contradicts itself; copy or download again",
-    "too large": f"shrink to {MOST_PIXELS // 10**6} million pixels at most, or beware: files are made so to do harm",
+    "too large": f"shrink to {MOST_PIXELS // 10**6} million pixels at most, or beware: files are "
+    "made so to do harm",
     "without an agreed range": "save in sRGB with 8 or 16 bits a channel, and no signs",
     "unsupported": "PIL does not read this kind of its format; convert to JPEG or PNG",
-    "HEIC": CONVERT, "JPEG XL": CONVERT, "AVIF": f"{CONVERT}, or pip install -U pillow", "JPEG2000": CONVERT,
+    "HEIC": CONVERT,
+    "JPEG XL": CONVERT,
+    "AVIF": f"{CONVERT}, or pip install -U pillow",
+    "JPEG2000": CONVERT,
     "not readable": "see that it is there, that you may read it, and that memory is free",
     "no file": "a pipe, socket or device; take it away",
 }
 TOO_SMALL = "too small"
-CONVERTIBLE = ("unsupported", "HEIC", "JPEG XL", "AVIF", "JPEG2000", RAW)  # faults of pictures that other programs show
+# faults of pictures that other programs show
+CONVERTIBLE = ("unsupported", "HEIC", "JPEG XL", "AVIF", "JPEG2000", RAW)
 
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # PIL warns at this number, and raises at twice as many
 ImageFile.LOAD_TRUNCATED_IMAGES = False
-# PIL warns on stderr of oddities in files that it reads all the same; what is left out stands in a source's notes.
+# PIL warns on stderr of oddities in files that it reads all the same; what is left out stands in a
+# source's notes.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-# Grey of 16 bits where 0 is white: PIL reads it of one byte order, and inverts neither; `levels_of` does.
+# Grey of 16 bits where 0 is white: PIL reads it of one byte order, and inverts neither; `levels_of`
+# does.
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 
 
 class Refused(ValueError):
-    """An image that is not read: `fault` is a key of FAULTS, and the text says more where there is more."""
+    """An image that is not read: `fault` is a key of FAULTS, and the text says more where there
+    is more.
+    """
 
     def __init__(self, fault, detail=""):
         super().__init__(f"{fault}: {detail}" if detail else fault)
@@ -112,7 +145,9 @@ class Facts(NamedTuple):
     profile: str = ""  # the name of what was converted to sRGB; empty for sRGB
     unread_profile: bool = False  # there is one, and it cannot be used
     reach: int = 0  # the largest value of one with more than 8 bits a channel, of 65535
-    done: str = ""  # what was done that PIL alone would not, such as a conversion to sRGB: pixels that once were others
+    # what was done that PIL alone would not, such as a conversion to sRGB: pixels that once were
+    # others
+    done: str = ""
 
     @property
     def likeness(self):
@@ -121,10 +156,14 @@ class Facts(NamedTuple):
 
 
 class Room:
-    """Lets threads decode side by side as long as they hold no more than so many pixels together, or one of them alone."""
+    """Lets threads decode side by side as long as they hold no more than so many pixels
+    together, or one of them alone.
+    """
 
     def __init__(self, most):
-        self.most, self.taken, self.changed = most, 0, threading.Condition()
+        self.most = most
+        self.taken = 0
+        self.changed = threading.Condition()
 
     @contextlib.contextmanager
     def take(self, pixels):
@@ -144,7 +183,9 @@ ROOM = Room(MOST_PIXELS)
 
 @contextlib.contextmanager
 def opened(file):
-    """The PIL image in a file (path or open file), its pixels not decoded yet; raises Refused, also for errors in the block."""
+    """The PIL image in a file (path or open file), its pixels not decoded yet; raises Refused,
+    also for errors in the block.
+    """
     with contextlib.nullcontext(file) if hasattr(file, "read") else regular(file) as file:
         try:
             check(file)
@@ -154,22 +195,29 @@ def opened(file):
                 yield image
         except Refused:
             raise
-        except Exception as error:  # PIL raises OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
+        except Exception as error:
+            # PIL raises OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
             if is_ours(error):
                 raise
             raise refusal(error, file) from error
 
 
 def is_ours(error):
-    """Whether what was raised while a file was read is a fault of this program, not of the file: PIL had no part in it."""
+    """Whether what was raised while a file was read is a fault of this program, not of the file:
+    PIL had no part in it.
+    """
     if isinstance(error, (Refused, OSError, EOFError, MemoryError, colour.Unsupported)):
         return False
-    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
     return not any(name.split(".")[0] == "PIL" for name in modules)
 
 
 def regular(path):
-    """A file opened to be read, without waiting for the other end of a pipe; raises Refused where it is no regular file."""
+    """A file opened to be read, without waiting for the other end of a pipe; raises Refused
+    where it is no regular file.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:  # no such file, no permission, links in a circle, a socket
@@ -196,16 +244,22 @@ def refusal(error, file):
         return Refused("unsupported", said)
     if isinstance(error, MemoryError):
         return Refused("not readable", "memory is full")
-    if isinstance(error, Image.DecompressionBombError) or "too large" in said or "Too much memory" in said:
+    if (
+        isinstance(error, Image.DecompressionBombError)
+        or "too large" in said
+        or "Too much memory" in said
+    ):
         return Refused("too large", said)
     if isinstance(error, EOFError) or "truncated" in said.lower():
         return Refused("truncated", said)
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that of a place that is none
+    # that of a place that is none
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return Refused("not readable", error.strerror)
     if isinstance(error, UnidentifiedImageError):
         file.seek(0)
         head = file.read(16)
-        if head[4:12] in (b"ftypmif1", b"ftypmsf1"):  # a HEIF of some kind; AVIF is one, and PIL has tried that
+        # a HEIF of some kind; AVIF is one, and PIL has tried that
+        if head[4:12] in (b"ftypmif1", b"ftypmsf1"):
             return Refused("HEIC")
         known = [name for name in FORMATS if Image.OPEN[name][1](head) is True]
         if not known:
@@ -215,12 +269,18 @@ def refusal(error, file):
             Image.OPEN[known[0]][0](file)
         except Exception as more:  # what PIL found, which it does not pass on
             said = " ".join(str(more).split())[:200]
-        return Refused("unsupported" if UNSUPPORTED.search(said) else "broken", f"its header: {said}")
-    return Refused("unsupported" if UNSUPPORTED.search(said) else "broken", f"{type(error).__name__} {said}")
+        return Refused(
+            "unsupported" if UNSUPPORTED.search(said) else "broken", f"its header: {said}"
+        )
+    return Refused(
+        "unsupported" if UNSUPPORTED.search(said) else "broken", f"{type(error).__name__} {said}"
+    )
 
 
 def check(file):
-    """Raise Refused for an open file whose size or structure would cost PIL memory or time that no picture is worth."""
+    """Raise Refused for an open file whose size or structure would cost PIL memory or time that
+    no picture is worth.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not size:
@@ -232,7 +292,8 @@ def check(file):
         raise Refused(form)
     for starts, walk in WALKS:
         if head.startswith(starts) or head[4:8] in starts:
-            with contextlib.suppress(struct.error, IndexError):  # the end: PIL tells whether that is too early
+            # the end: PIL tells whether that is too early
+            with contextlib.suppress(struct.error, IndexError):
                 for count, _ in enumerate(walk(file, size)):
                     if count > MOST_PARTS:
                         raise Refused("too large", f"more than {MOST_PARTS:,} parts")
@@ -249,7 +310,9 @@ def foreign(head):
 
 
 def boxes(file, size):
-    """(kind, place, length) of the boxes of an AVIF or a JPEG 2000, those within others too, and of the latter's segments."""
+    """(kind, place, length) of the boxes of an AVIF or a JPEG 2000, those within others too, and
+    of the latter's segments.
+    """
     place = 0
     file.seek(0)
     if file.read(4) == b"\xff\x4f\xff\x51":
@@ -290,30 +353,51 @@ def gif_blocks(file, size):
 
 
 def tiff_tags(file, size):
-    """The tags of a TIFF's first picture; raises Refused for tags of too many values, and for tiles that are too large."""
+    """The tags of a TIFF's first picture; raises Refused for tags of too many values, and for
+    tiles that are too large.
+    """
     file.seek(0)
     head = file.read(16)
-    order, big = "<" if head[:1] == b"I" else ">", 43 in head[2:4]
-    place, = struct.unpack(order + "Q", head[8:16]) if big else struct.unpack(order + "I", head[4:8])
+    order = "<" if head[:1] == b"I" else ">"
+    big = 43 in head[2:4]
+    (place,) = (
+        struct.unpack(order + "Q", head[8:16]) if big else struct.unpack(order + "I", head[4:8])
+    )
     file.seek(min(place, size))
-    tags, = struct.unpack(order + "Q", file.read(8)) if big else struct.unpack(order + "H", file.read(2))
+    (tags,) = (
+        struct.unpack(order + "Q", file.read(8))
+        if big
+        else struct.unpack(order + "H", file.read(2))
+    )
     sides = {322: 1, 323: 1}  # width and height of a tile
     for _ in range(tags):
         yield
-        tag, kind, count, *value = struct.unpack(order + ("HHQQ" if big else "HHII"), file.read(20 if big else 12))
-        if kind not in (1, 2, 7) and count > MOST_VALUES and count <= size:  # bytes stay bytes; PIL passes over the rest
+        tag, kind, count, *value = struct.unpack(
+            order + ("HHQQ" if big else "HHII"), file.read(20 if big else 12)
+        )
+        # bytes stay bytes; PIL passes over the rest
+        if kind not in (1, 2, 7) and count > MOST_VALUES and count <= size:
             raise Refused("too large", f"{count:,} values in tag {tag}")
         if tag in sides:
             short = kind == 3 and order == ">"
-            sides[tag] = value[0] >> (48 if big else 16) if short else value[0] & (0xFFFF if kind == 3 else -1)
+            sides[tag] = (
+                value[0] >> (48 if big else 16)
+                if short
+                else value[0] & (0xFFFF if kind == 3 else -1)
+            )
     if sides[322] * sides[323] > MOST_PIXELS:
         raise Refused("too large", f"tiles of {sides[322]}x{sides[323]} pixels")
 
 
 def jpeg_segments(file, size):
-    """The segments of a JPEG's first picture, behind which phones put films; raises Refused for too many scans."""
+    """The segments of a JPEG's first picture, behind which phones put films; raises Refused for
+    too many scans.
+    """
     file.seek(0)
-    content, place, scans, exif = file.read(), 2, 0, 0
+    content = file.read()
+    place = 2
+    scans = 0
+    exif = 0
     while content[place] == 0xFF and content[place + 1] != 0xD9:
         yield
         kind = content[place + 1]
@@ -321,22 +405,32 @@ def jpeg_segments(file, size):
             place += 1
             continue
         scans += kind == 0xDA
-        exif += kind == 0xE1 and content[place + 4:place + 10] == b"Exif\0\0"
+        exif += kind == 0xE1 and content[place + 4 : place + 10] == b"Exif\0\0"
         if scans > MOST_SCANS or exif > MOST_EXIF:
-            raise Refused("too large", f"more than {MOST_SCANS} scans, or {MOST_EXIF} blocks of EXIF")
-        place += 2 + struct.unpack(">H", content[place + 2:place + 4])[0]
+            raise Refused(
+                "too large", f"more than {MOST_SCANS} scans, or {MOST_EXIF} blocks of EXIF"
+            )
+        place += 2 + struct.unpack(">H", content[place + 2 : place + 4])[0]
         if kind == 0xDA:  # behind it stand pixels, in which no marker can be but that of a restart
             found = MARKER.search(content, place)
             place = found.start() if found else len(content)
 
 
-WALKS = (((b"\x89PNG",), png.chunks), ((b"GIF8",), gif_blocks), ((b"II", b"MM"), tiff_tags), ((b"\xff\xd8",), jpeg_segments),
-         ((b"ftyp", b"jP  ", b"\xff\x4f\xff\x51"), boxes))
-NESTED = {b"jp2h": 8, b"meta": 12, b"iprp": 8, b"ipco": 8}  # boxes of boxes: the bytes before the first
+WALKS = (
+    ((b"\x89PNG",), png.chunks),
+    ((b"GIF8",), gif_blocks),
+    ((b"II", b"MM"), tiff_tags),
+    ((b"\xff\xd8",), jpeg_segments),
+    ((b"ftyp", b"jP  ", b"\xff\x4f\xff\x51"), boxes),
+)
+# boxes of boxes: the bytes before the first
+NESTED = {b"jp2h": 8, b"meta": 12, b"iprp": 8, b"ipco": 8}
 
 
 def pared(file):
-    """(the open file as PIL is to see it, entries for the info of PIL's image), which PIL does not give."""
+    """(the open file as PIL is to see it, entries for the info of PIL's image), which PIL does
+    not give.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(12)
@@ -362,7 +456,9 @@ def profile_in_bmp(file):
 
 
 def profile_in_boxes(file, size):
-    """The ICC profile that an AVIF or a JPEG 2000 contains or says by numbers; None where it does not say."""
+    """The ICC profile that an AVIF or a JPEG 2000 contains or says by numbers; None where it
+    does not say.
+    """
     found = None
     with contextlib.suppress(struct.error):
         for kind, place, length in boxes(file, size):
@@ -379,7 +475,8 @@ def profile_in_boxes(file, size):
 
 
 def decode_file(file, image_size, channels, matte=WHITE):
-    """Read an image file (path or open file) upright, its first frame, as uint8 [channels, image_size, image_size].
+    """Read an image file (path or open file) upright, its first frame, as uint8 [channels,
+    image_size, image_size].
 
     Raises Refused, a ValueError.
     """
@@ -388,10 +485,11 @@ def decode_file(file, image_size, channels, matte=WHITE):
 
 
 def decode(image, image_size, channels, matte):
-    """A PIL image, whose pixels may not have been loaded yet -> uint8 [channels, image_size, image_size], upright.
+    """A PIL image, whose pixels may not have been loaded yet -> uint8 [channels, image_size,
+    image_size], upright.
 
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice what is needed: a photo of 11 megapixels
-    costs a fifth, and pixels hardly change.
+    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice what is needed: a photo
+    of 11 megapixels costs a fifth, and pixels hardly change.
     """
     return decoded(image, image_size, channels, matte)[0]
 
@@ -402,7 +500,8 @@ def decoded(image, image_size, channels, matte):
         raise Refused("no image", f"{image.format} is not read")
     whole = image.size
     reduced = image.draft(None, (2 * image_size, 2 * image_size))
-    width, height = whole if image.info.get("progressive") else image.size  # whose coefficients are held at full size
+    # whose coefficients are held at full size
+    width, height = whole if image.info.get("progressive") else image.size
     with ROOM.take(width * height):
         image.load()
         extent = reduced[1][2:] if reduced else image.size
@@ -412,7 +511,9 @@ def decoded(image, image_size, channels, matte):
 
 
 def whole(path, side):
-    """The picture in a file, upright, RGB and no larger than a square of that side; raises Refused."""
+    """The picture in a file, upright, RGB and no larger than a square of that side; raises
+    Refused.
+    """
     with opened(path) as image:
         image.draft(None, (2 * side, 2 * side))
         with ROOM.take(image.width * image.height):
@@ -424,7 +525,9 @@ def whole(path, side):
 
 
 def orientation_of(image):
-    """The EXIF orientation, 1 to 8, of a PIL image that is loaded: else PIL would, and what is wrong be passed over."""
+    """The EXIF orientation, 1 to 8, of a PIL image that is loaded: else PIL would, and what is
+    wrong be passed over.
+    """
     try:
         if len(image.info.get("exif") or b"") > MOST_EXIF * 2**16:
             return 1
@@ -442,40 +545,53 @@ def upright(size, orientation):
 
 
 def open_picture(path, image_size, channels, matte=WHITE):
-    """Read a picture that a person names as `decode_file` does: (uint8 [channels, image_size, image_size], (width, height)).
+    """Read a picture that a person names as `decode_file` does: (uint8 [channels, image_size,
+    image_size], (width, height)).
 
-    Width and height are those of the upright picture. Raises ValueError where it is missing or cannot be read.
+    Width and height are those of the upright picture. Raises ValueError where it is missing or
+    cannot be read.
     """
     if not os.path.lexists(path):
-        raise ValueError(f"there is no picture {os.path.abspath(path)!r}; give the path of an image file")
+        raise ValueError(
+            f"there is no picture {os.path.abspath(path)!r}; give the path of an image file"
+        )
     try:
         with opened(path) as image:
             size = image.size
             return decode(image, image_size, channels, matte), upright(size, orientation_of(image))
     except Refused as error:
-        raise ValueError(f"cannot read {os.path.abspath(path)!r} as a picture ({error}); give another file, one of "
-                         f"{', '.join(SUFFIXES)}") from None
+        raise ValueError(
+            f"cannot read {os.path.abspath(path)!r} as a picture ({error}); give another file, "
+            f"one of {', '.join(SUFFIXES)}"
+        ) from None
 
 
 def to_pixels(image, image_size, channels, matte, extent, orientation=1):
-    """A PIL image of any mode -> uint8 [channels, image_size, image_size]: converted, cropped, resized and turned.
+    """A PIL image of any mode -> uint8 [channels, image_size, image_size]: converted, cropped,
+    resized and turned.
 
-    `extent` is its width and height: a reduced JPEG ends within its last pixel, and half of one is a visible shift.
-    The filter is bicubic with antialiasing, as clean-fid's (Parmar et al. 2022): Lanczos rings more at hard edges.
+    `extent` is its width and height: a reduced JPEG ends within its last pixel, and half of one is
+    a visible shift. The filter is bicubic with antialiasing, as clean-fid's (Parmar et al. 2022):
+    Lanczos rings more at hard edges.
     """
     side = min(extent)
     left, top = ((length - side) / 2 for length in extent)
     if side == image_size:  # a crop alone must not blur: whole pixels
-        left, top = int(left), int(top)
+        left = int(left)
+        top = int(top)
     box = (left, top, left + side, top + side)
-    image = in_mode(image, channels, matte).resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    image = in_mode(image, channels, matte).resize(
+        (image_size, image_size), Image.Resampling.BICUBIC, box=box
+    )
     image = image.transpose(TURNS[orientation]) if TURNS.get(orientation) is not None else image
     pixels = torch.from_numpy(np.array(image))
     return rearrange(pixels, "h w -> 1 h w" if channels == 1 else "h w c -> c h w").contiguous()
 
 
 def in_mode(image, channels, matte):
-    """The PIL image in the mode of that many channels, in sRGB; transparency laid over `matte` or kept."""
+    """The PIL image in the mode of that many channels, in sRGB; transparency laid over `matte`
+    or kept.
+    """
     image, _ = plain(image)
     if channels in (1, 3) and image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*matte, 255))
@@ -485,11 +601,14 @@ def in_mode(image, channels, matte):
 
 
 def plain(image):
-    """(the PIL image in sRGB with 8 bits a channel, what was done for it that PIL alone does not do, in words).
+    """(the PIL image in sRGB with 8 bits a channel, what was done for it that PIL alone does not
+    do, in words).
 
-    An image that is so already comes back as it is, with "". Raises Refused for values without an agreed range.
+    An image that is so already comes back as it is, with "". Raises Refused for values without an
+    agreed range.
     """
-    tags, key = getattr(image, "tag_v2", {}), image.info.get("transparency")
+    tags = getattr(image, "tag_v2", {})
+    key = image.info.get("transparency")
     profile, _ = colour.of(image)
     done = [image.info["mended"]] if "mended" in image.info else []
     if image.mode == "F":
@@ -502,7 +621,8 @@ def plain(image):
     elif image.mode == "1" and key is not None:
         image = image.convert("L")
         image.info["transparency"] = key
-    elif image.format == "BMP" and image.mode == "RGBA" and not image.getextrema()[3][1]:  # nobody meant it to be invisible
+    elif image.format == "BMP" and image.mode == "RGBA" and not image.getextrema()[3][1]:
+        # nobody meant it to be invisible
         image = image.convert("RGB")
         done.append("transparency everywhere")
     if profile:
@@ -512,14 +632,19 @@ def plain(image):
 
 
 def grey_of_8_bits(image, tags, key, profile):
-    """(the image of mode L or LA of a deeper grey one, what was done beside dividing by 257); `key` is a transparent level.
+    """(the image of mode L or LA of a deeper grey one, what was done beside dividing by 257); `key`
+    is a transparent level.
 
     The curve of a profile is applied here, where there are more levels to round.
     """
-    values, bits, done = np.asarray(image).astype(np.int32), tags.get(BITS, (16,))[0], []
+    values = np.asarray(image).astype(np.int32)
+    bits = tags.get(BITS, (16,))[0]
+    done = []
     if values.min() < 0 or values.max() > 65535:
         raise Refused("without an agreed range", "32-bit or signed pixels")
-    alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+    alpha = (
+        None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+    )
     full = 65535
     if bits < 16:
         full = 2**bits - 1
@@ -538,14 +663,25 @@ def grey_of_8_bits(image, tags, key, profile):
 
 def is_deep(image):
     """Whether a PIL image that is not loaded yet has more than 8 bits a channel, or signs."""
-    form = [str(part) for tile in image.tile for part in (tile[3] if isinstance(tile[3], tuple) else tile[3:4])]
-    return image.mode.startswith("I") or image.format in ("PNG", "TIFF") and any(";16" in part for part in form) or \
-        2 in getattr(image, "tag_v2", {}).get(SAMPLES, ())
+    form = [
+        str(part)
+        for tile in image.tile
+        for part in (tile[3] if isinstance(tile[3], tuple) else tile[3:4])
+    ]
+    return (
+        image.mode.startswith("I")
+        or image.format in ("PNG", "TIFF")
+        and any(";16" in part for part in form)
+        or 2 in getattr(image, "tag_v2", {}).get(SAMPLES, ())
+    )
 
 
 def reach_of(image):
-    """The largest value in a PIL image of more than 8 bits a channel, of 65535; of colours PIL has kept the upper 8 bits."""
-    if not image.mode.startswith("I"):  # of a transparent one alpha counts too, and so nothing is said of it
+    """The largest value in a PIL image of more than 8 bits a channel, of 65535; of colours PIL
+    has kept the upper 8 bits.
+    """
+    # of a transparent one alpha counts too, and so nothing is said of it
+    if not image.mode.startswith("I"):
         return int(np.max(image.getextrema())) * 256 + 255
     most = np.asarray(image).max()
     bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
@@ -553,12 +689,19 @@ def reach_of(image):
 
 
 ORIENTATION = 0x0112  # EXIF
-BITS, PHOTOMETRIC, SAMPLES = 258, 262, 339  # of a TIFF; of the last 2 is signed
+BITS = 258
+PHOTOMETRIC = 262
+SAMPLES = 339  # of a TIFF; of the last 2 is signed
 UNSUPPORTED = re.compile(r"(?i)unsupported|not (yet )?supported|unknown pixel mode|cannot handle")
 BRANDS = dict.fromkeys((b"avif", b"avis"), "AVIF") | dict.fromkeys(
-    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIC")
-SIGNATURES = ((b"\xff\x0a", "JPEG XL"), (b"\0\0\0\x0cJXL ", "JPEG XL"), (b"\0\0\0\x0cjP  ", "JPEG2000"),
-              (b"\xff\x4f\xff\x51", "JPEG2000"))
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "HEIC"
+)
+SIGNATURES = (
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\0\x0cjP  ", "JPEG2000"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+)
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # JPEG's
 BLANK = 2  # levels by which a picture of one colour may differ from itself: what JPEG makes of it
 

@@ -11,14 +11,18 @@ from ddpm.data import source
 
 
 def digits(image_size, channels, matte):
-    """scikit-learn's 1,797 handwritten digits, 8x8 in 17 grey levels, brought bilinearly to 16 or 32 pixels.
+    """scikit-learn's 1,797 handwritten digits, 8x8 in 17 grey levels, brought bilinearly to 16 or
+    32 pixels.
 
     Raises ValueError for another size than 8, 16 or 32.
     """
     from sklearn.datasets import load_digits  # a second of start-up that other sources need not pay
 
     if image_size not in (8, 16, 32):
-        raise ValueError(f"digits are 8x8 and come as 8, 16 or 32 pixels, not {image_size}; set image_size to 16 or 32")
+        raise ValueError(
+            f"digits are 8x8 and come as 8, 16 or 32 pixels, not {image_size}; set image_size to "
+            "16 or 32"
+        )
     found = load_digits()
     grey = torch.from_numpy(found.images).unsqueeze(1)
     grey = F.interpolate(grey, size=(image_size, image_size), mode="bilinear", align_corners=False)
@@ -31,7 +35,9 @@ def digits(image_size, channels, matte):
         fetch=partial(source.take, pixels.numpy()),
         length=len(pixels),
         image_shape=tuple(pixels.shape[1:]),
-        fingerprint=source.fingerprint("digits", pixels.shape, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()),
+        fingerprint=source.fingerprint(
+            "digits", pixels.shape, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+        ),
         labels=found.target.tolist(),
         classes=[str(name) for name in found.target_names],
         notes=(f"digits: {len(pixels)} images of 8x8 pixels as {image_size}x{image_size}",),

@@ -1,10 +1,12 @@
-"""Which pictures are nearly the same: copies that were resized, encoded anew, made brighter, mirrored or cropped a little.
+"""Which pictures are nearly the same: copies that were resized, encoded anew, made brighter,
+mirrored or cropped a little.
 
     grey [SIDE, SIDE] -> trace int8 [2, 64]; traces int8 [n, 2, 64] -> groups of their numbers
 
-A trace is the direction of a picture's lowest frequencies, weighted so that each says about as much: of the whole picture, and
-of its inner part, which is nearer to what a crop leaves. How alike two pictures are is the cosine between traces; plain ones
-have shorter traces, so that they are like nothing.
+A trace is the direction of a picture's lowest frequencies, weighted so that each says about as
+much: of the whole picture, and of its inner part, which is nearer to what a crop leaves. How alike
+two pictures are is the cosine between traces; plain ones have shorter traces, so that they are like
+nothing.
 """
 
 import math
@@ -19,7 +21,8 @@ from ddpm.data import source
 
 
 def near_duplicates(root, facts):
-    """Groups of near-duplicates among images of a folder, tuples of their numbers; remembered until the images are others.
+    """Groups of near-duplicates among images of a folder, tuples of their numbers; remembered until
+    the images are others.
 
     What has the same bytes is compared once, and what is of one colour is like nothing.
     """
@@ -32,9 +35,13 @@ def near_duplicates(root, facts):
             same.setdefault(one.digest, []).append(number)
         firsts = [numbers[0] for numbers in same.values() if not facts[numbers[0]].blank]
         near = groups(np.array([facts[number].likeness for number in firsts]))
-        joined = [[number for k in group for number in same[facts[firsts[k]].digest]] for group in near]
+        joined = [
+            [number for k in group for number in same[facts[firsts[k]].digest]] for group in near
+        ]
         alone = {number for group in joined for number in group}
-        joined += [numbers for numbers in same.values() if len(numbers) > 1 and numbers[0] not in alone]
+        joined += [
+            numbers for numbers in same.values() if len(numbers) > 1 and numbers[0] not in alone
+        ]
         known = {"content": content, "groups": sorted(sorted(group) for group in joined)}
         with files.remembered(name) as kept:  # nobody waits for the comparing
             kept.update(known)
@@ -50,11 +57,16 @@ def across(alike, held_out):
 SIDE = 50
 MARGIN = 2  # pixels that the inner part leaves on each side, 4 %
 FREQUENCIES = 8  # on each axis
-PLAIN = 5000.0  # length of the waves of a clear sky, whose direction is noise; those of a photograph are 20,000 to 300,000 long
-# Of 408 photographs and parts of them, and 81,026 pairs of different ones: at 0.9 no pair, and of copies that were mirrored,
-# halved, saved as JPEG of quality 30 or cropped by up to 5 % on each side 98 % and more; at 0.85 two pairs.
+# length of the waves of a clear sky, whose direction is noise; those of a photograph are 20,000 to
+# 300,000 long
+PLAIN = 5000.0
+# Of 408 photographs and parts of them, and 81,026 pairs of different ones: at 0.9 no pair, and of
+# copies that were mirrored, halved, saved as JPEG of quality 30 or cropped by up to 5 % on each
+# side 98 % and more; at 0.85 two pairs.
 ALIKE = 0.9
-TABLES = 20  # ways of sorting: of 100,000 pictures a pair at ALIKE is missed by all of them once in a hundred, at 0.95 never
+# ways of sorting: of 100,000 pictures a pair at ALIKE is missed by all of them once in a hundred,
+# at 0.95 never
+TABLES = 20
 GROUP = 512  # traces that are compared with each other in one of them, on average
 ROWS = 256  # pictures that are compared with others at once
 MOST_PRODUCTS = 2**24  # numbers that come of it: 64 MiB
@@ -63,22 +75,32 @@ MOST_PRODUCTS = 2**24  # numbers that come of it: 64 MiB
 def trace(grey):
     """The trace int8 [2, FREQUENCIES ** 2] of a grey picture [SIDE, SIDE]."""
     parts = [waves(grey), waves(grey[MARGIN:-MARGIN, MARGIN:-MARGIN])]
-    return np.stack([np.round(127 * part / np.hypot(np.linalg.norm(part), PLAIN)).astype(np.int8) for part in parts])
+    return np.stack(
+        [
+            np.round(127 * part / np.hypot(np.linalg.norm(part), PLAIN)).astype(np.int8)
+            for part in parts
+        ]
+    )
 
 
 def waves(grey):
-    """The lowest cosine waves in a square picture, without its mean; photographs have less of a wave the shorter it is."""
-    waves, places = np.arange(FREQUENCIES)[:, None], np.arange(len(grey)) + 0.5
+    """The lowest cosine waves in a square picture, without its mean; photographs have less of a
+    wave the shorter it is.
+    """
+    waves = np.arange(FREQUENCIES)[:, None]
+    places = np.arange(len(grey)) + 0.5
     basis = np.cos(np.pi * waves * places / len(grey))
     return (basis @ grey @ basis.T * np.hypot(waves, waves.T)).ravel()
 
 
 def groups(traces):
-    """Groups of two or more pictures that are alike, or are both alike to a third: sorted lists of numbers.
+    """Groups of two or more pictures that are alike, or are both alike to a third: sorted lists of
+    numbers.
 
-    Each is compared with those on the same side of random planes through the origin (Charikar 2002), so n pictures cost n log n
-    comparisons and not n * n; where so many are on one side that this would cost more, each is compared with all. Pictures that
-    are known to be in one group are not compared with each other, so thousands of a kind cost about as much as thousands of
+    Each is compared with those on the same side of random planes through the origin (Charikar
+    2002), so n pictures cost n log n comparisons and not n * n; where so many are on one side that
+    this would cost more, each is compared with all. Pictures that are known to be in one group are
+    not compared with each other, so thousands of a kind cost about as much as thousands of
     different ones.
     """
     count = len(traces)
@@ -86,10 +108,13 @@ def groups(traces):
         return []
     units = traces / 127
     mirrored = units * np.tile(np.where(np.arange(FREQUENCIES) % 2, -1, 1), FREQUENCIES)
-    whole, inner = units[:, 0], units[:, 1]
+    whole = units[:, 0]
+    inner = units[:, 1]
     views = np.concatenate([whole, mirrored[:, 0], inner, mirrored[:, 1]]).astype(np.float32)
     found = Partition(count)
-    with tqdm(total=count, desc="comparing images", leave=False, disable=None, unit=" images", delay=1) as bar:
+    with tqdm(
+        total=count, desc="comparing images", leave=False, disable=None, unit=" images", delay=1
+    ) as bar:
         tables = list_tables(views, count)
         bar.total = count * len(tables)
         for table in tables:
@@ -99,13 +124,17 @@ def groups(traces):
 
 
 def list_tables(views, count):
-    """Functions that sort the views of so many pictures into arrays of their numbers, those that are to be compared."""
+    """Functions that sort the views of so many pictures into arrays of their numbers, those that
+    are to be compared.
+    """
     planes = max(0, math.ceil(math.log2(len(views) / GROUP)))
     everything = [lambda: [np.arange(len(views))]]
     if not planes:
         return everything
     generator = np.random.default_rng(0)
-    directions = [generator.standard_normal((FREQUENCIES**2, planes), dtype=np.float32) for _ in range(TABLES)]
+    directions = [
+        generator.standard_normal((FREQUENCIES**2, planes), dtype=np.float32) for _ in range(TABLES)
+    ]
     tables = [partial(sorted_by_side, views, each) for each in directions]
     comparisons = sum(len(members) * np.count_nonzero(members < count) for members in tables[0]())
     return tables if TABLES * comparisons < count * len(views) else everything
@@ -119,25 +148,30 @@ def sorted_by_side(views, directions):
 
 
 def compare(views, members, found, bar):
-    """Join in the Partition `found` the pictures among `members` one of whose views is like the other one, as it is.
+    """Join in the Partition `found` the pictures among `members` one of whose views is like the
+    other one, as it is.
 
-    `members` are numbers of views, rising. View k is of picture k modulo their number, and the first is the picture as it is.
+    `members` are numbers of views, rising. View k is of picture k modulo their number, and the
+    first is the picture as it is.
     """
     count = len(found.labels)
     asking = members[members < count]
     while len(asking):
-        others, chosen = members, np.ones(len(asking), bool)
+        others = members
+        chosen = np.ones(len(asking), bool)
         if len(asking) > ROWS:
             labels, sizes = np.unique(found.labels[asking], return_counts=True)
             if sizes.max() > ROWS:  # members of one group, which look for others
                 label = labels[sizes.argmax()]
-                others, chosen = members[found.labels[members % count] != label], found.labels[asking] == label
+                others = members[found.labels[members % count] != label]
+                chosen = found.labels[asking] == label
         if len(others):
             chosen &= chosen.cumsum() <= max(1, min(ROWS, MOST_PRODUCTS // len(others)))
             rows = asking[chosen]
             alike = views[rows] @ views[others].T >= ALIKE
             if others is members:
-                alike[np.arange(len(rows)), np.searchsorted(members, rows)] = False  # each is like itself
+                # each is like itself
+                alike[np.arange(len(rows)), np.searchsorted(members, rows)] = False
             for row in np.flatnonzero(alike.any(1)):
                 found.join(rows[row], others[alike[row]] % count)
         bar.update(int(chosen.sum()))
@@ -145,16 +179,24 @@ def compare(views, members, found, bar):
 
 
 class Partition:
-    """Numbers from 0 on in disjoint groups, first each in one of its own: `labels[k]` is the same for those of one group."""
+    """Numbers from 0 on in disjoint groups, first each in one of its own: `labels[k]` is the
+    same for those of one group.
+    """
 
     def __init__(self, count):
-        self.labels, self.members = np.arange(count), {}
+        self.labels = np.arange(count)
+        self.members = {}
 
     def join(self, number, others):
-        """Make one group of those of a number and of others: the smaller ones take the label of the largest."""
+        """Make one group of those of a number and of others: the smaller ones take the label of
+        the largest.
+        """
         labels = np.unique(self.labels[others])
         if len(labels) > 1 or labels[0] != self.labels[number]:
-            groups = {label: self.members.pop(label, [label]) for label in {*labels.tolist(), int(self.labels[number])}}
+            groups = {
+                label: self.members.pop(label, [label])
+                for label in {*labels.tolist(), int(self.labels[number])}
+            }
             largest = max(groups, key=lambda label: len(groups[label]))
             together = groups.pop(largest)
             for smaller in groups.values():

@@ -1,8 +1,10 @@
-"""Datasets as pure functions `index -> uint8 image [c, h, w]`, and the addresses at which training reads them.
+"""Datasets as pure functions `index -> uint8 image [c, h, w]`, and the addresses at which training
+reads them.
 
-A source knows its labels, a fingerprint of its content and what a person should read about it in the log. Nothing here
-is random: order, held-out split and flips are functions of (seed, step, index), read through `ddpm.common.rng`, so that a
-resumed run, another number of workers or another number of GPUs sees the same images.
+A source knows its labels, a fingerprint of its content and what a person should read about it in
+the log. Nothing here is random: order, held-out split and flips are functions of (seed, step,
+index), read through `ddpm.common.rng`, so that a resumed run, another number of workers or another
+number of GPUs sees the same images.
 """
 
 import os
@@ -20,14 +22,19 @@ from ddpm.data import decode, duplicates, source
 from ddpm.data.decode import SUFFIXES, TOO_SMALL, Facts, Refused, decode_file
 from ddpm.data.inspect import examine
 
-SRGB = 2  # in that of what gave other pixels before, as only PIL read it: it is converted to sRGB, or a rare kind
+# in that of what gave other pixels before, as only PIL read it: it is converted to sRGB, or a rare
+# kind
+SRGB = 2
 
 
-DARK = 2**15  # of 65535: a picture of 16 bits that goes no further has values of 15 bits or fewer, or signs
+# of 65535: a picture of 16 bits that goes no further has values of 15 bits or fewer, or signs
+DARK = 2**15
 
 
 class Survey(NamedTuple):
-    """A folder of images: the files of images with their facts, and the names of what else lies there."""
+    """A folder of images: the files of images with their facts, and the names of what else lies
+    there.
+    """
 
     root: Path
     names: list  # relative posix paths, sorted
@@ -36,13 +43,20 @@ class Survey(NamedTuple):
     closed: int  # folders that may not be read
 
     def faults(self, image_size):
-        """Why each image is left out at a size, a key of `pictures.FAULTS`; "" for those that are kept."""
-        return [one.fault or (TOO_SMALL if min(one.width, one.height) < image_size else "") for one in self.facts]
+        """Why each image is left out at a size, a key of `pictures.FAULTS`; "" for those that
+        are kept.
+        """
+        return [
+            one.fault or (TOO_SMALL if min(one.width, one.height) < image_size else "")
+            for one in self.facts
+        ]
 
     def strangers(self):
         """What is not read, in words: how many files of which suffix."""
-        kinds = Counter(f"{suffix} files" if (suffix := Path(name).suffix.lower()) else "files without a suffix"
-                        for name in self.others)
+        kinds = Counter(
+            f"{suffix} files" if (suffix := Path(name).suffix.lower()) else "files without a suffix"
+            for name in self.others
+        )
         kinds += Counter({"folders that may not be read": self.closed})
         return most_first(kinds)
 
@@ -53,22 +67,36 @@ class Survey(NamedTuple):
         return {name: kind for name, kind in kinds.items() if kind in decode.CONVERTIBLE}
 
     def dark(self, image_size):
-        """The images of more than 8 bits a channel that use no more than half of their range: name -> the largest value."""
-        return {name: one.reach for name, one, fault in zip(self.names, self.facts, self.faults(image_size), strict=True)
-                if not fault and 0 < one.reach < DARK}
+        """The images of more than 8 bits a channel that use no more than half of their range:
+        name -> the largest value.
+        """
+        return {
+            name: one.reach
+            for name, one, fault in zip(
+                self.names, self.facts, self.faults(image_size), strict=True
+            )
+            if not fault and 0 < one.reach < DARK
+        }
 
     def remarks(self, image_size):
         """What a person must know who trains on this folder, in lines."""
-        unread, dark, lines = self.unread(), self.dark(image_size), []
+        unread = self.unread()
+        dark = self.dark(image_size)
+        lines = []
         if unread:
             verb = "picture is" if len(unread) == 1 else "pictures are"
-            lines.append(f"{len(unread):,} {verb} not read ({most_first(Counter(unread.values()))}): {decode.CONVERT}")
+            lines.append(
+                f"{len(unread):,} {verb} not read ({most_first(Counter(unread.values()))}): "
+                f"{decode.CONVERT}"
+            )
         if dark:
             most = max(dark.values())
             bits = most.bit_length()
-            lines.append(f"images with more than 8 bits a channel ({len(dark):,}) reach only {most} of 65535, as values of "
-                         f"{bits} bits do, and are learned at {most / 65535:.1%} of white: multiply their values by "
-                         f"{2**(16 - bits)}")
+            lines.append(
+                f"images with more than 8 bits a channel ({len(dark):,}) reach only {most} of "
+                f"65535, as values of {bits} bits do, and are learned at {most / 65535:.1%} of "
+                f"white: multiply their values by {2 ** (16 - bits)}"
+            )
         return lines
 
 
@@ -79,35 +107,51 @@ def survey(path, example="data/cats"):
     """
     root = expanded(str(path))
     if not root.is_dir():
-        raise ValueError(f"image folder {os.path.abspath(root)!r} {'is a file' if root.exists() else 'does not exist'}; "
-                         f"give the path of a folder that holds images: {example}")
+        raise ValueError(
+            f"image folder {os.path.abspath(root)!r} "
+            f"{'is a file' if root.exists() else 'does not exist'}; give the path of a folder "
+            f"that holds images: {example}"
+        )
     names, others, closed = find_images(root)
     return Survey(root, names, scan_files(root, names), others, closed)
 
 
-# Small networks drew copies of 300 faces, now and then of 3,000, and hardly of 30,000 (Somepalli et al. 2023); with another
-# measure, Kadkhodaie et al. 2024 found copies up to about 1,000 and none at 100,000. Rules of thumb: other images differ.
-FEWEST, FEW, ENOUGH = 300, 3000, 30000
+# Small networks drew copies of 300 faces, now and then of 3,000, and hardly of 30,000 (Somepalli et
+# al. 2023); with another measure, Kadkhodaie et al. 2024 found copies up to about 1,000 and none at
+# 100,000. Rules of thumb: other images differ.
+FEWEST = 300
+FEW = 3000
+ENOUGH = 30000
 DAMAGE = ("empty", "no image", "truncated", "broken", "not readable")
 MOST_DAMAGE = 0.1  # share of the files: more is a copy that went wrong
 
 
 def fitness(kept, files=0, damaged=0):
-    """(why images are not fit to train on, what to look at): lines, by how many are kept, and how many files are damaged."""
-    not_fit, warnings = [], []
+    """(why images are not fit to train on, what to look at): lines, by how many are kept, and
+    how many files are damaged.
+    """
+    not_fit = []
+    warnings = []
     if kept < FEWEST:
         not_fit.append(
-            f"{registry.counted(kept, 'image is', 'images are')} too few: a network draws copies of its training images "
-            f"where it has {FEWEST} or less; find more, or start from a run on similar images with "
-            "--config.train.init_from=runs/OTHER"
+            f"{registry.counted(kept, 'image is', 'images are')} too few: a network draws copies "
+            f"of its training images where it has {FEWEST} or less; find more, or start from a "
+            "run on similar images with --config.train.init_from=runs/OTHER"
         )
     elif kept < FEW:
-        warnings.append(f"{kept:,} images are few, and some will be copied: set data.flip, data.augment=0.12 or "
-                        "model.dropout=0.2, and watch eval/copying")
+        warnings.append(
+            f"{kept:,} images are few, and some will be copied: set data.flip, data.augment=0.12 "
+            "or model.dropout=0.2, and watch eval/copying"
+        )
     if damaged > MOST_DAMAGE * files:
-        not_fit.append(f"{damaged:,} of {registry.counted(files, 'file is', 'files are')} damaged: bring the folder here again")
+        not_fit.append(
+            f"{damaged:,} of {registry.counted(files, 'file is', 'files are')} damaged: bring the "
+            "folder here again"
+        )
     elif damaged:
-        warnings.append(f"{registry.counted(damaged, 'file is', 'files are')} damaged, and left out")
+        warnings.append(
+            f"{registry.counted(damaged, 'file is', 'files are')} damaged, and left out"
+        )
     return not_fit, warnings
 
 
@@ -117,50 +161,76 @@ def verdict(not_fit, warnings):
 
 
 def no_image(root, strangers):
-    """Words for a folder without a file that is named as an image's; `strangers` says in words what it holds instead."""
-    return (f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is {', '.join(SUFFIXES)}; "
-            f"{decode.CONVERT} what is a picture")
+    """Words for a folder without a file that is named as an image's; `strangers` says in words
+    what it holds instead.
+    """
+    return (
+        f"no image in {str(root)!r} (found {strangers or 'nothing'}); read is "
+        f"{', '.join(SUFFIXES)}; {decode.CONVERT} what is a picture"
+    )
 
 
 def folder(image_size, channels, matte, *, path):
     """Every image in a folder and its sub-folders, in the order of their relative paths.
 
-    Ones that `pictures` refuses and ones whose shorter side is below `image_size` are left out and named in the notes.
-    First-level sub-folders are classes if no image lies beside them. Raises ValueError where no image is left.
+    Ones that `pictures` refuses and ones whose shorter side is below `image_size` are left out and
+    named in the notes. First-level sub-folders are classes if no image lies beside them. Raises
+    ValueError where no image is left.
     """
     found = survey(path, "--config.data.source=\"folder(path='data/cats')\"")
-    root, names, strangers = found.root, found.names, found.strangers()
+    root = found.root
+    names = found.names
+    strangers = found.strangers()
     if not names:
         raise ValueError(no_image(root, strangers))
     faults = found.faults(image_size)
     kept = [i for i, fault in enumerate(faults) if not fault]
     said = source.left_out(names, faults)
     if not kept:
-        remedy = f"use an image_size below {image_size}" if TOO_SMALL in faults else "use other files"
-        raise ValueError(f"none of the {len(names)} images in {str(root)!r} can be used: {'; '.join(said)}; {remedy}")
+        remedy = (
+            f"use an image_size below {image_size}" if TOO_SMALL in faults else "use other files"
+        )
+        raise ValueError(
+            f"none of the {len(names)} images in {str(root)!r} can be used: {'; '.join(said)}; "
+            f"{remedy}"
+        )
     notes = [f"folder {root}: {len(kept)} of {len(names)} images kept", *said]
     notes += verdict(*fitness(len(kept), len(names), sum(fault in DAMAGE for fault in faults)))
     notes += [f"not read: {strangers}"] if strangers else []
     notes += found.remarks(image_size)
-    names, facts = [names[i] for i in kept], [found.facts[i] for i in kept]
+    names = [names[i] for i in kept]
+    facts = [found.facts[i] for i in kept]
     labels, classes = classes_of(names)
     if classes:
         tops = Counter(labels)
         number = registry.counted(len(classes), "class", "classes")
-        notes.append(f"{number}: {source.shortened([f'{name} ({tops[k]})' for k, name in enumerate(classes)])}")
-    alike, blank = duplicates.near_duplicates(root, facts), sum(one.blank for one in facts)
-    doubtful = [f"{sum(map(len, alike))} in {registry.counted(len(alike), 'group')} of near-duplicates"] if alike else []
+        sizes = [f"{name} ({tops[k]})" for k, name in enumerate(classes)]
+        notes.append(f"{number}: {source.shortened(sizes)}")
+    alike = duplicates.near_duplicates(root, facts)
+    blank = sum(one.blank for one in facts)
+    doubtful = (
+        [f"{sum(map(len, alike))} in {registry.counted(len(alike), 'group')} of near-duplicates"]
+        if alike
+        else []
+    )
     doubtful += [f"{blank} of one colour"] if blank else []
     if doubtful:
         notes.append(
-            f"kept, but look at them with python -m ddpm.doctor {source.shortened([str(root)])}: {', '.join(doubtful)}"
+            f"kept, but look at them with python -m ddpm.doctor {source.shortened([str(root)])}: "
+            f"{', '.join(doubtful)}"
         )
     return source.Source(
         fetch=partial(fetch_file, root, names, image_size, channels, matte),
         length=len(names),
         image_shape=(channels, image_size, image_size),
         fingerprint=source.fingerprint(
-            "folder", decode.PREPROCESSING, image_size, channels, matte, names, list(map(content_of, facts))
+            "folder",
+            decode.PREPROCESSING,
+            image_size,
+            channels,
+            matte,
+            names,
+            list(map(content_of, facts)),
         ),
         labels=labels,
         classes=classes,
@@ -170,12 +240,16 @@ def folder(image_size, channels, matte, *, path):
 
 
 def content_of(one):
-    """What stands for the content of a file in a fingerprint, by its Facts: other where its pixels are others than before."""
+    """What stands for the content of a file in a fingerprint, by its Facts: other where its
+    pixels are others than before.
+    """
     return f"{one.digest} {SRGB} {one.done}" if one.done else one.digest
 
 
 def classes_of(names):
-    """Class numbers of images by their first-level sub-folders, and those folders' names; None both where one lies beside."""
+    """Class numbers of images by their first-level sub-folders, and those folders' names; None
+    both where one lies beside.
+    """
     if not all("/" in name for name in names):
         return None, None
     tops = [name.split("/")[0] for name in names]
@@ -185,11 +259,15 @@ def classes_of(names):
 
 
 def find_images(root):
-    """Below `root` the files of images and the others, as sorted relative posix paths, and how many folders may not be read.
+    """Below `root` the files of images and the others, as sorted relative posix paths, and how many
+    folders may not be read.
 
     Hidden files and folders are passed over; links are followed, but no folder is entered twice.
     """
-    names, others, entered, closed = [], [], {os.path.realpath(root)}, []
+    names = []
+    others = []
+    entered = {os.path.realpath(root)}
+    closed = []
     for base, folders, files in os.walk(root, onerror=closed.append, followlinks=True):
         candidates = sorted(filter(visible, folders), reverse=True)
         places = {os.path.realpath(os.path.join(base, name)): name for name in candidates}
@@ -207,14 +285,25 @@ def visible(name):
 
 
 def scan_files(root, names):
-    """The Facts of each file below a folder; one that could be read, and that nobody has touched since, is not read again."""
-    with common_files.remembered(
-        f"files/{source.fingerprint(source.SCAN, decode.PREPROCESSING, PIL.__version__, os.path.realpath(root))}"
-    ) as known:
+    """The Facts of each file below a folder; one that could be read, and that nobody has touched
+    since, is not read again.
+    """
+    versions = source.SCAN, decode.PREPROCESSING, PIL.__version__
+    name = f"files/{source.fingerprint(*versions, os.path.realpath(root))}"
+    with common_files.remembered(name) as known:
         stamps = {name: stamp(root / name) for name in names}
-        new = [name for name in names if not (stamps[name] and known.get(name, [""])[0] == stamps[name]
-                                              and Facts(*known[name][1:]).fault != source.PASSING)]
-        read = source.scan(lambda name: examine(root / name), new, f"reading {source.shortened([str(root)])}")
+        new = [
+            name
+            for name in names
+            if not (
+                stamps[name]
+                and known.get(name, [""])[0] == stamps[name]
+                and Facts(*known[name][1:]).fault != source.PASSING
+            )
+        ]
+        read = source.scan(
+            lambda name: examine(root / name), new, f"reading {source.shortened([str(root)])}"
+        )
         known.update({name: [stamps[name], *facts] for name, facts in zip(new, read, strict=True)})
         for name in known.keys() - stamps.keys():
             del known[name]
@@ -222,7 +311,9 @@ def scan_files(root, names):
 
 
 def stamp(path):
-    """What changes when a file is written to, or another takes its place; None where it cannot be said."""
+    """What changes when a file is written to, or another takes its place; None where it cannot
+    be said.
+    """
     try:
         status = path.stat()
         return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
@@ -232,15 +323,22 @@ def stamp(path):
 
 def most_first(counts):
     """Counts of kinds in words, the largest first."""
-    return source.shortened([f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda kind: (-counts[kind], kind))])
+    return source.shortened(
+        [
+            f"{counts[kind]} {kind}"
+            for kind in sorted(counts, key=lambda kind: (-counts[kind], kind))
+        ]
+    )
 
 
 def fetch_file(root, names, image_size, channels, matte, index):
-    """Image `index` of a folder; raises ValueError for a file that is no longer what it was when the folder was read."""
+    """Image `index` of a folder; raises ValueError for a file that is no longer what it was when
+    the folder was read.
+    """
     try:
         return decode_file(root / names[index], image_size, channels, matte)
     except Refused as error:
         raise ValueError(
-            f"{source.shortened([str(root / names[index])])} could be read before, and now is {error}; bring it back, or "
-            "run again to leave it out"
+            f"{source.shortened([str(root / names[index])])} could be read before, and now is "
+            f"{error}; bring it back, or run again to leave it out"
         ) from None

@@ -13,9 +13,15 @@ def examine(path):
     try:
         with decode.regular(path) as file:
             with decode.opened(file) as image:
-                form, mode, size, animated = image.format, image.mode, image.size, is_animated(image)
-                deep, transparent = decode.is_deep(image), image.has_transparency_data
-                pixels, done = decode.decoded(image, duplicates.SIDE, 4 if transparent else 3, decode.WHITE)
+                form = image.format
+                mode = image.mode
+                size = image.size
+                animated = is_animated(image)
+                deep = decode.is_deep(image)
+                transparent = image.has_transparency_data
+                pixels, done = decode.decoded(
+                    image, duplicates.SIDE, 4 if transparent else 3, decode.WHITE
+                )
                 orientation, (profile, unread) = decode.orientation_of(image), colour.of(image)
                 reach = decode.reach_of(image) if deep else 0
             digest = digest_of(file)
@@ -27,9 +33,14 @@ def examine(path):
         alpha = pixels[3:].float() / 255
         transparent = bool((alpha < 1).any())
         pixels = (pixels[:3] * alpha + 255 * (1 - alpha)).round()
-    low, high = reduce(pixels.float(), "c h w -> c", "min"), reduce(pixels.float(), "c h w -> c", "max")
+    low = reduce(pixels.float(), "c h w -> c", "min")
+    high = reduce(pixels.float(), "c h w -> c", "max")
     blank = bool((high - low <= decode.BLANK).all())
-    trace = "" if blank else base64.b85encode(duplicates.trace(pixels.float().mean(0).numpy()).tobytes()).decode()
+    trace = (
+        ""
+        if blank
+        else base64.b85encode(duplicates.trace(pixels.float().mean(0).numpy()).tobytes()).decode()
+    )
     form = "JPEG" if form == "MPO" else form
     return decode.Facts(
         "",
@@ -50,9 +61,13 @@ def examine(path):
 
 
 def is_animated(image):
-    """Whether a PIL image has further frames that are shown after the first; a photo's depth map is none."""
+    """Whether a PIL image has further frames that are shown after the first; a photo's depth map
+    is none.
+    """
     try:
-        return image.format != "MPO" and (image.info.get("frames", 0) > 1 or bool(getattr(image, "is_animated", False)))
+        return image.format != "MPO" and (
+            image.info.get("frames", 0) > 1 or bool(getattr(image, "is_animated", False))
+        )
     except Exception as error:  # whatever is behind the first frame is not read
         if decode.is_ours(error):
             raise

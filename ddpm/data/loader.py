@@ -8,25 +8,31 @@ import torch
 
 
 class Batches(torch.utils.data.Dataset):
-    """A source by lists of indices: uint8 [b, c, h, w] and labels int64 [b], -1 where there are none."""
+    """A source by lists of indices: uint8 [b, c, h, w] and labels int64 [b], -1 where there are
+    none.
+    """
 
     def __init__(self, source):
         self.source = source
 
     def __getitem__(self, indices):
         labels = self.source.labels
-        return self.source.batch(indices), torch.tensor([labels[index] if labels else -1 for index in indices])
+        return self.source.batch(indices), torch.tensor(
+            [labels[index] if labels else -1 for index in indices]
+        )
 
 
 def loader(source, batches, num_workers=0, pin_memory=False):
-    """Iterate once over an iterable of index lists: (uint8 [b, c, h, w], int64 labels [b], -1 where there are none).
+    """Iterate once over an iterable of index lists: (uint8 [b, c, h, w], int64 labels [b], -1 where
+    there are none).
 
-    The batches are the same for any number of workers, and torch's global generator is left alone. What is in memory needs no
-    workers: they would only carry it from process to process.
+    The batches are the same for any number of workers, and torch's global generator is left alone.
+    What is in memory needs no workers: they would only carry it from process to process.
     """
     num_workers = 0 if source.in_memory else num_workers
     running = load(source, batches, num_workers, pin_memory)
-    if num_workers:  # workers that ignore SIGTERM would hold up the end of a process that left a loader standing
+    # workers that ignore SIGTERM would hold up the end of a process that left a loader standing
+    if num_workers:
         atexit.register(close_if_alive, weakref.ref(running))
     return running
 
@@ -50,7 +56,8 @@ def close_if_alive(reference):
 
 
 def leave_signals_to_the_trainer(worker):
-    """Let a worker outlive Ctrl-C and a scheduler's SIGTERM or SIGUSR1, which reach the whole group: the trainer saves first.
+    """Let a worker outlive Ctrl-C and a scheduler's SIGTERM or SIGUSR1, which reach the whole
+    group: the trainer saves first.
 
     The second SIGTERM counts: it comes from the trainer, which has asked before by the usual way.
     """

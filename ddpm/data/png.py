@@ -1,7 +1,9 @@
-"""A PNG as PIL is to see it: what makes the pixels and says how they lie, without texts, and its colours as an ICC profile.
+"""A PNG as PIL is to see it: what makes the pixels and says how they lie, without texts, and its
+colours as an ICC profile.
 
-PIL refuses a picture for its other chunks: for a long text or a wrong checksum, which viewers pass over. It does not read cICP,
-does not apply gAMA and cHRM, and leaves the transparent colour in the levels of the file.
+PIL refuses a picture for its other chunks: for a long text or a wrong checksum, which viewers pass
+over. It does not read cICP, does not apply gAMA and cHRM, and leaves the transparent colour in the
+levels of the file.
 """
 
 import contextlib
@@ -16,14 +18,21 @@ MOST_TEXT = 2**20  # bytes, as many as PIL unpacks
 TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
 SHORTEST = {b"\0": 2, b"\2": 6}  # bytes of a tRNS, by IHDR's kind of picture
 FACTS = {b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"}
-# Chunks that are not critical and yet looked at, of up to so many bytes. Those of the frames behind the first are not.
-OPTIONAL = dict.fromkeys(TEXTS, MOST_TEXT) | dict.fromkeys(FACTS, colour.MOST_PROFILE) | dict.fromkeys(
-    (b"tRNS", b"eXIf", b"acTL"), 2**20)
+# Chunks that are not critical and yet looked at, of up to so many bytes. Those of the frames behind
+# the first are not.
+OPTIONAL = (
+    dict.fromkeys(TEXTS, MOST_TEXT)
+    | dict.fromkeys(FACTS, colour.MOST_PROFILE)
+    | dict.fromkeys((b"tRNS", b"eXIf", b"acTL"), 2**20)
+)
 
 
 def chunks(file, size):
-    """(kind, place, length) of each chunk of an open file, up to the end of the picture; raises struct.error for none."""
-    place, kind = len(SIGNATURE), b""
+    """(kind, place, length) of each chunk of an open file, up to the end of the picture; raises
+    struct.error for none.
+    """
+    place = len(SIGNATURE)
+    kind = b""
     while place < size and kind != b"IEND":
         file.seek(place)
         length, kind = struct.unpack(">I4s", file.read(8))
@@ -32,8 +41,11 @@ def chunks(file, size):
 
 
 def pared(file, size):
-    """(a file for PIL, entries for the info of PIL's image) of an open PNG; raises colour.Unsupported for what PIL misreads."""
-    pieces, found = [SIGNATURE], {}
+    """(a file for PIL, entries for the info of PIL's image) of an open PNG; raises
+    colour.Unsupported for what PIL misreads.
+    """
+    pieces = [SIGNATURE]
+    found = {}
     with contextlib.suppress(struct.error):  # PIL says that the end is too early
         for kind, place, length in chunks(file, size):
             optional = kind.isalpha() and kind[:1].islower()
@@ -41,29 +53,43 @@ def pared(file, size):
                 continue
             file.seek(place)
             chunk = file.read(12 + length)
-            content, checksum = chunk[8:8 + length], chunk[8 + length:]
+            content = chunk[8 : 8 + length]
+            checksum = chunk[8 + length :]
             if optional and zlib.crc32(kind + content).to_bytes(4, "big") != checksum:
                 continue
             if kind == b"CgBI":
                 raise colour.Unsupported("a PNG of Apple's own kind")
             found.setdefault(kind, content if kind != b"IDAT" else b"")
-            if kind in FACTS or kind == b"acTL" or kind in TEXTS and not tells_orientation(kind, content) or \
-                    kind == b"tRNS" and len(content) < SHORTEST.get(found.get(b"IHDR", b"")[9:10], 0):
+            if (
+                kind in FACTS
+                or kind == b"acTL"
+                or kind in TEXTS
+                and not tells_orientation(kind, content)
+                or kind == b"tRNS"
+                and len(content) < SHORTEST.get(found.get(b"IHDR", b"")[9:10], 0)
+            ):
                 continue
             pieces.append(chunk)
     frames = int.from_bytes(found.get(b"acTL", b"")[:4], "big")
-    return io.BytesIO(b"".join(pieces)), transparent_colour(found) | {"icc_profile": profile_of(found), "frames": frames}
+    return io.BytesIO(b"".join(pieces)), transparent_colour(found) | {
+        "icc_profile": profile_of(found),
+        "frames": frames,
+    }
 
 
 def tells_orientation(kind, content):
-    """Whether a text is one in which PIL looks for the orientation, and no longer than PIL takes."""
+    """Whether a text is one in which PIL looks for the orientation, and no longer than PIL
+    takes.
+    """
     key, _, text = content.partition(b"\0")
     if key not in (b"Raw profile type exif", b"XML:com.adobe.xmp", b"exif"):
         return False
     if kind == b"iTXt":
-        packed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[-1]
+        packed = text[:1] == b"\1"
+        text = text[2:].split(b"\0", 2)[-1]
     else:
-        packed, text = kind == b"zTXt", text[1:]
+        packed = kind == b"zTXt"
+        text = text[1:]
     return not packed or inflated(text, MOST_TEXT) is not None
 
 
@@ -76,25 +102,30 @@ def inflated(content, most):
 
 
 def transparent_colour(found):
-    """tRNS of grey levels and of colours in the levels of PIL's image, as an entry of its info; PIL reads palettes' well.
+    """tRNS of grey levels and of colours in the levels of PIL's image, as an entry of its info; PIL
+    reads palettes' well.
 
     Where PIL leaves it in other levels, `mended` says so.
     """
     depth, kind = found.get(b"IHDR", b"").ljust(13, b"\0")[8:10]
-    numbers, content = {0: 1, 2: 3}.get(kind, 0), found.get(b"tRNS", b"")
+    numbers = {0: 1, 2: 3}.get(kind, 0)
+    content = found.get(b"tRNS", b"")
     if not numbers or not depth or len(content) < 2 * numbers:
         return {}
-    key = [value & 2**depth - 1 for value in struct.unpack(f">{numbers}H", content[:2 * numbers])]
+    key = [value & 2**depth - 1 for value in struct.unpack(f">{numbers}H", content[: 2 * numbers])]
     mended = {"mended": "a transparent level"} if depth != 8 else {}
     if kind == 0:
         return mended | {"transparency": key[0] if depth == 16 else key[0] * 255 // (2**depth - 1)}
-    return mended | {"transparency": tuple(value >> max(depth - 8, 0) for value in key)}  # of 16 bits PIL keeps the upper 8
+    # of 16 bits PIL keeps the upper 8
+    return mended | {"transparency": tuple(value >> max(depth - 8, 0) for value in key)}
 
 
 def profile_of(found):
-    """The ICC profile of a PNG's colours, or None for sRGB: what counts first of cICP, iCCP, sRGB, and gAMA with cHRM.
+    """The ICC profile of a PNG's colours, or None for sRGB: what counts first of cICP, iCCP, sRGB,
+    and gAMA with cHRM.
 
-    So the standard orders them (PNG, third edition, 4.3). An iCCP that cannot be used is what there is, if no sRGB follows.
+    So the standard orders them (PNG, third edition, 4.3). An iCCP that cannot be used is what there
+    is, if no sRGB follows.
     """
     if len(found.get(b"cICP", b"")) == 4:
         primaries, transfer, matrix, full = found[b"cICP"]
@@ -103,11 +134,16 @@ def profile_of(found):
     profile = None
     if b"iCCP" in found:
         packed = found[b"iCCP"].partition(b"\0")[2]
-        profile = (packed[:1] == b"\0" and inflated(packed[1:], colour.MOST_PROFILE)) or b"?"  # which is no profile
+        # which is no profile
+        profile = (packed[:1] == b"\0" and inflated(packed[1:], colour.MOST_PROFILE)) or b"?"
     if b"sRGB" in found and not (profile and colour.profile(profile)):
         return None
     if profile:
         return profile
-    gamma = struct.unpack(">I", found[b"gAMA"])[0] / 100000 if len(found.get(b"gAMA", b"")) == 4 else None
+    gamma = (
+        struct.unpack(">I", found[b"gAMA"])[0] / 100000
+        if len(found.get(b"gAMA", b"")) == 4
+        else None
+    )
     points = struct.unpack(">8I", found[b"cHRM"]) if len(found.get(b"cHRM", b"")) == 32 else ()
     return colour.from_png(gamma, [value / 100000 for value in points]) if gamma or points else None

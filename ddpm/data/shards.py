@@ -1,7 +1,9 @@
-"""Samples by index from shards, which may lie elsewhere: the one room that knows MosaicML Streaming.
+"""Samples by index from shards, which may lie elsewhere: the one room that knows MosaicML
+Streaming.
 
-Of that it takes the shards, their transport and their decompression. The order of the images is ours, and whoever uses a folder
-at the same time, in this job or another, is kept in step by locks that the system opens when a process ends.
+Of that it takes the shards, their transport and their decompression. The order of the images is
+ours, and whoever uses a folder at the same time, in this job or another, is kept in step by locks
+that the system opens when a process ends.
 """
 
 import hashlib
@@ -18,32 +20,48 @@ try:
     from streaming.base.util import bytes_to_int
     from streaming.base.world import World
 except ImportError as error:
-    raise ValueError(f"{(error.name or 'streaming').partition('.')[0]} is missing; pip install -e '.[streaming]'") from None
+    raise ValueError(
+        f"{(error.name or 'streaming').partition('.')[0]} is missing; pip install -e '.[streaming]'"
+    ) from None
 
-TRIES = 8  # how often a shard is brought for one sample: another process may remove it before it is read
+# how often a shard is brought for one sample: another process may remove it before it is read
+TRIES = 8
 
 
 class Shards:
-    """`shards[index]` is a sample, a dict by column; `columns` are their encodings, `digest` (sha256 in hex) is the index's.
+    """`shards[index]` is a sample, a dict by column; `columns` are their encodings, `digest`
+    (sha256 in hex) is the index's.
 
-    What is not in `folder` is brought from `remote`, a folder or an address such as s3://bucket/images, when it is first asked
-    for, and compared with its checksum if it was written with one. Beyond a `cache_limit` ("200gb") those shards go that have
-    been here longest. Raises ValueError where there are none, and where one cannot be had.
+    What is not in `folder` is brought from `remote`, a folder or an address such as
+    s3://bucket/images, when it is first asked for, and compared with its checksum if it was written
+    with one. Beyond a `cache_limit` ("200gb") those shards go that have been here longest. Raises
+    ValueError where there are none, and where one cannot be had.
     """
 
     def __init__(self, folder, remote="", cache_limit=""):
-        self.given, self.folder = (folder, remote, cache_limit), expanded(folder)
+        self.given = (folder, remote, cache_limit)
+        self.folder = expanded(folder)
         if "://" not in remote:
             remote = str(expanded(remote).resolve()) if remote else ""
         self.remote = "" if remote == str(self.folder.resolve()) else remote
         if not self.remote and not (self.folder / "index.json").is_file():
-            raise ValueError(f"there is no {os.path.abspath(self.folder / 'index.json')!r}; give the path of a folder that "
-                             "MDSWriter of MosaicML Streaming wrote, or remote= where that is, in --config.data.source")
+            raise ValueError(
+                f"there is no {os.path.abspath(self.folder / 'index.json')!r}; give the path of a "
+                "folder that MDSWriter of MosaicML Streaming wrote, or remote= where that is, in "
+                "--config.data.source"
+            )
         self.open()
         self.sizes = [len(shard) for shard in self.shards]
-        self.spanner, self.columns = Spanner(np.array(self.sizes)), {}
+        self.spanner = Spanner(np.array(self.sizes))
+        self.columns = {}
         for shard in self.shards:
-            self.columns |= dict(zip(getattr(shard, "column_names", ()), getattr(shard, "column_encodings", ()), strict=True))
+            self.columns |= dict(
+                zip(
+                    getattr(shard, "column_names", ()),
+                    getattr(shard, "column_encodings", ()),
+                    strict=True,
+                )
+            )
         self.digest = hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest()
         self.limit = self.bytes_of(cache_limit) if cache_limit else 0
 
@@ -58,29 +76,44 @@ class Shards:
             except FileNotFoundError:
                 self.bring(number)
             except Exception as error:  # bytes that are none of its columns'
-                raise ValueError(f"sample {index} in {self.path(number)} is damaged ({one_line(error)}); bring the shard "
-                                 "back") from None
-        raise ValueError(f"shards of {self.folder} are removed before they can be read; raise cache_limit={self.given[2]!r}")
+                raise ValueError(
+                    f"sample {index} in {self.path(number)} is damaged ({one_line(error)}); bring "
+                    "the shard back"
+                ) from None
+        raise ValueError(
+            f"shards of {self.folder} are removed before they can be read; raise "
+            f"cache_limit={self.given[2]!r}"
+        )
 
     def __reduce__(self):
         return Shards, self.given
 
     def open(self):
-        """Read the index, brought here if it has to be, in this process: a connection does not outlive a fork."""
+        """Read the index, brought here if it has to be, in this process: a connection does not
+        outlive a fork.
+        """
         self.process = os.getpid()
         try:
             with alone(make_folder(self.folder) / "index.lock") if self.remote else nullcontext():
-                self.stream = Stream(remote=self.remote or None, local=str(self.folder), download_retry=2, download_timeout=60,
-                                     keep_zip=False)
+                self.stream = Stream(
+                    remote=self.remote or None,
+                    local=str(self.folder),
+                    download_retry=2,
+                    download_timeout=60,
+                    keep_zip=False,
+                )
                 self.shards = self.stream.get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)
             if not sum(map(len, self.shards)):
                 raise ValueError("there is no sample in them")
             for path in map(self.path, range(len(self.shards))):
                 if not path.resolve().is_relative_to(self.folder.resolve()):
                     raise ValueError(f"{path} is outside of the folder")
-        except Exception as error:  # there are eight kinds of storage, and more ways for a file to be wrong
-            raise ValueError(f"cannot read shards from {self.remote or str(self.folder)!r} ({one_line(error)}); give a folder "
-                             "that MDSWriter of MosaicML Streaming wrote") from None
+        except Exception as error:
+            # there are eight kinds of storage, and more ways for a file to be wrong
+            raise ValueError(
+                f"cannot read shards from {self.remote or str(self.folder)!r} "
+                f"({one_line(error)}); give a folder that MDSWriter of MosaicML Streaming wrote"
+            ) from None
         self.stream.validate_hash = next(iter(self.shards[0].hashes), None)
 
     def path(self, number):
@@ -90,7 +123,9 @@ class Shards:
         return alone(self.folder / f"{number:05}.lock")
 
     def bring(self, number):
-        """Bring a shard here and unpack it, while others who want it wait; make room for it if there is a limit."""
+        """Bring a shard here and unpack it, while others who want it wait; make room for it if
+        there is a limit.
+        """
         if self.process != os.getpid():
             self.open()
         with self.lock(number):
@@ -99,13 +134,18 @@ class Shards:
             except Exception as error:
                 if self.remote:  # what arrived is not what was sent
                     self.shards[number].evict()
-                raise ValueError(f"cannot get {self.path(number).name} from {self.remote or str(self.folder)!r} "
-                                 f"({one_line(error)}); bring it back, or run again when the place can be reached") from None
+                raise ValueError(
+                    f"cannot get {self.path(number).name} from {self.remote or str(self.folder)!r} "
+                    f"({one_line(error)}); bring it back, or run again when the place can be "
+                    "reached"
+                ) from None
         if self.limit:
             self.make_room()
 
     def make_room(self):
-        """Remove shards, first those that have been here longest, until what is here is within the limit."""
+        """Remove shards, first those that have been here longest, until what is here is within
+        the limit.
+        """
         with alone(self.folder / "room.lock"):
             here = []
             for number in range(len(self.shards)):
@@ -118,16 +158,26 @@ class Shards:
                         excess -= self.shards[number].evict()
 
     def bytes_of(self, limit):
-        """A limit in bytes; raises ValueError where shards would not fit, or would be lost for ever."""
+        """A limit in bytes; raises ValueError where shards would not fit, or would be lost for
+        ever.
+        """
         try:
             found = bytes_to_int(limit)
         except ValueError:
-            raise ValueError(f"cannot read cache_limit={limit!r}; write such as '500mb' or '200gb'") from None
+            raise ValueError(
+                f"cannot read cache_limit={limit!r}; write such as '500mb' or '200gb'"
+            ) from None
         largest = max(shard.get_max_size() for shard in self.shards)
         if not self.remote:
-            raise ValueError(f"cache_limit={limit!r} would remove the only copy of shards; give remote=, or leave it out")
+            raise ValueError(
+                f"cache_limit={limit!r} would remove the only copy of shards; give remote=, or "
+                "leave it out"
+            )
         if found < 4 * largest:
-            raise ValueError(f"cache_limit={limit!r} is below four shards of {largest:,} bytes; raise it, or make them smaller")
+            raise ValueError(
+                f"cache_limit={limit!r} is below four shards of {largest:,} bytes; raise it, or "
+                "make them smaller"
+            )
         return found
 
 

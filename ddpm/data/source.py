@@ -1,4 +1,6 @@
-"""What every source of images has: pixels by index, labels, a fingerprint of its content, notes for the log."""
+"""What every source of images has: pixels by index, labels, a fingerprint of its content, notes
+for the log.
+"""
 
 import contextlib
 import contextvars
@@ -19,17 +21,18 @@ from ddpm.common import registry
 PASSING = "not readable"  # a fault of the disk or the memory, which may be gone the next time
 SCAN = 2  # count it up when `inspect.examine` says other things of the same file
 
-Report = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))  # on a torchvision image
+# on a torchvision image
+Report = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """A dataset: `source[i]` is a uint8 tensor [c, h, w] and always the same one.
 
-    `labels` holds a class number per image or is None, `classes` their names or None; `fingerprint` (sha256 in hex) is
-    the same wherever the content, size and preprocessing are; `notes` are lines for the log; `alike` are groups of indices
-    of near-duplicates, where they were looked for. Where the images are `in_memory`, `fetch` takes an array of indices too, for
-    a batch.
+    `labels` holds a class number per image or is None, `classes` their names or None; `fingerprint`
+    (sha256 in hex) is the same wherever the content, size and preprocessing are; `notes` are lines
+    for the log; `alike` are groups of indices of near-duplicates, where they were looked for. Where
+    the images are `in_memory`, `fetch` takes an array of indices too, for a batch.
     """
 
     fetch: Callable
@@ -51,8 +54,14 @@ class Source:
         return self.fetch(int(index))
 
     def batch(self, indices):
-        """The images at some indices, uint8 [b, c, h, w]; from memory at once, which is several times faster."""
-        return self.fetch(np.asarray(indices)) if self.in_memory else torch.stack([self[index] for index in indices])
+        """The images at some indices, uint8 [b, c, h, w]; from memory at once, which is several
+        times faster.
+        """
+        return (
+            self.fetch(np.asarray(indices))
+            if self.in_memory
+            else torch.stack([self[index] for index in indices])
+        )
 
 
 def scan(examine, items, title):
@@ -68,11 +77,16 @@ def left_out(names, faults):
     for name, fault in zip(names, faults, strict=True):
         if fault:
             found.setdefault(fault, []).append(name)
-    return [f"left out {len(names)} {fault}: {shortened(names, len(names))}" for fault, names in sorted(found.items())]
+    return [
+        f"left out {len(names)} {fault}: {shortened(names, len(names))}"
+        for fault, names in sorted(found.items())
+    ]
 
 
 def shortened(names, most=5):
-    """The first few names and how many more there are, on one line and safe to print on any terminal."""
+    """The first few names and how many more there are, on one line and safe to print on any
+    terminal.
+    """
     text = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
@@ -83,18 +97,30 @@ def fingerprint(*parts):
 
 
 def take(pixels, index):
-    """A copy of the image at an index of an array [n, c, h, w], or of a batch at an array of indices."""
+    """A copy of the image at an index of an array [n, c, h, w], or of a batch at an array of
+    indices.
+    """
     return torch.from_numpy(pixels.take(index, axis=0))
 
 
 def address(make):
-    """Where a torchvision set comes from: the first web address that its class names, else its page in the manual."""
-    found, looked = "", list(vars(make).values())
+    """Where a torchvision set comes from: the first web address that its class names, else its
+    page in the manual.
+    """
+    found = ""
+    looked = list(vars(make).values())
     while looked and not found:
         item = looked.pop(0)
-        looked += item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+        looked += (
+            item.values()
+            if isinstance(item, dict)
+            else item
+            if isinstance(item, (list, tuple))
+            else ()
+        )
         found = item if isinstance(item, str) and item.startswith(("https://", "http://")) else ""
-    return found or f"what https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.{make.__name__}.html names"
+    page = f"https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.{make.__name__}"
+    return found or f"what {page}.html names"
 
 
 DOWNLOADS = contextvars.ContextVar("DOWNLOADS", default=True)
@@ -102,7 +128,9 @@ DOWNLOADS = contextvars.ContextVar("DOWNLOADS", default=True)
 
 @contextlib.contextmanager
 def without_downloads():
-    """Inside, a source whose data are not on this machine raises ValueError instead of downloading them."""
+    """Inside, a source whose data are not on this machine raises ValueError instead of
+    downloading them.
+    """
     before = DOWNLOADS.set(False)
     try:
         yield
@@ -111,16 +139,19 @@ def without_downloads():
 
 
 def class_numbers(wanted, classes):
-    """The numbers of classes that are given by name, or else by number: `("dog", "0") -> [1, 0]`, for classes cat and dog.
+    """The numbers of classes that are given by name, or else by number: `("dog", "0") -> [1, 0]`,
+    for classes cat and dog.
 
     Raises ValueError for one that is neither.
     """
-    known = {str(number): number for number in range(len(classes))} | {name: number for number, name in enumerate(classes)}
+    known = {str(number): number for number in range(len(classes))} | {
+        name: number for number, name in enumerate(classes)
+    }
     for one in wanted:
         if str(one) not in known:
             raise ValueError(
-                f"unknown class {one!r}{registry.suggest(one, classes)}; choose one of {shortened(list(classes))}, or "
-                f"a number from 0 to {len(classes) - 1}"
+                f"unknown class {one!r}{registry.suggest(one, classes)}; choose one of "
+                f"{shortened(list(classes))}, or a number from 0 to {len(classes) - 1}"
             )
     return [known[str(one)] for one in wanted]
 
@@ -129,9 +160,15 @@ def part(source, indices):
     """The source of some of a source's images."""
     indices = [int(index) for index in indices]
     return replace(
-        source, fetch=partial(fetch_part, source.fetch, indices), length=len(indices), notes=(), in_memory=False, alike=(),
+        source,
+        fetch=partial(fetch_part, source.fetch, indices),
+        length=len(indices),
+        notes=(),
+        in_memory=False,
+        alike=(),
         labels=[source.labels[index] for index in indices] if source.labels else None,
-        fingerprint=fingerprint("part", source.fingerprint, indices))
+        fingerprint=fingerprint("part", source.fingerprint, indices),
+    )
 
 
 def fetch_part(fetch, indices, index):
@@ -139,26 +176,39 @@ def fetch_part(fetch, indices, index):
 
 
 class Same:
-    """What must not change of the data at `source` while a run goes on: a checkpoint part that is compared, not loaded."""
+    """What must not change of the data at `source` while a run goes on: a checkpoint part that
+    is compared, not loaded.
+    """
 
     def __init__(self, source, **facts):
-        self.source, self.facts = source, facts
+        self.source = source
+        self.facts = facts
 
     def state_dict(self):
         return dict(self.facts)
 
     def load_state_dict(self, state):
         if changes := self.changes(state):
-            raise ValueError(f"the data of this run have changed since its checkpoint ({changes}); bring them back, say where "
-                             "they are now by --config.data.source, or begin a new run with --workdir and "
-                             "--config.train.init_from")
+            raise ValueError(
+                f"the data of this run have changed since its checkpoint ({changes}); bring them "
+                "back, say where they are now by --config.data.source, or begin a new run with "
+                "--workdir and --config.train.init_from"
+            )
 
     def changes(self, state):
-        """What is another than in a state, in words: a fingerprint where nothing else is, and nothing where all is the same."""
-        found = [f"{name} were {in_words(state.get(name))}, are {in_words(fact)}"
-                 for name, fact in self.facts.items() if state.get(name) != fact and name != "fingerprint"]
-        was, now = state.get("fingerprint"), self.facts["fingerprint"]
-        found = found if found or was == now else [f"fingerprint was {str(was)[:12]}, is {now[:12]}"]
+        """What is another than in a state, in words: a fingerprint where nothing else is, and
+        nothing where all is the same.
+        """
+        found = [
+            f"{name} were {in_words(state.get(name))}, are {in_words(fact)}"
+            for name, fact in self.facts.items()
+            if state.get(name) != fact and name != "fingerprint"
+        ]
+        was = state.get("fingerprint")
+        now = self.facts["fingerprint"]
+        found = (
+            found if found or was == now else [f"fingerprint was {str(was)[:12]}, is {now[:12]}"]
+        )
         return "; ".join([f"in {self.source}", *found]) if found else ""
 
 

@@ -16,32 +16,43 @@ from ddpm.data.decode import TOO_SMALL, to_pixels
 
 
 def torchvision_set(image_size, channels, matte, *, name, root="data", split="", only=""):
-    """A set of `torchvision.datasets` by its class name, downloaded below `root` where it is not there yet.
+    """A set of `torchvision.datasets` by its class name, downloaded below `root` where it is not
+    there yet.
 
-    `split` is the set's own word ("train", "test", ...; empty for its default), `only` the one class to keep, for
-    OxfordIIITPet also 'cats' or 'dogs'. Raises ValueError for an unknown name and where a download is not possible.
+    `split` is the set's own word ("train", "test", ...; empty for its default), `only` the one
+    class to keep, for OxfordIIITPet also 'cats' or 'dogs'. Raises ValueError for an unknown name
+    and where a download is not possible.
     """
     found = open_torchvision(name, expanded(root), split)
-    reports = source.scan(partial(examine_item, found, image_size), range(len(found)), f"reading {name}")
+    reports = source.scan(
+        partial(examine_item, found, image_size), range(len(found)), f"reading {name}"
+    )
     classes = class_names(found, reports)
     chosen = pick(name, reports, classes, only) if only else list(range(len(reports)))
-    if all(reports[i].fault == TOO_SMALL for i in chosen):  # a set of small images, such as MNIST at 32 pixels
-        kept, faults = chosen, [f"all images are below {image_size} pixels and are enlarged"]
+    # a set of small images, such as MNIST at 32 pixels
+    if all(reports[i].fault == TOO_SMALL for i in chosen):
+        kept = chosen
+        faults = [f"all images are below {image_size} pixels and are enlarged"]
     else:
         kept = [i for i in chosen if not reports[i].fault]
         faults = source.left_out([f"image {i}" for i in chosen], [reports[i].fault for i in chosen])
     if not kept:
-        raise ValueError(f"no image of torchvision set {name!r} can be used: {'; '.join(faults)}; load it afresh")
+        raise ValueError(
+            f"no image of torchvision set {name!r} can be used: {'; '.join(faults)}; load it afresh"
+        )
     labels = [reports[i].label for i in kept]
     if only and classes:
         left = sorted(set(labels))
-        classes, labels = [classes[label] for label in left], [left.index(label) for label in labels]
+        classes = [classes[label] for label in left]
+        labels = [left.index(label) for label in labels]
     digests = [reports[i].digest for i in kept]
     return source.Source(
         fetch=partial(fetch_item, found, kept, image_size, channels, matte),
         length=len(kept),
         image_shape=(channels, image_size, image_size),
-        fingerprint=source.fingerprint("torchvision", decode.PREPROCESSING, image_size, channels, matte, digests),
+        fingerprint=source.fingerprint(
+            "torchvision", decode.PREPROCESSING, image_size, channels, matte, digests
+        ),
         labels=labels if classes else None,
         classes=classes,
         notes=(
@@ -87,7 +98,10 @@ def open_torchvision(name, root, split):
     knobs = inspect.signature(make).parameters
     arguments = {"root": str(root)}
     if "train" in knobs:
-        arguments["train"] = registry.check_choice(f"split of {name}", split or "train", ["train", "test"]) == "train"
+        arguments["train"] = (
+            registry.check_choice(f"split of {name}", split or "train", ["train", "test"])
+            == "train"
+        )
     elif split and "split" not in knobs:
         raise ValueError(f"torchvision set {name!r} has no splits; leave split={split!r} away")
     elif split:
@@ -98,7 +112,9 @@ def open_torchvision(name, root, split):
         return make(**arguments, download=False)
     except (RuntimeError, OSError):  # not there, or not whole
         if not source.DOWNLOADS.get():
-            raise ValueError(f"torchvision set {name!r} is not in {str(root / TORCHVISION[name])!r}") from None
+            raise ValueError(
+                f"torchvision set {name!r} is not in {str(root / TORCHVISION[name])!r}"
+            ) from None
     try:
         return make(**arguments, download=True)
     except Exception as error:
@@ -107,25 +123,35 @@ def open_torchvision(name, root, split):
         with contextlib.suppress(OSError):
             root.rmdir()  # which the attempt may have made; not if anything is in it
         raise ValueError(
-            f"torchvision set {name!r} is not in {str(place)!r} and cannot be downloaded ({cause}); "
-            f"download {source.address(make)} elsewhere and put its files there, or run once where there is a network"
+            f"torchvision set {name!r} is not in {str(place)!r} and cannot be downloaded "
+            f"({cause}); download {source.address(make)} elsewhere and put its files there, or "
+            "run once where there is a network"
         ) from None
 
 
 def class_names(found, reports):
-    """The names of a torchvision set's classes, their numbers where it gives no names, None where it has no labels."""
+    """The names of a torchvision set's classes, their numbers where it gives no names, None
+    where it has no labels.
+    """
     most = max(report.label for report in reports)
     names = getattr(found, "classes", None) or range(most + 1)
-    return [str(name[0] if isinstance(name, tuple) else name) for name in names] if most >= 0 else None
+    return (
+        [str(name[0] if isinstance(name, tuple) else name) for name in names] if most >= 0 else None
+    )
 
 
 def pick(name, reports, classes, only):
-    """The indices of the images whose class, or species, is called `only`, in any case; 'cats' is 'cat'."""
-    choices = [word.lower() for word in classes or []] + (list(PETS) if name == "OxfordIIITPet" else [])
+    """The indices of the images whose class, or species, is called `only`, in any case; 'cats'
+    is 'cat'.
+    """
+    choices = [word.lower() for word in classes or []] + (
+        list(PETS) if name == "OxfordIIITPet" else []
+    )
     word = only.lower() if only.lower() in choices else only.lower().removesuffix("s")
     registry.check_choice(f"class of {name}", word, choices)
     return [
-        i for i, report in enumerate(reports)
+        i
+        for i, report in enumerate(reports)
         if report.label >= 0 and word in (classes[report.label].lower(), report.species)
     ]
 

@@ -1,1 +1,3 @@
-"""The mathematics of diffusion: schedules make tables, a process noises by them, samplers walk back."""
+"""The mathematics of diffusion: schedules make tables, a process noises by them, samplers walk
+back.
+"""

@@ -1,8 +1,9 @@
 """Guidance: what a network says is moved away from what a worse one says at the same x and level.
 
-The worse one is the network itself without its label (Ho & Salimans 2022, classifier-free guidance), or a weaker network
-(Karras et al. 2024, "Guiding a diffusion model with a bad version of itself", autoguidance). Targets are linear in x0 and eps,
-so guiding the output guides the score: that of p^scale q^(1 - scale), for p of the network and q of the worse one.
+The worse one is the network itself without its label (Ho & Salimans 2022, classifier-free
+guidance), or a weaker network (Karras et al. 2024, "Guiding a diffusion model with a bad version of
+itself", autoguidance). Targets are linear in x0 and eps, so guiding the output guides the score:
+that of p^scale q^(1 - scale), for p of the network and q of the worse one.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import torch
 class Guidance(NamedTuple):
     """How far, and at which levels, answers are moved away from those of `worse(x, t, y) -> out`.
 
-    `scale` 1 is no guidance, and `worse` is not asked. `interval` is (low, high], in sigma/alpha, or () for everywhere
-    (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval", whose sigma is sigma/alpha here).
+    `scale` 1 is no guidance, and `worse` is not asked. `interval` is (low, high], in sigma/alpha,
+    or () for everywhere (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval", whose
+    sigma is sigma/alpha here).
     """
 
     worse: Callable | None = None
@@ -28,8 +30,11 @@ class Guidance(NamedTuple):
         return self.scale != 1 and low < level.ratio <= high
 
     def move(self, out, worse, channels):
-        """worse + scale (out - worse) in the first `channels`, the target; a variance beside it stays the network's own."""
-        said, beside = out[:, :channels], out[:, channels:]
+        """worse + scale (out - worse) in the first `channels`, the target; a variance beside it
+        stays the network's own.
+        """
+        said = out[:, :channels]
+        beside = out[:, channels:]
         worse = worse[:, :channels]
         return torch.cat([worse + self.scale * (said - worse), beside], dim=1)
 

@@ -1,7 +1,10 @@
-"""Targets: what a network is trained to say, and the denoiser that samplers call, which reads x0 from what it says.
+"""Targets: what a network is trained to say, and the denoiser that samplers call, which reads x0
+from what it says.
 
-    x0, x, eps, out [b, c, h, w]; a level is (t, alpha, sigma) with x = alpha x0 + sigma eps, of floats or of [b, 1, 1, 1]
-    denoise(x, level) -> (x0, eps), both [b, c, h, w], and where the variance is learned a third, `mix`, in about [0, 1]
+    x0, x, eps, out [b, c, h, w]; a level is (t, alpha, sigma) with x = alpha x0 + sigma eps,
+    of floats or of [b, 1, 1, 1]
+    denoise(x, level) -> (x0, eps), both [b, c, h, w], and where the variance is learned a
+    third, `mix`, in about [0, 1]
 
 The inverses are general: they hold off alpha^2 + sigma^2 = 1 as well.
 """
@@ -15,23 +18,32 @@ from ddpm.diffusion.process import log
 
 
 class Target(NamedTuple):
-    """What a network is trained to say, and how x0 is read from it; alpha and sigma are numbers or [b, 1, 1, 1]."""
+    """What a network is trained to say, and how x0 is read from it; alpha and sigma are numbers
+    or [b, 1, 1, 1].
+    """
 
     make: Callable  # (x0, eps, alpha, sigma) -> target
     x0: Callable  # (x, out, alpha, sigma) -> x0, linear in x and out
     pure_noise: bool = True  # whether it tells x0 where alpha = 0
     shown: Callable = lambda x, alpha, sigma: x  # what the network sees of x
     told: Callable = lambda t, alpha, sigma: t  # what it is told of the level
-    tells_log_noise: bool = False  # whether that is a logarithm of sigma/alpha instead of a timestep
+    # whether that is a logarithm of sigma/alpha instead of a timestep
+    tells_log_noise: bool = False
 
     def gain(self, alpha, sigma):
-        """How far x0 moves with the network's output: errors on x0 are this often those on the target."""
+        """How far x0 moves with the network's output: errors on x0 are this often those on the
+        target.
+        """
         return self.x0(0, 1, alpha, sigma)
 
 
 def eps():
     """The noise (Ho et al. 2020, eq. 14)."""
-    return Target(lambda x0, eps, alpha, sigma: eps, lambda x, out, alpha, sigma: (x - sigma * out) / alpha, pure_noise=False)
+    return Target(
+        lambda x0, eps, alpha, sigma: eps,
+        lambda x, out, alpha, sigma: (x - sigma * out) / alpha,
+        pure_noise=False,
+    )
 
 
 def x0():
@@ -48,7 +60,9 @@ def v():
 
 
 def flow():
-    """The velocity on a straight line, eps - x0 (Liu et al. 2023, rectified flow; Lipman et al. 2023)."""
+    """The velocity on a straight line, eps - x0 (Liu et al. 2023, rectified flow; Lipman et al.
+    2023).
+    """
     return Target(
         lambda x0, eps, alpha, sigma: eps - x0,
         lambda x, out, alpha, sigma: (x - sigma * out) / (alpha + sigma),
@@ -56,13 +70,17 @@ def flow():
 
 
 def edm(*, sigma_data=0.5):
-    """EDM's preconditioning c_skip, c_out, c_in, c_noise (Karras et al. 2022, table 1) at their sigma = sigma/alpha here.
+    """EDM's preconditioning c_skip, c_out, c_in, c_noise (Karras et al. 2022, table 1) at their
+    sigma = sigma/alpha here.
 
-    `sigma_data` is the standard deviation of the images; with 1 on alpha^2 + sigma^2 = 1 this is -v. Raises ValueError where
-    it is not above 0.
+    `sigma_data` is the standard deviation of the images; with 1 on alpha^2 + sigma^2 = 1 this is
+    -v. Raises ValueError where it is not above 0.
     """
     if not 0 < sigma_data < math.inf:
-        raise ValueError(f"sigma_data {sigma_data} is out of range; give the images' standard deviation, such as 0.5")
+        raise ValueError(
+            f"sigma_data {sigma_data} is out of range; give the images' standard deviation, such "
+            "as 0.5"
+        )
 
     def spread(alpha, sigma):
         return (sigma**2 + (alpha * sigma_data) ** 2) ** 0.5
@@ -73,7 +91,9 @@ def edm(*, sigma_data=0.5):
         return c_skip * x + c_out * out
 
     return Target(
-        lambda x0, eps, alpha, sigma: (sigma * x0 - alpha * sigma_data**2 * eps) / (sigma_data * spread(alpha, sigma)),
+        lambda x0, eps, alpha, sigma: (
+            (sigma * x0 - alpha * sigma_data**2 * eps) / (sigma_data * spread(alpha, sigma))
+        ),
         read,
         pure_noise=False,  # c_noise is infinite there
         shown=lambda x, alpha, sigma: x / spread(alpha, sigma),
@@ -83,7 +103,8 @@ def edm(*, sigma_data=0.5):
 
 
 def get_target(name, time_scale=1):
-    """Return the Target of a name like `"v"` or `"edm(sigma_data=0.5)"`, where networks hear t times `time_scale`.
+    """Return the Target of a name like `"v"` or `"edm(sigma_data=0.5)"`, where networks hear t
+    times `time_scale`.
 
     Raises ValueError for an unknown name.
     """

@@ -12,43 +12,75 @@ from ddpm.runtime.device import exact
 
 
 class Likelihood:
-    """Measures in bits a dimension how likely a model finds the images at `indices`, by what `kind` of LIKELIHOODS names.
+    """Measures in bits a dimension how likely a model finds the images at `indices`, by what `kind`
+    of LIKELIHOODS names.
 
-    `whose` says in a word which images these are, `weights` which weights the model has; `labels` are those of all images, for
-    a network that learns them. The network is asked `evaluations` times for an image: by the bound at one t in each of so many
-    stretches, or at every t where there are no more; by the flow in steps of Karras spacing. In float32, whatever drawing is
-    in: terms at low noise are small differences. An image has its own noise, the same for every seed, so that runs compare.
+    `whose` says in a word which images these are, `weights` which weights the model has; `labels`
+    are those of all images, for a network that learns them. The network is asked `evaluations`
+    times for an image: by the bound at one t in each of so many stretches, or at every t where
+    there are no more; by the flow in steps of Karras spacing. In float32, whatever drawing is in:
+    terms at low noise are small differences. An image has its own noise, the same for every seed,
+    so that runs compare.
     """
 
-    def __init__(self, dataset, indices, whose, model, kind, evaluations, batch_size, weights, machine, labels=None):
-        self.dataset, self.indices, self.model, self.batch_size, self.machine = dataset, indices, model, batch_size, machine
+    def __init__(
+        self,
+        dataset,
+        indices,
+        whose,
+        model,
+        kind,
+        evaluations,
+        batch_size,
+        weights,
+        machine,
+        labels=None,
+    ):
+        self.dataset = dataset
+        self.indices = indices
+        self.model = model
+        self.batch_size = batch_size
+        self.machine = machine
         self.labels = labels
         self.by = [name for name in ("bound", "flow") if kind in (name, "both")]
         process = model.process
         self.edges = likelihood.stretches(process, evaluations)
         self.levels = process.levels(min(evaluations // 4 + 1, process.timesteps), "karras")[:-1]
-        self.made = (f"bits/dim of {len(indices)} {whose} images of {dataset.fingerprint[:12]}"
-                     f"{'' if labels is None else ', given their labels,'} under the {weights} weights, by {evaluations} "
-                     "evaluations")
+        self.made = (
+            f"bits/dim of {len(indices)} {whose} images of {dataset.fingerprint[:12]}"
+            f"{'' if labels is None else ', given their labels,'} under the {weights} weights, by "
+            f"{evaluations} evaluations"
+        )
 
     @exact()
     def __call__(self):
-        """Measure; returns the same on every rank: the numbers, and as a text for likelihood.csv the terms over t."""
+        """Measure; returns the same on every rank: the numbers, and as a text for likelihood.csv
+        the terms over t.
+        """
         self.model.net.eval()
-        times = {"bound": len(self.edges) - 1, "flow": 4 * (len(self.levels) - 1)}  # network evaluations of an image
+        # network evaluations of an image
+        times = {"bound": len(self.edges) - 1, "flow": 4 * (len(self.levels) - 1)}
         found = {name: self.mean(getattr(self, name), times[name]) for name in self.by}
-        numbers, files = {}, {}
+        numbers = {}
+        files = {}
         if "bound" in found:
             terms = prior, reconstruction, *kl = found["bound"].tolist()
-            numbers = {"eval/bits_per_dim": sum(terms), "eval/bits_per_dim_prior": prior,
-                       "eval/bits_per_dim_kl": sum(kl), "eval/bits_per_dim_reconstruction": reconstruction}
+            numbers = {
+                "eval/bits_per_dim": sum(terms),
+                "eval/bits_per_dim_prior": prior,
+                "eval/bits_per_dim_kl": sum(kl),
+                "eval/bits_per_dim_reconstruction": reconstruction,
+            }
             files = {"likelihood.csv": self.curve(prior, [reconstruction, *kl])}
         if "flow" in found:
             numbers["eval/bits_per_dim_flow"] = found["flow"].item()
         return numbers | {"eval/bits_per_dim_made": self.made}, files
 
     def bound(self, x0, batch):
-        """The terms of the bound of images x0 at the indices `batch`: prior, reconstruction and kl [b, 1 + stretches]."""
+        """The terms of the bound of images x0 at the indices `batch`: prior, reconstruction and
+        kl [b, 1 + stretches].
+        """
+
         def u(k):
             return self.machine.put(rng.uniform(0, "likelihood time", k, batch))
 
@@ -60,29 +92,47 @@ class Likelihood:
 
     def flow(self, x0, batch):
         """The bits under the flow [b, 1]."""
-        u, probe = torch.special.ndtr(self.noise("pixel", 0, batch, x0)), self.noise("probe", 0, batch, x0).sign()
-        return torch.column_stack([likelihood.flow_bits(self.model, x0, self.levels, u, probe, self.y(batch))])
+        u = torch.special.ndtr(self.noise("pixel", 0, batch, x0))
+        probe = self.noise("probe", 0, batch, x0).sign()
+        return torch.column_stack(
+            [likelihood.flow_bits(self.model, x0, self.levels, u, probe, self.y(batch))]
+        )
 
     def y(self, batch):
         """The labels of the images at the indices `batch`, or None."""
-        return None if self.labels is None else self.machine.put(torch.tensor([self.labels[index] for index in batch]))
+        return (
+            None
+            if self.labels is None
+            else self.machine.put(torch.tensor([self.labels[index] for index in batch]))
+        )
 
     def noise(self, purpose, k, batch, like):
         return self.machine.put(rng.normal(0, f"likelihood {purpose}", k, batch, like.shape[1:]))
 
     def mean(self, measure, times):
-        """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images, of which each rank takes a share.
+        """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images, of which
+        each rank takes a share.
 
         `times` is how many network evaluations an image takes.
         """
-        def of(batch):
-            return measure(pixels.encode(self.machine.put(self.dataset.batch(batch))), batch).double().cpu()
 
-        mine, found = self.indices[self.machine.share(len(self.indices))], []
-        with Progress("measuring bits/dim", len(mine), self.batch_size, times, shown=self.machine.main) as shown:
+        def of(batch):
+            return (
+                measure(pixels.encode(self.machine.put(self.dataset.batch(batch))), batch)
+                .double()
+                .cpu()
+            )
+
+        mine = self.indices[self.machine.share(len(self.indices))]
+        found = []
+        with Progress(
+            "measuring bits/dim", len(mine), self.batch_size, times, shown=self.machine.main
+        ) as shown:
             hook = self.model.net.register_forward_hook(shown.evaluated)
             try:
-                for batch, bits in self.machine.room.in_batches("measuring bits/dim of", mine, self.batch_size, of):
+                for batch, bits in self.machine.room.in_batches(
+                    "measuring bits/dim of", mine, self.batch_size, of
+                ):
                     found.append(bits)
                     shown.finished(len(batch))
             finally:
@@ -90,8 +140,13 @@ class Likelihood:
         return self.machine.gather(torch.cat(found or [torch.empty(0)])).mean(0)
 
     def curve(self, prior, terms):
-        """The terms as csv, from the pixels to pure noise: each with its t, or its stretch of t, and log SNR in its middle."""
-        ends = [*((first, end - 1) for first, end in pairwise(self.edges)), (self.edges[-1] - 1,) * 2]
+        """The terms as csv, from the pixels to pure noise: each with its t, or its stretch of t,
+        and log SNR in its middle.
+        """
+        ends = [
+            *((first, end - 1) for first, end in pairwise(self.edges)),
+            (self.edges[-1] - 1,) * 2,
+        ]
         names = ["reconstruction", *["kl"] * (len(terms) - 1), "prior"]
         lines = ["term,first_t,last_t,log_snr,bits_per_dim"]
         for name, (first, last), bits in zip(names, ends, [*terms, prior], strict=True):

@@ -1,4 +1,6 @@
-"""Distances between sets of features: FID, KID, precision and recall, copying, and a perfect generator's values."""
+"""Distances between sets of features: FID, KID, precision and recall, copying, and a perfect
+generator's values.
+"""
 
 import math
 import statistics
@@ -11,14 +13,19 @@ from ddpm.common import files, rng
 from ddpm.evaluation import extractors
 from ddpm.runtime.device import exact
 
-DRAWS, WIDE, FEWER_DRAWS = 100, 512, 10  # of a perfect generator: fewer from so many features on, which vary less and cost more
+DRAWS = 100
+WIDE = 512
+# of a perfect generator: fewer from so many features on, which vary less and cost more
+FEWER_DRAWS = 10
 ONE_IN = 20  # a copy lies nearer to a training image than all but one in so many held-out images do
 ROWS = 2000  # of the distances between neighbours at once: 400 MB against that many
 
 
 @dataclass
 class Moments:
-    """How many features [d] there are, their mean [d], and their scatter [d, d], (count - 1) times the covariance: float64."""
+    """How many features [d] there are, their mean [d], and their scatter [d, d], (count - 1)
+    times the covariance: float64.
+    """
 
     count: int
     mean: torch.Tensor
@@ -35,7 +42,11 @@ class Moments:
 
     @classmethod
     def none(cls, width):
-        return cls(0, torch.zeros(width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64))
+        return cls(
+            0,
+            torch.zeros(width, dtype=torch.float64),
+            torch.zeros(width, width, dtype=torch.float64),
+        )
 
     @property
     def covariance(self):
@@ -43,10 +54,16 @@ class Moments:
 
     def add(self, features, times):
         """Count features [b, d] `times` [b] each (Chan, Golub & LeVeque 1983, eq. 2.1)."""
-        features, times = features.double(), times.double()
-        count, mean = times.sum().item(), times @ features / times.sum()
-        apart, shift, total = features - mean, mean - self.mean, self.count + count
-        self.scatter += apart.T @ (times[:, None] * apart) + shift.outer(shift) * (self.count * count / total)
+        features = features.double()
+        times = times.double()
+        count = times.sum().item()
+        mean = times @ features / times.sum()
+        apart = features - mean
+        shift = mean - self.mean
+        total = self.count + count
+        self.scatter += apart.T @ (times[:, None] * apart) + shift.outer(shift) * (
+            self.count * count / total
+        )
         self.mean += shift * (count / total)
         self.count = int(total)
 
@@ -55,17 +72,22 @@ class Moments:
 def compare(generated, reference, extractor, seed=0):
     """The extractor's four numbers of generated features [n, d] against a Reference.
 
-    Frechet distance (Heusel et al. 2017, eq. 6) to the moments of all real images; kernel distance (Binkowski et al. 2018),
-    precision and recall (Kynkaanniemi et al. 2019), the latter two with three neighbours, to the features that are kept.
-    Raises ValueError for fewer than four images.
+    Frechet distance (Heusel et al. 2017, eq. 6) to the moments of all real images; kernel distance
+    (Binkowski et al. 2018), precision and recall (Kynkaanniemi et al. 2019), the latter two with
+    three neighbours, to the features that are kept. Raises ValueError for fewer than four images.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     real = reference.features
-    size = min(extractors.SUBSET, enough(len(generated), len(real)) - 1)  # below the count, or its 100 subsets are all the same
-    kernel = kid_features_to_metric(generated, real, kid_subset_size=size, rng_seed=seed, verbose=False)
-    cover = prc_features_to_metric(generated, real, save_cpu_ram=True, prc_batch_size=ROWS, verbose=False)
+    # below the count, or its 100 subsets are all the same
+    size = min(extractors.SUBSET, enough(len(generated), len(real)) - 1)
+    kernel = kid_features_to_metric(
+        generated, real, kid_subset_size=size, rng_seed=seed, verbose=False
+    )
+    cover = prc_features_to_metric(
+        generated, real, save_cpu_ram=True, prc_batch_size=ROWS, verbose=False
+    )
     numbers = (
         frechet_of(Moments.of(generated), reference.moments),
         kernel["kernel_inception_distance_mean"],
@@ -77,55 +99,77 @@ def compare(generated, reference, extractor, seed=0):
 
 @exact()
 def nearest(features, others):
-    """The distance [n] of each of the features [n, d] to its nearest among `others` [m, d], and which one [n] that is."""
+    """The distance [n] of each of the features [n, d] to its nearest among `others` [m, d], and
+    which one [n] that is.
+    """
     found = [torch.cdist(rows, others).min(dim=1) for rows in features.split(ROWS)]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
 def copying(drawn, held_out):
-    """How much nearer drawn images lie to the training images than unseen ones do, from both distances [n] and [m].
+    """How much nearer drawn images lie to the training images than unseen ones do, from both
+    distances [n] and [m].
 
-    `copying` is the probability that a drawn image lies nearer than a held-out one (Meehan et al. 2020, section 3.1: the
-    Mann-Whitney statistic). `copies` is the share of drawn images that lie nearer than the k-th nearest held-out one, where
-    k = (m + 1) // 20; fewer than 19 held-out images leave it out. Equal distances count as if in random order.
+    `copying` is the probability that a drawn image lies nearer than a held-out one (Meehan et al.
+    2020, section 3.1: the Mann-Whitney statistic). `copies` is the share of drawn images that lie
+    nearer than the k-th nearest held-out one, where k = (m + 1) // 20; fewer than 19 held-out
+    images leave it out. Equal distances count as if in random order.
 
-    Beside each stands what a perfect generator gets, `_perfect`: its images are exchangeable with the held-out ones, so that
-    is 1/2 and k / (m + 1), for any m. `_perfect_sd` is the standard deviation, exact where all distances differ.
+    Beside each stands what a perfect generator gets, `_perfect`: its images are exchangeable with
+    the held-out ones, so that is 1/2 and k / (m + 1), for any m. `_perfect_sd` is the standard
+    deviation, exact where all distances differ.
     """
-    n, m = len(drawn), len(held_out)
+    n = len(drawn)
+    m = len(held_out)
     held_out = held_out.sort().values
     nearer = torch.searchsorted(held_out, drawn)
     as_near = torch.searchsorted(held_out, drawn, right=True) - nearer
-    found = {"copying": 1 - (2 * nearer + as_near).double().mean().item() / (2 * m), "copying_perfect": 0.5,
-             "copying_perfect_sd": math.sqrt((n + m + 1) / (12 * n * m))}
+    found = {
+        "copying": 1 - (2 * nearer + as_near).double().mean().item() / (2 * m),
+        "copying_perfect": 0.5,
+        "copying_perfect_sd": math.sqrt((n + m + 1) / (12 * n * m)),
+    }
     if k := (m + 1) // ONE_IN:
-        share = k / (m + 1)  # below the k-th nearest lies a share ~ Beta(k, m + 1 - k), and of n drawn images a binomial one
-        found |= {"copies": ((k - nearer) / (as_near + 1)).clamp(0, 1).double().mean().item(), "copies_perfect": share,
-                  "copies_perfect_sd": math.sqrt(share * (1 - share) * (n + m + 1) / (n * (m + 2)))}
+        # below the k-th nearest lies a share ~ Beta(k, m + 1 - k), and of n drawn images a binomial
+        # one
+        share = k / (m + 1)
+        found |= {
+            "copies": ((k - nearer) / (as_near + 1)).clamp(0, 1).double().mean().item(),
+            "copies_perfect": share,
+            "copies_perfect_sd": math.sqrt(share * (1 - share) * (n + m + 1) / (n * (m + 2))),
+        }
     return found
 
 
 def perfect(reference, n, extractor):
-    """The Frechet distance that a perfect generator gets at `n` samples, `{"fid_perfect": mean, "fid_perfect_sd": ...}`.
+    """The Frechet distance that a perfect generator gets at `n` samples, `{"fid_perfect": mean,
+    "fid_perfect_sd": ...}`.
 
-    The standard deviation is that of one evaluation. A draw at Inception's 2,048 features, 50,000 samples and 50,000 real
-    images takes 15 s on one CPU thread, one of 1,000 samples and 5,000 images 3.5 s, and 100 of the digits' 64 features 2 s;
-    so both are remembered among the caches by the name of the reference.
+    The standard deviation is that of one evaluation. A draw at Inception's 2,048 features, 50,000
+    samples and 50,000 real images takes 15 s on one CPU thread, one of 1,000 samples and 5,000
+    images 3.5 s, and 100 of the digits' 64 features 2 s; so both are remembered among the caches by
+    the name of the reference.
     """
-    with files.remembered(f"{reference.name}-perfect", "it measures what a perfect generator gets") as known:
+    with files.remembered(
+        f"{reference.name}-perfect", "it measures what a perfect generator gets"
+    ) as known:
         try:
             mean, deviation = map(float, known[f"{n} samples"])
         except (KeyError, TypeError, ValueError):
             mean, deviation = known[f"{n} samples"] = chance(reference, n)
-    return {f"{extractor.metric_names[0]}_perfect": mean, f"{extractor.metric_names[0]}_perfect_sd": deviation}
+    return {
+        f"{extractor.metric_names[0]}_perfect": mean,
+        f"{extractor.metric_names[0]}_perfect_sd": deviation,
+    }
 
 
 def chance(reference, n):
-    """The Frechet distance between `n` images and as many as the real ones are, both drawn from these: its mean, its deviation.
+    """The Frechet distance between `n` images and as many as the real ones are, both drawn from
+    these: its mean, its deviation.
 
-    A perfect generator draws what the real images were drawn from, so both sides err by chance, and both are drawn with
-    replacement. Against the real images as they are only one would, and the distance be about half: that of a generator which
-    knows them by heart.
+    A perfect generator draws what the real images were drawn from, so both sides err by chance, and
+    both are drawn with replacement. Against the real images as they are only one would, and the
+    distance be about half: that of a generator which knows them by heart.
     """
     real = reference.features
     enough(n, len(real))
@@ -135,8 +179,10 @@ def chance(reference, n):
         times = torch.from_numpy(np.bincount(places, minlength=len(real)))
         return Moments.of(real[times > 0], times[times > 0])
 
-    distances = [frechet_of(drawn(draw, "generated", n), drawn(draw, "real", reference.moments.count))
-                 for draw in range(DRAWS if real.shape[1] < WIDE else FEWER_DRAWS)]
+    distances = [
+        frechet_of(drawn(draw, "generated", n), drawn(draw, "real", reference.moments.count))
+        for draw in range(DRAWS if real.shape[1] < WIDE else FEWER_DRAWS)
+    ]
     return statistics.fmean(distances), statistics.stdev(distances)
 
 
@@ -144,7 +190,8 @@ def enough(*counts):
     """The least of the counts of images; raises ValueError where that is too few to compare."""
     if min(counts) < extractors.FEWEST:
         raise ValueError(
-            f"{min(counts)} images are too few to compare; measure at least {extractors.FEWEST}, better 1000 or more"
+            f"{min(counts)} images are too few to compare; measure at least {extractors.FEWEST}, "
+            "better 1000 or more"
         )
     return min(counts)
 
@@ -155,10 +202,12 @@ def frechet(first, second):
 
 
 def frechet_of(first, second):
-    """The Frechet distance between Gaussians with these Moments: |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)).
+    """The Frechet distance between Gaussians with these Moments: |m - m'|^2 + tr(C + C' - 2 (C
+    C')^(1/2)).
 
-    With C = L L^T the eigenvalues of C C' are those of L^T C' L, which is symmetric: that keeps them real and not negative, and
-    takes 3 to 5 s on one CPU thread at 2,048 features, instead of 9 s.
+    With C = L L^T the eigenvalues of C C' are those of L^T C' L, which is symmetric: that keeps
+    them real and not negative, and takes 3 to 5 s on one CPU thread at 2,048 features, instead of 9
+    s.
     """
     values, vectors = torch.linalg.eigh(first.covariance)
     root = vectors * values.clamp(min=0).sqrt()

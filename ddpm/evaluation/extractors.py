@@ -1,10 +1,14 @@
-"""Images become features, and features become distances to the real images: torch-fidelity behind one function.
+"""Images become features, and features become distances to the real images: torch-fidelity behind
+one function.
 
-    images    uint8 [b, c, h, w]; c = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA, transparency laid over white
-    features  float32 [n, d] on the CPU, in the order of the images (the kernel distance draws its subsets by row)
+    images    uint8 [b, c, h, w]; c = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA, transparency laid over
+              white
+    features  float32 [n, d] on the CPU, in the order of the images (the kernel distance draws its
+              subsets by row)
 
-Only what lies below torch-fidelity's `calculate_metrics` is used: that one caches by name, draws from the global
-generators and starts workers. The Frechet distance is computed here, from moments that are summed batch by batch.
+Only what lies below torch-fidelity's `calculate_metrics` is used: that one caches by name, draws
+from the global generators and starts workers. The Frechet distance is computed here, from moments
+that are summed batch by batch.
 """
 
 import hashlib
@@ -34,8 +38,10 @@ SUBSET = 1000  # images in each of the kernel distance's 100 subsets, where ther
 INCEPTION_HASH = "6726825d"
 INCEPTION = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_METRICS = ("fid", "kid", "precision", "recall")
-DIGITS = Path(__file__).parent / "assets" / "digits-e5b6c631.safetensors"  # made by experiments/digits_extractor
-OPERATIONS = {"inception": 11_422_336_192, "digits": 3_014_656}  # floating-point ones of an extractor on one image, of any size
+# made by experiments/digits_extractor
+DIGITS = Path(__file__).parent / "assets" / "digits-e5b6c631.safetensors"
+# floating-point ones of an extractor on one image, of any size
+OPERATIONS = {"inception": 11_422_336_192, "digits": 3_014_656}
 DIGITS_METRICS = ("fd_digits", "kd_digits", "precision_digits", "recall_digits")
 
 LOG = logging.getLogger(__name__)
@@ -43,10 +49,11 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Extractor:
-    """`extractor(images)`: uint8 images [b, c, h, w] on any device -> float32 features [b, width] on the CPU.
+    """`extractor(images)`: uint8 images [b, c, h, w] on any device -> float32 features [b, width]
+    on the CPU.
 
-    Nothing is random in it. `name` tells the weights apart, `metric_names` are the Frechet distance, kernel distance,
-    precision and recall under which its numbers are known.
+    Nothing is random in it. `name` tells the weights apart, `metric_names` are the Frechet
+    distance, kernel distance, precision and recall under which its numbers are known.
     """
 
     name: str
@@ -59,9 +66,16 @@ class Extractor:
     @torch.no_grad()
     @exact()
     def __call__(self, images):
-        assert images.dtype == torch.uint8 and images.ndim == 4, f"images are uint8 [b, c, h, w], got {images.dtype}"
+        assert images.dtype == torch.uint8 and images.ndim == 4, (
+            f"images are uint8 [b, c, h, w], got {images.dtype}"
+        )
         with torch.autocast(self.device.type, enabled=False):
-            chunks = [features for _, features in self.room.in_batches("extracting features of", images, CHUNK, self.features)]
+            chunks = [
+                features
+                for _, features in self.room.in_batches(
+                    "extracting features of", images, CHUNK, self.features
+                )
+            ]
         return torch.cat([torch.empty(0, self.width), *chunks])
 
     def features(self, images):
@@ -70,33 +84,52 @@ class Extractor:
 
     @property
     def computed(self):
-        """What features depend on besides images and weights, in a word: the kind of device, and how precisely it computes."""
+        """What features depend on besides images and weights, in a word: the kind of device, and
+        how precisely it computes.
+        """
         return f"{self.device.type}-float32"
 
 
 def inception(device, weights_path=""):
-    """Inception v3 as FID knows it (Heusel et al. 2017), converted from TensorFlow by torch-fidelity: 2048 features.
+    """Inception v3 as FID knows it (Heusel et al. 2017), converted from TensorFlow by
+    torch-fidelity: 2048 features.
 
-    Its weights are the file at `weights_path`, else torch-fidelity's own below `$TORCH_HOME`, else its download. Raises
-    ValueError where there are none, or where they cannot be trusted to be what their name says.
+    Its weights are the file at `weights_path`, else torch-fidelity's own below `$TORCH_HOME`, else
+    its download. Raises ValueError where there are none, or where they cannot be trusted to be what
+    their name says.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3  # 1.6 s of start-up
+    # 1.6 s of start-up
+    from torch_fidelity.feature_extractor_inceptionv3 import (
+        URL_INCEPTION_V3,
+        FeatureExtractorInceptionV3,
+    )
 
     path = expanded(weights_path) if weights_path else published_inception()
-    digest = digest_of(path, f"leave it empty, or give the path of {INCEPTION} from {URL_INCEPTION_V3}")
+    digest = digest_of(
+        path, f"leave it empty, or give the path of {INCEPTION} from {URL_INCEPTION_V3}"
+    )
     published = digest.startswith(INCEPTION_HASH)
     if path.name == INCEPTION and not published:
-        raise ValueError(f"{path} is damaged (its sha256 starts with {digest[:8]}); delete it to download it again")
+        raise ValueError(
+            f"{path} is damaged (its sha256 starts with {digest[:8]}); delete it to download it "
+            "again"
+        )
     try:
         state = safe_load.read(path)
-        if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
+        if not (
+            isinstance(state, dict)
+            and all(isinstance(value, torch.Tensor) for value in state.values())
+        ):
             raise ValueError("no dict of tensors")
-        torch.save(state, kept := io.BytesIO())  # torch-fidelity unpickles anything, so only what has been read here
+        # torch-fidelity unpickles anything, so only what has been read here
+        torch.save(state, kept := io.BytesIO())
         kept.seek(0)
         with torch.random.fork_rng(devices=[]):  # a fresh network draws its first weights
             net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], kept)
     except Exception as error:
-        raise ValueError(f"{path} holds no Inception weights ({one_line(error)}); give the path of others") from None
+        raise ValueError(
+            f"{path} holds no Inception weights ({one_line(error)}); give the path of others"
+        ) from None
     net = net.to(device)
 
     def embed(images):
@@ -107,7 +140,9 @@ def inception(device, weights_path=""):
 
 
 def published_inception():
-    """The path of torch-fidelity's weights in torch's own cache, downloaded if they are not there yet."""
+    """The path of torch-fidelity's weights in torch's own cache, downloaded if they are not
+    there yet.
+    """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     path = expanded(torch.hub.get_dir()) / "checkpoints" / INCEPTION
@@ -116,13 +151,16 @@ def published_inception():
     patience = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(20)  # seconds; without it a silent network is waited for without end
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, path, INCEPTION_HASH, progress=sys.stderr.isatty())
+        # seconds; without it a silent network is waited for without end
+        socket.setdefaulttimeout(20)
+        torch.hub.download_url_to_file(
+            URL_INCEPTION_V3, path, INCEPTION_HASH, progress=sys.stderr.isatty()
+        )
     except Exception as error:
         raise ValueError(
-            f"no Inception weights: {path} is not there and cannot be downloaded ({one_line(error)}); download "
-            f"{URL_INCEPTION_V3} elsewhere and put it there, or give its path: "
-            "--config.evaluate.inception_weights=PATH to ddpm.main, "
+            f"no Inception weights: {path} is not there and cannot be downloaded "
+            f"({one_line(error)}); download {URL_INCEPTION_V3} elsewhere and put it there, or "
+            "give its path: --config.evaluate.inception_weights=PATH to ddpm.main, "
             "--inception_weights=PATH to ddpm.evaluate"
         ) from None
     finally:
@@ -131,16 +169,24 @@ def published_inception():
 
 
 def digits(device, inception_weights=""):
-    """The small network that is shipped for scikit-learn's digits: 64 features, and no use for `inception_weights`."""
+    """The small network that is shipped for scikit-learn's digits: 64 features, and no use for
+    `inception_weights`.
+    """
     return digits_extractor(DIGITS, device)
 
 
 def digits_extractor(path, device):
-    """The digits' extractor from a file that carries its hash in its name. Raises ValueError for a damaged one."""
+    """The digits' extractor from a file that carries its hash in its name. Raises ValueError for
+    a damaged one.
+    """
     digest = digest_of(path, "install ddpm again")
     if not path.stem.endswith(digest[:8]):
-        raise ValueError(f"{path} is damaged (its sha256 starts with {digest[:8]}); install ddpm again")
-    weights = {key: value.float().to(device) for key, value in safetensors.torch.load_file(path).items()}
+        raise ValueError(
+            f"{path} is damaged (its sha256 starts with {digest[:8]}); install ddpm again"
+        )
+    weights = {
+        key: value.float().to(device) for key, value in safetensors.torch.load_file(path).items()
+    }
 
     def embed(images):
         return digits_features(weights, digits_input(images))
@@ -149,13 +195,17 @@ def digits_extractor(path, device):
 
 
 def digits_input(images):
-    """Grey or colour images uint8 [b, c, h, w] as the digits' network takes them: [b, 1, 32, 32] in [-1, 1]."""
+    """Grey or colour images uint8 [b, c, h, w] as the digits' network takes them: [b, 1, 32, 32]
+    in [-1, 1].
+    """
     grey = reduce(encode(images), "b c h w -> b 1 h w", "mean")
     return F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False, antialias=True)
 
 
 def digits_features(weights, x):
-    """The digits' network as it is shipped, batch norms folded into the convolutions: [b, 1, 32, 32] -> [b, 64]."""
+    """The digits' network as it is shipped, batch norms folded into the convolutions: [b, 1, 32,
+    32] -> [b, 64].
+    """
     for layer in ("conv1", "conv2", "conv3"):
         x = F.relu(F.conv2d(x, weights[f"{layer}.weight"], weights[f"{layer}.bias"], padding=1))
         x = F.avg_pool2d(x, 2)
@@ -166,7 +216,8 @@ def opaque(images):
     """Images [b, c, h, w] without alpha: transparency is laid over white."""
     if images.shape[1] in (1, 3):
         return images
-    colour, alpha = images[:, :-1].float(), images[:, -1:].float() / 255
+    colour = images[:, :-1].float()
+    alpha = images[:, -1:].float() / 255
     return (colour * alpha + 255 * (1 - alpha)).round().to(torch.uint8)
 
 
@@ -178,7 +229,9 @@ def digest_of(path, remedy):
             while piece := file.read(2**20):
                 found.update(piece)
     except OSError as error:
-        raise ValueError(f"cannot read the extractor's weights {str(path)!r} ({error.strerror}); {remedy}") from None
+        raise ValueError(
+            f"cannot read the extractor's weights {str(path)!r} ({error.strerror}); {remedy}"
+        ) from None
     return found.hexdigest()
 
 
@@ -192,7 +245,8 @@ def extract(extractor, batches):
     return torch.cat([torch.empty(0, extractor.width), *map(extractor, batches)])
 
 
-# name -> f(device, inception_weights) -> Extractor; everything it needs is checked here, at start-up.
+# name -> f(device, inception_weights) -> Extractor; everything it needs is checked here, at
+# start-up.
 EXTRACTORS = {
     "inception": inception,
     "digits": digits,

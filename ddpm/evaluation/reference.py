@@ -20,7 +20,9 @@ MOST = 50_000  # reference images whose features are kept: 400 MB of Inception's
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images: features [m, d] of at most 50,000 of them, the moments of all, and a name that no others share."""
+    """Real images: features [m, d] of at most 50,000 of them, the moments of all, and a name
+    that no others share.
+    """
 
     features: torch.Tensor
     moments: distances.Moments
@@ -33,12 +35,14 @@ class Reference:
 
 
 def reference(extractor, dataset, cache_dir=None, batch_size=256):
-    """The Reference of a dataset's images as they are, un-augmented, computed once and kept in a file.
+    """The Reference of a dataset's images as they are, un-augmented, computed once and kept in a
+    file.
 
-    `dataset[i]` is uint8 [c, h, w] and `dataset.fingerprint` says what it holds; the file is named by that, the extractor and
-    how it computes. Beyond 50,000 images all of them enter the moments, and the features of 50,000 at even distances are
-    kept. `cache_dir` defaults to `$DDPM_CACHE`, else `~/.cache/ddpm`; a cache that cannot be read is computed again and one
-    that cannot be written is done without.
+    `dataset[i]` is uint8 [c, h, w] and `dataset.fingerprint` says what it holds; the file is named
+    by that, the extractor and how it computes. Beyond 50,000 images all of them enter the moments,
+    and the features of 50,000 at even distances are kept. `cache_dir` defaults to `$DDPM_CACHE`,
+    else `~/.cache/ddpm`; a cache that cannot be read is computed again and one that cannot be
+    written is done without.
     """
     name = f"{dataset.fingerprint}-{extractor.name}-{extractor.computed}"
     try:
@@ -47,15 +51,24 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             return kept_in(path, extractor, name)
     except (SafetensorError, OSError, ValueError) as error:
         extractors.LOG.warning("features %s cannot be read (%s); computing them again", name, error)
-    count, chosen = len(dataset), set(reference_indices(len(dataset)))
+    count = len(dataset)
+    chosen = set(reference_indices(len(dataset)))
     if len(chosen) < count:
         extractors.LOG.warning(
-            "the Frechet distance is to all %d images, the other numbers to %d of them, taken at even distances",
+            "the Frechet distance is to all %d images, the other numbers to %d of them, taken at "
+            "even distances",
             count,
             len(chosen),
         )
-    moments, kept = distances.Moments.none(extractor.width), [torch.empty(0, extractor.width)]
-    shown = {"desc": "features of the real images", "unit": "batch", "leave": False, "delay": 2, "disable": None}
+    moments = distances.Moments.none(extractor.width)
+    kept = [torch.empty(0, extractor.width)]
+    shown = {
+        "desc": "features of the real images",
+        "unit": "batch",
+        "leave": False,
+        "delay": 2,
+        "disable": None,
+    }
     with ThreadPool(8) as pool:  # decoding photographs lets go of Python's lock
         for first in tqdm(range(0, count, batch_size), **shown):
             part = range(first, min(first + batch_size, count))
@@ -66,35 +79,59 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     try:
         keep(made, Path(cache_dir or files.home()) / f"{name}.safetensors")
     except (OSError, ValueError) as error:
-        extractors.LOG.warning("features cannot be kept (%s); the next run computes them again", error)
+        extractors.LOG.warning(
+            "features cannot be kept (%s); the next run computes them again", error
+        )
     return made
 
 
 def reference_indices(n):
-    """Which of n images have their features kept in the reference: all, or 50,000 at even distances."""
+    """Which of n images have their features kept in the reference: all, or 50,000 at even
+    distances.
+    """
     count = min(n, MOST)
     return [i * n // count for i in range(count)]
 
 
 def kept_in(path, extractor, name):
-    """The Reference that `keep` wrote; raises ValueError where it is none of the extractor's, or another than was written."""
+    """The Reference that `keep` wrote; raises ValueError where it is none of the extractor's, or
+    another than was written.
+    """
     with safetensors.safe_open(path, "pt") as file:
-        written, tensors = (file.metadata() or {}).get("crc32"), {key: file.get_tensor(key) for key in file.keys()}
+        written = (file.metadata() or {}).get("crc32")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     if tensors.keys() != {"features", "count", "mean", "scatter"}:
-        raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'} and not features with the moments of all images")
-    if tensors["features"].shape[1:] != tensors["mean"].shape or tensors["mean"].shape != (extractor.width,):
+        raise ValueError(
+            f"it holds {', '.join(sorted(tensors)) or 'nothing'} and not features with the "
+            "moments of all images"
+        )
+    if tensors["features"].shape[1:] != tensors["mean"].shape or tensors["mean"].shape != (
+        extractor.width,
+    ):
         raise ValueError("it holds features of another width")
     if written != str(safe_load.checksum({}, tensors)):
         raise ValueError("it does not fit its checksum")
-    return Reference(tensors["features"], distances.Moments(int(tensors["count"]), tensors["mean"], tensors["scatter"]), name)
+    return Reference(
+        tensors["features"],
+        distances.Moments(int(tensors["count"]), tensors["mean"], tensors["scatter"]),
+        name,
+    )
 
 
 def keep(reference, path):
-    """Write a Reference to a safetensors file, renamed into place: the runs of a sweep fill one cache at one time."""
+    """Write a Reference to a safetensors file, renamed into place: the runs of a sweep fill one
+    cache at one time.
+    """
     moments = reference.moments
-    tensors = {"features": reference.features.contiguous(), "count": torch.tensor(moments.count), "mean": moments.mean,
-               "scatter": moments.scatter}
+    tensors = {
+        "features": reference.features.contiguous(),
+        "count": torch.tensor(moments.count),
+        "mean": moments.mean,
+        "scatter": moments.scatter,
+    }
     own = path.with_suffix(f".{secrets.token_hex(4)}")
     with written_beside(own) as part:
-        part.write_bytes(safetensors.torch.save(tensors, {"crc32": str(safe_load.checksum({}, tensors))}))
+        part.write_bytes(
+            safetensors.torch.save(tensors, {"crc32": str(safe_load.checksum({}, tensors))})
+        )
     os.replace(own, path)

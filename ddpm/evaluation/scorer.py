@@ -1,6 +1,7 @@
-"""A model becomes numbers, each with how it was made, while training and after: what it draws, and how likely it finds images.
+"""A model becomes numbers, each with how it was made, while training and after: what it draws, and
+how likely it finds images.
 
-    draw(seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]): this rank's share
+draw(seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]): this rank's share
 """
 
 from functools import cached_property
@@ -19,30 +20,53 @@ PAIRS = 32  # drawn images that are shown beside the training image nearest to t
 
 
 class Scorer:
-    """Measures `num_samples` drawn images against all images of a data set, through one feature extractor.
+    """Measures `num_samples` drawn images against all images of a data set, through one feature
+    extractor.
 
-    `learned` and `held_out` are the indices of the images that the network was trained on, and was not; of each those are
-    used whose features the reference keeps. `evaluations` is how often the network is asked for an image.
+    `learned` and `held_out` are the indices of the images that the network was trained on, and was
+    not; of each those are used whose features the reference keeps. `evaluations` is how often the
+    network is asked for an image.
     """
 
-    def __init__(self, extractor, dataset, learned, held_out, recipe, num_samples, weights, evaluations, machine):
-        self.extractor, self.dataset, self.recipe, self.machine = extractor, dataset, recipe, machine
+    def __init__(
+        self,
+        extractor,
+        dataset,
+        learned,
+        held_out,
+        recipe,
+        num_samples,
+        weights,
+        evaluations,
+        machine,
+    ):
+        self.extractor = extractor
+        self.dataset = dataset
+        self.recipe = recipe
+        self.machine = machine
         self.places = np.asarray(
             evaluation_reference.reference_indices(len(dataset))
         )  # the image behind each row of the reference
         self.learned, self.held_out = map(self.rows, (learned, held_out))
-        self.seeds, self.evaluations = range(num_samples), evaluations
-        fewer = f", by {len(self.places)} of them except for the Frechet distance" if len(self.places) < len(dataset) else ""
-        self.made = (f"{extractor.name}; {num_samples} samples of the {weights} weights in {str(machine.dtype)[6:]}; {recipe}; "
-                     f"against {len(dataset)} images {dataset.fingerprint[:12]}{fewer}")
-        few, lacking = (
-            len(self.held_out) < measures.ONE_IN - 1,
-            "is" if len(self.held_out) else "and eval/copying are",
+        self.seeds = range(num_samples)
+        self.evaluations = evaluations
+        fewer = (
+            f", by {len(self.places)} of them except for the Frechet distance"
+            if len(self.places) < len(dataset)
+            else ""
         )
+        self.made = (
+            f"{extractor.name}; {num_samples} samples of the {weights} weights in "
+            f"{str(machine.dtype)[6:]}; {recipe}; against {len(dataset)} images "
+            f"{dataset.fingerprint[:12]}{fewer}"
+        )
+        few = len(self.held_out) < measures.ONE_IN - 1
+        lacking = "is" if len(self.held_out) else "and eval/copying are"
         self.notes = (
             [
-                f"eval/copies {lacking} not measured: that takes {measures.ONE_IN - 1} held-out images, and there are "
-                f"{len(self.held_out)}; raise data.validation_fraction in a new run"
+                f"eval/copies {lacking} not measured: that takes {measures.ONE_IN - 1} held-out "
+                f"images, and there are {len(self.held_out)}; raise data.validation_fraction in a "
+                "new run"
             ]
             if few
             else []
@@ -54,17 +78,27 @@ class Scorer:
 
     @cached_property
     def reference(self):
-        """The metrics.Reference of the real images, computed by one rank and read from the cache by the others."""
+        """The metrics.Reference of the real images, computed by one rank and read from the cache
+        by the others.
+        """
         if self.machine.main:
             found = evaluation_reference.reference(self.extractor, self.dataset)
         self.machine.agree("the reference is in the cache")
-        return found if self.machine.main else evaluation_reference.reference(self.extractor, self.dataset)
+        return (
+            found
+            if self.machine.main
+            else evaluation_reference.reference(self.extractor, self.dataset)
+        )
 
     @cached_property
     def perfect(self):
-        """The Frechet distance that a perfect generator gets at as many samples, computed by one rank."""
+        """The Frechet distance that a perfect generator gets at as many samples, computed by one
+        rank.
+        """
         n = len(self.seeds)
-        return self.machine.agree(measures.perfect(self.reference, n, self.extractor) if self.machine.main else None)
+        return self.machine.agree(
+            measures.perfect(self.reference, n, self.extractor) if self.machine.main else None
+        )
 
     @cached_property
     def unseen(self):
@@ -75,21 +109,32 @@ class Scorer:
     def __call__(self, draw):
         """Draw and measure; returns the same on every rank.
 
-        First the numbers: distances, closeness to the training images, what a perfect generator gets, and `eval/made`, which
-        says how. Then pictures uint8 [b, c, h, w]: `eval/nearest` has the first drawn images, each before the training image
-        nearest to it.
+        First the numbers: distances, closeness to the training images, what a perfect generator
+        gets, and `eval/made`, which says how. Then pictures uint8 [b, c, h, w]: `eval/nearest` has
+        the first drawn images, each before the training image nearest to it.
         """
         first = []
-        drawn = extractors.extract(self.extractor, self.watched(draw(self.seeds, self.recipe), first))
-        drawn, first = self.machine.gather(drawn), self.machine.gather(torch.cat(first or [torch.empty(0, dtype=torch.uint8)]))
-        numbers = measures.compare(drawn, self.reference, self.extractor) | self.perfect | {"evaluations": self.evaluations}
+        drawn = extractors.extract(
+            self.extractor, self.watched(draw(self.seeds, self.recipe), first)
+        )
+        drawn = self.machine.gather(drawn)
+        first = self.machine.gather(torch.cat(first or [torch.empty(0, dtype=torch.uint8)]))
+        numbers = (
+            measures.compare(drawn, self.reference, self.extractor)
+            | self.perfect
+            | {"evaluations": self.evaluations}
+        )
 
         distances, which = measures.nearest(drawn, self.reference.features[self.learned])
         if len(self.held_out):
             numbers |= measures.copying(distances, self.unseen)
-        originals = torch.stack([self.dataset[int(self.places[self.learned[which[k]]])] for k in range(len(first))])
+        originals = torch.stack(
+            [self.dataset[int(self.places[self.learned[which[k]]])] for k in range(len(first))]
+        )
         pairs = torch.stack([first, originals], dim=1).flatten(0, 1)
-        return {f"eval/{name}": value for name, value in numbers.items()} | {"eval/made": self.made}, {"eval/nearest": pairs}
+        return {f"eval/{name}": value for name, value in numbers.items()} | {
+            "eval/made": self.made
+        }, {"eval/nearest": pairs}
 
     def watched(self, batches, first):
         """The images of a drawing; those with the first seeds are put into `first`."""
@@ -99,22 +144,31 @@ class Scorer:
 
 
 def copies(numbers, picture):
-    """A line that says that samples are copies, where the numbers of an evaluation show it, and which picture does; or none.
+    """A line that says that samples are copies, where the numbers of an evaluation show it, and
+    which picture does; or none.
 
-    They do where they lie further above those of a perfect generator than SURE of their standard deviations.
+    They do where they lie further above those of a perfect generator than SURE of their standard
+    deviations.
     """
     shown = []
     for name in ("eval/copies", "eval/copying"):
-        value, usual, deviation = (numbers.get(f"{name}{end}") for end in ("", "_perfect", "_perfect_sd"))
+        value, usual, deviation = (
+            numbers.get(f"{name}{end}") for end in ("", "_perfect", "_perfect_sd")
+        )
         if value is not None and value > usual + SURE * deviation:
-            shown.append(f"{name} is {value:.2f}, and {usual:.2f} ± {deviation:.2f} where nothing is copied")
-    return [f"samples are copies of training images: {'; '.join(shown)}; {picture}"] if shown else []
+            shown.append(
+                f"{name} is {value:.2f}, and {usual:.2f} ± {deviation:.2f} where nothing is copied"
+            )
+    return (
+        [f"samples are copies of training images: {'; '.join(shown)}; {picture}"] if shown else []
+    )
 
 
 class Nothing:
     """Stands where nothing is to be measured; nothing is drawn for it."""
 
-    made, notes = "", ()
+    made = ""
+    notes = ()
 
     def __call__(self, *arguments):
         return {}, {}

@@ -1,4 +1,6 @@
-"""Config -> objects. With `assemble`, which puts a training together, the only reader of config sections."""
+"""Config -> objects. With `assemble`, which puts a training together, the only reader of config
+sections.
+"""
 
 import inspect
 import math
@@ -25,46 +27,64 @@ from ddpm.training import checkpoint
 
 
 def network(config):
-    """The plain network of a config, its weights drawn at the config's seed; it gets those options of `model` that it takes.
+    """The plain network of a config, its weights drawn at the config's seed; it gets those options
+    of `model` that it takes.
 
     Raises ValueError for what the network cannot be.
     """
     make, taken = chosen_network(config)
     if config.data.augment and "augmentation" not in taken:
         able = " or ".join(name for name in MODELS if "augmentation" in takes(MODELS[name]))
-        raise ValueError(f"config.data.augment is {config.data.augment}, and the network {config.model.name} cannot be "
-                         f"conditioned on augmentation, so samples would be augmented too; use data.augment=0, or {able}")
+        raise ValueError(
+            f"config.data.augment is {config.data.augment}, and the network {config.model.name} "
+            "cannot be conditioned on augmentation, so samples would be augmented too; use "
+            f"data.augment=0, or {able}"
+        )
     given = dict(config.model) | {
-        "image_size": config.data.image_size, "in_channels": channels_in(config),
+        "image_size": config.data.image_size,
+        "in_channels": channels_in(config),
         "out_channels": config.data.channels * (1 + (config.diffusion.variance == "learned")),
-        "num_classes": len(config.data.classes) or None, "augmentation": augment.TOLD if config.data.augment else 0,
-        "num_head_channels": config.model.num_head_channels or None}
+        "num_classes": len(config.data.classes) or None,
+        "augmentation": augment.TOLD if config.data.augment else 0,
+        "num_head_channels": config.model.num_head_channels or None,
+    }
     if given["noise_embedding"] == "auto":
-        given["noise_embedding"] = "fourier" if get_target(config.diffusion.predict).tells_log_noise else "sines"
+        given["noise_embedding"] = (
+            "fourier" if get_target(config.diffusion.predict).tells_log_noise else "sines"
+        )
     rng.reseed_torch(config.seed)
     return make(**{name: value for name, value in given.items() if name in taken})
 
 
 def chosen_network(config):
-    """The constructor of a config's network, the arguments of its name set, and the names of those that are left to give."""
+    """The constructor of a config's network, the arguments of its name set, and the names of
+    those that are left to give.
+    """
     make = registry.choose("config.model.name", MODELS, config.model.name)
     return make, takes(make.func)
 
 
 def takes(make):
     """The names of a network's arguments but for those that stand in `model.name`."""
-    return {p.name for p in inspect.signature(make).parameters.values() if p.kind is not p.KEYWORD_ONLY}
+    return {
+        p.name for p in inspect.signature(make).parameters.values() if p.kind is not p.KEYWORD_ONLY
+    }
 
 
 def unused(config):
     """The options that do nothing with the network and the target of a config."""
     _, taken = chosen_network(config)
     options = [f"model.{name}" for name in config.model if name != "name" and name not in taken]
-    return options + ["diffusion.rescale_timesteps"] * get_target(config.diffusion.predict).tells_log_noise
+    return (
+        options
+        + ["diffusion.rescale_timesteps"] * get_target(config.diffusion.predict).tells_log_noise
+    )
 
 
 def channels_in(config):
-    """The channels that the network takes: those of the images, and of its last guess where it is given that too."""
+    """The channels that the network takes: those of the images, and of its last guess where it
+    is given that too.
+    """
     return config.data.channels * (1 + config.diffusion.self_condition)
 
 
@@ -82,14 +102,17 @@ def dataset(config):
     """The images of a config, all of them; raises ValueError where there are none."""
     section = config.data
     images = data.open_source(section.source, section.image_size, section.channels, section.matte)
-    direct = images.in_memory or registry.parse(section.source)[0] == "streaming"  # which may be more than a disk holds
+    # which may be more than a disk holds
+    direct = images.in_memory or registry.parse(section.source)[0] == "streaming"
     if section.cache == "none" or section.cache == "auto" and direct:
         return images
     return cache.decoded(images, None if section.cache == "auto" else section.cache)
 
 
 def split(config, images):
-    """Indices of the images to learn from, and of those held out for validation; the same for every seed."""
+    """Indices of the images to learn from, and of those held out for validation; the same for
+    every seed.
+    """
     return data_order.split(len(images), config.data.validation_fraction, 0)
 
 
@@ -102,21 +125,29 @@ def class_names(config, images):
     if not config.data.class_labels:
         return ()
     if images.labels is None:
-        raise ValueError(f"config.data.class_labels is True, and {config.data.source} has no labels; put the images of a "
-                         "folder into a sub-folder for each class, name the label= of a streaming set, or set "
-                         "data.class_labels=False")
+        raise ValueError(
+            f"config.data.class_labels is True, and {config.data.source} has no labels; put the "
+            "images of a folder into a sub-folder for each class, name the label= of a streaming "
+            "set, or set data.class_labels=False"
+        )
     if given and given != tuple(images.classes):
-        raise ValueError(f"{config.data.source} has the classes {data_source.shortened(images.classes)}, and the config has "
-                         f"{data_source.shortened(list(given))}; bring those images back, say where they are by "
-                         "--config.data.source, or begin a new run without data.classes")
+        raise ValueError(
+            f"{config.data.source} has the classes {data_source.shortened(images.classes)}, and "
+            f"the config has {data_source.shortened(list(given))}; bring those images back, say "
+            "where they are by --config.data.source, or begin a new run without data.classes"
+        )
     return tuple(images.classes)
 
 
 def same_data(config, images):
     """The checkpoint part that says which images a config learns from, wherever they lie."""
     classes = class_names(config, images)
-    return data_source.Same(config.data.source, images=len(images), fingerprint=images.fingerprint,
-                     **({"classes": classes} if classes else {}))
+    return data_source.Same(
+        config.data.source,
+        images=len(images),
+        fingerprint=images.fingerprint,
+        **({"classes": classes} if classes else {}),
+    )
 
 
 def other_data(config, images, run_or_file=None):
@@ -130,7 +161,9 @@ def other_data(config, images, run_or_file=None):
 
 
 def with_classes(config, names):
-    """The config with the names of its classes, by which a checkpoint is rebuilt without the data."""
+    """The config with the names of its classes, by which a checkpoint is rebuilt without the
+    data.
+    """
     return files.changed(config, {"data.classes": names}) if names else config
 
 
@@ -138,74 +171,133 @@ def grid_recipe(config):
     """How the grids of a config are drawn: of its classes, one after the other."""
     numbers = range(len(config.data.classes))
     return recipe(
-        config, config.sample, data_source.class_numbers(config.sample.classes, config.data.classes) or numbers, "in turn"
+        config,
+        config.sample,
+        data_source.class_numbers(config.sample.classes, config.data.classes) or numbers,
+        "in turn",
     )
 
 
 def edit_recipe(config):
-    """How pictures are edited: as images of the classes that the config names, and without a label where it names none.
+    """How pictures are edited: as images of the classes that the config names, and without a label
+    where it names none.
 
-    Raises ValueError where the network has never done without a label, and for a guidance without one to be guided to.
+    Raises ValueError where the network has never done without a label, and for a guidance without
+    one to be guided to.
     """
-    classes, section = config.data.classes, config.sample
+    classes = config.data.classes
+    section = config.sample
     if classes and not section.classes and not config.train.label_dropout:
-        raise ValueError(f"the network has never done without its label; write --classes={classes[0]}, or another class")
+        raise ValueError(
+            f"the network has never done without its label; write --classes={classes[0]}, or "
+            "another class"
+        )
     if section.guidance != 1 and not section.classes and not section.guide:
-        raise ValueError(f"guidance {section.guidance} of an edit has no class to guide to; write --classes=, or --guidance=1")
+        raise ValueError(
+            f"guidance {section.guidance} of an edit has no class to guide to; write --classes=, "
+            "or --guidance=1"
+        )
     return recipe(config, section, data_source.class_numbers(section.classes, classes), "none")
 
 
 def evaluation_recipe(config, images):
-    """How the images are drawn that are measured against `images`: of classes in their proportions."""
+    """How the images are drawn that are measured against `images`: of classes in their
+    proportions.
+    """
     order = rng.permutation(0, "label", 0, len(images)) if config.data.classes else ()
-    return recipe(config, config.evaluate, [images.labels[index] for index in order], "as in the data")
+    return recipe(
+        config, config.evaluate, [images.labels[index] for index in order], "as in the data"
+    )
 
 
 def recipe(config, section, labels, usual):
-    """How a section of the config draws images of labels that come round; what it lacks is the section `sample`'s."""
-    shared, names = config.sample, config.data.classes
-    said = ", ".join(names[number] for number in data_source.class_numbers(section.classes, names)) or usual
+    """How a section of the config draws images of labels that come round; what it lacks is the
+    section `sample`'s.
+    """
+    shared = config.sample
+    names = config.data.classes
+    said = (
+        ", ".join(names[number] for number in data_source.class_numbers(section.classes, names))
+        or usual
+    )
     spacing = section.spacing if section.spacing != "auto" else shared.spacing
-    return draw.Recipe(section.sampler, section.steps, spacing, shared.seed, section.batch_size, labels, said,
-                       shared.guidance, shared.guidance_interval, shared.guide)
+    return draw.Recipe(
+        section.sampler,
+        section.steps,
+        spacing,
+        shared.seed,
+        section.batch_size,
+        labels,
+        said,
+        shared.guidance,
+        shared.guidance_interval,
+        shared.guide,
+    )
 
 
 def extractor(config, machine):
     """The feature extractor of a config; raises ValueError where its weights are not to be had."""
-    found = extractors.EXTRACTORS[extractor_name(config)](machine.device, config.evaluate.inception_weights)
+    found = extractors.EXTRACTORS[extractor_name(config)](
+        machine.device, config.evaluate.inception_weights
+    )
     return replace(found, room=machine.room)
 
 
 def extractor_name(config):
     """The name of the extractor of a config, what `auto` means for its data."""
     name = config.evaluate.extractor
-    return name if name != "auto" else "digits" if registry.parse(config.data.source)[0] == "digits" else "inception"
+    return (
+        name
+        if name != "auto"
+        else "digits"
+        if registry.parse(config.data.source)[0] == "digits"
+        else "inception"
+    )
 
 
 def remarks(config, section):
-    """What a person should know of how a section of the config, `sample` or `evaluate`, draws: lines, mostly none."""
+    """What a person should know of how a section of the config, `sample` or `evaluate`, draws:
+    lines, mostly none.
+    """
     sampler = registry.parse(config[section].sampler)[0]
     if config.diffusion.variance == "learned" and sampler != "ddpm":
-        return [f"the sampler {sampler!r} has no use for the learned variance; {section}.sampler=ddpm has"]
+        return [
+            f"the sampler {sampler!r} has no use for the learned variance; {section}.sampler=ddpm "
+            "has"
+        ]
     return []
 
 
 def unused_remarks(config):
-    """A note on options that are set and do nothing with the network and the target of a config: lines, mostly none."""
-    given, usual = defaults.flatten(config), defaults.flatten(defaults.base())
+    """A note on options that are set and do nothing with the network and the target of a config:
+    lines, mostly none.
+    """
+    given = defaults.flatten(config)
+    usual = defaults.flatten(defaults.base())
     idle = [f"{key}={given[key]}" for key in unused(config) if given[key] != usual[key]]
-    chosen = " and ".join(f"{key}={registry.parse(given[key])[0]}" for key in ("model.name", "diffusion.predict"))
-    return [f"{', '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect with {chosen}"] if idle else []
+    chosen = " and ".join(
+        f"{key}={registry.parse(given[key])[0]}" for key in ("model.name", "diffusion.predict")
+    )
+    return (
+        [f"{', '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect with {chosen}"]
+        if idle
+        else []
+    )
 
 
 def unconditioned(net):
-    """A note where residual blocks of a network do not depend on time and class: lines, mostly none."""
+    """A note where residual blocks of a network do not depend on time and class: lines, mostly
+    none.
+    """
     blocks = [layer for layer in net.modules() if isinstance(layer, ResidualBlock)]
     count = sum(not block.is_conditioned for block in blocks)
     if not count:
         return []
-    return [f"{count} of {len(blocks)} residual blocks do not depend on time and class, because a norm with one channel a "
-            "group removes what is added before it; for a new run leave model.norm_num_groups at 0"]
+    return [
+        f"{count} of {len(blocks)} residual blocks do not depend on time and class, because a "
+        "norm with one channel a group removes what is added before it; for a new run leave "
+        "model.norm_num_groups at 0"
+    ]
 
 
 def loss_remarks(objective):
@@ -213,13 +305,18 @@ def loss_remarks(objective):
     weights = objective.weights
     if weights[-1] > 0:
         return []
-    share = weights[-math.ceil(len(weights) / 20):].sum() / weights.sum()
-    return [f"the loss gives no weight to t = {len(weights) - 1}, where sampling starts, and {share:.1e} of its weight to the "
-            "last 5 % of t, so the network hardly learns what it predicts there; diffusion.weighting=simple weighs every t"]
+    share = weights[-math.ceil(len(weights) / 20) :].sum() / weights.sum()
+    return [
+        f"the loss gives no weight to t = {len(weights) - 1}, where sampling starts, and "
+        f"{share:.1e} of its weight to the last 5 % of t, so the network hardly learns what it "
+        "predicts there; diffusion.weighting=simple weighs every t"
+    ]
 
 
 def check(config):
-    """Raise a ValueError for what only network, process and W&B know to be impossible; no memory is taken."""
+    """Raise a ValueError for what only network, process and W&B know to be impossible; no memory
+    is taken.
+    """
     wandb.check(dict(config.wandb))
     with torch.device("meta"):
         net = network(config)
@@ -239,14 +336,25 @@ class Kernels(TorchDispatchMode):
 
 
 def tracker(config, folder, machine, start, total, state=None, source=None):
-    """Write a run's config.json and open its tracker, whose rows continue after step `start` of `total`.
+    """Write a run's config.json and open its tracker, whose rows continue after step `start` of
+    `total`.
 
-    Both record the code, beside that which ran the folder until now, or ran the folder `source` where the run was begun.
+    Both record the code, beside that which ran the folder until now, or ran the folder `source`
+    where the run was begun.
     """
-    code, shown = tracking_tracker.commit(), files.tracked(config)
+    code = tracking_tracker.commit()
+    shown = files.tracked(config)
     if machine.main:
         ran = list(dict.fromkeys(filter(None, (*files.code_in(source or folder), code))))
         files.write(config, folder, ran)
         shown |= {"code": ran} if ran else {}
-    return tracking_tracker.open_tracker(folder, config=shown, wandb=dict(config.wandb), start_step=start, total_steps=total,
-                                 state=state, main=machine.main, code=code)
+    return tracking_tracker.open_tracker(
+        folder,
+        config=shown,
+        wandb=dict(config.wandb),
+        start_step=start,
+        total_steps=total,
+        state=state,
+        main=machine.main,
+        code=code,
+    )

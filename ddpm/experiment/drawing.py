@@ -17,7 +17,8 @@ from ddpm.training import weights as training_weights
 def scorer(config, images, machine):
     """What measures drawn images as the config says.
 
-    Raises ValueError where the images have other classes than the config, or too few of those that it measures.
+    Raises ValueError where the images have other classes than the config, or too few of those that
+    it measures.
     """
     if config.evaluate.extractor == "none":
         return evaluation_scorer.Nothing()
@@ -26,9 +27,14 @@ def scorer(config, images, machine):
     if wanted := source.class_numbers(config.evaluate.classes, config.data.classes):
         kept = np.flatnonzero(np.isin(images.labels, wanted))
         if len(kept) < extractors.FEWEST:
-            raise ValueError(f"config.evaluate.classes {config.evaluate.classes} has {len(kept)} images, too few to compare; "
-                             f"choose classes with {extractors.FEWEST} or more")
-        images, learned, held_out = source.part(images, kept), *(np.flatnonzero(np.isin(kept, x)) for x in (learned, held_out))
+            raise ValueError(
+                f"config.evaluate.classes {config.evaluate.classes} has {len(kept)} images, too "
+                f"few to compare; choose classes with {extractors.FEWEST} or more"
+            )
+        images, learned, held_out = (
+            source.part(images, kept),
+            *(np.flatnonzero(np.isin(kept, x)) for x in (learned, held_out)),
+        )
     how = build.evaluation_recipe(config, images)
     return evaluation_scorer.Scorer(
         build.extractor(config, machine),
@@ -45,11 +51,14 @@ def scorer(config, images, machine):
 
 def at_a_time(config, machine):
     """The most images that a training has on a card at once: a micro-batch."""
-    return max(config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1)
+    return max(
+        config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1
+    )
 
 
 def likelihood(config, net, images, machine):
-    """What measures bits a dimension as the config says: of held-out images or, where there are none, of those learned from.
+    """What measures bits a dimension as the config says: of held-out images or, where there are
+    none, of those learned from.
 
     Raises ValueError where the images have other classes than the config.
     """
@@ -58,63 +67,96 @@ def likelihood(config, net, images, machine):
         return evaluation_scorer.Nothing()
     whose, indices = ("held-out", held_out) if len(held_out) else ("training", learned)
     indices = order.thinned(indices, section.likelihood_images)
-    return bits_per_dim.Likelihood(images, indices, whose, build.diffusion(config, net), section.likelihood,
-                            section.likelihood_evaluations, min(section.batch_size, at_a_time(config, machine)),
-                            load.weights_name(config), machine, images.labels if build.class_names(config, images) else None)
+    return bits_per_dim.Likelihood(
+        images,
+        indices,
+        whose,
+        build.diffusion(config, net),
+        section.likelihood,
+        section.likelihood_evaluations,
+        min(section.batch_size, at_a_time(config, machine)),
+        load.weights_name(config),
+        machine,
+        images.labels if build.class_names(config, images) else None,
+    )
 
 
 def drawer(config, net, machine, how=draw.draw):
-    """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is draw.draw or draw.frames.
+    """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is
+    draw.draw or draw.frames.
 
     Raises ValueError where the config names a guide that cannot be one.
     """
     sizes = {config.sample.batch_size, config.evaluate.batch_size}
-    model, weaker = (
-        build.diffusion(config, compile.Compiled(net, sizes) if config.sample.compile else net),
-        guide(config, machine),
+    model = build.diffusion(config, compile.Compiled(net, sizes) if config.sample.compile else net)
+    weaker = guide(config, machine)
+    return lambda seeds, recipe: how(
+        model, recipe, seeds, build.image_shape(config), machine, weaker
     )
-    return lambda seeds, recipe: how(model, recipe, seeds, build.image_shape(config), machine, weaker)
 
 
 def guide(config, machine):
-    """The network net(x, t, y) that guides the drawing of a config, its averaged weights in it; None where none is asked.
+    """The network net(x, t, y) that guides the drawing of a config, its averaged weights in it;
+    None where none is asked.
 
-    It may be of any size, and without classes. Raises ValueError where it is of another process or target.
+    It may be of any size, and without classes. Raises ValueError where it is of another process or
+    target.
     """
     if config.sample.guidance == 1 or not config.sample.guide:
         return None
     path, _, text, weights = training_weights.load_weights(config.sample.guide)
     other = files.changed(files.from_json(text), {})  # and so checked
-    ours, theirs = defaults.flatten(config), defaults.flatten(other)
+    ours = defaults.flatten(config)
+    theirs = defaults.flatten(other)
     for key in SHARED:
         if theirs[key] != ours[key] and (key != "data.classes" or theirs[key]):
-            raise ValueError(f"{path} cannot guide: its config.{key} is {theirs[key]!r}, not {ours[key]!r}; give as "
-                             "sample.guide a training that differs in network, length and optimiser alone")
+            raise ValueError(
+                f"{path} cannot guide: its config.{key} is {theirs[key]!r}, not {ours[key]!r}; "
+                "give as sample.guide a training that differs in network, length and optimiser "
+                "alone"
+            )
     net = load.network_with(other, weights, path).to(machine.device).eval()
     return net if other.data.classes else unlabelled(net)
 
 
 SHARED = (  # what a guide's config has in common with that of the network it guides
-    "data.image_size", "data.channels", "data.classes", "diffusion.timesteps", "diffusion.beta_schedule",
-    "diffusion.zero_terminal_snr", "diffusion.predict", "diffusion.self_condition", "diffusion.rescale_timesteps")
+    "data.image_size",
+    "data.channels",
+    "data.classes",
+    "diffusion.timesteps",
+    "diffusion.beta_schedule",
+    "diffusion.zero_terminal_snr",
+    "diffusion.predict",
+    "diffusion.self_condition",
+    "diffusion.rescale_timesteps",
+)
 
 
 def pictures(config, paths, mask=None):
-    """The pictures at `paths`, uint8 [c, h, w] each, as a config's training data are, and the mask, bool [h, w], or None.
+    """The pictures at `paths`, uint8 [c, h, w] each, as a config's training data are, and the mask,
+    bool [h, w], or None.
 
-    The mask is True where its picture is white; what is transparent there is not masked. Raises ValueError for a file that
-    cannot be read, and a mask that does not lie over the first picture or has nothing white.
+    The mask is True where its picture is white; what is transparent there is not masked. Raises
+    ValueError for a file that cannot be read, and a mask that does not lie over the first picture
+    or has nothing white.
     """
     section = config.data
-    read = [open_picture(path, section.image_size, section.channels, section.matte) for path in paths]
+    read = [
+        open_picture(path, section.image_size, section.channels, section.matte) for path in paths
+    ]
     if mask is None:
         return [pixels for pixels, _ in read], None
     (grey,), (width, height) = open_picture(mask, section.image_size, 1, BLACK)
     if (width, height) != read[0][1] and not (width == height and len(set(read[0][1])) == 1):
-        raise ValueError(f"mask {str(mask)!r} is {width}x{height} and the image {'x'.join(map(str, read[0][1]))}; give one of "
-                         "the image's size, or two squares")
+        raise ValueError(
+            f"mask {str(mask)!r} is {width}x{height} and the image "
+            f"{'x'.join(map(str, read[0][1]))}; give one of the image's size, or two squares"
+        )
     area = grey >= 128
     if not area.any():
-        raise ValueError(f"mask {str(mask)!r} has nothing white, where the image is to be painted, in the square that the "
-                         "network sees; give one that is white there, and black or transparent elsewhere")
+        raise ValueError(
+            f"mask {str(mask)!r} has nothing white, where the image is to be painted, in the "
+            "square that the network sees; give one that is white there, and black or transparent "
+            "elsewhere"
+        )
     return [pixels for pixels, _ in read], area

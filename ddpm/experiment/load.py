@@ -15,7 +15,9 @@ from ddpm.training import weights as training_weights
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint describes, with the network on the machine's device, its averaged weights in it."""
+    """What a checkpoint describes, with the network on the machine's device, its averaged
+    weights in it.
+    """
 
     name: str  # for people
     step: int
@@ -25,10 +27,11 @@ class Loaded(NamedTuple):
 
 
 def load(run_or_file, device=None, **knobs):
-    """Rebuild what a checkpoint describes; of the newest run of runs/, which is said, where none is given.
+    """Rebuild what a checkpoint describes; of the newest run of runs/, which is said, where none is
+    given.
 
-    `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps": 25}`. Raises ValueError
-    for a missing, damaged or foreign file, and for knobs that cannot be.
+    `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps":
+    25}`. Raises ValueError for a missing, damaged or foreign file, and for knobs that cannot be.
     """
     if run_or_file is None:
         run_or_file = checkpoint.newest_run()
@@ -39,16 +42,23 @@ def load(run_or_file, device=None, **knobs):
     if (name := weights_name(config)) != "EMA":
         step, weights = chosen_weights(path, step, config)
     if knobs.get("sample.guide") and config.sample.guidance == 1:
-        raise ValueError(f"the guide {config.sample.guide} is not asked where guidance is 1; give such as --guidance=2 too")
+        raise ValueError(
+            f"the guide {config.sample.guide} is not asked where guidance is 1; give such as "
+            "--guidance=2 too"
+        )
     net = network_with(config, weights, path)
     section = config.train
-    machine = runtime_device.start(section.amp, section.deterministic, device, cudnn_benchmark=section.cudnn_benchmark)
+    machine = runtime_device.start(
+        section.amp, section.deterministic, device, cudnn_benchmark=section.cudnn_benchmark
+    )
     net = net.to(machine.device, memory_format=machine.layout(config.data.image_size))
     return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net)
 
 
 def network_with(config, weights, path):
-    """The network of a config that takes over the weights that a file holds; raises ValueError where they are of another."""
+    """The network of a config that takes over the weights that a file holds; raises ValueError
+    where they are of another.
+    """
     with torch.device("meta"):
         net = build.network(config)
     put_weights(net, weights, path, assign=True)
@@ -56,18 +66,29 @@ def network_with(config, weights, path):
 
 
 def check_same_network(config, other, path):
-    """Raise a ValueError for weights whose config makes another network, be it of the same shapes, or is given other times."""
-    ours, theirs = defaults.flatten(config), defaults.flatten(other)
+    """Raise a ValueError for weights whose config makes another network, be it of the same
+    shapes, or is given other times.
+    """
+    ours = defaults.flatten(config)
+    theirs = defaults.flatten(other)
     if len(config.data.classes) != len(other.data.classes):
-        were, are = (source.in_words(one.data.classes) if one.data.classes else "none" for one in (other, config))
-        raise ValueError(f"{path} was trained with other classes: they were {were}, are {are} in {config.data.source}; begin "
-                         "from a run with as many, or train without train.init_from")
+        were, are = (
+            source.in_words(one.data.classes) if one.data.classes else "none"
+            for one in (other, config)
+        )
+        raise ValueError(
+            f"{path} was trained with other classes: they were {were}, are {are} in "
+            f"{config.data.source}; begin from a run with as many, or train without train.init_from"
+        )
     free = {"model.dropout", "model.initialization", *build.unused(config)}
     keys = [key for key in ours if key.startswith("model.") or key == "diffusion.rescale_timesteps"]
     differing = [key for key in keys if key not in free and ours[key] != theirs[key]]
     if differing:
         unlike = "; ".join(f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in differing)
-        raise ValueError(f"{path} was trained with {unlike}; to begin from it add {files.as_flags(other, differing)}")
+        raise ValueError(
+            f"{path} was trained with {unlike}; to begin from it add "
+            f"{files.as_flags(other, differing)}"
+        )
 
 
 def put_weights(net, weights, path, assign=False):
@@ -76,7 +97,9 @@ def put_weights(net, weights, path, assign=False):
         net.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the weights in {path} are of another network than the config's: {reason}") from None
+        raise ValueError(
+            f"the weights in {path} are of another network than the config's: {reason}"
+        ) from None
 
 
 def part_name(number):
@@ -93,24 +116,40 @@ def weights_name(config):
 
 
 def chosen_weights(path, step, config):
-    """(step, weights) of the average that config.sample.ema asks for, up to the step of a file of weights.
+    """(step, weights) of the average that config.sample.ema asks for, up to the step of a file of
+    weights.
 
-    A further decay is in the checkpoint of that step; a sigma_rel is made from the snapshots. Raises ValueError where there
-    are none, or where they come nowhere near it.
+    A further decay is in the checkpoint of that step; a sigma_rel is made from the snapshots.
+    Raises ValueError where there are none, or where they come nowhere near it.
     """
-    chosen, section, folder = config.sample.ema, config.ema, checkpoint.folder_of(path)
+    chosen = config.sample.ema
+    section = config.ema
+    folder = checkpoint.folder_of(path)
     if chosen in section.more:
-        found = [path] if path.suffix == ".pt" else [other for at, other in checkpoint.checkpoints(folder) if at == step]
+        found = (
+            [path]
+            if path.suffix == ".pt"
+            else [other for at, other in checkpoint.checkpoints(folder) if at == step]
+        )
         if found:
-            return step, training_weights.shadow(found[-1], checkpoint.load(found[-1]), part_name(chosen))
-        raise ValueError(f"the average with decay {chosen} is kept in checkpoints, and {folder} has none of step {step}; give "
-                         "one of its .pt files")
+            return step, training_weights.shadow(
+                found[-1], checkpoint.load(found[-1]), part_name(chosen)
+            )
+        raise ValueError(
+            f"the average with decay {chosen} is kept in checkpoints, and {folder} has none of "
+            f"step {step}; give one of its .pt files"
+        )
     found = [item for item in checkpoint.snapshots(folder) if item[0] <= step]
     if chosen > posthoc_ema.WIDEST or not found:
         decays = ", ".join(map(str, (section.decay, *section.more)))
-        raise ValueError(f"{folder} has no {weights_name(config)} weights; it has the decays {decays} and {len(found)} "
-                         "snapshots for any sigma_rel up to 0.288. Choose one of those, or train with config.ema.more, or with "
-                         "config.ema.profiles and config.every.snapshot")
-    stored = [(at, width, partial(training_weights.load_snapshot, snapshot, part_name(width)))
-              for at, snapshot in found for width in section.profiles]
+        raise ValueError(
+            f"{folder} has no {weights_name(config)} weights; it has the decays {decays} and "
+            f"{len(found)} snapshots for any sigma_rel up to 0.288. Choose one of those, or train "
+            "with config.ema.more, or with config.ema.profiles and config.every.snapshot"
+        )
+    stored = [
+        (at, width, partial(training_weights.load_snapshot, snapshot, part_name(width)))
+        for at, snapshot in found
+        for width in section.profiles
+    ]
     return found[-1][0], posthoc_ema.reconstruct(stored, chosen)

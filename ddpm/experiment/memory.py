@@ -15,12 +15,15 @@ from ddpm.training.network import StepNetwork
 
 
 def account(config, dtype, images, levels=0):
-    """The memory of a step of a config on one card, by part: `images` at a time, `levels` of the network recomputed.
+    """The memory of a step of a config on one card, by part: `images` at a time, `levels` of the
+    network recomputed.
 
     Nothing is allocated or computed. Gradients are accumulated where the config does so.
     """
     parts = config.train.gradient_accumulation_steps
-    config = files.changed(config, {"train.batch_size": images, "train.gradient_accumulation_steps": 1})
+    config = files.changed(
+        config, {"train.batch_size": images, "train.gradient_accumulation_steps": 1}
+    )
     with torch.device("meta"):  # the weights' first values would take longer than the step
         net = build.network(config)
     ledger = memory.Ledger()
@@ -31,11 +34,20 @@ def account(config, dtype, images, levels=0):
         averaged = list(step.averages(config, net).values())
     network = StepNetwork(net, device.Machine(torch.device("cpu"), dtype))
     made = step.step(config, network, averaged, dataset_size=images)
-    return memory.account(ledger, made, step.blank(config, images), weights, ledger.live - weights, accumulated=parts > 1)
+    return memory.account(
+        ledger,
+        made,
+        step.blank(config, images),
+        weights,
+        ledger.live - weights,
+        accumulated=parts > 1,
+    )
 
 
 def on_each(config, found, ranks):
-    """The bytes on each of so many cards, where `found` is the account of the same micro-batch on one alone."""
+    """The bytes on each of so many cards, where `found` is the account of the same micro-batch
+    on one alone.
+    """
     if ranks == 1:
         return found.total
     if not config.train.fully_shard:
@@ -43,8 +55,10 @@ def on_each(config, found, ranks):
     with torch.device("meta"):
         net = build.network(config)
     stages = [memory.size_of_all(stage.parameters()) for stage in itertools.chain(*net.levels)]
-    together = found.weights - sum(stages) + sum(sorted(stages)[-2:])  # what is in no stage, and the stage at work and the next
-    return found.shared / ranks + found.total - found.shared + 2 * together  # as weights and as gradients
+    # what is in no stage, and the stage at work and the next
+    together = found.weights - sum(stages) + sum(sorted(stages)[-2:])
+    # as weights and as gradients
+    return found.shared / ranks + found.total - found.shared + 2 * together
 
 
 def recomputed(config, net, machine, note):
@@ -52,36 +66,57 @@ def recomputed(config, net, machine, note):
 
     `auto` is as few as fit into what is free on the card beside a training step, and none on a CPU.
     """
-    wanted, free, count = config.train.activation_checkpointing, machine.free(), len(net.levels)
+    wanted = config.train.activation_checkpointing
+    free = machine.free()
+    count = len(net.levels)
     images = drawing.at_a_time(config, machine)
 
     @cache  # an account takes seconds
     def needed(levels):
-        return memory.with_margin(on_each(config, account(config, machine.dtype, images, levels), machine.world))
+        return memory.with_margin(
+            on_each(config, account(config, machine.dtype, images, levels), machine.world)
+        )
 
     if wanted == "auto":
-        levels = 0 if free is None else min(bisect_left(range(count + 1), True, key=lambda n: needed(n) <= free), count)
+        levels = (
+            0
+            if free is None
+            else min(bisect_left(range(count + 1), True, key=lambda n: needed(n) <= free), count)
+        )
     else:
         levels = count if wanted == "all" else 0
     if levels:
         sizes = f"{needed(0) / memory.GIB:.1f} GiB without, {needed(levels) / memory.GIB:.1f} so"
         sizes += "" if free is None else f", {free / memory.GIB:.1f} free"
-        note(f"{levels} of {count} levels of the network are computed again in the backward pass, as "
-             f"train.activation_checkpointing is {wanted}: {sizes}")
+        note(
+            f"{levels} of {count} levels of the network are computed again in the backward pass, "
+            f"as train.activation_checkpointing is {wanted}: {sizes}"
+        )
     else:
-        why = "" if wanted == "none" else ", no card" if free is None else (
-            f": {needed(0) / memory.GIB:.1f} GiB of {free / memory.GIB:.1f} that are free")
+        why = (
+            ""
+            if wanted == "none"
+            else ", no card"
+            if free is None
+            else (f": {needed(0) / memory.GIB:.1f} GiB of {free / memory.GIB:.1f} that are free")
+        )
         note(f"all activations are kept (train.activation_checkpointing is {wanted}{why})")
     return levels
 
 
 def savings(config, machine, levels=0):
-    """What would take less memory than a step with one image at a time that recomputes `levels`: words, by what it saves."""
-    alone, found = account(config, machine.dtype, 1, levels), []
+    """What would take less memory than a step with one image at a time that recomputes `levels`:
+    words, by what it saves.
+    """
+    alone = account(config, machine.dtype, 1, levels)
+    found = []
     now = alone.total
-    for knob, value in (("train.activation_checkpointing", "all"), ("train.amp", "bf16"),
-                        ("model.model_channels", config.model.model_channels // 2),
-                        ("data.image_size", config.data.image_size // 2)):
+    for knob, value in (
+        ("train.activation_checkpointing", "all"),
+        ("train.amp", "bf16"),
+        ("model.model_channels", config.model.model_channels // 2),
+        ("data.image_size", config.data.image_size // 2),
+    ):
         dtype = torch.bfloat16 if knob == "train.amp" else machine.dtype
         with contextlib.suppress(ValueError):  # of a network that cannot be so
             other = files.changed(config, {knob: value})
@@ -91,5 +126,11 @@ def savings(config, machine, levels=0):
     with contextlib.suppress(ValueError):
         other = files.changed(config, {"train.fully_shard": True})
         saved = on_each(config, alone, machine.world) - on_each(other, alone, machine.world)
-        found.append((saved, f"--config.train.fully_shard=True (saves {saved / 2**20:,.1f} MiB on {machine.world} ranks)"))
+        found.append(
+            (
+                saved,
+                f"--config.train.fully_shard=True (saves {saved / 2**20:,.1f} MiB on "
+                f"{machine.world} ranks)",
+            )
+        )
     return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]

@@ -20,11 +20,19 @@ from ddpm.training.step import Step
 
 
 def averages(config, weights):
-    """The averages of a training by the names of their parts; the first is the one that is drawn and measured."""
+    """The averages of a training by the names of their parts; the first is the one that is drawn
+    and measured.
+    """
     section = config.ema
     made = {"ema": EMA(weights, section.decay, section.warmup, section.rampup)}
-    made |= {load.part_name(decay): EMA(weights, decay, section.warmup, section.rampup) for decay in section.more}
-    return made | {load.part_name(width): EMA(weights, posthoc_ema.power_function(width)) for width in section.profiles}
+    made |= {
+        load.part_name(decay): EMA(weights, decay, section.warmup, section.rampup)
+        for decay in section.more
+    }
+    return made | {
+        load.part_name(width): EMA(weights, posthoc_ema.power_function(width))
+        for width in section.profiles
+    }
 
 
 def rate(config, dataset_size, rollbacks=0):
@@ -38,27 +46,44 @@ def rate(config, dataset_size, rollbacks=0):
     if "length" in arguments:
         arguments["length"] = steps(arguments["length"])
     decay = partial(optim.DECAYS[name], **arguments)
-    base = section.learning_rate * section.rollback ** rollbacks
+    base = section.learning_rate * section.rollback**rollbacks
     return lambda step: optim.learning_rate(step, base, steps(section.warmup), decay)
 
 
 def step(config, network, averages, dataset_size, rollbacks=0):
-    """The step that trains a StepNetwork and its averages, for a run that has been rolled back so often."""
-    section, machine, model = config.train, network.machine, build.diffusion(config, network)
+    """The step that trains a StepNetwork and its averages, for a run that has been rolled back
+    so often.
+    """
+    section = config.train
+    machine = network.machine
+    model = build.diffusion(config, network)
     model.objective.to(machine.device)
     return Step(
-        net=network.net, diffusion=model, averages=averages, machine=machine,
-        meters=Meters(config.diffusion.timesteps, machine), guard=Guard(section.spike, machine, rollbacks),
-        scaler=network.scaler(), optimizer=registry.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
-            [*network.parameters, *model.objective.parameters()], section.learning_rate),
-        seed=rng.another(config.seed, rollbacks), learning_rate=rate(config, dataset_size, rollbacks),
-        batch_size=section.batch_size, micro_batches=section.gradient_accumulation_steps,
-        gradient_clip=section.gradient_clip or math.inf, flip=config.data.flip,
-        augmentation=config.data.augment, label_dropout=section.label_dropout if config.data.classes else None)
+        net=network.net,
+        diffusion=model,
+        averages=averages,
+        machine=machine,
+        meters=Meters(config.diffusion.timesteps, machine),
+        guard=Guard(section.spike, machine, rollbacks),
+        scaler=network.scaler(),
+        optimizer=registry.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
+            [*network.parameters, *model.objective.parameters()], section.learning_rate
+        ),
+        seed=rng.another(config.seed, rollbacks),
+        learning_rate=rate(config, dataset_size, rollbacks),
+        batch_size=section.batch_size,
+        micro_batches=section.gradient_accumulation_steps,
+        gradient_clip=section.gradient_clip or math.inf,
+        flip=config.data.flip,
+        augmentation=config.data.augment,
+        label_dropout=section.label_dropout if config.data.classes else None,
+    )
 
 
 def learning(config, net, machine, levels, note):
-    """The StepNetwork of a network on the host that recomputes so many levels: on the machine, or shared out over its ranks."""
+    """The StepNetwork of a network on the host that recomputes so many levels: on the machine,
+    or shared out over its ranks.
+    """
     section = config.train
     recompute(itertools.chain(*net.levels[:levels]))
     if not section.fully_shard or machine.world == 1:
@@ -66,10 +91,13 @@ def learning(config, net, machine, levels, note):
             note("train.fully_shard does nothing in one process: torchrun starts several")
         form = torch.channels_last if section.channels_last else torch.contiguous_format
         return StepNetwork(net.to(machine.device, memory_format=form), machine)
-    from ddpm.training.fsdp import ShardedNetwork  # not above: torch takes a second for what only such runs need
+    # not above: torch takes a second for what only such runs need
+    from ddpm.training.fsdp import ShardedNetwork
 
-    note(f"weights, gradients, averages and the optimiser's state are shared out over {machine.world} ranks "
-         "(train.fully_shard)")
+    note(
+        "weights, gradients, averages and the optimiser's state are shared out over "
+        f"{machine.world} ranks (train.fully_shard)"
+    )
     with torch.device("meta"):
         twin = build.network(config)
     recompute(itertools.chain(*twin.levels[:levels]))
@@ -83,8 +111,13 @@ def blank(config, count):
 
 
 def compiled(config, made):
-    """Let a step learn through torch.compile, tried on a blank batch; says how long that took, or why it is not done."""
-    net, begun, said, fitted = made.diffusion.net, time.monotonic(), [], True
+    """Let a step learn through torch.compile, tried on a blank batch; says how long that took,
+    or why it is not done.
+    """
+    net = made.diffusion.net
+    begun = time.monotonic()
+    said = []
+    fitted = True
     net.compiled()
     net.say = said.append
     try:
@@ -96,4 +129,8 @@ def compiled(config, made):
         net.give_up(error)
     if not fitted:
         return "the network is compiled at the first step that has room (train.compile)"
-    return said[0] if said else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
+    return (
+        said[0]
+        if said
+        else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
+    )

@@ -39,16 +39,32 @@ from ddpm.training import weights as training_weights
 
 
 def from_diffusers(folder, labels):
-    """Return the config and the weights of a diffusers folder, as ours; `labels` as for `label_knobs`."""
+    """Return the config and the weights of a diffusers folder, as ours; `labels` as for
+    `label_knobs`.
+    """
     parts = json_of(folder / "model_index.json")
-    allow(folder, "model_index.json's list", sorted(name for name in parts if name[0] != "_"), [["scheduler", "unet"], []])
-    path, other = part_of(folder, "unet", "config"), part_of(folder, "scheduler", "scheduler_config")
-    unet, scheduler = json_of(path), json_of(other)
+    allow(
+        folder,
+        "model_index.json's list",
+        sorted(name for name in parts if name[0] != "_"),
+        [["scheduler", "unet"], []],
+    )
+    path = part_of(folder, "unet", "config")
+    other = part_of(folder, "scheduler", "scheduler_config")
+    unet = json_of(path)
+    scheduler = json_of(other)
     if not scheduler:
-        raise ValueError(f"there is no {other}; put there the noise that the network was trained with")
-    knobs = fields_as_knobs(path, unet, UNET) | shape_as_knobs(path, unet) | fields_as_knobs(other, scheduler, SCHEDULER)
+        raise ValueError(
+            f"there is no {other}; put there the noise that the network was trained with"
+        )
+    knobs = (
+        fields_as_knobs(path, unet, UNET)
+        | shape_as_knobs(path, unet)
+        | fields_as_knobs(other, scheduler, SCHEDULER)
+    )
     check.check_ranges(knobs)  # before anything is as long as they say
-    learned, channels = knobs["diffusion.variance"] == "learned", knobs["data.channels"]
+    learned = knobs["diffusion.variance"] == "learned"
+    channels = knobs["data.channels"]
     knobs["diffusion.loss"] = "hybrid" if learned else "mse"
     allow(path, "out_channels", unet.get("out_channels", 3), [channels * (1 + learned)])
     knobs["diffusion.beta_schedule"] = our_schedule(other, scheduler, knobs["diffusion.timesteps"])
@@ -56,94 +72,168 @@ def from_diffusers(folder, labels):
     counted = rows is None or type(rows) is int and 0 < rows <= MOST_CLASSES
     allow(path, "num_class_embeds", rows, [rows] if counted else [None, f"1 to {MOST_CLASSES}"])
     named, no_label = label_knobs(path, rows, labels, unet.get(OUR_CLASSES, ()))
-    stored = [file for suffix in (".safetensors", ".bin") if (file := path.with_name(STORED + suffix)).exists()]
+    stored = [
+        file
+        for suffix in (".safetensors", ".bin")
+        if (file := path.with_name(STORED + suffix)).exists()
+    ]
     if not stored:
-        raise ValueError(f"there is no {path.with_name(STORED)}.safetensors; give a folder with weights, in one file")
-    tensors = {re.sub(OLD_PART, lambda old: OLD[old[0]], name): value for name, value in tensors_of(stored[0]).items()}
-    return as_ours(stored[0], tensors, knobs | named, DIFFUSERS, unet.get("flip_sin_to_cos", True), no_label=no_label)
+        raise ValueError(
+            f"there is no {path.with_name(STORED)}.safetensors; give a folder with weights, in "
+            "one file"
+        )
+    tensors = {
+        re.sub(OLD_PART, lambda old: OLD[old[0]], name): value
+        for name, value in tensors_of(stored[0]).items()
+    }
+    return as_ours(
+        stored[0],
+        tensors,
+        knobs | named,
+        DIFFUSERS,
+        unet.get("flip_sin_to_cos", True),
+        no_label=no_label,
+    )
 
 
 def shape_as_knobs(path, unet):
     """The knobs for what stands in several fields of a UNet2DModel's config."""
     for field in unet:
-        allow(path, field, unet[field], [unet[field]] if field[0] == "_" or field in UNET or field in SHAPE else [])
-    widths, groups, size = unet["block_out_channels"], unet.get("norm_num_groups", 32), unet["sample_size"]
+        allow(
+            path,
+            field,
+            unet[field],
+            [unet[field]] if field[0] == "_" or field in UNET or field in SHAPE else [],
+        )
+    widths = unet["block_out_channels"]
+    groups = unet.get("norm_num_groups", 32)
+    size = unet["sample_size"]
     types = [allow(path, "down_block_types", name, BLOCKS) for name in unet["down_block_types"]]
-    allow(path, "up_block_types", unet["up_block_types"], [[BLOCKS[name][0] for name in types[::-1]]])
+    allow(
+        path, "up_block_types", unet["up_block_types"], [[BLOCKS[name][0] for name in types[::-1]]]
+    )
     usual = [unet.get(field, "conv") for field in ("downsample_type", "upsample_type")]
     ways = sorted({BLOCKS[name][2] or way for name in types for way in usual})
-    allow(path, "the way to resize in down_block_types, downsample_type, upsample_type", ways, [["conv"], ["resnet"]])
+    allow(
+        path,
+        "the way to resize in down_block_types, downsample_type, upsample_type",
+        ways,
+        [["conv"], ["resnet"]],
+    )
     allow(path, "time_embedding_dim", unet.get("time_embedding_dim"), [None, 4 * widths[0]])
-    silent = [None] if unet.get("resnet_time_scale_shift", "default") == "default" else []  # else None is no norm in the middle
+    # else None is no norm in the middle
+    silent = [None] if unet.get("resnet_time_scale_shift", "default") == "default" else []
     allow(path, "attn_norm_num_groups", unet.get("attn_norm_num_groups"), [groups, *silent])
     return {
-        "model.model_channels": widths[0], "model.channel_mult": factors(path, "block_out_channels", widths, widths[0]),
-        "model.attention_resolutions": tuple(size >> level for level, name in enumerate(types) if BLOCKS[name][1]),
-        "model.num_head_channels": unet.get("attention_head_dim", 8) or 0, "model.resblock_updown": ways == ["resnet"],
+        "model.model_channels": widths[0],
+        "model.channel_mult": factors(path, "block_out_channels", widths, widths[0]),
+        "model.attention_resolutions": tuple(
+            size >> level for level, name in enumerate(types) if BLOCKS[name][1]
+        ),
+        "model.num_head_channels": unet.get("attention_head_dim", 8) or 0,
+        "model.resblock_updown": ways == ["resnet"],
     }
 
 
 def our_schedule(path, scheduler, steps):
     """Our name for the betas of a diffusers scheduler."""
-    betas, name = scheduler.get("trained_betas"), scheduler.get("beta_schedule", "linear")
+    betas = scheduler.get("trained_betas")
+    name = scheduler.get("beta_schedule", "linear")
     make = BETAS[allow(path, "beta_schedule", name, BETAS)] if betas is None else None
     try:
-        betas = make(scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02), steps) if make else betas
+        betas = (
+            make(scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02), steps)
+            if make
+            else betas
+        )
         betas = torch.as_tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError, ArithmeticError):
-        raise ValueError(f"{path}: its betas are no numbers that a schedule can have; use another file") from None
+        raise ValueError(
+            f"{path}: its betas are no numbers that a schedule can have; use another file"
+        ) from None
     ends = "(start={:.9g}, end={:.9g})".format(*(betas[[0, -1]] * steps / 1000).tolist())
     for name in (scheduler.get(OUR_NAME), *SCHEDULES, f"linear{ends}", f"quadratic{ends}"):
         with contextlib.suppress(ValueError):  # of what is no schedule, or has no betas
             ours = get_beta_schedule(name, steps)
-            if ours.shape == betas.shape and torch.allclose(ours, betas, rtol=1e-5, atol=1e-9):  # theirs may be float32
+            # theirs may be float32
+            if ours.shape == betas.shape and torch.allclose(ours, betas, rtol=1e-5, atol=1e-9):
                 return name
-    raise ValueError(f"{path}: its betas, {betas[0]:.3g} to {betas[-1]:.3g} in {steps} steps, are those of no schedule of ddpm")
+    raise ValueError(
+        f"{path}: its betas, {betas[0]:.3g} to {betas[-1]:.3g} in {steps} steps, are those of no "
+        "schedule of ddpm"
+    )
 
 
 def label_knobs(path, rows, labels, names=()):
-    """The knobs for the classes of a network with so many `rows` of labels, or none, and its row for no label, or None.
+    """The knobs for the classes of a network with so many `rows` of labels, or none, and its row
+    for no label, or None.
 
-    `labels` are the flags that were given, of "classes" and "no_label"; `names` are those that came with the network, one fewer
-    than rows where the last is for no label. Raises ValueError where they do not fit the rows.
+    `labels` are the flags that were given, of "classes" and "no_label"; `names` are those that came
+    with the network, one fewer than rows where the last is for no label. Raises ValueError where
+    they do not fit the rows.
     """
     if not rows:
         if labels:
-            raise ValueError(f"--{min(labels)} is for a network with labels, which {path} has not; leave it out")
+            raise ValueError(
+                f"--{min(labels)} is for a network with labels, which {path} has not; leave it out"
+            )
         return {}, None
     no_label = labels.get("no_label", rows - 1 if len(names) == rows - 1 > 0 else None)
     if no_label is not None and (rows == 1 or no_label not in range(rows)):
-        raise ValueError(f"--no_label is {no_label}, and {path} has " + (
-            "one label, a class; leave it out" if rows == 1 else f"the labels 0 to {rows - 1}; give one of them"))
+        raise ValueError(
+            f"--no_label is {no_label}, and {path} has "
+            + (
+                "one label, a class; leave it out"
+                if rows == 1
+                else f"the labels 0 to {rows - 1}; give one of them"
+            )
+        )
     numbers = tuple(str(row) for row in range(rows) if row != no_label)
     names = labels.get("classes", tuple(names) or numbers)
     if not len(names) == len(set(names)) == len(numbers):
-        raise ValueError(f"{path} has {len(numbers)} classes, and {len(names)} are named, {len(set(names))} differently; give "
-                         "--classes= and a name for each, and --no_label= if a label means none")
+        raise ValueError(
+            f"{path} has {len(numbers)} classes, and {len(names)} are named, {len(set(names))} "
+            "differently; give --classes= and a name for each, and --no_label= if a label means "
+            "none"
+        )
     known = {"data.class_labels": True, "data.classes": names}
-    return known | ({"train.label_dropout": 0.0} if no_label is None else {}), no_label  # by which guidance is refused
+    # by which guidance is refused
+    return known | ({"train.label_dropout": 0.0} if no_label is None else {}), no_label
 
 
 def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False, no_label=None):
     """Return base() with `knobs`, and their tensors under our names and in our order.
 
-    Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head by head; what they look up
-    for the label `no_label` is here the zero that is added without one.
+    Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head
+    by head; what they look up for the label `no_label` is here the zero that is added without one.
     """
-    steps, unknown = knobs["diffusion.timesteps"], "folder(path='the images it was trained on')"
-    knobs = knobs | {"data.source": unknown, "sample.sampler": "ddpm", "sample.steps": steps, "evaluate.steps": min(50, steps)}
+    steps = knobs["diffusion.timesteps"]
+    unknown = "folder(path='the images it was trained on')"
+    knobs = knobs | {
+        "data.source": unknown,
+        "sample.sampler": "ddpm",
+        "sample.steps": steps,
+        "evaluate.steps": min(50, steps),
+    }
     config = files.changed(defaults.freeze(defaults.base()), knobs)
     build.check(config)
     with torch.device("meta"):
         net = build.network(config)
-    weights, rest = {}, dict(tensors)
+    weights = {}
+    rest = dict(tensors)
     for name, theirs, layer in names(net, config.model.num_res_blocks, dialect):
         if lacking := [one for one in theirs if one not in rest]:
-            raise ValueError(f"{path}: the tensor {lacking[0]} is missing, which a network of this config has")
+            raise ValueError(
+                f"{path}: the tensor {lacking[0]} is missing, which a network of this config has"
+            )
         value = torch.cat([rest.pop(one).float() for one in theirs])
         if legacy and ".qkv." in name:
-            value = rearrange(value, "(heads three d) ... -> (three heads d) ...", three=3, heads=layer.heads)
-        weights[name] = value.reshape(value.shape + (1,) * (net.get_parameter(name).dim() - value.dim()))
+            value = rearrange(
+                value, "(heads three d) ... -> (three heads d) ...", three=3, heads=layer.heads
+            )
+        weights[name] = value.reshape(
+            value.shape + (1,) * (net.get_parameter(name).dim() - value.dim())
+        )
     if rest:
         raise ValueError(f"{path}: the tensor {min(rest)} has no place in a network of this config")
     if cosines_first:
@@ -154,7 +244,9 @@ def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False, no_label
     if no_label is not None:
         rows = weights["class_embedding.weight"]
         weights["time_embedding.2.bias"] = weights["time_embedding.2.bias"] + rows[no_label]
-        weights["class_embedding.weight"] = torch.cat([rows[:no_label], rows[no_label + 1:]]) - rows[no_label]
+        weights["class_embedding.weight"] = (
+            torch.cat([rows[:no_label], rows[no_label + 1 :]]) - rows[no_label]
+        )
     load.put_weights(net, weights, path, assign=True)
     return config, weights
 
@@ -164,20 +256,33 @@ def to_diffusers(source, out):
     path, _, text, weights = training_weights.load_weights(source)
     config = files.changed(files.from_json(text), {})  # and so checked
     net = load.network_with(config, weights, path)
-    unet, scheduler = their_unet(path, config, net), their_scheduler(path, config)
+    unet = their_unet(path, config, net)
+    scheduler = their_scheduler(path, config)
     tensors = {}
     for name, theirs, layer in names(net, config.model.num_res_blocks, DIFFUSERS):
         value = net.get_parameter(name).detach().float()
         if isinstance(layer, AttentionBlock) and value.dim() == 4:
             value = rearrange(value, "o i 1 1 -> o i")
         if isinstance(layer, nn.Embedding):
-            value = torch.cat([value, value.new_zeros(unet["num_class_embeds"] - len(value), value.shape[1])])
-        tensors |= {one: part.clone() for one, part in zip(theirs, value.chunk(len(theirs)), strict=True)}
-    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+            value = torch.cat(
+                [value, value.new_zeros(unet["num_class_embeds"] - len(value), value.shape[1])]
+            )
+        tensors |= {
+            one: part.clone() for one, part in zip(theirs, value.chunk(len(theirs)), strict=True)
+        }
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
     with folder_written_beside(out) as folder:
         with written_beside(folder / "unet" / f"{STORED}.safetensors") as part:
             part.write_bytes(save(tensors, metadata={"format": "pt"}))
-        for file, fields in (("unet/config", unet), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
+        for file, fields in (
+            ("unet/config", unet),
+            ("scheduler/scheduler_config", scheduler),
+            ("model_index", index),
+        ):
             with written_beside(folder / f"{file}.json") as part:
                 part.write_text(json.dumps(fields, indent=2) + "\n")
     return out
@@ -185,45 +290,92 @@ def to_diffusers(source, out):
 
 def their_unet(path, config, net):
     """The fields of a UNet2DModel's config for a network of ours."""
-    knobs, usual = defaults.flatten(config), defaults.flatten(defaults.base())
-    carried = {knob for _, knob, _ in UNET.values()}.union(*SHAPE.values(), ("model.initialization",))  # trained over
+    knobs = defaults.flatten(config)
+    usual = defaults.flatten(defaults.base())
+    # trained over
+    carried = {knob for _, knob, _ in UNET.values()}.union(
+        *SHAPE.values(), ("model.initialization",)
+    )
     for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
         allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
     model = config.model
     if config.diffusion.timesteps != 1000:
-        allow(path, "config.diffusion.rescale_timesteps", config.diffusion.rescale_timesteps, [False])
+        allow(
+            path, "config.diffusion.rescale_timesteps", config.diffusion.rescale_timesteps, [False]
+        )
     allow(path, "config.diffusion.self_condition", config.diffusion.self_condition, [False])
     allow(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
-    groups = sorted({layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)})
-    allow(path, f"config.model.norm_num_groups {model.norm_num_groups}, in groups of its norms,", groups, [groups[:1]])
+    groups = sorted(
+        {layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)}
+    )
+    allow(
+        path,
+        f"config.model.norm_num_groups {model.norm_num_groups}, in groups of its norms,",
+        groups,
+        [groups[:1]],
+    )
     blocks = [layer for layer in net.modules() if isinstance(layer, AttentionBlock)]
     heads = sorted({layer.norm.num_channels // layer.heads for layer in blocks})
     heads = [None] if all(layer.heads == 1 for layer in blocks) else heads
     allow(path, "config.model.num_heads, in channels a head,", heads, [heads[:1]])
     resize = "resnet" if model.resblock_updown else "conv"
-    attends = [config.data.image_size >> level in model.attention_resolutions for level in range(len(model.channel_mult))]
-    downs = [next(name for name, (_, attention, way) in BLOCKS.items() if attention == yes and way in (None, resize))
-             for yes in attends]
+    attends = [
+        config.data.image_size >> level in model.attention_resolutions
+        for level in range(len(model.channel_mult))
+    ]
+    downs = [
+        next(
+            name
+            for name, (_, attention, way) in BLOCKS.items()
+            if attention == yes and way in (None, resize)
+        )
+        for yes in attends
+    ]
     classes = list(config.data.classes)
-    labels = {"num_class_embeds": len(classes) + (config.train.label_dropout > 0), OUR_CLASSES: classes} if classes else {}
-    return knobs_as_fields(path, knobs, UNET) | labels | {
-        "out_channels": net.head[2].out_channels,
-        "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
-        "down_block_types": downs, "up_block_types": [BLOCKS[name][0] for name in downs[::-1]],
-        "downsample_type": resize, "upsample_type": resize, "attention_head_dim": heads[0],
-        "norm_num_groups": groups[0], "attn_norm_num_groups": groups[0],
-    }
+    labels = (
+        {"num_class_embeds": len(classes) + (config.train.label_dropout > 0), OUR_CLASSES: classes}
+        if classes
+        else {}
+    )
+    return (
+        knobs_as_fields(path, knobs, UNET)
+        | labels
+        | {
+            "out_channels": net.head[2].out_channels,
+            "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
+            "down_block_types": downs,
+            "up_block_types": [BLOCKS[name][0] for name in downs[::-1]],
+            "downsample_type": resize,
+            "upsample_type": resize,
+            "attention_head_dim": heads[0],
+            "norm_num_groups": groups[0],
+            "attn_norm_num_groups": groups[0],
+        }
+    )
 
 
 def their_scheduler(path, config):
-    """The fields of a DDPMScheduler's config for a process of ours: a name for the betas if there is one, else themselves."""
+    """The fields of a DDPMScheduler's config for a process of ours: a name for the betas if
+    there is one, else themselves.
+    """
     variance = parse(config.sample.sampler)[1].get("variance", config.diffusion.variance)
     spacing = config.sample.spacing
-    fields = knobs_as_fields(path, defaults.flatten(config) | {  # how to draw is anyone's choice, so this is never refused
-        "diffusion.variance": config.diffusion.variance if config.diffusion.variance == "learned" else variance,
-        "sample.spacing": spacing if spacing in SCHEDULER["timestep_spacing"][2].values() else "leading",
-    }, SCHEDULER)
-    name, steps = config.diffusion.beta_schedule, config.diffusion.timesteps
+    # how to draw is anyone's choice, so this is never refused
+    fields = knobs_as_fields(
+        path,
+        defaults.flatten(config)
+        | {
+            "diffusion.variance": config.diffusion.variance
+            if config.diffusion.variance == "learned"
+            else variance,
+            "sample.spacing": spacing
+            if spacing in SCHEDULER["timestep_spacing"][2].values()
+            else "leading",
+        },
+        SCHEDULER,
+    )
+    name = config.diffusion.beta_schedule
+    steps = config.diffusion.timesteps
     try:
         betas = get_beta_schedule(name, steps)
     except ValueError:
@@ -236,12 +388,16 @@ def their_scheduler(path, config):
 
 
 def part_of(folder, part, name):
-    """The config of a part of a diffusers folder, which has a folder of its own or lies beside the others."""
+    """The config of a part of a diffusers folder, which has a folder of its own or lies beside
+    the others.
+    """
     return (folder / part if (folder / part).is_dir() else folder) / f"{name}.json"
 
 
 def json_of(path):
-    """The fields in a JSON file; none where there is no file. Raises ValueError where it holds something else."""
+    """The fields in a JSON file; none where there is no file. Raises ValueError where it holds
+    something else.
+    """
     with contextlib.suppress(ValueError, RecursionError):
         fields = {}
         if path.is_file():
@@ -253,12 +409,19 @@ def json_of(path):
 
 
 def tensors_of(path):
-    """The tensors in a file, on the host; none where it holds something else besides. Raises ValueError if it is damaged."""
+    """The tensors in a file, on the host; none where it holds something else besides. Raises
+    ValueError if it is damaged.
+    """
     try:
         found = load_file(path) if path.suffix == ".safetensors" else safe_load.read(path)
     except (OSError, safetensors.SafetensorError):
         raise ValueError(f"{path} is damaged or no file of weights; use another file") from None
-    return found if isinstance(found, dict) and all(isinstance(value, torch.Tensor) for value in found.values()) else {}
+    return (
+        found
+        if isinstance(found, dict)
+        and all(isinstance(value, torch.Tensor) for value in found.values())
+        else {}
+    )
 
 
 MOST_CLASSES = 100_000  # four times as many as ImageNet has, the whole of it

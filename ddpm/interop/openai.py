@@ -17,38 +17,85 @@ def from_openai(path, tensors, given, labels):
     def numbers(pattern):
         return {int(found[1]) for name in tensors if (found := re.match(pattern, name))}
 
-    ups, stages = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\."), numbers(r"output_blocks\.(\d+)\.")
+    ups = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
+    stages = numbers(r"output_blocks\.(\d+)\.")
     blocks = len(stages) // (len(ups) + 1) - 1
-    firsts = [f"output_blocks.{level * (blocks + 1)}" for level in range(len(ups), -1, -1)]  # the largest images first
+    # the largest images first
+    firsts = [f"output_blocks.{level * (blocks + 1)}" for level in range(len(ups), -1, -1)]
     widths = [len(tensors[f"{first}.0.out_layers.3.bias"]) for first in firsts]
-    (stem, channels), width = tensors["input_blocks.0.0.weight"].shape[:2], tensors["time_embed.0.weight"].shape[1]
+    (stem, channels), width = (
+        tensors["input_blocks.0.0.weight"].shape[:2],
+        tensors["time_embed.0.weight"].shape[1],
+    )
     named, no_label = diffusers.label_knobs(path, len(tensors.get("label_emb.weight", ())), labels)
-    learned = allow(path, "the number of channels out (learn_sigma doubles it)", len(tensors["out.2.bias"]),
-                    [channels, 2 * channels]) > channels
-    allow(path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True])  # else halving has no weights
+    learned = (
+        allow(
+            path,
+            "the number of channels out (learn_sigma doubles it)",
+            len(tensors["out.2.bias"]),
+            [channels, 2 * channels],
+        )
+        > channels
+    )
+    # else halving has no weights
+    allow(path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True])
 
     given = {flag: value for flag, value in given.items() if value != -1}  # which is their None
     heads = sorted({"num_heads", "num_head_channels"} & given.keys()) or ["num_heads"]
     needed = ["image_size", "diffusion_steps", "noise_schedule", *heads, "use_new_attention_order"]
     if missing := [FLAGS[flag][1] for flag in needed if flag not in given]:
-        raise ValueError(f"{path} does not say how it was trained; add what is true of {', '.join(missing)}")
-    steps, size = given["diffusion_steps"], given["image_size"]
-    rescaled = allow(path, "rescale_timesteps", given.get("rescale_timesteps"),  # two of their codes have two defaults
-                     [True, False] if steps != 1000 else [None, True, False])
-    return diffusers.as_ours(path, tensors, {
-        "data.image_size": size, "data.channels": channels,
-        "model.model_channels": width, "model.channel_mult": factors(path, "channel_mult", [stem, *widths], width)[1:],
-        "model.num_res_blocks": blocks, "model.resblock_updown": bool(numbers(r"output_blocks\.(\d+)\.[12]\.in_layers")),
-        "model.attention_resolutions": tuple(
-            size >> level for level, first in enumerate(firsts) if f"{first}.1.qkv.weight" in tensors),
-        "model.num_heads": given.get("num_heads", 1), "model.num_head_channels": given.get("num_head_channels", 0),
-        "model.use_scale_shift_norm": len(tensors["middle_block.0.emb_layers.1.bias"]) == 2 * widths[-1],
-        "model.freq_shift": 0, "model.downsample_padding": 1, "model.norm_num_groups": 32, "model.norm_eps": 1e-5,
-        "diffusion.timesteps": steps, "diffusion.rescale_timesteps": bool(rescaled),
-        "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
-        "diffusion.beta_schedule": allow(path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]),
-        "diffusion.variance": "learned" if learned else "large", "diffusion.loss": "hybrid" if learned else "mse",
-    } | named, OPENAI, cosines_first=True, legacy=not given["use_new_attention_order"], no_label=no_label)
+        raise ValueError(
+            f"{path} does not say how it was trained; add what is true of {', '.join(missing)}"
+        )
+    steps = given["diffusion_steps"]
+    size = given["image_size"]
+    # two of their codes have two defaults
+    rescaled = allow(
+        path,
+        "rescale_timesteps",
+        given.get("rescale_timesteps"),
+        [True, False] if steps != 1000 else [None, True, False],
+    )
+    return diffusers.as_ours(
+        path,
+        tensors,
+        {
+            "data.image_size": size,
+            "data.channels": channels,
+            "model.model_channels": width,
+            "model.channel_mult": factors(path, "channel_mult", [stem, *widths], width)[1:],
+            "model.num_res_blocks": blocks,
+            "model.resblock_updown": bool(numbers(r"output_blocks\.(\d+)\.[12]\.in_layers")),
+            "model.attention_resolutions": tuple(
+                size >> level
+                for level, first in enumerate(firsts)
+                if f"{first}.1.qkv.weight" in tensors
+            ),
+            "model.num_heads": given.get("num_heads", 1),
+            "model.num_head_channels": given.get("num_head_channels", 0),
+            "model.use_scale_shift_norm": len(tensors["middle_block.0.emb_layers.1.bias"])
+            == 2 * widths[-1],
+            "model.freq_shift": 0,
+            "model.downsample_padding": 1,
+            "model.norm_num_groups": 32,
+            "model.norm_eps": 1e-5,
+            "diffusion.timesteps": steps,
+            "diffusion.rescale_timesteps": bool(rescaled),
+            "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
+            "diffusion.beta_schedule": allow(
+                path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]
+            ),
+            "diffusion.variance": "learned" if learned else "large",
+            "diffusion.loss": "hybrid" if learned else "mse",
+        }
+        | named,
+        OPENAI,
+        cosines_first=True,
+        legacy=not given["use_new_attention_order"],
+        no_label=no_label,
+    )
+
+
 FLAGS = {  # OpenAI's flags, for what shapes do not say
     "image_size": (flags.DEFINE_integer, "--image_size=64"),
     "diffusion_steps": (flags.DEFINE_integer, "--diffusion_steps=1000"),

@@ -1,6 +1,8 @@
-"""What others call the same things: a U-Net's tensors in diffusers and in OpenAI's code, and the fields of diffusers' configs.
+"""What others call the same things: a U-Net's tensors in diffusers and in OpenAI's code, and the
+fields of diffusers' configs.
 
-Tables, and the functions that read them in both directions; `convert` has the files and what needs more than a table.
+Tables, and the functions that read them in both directions; `convert` has the files and what needs
+more than a table.
 """
 
 import re
@@ -13,19 +15,40 @@ from ddpm.models.layers import AttentionBlock, Downsample, ResidualBlock, Upsamp
 
 
 def names(net, blocks, dialect):
-    """Each tensor of a U-Net of `blocks` residual blocks a level: our name, the names of its rows in a dialect, its layer."""
+    """Each tensor of a U-Net of `blocks` residual blocks a level: our name, the names of its
+    rows in a dialect, its layer.
+    """
     for name, layer in net.named_modules():
-        place, numbers = name, {}
+        place = name
+        numbers = {}
         if found := re.fullmatch(r"(encoder|decoder)\.(\d+)\.(\d)", name):
-            stage, residual = int(found[2]), isinstance(layer, ResidualBlock)
-            kind = "block" if residual and isinstance(layer.resize, nn.Identity) else KINDS[type(layer)]
+            stage = int(found[2])
+            residual = isinstance(layer, ResidualBlock)
+            kind = (
+                "block"
+                if residual and isinstance(layer.resize, nn.Identity)
+                else KINDS[type(layer)]
+            )
             place = f"{found[1]} {kind}"
             level, block = divmod(stage, blocks + 1)
-            numbers = {"level": level, "block": block, "stage": stage, "next": stage + 1, "layer": found[3]}
+            numbers = {
+                "level": level,
+                "block": block,
+                "stage": stage,
+                "next": stage + 1,
+                "layer": found[3],
+            }
         for part, theirs in PARTS.get(type(layer), PLAIN).items() if place in PLACES else ():
             for leaf, _ in layer.get_submodule(part).named_parameters():
-                there = [(PLACES[place][dialect].format(**numbers), row, leaf) for row in theirs[dialect].split(" ")]
-                yield ".".join(filter(None, (name, part, leaf))), [".".join(filter(None, words)) for words in there], layer
+                there = [
+                    (PLACES[place][dialect].format(**numbers), row, leaf)
+                    for row in theirs[dialect].split(" ")
+                ]
+                yield (
+                    ".".join(filter(None, (name, part, leaf))),
+                    [".".join(filter(None, words)) for words in there],
+                    layer,
+                )
 
 
 def fields_as_knobs(path, fields, table):
@@ -34,8 +57,15 @@ def fields_as_knobs(path, fields, table):
     for field, (usual, knob, values) in table.items():
         value = fields.get(field, usual)
         if isinstance(values, type):
-            allow(path, field, value, [value] if isinstance(value, (values, int)) else [f"a {values.__name__}"])
-        knobs[knob] = values(value) if isinstance(values, type) else values[allow(path, field, value, values)]
+            allow(
+                path,
+                field,
+                value,
+                [value] if isinstance(value, (values, int)) else [f"a {values.__name__}"],
+            )
+        knobs[knob] = (
+            values(value) if isinstance(values, type) else values[allow(path, field, value, values)]
+        )
     return {knob: value for knob, value in knobs.items() if knob}
 
 
@@ -59,14 +89,19 @@ def factors(path, field, widths, width):
 
 
 def allow(path, field, value, allowed):
-    """Return the value if it is one of those allowed; raises ValueError, which names field and value, if it is not."""
+    """Return the value if it is one of those allowed; raises ValueError, which names field and
+    value, if it is not.
+    """
     if value not in list(allowed):
         others = f"; it can be {', '.join(map(str, allowed))}" if allowed else ""
-        raise ValueError(f"{path}: {field} is {value!r}, which has no counterpart on the other side{others}")
+        raise ValueError(
+            f"{path}: {field} is {value!r}, which has no counterpart on the other side{others}"
+        )
     return value
 
 
-DIFFUSERS, OPENAI = 0, 1  # the columns of the next tables
+DIFFUSERS = 0
+OPENAI = 1  # the columns of the next tables
 PLACES = {  # where a layer of ours is: in a UNet2DModel, in OpenAI's UNetModel
     "stem": ("conv_in", "input_blocks.0.0"),
     "time_embedding.0": ("time_embedding.linear_1", "time_embed.0"),
@@ -84,7 +119,12 @@ PLACES = {  # where a layer of ours is: in a UNet2DModel, in OpenAI's UNetModel
     "head.0": ("conv_norm_out", "out.0"),
     "head.2": ("conv_out", "out.2"),
 }
-KINDS = {AttentionBlock: "attention", Downsample: "resize", Upsample: "resize", ResidualBlock: "resize"}
+KINDS = {
+    AttentionBlock: "attention",
+    Downsample: "resize",
+    Upsample: "resize",
+    ResidualBlock: "resize",
+}
 PLAIN = {"": ("", "")}
 PARTS = {  # what a layer of ours consists of: in diffusers, in OpenAI's code
     ResidualBlock: {
@@ -103,11 +143,14 @@ PARTS = {  # what a layer of ours consists of: in diffusers, in OpenAI's code
     Downsample: {"conv": ("conv", "op")},
     Upsample: {"conv": ("conv", "conv")},
 }
-OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}  # of early diffusers
+# of early diffusers
+OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 OLD_PART = "|".join(map(re.escape, OLD))
 STORED = "diffusion_pytorch_model"
 
-UNET = {  # a field of UNet2DModel: what it is if left out, our knob, {its values: ours} or the type of a value that is the same
+# a field of UNet2DModel: what it is if left out, our knob, {its values: ours} or the type of a
+# value that is the same
+UNET = {
     "_class_name": (None, None, {"UNet2DModel": None}),
     "sample_size": (None, "data.image_size", int),
     "in_channels": (3, "data.channels", int),
@@ -117,7 +160,11 @@ UNET = {  # a field of UNet2DModel: what it is if left out, our knob, {its value
     "downsample_padding": (1, "model.downsample_padding", {0: 0, 1: 1}),
     "norm_num_groups": (32, "model.norm_num_groups", int),
     "norm_eps": (1e-5, "model.norm_eps", float),
-    "resnet_time_scale_shift": ("default", "model.use_scale_shift_norm", {"default": False, "scale_shift": True}),
+    "resnet_time_scale_shift": (
+        "default",
+        "model.use_scale_shift_norm",
+        {"default": False, "scale_shift": True},
+    ),
     "flip_sin_to_cos": (True, None, {False: None, True: None}),  # is a permutation of weights
     "act_fn": ("silu", None, {"silu": None, "swish": None}),
     "center_input_sample": (False, None, {False: None}),
@@ -140,7 +187,9 @@ SHAPE = {  # its other fields, which are read together, and the knobs that they 
     "out_channels": (),
     "time_embedding_dim": (),
 }
-BLOCKS = {  # diffusers' block on the way down: the one on the way up, with attention or not, how it resizes (None: see another)
+# diffusers' block on the way down: the one on the way up, with attention or not, how it resizes
+# (None: see another)
+BLOCKS = {
     "DownBlock2D": ("UpBlock2D", False, "conv"),
     "AttnDownBlock2D": ("AttnUpBlock2D", True, None),
     "ResnetDownsampleBlock2D": ("ResnetUpsampleBlock2D", False, "resnet"),
@@ -148,16 +197,28 @@ BLOCKS = {  # diffusers' block on the way down: the one on the way up, with atte
 SCHEDULER = {  # a field of DDPMScheduler, as in UNET
     "_class_name": (None, None, {"DDPMScheduler": None}),
     "num_train_timesteps": (1000, "diffusion.timesteps", int),
-    "prediction_type": ("epsilon", "diffusion.predict", {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}),
+    "prediction_type": (
+        "epsilon",
+        "diffusion.predict",
+        {"epsilon": "eps", "sample": "x0", "v_prediction": "v"},
+    ),
     "clip_sample": (True, "diffusion.clip", {True: True, False: False}),
     "clip_sample_range": (1.0, None, {1.0: None}),
-    "variance_type": ("fixed_small", "diffusion.variance", {
-        "fixed_small": "small",
-        "fixed_small_log": "small",
-        "fixed_large": "large",
-        "learned_range": "learned",
-    }),
-    "timestep_spacing": ("leading", "sample.spacing", {"leading": "leading", "linspace": "linear", "trailing": "trailing"}),
+    "variance_type": (
+        "fixed_small",
+        "diffusion.variance",
+        {
+            "fixed_small": "small",
+            "fixed_small_log": "small",
+            "fixed_large": "large",
+            "learned_range": "learned",
+        },
+    ),
+    "timestep_spacing": (
+        "leading",
+        "sample.spacing",
+        {"leading": "leading", "linspace": "linear", "trailing": "trailing"},
+    ),
     "steps_offset": (0, None, {0: None}),
     "thresholding": (False, None, {False: None}),
     "rescale_betas_zero_snr": (False, "diffusion.zero_terminal_snr", {False: False, True: True}),
@@ -168,4 +229,5 @@ BETAS = {  # beta_schedule: its betas from the first to the last
     "squaredcos_cap_v2": lambda start, end, steps: get_beta_schedule("cosine", steps),
 }
 OUR_NAME = "_ddpm_schedule"  # says in a diffusers file which schedule its trained_betas are
-OUR_CLASSES = "_ddpm_classes"  # and what its labels are called, but for the last if that is no label
+# and what its labels are called, but for the last if that is no label
+OUR_CLASSES = "_ddpm_classes"

@@ -1,9 +1,11 @@
-"""The magnitude-preserving U-Net of Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models"
-(EDM2, sections 2.3 and 2.4, appendix B, configuration G): `net(x, t, y) -> out`, the network waist, as models/unet.py has it.
+"""The magnitude-preserving U-Net of Karras et al. 2024, "Analyzing and Improving the Training
+Dynamics of Diffusion Models" (EDM2, sections 2.3 and 2.4, appendix B, configuration G): `net(x, t,
+y) -> out`, the network waist, as models/unet.py has it.
 
-Every layer returns numbers of mean square 1 for numbers of mean square 1, and keeps doing so: weight vectors have length 1
-whatever the optimiser does to them. So there are no biases and no group norms, and the learning rate alone says how fast the
-network changes: it has to fall (inverse_sqrt). Equations are the paper's.
+Every layer returns numbers of mean square 1 for numbers of mean square 1, and keeps doing so:
+weight vectors have length 1 whatever the optimiser does to them. So there are no biases and no
+group norms, and the learning rate alone says how fast the network changes: it has to fall
+(inverse_sqrt). Equations are the paper's.
 """
 
 import math
@@ -22,7 +24,8 @@ LIMIT = 256.0  # of activations, so that none overflows in half precision
 
 def unit(x, dims, eps=1e-4):
     """x over its root mean square along `dims`; along channels it is pixel norm."""
-    size = math.prod([x.shape[dim] for dim in dims])  # a list: torch.compile breaks the graph at a generator
+    # a list: torch.compile breaks the graph at a generator
+    size = math.prod([x.shape[dim] for dim in dims])
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)
     return x / (norm / math.sqrt(size) + eps).to(x.dtype)
 
@@ -38,9 +41,14 @@ def mp_sum(a, b, t):
 
 
 def mp_cat(a, b, t=0.5):
-    """a and b side by side, weighed so that what follows hears them as 1 - t to t whatever their widths (eq. 103)."""
+    """a and b side by side, weighed so that what follows hears them as 1 - t to t whatever their
+    widths (eq. 103).
+    """
     scale = math.sqrt(a.shape[1] + b.shape[1]) / math.hypot(1 - t, t)
-    return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[1])), b * (scale * t / math.sqrt(b.shape[1]))], dim=1)
+    return torch.cat(
+        [a * (scale * (1 - t) / math.sqrt(a.shape[1])), b * (scale * t / math.sqrt(b.shape[1]))],
+        dim=1,
+    )
 
 
 class MPSines(nn.Module):
@@ -55,9 +63,11 @@ class MPSines(nn.Module):
 
 
 class MPFourier(nn.Module):
-    """Random Fourier features of a logarithm of the noise, with mean square 1 (eq. 75): c_noise [b] -> [b, dim].
+    """Random Fourier features of a logarithm of the noise, with mean square 1 (eq. 75): c_noise [b]
+    -> [b, dim].
 
-    Frequencies are 2 pi times normal numbers, phases uniform, the same in every network of one width.
+    Frequencies are 2 pi times normal numbers, phases uniform, the same in every network of one
+    width.
     """
 
     def __init__(self, dim):
@@ -65,23 +75,30 @@ class MPFourier(nn.Module):
         generator = torch.Generator().manual_seed(0)
         frequencies = 2 * math.pi * torch.randn(dim, generator=generator, device="cpu")
         phases = 2 * math.pi * torch.rand(dim, generator=generator, device="cpu")
-        self.register_buffer("frequencies", torch.empty(dim).copy_(frequencies))  # on the device of the network
+        # on the device of the network
+        self.register_buffer("frequencies", torch.empty(dim).copy_(frequencies))
         self.register_buffer("phases", torch.empty(dim).copy_(phases))
 
     def forward(self, c_noise):
-        return torch.cos(rearrange(c_noise.float(), "b -> b 1") * self.frequencies + self.phases) * math.sqrt(2)
+        return torch.cos(
+            rearrange(c_noise.float(), "b -> b 1") * self.frequencies + self.phases
+        ) * math.sqrt(2)
 
 
 class MPConv(nn.Module):
-    """A convolution that keeps the image size, or a dense layer where `kernel_size` is 0; weight vectors of length 1 (eq. 47).
+    """A convolution that keeps the image size, or a dense layer where `kernel_size` is 0; weight
+    vectors of length 1 (eq. 47).
 
-    While training they are set to that length at each call (eq. 66), so that a step of the optimiser always turns them equally
-    far; the gradient passes through the normalisation, which takes away its part along the weights.
+    While training they are set to that length at each call (eq. 66), so that a step of the
+    optimiser always turns them equally far; the gradient passes through the normalisation, which
+    takes away its part along the weights.
     """
 
     def __init__(self, in_channels, out_channels, kernel_size=0):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *[kernel_size] * (2 * (kernel_size > 0))))
+        self.weight = nn.Parameter(
+            torch.randn(out_channels, in_channels, *[kernel_size] * (2 * (kernel_size > 0)))
+        )
 
     def forward(self, x, gain=1.0):
         dims = tuple(range(1, self.weight.ndim))
@@ -89,27 +106,38 @@ class MPConv(nn.Module):
             with torch.no_grad():
                 self.weight.copy_(unit(self.weight, dims))
         weight = unit(self.weight, dims) * (gain / math.sqrt(self.weight[0].numel()))
-        return F.linear(x, weight) if len(dims) == 1 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        return (
+            F.linear(x, weight)
+            if len(dims) == 1
+            else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        )
 
 
 class MPBlock(nn.Module):
-    """A residual block and, where there are `heads`, attention: x [b, inputs, h, w], emb [b, embedding] -> [b, outputs, h, w].
+    """A residual block and, where there are `heads`, attention: x [b, inputs, h, w], emb [b,
+    embedding] -> [b, outputs, h, w].
 
-    In the encoder the main branch passes pixel norm, which is the network's only one. The embedding scales channels, from 1 at
-    first. `resize` is up, down or none.
+    In the encoder the main branch passes pixel norm, which is the network's only one. The embedding
+    scales channels, from 1 at first. `resize` is up, down or none.
     """
 
     def __init__(self, inputs, outputs, embedding, dropout=0, heads=0, encodes=True, resize=None):
         super().__init__()
-        self.heads, self.encodes, self.resizes = heads, encodes, resize is not None
-        self.resize = {"up": NearestUpsample(), "down": nn.AvgPool2d(2), None: nn.Identity()}[resize]
+        self.heads = heads
+        self.encodes = encodes
+        self.resizes = resize is not None
+        self.resize = {"up": NearestUpsample(), "down": nn.AvgPool2d(2), None: nn.Identity()}[
+            resize
+        ]
         self.shortcut = nn.Identity() if inputs == outputs else MPConv(inputs, outputs, 1)
         self.conv1 = MPConv(outputs if encodes else inputs, outputs, 3)
-        self.project, self.gain = MPConv(embedding, outputs), nn.Parameter(torch.zeros(()))
+        self.project = MPConv(embedding, outputs)
+        self.gain = nn.Parameter(torch.zeros(()))
         self.dropout = nn.Dropout(dropout)
         self.conv2 = MPConv(outputs, outputs, 3)
         if heads:
-            self.qkv, self.mix = MPConv(outputs, 3 * outputs, 1), MPConv(outputs, outputs, 1)
+            self.qkv = MPConv(outputs, 3 * outputs, 1)
+            self.mix = MPConv(outputs, outputs, 1)
 
     def forward(self, x, emb):
         x = self.resize(x)
@@ -125,7 +153,9 @@ class MPBlock(nn.Module):
     def attend(self, x):
         """Every pixel attends to every pixel, by the angles between vectors of length sqrt(d)."""
         h, w = x.shape[-2:]
-        qkv = rearrange(self.qkv(x), "b (three heads d) h w -> three b heads (h w) d", three=3, heads=self.heads)
+        qkv = rearrange(
+            self.qkv(x), "b (three heads d) h w -> three b heads (h w) d", three=3, heads=self.heads
+        )
         out = F.scaled_dot_product_attention(*unit(qkv, (-1,)).contiguous())
         return self.mix(rearrange(out, "b heads (h w) d -> b (heads d) h w", h=h, w=w))
 
@@ -133,8 +163,9 @@ class MPBlock(nn.Module):
 class UNetEDM2(nn.Module):
     """A U-Net as in models/unet.py, in magnitude-preserving layers; a fresh one returns zeros.
 
-    `noise_embedding` names an entry of NOISE_EMBEDDINGS: `sines` where t counts timesteps, `fourier` where it is a logarithm of
-    the noise. The other arguments are those of UNet. Raises ValueError for what UNet refuses.
+    `noise_embedding` names an entry of NOISE_EMBEDDINGS: `sines` where t counts timesteps,
+    `fourier` where it is a logarithm of the noise. The other arguments are those of UNet. Raises
+    ValueError for what UNet refuses.
     """
 
     def __init__(
@@ -154,9 +185,20 @@ class UNetEDM2(nn.Module):
     ):
         super().__init__()
         with torch.device("meta"):  # takes no memory, and refuses what no U-Net can be
-            UNet(image_size, in_channels, out_channels, model_channels, channel_mult, num_res_blocks, attention_resolutions,
-                 num_heads, num_head_channels, num_classes=num_classes)
-        self.halvings, self.num_classes = len(channel_mult) - 1, num_classes
+            UNet(
+                image_size,
+                in_channels,
+                out_channels,
+                model_channels,
+                channel_mult,
+                num_res_blocks,
+                attention_resolutions,
+                num_heads,
+                num_head_channels,
+                num_classes=num_classes,
+            )
+        self.halvings = len(channel_mult) - 1
+        self.num_classes = num_classes
         side = image_size if isinstance(image_size, int) else min(image_size)
         widths = [mult * model_channels for mult in channel_mult]
         embedding = max(widths)
@@ -165,8 +207,9 @@ class UNetEDM2(nn.Module):
             heads = head_count(outputs, num_heads, num_head_channels) if attends else 0
             return MPBlock(inputs, outputs, embedding, dropout, heads, **how)
 
-        self.noise_features = NOISE_EMBEDDINGS[check_choice("noise embedding", noise_embedding, list(NOISE_EMBEDDINGS))](
-            model_channels)
+        self.noise_features = NOISE_EMBEDDINGS[
+            check_choice("noise embedding", noise_embedding, list(NOISE_EMBEDDINGS))
+        ](model_channels)
         self.time_embedding = MPConv(model_channels, embedding)
         self.class_embedding = None if num_classes is None else MPConv(num_classes, embedding)
 
@@ -186,7 +229,12 @@ class UNetEDM2(nn.Module):
                 channels = width
                 skips.append(channels)
 
-        self.middle = nn.ModuleList([block(channels, channels, True, encodes=False), block(channels, channels, encodes=False)])
+        self.middle = nn.ModuleList(
+            [
+                block(channels, channels, True, encodes=False),
+                block(channels, channels, encodes=False),
+            ]
+        )
 
         self.levels[-1] += self.middle
         self.decoder = nn.ModuleList()
@@ -200,17 +248,26 @@ class UNetEDM2(nn.Module):
                 self.decoder.append(block(channels, channels, encodes=False, resize="up"))
                 self.levels[level].append(self.decoder[-1])
 
-        self.head, self.gain = MPConv(channels, out_channels, 3), nn.Parameter(torch.zeros(()))
+        self.head = MPConv(channels, out_channels, 3)
+        self.gain = nn.Parameter(torch.zeros(()))
 
     def embed(self, t, y, dtype):
-        """The embedding [b, e] of times and labels; y None is every label dropped, and a dropped label adds zero."""
+        """The embedding [b, e] of times and labels; y None is every label dropped, and a dropped
+        label adds zero.
+        """
         emb = self.time_embedding(self.noise_features(t).to(dtype))
         if self.class_embedding is not None:
             y = torch.full(t.shape, -1, device=t.device) if y is None else y
-            chosen = F.one_hot(y.clamp(min=0), self.num_classes) * rearrange(y >= 0, "b -> b 1") * math.sqrt(self.num_classes)
+            chosen = (
+                F.one_hot(y.clamp(min=0), self.num_classes)
+                * rearrange(y >= 0, "b -> b 1")
+                * math.sqrt(self.num_classes)
+            )
             emb = mp_sum(emb, self.class_embedding(chosen.to(dtype)), 0.5)
         elif y is not None:
-            raise ValueError("labels were given to a network without classes; set num_classes, or pass y=None")
+            raise ValueError(
+                "labels were given to a network without classes; set num_classes, or pass y=None"
+            )
         return mp_silu(emb)
 
     def forward(self, x, t, y=None):

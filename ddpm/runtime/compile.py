@@ -9,19 +9,25 @@ from ddpm.runtime.out_of_memory import ran_out
 
 COMPILER = "inductor"  # torch's own
 GRAPHS = 64  # that it makes of one network, at most
-DRAWING = {"mode": "reduce-overhead"}  # on a card CUDA graphs, in which an answer is overwritten by the next
+# on a card CUDA graphs, in which an answer is overwritten by the next
+DRAWING = {"mode": "reduce-overhead"}
 
 
 class Compiled:
-    """A network net(x, t, y) asked often, without gradients: through torch.compile and, on a card, CUDA graphs.
+    """A network net(x, t, y) asked often, without gradients: through torch.compile and, on a card,
+    CUDA graphs.
 
-    The first question takes the time of compiling it, which `say(text)` is told. Where that fails, and for batches of other
-    `sizes`, each of which would take as long again, the plain network answers.
+    The first question takes the time of compiling it, which `say(text)` is told. Where that fails,
+    and for batches of other `sizes`, each of which would take as long again, the plain network
+    answers.
     """
 
     def __init__(self, net, sizes, say=print):
-        self.net, self.sizes, self.say = net, sizes, say
-        self.fast, self.fresh = through(net, DRAWING), True
+        self.net = net
+        self.sizes = sizes
+        self.say = say
+        self.fast = through(net, DRAWING)
+        self.fresh = True
 
     def __call__(self, x, t, y=None):
         if self.fast is None or len(x) not in self.sizes:
@@ -30,13 +36,18 @@ class Compiled:
         try:
             out = self.fast(x, t, y).clone()
             if self.fresh:
-                self.say(f"the network was compiled for drawing in {time.monotonic() - begun:.0f} s")
+                self.say(
+                    f"the network was compiled for drawing in {time.monotonic() - begun:.0f} s"
+                )
                 self.fresh = False
             return out
         except Exception as error:  # a compiler has many
             if of_kernels(error):
                 raise
-            self.say(f"drawing with the plain network, as torch.compile failed: {device.first_words(error)}")
+            self.say(
+                "drawing with the plain network, as torch.compile failed: "
+                f"{device.first_words(error)}"
+            )
             self.fast = None
             return self.net(x, t, y)
 
@@ -47,17 +58,22 @@ class Compiled:
 def through(net, how):
     """A network through torch.compile, which makes a graph for each size of batch.
 
-    By default it makes one for all sizes from the second on, whose kernels are slower. Learning and drawing, with labels and
-    without, share the limit of graphs, beyond which torch runs the plain network and says nothing.
+    By default it makes one for all sizes from the second on, whose kernels are slower. Learning and
+    drawing, with labels and without, share the limit of graphs, beyond which torch runs the plain
+    network and says nothing.
     """
     torch._dynamo.config.recompile_limit = GRAPHS
-    return torch.compile(net, backend=COMPILER, dynamic=False, **(how if COMPILER == "inductor" else {}))
+    return torch.compile(
+        net, backend=COMPILER, dynamic=False, **(how if COMPILER == "inductor" else {})
+    )
 
 
 def of_kernels(error):
-    """Whether an exception is of the computation, as that memory runs out or CUDA fails, and not of the compiler.
+    """Whether an exception is of the computation, as that memory runs out or CUDA fails, and not of
+    the compiler.
 
-    Kernels raise RuntimeError itself, where they raise no class below; compilers have classes of their own.
+    Kernels raise RuntimeError itself, where they raise no class below; compilers have classes of
+    their own.
     """
     of_cuda = getattr(torch, "AcceleratorError", RuntimeError)  # of torch 2.8 on
     return ran_out(error) or type(error) in (RuntimeError, of_cuda)

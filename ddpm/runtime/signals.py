@@ -1,8 +1,10 @@
-"""Being asked to stop: a signal, or hours that are nearly over, become a wish that is granted where leaving costs nothing.
+"""Being asked to stop: a signal, or hours that are nearly over, become a wish that is granted where
+leaving costs nothing.
 
-What can be done again (a drawing, a measurement, the wait for a batch) runs inside `abandonable()` and ends at once; a step and
-a save are seen to their end. Commands other than the training end by KeyboardInterrupt inside `interruptible()`; before that,
-while a command imports, `ddpm/__init__.py` has a signal end the process with one line.
+What can be done again (a drawing, a measurement, the wait for a batch) runs inside `abandonable()`
+and ends at once; a step and a save are seen to their end. Commands other than the training end by
+KeyboardInterrupt inside `interruptible()`; before that, while a command imports, `ddpm/__init__.py`
+has a signal end the process with one line.
 """
 
 import contextlib
@@ -13,21 +15,28 @@ import time
 
 from ddpm.common import errors
 
-BEGAN = time.monotonic() - time.process_time()  # of this process, nearly: so far it has hardly waited
+# of this process, nearly: so far it has hardly waited
+BEGAN = time.monotonic() - time.process_time()
 NAMES = {signal.SIGINT: "Ctrl-C"}  # of signals, for people
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)  # the last is our own alarm clock
-SLACK, MOST_SLACK = 0.02, 60  # share of the hours, and seconds at most, that are left unused
+# the last is our own alarm clock
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
+SLACK = 0.02
+MOST_SLACK = 60  # share of the hours, and seconds at most, that are left unused
 GOING_ON = ("ddpm.main", "ddpm.sweep")  # such commands
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what interrupts a command
 
 
 def interrupted_code():
-    """The exit code of this process where it is interrupted, by the command that it runs as `python -m`."""
+    """The exit code of this process where it is interrupted, by the command that it runs as
+    `python -m`.
+    """
     return errors.GOES_ON if any(name in sys.orig_argv for name in GOING_ON) else errors.STOPPED
 
 
 def tell(text):
-    """Write a line to stderr at once, from a signal handler too; on a terminal below the `^C` and the bar that stand there."""
+    """Write a line to stderr at once, from a signal handler too; on a terminal below the `^C`
+    and the bar that stand there.
+    """
     above = "\n" if os.isatty(2) else ""
     with contextlib.suppress(OSError):  # print may be what is interrupted
         os.write(2, f"{above}{text}\n".encode())
@@ -42,7 +51,9 @@ def end_before_start(*_):
     """A signal handler for a command that still imports."""
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks on a machine the first one says it
         again = (
-            ": nothing to save, the same command goes on" if interrupted_code() == errors.GOES_ON else ": nothing is written"
+            ": nothing to save, the same command goes on"
+            if interrupted_code() == errors.GOES_ON
+            else ": nothing is written"
         )
         tell(f"interrupted before the start{again}")
     end_at_once()
@@ -55,14 +66,18 @@ def raise_once(*_):
 
 
 def handle(handler):
-    """Let a handler have the signals of ENDING, except those that are ignored, as by nohup; returns the handlers before."""
+    """Let a handler have the signals of ENDING, except those that are ignored, as by nohup;
+    returns the handlers before.
+    """
     heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 
 
 @contextlib.contextmanager
 def interruptible():
-    """Inside, the first signal raises KeyboardInterrupt, so that half-written files are cleaned up; the second ends at once."""
+    """Inside, the first signal raises KeyboardInterrupt, so that half-written files are cleaned
+    up; the second ends at once.
+    """
     before = handle(raise_once)
     try:
         yield
@@ -72,7 +87,9 @@ def interruptible():
 
 
 class Interrupted(BaseException):
-    """Work that may be abandoned is abandoned, as the process is asked to stop; `told` where the other ranks know it."""
+    """Work that may be abandoned is abandoned, as the process is asked to stop; `told` where the
+    other ranks know it.
+    """
 
     def __init__(self, told=False):
         super().__init__()
@@ -82,12 +99,14 @@ class Interrupted(BaseException):
 class Wish:
     """Whether this process is asked to stop: `by` is the signal's number, or None.
 
-    With `hours` above 0 it asks itself, so long before that many hours after its start that what it sees to its end, as far as
-    seen, fits in twice.
+    With `hours` above 0 it asks itself, so long before that many hours after its start that what it
+    sees to its end, as far as seen, fits in twice.
     """
 
     def __init__(self, hours=0.0):
-        self.hours, self.by, self.longest = hours, None, 0.0
+        self.hours = hours
+        self.by = None
+        self.longest = 0.0
         self.leaving = False
 
     @property
@@ -106,7 +125,9 @@ class Wish:
 
     @contextlib.contextmanager
     def heard(self):
-        """Inside, signals become the wish, but for those that are ignored, as by nohup; a second Ctrl-C does not wait."""
+        """Inside, signals become the wish, but for those that are ignored, as by nohup; a second
+        Ctrl-C does not wait.
+        """
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._ask) for number in heard}
         self._set_alarm()
@@ -120,7 +141,9 @@ class Wish:
 
     @contextlib.contextmanager
     def abandonable(self):
-        """What runs inside ends with Interrupted, between any two of Python's instructions, when the wish comes or is there."""
+        """What runs inside ends with Interrupted, between any two of Python's instructions, when
+        the wish comes or is there.
+        """
         with self._leaving(True):
             self._grant()
             yield
@@ -145,7 +168,8 @@ class Wish:
 
     @contextlib.contextmanager
     def _leaving(self, may):
-        before, self.leaving = self.leaving, may
+        before = self.leaving
+        self.leaving = may
         try:
             yield
         finally:

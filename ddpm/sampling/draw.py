@@ -1,6 +1,7 @@
 """Weights and seeds become images: uint8 [b, c, h, w], each beginning at noise that is its own.
 
-Image k of a drawing reads all its noise at (seed, k), so it is the same image at any batch size and on any number of ranks.
+Image k of a drawing reads all its noise at (seed, k), so it is the same image at any batch size and
+on any number of ranks.
 """
 
 from collections import deque
@@ -19,10 +20,12 @@ from ddpm.diffusion.process import latent
 
 
 class Recipe(NamedTuple):
-    """How images are drawn: a sampler's spec, its number of steps and their spacing, the seed, and how many at once.
+    """How images are drawn: a sampler's spec, its number of steps and their spacing, the seed, and
+    how many at once.
 
-    Image k has the k-th of `labels`, which come round again, or no label; `classes` says in words which they are. `guidance`,
-    `interval` and `guide`, which says in words what guides if not the network itself, are of diffusion.guidance.
+    Image k has the k-th of `labels`, which come round again, or no label; `classes` says in words
+    which they are. `guidance`, `interval` and `guide`, which says in words what guides if not the
+    network itself, are of diffusion.guidance.
     """
 
     sampler: str
@@ -40,22 +43,27 @@ class Recipe(NamedTuple):
         said = f"{self.sampler}, {self.steps} steps, {self.spacing} spacing, seed {self.seed}"
         if self.guidance != 1:
             said += f", guidance {self.guidance}"
-            said += f" in sigma/alpha {self.interval[0]} to {self.interval[1]}" if self.interval else ""
+            said += (
+                f" in sigma/alpha {self.interval[0]} to {self.interval[1]}" if self.interval else ""
+            )
             said += f" by {self.guide}" if self.guide else ""
         return said + (f", classes {self.classes}" if self.labels else "")
 
 
 def evaluations(model, recipe, edit=None):
-    """How often networks are asked for an image: by the sampler, or by an Edit, and where guidance applies once more.
+    """How often networks are asked for an image: by the sampler, or by an Edit, and where guidance
+    applies once more.
 
     Raises ValueError where the recipe cannot make the edit.
     """
-    sampler, guidance = (
-        registry.choose("sampler", model.samplers, recipe.sampler),
-        Guidance(None, recipe.guidance, recipe.interval),
-    )
+    sampler = registry.choose("sampler", model.samplers, recipe.sampler)
+    guidance = Guidance(None, recipe.guidance, recipe.interval)
     levels = model.process.levels(recipe.steps, recipe.spacing)
-    at = editing.asked(edit, sampler, levels) if edit else samplers.asked(sampler, levels, model.learned)
+    at = (
+        editing.asked(edit, sampler, levels)
+        if edit
+        else samplers.asked(sampler, levels, model.learned)
+    )
     return len(at) + sum(map(guidance.applies, at))
 
 
@@ -67,22 +75,32 @@ def afresh(sampler, denoiser, levels, noise, seeds):
 
 
 def edited(edit, pictures, mask, count, machine):
-    """The walk of an Edit of `pictures`, uint8 [c, h, w] each, with a mask [h, w] or None, to the results 0 .. count - 1."""
+    """The walk of an Edit of `pictures`, uint8 [c, h, w] each, with a mask [h, w] or None, to
+    the results 0 .. count - 1.
+    """
 
     def walk(sampler, denoiser, levels, noise, seeds):
-        given = [repeat(machine.put(common_pixels.encode(pixels)), "c h w -> b c h w", b=len(seeds)) for pixels in pictures]
+        given = [
+            repeat(machine.put(common_pixels.encode(pixels)), "c h w -> b c h w", b=len(seeds))
+            for pixels in pictures
+        ]
         places = machine.put(torch.tensor(seeds, dtype=torch.float64) / max(count - 1, 1))
         area = None if mask is None else rearrange(machine.put(mask), "h w -> 1 1 h w")
-        yield from edit.walk(sampler, denoiser, levels, noise, editing.Given(tuple(given), area, places))
+        yield from edit.walk(
+            sampler, denoiser, levels, noise, editing.Given(tuple(given), area, places)
+        )
 
     return walk
 
 
-def trajectory(model, recipe, seeds, shape, machine, guide=None, walk=afresh, evaluated=lambda: None):
-    """Yield x [b, c, h, w] in about [-1, 1] on the device: where the walk of `seeds` begins, then x after each of its steps.
+def trajectory(
+    model, recipe, seeds, shape, machine, guide=None, walk=afresh, evaluated=lambda: None
+):
+    """Yield x [b, c, h, w] in about [-1, 1] on the device: where the walk of `seeds` begins, then x
+    after each of its steps.
 
-    `guide` is the network net(x, t, y) that guides, in evaluation mode, or None for the model's own without labels.
-    `evaluated()` is called after each evaluation of a network.
+    `guide` is the network net(x, t, y) that guides, in evaluation mode, or None for the model's own
+    without labels. `evaluated()` is called after each evaluation of a network.
     """
 
     def noise(k):
@@ -94,33 +112,45 @@ def trajectory(model, recipe, seeds, shape, machine, guide=None, walk=afresh, ev
                 out = net(x, t, y).float()
             evaluated()
             return out
+
         return ask
 
-    y = machine.put(torch.tensor([recipe.labels[k % len(recipe.labels)] for k in seeds])) if recipe.labels else None
+    y = (
+        machine.put(torch.tensor([recipe.labels[k % len(recipe.labels)] for k in seeds]))
+        if recipe.labels
+        else None
+    )
     guidance = Guidance(autocast(guide or unlabelled(model.net)), recipe.guidance, recipe.interval)
     sampler = registry.choose("sampler", model.samplers, recipe.sampler)
     levels = model.process.levels(recipe.steps, recipe.spacing)
     model.net.eval()
     with torch.no_grad():
-        yield from walk(sampler, lambda: model.denoiser(autocast(model.net), y, guidance), levels, noise, seeds)
+        yield from walk(
+            sampler, lambda: model.denoiser(autocast(model.net), y, guidance), levels, noise, seeds
+        )
 
 
 def progress(model, recipe, count, size, machine, times):
-    """The Progress of drawing `count` images, `size` at a time, in `times` network evaluations each, or the recipe's number."""
+    """The Progress of drawing `count` images, `size` at a time, in `times` network evaluations
+    each, or the recipe's number.
+    """
     times = evaluations(model, recipe) if times is None else times
     return Progress("drawing", count, size, times, shown=machine.main)
 
 
 def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
-    """Yield (seeds, uint8 [b, c, h, w] on the host), batch by batch, for this rank's share of `seeds`.
+    """Yield (seeds, uint8 [b, c, h, w] on the host), batch by batch, for this rank's share of
+    `seeds`.
 
     Batches are smaller than the recipe's where memory runs out. The main rank shows its progress.
 
-    `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h, w), `guide` as above, `times`
-    the number of network evaluations of a `walk` that is not `afresh`.
+    `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h,
+    w), `guide` as above, `times` the number of network evaluations of a `walk` that is not
+    `afresh`.
     """
     mine = list(seeds)[machine.share(len(seeds))]
     with progress(model, recipe, len(mine), recipe.batch_size, machine, times) as shown:
+
         def last(batch):
             steps = trajectory(model, recipe, batch, shape, machine, guide, walk, shown.evaluated)
             return common_pixels.decode(deque(steps, maxlen=1).pop()).cpu()
@@ -131,9 +161,13 @@ def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=No
 
 
 def frames(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
-    """Yield (seeds, uint8 [b, c, h, w]) for each step, once all are done: how the images of `seeds` come out of the noise."""
-    seeds, parts = list(seeds), []
+    """Yield (seeds, uint8 [b, c, h, w]) for each step, once all are done: how the images of
+    `seeds` come out of the noise.
+    """
+    seeds = list(seeds)
+    parts = []
     with progress(model, recipe, len(seeds), len(seeds), machine, times) as shown:
+
         def film(batch):
             steps = trajectory(model, recipe, batch, shape, machine, guide, walk, shown.evaluated)
             return torch.stack([common_pixels.decode(x).cpu() for x in steps])

@@ -16,7 +16,9 @@ from ddpm.common.files import make_folder, written_beside
 
 
 def numbered(suffix):
-    """A writer of one file per image, `000017.png` for seed 17; unsynced, for a sync costs more than the image."""
+    """A writer of one file per image, `000017.png` for seed 17; unsynced, for a sync costs more
+    than the image.
+    """
 
     def write(out, batches):
         make_folder(out)  # also where no image comes
@@ -50,26 +52,36 @@ def grid(out, batches):
 
 
 def npz(out, batches):
-    """Write `images.npz`, whose first array `arr_0` is uint8 [n, h, w, c], as guided-diffusion's evaluator reads it.
+    """Write `images.npz`, whose first array `arr_0` is uint8 [n, h, w, c], as guided-diffusion's
+    evaluator reads it.
 
-    An array's header holds its length, which is known only at the end: until then pixels wait on disk, not in memory.
+    An array's header holds its length, which is known only at the end: until then pixels wait on
+    disk, not in memory.
     """
-    path, count, shape = common_pixels.file_or_in(out, "npz"), 0, ()
+    path = common_pixels.file_or_in(out, "npz")
+    count = 0
+    shape = ()
     with written_beside(path) as part, tempfile.TemporaryFile(dir=path.parent) as waiting:
         for _, images in batches:
             pixels = channels_last(images)
-            count, shape = count + len(pixels), pixels.shape[1:]
+            count = count + len(pixels)
+            shape = pixels.shape[1:]
             waiting.write(pixels)
         waiting.seek(0)
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-        with zipfile.ZipFile(part, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        with (
+            zipfile.ZipFile(part, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as member,
+        ):
             np.lib.format.write_array_header_1_0(member, header)
             shutil.copyfileobj(waiting, member, 2**20)
     return [path]
 
 
 def zipped(out, batches):
-    """Write `images.zip`, PNG files stored without a second compression; the same images make the same bytes."""
+    """Write `images.zip`, PNG files stored without a second compression; the same images make
+    the same bytes.
+    """
     path = common_pixels.file_or_in(out, "zip")
     with written_beside(path) as part, zipfile.ZipFile(part, "w") as archive:
         for seeds, images in batches:
@@ -83,20 +95,30 @@ def zipped(out, batches):
 
 
 def gif(out, batches):
-    """Write `trajectory.gif`, one grid per batch: batches are the same images at successive steps of the sampler."""
+    """Write `trajectory.gif`, one grid per batch: batches are the same images at successive
+    steps of the sampler.
+    """
     path = common_pixels.file_or_in(out, "gif")
-    frames = [common_pixels.flattened(common_pixels.picture(common_pixels.make_grid(images))) for _, images in batches]
+    frames = [
+        common_pixels.flattened(common_pixels.picture(common_pixels.make_grid(images)))
+        for _, images in batches
+    ]
     if not frames:
-        raise ValueError("an animation needs at least one frame; give a sampler that takes at least one step")
+        raise ValueError(
+            "an animation needs at least one frame; give a sampler that takes at least one step"
+        )
     # milliseconds, in GIF's ticks of 10: about 4 s in all, and longer for more than 200 frames
     pace = min(max(4000 // len(frames) // 10 * 10, 20), 200)
     with written_beside(path) as part:
         durations = [pace] * (len(frames) - 1) + [2000]
-        frames[0].save(part, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        frames[0].save(
+            part, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        )
     return [path]
 
-# name -> f(out, batches) -> paths written; `out` is a folder, or the file of a format in SINGLE, `batches` an iterator of
-# (seeds, uint8 [b, c, h, w]).
+
+# name -> f(out, batches) -> paths written; `out` is a folder, or the file of a format in SINGLE,
+# `batches` an iterator of (seeds, uint8 [b, c, h, w]).
 FORMATS = {
     "png": numbered(".png"),
     "jpg": numbered(".jpg"),

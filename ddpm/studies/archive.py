@@ -26,7 +26,9 @@ from ddpm.tracking.tracker import commit
 
 @dataclasses.dataclass
 class Source:
-    """Runs to compare and what is known of them; `absent` has a line for each run that is not there."""
+    """Runs to compare and what is known of them; `absent` has a line for each run that is not
+    there.
+    """
 
     name: str
     question: str
@@ -42,7 +44,9 @@ class Source:
 
 def read_below(parent):
     """The folders in a folder, the runs that they hold, and a line for each that holds none."""
-    folders, runs, absent = sorted(path for path in Path(parent).iterdir() if path.is_dir()), [], []
+    folders = sorted(path for path in Path(parent).iterdir() if path.is_dir())
+    runs = []
+    absent = []
     for folder in folders:
         try:
             runs.append(studies_runs.read(folder))
@@ -52,24 +56,40 @@ def read_below(parent):
 
 
 def of_study(path, given=None, out=None):
-    """The runs of a study, in a given folder or where they belong, and those missing from its grid by name.
+    """The runs of a study, in a given folder or where they belong, and those missing from its grid
+    by name.
 
     Raises ValueError where there are none.
     """
     wanted = study.read(path)
-    home, made = wanted.path.with_suffix(""), wanted.folder(given) if given else wanted.folder()
+    home = wanted.path.with_suffix("")
+    made = wanted.folder(given) if given else wanted.folder()
     parent = f" --runs={given}" if given and made.is_dir() else ""
     made = Path(given) if given and not parent else made  # the folder of its runs itself
     folder = made if given or made.is_dir() else home / "runs"
     folders, runs, absent = read_below(folder) if folder.is_dir() else ([], [], [])
     if not runs:
-        raise ValueError(f"{made} has no runs yet; python -m ddpm.sweep {path} makes them, and --runs=ENTITY/PROJECT/SWEEP "
-                         "takes those of a W&B sweep")
-    points = {wanted.run_name(point): point for point in wanted.grid()} if wanted.method == "grid" else {}
-    runs = [with_file(wanted, points, run) for run in runs] if studies_runs.FILE in wanted.axes else runs
+        raise ValueError(
+            f"{made} has no runs yet; python -m ddpm.sweep {path} makes them, and "
+            "--runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"
+        )
+    points = (
+        {wanted.run_name(point): point for point in wanted.grid()}
+        if wanted.method == "grid"
+        else {}
+    )
+    runs = (
+        [with_file(wanted, points, run) for run in runs]
+        if studies_runs.FILE in wanted.axes
+        else runs
+    )
     more, runs = apart(wanted, runs) if "checkpoint" in wanted.varied else ([], runs)
     axes = wanted.axes + more
-    absent += [f"{name}: no run" for name in missing(wanted, points, runs) if name not in {folder.name for folder in folders}]
+    absent += [
+        f"{name}: no run"
+        for name in missing(wanted, points, runs)
+        if name not in {folder.name for folder in folders}
+    ]
     reference = setting(wanted, next(iter(points.values())), wanted.axes) if points else None
     for run in runs:
         if run.name == next(iter(points), None):
@@ -77,9 +97,26 @@ def of_study(path, given=None, out=None):
     metric = wanted.metric[0] if wanted.metric and wanted.metric[1] == "minimize" else None
     question = " ".join(wanted.description.split()) or f"How do the runs of {wanted.name} compare?"
     measured = wanted.values("checkpoint") if "checkpoint" in wanted.parameters else []
-    again = AGAIN.format(path=path, runs=parent, made=made if parent else f"runs/{wanted.name}",
-                         first=f" It measures {report.listed(measured)}, which must be trained before." if measured else "")
-    return Source(wanted.name, question, folders, runs, absent, axes, metric, reference, Path(out or home), again)
+    again = AGAIN.format(
+        path=path,
+        runs=parent,
+        made=made if parent else f"runs/{wanted.name}",
+        first=f" It measures {report.listed(measured)}, which must be trained before."
+        if measured
+        else "",
+    )
+    return Source(
+        wanted.name,
+        question,
+        folders,
+        runs,
+        absent,
+        axes,
+        metric,
+        reference,
+        Path(out or home),
+        again,
+    )
 
 
 AGAIN = """    python -m ddpm.sweep {path}{runs}
@@ -87,21 +124,28 @@ AGAIN = """    python -m ddpm.sweep {path}{runs}
 
 The first makes the runs in `{made}`, two at a time with `--parallel=2`.{first} The second writes this report from them; where
 they are not there, as in a fresh clone, from what is kept below `runs/` beside this file, and `results.csv` comes out the same,
-byte for byte."""
+byte for byte."""  # noqa: E501
 
 AGAIN_FROM_KEPT = """    python -m ddpm.compare {out}/runs --out={out}
 
-writes this report from what is kept of the runs, and `results.csv` comes out the same, byte for byte."""
+writes this report from what is kept of the runs, and `results.csv` comes out the same, byte for byte."""  # noqa: E501
 
 
 def setting(wanted, point, axes):
-    """Where a study's point lies on some axes, {axis: value}, in the values that its runs have among their knobs."""
+    """Where a study's point lies on some axes, {axis: value}, in the values that its runs have
+    among their knobs.
+    """
     knobs = defaults.flatten(wanted.config(point))
-    return {axis: file_name(wanted, point[axis]) if axis == studies_runs.FILE else knobs[axis] for axis in axes}
+    return {
+        axis: file_name(wanted, point[axis]) if axis == studies_runs.FILE else knobs[axis]
+        for axis in axes
+    }
 
 
 def file_name(wanted, file):
-    """What tells one config file of a study from the others: where all are one file, its variant, else the whole name."""
+    """What tells one config file of a study from the others: where all are one file, its
+    variant, else the whole name.
+    """
     if len({other.partition(":")[0] for other in wanted.values(studies_runs.FILE)}) > 1:
         return wanted.label(studies_runs.FILE, file)
     return file.partition(":")[2] or Path(file).stem
@@ -110,58 +154,95 @@ def file_name(wanted, file):
 def with_file(wanted, points, run):
     """A run of a study that varies the config file, with that file's name among its knobs.
 
-    It is told by the run's name, else by the config. Raises ValueError where no file of the study makes it.
+    It is told by the run's name, else by the config. Raises ValueError where no file of the study
+    makes it.
     """
     file = points[run.name][studies_runs.FILE] if run.name in points else None
     for candidate in wanted.values(studies_runs.FILE) if file is None else ():
-        point = {name: run.knobs[name.removeprefix("config.")] for name in wanted.parameters if name != studies_runs.FILE}
-        point = {name: list(value) if isinstance(value, tuple) else value for name, value in point.items()}
+        point = {
+            name: run.knobs[name.removeprefix("config.")]
+            for name in wanted.parameters
+            if name != studies_runs.FILE
+        }
+        point = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in point.items()
+        }
         given = defaults.flatten(wanted.config(point | {studies_runs.FILE: candidate}))
         if all(run.knobs[knob] == given[knob] for knob in given if studies_runs.is_related(knob)):
             file = candidate
     if file is None:
-        raise ValueError(f"{run.folder} is of another study: no config file of this one makes its config; move it away")
+        raise ValueError(
+            f"{run.folder} is of another study: no config file of this one makes its config; move "
+            "it away"
+        )
     return dataclasses.replace(run, knobs=run.knobs | {studies_runs.FILE: file_name(wanted, file)})
 
 
 def apart(wanted, runs):
-    """What tells the checkpoints of a study apart: a list of axes, and the runs with a value on each.
+    """What tells the checkpoints of a study apart: a list of axes, and the runs with a value on
+    each.
 
-    Trainings differ in options, or in the seed alone, which is no axis; checkpoints of one training differ in the step, else in
-    the file.
+    Trainings differ in options, or in the seed alone, which is no axis; checkpoints of one training
+    differ in the step, else in the file.
     """
     files = {run.name: checkpoint_of(wanted, run.name) for run in runs}
     known = [run for run in runs if files[run.name] and not run.fault]
     differing = studies_runs.varied(known) if known else []
-    axes = [option for option in differing if studies_runs.is_related(option) and option not in wanted.axes]
+    axes = [
+        option
+        for option in differing
+        if studies_runs.is_related(option) and option not in wanted.axes
+    ]
     trainings = defaultdict(list)
     for run in known:
-        trainings[tuple(run.knobs[option] for option in (*wanted.axes, *axes, *studies_runs.UNITS))].append(run)
+        trainings[
+            tuple(run.knobs[option] for option in (*wanted.axes, *axes, *studies_runs.UNITS))
+        ].append(run)
 
     def suffices(values):
-        return all(len({values[run.name] for run in alike}) == len({files[run.name] for run in alike})
-                   for alike in trainings.values())
+        return all(
+            len({values[run.name] for run in alike}) == len({files[run.name] for run in alike})
+            for alike in trainings.values()
+        )
 
     if suffices(dict.fromkeys(files)):
         return axes, runs
     steps = {run.name: run.rows[-1]["step"] if run.rows else None for run in runs}
     names = {name: Path(file or name).name for name, file in files.items()}
     paths = {name: file or name for name, file in files.items()}
-    axis, values = next((axis, values) for axis, values in (("step", steps), ("checkpoint", names), ("checkpoint", paths))
-                        if suffices(values))
-    return [*axes, axis], [dataclasses.replace(run, knobs=run.knobs | {axis: values[run.name]}) for run in runs]
+    axis, values = next(
+        (axis, values)
+        for axis, values in (("step", steps), ("checkpoint", names), ("checkpoint", paths))
+        if suffices(values)
+    )
+    return [*axes, axis], [
+        dataclasses.replace(run, knobs=run.knobs | {axis: values[run.name]}) for run in runs
+    ]
 
 
 def checkpoint_of(wanted, name):
-    """The checkpoint that a run of a study measured, which its name begins with; None where it is none of the study's."""
+    """The checkpoint that a run of a study measured, which its name begins with; None where it
+    is none of the study's.
+    """
     labels = {wanted.label("checkpoint", value): value for value in wanted.values("checkpoint")}
-    return labels.get(max((label for label in labels if f"{name}-".startswith(f"{label}-")), key=len, default=None))
+    return labels.get(
+        max(
+            (label for label in labels if f"{name}-".startswith(f"{label}-")), key=len, default=None
+        )
+    )
 
 
 def missing(wanted, points, runs):
-    """The names of the points of a grid that have no run. Raises ValueError for a run that lies at no point."""
+    """The names of the points of a grid that have no run. Raises ValueError for a run that lies
+    at no point.
+    """
     known = [name.removeprefix("config.") for name in wanted.parameters]
-    axes = [axis for axis in known if axis in wanted.axes or axis not in ("checkpoint", studies_runs.FILE)]
+    axes = [
+        axis
+        for axis in known
+        if axis in wanted.axes or axis not in ("checkpoint", studies_runs.FILE)
+    ]
     places = {name: setting(wanted, point, axes) for name, point in points.items()}
     free = dict(places)
     for run in sorted(runs, key=lambda run: run.name not in places) if points else ():
@@ -169,18 +250,29 @@ def missing(wanted, points, runs):
         there = [places[run.name]] if run.name in places else list(places.values())
         for axis in axes:
             if own[axis] not in (values := sorted({place[axis] for place in there}, key=str)):
-                raise ValueError(f"{run.folder} is of another study: config.{axis} is {own[axis]!r} there, this one has "
-                                 f"{', '.join(map(repr, values))}; move it away")
-        name = run.name if run.name in places else next((name for name in free if free[name] == own), None)
+                raise ValueError(
+                    f"{run.folder} is of another study: config.{axis} is {own[axis]!r} there, "
+                    f"this one has {', '.join(map(repr, values))}; move it away"
+                )
+        name = (
+            run.name
+            if run.name in places
+            else next((name for name in free if free[name] == own), None)
+        )
         free.pop(name, None)
     return list(free)
 
 
 def of_folders(folders):
-    """The runs in these folders, or in the folders below them. Raises ValueError where one holds none."""
-    found, runs, absent = [], [], []
+    """The runs in these folders, or in the folders below them. Raises ValueError where one holds
+    none.
+    """
+    found = []
+    runs = []
+    absent = []
     for folder in map(Path, folders):
-        if folder.name == "sweep.json" or folder.suffix == ".log":  # of ddpm.sweep, beside the runs: runs/NAME/* means those
+        # of ddpm.sweep, beside the runs: runs/NAME/* means those
+        if folder.name == "sweep.json" or folder.suffix == ".log":
             continue
         if not folder.is_dir():
             raise ValueError(f"there is no run folder {folder}")
@@ -215,7 +307,13 @@ def source_of(arguments, runs, out, downloads):
         raise ValueError(f"{arguments[0]} has no run that can be read ({'; '.join(found[2][:3])})")
     out = Path(out) if out else None
     again = AGAIN_FROM_KEPT.format(out=out)
-    return Source(out.name if out else arguments[0], "How do these runs compare?", *found, out=out, again=again)
+    return Source(
+        out.name if out else arguments[0],
+        "How do these runs compare?",
+        *found,
+        out=out,
+        again=again,
+    )
 
 
 @functools.cache
@@ -229,24 +327,47 @@ def network_parameters(shape):
 
 def parameters(run):
     """The number of parameters of a run's network."""
-    return network_parameters(tuple((knob, value) for knob, value in run.knobs.items()
-                                    if knob.startswith("model.") or knob in SHAPES))
+    return network_parameters(
+        tuple(
+            (knob, value)
+            for knob, value in run.knobs.items()
+            if knob.startswith("model.") or knob in SHAPES
+        )
+    )
 
 
 SHAPES = (  # knobs outside of the section `model` that give the network its size
-    "data.image_size", "data.channels", "data.class_labels", "data.classes", "data.augment", "diffusion.variance",
-    "diffusion.self_condition")
+    "data.image_size",
+    "data.channels",
+    "data.class_labels",
+    "data.classes",
+    "data.augment",
+    "diffusion.variance",
+    "diffusion.self_condition",
+)
 
 
 def provenance(out, runs, given=None):
-    """Where the runs come from: as they or a report of the very same runs recorded it, else as it is here and now."""
+    """Where the runs come from: as they or a report of the very same runs recorded it, else as
+    it is here and now.
+    """
     digest = hashlib.sha256()
     for path in [run.folder / name for run in runs for name in ("config.json", "metrics.jsonl")]:
-        digest.update(f"{path.parent.name}/{path.name}\n".encode() + (path.read_bytes() if path.is_file() else b""))
+        digest.update(
+            f"{path.parent.name}/{path.name}\n".encode()
+            + (path.read_bytes() if path.is_file() else b"")
+        )
     code = "; ".join(report.code_of([run for run in runs if not run.fault]))
-    made = {"commit": code or commit(), "torch": version("torch"), "machine": this_machine(), "runs": digest.hexdigest()}
-    for home in (runs[0].folder.parent.parent, out):  # the report that kept the runs, if one did, and the one that is written
-        with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):  # none yet, or damaged
+    made = {
+        "commit": code or commit(),
+        "torch": version("torch"),
+        "machine": this_machine(),
+        "runs": digest.hexdigest(),
+    }
+    # the report that kept the runs, if one did, and the one that is written
+    for home in (runs[0].folder.parent.parent, out):
+        # none yet, or damaged
+        with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
             kept = json.loads((home / "made.json").read_text())
             made = {key: str(kept[key]) for key in made} if kept["runs"] == made["runs"] else made
     return made | ({"machine": given} if given else {})
@@ -254,7 +375,9 @@ def provenance(out, runs, given=None):
 
 def this_machine():
     """The class of this machine."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    )
 
 
 def keep(folders, out):
@@ -264,24 +387,45 @@ def keep(folders, out):
             copy = part / folder.name
             copy.mkdir()
             (copy / "metrics.jsonl").touch()
-            for path in (folder / "config.json", folder / "metrics.jsonl", *sorted(folder.glob("samples/step_*.png"))[-1:]):
+            for path in (
+                folder / "config.json",
+                folder / "metrics.jsonl",
+                *sorted(folder.glob("samples/step_*.png"))[-1:],
+            ):
                 if path.is_file():
                     (copy / path.relative_to(folder)).parent.mkdir(exist_ok=True)
                     shutil.copyfile(path, copy / path.relative_to(folder))
 
 
 def write(source, found, columns, machine=None):
-    """Write the report; returns the names of its files. Raises ValueError before it writes over what is not a report's."""
+    """Write the report; returns the names of its files. Raises ValueError before it writes over
+    what is not a report's.
+    """
     out = source.out
     if (out / "runs").exists() and not (out / "made.json").exists():
         raise ValueError(f"{out} holds runs that no report keeps; give another --out")
     drawn = figures.draw(found)
     made = provenance(out, found.runs, machine)
     pictures = [(name, caption) for name, caption, _ in drawn]
-    files = [(Path(name).with_suffix(kind), figure) for name, _, figure in drawn for kind in {".png", Path(name).suffix}]
-    texts = {"README.md": report.readme(source.name, source.question, found, columns, pictures, made, left_out(source, found),
-                                        source.again),
-             "results.csv": tables.csv(found.groups, columns), "made.json": json.dumps(made, indent=2) + "\n"}
+    files = [
+        (Path(name).with_suffix(kind), figure)
+        for name, _, figure in drawn
+        for kind in {".png", Path(name).suffix}
+    ]
+    texts = {
+        "README.md": report.readme(
+            source.name,
+            source.question,
+            found,
+            columns,
+            pictures,
+            made,
+            left_out(source, found),
+            source.again,
+        ),
+        "results.csv": tables.csv(found.groups, columns),
+        "made.json": json.dumps(made, indent=2) + "\n",
+    }
     for name, text in texts.items():
         with written_beside(out / name) as part:
             part.write_text(text)
@@ -297,11 +441,12 @@ def left_out(source, found):
 
 
 def compare(*arguments, runs=None, out=None, machine=None):
-    """Compare what the arguments name, print the result and write the report; returns the `results.Comparison`.
+    """Compare what the arguments name, print the result and write the report; returns the
+    `results.Comparison`.
 
-    `runs` is where the runs of a study lie, a folder or a W&B path, `out` the folder of the report, `machine` the class of
-    machine that ran them. Raises ValueError, one line, where there is nothing to compare or what there is does not belong
-    together; then nothing is written.
+    `runs` is where the runs of a study lie, a folder or a W&B path, `out` the folder of the report,
+    `machine` the class of machine that ran them. Raises ValueError, one line, where there is
+    nothing to compare or what there is does not belong together; then nothing is written.
     """
     with tempfile.TemporaryDirectory() as downloads:
         source = source_of(arguments, runs, out, downloads)
@@ -309,11 +454,25 @@ def compare(*arguments, runs=None, out=None, machine=None):
         columns = tables.columns(found.groups, parameters)
         files = write(source, found, columns, machine) if source.out else []
     chief = ("val/loss_ema", found.metric, f"best {found.metric}")
-    shown = [column for column in columns if column.table and (
-        column.name in chief or not column.name.startswith(("best ", "val/")))]
-    print(f"{source.name}: {counted(len(found.counted), 'run')} in {counted(len(found.groups), 'setting')}\n")
+    shown = [
+        column
+        for column in columns
+        if column.table and (column.name in chief or not column.name.startswith(("best ", "val/")))
+    ]
+    print(
+        f"{source.name}: {counted(len(found.counted), 'run')} in "
+        f"{counted(len(found.groups), 'setting')}\n"
+    )
     print(tables.plain(tables.table(found.groups, shown)), "", *report.differences(found), sep="\n")
-    print(*(f"left out: {line}" for line in left_out(source, found)), *report.mixed_code(found.counted),
-          f"\nAnswer: {report.answer_and_trends(found)}", sep="\n")
-    print(f"{source.out}: {', '.join(files)}" if files else "nothing is written; --out=DIR writes a report")
+    print(
+        *(f"left out: {line}" for line in left_out(source, found)),
+        *report.mixed_code(found.counted),
+        f"\nAnswer: {report.answer_and_trends(found)}",
+        sep="\n",
+    )
+    print(
+        f"{source.out}: {', '.join(files)}"
+        if files
+        else "nothing is written; --out=DIR writes a report"
+    )
     return found

@@ -5,24 +5,42 @@ from collections import Counter, defaultdict
 
 from ddpm.studies import runs as studies_runs
 
-MADE = [re.compile(text) for text in (  # as ddpm.score writes it, of distances and of bits/dim: few parts are `.+`,
-    # or a text that is nearly one would take hours
-    r"(?P<extractor>[^;]+); (?P<samples>\d+) samples of the (?P<weights>[^;]+) weights in (?P<arithmetic>\w+); "
-    r"(?P<sampler>[^;]+), (?P<steps>\d+) steps, (?P<spacing>[^;]+?) spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
-    r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)"
-    r"(, by (?P<kept>\d+) of them except for the Frechet distance)?",
-    r"bits/dim of (?P<likelihood_images>[^,]+)(, given (?P<given>.+),)? under the (?P<weights>[^,]+) weights, "
-    r"by (?P<evaluations>\d+) evaluations")]
-ON_PURPOSE = {  # parts in which numbers may differ where a knob is an axis; other data or another extractor never compare
-    "samples": {"evaluate.num_samples"}, "weights": {"sample.ema"}, "arithmetic": {"train.amp"},
-    "sampler": {"evaluate.sampler"}, "steps": {"evaluate.steps"}, "spacing": {"evaluate.spacing", "sample.spacing"},
-    "evaluations": {"evaluate.likelihood_evaluations"}, "classes": {"data.class_labels", "evaluate.classes"},
+# as ddpm.score writes it, of distances and of bits/dim: few parts are `.+`,
+MADE = [
+    re.compile(text)
+    for text in (
+        # or a text that is nearly one would take hours
+        r"(?P<extractor>[^;]+); (?P<samples>\d+) samples of the (?P<weights>[^;]+) weights in "
+        r"(?P<arithmetic>\w+); "
+        r"(?P<sampler>[^;]+), (?P<steps>\d+) steps, (?P<spacing>[^;]+?) spacing, seed "
+        r"(?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
+        r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)"
+        r"(, by (?P<kept>\d+) of them except for the Frechet distance)?",
+        r"bits/dim of (?P<likelihood_images>[^,]+)(, given (?P<given>.+),)? under the "
+        r"(?P<weights>[^,]+) weights, "
+        r"by (?P<evaluations>\d+) evaluations",
+    )
+]
+# parts in which numbers may differ where a knob is an axis; other data or another extractor never
+# compare
+ON_PURPOSE = {
+    "samples": {"evaluate.num_samples"},
+    "weights": {"sample.ema"},
+    "arithmetic": {"train.amp"},
+    "sampler": {"evaluate.sampler"},
+    "steps": {"evaluate.steps"},
+    "spacing": {"evaluate.spacing", "sample.spacing"},
+    "evaluations": {"evaluate.likelihood_evaluations"},
+    "classes": {"data.class_labels", "evaluate.classes"},
     "given": {"data.class_labels"},
-    "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide"}}
+    "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide"},
+}
 
 
 def check_same(runs, axes):
-    """Raise a ValueError that names a run, and the knob in which it differs from the others of its config file, if no axis."""
+    """Raise a ValueError that names a run, and the knob in which it differs from the others of
+    its config file, if no axis.
+    """
     files = defaultdict(list)
     for run in runs:
         files[run.knobs.get(studies_runs.FILE)].append(run)
@@ -31,8 +49,10 @@ def check_same(runs, axes):
             if knob not in axes:
                 usual = Counter(run.knobs[knob] for run in alike).most_common(1)[0][0]
                 other = next(run for run in alike if run.knobs[knob] != usual)
-                raise ValueError(f"{other.folder} is of another study: config.{knob} is {other.knobs[knob]!r} there and "
-                                 f"{usual!r} elsewhere; move it away")
+                raise ValueError(
+                    f"{other.folder} is of another study: config.{knob} is {other.knobs[knob]!r} "
+                    f"there and {usual!r} elsewhere; move it away"
+                )
 
 
 def made(text):
@@ -43,7 +63,8 @@ def made(text):
 
 
 def check_made(runs, axes):
-    """Raise a ValueError that names the part and the runs where distances, or bits/dim, were made in different ways.
+    """Raise a ValueError that names the part and the runs where distances, or bits/dim, were made
+    in different ways.
 
     What the axes vary may differ, and the seed.
     """
@@ -52,15 +73,29 @@ def check_made(runs, axes):
 
 
 def check_ways(ways, axes):
-    """Raise a ValueError where the parts of (name, parts) differ, but for what the axes vary and the seed."""
+    """Raise a ValueError where the parts of (name, parts) differ, but for what the axes vary and
+    the seed.
+    """
     for part in dict.fromkeys(part for _, way in ways for part in way):
         found = defaultdict(list)
         for name, way in ways:
             found[way.get(part, "something else")].append(name)
         if len(found) > 1 and part != "seed" and not ON_PURPOSE.get(part, set()) & {*axes}:
-            who = "; ".join(f"{value[:200]} in {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
-                            for value, names in found.items())
-            option = next((option for option in sorted(ON_PURPOSE.get(part, ())) if option.startswith("evaluate.")), None)
+            who = "; ".join(
+                f"{value[:200]} in {names[0]}"
+                + (f" and {len(names) - 1} more" if names[1:] else "")
+                for value, names in found.items()
+            )
+            option = next(
+                (
+                    option
+                    for option in sorted(ON_PURPOSE.get(part, ()))
+                    if option.startswith("evaluate.")
+                ),
+                None,
+            )
             remedy = f"give all runs the same config.{option}" if option else "leave runs out"
-            raise ValueError(f"numbers made in different ways do not compare: {part} is {who}; {remedy}, or measure their "
-                             f"checkpoints in {studies_runs.MEASURING}")
+            raise ValueError(
+                f"numbers made in different ways do not compare: {part} is {who}; {remedy}, or "
+                f"measure their checkpoints in {studies_runs.MEASURING}"
+            )

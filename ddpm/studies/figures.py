@@ -1,7 +1,8 @@
-"""Figures of a comparison, for print: axes with units, colours for colour-blind eyes, and lines that differ in grey too.
+"""Figures of a comparison, for print: axes with units, colours for colour-blind eyes, and lines
+that differ in grey too.
 
-Each function takes groups of runs (`ddpm.studies.statistics`) and returns a matplotlib figure; `save` writes the same
-bytes every time, in pixels and, for what consists of lines, as a PDF too.
+Each function takes groups of runs (`ddpm.studies.statistics`) and returns a matplotlib figure;
+`save` writes the same bytes every time, in pixels and, for what consists of lines, as a PDF too.
 """
 
 import contextlib
@@ -17,15 +18,49 @@ from ddpm.studies.runs import ASKED, FEWEST, LEARNED, is_training
 from ddpm.studies.statistics import label, lines_along, numeric_axes
 
 COLOURS = (  # Okabe and Ito 2008, and two of Tol 2021
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F", "#882255", "#999933")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (2, 2)), (0, (10, 2, 2, 2)))
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+    "#000000",
+    "#7F7F7F",
+    "#882255",
+    "#999933",
+)
+DASHES = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (1, 3)),
+    (0, (8, 3)),
+    (0, (2, 2)),
+    (0, (10, 2, 2, 2)),
+)
 MARKERS = "osD^vPX*hp"
 MOST = len(COLOURS)  # lines or grids in one figure
 STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,
-    "lines.linewidth": 1.3, "lines.markersize": 4, "legend.frameon": False, "legend.handlelength": 3, "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6, "figure.constrained_layout.use": True, "savefig.dpi": 200, "axes.grid": True,
-    "grid.color": "#E5E5E5", "grid.linewidth": 0.5, "axes.axisbelow": True,
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "legend.handlelength": 3,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
 }
 SHARP = 1200  # pixels
 WIDTH = 7  # inches, the text of a page
@@ -33,7 +68,9 @@ WIDTH = 7  # inches, the text of a page
 
 @contextlib.contextmanager
 def style():
-    """What is drawn inside looks the same whatever matplotlib is set to; raises ValueError where it is missing."""
+    """What is drawn inside looks the same whatever matplotlib is set to; raises ValueError where
+    it is missing.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -58,9 +95,13 @@ def look(number):
 
 @style()
 def curves(groups, keys):
-    """Each key against the steps and against training compute: the mean over seeds, its 95 % interval as a band."""
+    """Each key against the steps and against training compute: the mean over seeds, its 95 %
+    interval as a band.
+    """
     compute = counts_compute(groups)
-    figure, axes = canvas(len(keys), 1 + compute, height=0.5 + 1.9 * len(keys), sharex="col", sharey="row")
+    figure, axes = canvas(
+        len(keys), 1 + compute, height=0.5 + 1.9 * len(keys), sharex="col", sharey="row"
+    )
     unit = 1.0
     if compute:
         most = max(run.petaflop(run.rows[-1]["step"]) for group in groups for run in group.runs)
@@ -73,17 +114,29 @@ def curves(groups, keys):
             means += mean
             for column, axis in enumerate(row):
                 x = [point[column] / (unit if column else 1) for point in points]
-                axis.plot(x, mean, label=group.short, marker=MARKERS[number % MOST] if len(x) < 12 else None, **look(number))
+                axis.plot(
+                    x,
+                    mean,
+                    label=group.short,
+                    marker=MARKERS[number % MOST] if len(x) < 12 else None,
+                    **look(number),
+                )
                 if points and banded(group):
-                    low, high = ([point[2] + side * point[3] for point in points] for side in (-1, 1))
-                    axis.fill_between(x, low, high, color=COLOURS[number % MOST], alpha=0.15, linewidth=0)
+                    low, high = (
+                        [point[2] + side * point[3] for point in points] for side in (-1, 1)
+                    )
+                    axis.fill_between(
+                        x, low, high, color=COLOURS[number % MOST], alpha=0.15, linewidth=0
+                    )
         scale(row[0], "y", means)
         row[0].set_ylabel(label(key))
     lettered(axes)
     axes[-1][0].set_xlabel("training steps")
     axes[-1][0].set_xlim(left=0)
     if compute:
-        axes[-1][1].set_xlabel(f"training compute (10$^{{{15 + round(math.log10(unit))}}}$ operations)")
+        axes[-1][1].set_xlabel(
+            f"training compute (10$^{{{15 + round(math.log10(unit))}}}$ operations)"
+        )
         axes[-1][1].set_xlim(left=0)
     handles, names = axes[0][0].get_legend_handles_labels()
     most = max(1, 110 // (8 + max(map(len, names))))
@@ -92,7 +145,9 @@ def curves(groups, keys):
 
 
 def banded(group):
-    """True where a group has the seeds that an interval takes: that of two would be wider than the axis, and cross itself."""
+    """True where a group has the seeds that an interval takes: that of two would be wider than
+    the axis, and cross itself.
+    """
     return len({run.knobs[group.unit] for run in group.runs}) >= FEWEST
 
 
@@ -109,14 +164,18 @@ def lettered(axes):
 
 
 def scale(axis, which, values):
-    """Show positive values that span more than a factor of 4 on a logarithmic axis, with numbers that people read."""
+    """Show positive values that span more than a factor of 4 on a logarithmic axis, with numbers
+    that people read.
+    """
     if not values or min(values) <= 0 or max(values) <= 4 * min(values):
         return
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    low, high = min(values), max(values)
+    low = min(values)
+    high = max(values)
     getattr(axis, f"set_{which}scale")("log")
-    getattr(axis, f"set_{which}lim")(low / 1.3, high * 1.3)  # the means; an interval may reach to zero and below
+    # the means; an interval may reach to zero and below
+    getattr(axis, f"set_{which}lim")(low / 1.3, high * 1.3)
     ticks = getattr(axis, f"{which}axis")
     labelled = (1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 100 * low else (1,)
     ticks.set_major_locator(LogLocator(subs=labelled))
@@ -125,22 +184,45 @@ def scale(axis, which, values):
 
 
 def balanced(count, most):
-    """The number of columns, at most `most`, that leaves the rows of `count` things about equally long."""
+    """The number of columns, at most `most`, that leaves the rows of `count` things about
+    equally long.
+    """
     return math.ceil(count / math.ceil(count / most))
 
 
 @style()
 def settings(groups, metric):
-    """The metric of each setting: a dot for each seed, the mean and its 95 % interval beside them."""
+    """The metric of each setting: a dot for each seed, the mean and its 95 % interval beside
+    them.
+    """
     figure, axes = canvas(height=0.8 + 0.3 * len(groups), width=0.7 * WIDTH)
-    axis, everything = axes[0][0], []
+    axis = axes[0][0]
+    everything = []
     for place, group in enumerate(groups):
-        values, (mean, half) = list(group.values(lambda run: run.final(metric)).values()), group.final(metric)
+        values, (mean, half) = (
+            list(group.values(lambda run: run.final(metric)).values()),
+            group.final(metric),
+        )
         everything += values
-        axis.plot(values, [place + 0.2] * len(values), "o", color="#7F7F7F", markersize=2.5, linestyle="none",
-                  label=None if place else "one seed")
-        axis.errorbar(mean, place - 0.1, xerr=half, fmt="o", color=COLOURS[0], capsize=2.5, linestyle="none",
-                      label=None if place else "mean and 95 % interval")
+        axis.plot(
+            values,
+            [place + 0.2] * len(values),
+            "o",
+            color="#7F7F7F",
+            markersize=2.5,
+            linestyle="none",
+            label=None if place else "one seed",
+        )
+        axis.errorbar(
+            mean,
+            place - 0.1,
+            xerr=half,
+            fmt="o",
+            color=COLOURS[0],
+            capsize=2.5,
+            linestyle="none",
+            label=None if place else "mean and 95 % interval",
+        )
     axis.set_yticks(range(len(groups)), [group.short for group in groups])
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
@@ -152,7 +234,9 @@ def settings(groups, metric):
 
 @style()
 def along(groups, metric, knob):
-    """The metric against a numeric axis, a line for each setting of the other axes: mean and 95 % interval over seeds."""
+    """The metric against a numeric axis, a line for each setting of the other axes: mean and 95
+    % interval over seeds.
+    """
     counted = counts_evaluations(groups, knob)
 
     def place(group):
@@ -160,17 +244,32 @@ def along(groups, metric, knob):
         return group.final(ASKED)[0] if counted else group.setting[knob]
 
     figure, axes = canvas(width=0.7 * WIDTH, height=3)
-    axis, means = axes[0][0], []
+    axis = axes[0][0]
+    means = []
     values = sorted({place(group) for group in groups})
     at, kind = position(values)
     lines = list(itertools.islice(lines_along(groups, knob).values(), MOST))
     for number, line in enumerate(lines):
         points = [group.final(metric) for group in line]
         means += [mean for mean, _ in points]
-        others = ", ".join(words for key, words in zip(line[0].setting, line[0].labels, strict=True) if key != knob)
-        x = beside([at(place(group)) for group in line], (number + 0.5) / len(lines) - 0.5, len(lines), kind)
-        axis.errorbar(x, [mean for mean, _ in points], [half or 0 for _, half in points], label=others,
-                      marker=MARKERS[number % MOST], capsize=2.5, **look(number))
+        others = ", ".join(
+            words for key, words in zip(line[0].setting, line[0].labels, strict=True) if key != knob
+        )
+        x = beside(
+            [at(place(group)) for group in line],
+            (number + 0.5) / len(lines) - 0.5,
+            len(lines),
+            kind,
+        )
+        axis.errorbar(
+            x,
+            [mean for mean, _ in points],
+            [half or 0 for _, half in points],
+            label=others,
+            marker=MARKERS[number % MOST],
+            capsize=2.5,
+            **look(number),
+        )
     if kind != "linear":
         axis.set_xscale("log")
     if kind == "towards one":
@@ -186,27 +285,34 @@ def along(groups, metric, knob):
 
 
 def counts_evaluations(groups, knob):
-    """Whether a numeric axis is one of steps, of which all runs have counted the network evaluations."""
+    """Whether a numeric axis is one of steps, of which all runs have counted the network
+    evaluations.
+    """
     return knob in STEPS and all(run.final(ASKED) for group in groups for run in group.runs)
 
 
 STEPS = ("evaluate.steps", "sample.steps")
 EVALUATIONS = "network evaluations an image"
 AXES = dict.fromkeys(STEPS, "steps of the sampler") | {
-    "ema.decay": "decay of the averaged weights, a step", "sample.ema": "sigma_rel or decay of the averaged weights",
+    "ema.decay": "decay of the averaged weights, a step",
+    "sample.ema": "sigma_rel or decay of the averaged weights",
     "train.learning_rate": "learning rate",
 }
 
 
 def position(values):
-    """Where values lie on an axis, and its kind: logarithmic where they are positive, in 1 - x where they approach one."""
+    """Where values lie on an axis, and its kind: logarithmic where they are positive, in 1 - x
+    where they approach one.
+    """
     if values[-1] < 1 and values[-1] >= 0.9 and values[0] >= 0:
         return (lambda value: 1 - value), "towards one"
     return (lambda value: value), "log" if values[0] > 0 else "linear"
 
 
 def beside(x, share, count, kind):
-    """Move the points of one of `count` lines to the side, from -0.5 to 0.5, so that their intervals can be told apart."""
+    """Move the points of one of `count` lines to the side, from -0.5 to 0.5, so that their
+    intervals can be told apart.
+    """
     span = max(x) - min(x) if kind == "linear" else math.log(max(x) / min(x))
     shift = min(0.012 * count, 0.05) * span * share
     return [value + shift if kind == "linear" else value * math.exp(shift) for value in x]
@@ -215,10 +321,12 @@ def beside(x, share, count, kind):
 def spaced(values, at, kind):
     """Labels of values on an axis, empty where they would run into the one before."""
     places = [at(value) if kind == "linear" else math.log(at(value)) for value in values]
-    labels, end = [], -math.inf
+    labels = []
+    end = -math.inf
     for value, place in zip(values, places, strict=True):
         words = f"{value:.4g}"
-        share, half = abs(place - places[0]) / abs(places[-1] - places[0]), 0.0075 * len(words)  # of the axis
+        share = abs(place - places[0]) / abs(places[-1] - places[0])
+        half = 0.0075 * len(words)  # of the axis
         labels.append(words if share - half >= end else "")
         end = share + half if labels[-1] else end
     return labels
@@ -227,7 +335,12 @@ def spaced(values, at, kind):
 @style()
 def samples(groups, seed):
     """The last grids of one seed, side by side."""
-    grids = [(group.short, run.grid) for group in groups for run in group.runs if run.knobs[group.unit] == seed and run.grid]
+    grids = [
+        (group.short, run.grid)
+        for group in groups
+        for run in group.runs
+        if run.knobs[group.unit] == seed and run.grid
+    ]
     columns = balanced(len(grids), 4)
     rows = math.ceil(len(grids) / columns)
     figure, axes = canvas(rows, columns, height=rows * (WIDTH / columns + 0.3))
@@ -239,33 +352,52 @@ def samples(groups, seed):
         try:
             picture = decode.whole(path, 2 * SHARP)
         except decode.Refused as refused:
-            axis.text(0.5, 0.5, f"{path.name} is left out:\n{refused.fault}", ha="center", va="center")
+            axis.text(
+                0.5, 0.5, f"{path.name} is left out:\n{refused.fault}", ha="center", va="center"
+            )
             continue
         zoom = max(1, SHARP // max(picture.size))  # whole pixels first, so that all keep one size
-        axis.imshow(picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST))
+        axis.imshow(
+            picture.resize((zoom * picture.width, zoom * picture.height), Image.Resampling.NEAREST)
+        )
     return figure
 
 
 @style()
 def likelihood(text):
-    """The terms of a variational bound, as likelihood.csv has them: for each step t (Nichol and Dhariwal 2021, figure 2), and
-    their sum from pure noise down to t.
+    """The terms of a variational bound, as likelihood.csv has them: for each step t (Nichol and
+    Dhariwal 2021, figure 2), and their sum from pure noise down to t.
     """
     terms = list(csv.DictReader(text.splitlines()))
-    spans = [(int(term["first_t"]) + 1, int(term["last_t"]) + 2) for term in terms[:-1]]  # t counted from 1; prior is no step
+    # t counted from 1; prior is no step
+    spans = [(int(term["first_t"]) + 1, int(term["last_t"]) + 2) for term in terms[:-1]]
     bits = [float(term["bits_per_dim"]) for term in terms]
     edges = [first for first, _ in spans] + [spans[-1][1]]
     figure, axes = canvas(1, 2, height=2.8, sharex=True)
     lettered(axes)
-    (each, summed), = axes
-    each.stairs([value / (end - first) for value, (first, end) in zip(bits, spans, strict=False)], edges,
-                baseline=None, color=COLOURS[0])
-    each.set(xscale="log", yscale="log", xlabel="t, counted from 1", ylabel="bits/dim for one step t")
+    ((each, summed),) = axes
+    each.stairs(
+        [value / (end - first) for value, (first, end) in zip(bits, spans, strict=False)],
+        edges,
+        baseline=None,
+        color=COLOURS[0],
+    )
+    each.set(
+        xscale="log", yscale="log", xlabel="t, counted from 1", ylabel="bits/dim for one step t"
+    )
     left = list(itertools.accumulate(reversed(bits)))[::-1]
     summed.plot(edges, left, **look(0))
     summed.plot(edges[-1], bits[-1], MARKERS[0], color=COLOURS[1], label=f"prior, {bits[-1]:.2g}")
-    summed.plot(edges[0], left[0], MARKERS[1], color=COLOURS[2], label=f"with reconstruction ({bits[0]:.2g}): {left[0]:.4g}")
-    summed.set(xscale="log", xlabel="t, counted from 1", ylabel="bits/dim from pure noise down to t")
+    summed.plot(
+        edges[0],
+        left[0],
+        MARKERS[1],
+        color=COLOURS[2],
+        label=f"with reconstruction ({bits[0]:.2g}): {left[0]:.4g}",
+    )
+    summed.set(
+        xscale="log", xlabel="t, counted from 1", ylabel="bits/dim from pure noise down to t"
+    )
     summed.legend()
     return figure
 
@@ -278,45 +410,96 @@ def save(figure, path):
         figure.savefig(part, format=kind, metadata=dict.fromkeys(TIMELESS[kind]))
 
 
-TIMELESS = {"png": ("Software",), "pdf": ("CreationDate", "Creator", "Producer")}  # what would differ from day to day
+# what would differ from day to day
+TIMELESS = {"png": ("Software",), "pdf": ("CreationDate", "Creator", "Producer")}
 
 
 def draw(found):
-    """The figures of a comparison: [(file name, caption, figure)]; those whose name ends in .pdf are drawn in lines."""
-    metric, drawn = found.metric, found.groups
-    few = drawn if len(drawn) <= MOST else sorted(drawn, key=lambda group: group.final(metric)[0])[:MOST]
+    """The figures of a comparison: [(file name, caption, figure)]; those whose name ends in .pdf
+    are drawn in lines.
+    """
+    metric = found.metric
+    drawn = found.groups
+    few = (
+        drawn
+        if len(drawn) <= MOST
+        else sorted(drawn, key=lambda group: group.final(metric)[0])[:MOST]
+    )
     best = f" of the {len(few)} best settings of {len(drawn)}" if few is not drawn else ""
-    named, made = label(metric), []
+    named = label(metric)
+    made = []
     for knob in numeric_axes(drawn):
-        leaf, several = knob.rpartition(".")[2], len(drawn[0].setting) > 1
+        leaf = knob.rpartition(".")[2]
+        several = len(drawn[0].setting) > 1
         axis = EVALUATIONS if counts_evaluations(drawn, knob) else f"`{knob}`"
-        made.append((f"along_{leaf}.pdf", f"{named} against {axis}: mean and 95 % interval over seeds"
-                     f"{', drawn side by side' * several}.", along(drawn, metric, knob)))
+        made.append(
+            (
+                f"along_{leaf}.pdf",
+                f"{named} against {axis}: mean and 95 % interval over seeds"
+                f"{', drawn side by side' * several}.",
+                along(drawn, metric, knob),
+            )
+        )
     if not made:
-        made.append(("settings.pdf", f"{named} of each setting: every seed, mean and 95 % interval.",
-                     settings(drawn, metric)))
-    curved = [key for key in dict.fromkeys((metric, "val/loss_ema", LEARNED))
-              if any(len(run.points(key)) > 1 for run in found.counted)]
+        made.append(
+            (
+                "settings.pdf",
+                f"{named} of each setting: every seed, mean and 95 % interval.",
+                settings(drawn, metric),
+            )
+        )
+    curved = [
+        key
+        for key in dict.fromkeys((metric, "val/loss_ema", LEARNED))
+        if any(len(run.points(key)) > 1 for run in found.counted)
+    ]
     if curved:
-        band = "95 % interval as a band" if all(map(banded, few)) else f"95 % interval as a band from {FEWEST} seeds on"
+        band = (
+            "95 % interval as a band"
+            if all(map(banded, few))
+            else f"95 % interval as a band from {FEWEST} seeds on"
+        )
         against = " and training compute (right)" if counts_compute(few) else ""
-        made.append(("curves.pdf", f"Learning curves{best} against steps{against}: mean over seeds, "
-                     f"{band}.",
-                     curves(few, curved)))
-    shared = set.intersection(*({run.knobs[group.unit] for run in group.runs if run.grid} for group in few))
+        made.append(
+            (
+                "curves.pdf",
+                f"Learning curves{best} against steps{against}: mean over seeds, {band}.",
+                curves(few, curved),
+            )
+        )
+    shared = set.intersection(
+        *({run.knobs[group.unit] for run in group.runs if run.grid} for group in few)
+    )
     if shared:
-        made.append(("samples.png", grid_caption(few, min(shared), best), samples(few, min(shared))))
-    rows = " Rows are those of the first table." if any(group.short != group.name for group in drawn) else ""
+        made.append(
+            ("samples.png", grid_caption(few, min(shared), best), samples(few, min(shared)))
+        )
+    rows = (
+        " Rows are those of the first table."
+        if any(group.short != group.name for group in drawn)
+        else ""
+    )
     return [(name, caption + rows, figure) for name, caption, figure in made]
 
 
 def grid_caption(groups, seed, best):
     """How the grids were made that stand side by side."""
     runs = [run for group in groups for run in group.runs if run.knobs[group.unit] == seed]
-    knobs, step = runs[0].knobs, int(runs[0].grid.stem.rpartition("_")[2])
+    knobs = runs[0].knobs
+    step = int(runs[0].grid.stem.rpartition("_")[2])
     section = "sample" if is_training(runs) else "evaluate"
     spacing = "sample.spacing" if knobs["evaluate.spacing"] == "auto" else f"{section}.spacing"
     forms = {f"{section}.sampler": "{}", f"{section}.steps": "{} steps", spacing: "{} spacing"}
-    how = [form.format(knobs[key]) for key, form in forms.items() if len({run.knobs[key] for run in runs}) == 1]
-    latents = f"images 0 to {knobs['sample.num_images'] - 1} from the same latents (seed {knobs['sample.seed']})"
-    return f"Samples{best}, seed {seed}, after {step} steps: {latents}, averaged weights, {', '.join(how)}."
+    how = [
+        form.format(knobs[key])
+        for key, form in forms.items()
+        if len({run.knobs[key] for run in runs}) == 1
+    ]
+    latents = (
+        f"images 0 to {knobs['sample.num_images'] - 1} from the same latents (seed "
+        f"{knobs['sample.seed']})"
+    )
+    return (
+        f"Samples{best}, seed {seed}, after {step} steps: {latents}, averaged weights, "
+        f"{', '.join(how)}."
+    )

@@ -26,15 +26,36 @@ from ddpm.studies import runs as studies_runs
 from ddpm.training import checkpoint
 
 STEP = re.compile(r"step (\d+)/(\d+) \(")
-ONE_RUN = {f"WANDB_{word}" for word in (  # what names one run of W&B's, in which the runs of a study would collide
-    "RUN_ID", "RUN_NAME", "NAME", "RESUME", "RESUME_FROM", "FORK_FROM", "SWEEP_ID", "SWEEP_PARAM_PATH", "RUN_DIR",
-    "RUN_STORAGE_ID", "SERVICE")}
-ENDS = {errors.FAILED: "failed", errors.MISTAKE: "refused", errors.DIVERGED: "diverged", errors.INTERRUPTED: "interrupted"}
+# what names one run of W&B's, in which the runs of a study would collide
+ONE_RUN = {
+    f"WANDB_{word}"
+    for word in (
+        "RUN_ID",
+        "RUN_NAME",
+        "NAME",
+        "RESUME",
+        "RESUME_FROM",
+        "FORK_FROM",
+        "SWEEP_ID",
+        "SWEEP_PARAM_PATH",
+        "RUN_DIR",
+        "RUN_STORAGE_ID",
+        "SERVICE",
+    )
+}
+ENDS = {
+    errors.FAILED: "failed",
+    errors.MISTAKE: "refused",
+    errors.DIVERGED: "diverged",
+    errors.INTERRUPTED: "interrupted",
+}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of the study: its folder's name, its point, its command, and a checksum of what is in the files named there."""
+    """A run of the study: its folder's name, its point, its command, and a checksum of what is
+    in the files named there.
+    """
 
     name: str
     point: dict
@@ -57,7 +78,9 @@ def trial_of(study, point):
 
 
 def check_comparable(study, points):
-    """Raise a ValueError where trainings would be measured in ways that do not compare, as the report would at the end."""
+    """Raise a ValueError where trainings would be measured in ways that do not compare, as the
+    report would at the end.
+    """
     ways = dict(measurements({study.run_name(point): study.config(point) for point in points}))
     try:
         compatibility.check_ways(list(ways.items()), study.axes)
@@ -66,11 +89,14 @@ def check_comparable(study, points):
 
 
 def measurements(trainings):
-    """Yield (name, parts of its `eval/made`) for each training of {name: config} that will be measured.
+    """Yield (name, parts of its `eval/made`) for each training of {name: config} that will be
+    measured.
 
-    Data are opened where the parts depend on them; a training whose data are not there yet is left out.
+    Data are opened where the parts depend on them; a training whose data are not there yet is left
+    out.
     """
-    counted, opened = {}, {}
+    counted = {}
+    opened = {}
 
     def images(config):
         section = config.data
@@ -78,9 +104,19 @@ def measurements(trainings):
         opened[key] = opened.get(key) or data.open_source(*key)
         return opened[key]
 
-    several = len({(config.data.source, config.data.image_size, config.data.channels) for config in trainings.values()}) > 1
+    several = (
+        len(
+            {
+                (config.data.source, config.data.image_size, config.data.channels)
+                for config in trainings.values()
+            }
+        )
+        > 1
+    )
     for name, config in trainings.items():
-        network, parts, size = (config.model, config.data, config.diffusion), {}, 0
+        network = (config.model, config.data, config.diffusion)
+        parts = {}
+        size = 0
         counted[network] = counted.get(network) or cost.operations(config)
         try:
             if several:
@@ -92,18 +128,32 @@ def measurements(trainings):
         evaluated = cost.evaluated(config, size, counted[network])
         if evaluated.interval != "0 steps" and config.evaluate.extractor != "none":
             how = build.recipe(evaluated.config, evaluated.config.evaluate, (), "")
-            yield name, parts | {
-                "extractor": build.extractor_name(config), "samples": str(evaluated.config.evaluate.num_samples),
-                "sampler": how.sampler, "steps": str(how.steps), "spacing": how.spacing, "guidance": str(how.guidance)}
+            yield (
+                name,
+                parts
+                | {
+                    "extractor": build.extractor_name(config),
+                    "samples": str(evaluated.config.evaluate.num_samples),
+                    "sampler": how.sampler,
+                    "steps": str(how.steps),
+                    "spacing": how.spacing,
+                    "guidance": str(how.guidance),
+                },
+            )
 
 
 class Record:
-    """sweep.json: {"runs": {RUN: {point, command, content, code, result}}}; the code is null until the run has ended."""
+    """sweep.json: {"runs": {RUN: {point, command, content, code, result}}}; the code is null
+    until the run has ended.
+    """
 
     def __init__(self, folder):
-        self.folder, self.path = folder, folder / "sweep.json"
+        self.folder = folder
+        self.path = folder / "sweep.json"
         try:
-            self.runs = dict(json.loads(self.path.read_text())["runs"]) if self.path.exists() else {}
+            self.runs = (
+                dict(json.loads(self.path.read_text())["runs"]) if self.path.exists() else {}
+            )
             whole = all(isinstance(kept, dict) for kept in self.runs.values())
         except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
@@ -112,27 +162,47 @@ class Record:
 
     def put(self, trial, code=None, result=None):
         """Keep that a run was begun or, with a code, how it ended."""
-        self.runs[trial.name] = {"point": trial.point, "command": trial.words, "content": trial.content, "code": code,
-                                 "result": result}
+        self.runs[trial.name] = {
+            "point": trial.point,
+            "command": trial.words,
+            "content": trial.content,
+            "code": code,
+            "result": result,
+        }
         with written_beside(self.path) as part:
             part.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n")
 
     def finished(self, trial):
         """True where this very run came to its end and its numbers are there."""
         kept = self.runs.get(trial.name, {})
-        same = (kept.get("command"), kept.get("content"), kept.get("code")) == (trial.words, trial.content, errors.DONE)
+        same = (kept.get("command"), kept.get("content"), kept.get("code")) == (
+            trial.words,
+            trial.content,
+            errors.DONE,
+        )
         return same and (self.folder / trial.name / "metrics.jsonl").is_file()
 
 
 class Children:
-    """The processes of the runs. SIGINT, SIGTERM and SIGUSR1 ask them to save and end, the second time they end at once."""
+    """The processes of the runs. SIGINT, SIGTERM and SIGUSR1 ask them to save and end, the
+    second time they end at once.
+    """
 
     def __init__(self, study, folder, parallel):
-        self.folder, self.processes, self.asked = folder, set(), 0
+        self.folder = folder
+        self.processes = set()
+        self.asked = 0
         self.places = list(range(parallel))  # lines of the terminal without a progress bar
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         inherited = {name: value for name, value in os.environ.items() if name not in ONE_RUN}
-        self.environment = {"WANDB_RUN_GROUP": study.name, "OMP_NUM_THREADS": str(max(1, cores // parallel))} | inherited
+        self.environment = {
+            "WANDB_RUN_GROUP": study.name,
+            "OMP_NUM_THREADS": str(max(1, cores // parallel)),
+        } | inherited
 
     def ask(self, *_):
         self.asked += 1
@@ -143,7 +213,10 @@ class Children:
     @contextlib.contextmanager
     def stoppable(self):
         """The signals, and an error in the block, reach the processes."""
-        before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        before = {
+            number: signal.signal(number, self.ask)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
         try:
             yield
         except BaseException:
@@ -155,14 +228,35 @@ class Children:
 
     def run(self, trial):
         """Run a trial to its end: (exit code, seconds, the line of its output that says most)."""
-        began, place, log = time.monotonic(), self.places.pop(0), self.folder / f"{trial.name}.log"
+        began = time.monotonic()
+        place = self.places.pop(0)
+        log = self.folder / f"{trial.name}.log"
         macros = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable}
-        words = [*(macros.get(word, word) for word in trial.words), f"--workdir={self.folder / trial.name}"]
+        words = [
+            *(macros.get(word, word) for word in trial.words),
+            f"--workdir={self.folder / trial.name}",
+        ]
         said = ["no output"]
-        with (open(log, "w", buffering=1) as kept,
-              tqdm(desc=trial.name, unit="step", position=place, leave=False, disable=not sys.stderr.isatty()) as bar,
-              subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               errors="replace", env=self.environment, start_new_session=True) as process):
+        with (
+            open(log, "w", buffering=1) as kept,
+            tqdm(
+                desc=trial.name,
+                unit="step",
+                position=place,
+                leave=False,
+                disable=not sys.stderr.isatty(),
+            ) as bar,
+            subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                env=self.environment,
+                start_new_session=True,
+            ) as process,
+        ):
             self.processes.add(process)
             if self.asked:  # before this process was known
                 process.terminate()
@@ -181,7 +275,9 @@ class Children:
 
 
 def result_of(run, metric):
-    """The last value of a metric in a run, or the best where it is named best/val_loss; None where there is none."""
+    """The last value of a metric in a run, or the best where it is named best/val_loss; None
+    where there is none.
+    """
     if metric is None:
         return None
     name, goal = metric
@@ -195,8 +291,16 @@ class Sweep:
     """What is begun, and how it ends, told line by line."""
 
     def __init__(self, study, folder, total, record, children):
-        self.study, self.folder, self.total, self.record, self.children = study, folder, total, record, children
-        self.numbers, self.before, self.done, self.failed, self.began = {}, 0, 0, [], time.monotonic()
+        self.study = study
+        self.folder = folder
+        self.total = total
+        self.record = record
+        self.children = children
+        self.numbers = {}
+        self.before = 0
+        self.done = 0
+        self.failed = []
+        self.began = time.monotonic()
 
     def begins(self, trial):
         """True where a trial is to be run now."""
@@ -211,7 +315,9 @@ class Sweep:
         return True
 
     def left_by(self, trial):
-        """The run that a trial came to its end with; None, which is told, where its files are damaged."""
+        """The run that a trial came to its end with; None, which is told, where its files are
+        damaged.
+        """
         folder = self.folder / trial.name
         try:
             run = studies_runs.read(folder)
@@ -221,7 +327,10 @@ class Sweep:
         if not damage:
             return run
         self.failed.append(trial.name)
-        self.tell(trial, f"came to its end, but {damage}; delete {folder}, and the same command makes it again")
+        self.tell(
+            trial,
+            f"came to its end, but {damage}; delete {folder}, and the same command makes it again",
+        )
         return None
 
     def ends(self, trial, code, seconds, last):
@@ -233,20 +342,33 @@ class Sweep:
                 self.record.put(trial, code, result)
                 self.done += 1
                 shown = "missing" if result is None else f"{result:.4g}"
-                self.tell(trial, f"done {after}" + (f", {self.study.metric[0]} {shown}" if self.study.metric else ""))
+                self.tell(
+                    trial,
+                    f"done {after}"
+                    + (f", {self.study.metric[0]} {shown}" if self.study.metric else ""),
+                )
         elif self.children.asked:
             self.tell(trial, f"interrupted {after}")
         else:
             self.record.put(trial, code)
             self.failed.append(trial.name)
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"{ENDS.get(code, 'failed')} (exit code {code})"
-            self.tell(trial, f"{how} {after}: {last}; all it said is in {self.folder / trial.name}.log")
+            how = (
+                f"killed by {signal.Signals(-code).name}"
+                if code < 0
+                else f"{ENDS.get(code, 'failed')} (exit code {code})"
+            )
+            self.tell(
+                trial, f"{how} {after}: {last}; all it said is in {self.folder / trial.name}.log"
+            )
 
     def summary(self):
         """Tell what is done and what is not; returns the exit code."""
         total = self.total if self.children.asked else len(self.numbers)
         took = tqdm.format_interval(time.monotonic() - self.began)
-        say(f"{self.study.name}: {self.before + self.done} of {total} runs are done, {self.before} of them before, in {took}")
+        say(
+            f"{self.study.name}: {self.before + self.done} of {total} runs are done, "
+            f"{self.before} of them before, in {took}"
+        )
         for name in self.failed:
             say(f"not done: {name}")
         if self.children.asked:
@@ -267,9 +389,12 @@ def sweep(study, folder, parallel=1, count=None, seed=0):
     Raises ValueError for a point that cannot be run, and where another process holds the folder.
     """
     with held(folder):
-        record, children = Record(folder), Children(study, folder, parallel)
+        record = Record(folder)
+        children = Children(study, folder, parallel)
         points = search.chosen(study, count, seed, record)
-        told = Sweep(study, folder, count if study.method == "bayes" else len(points), record, children)
+        told = Sweep(
+            study, folder, count if study.method == "bayes" else len(points), record, children
+        )
         trials = (trial_of(study, point) for point in points)
         if study.method != "bayes":
             trials = iter(list(trials))  # each is checked before the first is run
@@ -281,7 +406,9 @@ def sweep(study, folder, parallel=1, count=None, seed=0):
         running = {}
         with ThreadPoolExecutor(parallel) as pool, children.stoppable():
             while True:
-                trial = next(trials, None) if len(running) < parallel and not children.asked else None
+                trial = (
+                    next(trials, None) if len(running) < parallel and not children.asked else None
+                )
                 if trial and told.begins(trial):
                     running[pool.submit(children.run, trial)] = trial
                 elif running and not trial:

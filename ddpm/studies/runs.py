@@ -1,9 +1,13 @@
-"""Run folders become results: settings averaged over seeds, with intervals, and the differences larger than the noise.
+"""Run folders become results: settings averaged over seeds, with intervals, and the differences
+larger than the noise.
 
-    setting  what the runs of a group share, {"diffusion.beta_schedule": "cosine"}; its knobs are the axes of the study
-    unit     what is repeated to see the noise: the training seed, or the sampling seed where there is one training only
+    setting  what the runs of a group share, {"diffusion.beta_schedule": "cosine"}; its knobs are
+             the axes of the study
+    unit     what is repeated to see the noise: the training seed, or the sampling seed where there
+             is one training only
 
-A number that is not finite counts as missing, and so does one beyond HUGE, of which no mean or square could be had.
+A number that is not finite counts as missing, and so does one beyond HUGE, of which no mean or
+square could be had.
 """
 
 import itertools
@@ -19,31 +23,66 @@ from ddpm.tracking.rows import whole_row
 FEWEST = 3  # seeds: of two differences the spread is hardly known
 HUGE = 1e100
 MANY = 4  # words on an axis that are all compared with each other
-FRECHET, KERNEL = re.compile(r"eval/(fid|fd_(?!\w+_(perfect|floor))\w+)"), re.compile(r"eval/(kid|kd_\w+)")
-PERFECT = "_perfect", "_perfect_sd"  # what a perfect generator gets: the mean, and the standard deviation of one evaluation
-RETIRED = "_floor"  # its place until 2026-11: half of it, of a generator that knows the real images by heart
-LOSSES, LEARNED = ("val/loss_ema", "val/loss"), "train/loss"
+FRECHET = re.compile(r"eval/(fid|fd_(?!\w+_(perfect|floor))\w+)")
+KERNEL = re.compile(r"eval/(kid|kd_\w+)")
+# what a perfect generator gets: the mean, and the standard deviation of one evaluation
+PERFECT = "_perfect", "_perfect_sd"
+# its place until 2026-11: half of it, of a generator that knows the real images by heart
+RETIRED = "_floor"
+LOSSES = ("val/loss_ema", "val/loss")
+LEARNED = "train/loss"
 ASKED = "eval/evaluations"
 QUANTITY = (  # knobs that decide what the validation loss is a mean of
-    "diffusion.timesteps", "diffusion.beta_schedule", "diffusion.zero_terminal_snr", "diffusion.predict", "diffusion.loss",
-    "diffusion.weighting", "diffusion.self_condition", "data.class_labels", "data.source", "data.image_size", "data.channels",
-    "data.matte", "data.validation_fraction")
+    "diffusion.timesteps",
+    "diffusion.beta_schedule",
+    "diffusion.zero_terminal_snr",
+    "diffusion.predict",
+    "diffusion.loss",
+    "diffusion.weighting",
+    "diffusion.self_condition",
+    "data.class_labels",
+    "data.source",
+    "data.image_size",
+    "data.channels",
+    "data.matte",
+    "data.validation_fraction",
+)
 LABELS = {
-    "val/loss_ema": "validation loss", "val/loss": "validation loss, raw weights", LEARNED: "training loss, raw weights",
-    "eval/copying": "copying", "eval/copies": "copies", "eval/bits_per_dim": "bits/dim",
-    ASKED: "network evaluations", "eval/bits_per_dim_flow": "bits/dim (flow)"}
-FILE = "config"  # the axis of a study that varies the config file itself; its runs have it among their knobs
+    "val/loss_ema": "validation loss",
+    "val/loss": "validation loss, raw weights",
+    LEARNED: "training loss, raw weights",
+    "eval/copying": "copying",
+    "eval/copies": "copies",
+    "eval/bits_per_dim": "bits/dim",
+    ASKED: "network evaluations",
+    "eval/bits_per_dim_flow": "bits/dim (flow)",
+}
+# the axis of a study that varies the config file itself; its runs have it among their knobs
+FILE = "config"
 UNITS = ("seed", "sample.seed")
 UNRELATED = (  # knobs that do not touch what is compared
-    "wandb.", "every.log", "every.sample", "every.save", "every.milestone", "every.snapshot", "train.activation_checkpointing",
-    "data.num_workers", "data.cache", "data.classes", "sample.batch_size", "evaluate.batch_size", "evaluate.inception_weights")
+    "wandb.",
+    "every.log",
+    "every.sample",
+    "every.save",
+    "every.milestone",
+    "every.snapshot",
+    "train.activation_checkpointing",
+    "data.num_workers",
+    "data.cache",
+    "data.classes",
+    "sample.batch_size",
+    "evaluate.batch_size",
+    "evaluate.inception_weights",
+)
 PROTOCOLS = ("eval/made", "eval/bits_per_dim_made")
 MEASURING = "a study of ddpm.evaluate, as experiments/samplers.yaml does"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds: flat knobs, rows of metrics.jsonl, the last grid drawn, and why it does not count, if so.
+    """What a run folder holds: flat knobs, rows of metrics.jsonl, the last grid drawn, and why it
+    does not count, if so.
 
     `code` has the commits that ran it, in order, and is empty where they were not recorded.
     """
@@ -81,7 +120,9 @@ class Run:
         return list(dict.fromkeys(str(row[key]) for row in self.rows if row.get(key)))
 
     def petaflop(self, step):
-        """Training compute up to a step in 10^15 operations; None where the run did not count them."""
+        """Training compute up to a step in 10^15 operations; None where the run did not count
+        them.
+        """
         counted = [point for point in self.points("progress/petaflop") if point[0]][-1:]
         return counted[0][1] * step / counted[0][0] if counted else None
 
@@ -91,7 +132,9 @@ def finite(value):
 
 
 def read(folder):
-    """The run in a folder, up to the first row that is not whole. Raises ValueError where there is no config to be read."""
+    """The run in a folder, up to the first row that is not whole. Raises ValueError where there
+    is no config to be read.
+    """
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
@@ -103,10 +146,17 @@ def read(folder):
     log = folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
     rows = list(itertools.takewhile(lambda row: row is not None, map(whole_row, lines)))
-    fault = f"metrics.jsonl is torn after {len(rows)} rows" if len(rows) < len(lines) else "" if rows else "no rows"
+    fault = (
+        f"metrics.jsonl is torn after {len(rows)} rows"
+        if len(rows) < len(lines)
+        else ""
+        if rows
+        else "no rows"
+    )
     grids = sorted(path for path in folder.glob("samples/step_*.png") if path.stem[5:].isdecimal())
-    return Run(folder.name, folder, knobs, rows, grids[-1] if grids else None, fault,
-               files.code_in(folder))
+    return Run(
+        folder.name, folder, knobs, rows, grids[-1] if grids else None, fault, files.code_in(folder)
+    )
 
 
 def is_training(runs):
@@ -115,31 +165,57 @@ def is_training(runs):
 
 
 def cut_short(run):
-    """Why a run is no finished training: where it ends, and where it should have; nothing if it is one."""
+    """Why a run is no finished training: where it ends, and where it should have; nothing if it
+    is one.
+    """
     if not is_training([run]):
         return "measures a checkpoint, and others are trainings: compare those by themselves"
-    epochs, images = dict(run.points("progress/epoch")), dict(run.points("progress/images"))
-    sizes = [images[step] / epoch for step, epoch in epochs.items() if step in images and epoch > 1 / HUGE]
-    total = durations.steps_of(run.knobs["train.length"], run.knobs["train.batch_size"], round(sizes[-1]) if sizes else 1)
+    epochs = dict(run.points("progress/epoch"))
+    images = dict(run.points("progress/images"))
+    sizes = [
+        images[step] / epoch
+        for step, epoch in epochs.items()
+        if step in images and epoch > 1 / HUGE
+    ]
+    total = durations.steps_of(
+        run.knobs["train.length"], run.knobs["train.batch_size"], round(sizes[-1]) if sizes else 1
+    )
     last = run.rows[-1]["step"]
-    return "" if sizes and last >= total else f"ends at step {last}" + (f" of {total}" if sizes else "")
+    return (
+        ""
+        if sizes and last >= total
+        else f"ends at step {last}" + (f" of {total}" if sizes else "")
+    )
 
 
 def finished(runs):
     """The runs, those that came to no end marked with a fault."""
     training = is_training(runs)
-    return [replace(run, fault=cut_short(run)) if training and not run.fault else run for run in runs]
+    return [
+        replace(run, fault=cut_short(run)) if training and not run.fault else run for run in runs
+    ]
 
 
 def distinct(runs, axes):
-    """The runs, those marked with a fault that repeat one before them: in options, in seeds and in how they were measured."""
-    training, first, told = is_training(runs), {}, []
+    """The runs, those marked with a fault that repeat one before them: in options, in seeds and
+    in how they were measured.
+    """
+    training = is_training(runs)
+    first = {}
+    told = []
     for run in runs:
-        options = [(knob, value) for knob, value in run.knobs.items()
-                   if knob in UNITS or knob in axes or is_related(knob, training)]
+        options = [
+            (knob, value)
+            for knob, value in run.knobs.items()
+            if knob in UNITS or knob in axes or is_related(knob, training)
+        ]
         point = (*options, *(text for key in PROTOCOLS for text in run.made(key)))
         other = run if run.fault else first.setdefault(point, run)
-        told.append(run if other is run else replace(run, fault=f"repeats {other.name}, with the same knobs and seeds"))
+        told.append(
+            run
+            if other is run
+            else replace(run, fault=f"repeats {other.name}, with the same knobs and seeds")
+        )
     return told
 
 
@@ -170,19 +246,30 @@ def main_metric(runs, wanted=None):
     for key in (wanted, *keys(runs, FRECHET), *LOSSES):
         if key in found:
             return key
-    raise ValueError("no run has a distance or a validation loss; set --config.every.evaluate or --config.every.validate")
+    raise ValueError(
+        "no run has a distance or a validation loss; set --config.every.evaluate or "
+        "--config.every.validate"
+    )
 
 
 # settings
 
 
 def is_related(knob, training=True):
-    """True for a knob that may change what is compared; how trainings are measured is judged by `check_made`."""
+    """True for a knob that may change what is compared; how trainings are measured is judged by
+    `check_made`.
+    """
     ignored = UNRELATED + (("evaluate.",) if training else ())
-    return knob not in UNITS and not any(knob == name or name.endswith(".") and knob.startswith(name) for name in ignored)
+    return knob not in UNITS and not any(
+        knob == name or name.endswith(".") and knob.startswith(name) for name in ignored
+    )
 
 
 def varied(runs):
     """The knobs in which runs differ, seeds and what does not matter apart."""
     training = is_training(runs)
-    return [knob for knob in runs[0].knobs if is_related(knob, training) and len({run.knobs[knob] for run in runs}) > 1]
+    return [
+        knob
+        for knob in runs[0].knobs
+        if is_related(knob, training) and len({run.knobs[knob] for run in runs}) > 1
+    ]

@@ -28,18 +28,28 @@ class Group:
 
     @property
     def short(self):
-        """The name for a figure, where it must leave room for what is drawn: the row of the table if it is long."""
+        """The name for a figure, where it must leave room for what is drawn: the row of the
+        table if it is long.
+        """
         return self.name if len(self.name) <= LONGEST_NAME else f"row {self.row}"
 
     @property
     def labels(self):
-        """The setting in words: names speak for themselves, other values are preceded by their knob's."""
+        """The setting in words: names speak for themselves, other values are preceded by their
+        knob's.
+        """
         leaves = Counter(axis.rpartition(".")[2] for axis in self.setting)
 
         def words(axis, value):
             leaf = axis.rpartition(".")[2]
-            speaks = axis == studies_runs.FILE or isinstance(value, str) and re.match(r"[a-z_]\w*($|\()", value)
-            return shown(value) if speaks else f"{axis if leaves[leaf] > 1 else leaf} {shown(value)}"
+            speaks = (
+                axis == studies_runs.FILE
+                or isinstance(value, str)
+                and re.match(r"[a-z_]\w*($|\()", value)
+            )
+            return (
+                shown(value) if speaks else f"{axis if leaves[leaf] > 1 else leaf} {shown(value)}"
+            )
 
         return [words(axis, value) for axis, value in self.setting.items()]
 
@@ -57,11 +67,19 @@ class Group:
         return interval(self.values(lambda run: run.final(key)).values())
 
     def curve(self, key):
-        """[(step, compute in petaflop or None, mean, half-width or None)] at the steps that every run has logged."""
+        """[(step, compute in petaflop or None, mean, half-width or None)] at the steps that
+        every run has logged.
+        """
         logged = {run.name: dict(run.points(key)) for run in self.runs}
         steps = sorted(set.intersection(*map(set, logged.values())))
-        means = [interval(self.values(lambda run, at=step: logged[run.name][at]).values()) for step in steps]
-        return [(step, self.runs[0].petaflop(step), *mean) for step, mean in zip(steps, means, strict=True)]
+        means = [
+            interval(self.values(lambda run, at=step: logged[run.name][at]).values())
+            for step in steps
+        ]
+        return [
+            (step, self.runs[0].petaflop(step), *mean)
+            for step, mean in zip(steps, means, strict=True)
+        ]
 
 
 def label(key):
@@ -80,33 +98,53 @@ def shown(value):
 
 
 def grouped(runs, axes, reference=None):
-    """The groups of runs, sorted by their settings: numbers rising; words too, but those of the reference first."""
+    """The groups of runs, sorted by their settings: numbers rising; words too, but those of the
+    reference first.
+    """
     trainings = {run.knobs["seed"] for run in runs}
-    unit = "sample.seed" if len(trainings) == 1 and len({run.knobs["sample.seed"] for run in runs}) > 1 else "seed"
+    unit = (
+        "sample.seed"
+        if len(trainings) == 1 and len({run.knobs["sample.seed"] for run in runs}) > 1
+        else "seed"
+    )
     members = defaultdict(list)
     for run in runs:
         members[tuple(run.knobs[axis] for axis in axes)].append(run)
 
     def place(values):
-        return [(value != (reference or {}).get(axis), shown(value)) if isinstance(value, (str, tuple)) else (False, value)
-                for axis, value in zip(axes, values, strict=True)]
+        return [
+            (value != (reference or {}).get(axis), shown(value))
+            if isinstance(value, (str, tuple))
+            else (False, value)
+            for axis, value in zip(axes, values, strict=True)
+        ]
 
-    return [Group(dict(zip(axes, values, strict=True)), members[values], unit, row)
-            for row, values in enumerate(sorted(members, key=place), 1)]
+    return [
+        Group(dict(zip(axes, values, strict=True)), members[values], unit, row)
+        for row, values in enumerate(sorted(members, key=place), 1)
+    ]
 
 
 def numeric_axes(groups):
-    """The axes along which there is something to draw: three or more numbers, all else being equal."""
+    """The axes along which there is something to draw: three or more numbers, all else being
+    equal.
+    """
 
     def numeric(value):
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    return [axis for axis in groups[0].setting if all(numeric(group.setting[axis]) for group in groups)
-            and max(map(len, lines_along(groups, axis).values())) >= 3]
+    return [
+        axis
+        for axis in groups[0].setting
+        if all(numeric(group.setting[axis]) for group in groups)
+        and max(map(len, lines_along(groups, axis).values())) >= 3
+    ]
 
 
 def lines_along(groups, axis):
-    """Groups that differ in a numeric axis alone, in its order: {the other knobs' values: [group, ...]}."""
+    """Groups that differ in a numeric axis alone, in its order: {the other knobs' values:
+    [group, ...]}.
+    """
     lines = defaultdict(list)
     for group in sorted(groups, key=lambda group: group.setting[axis]):
         lines[tuple(value for knob, value in group.setting.items() if knob != axis)].append(group)
@@ -117,14 +155,19 @@ def lines_along(groups, axis):
 
 
 def interval(values):
-    """The mean of values and the half-width of its 95 % interval by Student's t; None for fewer than two values."""
+    """The mean of values and the half-width of its 95 % interval by Student's t; None for fewer
+    than two values.
+    """
     values = list(values)
-    mean, n = statistics.fmean(values), len(values)
+    mean = statistics.fmean(values)
+    n = len(values)
     return mean, student(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def student(freedom, among=1):
-    """What Student's t must reach to be significant at 5 %, two-sided, as the first by Holm's rule `among` so many tests."""
+    """What Student's t must reach to be significant at 5 %, two-sided, as the first by Holm's
+    rule `among` so many tests.
+    """
     from scipy.stats import t  # half a second of start-up
 
     return float(t.isf(0.025 / among, freedom))
@@ -132,10 +175,11 @@ def student(freedom, among=1):
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the metric of one group lies below another's: mean and 95 % half-width over shared seeds, and p.
+    """By how much the metric of one group lies below another's: mean and 95 % half-width over
+    shared seeds, and p.
 
-    `wins` counts the seeds in which it does. p is of the paired t-test, corrected for the number of comparisons; half-width
-    and p are None for fewer than `FEWEST` seeds.
+    `wins` counts the seeds in which it does. p is of the paired t-test, corrected for the number of
+    comparisons; half-width and p are None for fewer than `FEWEST` seeds.
     """
 
     better: Group
@@ -155,7 +199,8 @@ class Difference:
 def difference(first, second, metric):
     """The difference of two groups, p not yet corrected; None where they share no seed.
 
-    A paired test on the metric's own scale: pairs share data order, times and noise, and it asks for no equal spread.
+    A paired test on the metric's own scale: pairs share data order, times and noise, and it asks
+    for no equal spread.
     """
     ones, others = (group.values(lambda run: run.final(metric)) for group in (first, second))
     gaps = [others[unit] - ones[unit] for unit in ones if unit in others]
@@ -165,58 +210,89 @@ def difference(first, second, metric):
         first, second, gaps = second, first, [-gap for gap in gaps]
     mean, half = interval(gaps)
     few = len(gaps) < studies_runs.FEWEST
-    return Difference(first, second, mean, None if few else half, sum(gap > 0 for gap in gaps), len(gaps),
-                      None if few else paired_p(gaps))
+    return Difference(
+        first,
+        second,
+        mean,
+        None if few else half,
+        sum(gap > 0 for gap in gaps),
+        len(gaps),
+        None if few else paired_p(gaps),
+    )
 
 
 def paired_p(gaps):
     """The two-sided p of the t-test that the mean of the gaps is 0."""
     from scipy.stats import t
 
-    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+    mean = statistics.fmean(gaps)
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
     if error == 0:
         return float(mean == 0)
     return float(2 * t.sf(abs(mean) / error, len(gaps) - 1))
 
 
 def holm(ps):
-    """p-values corrected for their number (Holm 1979): the chance of one false alarm in all of them stays at the level."""
-    corrected, highest = [None] * len(ps), 0.0
+    """p-values corrected for their number (Holm 1979): the chance of one false alarm in all of
+    them stays at the level.
+    """
+    corrected = [None] * len(ps)
+    highest = 0.0
     for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         highest = corrected[index] = min(1.0, max(highest, (len(ps) - rank) * ps[index]))
     return corrected
 
 
 def pairs(groups, reference=None):
-    """Which groups are compared: those that differ in one axis, since every comparison more costs certainty in the others.
+    """Which groups are compared: those that differ in one axis, since every comparison more costs
+    certainty in the others.
 
-    On a numeric axis they are neighbours; on one with more than `MANY` words one of them is the reference, a setting
-    {axis: value}, if there is one. A group that finds no partner so is compared with all others.
+    On a numeric axis they are neighbours; on one with more than `MANY` words one of them is the
+    reference, a setting {axis: value}, if there is one. A group that finds no partner so is
+    compared with all others.
     """
-    chosen, numeric = [], numeric_axes(groups)
+    chosen = []
+    numeric = numeric_axes(groups)
     for first, second in itertools.combinations(groups, 2):
         differing = [axis for axis in first.setting if first.setting[axis] != second.setting[axis]]
         if len(differing) == 1 and (axis := differing[0]) not in numeric:
             many = len({group.setting[axis] for group in groups}) > studies_runs.MANY
-            if not (many and reference) or reference[axis] in (first.setting[axis], second.setting[axis]):
+            if not (many and reference) or reference[axis] in (
+                first.setting[axis],
+                second.setting[axis],
+            ):
                 chosen.append((first, second))
     for axis in numeric:
-        chosen += [pair for line in lines_along(groups, axis).values() for pair in itertools.pairwise(line)]
+        chosen += [
+            pair for line in lines_along(groups, axis).values() for pair in itertools.pairwise(line)
+        ]
     met = {id(group) for pair in chosen for group in pair}
-    chosen += [pair for pair in itertools.combinations(groups, 2) if any(id(group) not in met for group in pair)]
+    chosen += [
+        pair
+        for pair in itertools.combinations(groups, 2)
+        if any(id(group) not in met for group in pair)
+    ]
     return chosen
 
 
 def differences(groups, metric, reference=None):
-    """The differences between groups in the final value of a metric, p corrected for their number."""
-    found = [gap for first, second in pairs(groups, reference) if (gap := difference(first, second, metric))]
+    """The differences between groups in the final value of a metric, p corrected for their
+    number.
+    """
+    found = [
+        gap
+        for first, second in pairs(groups, reference)
+        if (gap := difference(first, second, metric))
+    ]
     corrected = iter(holm([gap.p for gap in found if gap.p is not None]))
     return [gap if gap.p is None else replace(gap, p=next(corrected)) for gap in found]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs, those that do not count with their fault; the others in groups; the metric that decides, and by how much."""
+    """All runs, those that do not count with their fault; the others in groups; the metric that
+    decides, and by how much.
+    """
 
     runs: list
     axes: list
@@ -235,27 +311,35 @@ class Comparison:
 
     @property
     def visible(self):
-        """The smallest differences that half of the comparisons would show: (as the clearest of all, alone, their number).
+        """The smallest differences that half of the comparisons would show: (as the clearest of
+        all, alone, their number).
 
-        Half of the median 95 % interval is what one test alone shows; Holm's rule asks more of the clearest of several. None
-        where no comparison shows its noise.
+        Half of the median 95 % interval is what one test alone shows; Holm's rule asks more of the
+        clearest of several. None where no comparison shows its noise.
         """
         shown = [gap for gap in self.gaps if gap.half]
         count = sum(gap.p is not None for gap in self.gaps)
         first = [gap.half * student(gap.seeds - 1, count) / student(gap.seeds - 1) for gap in shown]
-        return (statistics.median(first), statistics.median(gap.half for gap in shown), count) if shown else None
+        return (
+            (statistics.median(first), statistics.median(gap.half for gap in shown), count)
+            if shown
+            else None
+        )
 
     @property
     def unlike(self):
-        """The varied knobs under which a loss is not the same quantity: other noise levels, targets or images."""
+        """The varied knobs under which a loss is not the same quantity: other noise levels,
+        targets or images.
+        """
         return [knob for knob in studies_runs.varied(self.counted) if knob in studies_runs.QUANTITY]
 
 
 def compare(runs, axes=None, wanted=None, reference=None):
     """Compare runs by a wanted metric, or by the one they have.
 
-    `axes` are the knobs that vary on purpose, by default all; `reference` is the setting that others are measured by. Raises
-    ValueError for runs that do not belong together, and where none is finished.
+    `axes` are the knobs that vary on purpose, by default all; `reference` is the setting that
+    others are measured by. Raises ValueError for runs that do not belong together, and where none
+    is finished.
     """
     runs = studies_runs.finished(runs)
     axes = studies_runs.varied(runs) if axes is None else list(axes)
@@ -268,7 +352,9 @@ def compare(runs, axes=None, wanted=None, reference=None):
     counted = [run for run in runs if not run.fault]
     if not counted:
         faults = "; ".join(f"{run.name}: {run.fault}" for run in runs[:3])
-        raise ValueError(f"none of {len(runs)} runs is finished ({faults}{' ...' * (len(runs) > 3)})")
+        raise ValueError(
+            f"none of {len(runs)} runs is finished ({faults}{' ...' * (len(runs) > 3)})"
+        )
     found = Comparison(runs, axes, grouped(counted, axes, reference), metric, [])
     alike = metric not in studies_runs.LOSSES or not found.unlike
     return replace(found, gaps=differences(found.groups, metric, reference)) if alike else found

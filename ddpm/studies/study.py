@@ -1,8 +1,9 @@
-"""A study is one YAML file, a W&B sweep: what varies, how it is chosen, and the command that makes a run of each choice.
+"""A study is one YAML file, a W&B sweep: what varies, how it is chosen, and the command that makes
+a run of each choice.
 
-Parameters are named as flags: a knob, `config.diffusion.beta_schedule`; the config file itself, `config`; and where the
-command starts ddpm.evaluate, `checkpoint`, and `ema` for `config.sample.ema`. A point is `{parameter: value}` with a value
-for each.
+Parameters are named as flags: a knob, `config.diffusion.beta_schedule`; the config file itself,
+`config`; and where the command starts ddpm.evaluate, `checkpoint`, and `ema` for
+`config.sample.ema`. A point is `{parameter: value}` with a value for each.
 """
 
 import inspect
@@ -25,19 +26,44 @@ from ddpm.config.flags import config_of
 from ddpm.studies.runs import MEASURING
 
 KNOBS = defaults.flatten(defaults.base())
-KEYS = ("method", "metric", "parameters", "command", "program", "name", "description", "project", "entity", "run_cap",
-        "early_terminate")
+KEYS = (
+    "method",
+    "metric",
+    "parameters",
+    "command",
+    "program",
+    "name",
+    "description",
+    "project",
+    "entity",
+    "run_cap",
+    "early_terminate",
+)
 COMMAND = '["${env}", "${interpreter}", "-m", "ddpm.main", "--config=configs/digits.py", "${args}"]'
-MACROS = ("${env}", "${interpreter}", "${program}", "${args}")  # W&B's other forms of ${args} are none that a door reads
-OWN = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}  # by the program: the parameter that is no knob
-REPEATS = ("config.seed", "config.sample.seed", "checkpoint")  # vary to show the noise; what else tells checkpoints apart,
+# W&B's other forms of ${args} are none that a door reads
+MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
+# by the program: the parameter that is no knob
+OWN = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}
+# vary to show the noise; what else tells checkpoints apart,
+REPEATS = ("config.seed", "config.sample.seed", "checkpoint")
 # their runs know: `archive.apart`
-GRIDS = {  # by program: parameters that decide how grids are drawn, and the one that decides how runs are measured
-    "ddpm.main": {f"config.sample.{leaf}": f"config.evaluate.{leaf}" for leaf in ("sampler", "steps", "spacing", "classes")}
+# by program: parameters that decide how grids are drawn, and the one that decides how runs are
+# measured
+GRIDS = {
+    "ddpm.main": {
+        f"config.sample.{leaf}": f"config.evaluate.{leaf}"
+        for leaf in ("sampler", "steps", "spacing", "classes")
+    }
     | {"config.sample.ema": "config.ema.decay"},
-    "ddpm.evaluate": {f"config.sample.{leaf}": f"config.evaluate.{leaf}" for leaf in ("sampler", "steps", "classes")}}
+    "ddpm.evaluate": {
+        f"config.sample.{leaf}": f"config.evaluate.{leaf}"
+        for leaf in ("sampler", "steps", "classes")
+    },
+}
 SHORT = {("ddpm.evaluate", "ema"): "config.sample.ema"}  # a flag that is a knob
-MANY, MOST = 200, 10_000  # points of a grid: up to MANY each is tried before the first runs, beyond that each value
+MANY = 200
+# points of a grid: up to MANY each is tried before the first runs, beyond that each value
+MOST = 10_000
 
 
 @dataclass(frozen=True)
@@ -65,11 +91,17 @@ class Study:
     @property
     def varied(self):
         """The parameters that have more than one value, sorted."""
-        return [name for name in sorted(self.parameters) if self.values(name) is None or len(self.values(name)) > 1]
+        return [
+            name
+            for name in sorted(self.parameters)
+            if self.values(name) is None or len(self.values(name)) > 1
+        ]
 
     @property
     def axes(self):
-        """What is compared: the parameters that vary, as knobs (`diffusion.beta_schedule`), but for those that repeat a run."""
+        """What is compared: the parameters that vary, as knobs (`diffusion.beta_schedule`), but
+        for those that repeat a run.
+        """
         return [name.removeprefix("config.") for name in self.varied if name not in REPEATS]
 
     def values(self, name):
@@ -80,18 +112,30 @@ class Study:
         return [arguments["value"]] if kind == "constant" else arguments.get("values")
 
     def grid(self):
-        """Every point in W&B's order: by sorted names, the last varying fastest; raises ValueError where they have no end."""
+        """Every point in W&B's order: by sorted names, the last varying fastest; raises
+        ValueError where they have no end.
+        """
         lists = {name: self.values(name) for name in sorted(self.parameters)}
         for name in lists:
             if lists[name] is None:
-                raise ValueError(f"{name} has no end of values; for a grid give values, or whole numbers as min and max")
+                raise ValueError(
+                    f"{name} has no end of values; for a grid give values, or whole numbers as "
+                    "min and max"
+                )
         if math.prod(map(len, lists.values())) > MOST:
-            raise ValueError(f"the grid has more than {MOST} points; give fewer values, or use method random")
-        return [dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())]
+            raise ValueError(
+                f"the grid has more than {MOST} points; give fewer values, or use method random"
+            )
+        return [
+            dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())
+        ]
 
     def draw(self, random):
         """A point drawn with a numpy Generator."""
-        return {name: DISTRIBUTIONS[kind](random, **arguments) for name, (kind, arguments) in sorted(self.parameters.items())}
+        return {
+            name: DISTRIBUTIONS[kind](random, **arguments)
+            for name, (kind, arguments) in sorted(self.parameters.items())
+        }
 
     def words(self, point):
         """A point as flags, in the order and form in which W&B's agent writes them."""
@@ -100,41 +144,64 @@ class Study:
     def command_of(self, point):
         """The command of a point, `${env}` and `${interpreter}` left to who runs it."""
         at = self.command.index("${args}")
-        return [*self.command[:at], *self.words(point), *self.command[at + 1:]]
+        return [*self.command[:at], *self.words(point), *self.command[at + 1 :]]
 
     def config(self, point):
-        """The config that a point trains, or base() with what it measures with; raises ValueError where it cannot run."""
+        """The config that a point trains, or base() with what it measures with; raises
+        ValueError where it cannot run.
+        """
         if self.program == "ddpm.main":
             words = self.command_of(point)
-            return config_of(words[words.index(self.program) + 1:])[0]
-        knobs = {name.removeprefix("config."): tuple(value) if isinstance(value, list) else value
-                 for name, value in point.items() if name != "checkpoint"}
+            return config_of(words[words.index(self.program) + 1 :])[0]
+        knobs = {
+            name.removeprefix("config."): tuple(value) if isinstance(value, list) else value
+            for name, value in point.items()
+            if name != "checkpoint"
+        }
         return files.changed(defaults.freeze(defaults.base()), knobs)
 
     def label(self, name, value):
-        """A value as a word that a folder's name can hold, and that no other value of the parameter has."""
-        alike = [other for other in self.parameters[name][1].get("values", []) if word(name, other) == word(name, value)]
-        return word(name, value) + (f"-{zlib.crc32(str(value).encode()):08x}" if len(alike) > 1 else "")
+        """A value as a word that a folder's name can hold, and that no other value of the
+        parameter has.
+        """
+        alike = [
+            other
+            for other in self.parameters[name][1].get("values", [])
+            if word(name, other) == word(name, value)
+        ]
+        return word(name, value) + (
+            f"-{zlib.crc32(str(value).encode()):08x}" if len(alike) > 1 else ""
+        )
 
     def run_name(self, point):
         """The name of a point's folder: what was chosen, `beta_schedule=cosine-seed=0`."""
         leaves = Counter(key.rpartition(".")[2] for key in KNOBS)
         parts = []
         for name, value in sorted(point.items()):
-            knob, leaf = name.removeprefix("config."), name.rpartition(".")[2]
+            knob = name.removeprefix("config.")
+            leaf = name.rpartition(".")[2]
             key = "" if name in OWN.values() else f"{leaf if leaves[leaf] == 1 else knob}="
-            parts += [] if self.parameters[name][0] == "constant" else [key + self.label(name, value)]
+            parts += (
+                [] if self.parameters[name][0] == "constant" else [key + self.label(name, value)]
+            )
         whole = "-".join(parts) or "run"
         return whole if len(whole) <= 120 else f"{whole[:110]}-{zlib.crc32(whole.encode()):08x}"
 
     def check(self):
-        """Raise a ValueError for a value that a run would refuse, for two points that would share a folder, and for a parameter
-        that varies and does not decide how the runs are measured.
+        """Raise a ValueError for a value that a run would refuse, for two points that would share a
+        folder, and for a parameter that varies and does not decide how the runs are measured.
         """
         for name in self.varied:
             if decides := GRIDS[self.program].get(name):
-                once = f", or train once and vary it in {MEASURING}" if self.program == "ddpm.main" else ""
-                raise ValueError(f"{name} varies, and runs of {self.program} are measured by {decides}; vary that{once}")
+                once = (
+                    f", or train once and vary it in {MEASURING}"
+                    if self.program == "ddpm.main"
+                    else ""
+                )
+                raise ValueError(
+                    f"{name} varies, and runs of {self.program} are measured by {decides}; vary "
+                    f"that{once}"
+                )
         points = self.grid() if self.method == "grid" else []
         names = Counter(map(self.run_name, points))
         for name in names:
@@ -145,19 +212,28 @@ class Study:
 
     def probes(self):
         """A few points with every listed value and the ends of every range among them."""
-        drawn, tried = self.draw(rng.generator(0, "probes")), {}
+        drawn = self.draw(rng.generator(0, "probes"))
+        tried = {}
         for name, (_, arguments) in self.parameters.items():
             ends = [type(drawn[name])(arguments[end]) for end in ("min", "max") if end in arguments]
             tried[name] = arguments.get("values") or [*ends, drawn[name]]
-        return [{name: some[k % len(some)] for name, some in tried.items()} for k in range(max(map(len, tried.values())))]
+        return [
+            {name: some[k % len(some)] for name, some in tried.items()}
+            for k in range(max(map(len, tried.values())))
+        ]
 
 
 class Plain(yaml.SafeLoader):
-    """YAML in which everything stands once: by aliases (`*name`) a few lines can unfold to more than the memory holds."""
+    """YAML in which everything stands once: by aliases (`*name`) a few lines can unfold to more
+    than the memory holds.
+    """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"line {self.peek_event().start_mark.line + 1} has an alias; write out what it stands for")
+            raise ValueError(
+                f"line {self.peek_event().start_mark.line + 1} has an alias; write out what it "
+                "stands for"
+            )
         return super().compose_node(parent, index)
 
 
@@ -165,81 +241,144 @@ def read(path):
     """The study in a file; raises ValueError, one line, for whatever is wrong in it."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no study {path}; give one of experiments/, such as experiments/schedules.yaml")
+        raise ValueError(
+            f"there is no study {path}; give one of experiments/, such as "
+            "experiments/schedules.yaml"
+        )
     try:
         study = understood(path, Plain(path.read_text()).get_single_data())
         study.check()
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply for a study; give another, such as experiments/schedules.yaml") from None
+        raise ValueError(
+            f"{path} is nested too deeply for a study; give another, such as "
+            "experiments/schedules.yaml"
+        ) from None
     except yaml.MarkedYAMLError as error:
-        raise ValueError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}; this is no YAML: mend the line, or "
-                         "quote what stands there") from None
+        raise ValueError(
+            f"{path}, line {error.problem_mark.line + 1}: {error.problem}; this is no YAML: mend "
+            "the line, or quote what stands there"
+        ) from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no text: {one_line(error)}; save it as UTF-8, or give another") from None
+        raise ValueError(
+            f"{path} is no text: {one_line(error)}; save it as UTF-8, or give another"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
     return study
 
 
 def understood(path, given):
-    """The Study that a file's content says, its values not yet checked; raises ValueError for what says none."""
+    """The Study that a file's content says, its values not yet checked; raises ValueError for
+    what says none.
+    """
     for key in given if isinstance(given, dict) else ():
         check_choice("key", key, KEYS)
     for key, kind in {"method": str, "parameters": dict, "command": list}.items():
         if not (isinstance(given, dict) and given.get(key) and isinstance(given[key], kind)):
-            raise ValueError(f"{key} is missing or of another form; a study has method: grid, parameters: {{NAME: {{values: "
-                             f"[...]}}}} and command: {COMMAND}")
-    command = [given.get("program", word) if word == "${program}" else word for word in given["command"]]
+            raise ValueError(
+                f"{key} is missing or of another form; a study has method: grid, parameters: "
+                f"{{NAME: {{values: [...]}}}} and command: {COMMAND}"
+            )
+    command = [
+        given.get("program", word) if word == "${program}" else word for word in given["command"]
+    ]
     for word in command:
         if str(word).startswith("${"):
             check_choice("macro in command", word, MACROS)
         if str(word).startswith("--workdir"):
-            raise ValueError("command gives --workdir; leave it out, since each run has a folder of its own")
+            raise ValueError(
+                "command gives --workdir; leave it out, since each run has a folder of its own"
+            )
     program = next((word for word in command if word in OWN), None)
     if program is None or command.count("${args}") != 1:
-        raise ValueError(f"command starts ddpm.main or ddpm.evaluate with ${{args}} among its words, such as {COMMAND}")
+        raise ValueError(
+            f"command starts ddpm.main or ddpm.evaluate with ${{args}} among its words, such as "
+            f"{COMMAND}"
+        )
     own = OWN[program]
-    if (own in given["parameters"]) == any(word.startswith(f"--{own}=") for word in map(str, command)):
+    if (own in given["parameters"]) == any(
+        word.startswith(f"--{own}=") for word in map(str, command)
+    ):
         raise ValueError(f"{own} must be given once, as a parameter or in the command, --{own}=...")
     metric = given.get("metric", {} if given["method"] == "bayes" else None)
     if metric is not None:
         if not isinstance(metric, dict) or "name" not in metric or metric.keys() - {"name", "goal"}:
-            raise ValueError("metric is missing or of another form; write metric: {name: eval/fid, goal: minimize}")
-        metric = str(metric["name"]), check_choice("goal", metric.get("goal", "minimize"), ("minimize", "maximize"))
+            raise ValueError(
+                "metric is missing or of another form; write metric: {name: eval/fid, goal: "
+                "minimize}"
+            )
+        metric = (
+            str(metric["name"]),
+            check_choice("goal", metric.get("goal", "minimize"), ("minimize", "maximize")),
+        )
     cap = given.get("run_cap")
     if cap is not None and (type(cap) is not int or cap < 1):
         raise ValueError(f"run_cap is {cap!r}; it takes a whole number of runs, 1 or more")
-    return Study(path, check_choice("method", given["method"], ("grid", "random", "bayes")),
-                 {SHORT.get((program, name), name): distribution(program, SHORT.get((program, name), name), said)
-                  for name, said in given["parameters"].items()},
-                 tuple(map(str, command)), program, metric, str(given.get("description", "")).strip(), cap,
-                 "early_terminate" in given)
+    return Study(
+        path,
+        check_choice("method", given["method"], ("grid", "random", "bayes")),
+        {
+            SHORT.get((program, name), name): distribution(
+                program, SHORT.get((program, name), name), said
+            )
+            for name, said in given["parameters"].items()
+        },
+        tuple(map(str, command)),
+        program,
+        metric,
+        str(given.get("description", "")).strip(),
+        cap,
+        "early_terminate" in given,
+    )
 
 
 def distribution(program, name, said):
-    """(Distribution, its arguments) of a parameter from what the file says of it; raises ValueError for what is none."""
+    """(Distribution, its arguments) of a parameter from what the file says of it; raises
+    ValueError for what is none.
+    """
     known = [OWN[program], *(f"config.{key}" for key in KNOBS)]
     if isinstance(said, dict) and "parameters" in said:
-        raise ValueError(f"{name} holds nested parameters, which reach a run as one word; write config.SECTION.KNOB in full")
+        raise ValueError(
+            f"{name} holds nested parameters, which reach a run as one word; write "
+            "config.SECTION.KNOB in full"
+        )
     if name not in known:
-        raise ValueError(f"unknown parameter {name!r}{suggest(name, known)}; {program} takes {OWN[program]} and "
-                         "config.SECTION.KNOB, base() in ddpm/config/defaults.py shows them all")
+        raise ValueError(
+            f"unknown parameter {name!r}{suggest(name, known)}; {program} takes {OWN[program]} and "
+            "config.SECTION.KNOB, base() in ddpm/config/defaults.py shows them all"
+        )
     if not isinstance(said, dict):
-        raise ValueError(f"{name} is {said!r}; write {{value: ...}}, {{values: [...]}} or {{min: ..., max: ...}}")
+        raise ValueError(
+            f"{name} is {said!r}; write {{value: ...}}, {{values: [...]}} or {{min: ..., max: ...}}"
+        )
     whole = all(type(said.get(end)) is int for end in ("min", "max"))
-    inferred = "constant" if "value" in said else "categorical" if "values" in said else "int_uniform" if whole else "uniform"
-    kind = check_choice(f"distribution of {name}", said.get("distribution", inferred), list(DISTRIBUTIONS))
+    inferred = (
+        "constant"
+        if "value" in said
+        else "categorical"
+        if "values" in said
+        else "int_uniform"
+        if whole
+        else "uniform"
+    )
+    kind = check_choice(
+        f"distribution of {name}", said.get("distribution", inferred), list(DISTRIBUTIONS)
+    )
     arguments = {key: value for key, value in said.items() if key != "distribution"}
     try:
         inspect.signature(DISTRIBUTIONS[kind]).bind(None, **arguments)
     except TypeError as error:
-        raise ValueError(f"{name} is {kind}: {error}; write {{value: ...}}, {{values: [...]}} or "
-                         "{min: ..., max: ...}") from None
+        raise ValueError(
+            f"{name} is {kind}: {error}; write {{value: ...}}, {{values: [...]}} or "
+            "{min: ..., max: ...}"
+        ) from None
     for key, value in arguments.items():
         if key in ("values", "probabilities") and not (isinstance(value, list) and value):
             raise ValueError(f"{key} of {name} is {value!r}; it takes a list such as [1, 2]")
         if key in ("min", "max", "mu", "sigma", "q") and type(value) not in (int, float):
-            raise ValueError(f"{key} of {name} is {value!r}; it takes a number, and YAML's need a point: 1.0e-4")
+            raise ValueError(
+                f"{key} of {name} is {value!r}; it takes a number, and YAML's need a point: 1.0e-4"
+            )
     try:
         drawn = DISTRIBUTIONS[kind](rng.generator(0, "probes"), **arguments)
         if not arguments.get("min", 0) < arguments.get("max", 1):  # nor is anything below NaN
@@ -252,21 +391,29 @@ def distribution(program, name, said):
 
 
 def check_type(name, value):
-    """Raise a ValueError for a value of another type than the parameter takes, as YAML makes them unasked."""
+    """Raise a ValueError for a value of another type than the parameter takes, as YAML makes
+    them unasked.
+    """
     default = KNOBS.get(name.removeprefix("config."), "")
     takes = {bool: bool, int: int, float: (int, float), str: str, tuple: (list, str)}[type(default)]
     if not isinstance(value, takes) or isinstance(value, bool) != isinstance(default, bool):
-        hint = {bool: "; YAML reads unquoted on, off, yes, no as True and False: quote it",
-                str: "; YAML's numbers need a point, as in 1.0e-4"}.get(type(value), "")
+        hint = {
+            bool: "; YAML reads unquoted on, off, yes, no as True and False: quote it",
+            str: "; YAML's numbers need a point, as in 1.0e-4",
+        }.get(type(value), "")
         raise ValueError(f"{name} is {value!r}; it takes {config_check.KINDS[type(default)]}{hint}")
 
 
 def word(name, value):
-    """A value without what a folder's name cannot hold; of a config file or a checkpoint, its own name."""
+    """A value without what a folder's name cannot hold; of a config file or a checkpoint, its
+    own name.
+    """
     if name == "config":
         path, _, variant = value.partition(":")
         value = f"{Path(path).stem}-{variant}"
-    return re.sub(r"[^\w.=+-]+", "_", Path(value).name if name == "checkpoint" else str(value), flags=re.ASCII).strip("_-")
+    return re.sub(
+        r"[^\w.=+-]+", "_", Path(value).name if name == "checkpoint" else str(value), flags=re.ASCII
+    ).strip("_-")
 
 
 def rounded(value, q):
@@ -280,15 +427,23 @@ def log_uniform(random, low, high):
 
 DISTRIBUTIONS = {  # W&B's names and defaults
     "constant": lambda random, *, value: value,
-    "categorical": lambda random, *, values, probabilities=None: values[random.choice(len(values), p=probabilities)],
-    "categorical_w_probabilities": lambda random, *, values, probabilities: values[random.choice(len(values), p=probabilities)],
+    "categorical": lambda random, *, values, probabilities=None: values[
+        random.choice(len(values), p=probabilities)
+    ],
+    "categorical_w_probabilities": lambda random, *, values, probabilities: values[
+        random.choice(len(values), p=probabilities)
+    ],
     "int_uniform": lambda random, *, min, max: int(random.integers(min, max, endpoint=True)),
     "uniform": lambda random, *, min, max: random.uniform(min, max),
     "q_uniform": lambda random, *, min, max, q=1: rounded(random.uniform(min, max), q),
     "log_uniform_values": lambda random, *, min, max: log_uniform(random, min, max),
-    "q_log_uniform_values": lambda random, *, min, max, q=1: rounded(log_uniform(random, min, max), q),
+    "q_log_uniform_values": lambda random, *, min, max, q=1: rounded(
+        log_uniform(random, min, max), q
+    ),
     "normal": lambda random, *, mu=0.0, sigma=1.0: random.normal(mu, sigma),
     "q_normal": lambda random, *, mu=0.0, sigma=1.0, q=1: rounded(random.normal(mu, sigma), q),
     "log_normal": lambda random, *, mu=0.0, sigma=1.0: math.exp(random.normal(mu, sigma)),
-    "q_log_normal": lambda random, *, mu=0.0, sigma=1.0, q=1: rounded(math.exp(random.normal(mu, sigma)), q),
+    "q_log_normal": lambda random, *, mu=0.0, sigma=1.0, q=1: rounded(
+        math.exp(random.normal(mu, sigma)), q
+    ),
 }

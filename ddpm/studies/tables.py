@@ -12,7 +12,9 @@ from ddpm.studies.statistics import interval, label
 
 
 class Column(NamedTuple):
-    """A number of each run: its name in the csv, its heading, how it is read, and the table it stands in, if any."""
+    """A number of each run: its name in the csv, its heading, how it is read, and the table it
+    stands in, if any.
+    """
 
     name: str
     heading: str
@@ -31,19 +33,44 @@ def columns(groups, parameters):
     for table, group in (("distances", distances), ("losses", losses)):
         for key in group:
             found.append(Column(key, label(key), lambda run, key=key: run.final(key), table))
-            if key != LEARNED and any(len(run.points(key)) > 1 for run in runs):  # in the csv always, to be seen if it differs
-                found.append(Column(f"best {key}", f"best {label(key)}", lambda run, key=key: run.best(key),
-                                    table if flatters(runs, key) else ""))
+            # in the csv always, to be seen if it differs
+            if key != LEARNED and any(len(run.points(key)) > 1 for run in runs):
+                found.append(
+                    Column(
+                        f"best {key}",
+                        f"best {label(key)}",
+                        lambda run, key=key: run.best(key),
+                        table if flatters(runs, key) else "",
+                    )
+                )
     for key in keys(runs, "eval/.*"):
         if key not in distances and not key.endswith(RETIRED):
-            known = key in studies_runs.LABELS and (key != ASKED or len({run.final(key) for run in runs}) > 1)
-            shown, spread = "distances" if known else "", not key.endswith(PERFECT) and key != ASKED
-            found.append(Column(key, label(key), lambda run, key=key: run.final(key), shown, spread))
+            known = key in studies_runs.LABELS and (
+                key != ASKED or len({run.final(key) for run in runs}) > 1
+            )
+            shown = "distances" if known else ""
+            spread = not key.endswith(PERFECT) and key != ASKED
+            found.append(
+                Column(key, label(key), lambda run, key=key: run.final(key), shown, spread)
+            )
     found += [
-        Column("speed/images_per_second", "images/s", lambda run: run.median("speed/images_per_second"), "cost", False),
+        Column(
+            "speed/images_per_second",
+            "images/s",
+            lambda run: run.median("speed/images_per_second"),
+            "cost",
+            False,
+        ),
         Column(memory, "peak memory, GiB", lambda run: run.highest(memory), "cost", False),
         Column("parameters", "parameters", parameters, "cost", False),
-        Column("progress/petaflop", "petaflop of training", lambda run: run.final("progress/petaflop"), "cost", False)]
+        Column(
+            "progress/petaflop",
+            "petaflop of training",
+            lambda run: run.final("progress/petaflop"),
+            "cost",
+            False,
+        ),
+    ]
     return [column for column in found if any(group.values(column.number) for group in groups)]
 
 
@@ -53,10 +80,15 @@ def flatters(runs, key):
 
 
 def csv(groups, columns):
-    """A line for each group: its setting, its seeds, and each column with its interval; six digits, the same on any machine."""
+    """A line for each group: its setting, its seeds, and each column with its interval; six
+    digits, the same on any machine.
+    """
     heads = [*groups[0].setting, "seeds"]
     for column in columns:
-        heads += [column.name, *([f"{column.name} low", f"{column.name} high"] if column.spread else [])]
+        heads += [
+            column.name,
+            *([f"{column.name} low", f"{column.name} high"] if column.spread else []),
+        ]
     lines = [heads]
     for group in groups:
         cells = [*map(statistics.shown, group.setting.values()), str(seeds(group))]
@@ -94,11 +126,20 @@ def table(groups, columns):
     Rows are numbered where figures call a setting by its row.
     """
     numbered = any(group.short != group.name for group in groups)
-    rows = [["row"] * numbered + [axis.rpartition(".")[2] for axis in groups[0].setting] +
-            ["seeds", *(column.heading for column in columns)]]
+    rows = [
+        ["row"] * numbered
+        + [axis.rpartition(".")[2] for axis in groups[0].setting]
+        + ["seeds", *(column.heading for column in columns)]
+    ]
     for group in groups:
-        rows.append([str(group.row)] * numbered + [*map(statistics.shown, group.setting.values()), str(seeds(group)),
-                    *(cell(group.values(column.number).values(), column.spread) for column in columns)])
+        rows.append(
+            [str(group.row)] * numbered
+            + [
+                *map(statistics.shown, group.setting.values()),
+                str(seeds(group)),
+                *(cell(group.values(column.number).values(), column.spread) for column in columns),
+            ]
+        )
     return rows
 
 
@@ -125,10 +166,15 @@ def places_of(half):
 def plain(rows):
     """A table for the terminal, its columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
 def markdown(rows):
     """The same for a README."""
     rows = [[word.replace("|", "\\|") for word in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    )

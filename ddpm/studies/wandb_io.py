@@ -14,24 +14,39 @@ def is_remote(path):
 
 
 def download(path, folder):
-    """Write the runs of a W&B project or sweep below a folder. Raises ValueError where there are none to be had."""
+    """Write the runs of a W&B project or sweep below a folder. Raises ValueError where there are
+    none to be had.
+    """
     import wandb  # a second of start-up
 
     try:
         api = wandb.Api()
         found = api.sweep(path).runs if path.count("/") == 2 else api.runs(path)
         for run in found:
-            keep_wandb(run, Path(folder, f"{re.sub('[^A-Za-z0-9_.=+-]+', '_', run.name).removesuffix(f'-{run.id}')}-{run.id}"))
-    except Exception as error:  # W&B has many for a server that does not answer, or not as it should
-        raise ValueError(f"{path} is no folder here and cannot be read from W&B: {errors.one_line(error)[:200]}") from None
+            name = re.sub("[^A-Za-z0-9_.=+-]+", "_", run.name).removesuffix(f"-{run.id}")
+            keep_wandb(
+                run,
+                Path(folder, f"{name}-{run.id}"),
+            )
+    except Exception as error:
+        # W&B has many for a server that does not answer, or not as it should
+        raise ValueError(
+            f"{path} is no folder here and cannot be read from W&B: {errors.one_line(error)[:200]}"
+        ) from None
     if not any(Path(folder).glob("*/config.json")):
         raise ValueError(f"{path} has no runs of ddpm yet")
 
 
 def keep_wandb(run, folder):
-    """Write a run of W&B's public API as a run folder; one that is not of ddpm stays without a config.json."""
+    """Write a run of W&B's public API as a run folder; one that is not of ddpm stays without a
+    config.json.
+    """
     folder.mkdir()
-    knobs = {key.removeprefix("config."): value for key, value in run.config.items() if key.startswith("config.")}
+    knobs = {
+        key.removeprefix("config."): value
+        for key, value in run.config.items()
+        if key.startswith("config.")
+    }
     if knobs:
         text = json.dumps(knobs)
         try:
@@ -41,11 +56,16 @@ def keep_wandb(run, folder):
     grid = step = None
     with open(folder / "metrics.jsonl", "w") as file:
         for row in run.scan_history():
-            numbers = {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
+            numbers = {
+                key: value
+                for key, value in row.items()
+                if not key.startswith("_") and not isinstance(value, dict)
+            }
             if "train/step" in numbers:
                 file.write(json.dumps({"step": numbers.pop("train/step"), **numbers}) + "\n")
                 if isinstance(picture := row.get("samples"), dict):
-                    grid, step = str(picture.get("path")), row["train/step"]
+                    grid = str(picture.get("path"))
+                    step = row["train/step"]
     if grid and not (PICTURE.fullmatch(grid) and isinstance(step, int)):
         print(f"left out: the samples of {folder.name}, which W&B does not keep at {grid!r}")
         grid = None

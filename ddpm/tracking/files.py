@@ -26,10 +26,13 @@ class Sink:
 
 
 class Lines:
-    """A file that grows by whole lines; those that the disk does not take wait, and go first when it does again."""
+    """A file that grows by whole lines; those that the disk does not take wait, and go first
+    when it does again.
+    """
 
     def __init__(self, path):
-        self.path, self.waiting = path, deque()
+        self.path = path
+        self.waiting = deque()
 
     def add(self, line):
         self.waiting.append(f"{line}\n".encode(errors="backslashreplace"))
@@ -40,7 +43,8 @@ class Lines:
         with open(self.path, "ab", buffering=0) as file:
             while self.waiting:
                 size = file.tell()
-                if file.write(self.waiting[0]) < len(self.waiting[0]):  # the next line must not join half of this one
+                # the next line must not join half of this one
+                if file.write(self.waiting[0]) < len(self.waiting[0]):
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self.waiting.popleft()
@@ -52,7 +56,9 @@ class Rows(Sink):
     name = "metrics.jsonl"
 
     def __init__(self, path, start_step):
-        """Keep the rows up to `start_step`, cut later ones and torn lines; keep none if it is None."""
+        """Keep the rows up to `start_step`, cut later ones and torn lines; keep none if it is
+        None.
+        """
         self.lines = Lines(path)
         self.waiting = self.lines.waiting
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -70,24 +76,49 @@ class Rows(Sink):
 
 
 class Text(Sink):
-    """training.log, and its lines on the console; on a terminal a progress bar stands for all but the evaluations."""
+    """training.log, and its lines on the console; on a terminal a progress bar stands for all
+    but the evaluations.
+    """
 
     name = "training.log"
 
     def __init__(self, path, start_step, total_steps):
-        self.lines, self.start_step, self.total_steps = Lines(path), start_step, total_steps
+        self.lines = Lines(path)
+        self.start_step = start_step
+        self.total_steps = total_steps
         self.waiting = self.lines.waiting
         self.began = time.monotonic()
-        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty()
+        )
 
     def write(self, step, row, images):
-        values = {key: math.nan if value is None else value for key, value in row.items() if not isinstance(value, str)}
+        values = {
+            key: math.nan if value is None else value
+            for key, value in row.items()
+            if not isinstance(value, str)
+        }
         known = [form.format(values[key]) for key, form in SHOWN.items() if key in values]
-        scores = [f"{key} {value:.4g}" for key, value in values.items() if key.startswith(("val/", "eval/"))]
-        left = (self.total_steps - step) / max(step - self.start_step, 1) * (time.monotonic() - self.began)
-        line = "  ".join([f"step {step}/{self.total_steps} ({step / self.total_steps:.1%})", *known, *scores,
-                          *(f"{key}: {value}" for key, value in row.items() if isinstance(value, str)),
-                          *(f"{key} drawn" for key in images), f"eta {tqdm.format_interval(left)}"])
+        scores = [
+            f"{key} {value:.4g}"
+            for key, value in values.items()
+            if key.startswith(("val/", "eval/"))
+        ]
+        left = (
+            (self.total_steps - step)
+            / max(step - self.start_step, 1)
+            * (time.monotonic() - self.began)
+        )
+        line = "  ".join(
+            [
+                f"step {step}/{self.total_steps} ({step / self.total_steps:.1%})",
+                *known,
+                *scores,
+                *(f"{key}: {value}" for key, value in row.items() if isinstance(value, str)),
+                *(f"{key} drawn" for key in images),
+                f"eta {tqdm.format_interval(left)}",
+            ]
+        )
         self.tick(step)
         if self.bar.disable or any(key.startswith("eval/") for key in row):
             self.say(line)
@@ -111,6 +142,7 @@ class Text(Sink):
     def close(self, exit_code, hurry):
         self.bar.close()
         self.lines.write()
+
 
 SHOWN = {  # in training.log, beside all of val/ and eval/
     "train/loss": "loss {:.4f}",

@@ -1,13 +1,16 @@
-"""One waist between what a run measures and where it is kept: `log(step, scalars, images)`, `close()`.
+"""One waist between what a run measures and where it is kept: `log(step, scalars, images)`,
+`close()`.
 
-Right of it stand three sinks that hear every row: metrics.jsonl (the record), Weights & Biases (its copy, completed at
-every start) and what a person reads (training.log; a progress bar on a terminal, plain lines elsewhere). Scalars are
-numbers under their reported names; images are uint8 pictures [h, w, c]. A step has one row: what is logged for it is
-merged, and written when the step advances, at `flush` and at `close`. A tracker without sinks is silent.
+Right of it stand three sinks that hear every row: metrics.jsonl (the record), Weights & Biases (its
+copy, completed at every start) and what a person reads (training.log; a progress bar on a terminal,
+plain lines elsewhere). Scalars are numbers under their reported names; images are uint8 pictures
+[h, w, c]. A step has one row: what is logged for it is merged, and written when the step advances,
+at `flush` and at `close`. A tracker without sinks is silent.
 
-Whatever goes wrong in a sink is said once and never ends a training, nor holds it up. Lines that the disk does not take wait in
-memory and are written when it does again; a training that cannot save its checkpoints either stops there. W&B is opened, fed
-and ended by a thread, and where it fails, opened anew and completed from metrics.jsonl.
+Whatever goes wrong in a sink is said once and never ends a training, nor holds it up. Lines that
+the disk does not take wait in memory and are written when it does again; a training that cannot
+save its checkpoints either stops there. W&B is opened, fed and ended by a thread, and where it
+fails, opened anew and completed from metrics.jsonl.
 """
 
 import copy
@@ -30,19 +33,26 @@ from ddpm.tracking import wandb as tracking_wandb
 class Tracker:
     """Gathers what is measured at one step into a row and hands it to the sinks.
 
-    `flush` before saving a checkpoint: then no row up to the checkpoint can be lost, and later ones are cut on resume.
+    `flush` before saving a checkpoint: then no row up to the checkpoint can be lost, and later ones
+    are cut on resume.
     """
 
     def __init__(self, sinks=(), last=None, state=None):
-        self.sinks, self.last, self.state = list(sinks), last, copy.deepcopy(state or {})
-        self.step, self.row, self.images = None, {}, {}
+        self.sinks = list(sinks)
+        self.last = last
+        self.state = copy.deepcopy(state or {})
+        self.step = None
+        self.row = {}
+        self.images = {}
         self.said = set()
 
     def log(self, step, scalars, images=None):
         """Add numbers and pictures to the row of `step`, which lies after the last row written."""
         if step != self.step:
             self.flush()
-            assert self.last is None or step > self.last, f"step {step} is logged after the row of step {self.last}"
+            assert self.last is None or step > self.last, (
+                f"step {step} is logged after the row of step {self.last}"
+            )
             self.step = step
         self.row |= {key: tracking_rows.plain(value) for key, value in scalars.items()}
         self.images |= images or {}
@@ -54,12 +64,17 @@ class Tracker:
         for key in [key for key, value in self.row.items() if value is None]:
             self.say_once(key, f"{key} is not finite at step {self.step}; it is kept as null")
         self._tell("write", self.step, self.row, self.images)
-        self.last, self.step, self.row, self.images = self.step, None, {}, {}
+        self.last = self.step
+        self.step = None
+        self.row = {}
+        self.images = {}
 
     def forget(self, step):
         """Drop the row of a step, if it is being gathered: that step will be measured anew."""
         if self.step == step:
-            self.step, self.row, self.images = None, {}, {}
+            self.step = None
+            self.row = {}
+            self.images = {}
 
     def tick(self, step):
         """Move the progress bar."""
@@ -83,7 +98,8 @@ class Tracker:
         return copy.deepcopy(self.state)
 
     def close(self, exit_code=0, hurry=lambda: False):
-        """Write what is left and end the sinks, in bounded time, within seconds from when `hurry()` is true.
+        """Write what is left and end the sinks, in bounded time, within seconds from when `hurry()`
+        is true.
 
         Code 75 marks the run preempted, others but 0 as failed.
         """
@@ -92,7 +108,9 @@ class Tracker:
         self._tell("close", exit_code, hurry)
         for sink in self.sinks:
             if sink.waiting:
-                self.say_once((sink, "close"), f"{sink.name} lacks its last {len(sink.waiting)} lines")
+                self.say_once(
+                    (sink, "close"), f"{sink.name} lacks its last {len(sink.waiting)} lines"
+                )
 
     def _tell(self, event, *arguments):
         for sink in self.sinks:
@@ -100,7 +118,11 @@ class Tracker:
             try:
                 getattr(sink, event)(*arguments)
             except Exception as problem:
-                self.say_once(sink, f"{sink.name} is incomplete from here: {errors.in_short(problem)}; training goes on")
+                self.say_once(
+                    sink,
+                    f"{sink.name} is incomplete from here: {errors.in_short(problem)}; training "
+                    "goes on",
+                )
             else:
                 if behind and not sink.waiting:
                     self.said.discard(sink)
@@ -114,14 +136,19 @@ class Tracker:
 
 
 class Warnings(logging.Handler):
-    """Warnings of this package, as lines on stderr and, from when a tracker is open, as what it says: also those until then."""
+    """Warnings of this package, as lines on stderr and, from when a tracker is open, as what it
+    says: also those until then.
+    """
 
     def __init__(self):
         super().__init__(logging.WARNING)
-        self.tracker, self.earlier = None, []
+        self.tracker = None
+        self.earlier = []
 
     def attach(self):
-        """Take the warnings, which no other handler gets then; absl, which the commands use, lets no others through."""
+        """Take the warnings, which no other handler gets then; absl, which the commands use,
+        lets no others through.
+        """
         logger = logging.getLogger("ddpm")
         logger.setLevel(logging.WARNING)
         logger.propagate = False
@@ -145,16 +172,25 @@ class Warnings(logging.Handler):
 
 
 def commit():
-    """The commit of this package's tree, wherever the command is given, such as "0494cba"; "" where it is not known.
+    """The commit of this package's tree, wherever the command is given, such as "0494cba"; "" where
+    it is not known.
 
-    Where files were changed since, with a checksum of the package's code, which tells two such trees apart.
+    Where files were changed since, with a checksum of the package's code, which tells two such
+    trees apart.
     """
     root = Path(__file__).parents[2]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # of the command's own tree
+    # of the command's own tree
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*words):
-        return subprocess.run(["git", "--no-optional-locks", *words], cwd=root, capture_output=True, text=True, timeout=10,
-                              env=environment).stdout.strip()
+        return subprocess.run(
+            ["git", "--no-optional-locks", *words],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            env=environment,
+        ).stdout.strip()
 
     try:
         head = git("rev-parse", "--short=7", "HEAD") if git("ls-files", "ddpm") else ""
@@ -167,11 +203,13 @@ def commit():
 
 
 def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, main=True, code=""):
-    """Return the tracker of the run in `folder`, whose rows continue after `start_step`; a silent one where not `main`.
+    """Return the tracker of the run in `folder`, whose rows continue after `start_step`; a silent
+    one where not `main`.
 
-    `config` is a flat dict of plain values under a sweep's names. `wandb` is a dict of mode (one of `MODES`), project,
-    entity, name, group, tags and notes, where empty leaves W&B's default, or the folder's name. `state` is the
-    `state_dict()` in the checkpoint of `start_step`, None for a run from the start. `code` is the commit of the code.
+    `config` is a flat dict of plain values under a sweep's names. `wandb` is a dict of mode (one of
+    `MODES`), project, entity, name, group, tags and notes, where empty leaves W&B's default, or the
+    folder's name. `state` is the `state_dict()` in the checkpoint of `start_step`, None for a run
+    from the start. `code` is the commit of the code.
     """
     if not main:
         WARNINGS.follow(tracker := Tracker())
@@ -179,7 +217,9 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = files.Rows(folder / "metrics.jsonl", None if state is None else start_step)
-    tracker = Tracker([files.Text(folder / "training.log", start_step, total_steps), rows], rows.last, state)
+    tracker = Tracker(
+        [files.Text(folder / "training.log", start_step, total_steps), rows], rows.last, state
+    )
     origin = "from the start" if state is None else f"resumed from step {start_step}"
     WARNINGS.follow(tracker)
     at = f"; ddpm at commit {code}" if code else ""
@@ -189,12 +229,24 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
         known = None if state is None else os.environ.get("WANDB_RUN_ID") or state.get("wandb_id")
         run_id = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         try:
-            tracker.sinks.append(tracking_wandb.Wandb(
-                folder, config=config, options=wandb, mode=mode, run_id=run_id, known=known is not None,
-                last=-1 if rows.last is None else rows.last, summaries=tracker.state.get("summary", {}), notice=tracker.say))
+            tracker.sinks.append(
+                tracking_wandb.Wandb(
+                    folder,
+                    config=config,
+                    options=wandb,
+                    mode=mode,
+                    run_id=run_id,
+                    known=known is not None,
+                    last=-1 if rows.last is None else rows.last,
+                    summaries=tracker.state.get("summary", {}),
+                    notice=tracker.say,
+                )
+            )
             tracker.state["wandb_id"] = run_id
         except Exception as problem:
-            tracker.say(f"W&B is off in this run: {errors.in_short(problem)}; metrics.jsonl has every row")
+            tracker.say(
+                f"W&B is off in this run: {errors.in_short(problem)}; metrics.jsonl has every row"
+            )
     return tracker
 
 

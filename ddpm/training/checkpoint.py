@@ -1,11 +1,14 @@
-"""Named parts on disk: everything to continue a run (`.pt`), and the weights alone to draw from (`.safetensors`).
+"""Named parts on disk: everything to continue a run (`.pt`), and the weights alone to draw from
+(`.safetensors`).
 
-A part is anything with `state_dict` and `load_state_dict`; a file also carries the step and the config as JSON, so it describes
-itself. Files are written beside, fsynced and renamed, and an older one is deleted only after.
+A part is anything with `state_dict` and `load_state_dict`; a file also carries the step and the
+config as JSON, so it describes itself. Files are written beside, fsynced and renamed, and an older
+one is deleted only after.
 
-A file that is read may be damaged, or somebody's who means harm. Damage is seen by checksums: a `.pt` is a zip, which has one
-for each record, and exported weights have one in their header. Nothing here unpickles code or believes a size: a `.pt` may name
-what tensors are made of and nothing else, and its tensors stay mapped to the file, so they cannot be more than it is long.
+A file that is read may be damaged, or somebody's who means harm. Damage is seen by checksums: a
+`.pt` is a zip, which has one for each record, and exported weights have one in their header.
+Nothing here unpickles code or believes a size: a `.pt` may name what tensors are made of and
+nothing else, and its tensors stay mapped to the file, so they cannot be more than it is long.
 """
 
 import contextlib
@@ -46,13 +49,17 @@ def save(folder, step, config_json, parts, keep=2, milestone=False, well=math.in
             torch.save(content, file)
         except RuntimeError as error:  # which hides that the disk is full
             cause = error.__context__
-            raise OSError(cause.errno, cause.strerror) if isinstance(cause, OSError) else error from None
+            raise (
+                OSError(cause.errno, cause.strerror) if isinstance(cause, OSError) else error
+            ) from None
     prune(folder, keep, well)
     return path
 
 
 def prune(folder, keep=2, well=math.inf):
-    """Delete old checkpoints: the newest `keep` stay, the milestones, and the newest up to `well`, a step to roll back to."""
+    """Delete old checkpoints: the newest `keep` stay, the milestones, and the newest up to
+    `well`, a step to roll back to.
+    """
     found = checkpoints(folder)
     spared = [old for at, old in found if at <= well][-1:]
     for _, old in [item for item in found if not NAME.fullmatch(item[1].name)[2]][:-keep]:
@@ -67,13 +74,16 @@ def cut(folder, step):
 
 
 def load(path):
-    """Read a checkpoint onto the host: dict of `step`, `config` (JSON text) and `parts` (name -> state).
+    """Read a checkpoint onto the host: dict of `step`, `config` (JSON text) and `parts` (name ->
+    state).
 
     Raises Damaged for a file that is, ValueError, one line, for one that is not ours.
     """
     content = safe_load.read(path)
     try:
-        ours = describes_itself(content) and all(isinstance(state, dict) for state in content["parts"].values())
+        ours = describes_itself(content) and all(
+            isinstance(state, dict) for state in content["parts"].values()
+        )
     except (KeyError, TypeError, AttributeError):
         ours = False
     if not ours:
@@ -82,17 +92,22 @@ def load(path):
 
 
 def describes_itself(content):
-    """True for what has a step and a config in a format that is known; raises KeyError or TypeError for what is no dict."""
-    step, text = content["step"], content["config"]
+    """True for what has a step and a config in a format that is known; raises KeyError or
+    TypeError for what is no dict.
+    """
+    step = content["step"]
+    text = content["config"]
     return content["format"] <= FORMAT and type(step) is int and step >= 0 and type(text) is str
 
 
 def newest(folder):
-    """(what `load` reads from the newest checkpoint of a run folder that is whole, [the Damaged of those after it]).
+    """(what `load` reads from the newest checkpoint of a run folder that is whole, [the Damaged of
+    those after it]).
 
     (None, []) where there is none yet; raises ValueError where all are damaged.
     """
-    damaged, found = [], checkpoints(folder)
+    damaged = []
+    found = checkpoints(folder)
     for _, path in reversed(found):
         try:
             return load(path), damaged
@@ -106,7 +121,8 @@ def newest(folder):
 
 
 def chosen(run_or_file):
-    """(path, what `load` reads) of a checkpoint that is named, or of the newest of a run folder that is undamaged.
+    """(path, what `load` reads) of a checkpoint that is named, or of the newest of a run folder
+    that is undamaged.
 
     Raises ValueError where there is none, and for a file or folder that has weights only.
     """
@@ -116,8 +132,10 @@ def chosen(run_or_file):
         return next(file for step, file in reversed(found) if step == content["step"]), content
     file = find(path)
     if file.suffix == ".safetensors":
-        raise ValueError(f"{file} has weights only, and no optimizer to continue with; give a .pt file of checkpoints/, or "
-                         "start a new run from these weights with train.init_from")
+        raise ValueError(
+            f"{file} has weights only, and no optimizer to continue with; give a .pt file of "
+            "checkpoints/, or start a new run from these weights with train.init_from"
+        )
     return file, load(file)
 
 
@@ -127,7 +145,9 @@ def run_of(file):
 
 
 def take_over(home, folder, step):
-    """Copy what a run folder has kept up to a step into another: rows, snapshots, the best weights."""
+    """Copy what a run folder has kept up to a step into another: rows, snapshots, the best
+    weights.
+    """
     folder = make_folder(folder)
     kept = [path for at, path in snapshots(home) if at <= step] + [home / "metrics.jsonl"]
     for path in home.glob("best*.safetensors"):
@@ -142,14 +162,20 @@ def take_over(home, folder, step):
 def none_whole(damaged):
     """The ValueError for a run folder whose files are all Damaged."""
     one = damaged[0]
-    return ValueError(f"no checkpoint in {one.path.parent} is whole, {one.path.name} for one is damaged ({one.why}); bring one "
-                      "back from a copy, or move them away to begin anew")
+    return ValueError(
+        f"no checkpoint in {one.path.parent} is whole, {one.path.name} for one is damaged "
+        f"({one.why}); bring one back from a copy, or move them away to begin anew"
+    )
 
 
 def set_aside(damaged):
     """Give a Damaged checkpoint another name, under which nothing looks for it; returns that."""
     numbers = itertools.chain([""], itertools.count(2))
-    place = next(place for number in numbers if not (place := Path(f"{damaged.path}.damaged{number}")).exists())
+    place = next(
+        place
+        for number in numbers
+        if not (place := Path(f"{damaged.path}.damaged{number}")).exists()
+    )
     return damaged.path.replace(place)
 
 
@@ -160,54 +186,85 @@ def restore(states, parts):
     """
     for name, part in parts.items():
         if name not in states:
-            raise ValueError(f"the checkpoint has no part {name!r}, as it is from another version; go on with that, "
-                             "or begin a new run from its weights by --config.train.init_from")
+            raise ValueError(
+                f"the checkpoint has no part {name!r}, as it is from another version; go on with "
+                "that, or begin a new run from its weights by --config.train.init_from"
+            )
         try:
             part.load_state_dict(states[name])
         except ValueError:
             raise
         except Exception as error:  # a state may be anything
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"the checkpoint's {name} does not fit this config: {reason}") from None
+            raise ValueError(
+                f"the checkpoint's {name} does not fit this config: {reason}"
+            ) from None
 
 
 def spare(folder):
     """What of a run takes room and is not needed to go on, in words; nothing where that is so."""
     newest = [path for _, path in checkpoints(folder)[-1:]]
-    kinds = {"milestones, checkpoints/*.keep.pt": "checkpoints/*.keep.pt", "damaged files": "checkpoints/*.damaged*",
-             "snapshots/": "snapshots/*"}
-    found = {words: [path.stat().st_size for path in Path(folder).glob(pattern) if path not in newest]
-             for words, pattern in kinds.items()}
-    return ", ".join(f"{len(sizes)} {words} ({sum(sizes) / 2**20:,.1f} MiB)" for words, sizes in found.items() if sizes)
+    kinds = {
+        "milestones, checkpoints/*.keep.pt": "checkpoints/*.keep.pt",
+        "damaged files": "checkpoints/*.damaged*",
+        "snapshots/": "snapshots/*",
+    }
+    found = {
+        words: [path.stat().st_size for path in Path(folder).glob(pattern) if path not in newest]
+        for words, pattern in kinds.items()
+    }
+    return ", ".join(
+        f"{len(sizes)} {words} ({sum(sizes) / 2**20:,.1f} MiB)"
+        for words, sizes in found.items()
+        if sizes
+    )
 
 
 def snapshots(folder):
     """The snapshots of a run folder, oldest first, as [(step, path)]."""
     paths = Path(folder, "snapshots").glob("step_*.safetensors")
-    return sorted((int(match[1]), path) for path in paths if (match := SNAPSHOT.fullmatch(path.name)))
+    return sorted(
+        (int(match[1]), path) for path in paths if (match := SNAPSHOT.fullmatch(path.name))
+    )
 
 
 def folder_of(run_or_file):
     """The run folder that a run folder or a file in one means."""
     path = Path(run_or_file)
-    return path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return (
+        path
+        if path.is_dir()
+        else path.parent.parent
+        if path.parent.name == "checkpoints"
+        else path.parent
+    )
 
 
 def newest_run(runs="runs"):
-    """The run folder in `runs`, or in a study's folder there, whose weights are the newest; raises ValueError without any."""
+    """The run folder in `runs`, or in a study's folder there, whose weights are the newest;
+    raises ValueError without any.
+    """
     times = {}
-    for folder in (path for depth in ("*", "*/*") for path in Path(runs).glob(depth) if path.is_dir()):
+    for folder in (
+        path for depth in ("*", "*/*") for path in Path(runs).glob(depth) if path.is_dir()
+    ):
         final = folder / "final.safetensors"
-        for weights in (*([final] if final.is_file() else ()), *([folder / "checkpoints"] if checkpoints(folder) else ())):
+        for weights in (
+            *([final] if final.is_file() else ()),
+            *([folder / "checkpoints"] if checkpoints(folder) else ()),
+        ):
             times[weights.stat().st_mtime_ns] = folder
     if not times:
-        raise ValueError(f"no checkpoint given, and {Path(runs).absolute()} holds no run with weights; write "
-                         "--checkpoint=RUN_OR_FILE")
+        raise ValueError(
+            f"no checkpoint given, and {Path(runs).absolute()} holds no run with weights; write "
+            "--checkpoint=RUN_OR_FILE"
+        )
     return times[max(times)]
 
 
 def find(run_or_file):
-    """The file that a run folder or a file name means: final weights, if no checkpoint is newer, else the newest checkpoint.
+    """The file that a run folder or a file name means: final weights, if no checkpoint is newer,
+    else the newest checkpoint.
 
     Raises ValueError where there is none.
     """
@@ -215,28 +272,41 @@ def find(run_or_file):
 
 
 def files_of(run_or_file):
-    """The files of weights that a run folder or a file name means, the newest first; raises ValueError where there is none."""
+    """The files of weights that a run folder or a file name means, the newest first; raises
+    ValueError where there is none.
+    """
     path = expanded(run_or_file)
     if path.is_file():
         return [path]
     if not path.is_dir():
         runs = sorted(str(folder) for folder in Path("runs").glob("*") if folder.is_dir())
-        there = f" (there is {', '.join(runs[:5])}{' ...' if len(runs) > 5 else ''})" if runs else ""
-        raise ValueError(f"{os.path.abspath(path)} is neither a file nor a run folder; give runs/NAME{there}, or a .pt or "
-                         ".safetensors file")
-    final, found = path / "final.safetensors", checkpoints(path)
+        there = (
+            f" (there is {', '.join(runs[:5])}{' ...' if len(runs) > 5 else ''})" if runs else ""
+        )
+        raise ValueError(
+            f"{os.path.abspath(path)} is neither a file nor a run folder; give runs/NAME{there}, "
+            "or a .pt or .safetensors file"
+        )
+    final = path / "final.safetensors"
+    found = checkpoints(path)
     if final.is_file():
         try:
             found.append((header(final)["step"], final))  # a prolonged run has newer checkpoints
         except safe_load.Damaged:
             found.append((math.inf, final))
     if not found:
-        raise ValueError(f"{path} has no final.safetensors and no checkpoint yet; train longer, or give another run")
-    return [one for _, one in sorted(found, key=lambda item: item[0])][::-1]  # final weights before a checkpoint of that step
+        raise ValueError(
+            f"{path} has no final.safetensors and no checkpoint yet; train longer, or give "
+            "another run"
+        )
+    # final weights before a checkpoint of that step
+    return [one for _, one in sorted(found, key=lambda item: item[0])][::-1]
 
 
 def header(path):
-    """The dict of `step`, `config` and more in a file that `export` wrote; raises Damaged for a damaged or foreign one."""
+    """The dict of `step`, `config` and more in a file that `export` wrote; raises Damaged for a
+    damaged or foreign one.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("ddpm", "")

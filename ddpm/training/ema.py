@@ -1,8 +1,8 @@
 """Exponential moving average of a network's weights: the copy that samples are drawn from.
 
-`shadow`: name -> tensor, named as in `model.state_dict()`; floating tensors are averaged in float32, integer ones
-copied. It lives on the model's device: move the model first. It sees the plain network, never a compiled or
-DDP-wrapped one.
+`shadow`: name -> tensor, named as in `model.state_dict()`; floating tensors are averaged in
+float32, integer ones copied. It lives on the model's device: move the model first. It sees the
+plain network, never a compiled or DDP-wrapped one.
 """
 
 import contextlib
@@ -13,17 +13,25 @@ SLICE = 2**22  # numbers that are exchanged at once
 
 
 class EMA:
-    """shadow <- decay * shadow + (1 - decay) * weights, at every `update()` (Ho et al. 2020, appendix B).
+    """shadow <- decay * shadow + (1 - decay) * weights, at every `update()` (Ho et al. 2020,
+    appendix B).
 
-    With `warmup` the decay of update n = 0, 1, ... is min(decay, (1 + n) / (10 + n)), so that a young average forgets
-    the initial weights; with `rampup` its half-life is at most that share of n (Karras et al. 2022, EDM, code).
-    A `decay` that is a function of n (posthoc.power_function) is taken as it is. Raises ValueError for a number outside [0, 1).
+    With `warmup` the decay of update n = 0, 1, ... is min(decay, (1 + n) / (10 + n)), so that a
+    young average forgets the initial weights; with `rampup` its half-life is at most that share of
+    n (Karras et al. 2022, EDM, code). A `decay` that is a function of n (posthoc.power_function) is
+    taken as it is. Raises ValueError for a number outside [0, 1).
     """
 
     def __init__(self, model, decay=0.9999, warmup=True, rampup=0.0):
         if not callable(decay) and not 0 <= decay < 1:
-            raise ValueError(f"ema decay {decay} is outside [0, 1); use a number such as 0.9999, or 0 for no averaging")
-        self.model, self.decay, self.warmup, self.rampup = model, decay, warmup, rampup
+            raise ValueError(
+                f"ema decay {decay} is outside [0, 1); use a number such as 0.9999, or 0 for no "
+                "averaging"
+            )
+        self.model = model
+        self.decay = decay
+        self.warmup = warmup
+        self.rampup = rampup
         self.updates = 0
         self._weights = None  # the raw weights by name, while the averaged ones are in the model
         state = model.state_dict()
@@ -45,13 +53,16 @@ class EMA:
 
     @torch.no_grad()
     def update(self):
-        """Take the model's present weights into the average. Raises RuntimeError while the average is applied."""
+        """Take the model's present weights into the average. Raises RuntimeError while the
+        average is applied.
+        """
         if self._weights is not None:
             raise RuntimeError("the averaged weights are applied; call restore() before update()")
         decay = self.next_decay()
         state = self.model.state_dict()
         floating = [name for name, value in state.items() if value.is_floating_point()]
-        averages, weights = [self.shadow[name] for name in floating], [state[name].float() for name in floating]
+        averages = [self.shadow[name] for name in floating]
+        weights = [state[name].float() for name in floating]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for name in state.keys() - set(floating):
             self.shadow[name].copy_(state[name])
@@ -59,21 +70,27 @@ class EMA:
 
     @torch.no_grad()
     def apply_shadow(self):
-        """Put the average into the model and keep its weights aside. Raises RuntimeError where that is done already.
+        """Put the average into the model and keep its weights aside. Raises RuntimeError where that
+        is done already.
 
-        Model and average exchange values one tensor at a time, so that there is no second copy of the weights and no tensor
-        moves: optimisers, CUDA graphs and sharded networks hold on to them. Until `restore`, `shadow` is the model's tensors.
-        Averages of one model are restored in reverse order. If this fails, everything is as before.
+        Model and average exchange values one tensor at a time, so that there is no second copy of
+        the weights and no tensor moves: optimisers, CUDA graphs and sharded networks hold on to
+        them. Until `restore`, `shadow` is the model's tensors. Averages of one model are restored
+        in reverse order. If this fails, everything is as before.
         """
         if self._weights is not None:
             raise RuntimeError("the averaged weights are applied already; call restore() first")
-        averages, self.shadow, self._weights = self.shadow, dict(self.shadow), {}
+        averages = self.shadow
+        self.shadow = dict(self.shadow)
+        self._weights = {}
         try:
             for name, value in self.model.state_dict().items():
                 if value.dtype == averages[name].dtype:
                     exchange(value, averages[name])
-                    self._weights[name], self.shadow[name] = averages[name], value
-                else:  # of a model in half precision, whose average has more digits than it can hold
+                    self._weights[name] = averages[name]
+                    self.shadow[name] = value
+                else:
+                    # of a model in half precision, whose average has more digits than it can hold
                     self._weights[name] = value.clone()
                     value.copy_(averages[name])
         except BaseException:
@@ -82,9 +99,13 @@ class EMA:
 
     @torch.no_grad()
     def restore(self):
-        """Give the model its own weights back, bit for bit. Raises RuntimeError where no average was applied."""
+        """Give the model its own weights back, bit for bit. Raises RuntimeError where no average
+        was applied.
+        """
         if self._weights is None:
-            raise RuntimeError("the averaged weights are not applied; call apply_shadow() before restore()")
+            raise RuntimeError(
+                "the averaged weights are not applied; call apply_shadow() before restore()"
+            )
         state = self.model.state_dict()
         while self._weights:  # one by one, so that a failure leaves the rest to be restored
             name, weight = next(iter(self._weights.items()))
@@ -98,7 +119,9 @@ class EMA:
 
     @contextlib.contextmanager
     def averaged(self):
-        """The model with averaged weights inside a `with`, also inside another; its own come back however the block ends."""
+        """The model with averaged weights inside a `with`, also inside another; its own come
+        back however the block ends.
+        """
         if self._weights is not None:
             yield self.model
             return
@@ -114,7 +137,9 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Copy a saved average into this one, in place. Raises ValueError where names or shapes are not the model's."""
+        """Copy a saved average into this one, in place. Raises ValueError where names or shapes
+        are not the model's.
+        """
         saved = state["shadow"]
         faults = [f"{name} is missing" for name in self.shadow if name not in saved]
         faults += [f"{name} is unknown" for name in saved if name not in self.shadow]
@@ -135,7 +160,9 @@ class EMA:
 
 
 def exchange(first, second):
-    """Let two tensors have each other's values, some rows at a time, so that this takes little memory."""
+    """Let two tensors have each other's values, some rows at a time, so that this takes little
+    memory.
+    """
     first, second = torch.atleast_1d(first, second)
     rows = max(SLICE * len(first) // max(first.numel(), 1), 1)
     for one, other in zip(first.split(rows), second.split(rows), strict=True):

@@ -1,8 +1,9 @@
-"""A network too large for one card, shared out over ranks by torch's fully_shard (FSDP2), as the training step sees it.
+"""A network too large for one card, shared out over ranks by torch's fully_shard (FSDP2), as the
+training step sees it.
 
-Each rank keeps its rows of every tensor: of weights, gradients, averages and the optimiser's state. Stages of the network come
-together one at a time, while they compute. Files hold whole tensors, so that a run goes on with or without sharding and on any
-number of ranks.
+Each rank keeps its rows of every tensor: of weights, gradients, averages and the optimiser's state.
+Stages of the network come together one at a time, while they compute. Files hold whole tensors, so
+that a run goes on with or without sharding and on any number of ranks.
 
     rows [r, ...]: a rank's part along the first axis, in rank order; some ranks may have none
 """
@@ -21,12 +22,15 @@ from ddpm.training.network import StepNetwork
 
 
 class ShardedNetwork(StepNetwork):
-    """A StepNetwork whose `net` has tensors only inside `whole()`: between, it is on "meta", and `learner`, a twin, has rows.
+    """A StepNetwork whose `net` has tensors only inside `whole()`: between, it is on "meta", and
+    `learner`, a twin, has rows.
 
-    The optimiser and averages work on the rows as plain tensors, to which they do the same as to whole ones.
+    The optimiser and averages work on the rows as plain tensors, to which they do the same as to
+    whole ones.
     """
 
-    rehearses = False  # stages come together in each micro-step: a rank without room would leave the others waiting
+    # stages come together in each micro-step: a rank without room would leave the others waiting
+    rehearses = False
 
     def __init__(self, net, learner, machine):
         super().__init__(net, machine)
@@ -35,7 +39,9 @@ class ShardedNetwork(StepNetwork):
             fully_shard(stage, mesh=mesh)
         self.learner = self.asked = learner
         self.sharded = dict(learner.named_parameters())
-        self.rows = {name: torch.nn.Parameter(one.to_local().detach()) for name, one in self.sharded.items()}
+        self.rows = {
+            name: torch.nn.Parameter(one.to_local().detach()) for name, one in self.sharded.items()
+        }
         self.weights, self.parameters = self, list(self.rows.values())
 
     @property
@@ -43,19 +49,28 @@ class ShardedNetwork(StepNetwork):
         return self.learner
 
     def accumulating(self, more):
-        """Every micro-step exchanges gradients: kept whole until the last, they would take the room that is to be saved."""
+        """Every micro-step exchanges gradients: kept whole until the last, they would take the
+        room that is to be saved.
+        """
         return contextlib.nullcontext()
 
     def scaler(self):
-        return ShardedGradScaler(self.machine.device.type, enabled=self.machine.dtype == torch.float16)
+        return ShardedGradScaler(
+            self.machine.device.type, enabled=self.machine.dtype == torch.float16
+        )
 
     def collect(self):
         for rows, one in zip(self.parameters, self.sharded.values(), strict=True):
-            rows.grad, one.grad = None if one.grad is None else one.grad.to_local(), None
+            rows.grad = None if one.grad is None else one.grad.to_local()
+            one.grad = None
 
     def norm(self, others=()):
-        mine, same = (get_total_norm([one.grad for one in some if one.grad is not None]).to(self.machine.device)
-                      for some in (self.parameters, others))
+        mine, same = (
+            get_total_norm([one.grad for one in some if one.grad is not None]).to(
+                self.machine.device
+            )
+            for some in (self.parameters, others)
+        )
         return (self.machine.sum(mine**2) + same**2).sqrt()
 
     @contextlib.contextmanager
@@ -82,7 +97,9 @@ class ShardedNetwork(StepNetwork):
 
     def state_dict(self):
         """This rank's rows of the weights, and the buffers, by the plain network's names."""
-        return {name: rows.detach() for name, rows in self.rows.items()} | dict(self.learner.named_buffers())
+        return {name: rows.detach() for name, rows in self.rows.items()} | dict(
+            self.learner.named_buffers()
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -90,41 +107,59 @@ class ShardedNetwork(StepNetwork):
             value.copy_(state[name])
 
     def each(self, change, state, like=None):
-        """A nested state with `change(tensor, like)` in place of each tensor that has the shape of a parameter `like`.
+        """A nested state with `change(tensor, like)` in place of each tensor that has the shape of
+        a parameter `like`.
 
         The nearest key says which that is: the parameter's name or, in an optimiser, its number.
         """
         known = dict(enumerate(self.sharded.values())) | self.sharded
         if isinstance(state, dict):
-            return {key: self.each(change, value, known.get(key, like)) for key, value in state.items()}
-        return change(state, like) if like is not None and isinstance(state, torch.Tensor) and state.ndim else state
+            return {
+                key: self.each(change, value, known.get(key, like)) for key, value in state.items()
+            }
+        return (
+            change(state, like)
+            if like is not None and isinstance(state, torch.Tensor) and state.ndim
+            else state
+        )
 
 
 def brought(rows, like):
-    """The whole tensor, on every rank, of which ranks have the rows that they have of the sharded tensor `like`."""
+    """The whole tensor, on every rank, of which ranks have the rows that they have of the
+    sharded tensor `like`.
+    """
     world = like.device_mesh.size()
     most = -(-len(like) // world)  # the ranks have as many, but for the last that have any
     mine, whole = (rows.new_zeros(n * most, *like.shape[1:]) for n in (1, world))
-    mine[:len(rows)] = rows
+    mine[: len(rows)] = rows
     distributed.all_gather(list(whole.chunk(world)), mine)
-    return whole[:len(like)].clone()
+    return whole[: len(like)].clone()
 
 
 def rows_of(tensor, like):
-    """This rank's rows of a whole tensor. Raises ValueError for one of another shape than `like`."""
+    """This rank's rows of a whole tensor. Raises ValueError for one of another shape than
+    `like`.
+    """
     if tensor.shape != like.shape:
-        raise ValueError(f"the checkpoint has a tensor {tuple(tensor.shape)} in place of one {tuple(like.shape)}; "
-                         "give the config that it was made with")
-    rank, world = like.device_mesh.get_local_rank(), like.device_mesh.size()
+        raise ValueError(
+            f"the checkpoint has a tensor {tuple(tensor.shape)} in place of one "
+            f"{tuple(like.shape)}; give the config that it was made with"
+        )
+    rank = like.device_mesh.get_local_rank()
+    world = like.device_mesh.size()
     parts = tensor.chunk(world)
     return (parts[rank] if rank < len(parts) else tensor[:0]).clone()
 
 
 class Gathered:
-    """A checkpoint's part that ranks have shared out: `collect()` on all of them, then `state_dict()` on the main one."""
+    """A checkpoint's part that ranks have shared out: `collect()` on all of them, then
+    `state_dict()` on the main one.
+    """
 
     def __init__(self, part, network):
-        self.part, self.network, self.state = part, network, None
+        self.part = part
+        self.network = network
+        self.state = None
 
     def collect(self):
         """Bring what is saved together on the main rank's host."""
@@ -132,7 +167,8 @@ class Gathered:
 
     def state_dict(self):
         """What was collected, whole tensors, which are forgotten here."""
-        state, self.state = self.state, None
+        state = self.state
+        self.state = None
         return state
 
     def load_state_dict(self, state):

@@ -10,8 +10,16 @@ from ddpm.training import step
 
 
 def portion(share, of=""):
-    """A share in words: `"4.9%"`, with what follows a percentage as in `"4.9% of"`, and above one `"12 times"`."""
-    return f"{share:.1%}{of}" if share <= 1 else f"{share:,.0f} times" if share >= 10 else f"{share:.2g} times"
+    """A share in words: `"4.9%"`, with what follows a percentage as in `"4.9% of"`, and above
+    one `"12 times"`.
+    """
+    return (
+        f"{share:.1%}{of}"
+        if share <= 1
+        else f"{share:,.0f} times"
+        if share >= 10
+        else f"{share:.2g} times"
+    )
 
 
 WARM_UP = 3  # steps in which a process sets up kernels and memory
@@ -21,7 +29,9 @@ class Stopwatch:
     """Seconds that were worked, without the pauses; `lap()` returns them and begins anew."""
 
     def __init__(self, now=time.monotonic):
-        self.now, self.start, self.paused = now, now(), 0.0
+        self.now = now
+        self.start = now()
+        self.paused = 0.0
 
     @contextlib.contextmanager
     def pause(self):
@@ -36,22 +46,38 @@ class Stopwatch:
 
     def lap(self):
         seconds = self.read()
-        self.start, self.paused = self.now(), 0.0
+        self.start = self.now()
+        self.paused = 0.0
         return seconds
 
 
 class Speed:
-    """How fast the training goes: images and steps a second, and the share of the time spent waiting for images.
+    """How fast the training goes: images and steps a second, and the share of the time spent
+    waiting for images.
 
-    The first WARM_UP steps of a process do not count, nor do pauses; `wait()` lets the device come to an end of its work first.
-    With `peak`, the operations a second that the devices are made for, also the share of them that the training reaches (model
-    FLOPs utilisation, Chowdhery et al. 2022, appendix B: what is computed twice to save memory does not count).
+    The first WARM_UP steps of a process do not count, nor do pauses; `wait()` lets the device come
+    to an end of its work first. With `peak`, the operations a second that the devices are made for,
+    also the share of them that the training reaches (model FLOPs utilisation, Chowdhery et al.
+    2022, appendix B: what is computed twice to save memory does not count).
     """
 
-    def __init__(self, batch_size, dataset_size, flops_per_image=0, peak=0, wait=lambda: None, now=time.monotonic):
-        self.batch_size, self.dataset_size = batch_size, dataset_size
-        self.flops_per_image, self.peak, self.wait = flops_per_image, peak, wait
-        self.watch, self.steps, self.waited = Stopwatch(now), 0, 0.0
+    def __init__(
+        self,
+        batch_size,
+        dataset_size,
+        flops_per_image=0,
+        peak=0,
+        wait=lambda: None,
+        now=time.monotonic,
+    ):
+        self.batch_size = batch_size
+        self.dataset_size = dataset_size
+        self.flops_per_image = flops_per_image
+        self.peak = peak
+        self.wait = wait
+        self.watch = Stopwatch(now)
+        self.steps = 0
+        self.waited = 0.0
         self.rate = None  # images a second, as of the last reading
 
     def timed(self, batches):
@@ -61,7 +87,8 @@ class Speed:
             if count == WARM_UP:
                 self.wait()
                 self.watch.lap()
-                self.steps, self.waited = 0, 0.0
+                self.steps = 0
+                self.waited = 0.0
             before = self.watch.now()
             batch = next(batches, None)
             self.waited += self.watch.now() - before
@@ -75,33 +102,47 @@ class Speed:
         return self.watch.pause()
 
     def progress(self, done):
-        """How far the training is after `done` steps: epochs, images, and operations in 10^15 (forward and backward)."""
+        """How far the training is after `done` steps: epochs, images, and operations in 10^15
+        (forward and backward).
+        """
         images = done * self.batch_size
-        return {"progress/epoch": images / self.dataset_size, "progress/images": images,
-                "progress/petaflop": images * self.flops_per_image / 1e15}
+        return {
+            "progress/epoch": images / self.dataset_size,
+            "progress/images": images,
+            "progress/petaflop": images * self.flops_per_image / 1e15,
+        }
 
     def seconds(self, images):
-        """About how long the training takes for so many images, at the speed last measured; None before there is one."""
+        """About how long the training takes for so many images, at the speed last measured; None
+        before there is one.
+        """
         now = self.steps * self.batch_size / max(self.watch.read(), 1e-9)
         rate = self.rate or now
         return images / rate if rate else None
 
     def read(self, done):
-        """The rates since the last reading, at the end of a step, and how far the training is after `done` steps.
+        """The rates since the last reading, at the end of a step, and how far the training is after
+        `done` steps.
 
         There are no rates before the first step that counts.
         """
-        seconds, steps = max(self.watch.lap(), 1e-9), self.steps
+        seconds = max(self.watch.lap(), 1e-9)
+        steps = self.steps
         if not steps:
             return self.progress(done)
         rate = self.rate = steps * self.batch_size / seconds
-        readings = {
-            "speed/images_per_second": rate,
-            "speed/step_ms": 1000 * seconds / steps,
-            "speed/loader_wait": self.waited / seconds,
-            "progress/epoch_seconds": self.dataset_size / rate,
-        } | ({"speed/mfu": rate * self.flops_per_image / self.peak} if self.peak else {}) | self.progress(done)
-        self.steps, self.waited = 0, 0.0
+        readings = (
+            {
+                "speed/images_per_second": rate,
+                "speed/step_ms": 1000 * seconds / steps,
+                "speed/loader_wait": self.waited / seconds,
+                "progress/epoch_seconds": self.dataset_size / rate,
+            }
+            | ({"speed/mfu": rate * self.flops_per_image / self.peak} if self.peak else {})
+            | self.progress(done)
+        )
+        self.steps = 0
+        self.waited = 0.0
         return readings
 
 
@@ -109,17 +150,26 @@ QUARTILES = 4
 
 
 class Meters:
-    """What the steps since the last log measured, summed on the device so that no step waits; a checkpoint part.
+    """What the steps since the last log measured, summed on the device so that no step waits; a
+    checkpoint part.
 
-    Losses and counts [4] by quartile of t, which each rank sums for its own images, as it does loss and count [2] `since` the
-    best weights were chosen last; [4]: steps, the gradient norms of those not skipped, skipped steps, and those of them that
-    were spikes, the same on all ranks.
+    Losses and counts [4] by quartile of t, which each rank sums for its own images, as it does loss
+    and count [2] `since` the best weights were chosen last; [4]: steps, the gradient norms of those
+    not skipped, skipped steps, and those of them that were spikes, the same on all ranks.
     """
 
     def __init__(self, timesteps, machine):
-        self.timesteps, self.machine = timesteps, machine
-        self.sums = {name: torch.zeros(size, device=machine.device)
-                     for name, size in (("loss", QUARTILES), ("count", QUARTILES), ("since", 2), ("steps", 4))}
+        self.timesteps = timesteps
+        self.machine = machine
+        self.sums = {
+            name: torch.zeros(size, device=machine.device)
+            for name, size in (
+                ("loss", QUARTILES),
+                ("count", QUARTILES),
+                ("since", 2),
+                ("steps", 4),
+            )
+        }
 
     def add_losses(self, t, losses):
         quartile = t * QUARTILES // self.timesteps
@@ -128,7 +178,9 @@ class Meters:
         self.sums["since"] += torch.stack([losses.detach(), ones]).sum(1)
 
     def add_step(self, norm, skipped, spike):
-        self.sums["steps"] += torch.stack([torch.ones_like(norm), norm.masked_fill(skipped, 0), skipped.float(), spike.float()])
+        self.sums["steps"] += torch.stack(
+            [torch.ones_like(norm), norm.masked_fill(skipped, 0), skipped.float(), spike.float()]
+        )
 
     def losses(self):
         """A copy of what `add_losses` has summed, for `forget`."""
@@ -141,7 +193,9 @@ class Meters:
 
     def read(self):
         """The means under their tracked keys; this is where the host waits for the device."""
-        loss, count = (self.machine.sum(self.sums[name].clone()).tolist() for name in ("loss", "count"))
+        loss, count = (
+            self.machine.sum(self.sums[name].clone()).tolist() for name in ("loss", "count")
+        )
         steps, norm, skipped, spikes = self.sums["steps"].tolist()
         mean = {"train/loss": sum(loss) / max(sum(count), 1)}
         mean |= {f"train/loss_q{q}": loss[q] / count[q] for q in range(QUARTILES) if count[q]}

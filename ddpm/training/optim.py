@@ -1,9 +1,9 @@
 """Optimisers and learning rates.
 
-Optimisers are torch's fused ones. They read two attributes that may be set on them, scalar float32 tensors on the
-weights' device: `found_inf` (exactly 1.0: the step changes neither weights nor state, without asking the host) and
-`grad_scale` (gradients are divided by it). A learning rate is a plain function of the step, so there is nothing to
-save.
+Optimisers are torch's fused ones. They read two attributes that may be set on them, scalar float32
+tensors on the weights' device: `found_inf` (exactly 1.0: the step changes neither weights nor
+state, without asking the host) and `grad_scale` (gradients are divided by it). A learning rate is a
+plain function of the step, so there is nothing to save.
 """
 
 import math
@@ -13,26 +13,39 @@ import torch
 
 def _check_knobs(learning_rate, betas, eps, weight_decay):
     """Raise ValueError for a knob of Adam out of its range."""
-    for name, number in (("learning_rate", learning_rate), ("eps", eps), ("weight_decay", weight_decay)):
+    for name, number in (
+        ("learning_rate", learning_rate),
+        ("eps", eps),
+        ("weight_decay", weight_decay),
+    ):
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} is {number}; use a finite number from 0 up")
-    if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+    if len(betas) != 2 or not all(
+        isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas
+    ):
         raise ValueError(f"betas are {betas}; use two numbers in [0, 1), such as (0.9, 0.999)")
 
 
 def adamw(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-    """AdamW (Loshchilov and Hutter 2019): Adam whose weight decay stands beside the gradient, not in it.
+    """AdamW (Loshchilov and Hutter 2019): Adam whose weight decay stands beside the gradient, not
+    in it.
 
     Raises ValueError for knobs out of range.
     """
     _check_knobs(learning_rate, betas, eps, weight_decay)
-    return torch.optim.AdamW(parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True)
+    return torch.optim.AdamW(
+        parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True
+    )
 
 
 def adam(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """Adam (Kingma and Ba 2015), with weight decay in the gradient. Raises ValueError for knobs out of range."""
+    """Adam (Kingma and Ba 2015), with weight decay in the gradient. Raises ValueError for knobs
+    out of range.
+    """
     _check_knobs(learning_rate, betas, eps, weight_decay)
-    return torch.optim.Adam(parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True)
+    return torch.optim.Adam(
+        parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True
+    )
 
 
 OPTIMIZERS = {
@@ -42,11 +55,16 @@ OPTIMIZERS = {
 
 
 def _fall(step, length, floor, curve):
-    """1 at step 0 and `floor` from step `length` on, along `curve`, which falls from 1 to 0 on [0, 1]."""
+    """1 at step 0 and `floor` from step `length` on, along `curve`, which falls from 1 to 0 on
+    [0, 1].
+    """
     if not 0 < length < math.inf:
         raise ValueError(f"learning-rate decay has length {length}; use 1 step or more")
     if not 0 <= floor <= 1:
-        raise ValueError(f"learning-rate decay has floor {floor}; use a fraction of the learning rate from 0 to 1")
+        raise ValueError(
+            f"learning-rate decay has floor {floor}; use a fraction of the learning rate from 0 "
+            "to 1"
+        )
     return floor + (1 - floor) * curve(min(step / length, 1.0))
 
 
@@ -56,7 +74,9 @@ def constant(step):
 
 
 def cosine(step, *, length, floor=0.0):
-    """Half a cosine from 1 to `floor`, a fraction, over `length` steps, then `floor` (SGDR, Loshchilov 2017, eq. 5)."""
+    """Half a cosine from 1 to `floor`, a fraction, over `length` steps, then `floor` (SGDR,
+    Loshchilov 2017, eq. 5).
+    """
     return _fall(step, length, floor, lambda u: 0.5 * (1 + math.cos(math.pi * u)))
 
 
@@ -66,7 +86,9 @@ def linear(step, *, length, floor=0.0):
 
 
 def inverse_sqrt(step, *, length):
-    """1 for `length` steps, then the root of length / step (Karras et al. 2024, EDM2): for runs of any length."""
+    """1 for `length` steps, then the root of length / step (Karras et al. 2024, EDM2): for runs
+    of any length.
+    """
     if not 0 < length < math.inf:
         raise ValueError(f"learning-rate decay has length {length}; use 1 step or more")
     return math.sqrt(length / max(step, length))
@@ -81,5 +103,7 @@ DECAYS = {
 
 
 def learning_rate(step, base, warmup_steps, decay):
-    """The rate of the optimiser's step 0, 1, ...: a line up to `base` over `warmup_steps`, times `decay(step)`."""
+    """The rate of the optimiser's step 0, 1, ...: a line up to `base` over `warmup_steps`, times
+    `decay(step)`.
+    """
     return base * min(1.0, (step + 1) / max(warmup_steps, 1)) * decay(step)

@@ -1,11 +1,14 @@
-"""Power-function averages of weights, and any of their profiles after the training (Karras et al. 2024, "Analyzing and
-Improving the Training Dynamics of Diffusion Models", section 3 and appendix C).
+"""Power-function averages of weights, and any of their profiles after the training (Karras et al.
+2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3 and appendix
+C).
 
-After n steps the profile gamma weighs the weights of time t by (gamma + 1) t^gamma / n^(gamma + 1): the same shape at any n,
-zero at the beginning. It is named by its standard deviation in units of n, sigma_rel, 0.05 to 0.15 in the paper. Averages of
-two profiles, stored now and then ("snapshots"), nearly span all others.
+After n steps the profile gamma weighs the weights of time t by (gamma + 1) t^gamma / n^(gamma + 1):
+the same shape at any n, zero at the beginning. It is named by its standard deviation in units of n,
+sigma_rel, 0.05 to 0.15 in the paper. Averages of two profiles, stored now and then ("snapshots"),
+nearly span all others.
 
-    steps, gammas [k]: after how many steps each stored average was taken, and its profile; profiles and sums in float64
+    steps, gammas [k]: after how many steps each stored average was taken, and its profile; profiles
+    and sums in float64
 """
 
 import math
@@ -23,14 +26,20 @@ def sigma_rel_of(gamma):
 
 
 def gamma_of(sigma_rel):
-    """The profile of that width (eq. 126), in closed form; raises ValueError for one that no profile has.
+    """The profile of that width (eq. 126), in closed form; raises ValueError for one that no
+    profile has.
 
-    With m = gamma + 2 the equation is m^3 + m^2 - m / sigma_rel^2 + 1 / sigma_rel^2 = 0, of three real roots the largest.
+    With m = gamma + 2 the equation is m^3 + m^2 - m / sigma_rel^2 + 1 / sigma_rel^2 = 0, of three
+    real roots the largest.
     """
     if not 0 < sigma_rel <= WIDEST:
-        raise ValueError(f"sigma_rel {sigma_rel} is of no power-function average; use a number up to 0.288, such as 0.1")
+        raise ValueError(
+            f"sigma_rel {sigma_rel} is of no power-function average; use a number up to 0.288, "
+            "such as 0.1"
+        )
     s = sigma_rel**-2
-    p, q = -s - 1 / 3, 4 * s / 3 + 2 / 27  # of the same equation in m + 1/3, which has no square
+    p = -s - 1 / 3
+    q = 4 * s / 3 + 2 / 27  # of the same equation in m + 1/3, which has no square
     angle = math.acos(1.5 * q / p * math.sqrt(-3 / p)) / 3
     return 2 * math.sqrt(-p / 3) * math.cos(angle) - 7 / 3
 
@@ -38,27 +47,42 @@ def gamma_of(sigma_rel):
 def power_function(sigma_rel):
     """The decay of an EMA's update n = 0, 1, ... that makes it the average of that width (eq. 127).
 
-    Update n then weighs (n + 1)^(gamma + 1) - n^(gamma + 1), the integral of the profile over that step; the first one, 1: the
-    initial weights are forgotten, and there is nothing to warm up.
+    Update n then weighs (n + 1)^(gamma + 1) - n^(gamma + 1), the integral of the profile over that
+    step; the first one, 1: the initial weights are forgotten, and there is nothing to warm up.
     """
     exponent = gamma_of(sigma_rel) + 1
     return lambda n: (1 - 1 / (n + 1)) ** exponent
 
 
 def inner(a, gamma, b, delta):
-    """The integral of profile `gamma` after `a` steps times `delta` after `b`, tensors that broadcast (eq. 151)."""
-    shorter, longer = torch.minimum(a, b), torch.maximum(a, b)
-    return (gamma + 1) * (delta + 1) / (gamma + delta + 1) * (shorter / longer) ** torch.where(a < b, delta, gamma) / longer
+    """The integral of profile `gamma` after `a` steps times `delta` after `b`, tensors that
+    broadcast (eq. 151).
+    """
+    shorter = torch.minimum(a, b)
+    longer = torch.maximum(a, b)
+    return (
+        (gamma + 1)
+        * (delta + 1)
+        / (gamma + delta + 1)
+        * (shorter / longer) ** torch.where(a < b, delta, gamma)
+        / longer
+    )
 
 
 def coefficients(steps, gammas, step, gamma):
-    """The combination [k] of stored averages nearest to profile `gamma` after `step` steps, and its distance over the norm.
+    """The combination [k] of stored averages nearest to profile `gamma` after `step` steps, and its
+    distance over the norm.
 
-    Least squares over all of time (algorithm 3), with averages scaled to length 1, since they differ by powers of ten.
+    Least squares over all of time (algorithm 3), with averages scaled to length 1, since they
+    differ by powers of ten.
     """
-    steps, gammas, step, gamma = (torch.as_tensor(value, dtype=torch.float64) for value in (steps, gammas, step, gamma))
+    steps, gammas, step, gamma = (
+        torch.as_tensor(value, dtype=torch.float64) for value in (steps, gammas, step, gamma)
+    )
     lengths = inner(steps, gammas, steps, gammas).sqrt()
-    products = inner(rearrange(steps, "k -> k 1"), rearrange(gammas, "k -> k 1"), steps, gammas) / torch.outer(lengths, lengths)
+    products = inner(
+        rearrange(steps, "k -> k 1"), rearrange(gammas, "k -> k 1"), steps, gammas
+    ) / torch.outer(lengths, lengths)
     length = inner(step, gamma, step, gamma).sqrt()
     wanted = inner(steps, gammas, step, gamma) / lengths / length
     found = torch.linalg.solve(products, wanted)
@@ -68,17 +92,23 @@ def coefficients(steps, gammas, step, gamma):
 
 
 def reconstruct(stored, sigma_rel):
-    """The average of width `sigma_rel` at the last stored step, float32, from `[(step, sigma_rel, read)]` in order of steps.
+    """The average of width `sigma_rel` at the last stored step, float32, from `[(step, sigma_rel,
+    read)]` in order of steps.
 
-    `read()` returns the average stored there, name -> tensor; one is held at a time. Integers are the last one's. Raises
-    ValueError where the stored ones come nowhere near the profile.
+    `read()` returns the average stored there, name -> tensor; one is held at a time. Integers are
+    the last one's. Raises ValueError where the stored ones come nowhere near the profile.
     """
     steps, widths, reads = zip(*stored, strict=True)
-    found, misfit = coefficients(steps, [gamma_of(width) for width in widths], steps[-1], gamma_of(sigma_rel))
+    found, misfit = coefficients(
+        steps, [gamma_of(width) for width in widths], steps[-1], gamma_of(sigma_rel)
+    )
     if misfit > MISFIT:
         there = ", ".join(map(str, sorted(set(widths))))
-        raise ValueError(f"sigma_rel {sigma_rel} cannot be made from {len(set(steps))} snapshots of {there}: they miss it by "
-                         f"{misfit:.0%}; choose one nearer to those, or train with a shorter every.snapshot")
+        raise ValueError(
+            f"sigma_rel {sigma_rel} cannot be made from {len(set(steps))} snapshots of {there}: "
+            f"they miss it by {misfit:.0%}; choose one nearer to those, or train with a shorter "
+            "every.snapshot"
+        )
     total = {}
     for coefficient, read in zip(found.tolist(), reads, strict=True):
         for name, value in read().items():

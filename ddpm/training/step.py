@@ -1,10 +1,12 @@
 """What one step of training is, and what is read off it.
 
-    images uint8 [b, c, h, w] and labels int64 [b], -1 for none, from the loader; x0 in [-1, 1]; t [b] int64
+    images uint8 [b, c, h, w] and labels int64 [b], -1 for none, from the loader; x0 in
+    [-1, 1]; t [b] int64
     `step` counts from 0
 
-What a step draws (times, noise, flips, dropped labels, dropout) is addressed by (seed, step, place in the effective batch),
-so a run that was stopped goes on as if it had not been, and micro-batches and ranks change nothing.
+What a step draws (times, noise, flips, dropped labels, dropout) is addressed by (seed, step, place
+in the effective batch), so a run that was stopped goes on as if it had not been, and micro-batches
+and ranks change nothing.
 """
 
 import math
@@ -24,31 +26,74 @@ PER_RANK = "loss", "count", "since"  # and what each rank sums for itself
 class Step:
     """One optimiser step on one effective batch: `step(number, (images, labels))`.
 
-    `augmentation` is the probability of each transformation of an image, `label_dropout` the share of labels that are dropped,
-    or None for a network that learns none. Where memory runs out, the batch is cut into more parts, and `say(text)` tells it.
+    `augmentation` is the probability of each transformation of an image, `label_dropout` the share
+    of labels that are dropped, or None for a network that learns none. Where memory runs out, the
+    batch is cut into more parts, and `say(text)` tells it.
     """
 
-    def __init__(self, *, net, diffusion, optimizer, scaler, averages, meters, guard, machine, seed, batch_size, micro_batches,
-                 learning_rate, gradient_clip, flip, augmentation, label_dropout):
-        self.net, self.diffusion, self.optimizer, self.scaler = net, diffusion, optimizer, scaler
-        self.averages, self.ema = averages, averages[0]  # the first is sampled and measured
+    def __init__(
+        self,
+        *,
+        net,
+        diffusion,
+        optimizer,
+        scaler,
+        averages,
+        meters,
+        guard,
+        machine,
+        seed,
+        batch_size,
+        micro_batches,
+        learning_rate,
+        gradient_clip,
+        flip,
+        augmentation,
+        label_dropout,
+    ):
+        self.net = net
+        self.diffusion = diffusion
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.averages = averages
+        self.ema = averages[0]  # the first is sampled and measured
         self.objective = diffusion.objective
         self.parameters = [*diffusion.net.parameters, *self.objective.parameters()]
-        self.meters, self.guard, self.machine, self.seed = meters, guard, machine, seed
-        self.learning_rate, self.gradient_clip = learning_rate, gradient_clip
-        self.flip = partial(augment.flip, put=machine.put) if flip else lambda batch, *address: batch
-        self.augment = partial(self._augmented, augmentation) if augmentation else lambda x0, *address: (x0, None)
-        self.label = (lambda labels, *address: None) if label_dropout is None else (
-            lambda labels, *address: machine.put(augment.drop(labels, label_dropout, *address)))
+        self.meters = meters
+        self.guard = guard
+        self.machine = machine
+        self.seed = seed
+        self.learning_rate = learning_rate
+        self.gradient_clip = gradient_clip
+        self.flip = (
+            partial(augment.flip, put=machine.put) if flip else lambda batch, *address: batch
+        )
+        self.augment = (
+            partial(self._augmented, augmentation)
+            if augmentation
+            else lambda x0, *address: (x0, None)
+        )
+        self.label = (
+            (lambda labels, *address: None)
+            if label_dropout is None
+            else (
+                lambda labels, *address: machine.put(augment.drop(labels, label_dropout, *address))
+            )
+        )
         self.condition = self._conditioned if diffusion.self_condition else lambda *address: None
-        self.places, self.batch_size, self.say = range(batch_size)[machine.share(batch_size)], batch_size, print
+        self.places = range(batch_size)[machine.share(batch_size)]
+        self.batch_size = batch_size
+        self.say = print
         self.cut(micro_batches)
-        self.rehearsed = machine.world == 1 or not diffusion.net.rehearses  # alone, a step that has no room is done again
+        # alone, a step that has no room is done again
+        self.rehearsed = machine.world == 1 or not diffusion.net.rehearses
         self.watch = lambda t, losses: None
-        self.seen = torch.zeros(2, batch_size, device=machine.device)  # t and loss of a batch, for times that learn from them
+        # t and loss of a batch, for times that learn from them
+        self.seen = torch.zeros(2, batch_size, device=machine.device)
 
     def __call__(self, step, batch):
-        """Learn from this rank's share of the effective batch, images and labels in the order of the places.
+        """Learn from this rank's share of the effective batch, images and labels in the order of
+        the places.
 
         Raises NoRoom where memory runs out with one image at a time.
         """
@@ -65,10 +110,12 @@ class Step:
         norm = self.diffusion.net.norm(list(self.objective.parameters()))
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
         loss = self.machine.sum(loss) / self.machine.world
-        if next(self.objective.parameters(), None) is not None:  # such a loss has no zero to compare with
+        # such a loss has no zero to compare with
+        if next(self.objective.parameters(), None) is not None:
             loss = 1 + 0 * loss
         skipped, spike = self.guard.judge(step, loss, norm)
-        self.optimizer.found_inf = skipped.float()  # a fused optimiser leaves everything as it is where this is 1
+        # a fused optimiser leaves everything as it is where this is 1
+        self.optimizer.found_inf = skipped.float()
         self.optimizer.step()  # the scaler's own would know of nothing but what is not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -81,12 +128,16 @@ class Step:
             self.seen.zero_()
 
     def rehearse(self, batch):
-        """Learn from the first micro-batch of a batch and forget it: nothing changes but what is set up on the way.
+        """Learn from the first micro-batch of a batch and forget it: nothing changes but what is
+        set up on the way.
 
-        All that the step takes is there: what the optimiser keeps and, where micro-batches follow, the gradients of all before.
+        All that the step takes is there: what the optimiser keeps and, where micro-batches follow,
+        the gradients of all before.
         """
-        before, count = self.meters.losses(), len(self.parts[0])
-        weights = [one.detach().to("cpu", copy=True) for one in self.parameters]  # some networks scale theirs in training
+        before = self.meters.losses()
+        count = len(self.parts[0])
+        # some networks scale theirs in training
+        weights = [one.detach().to("cpu", copy=True) for one in self.parameters]
         self.diffusion.net.train()
         try:
             self._set_up_optimizer()
@@ -101,41 +152,61 @@ class Step:
                     one.copy_(weight)
 
     def diagnosis(self, step, batch):
-        """Words on what goes wrong in a step: its gradients are gathered once more, watched layer by layer, and forgotten.
+        """Words on what goes wrong in a step: its gradients are gathered once more, watched layer
+        by layer, and forgotten.
 
-        Where it was skipped and nothing learned since, these are the very numbers that it was skipped for.
+        Where it was skipped and nothing learned since, these are the very numbers that it was
+        skipped for.
         """
-        outputs, images, before = {}, [], self.meters.losses()
-        hooks = [layer.register_forward_hook(partial(note_output, outputs, name))
-                 for name, layer in self.diffusion.net.learner.named_modules() if not [*layer.children()]]
+        outputs = {}
+        images = []
+        before = self.meters.losses()
+        hooks = [
+            layer.register_forward_hook(partial(note_output, outputs, name))
+            for name, layer in self.diffusion.net.learner.named_modules()
+            if not [*layer.children()]
+        ]
         self.watch = lambda t, losses: images.extend(zip(t.tolist(), losses.tolist(), strict=True))
         self.diffusion.net.compiled(False)
         self.diffusion.net.train()
         try:
             loss = self._gradients(step, batch)
-            named = [*self.diffusion.net.learner.named_parameters(), *self.objective.named_parameters()]
+            named = [
+                *self.diffusion.net.learner.named_parameters(),
+                *self.objective.named_parameters(),
+            ]
             weights = {name: size_of(one) for name, one in named}
             scale = self.scaler.get_scale()
-            gradients = {name: size_of(one.grad) / scale for name, one in named if one.grad is not None}
+            gradients = {
+                name: size_of(one.grad) / scale for name, one in named if one.grad is not None
+            }
         finally:
             self._forget(before)
             self.watch = lambda t, losses: None
             for hook in hooks:
                 hook.remove()
         images.sort(key=lambda image: -math.inf if math.isnan(image[1]) else -image[1])
-        return "; ".join([
-            f"loss {loss.item():.3g}",
-            "worst images at " + ", ".join(f"t = {t} ({one:.3g})" for t, one in images[:3]), largest("weights", weights),
-            largest("outputs", {name: value.item() for name, value in outputs.items()}), largest("gradients", gradients),
-            f"learning rate {self.learning_rate(step):.3g}", f"loss scale {self.scaler.get_scale():g}"])
+        return "; ".join(
+            [
+                f"loss {loss.item():.3g}",
+                "worst images at " + ", ".join(f"t = {t} ({one:.3g})" for t, one in images[:3]),
+                largest("weights", weights),
+                largest("outputs", {name: value.item() for name, value in outputs.items()}),
+                largest("gradients", gradients),
+                f"learning rate {self.learning_rate(step):.3g}",
+                f"loss scale {self.scaler.get_scale():g}",
+            ]
+        )
 
     def cut(self, parts):
         """Cut the effective batch into so many micro-batches of one size."""
         size = len(self.places) // parts
-        self.parts = [self.places[i * size:(i + 1) * size] for i in range(parts)]
+        self.parts = [self.places[i * size : (i + 1) * size] for i in range(parts)]
 
     def _rehearse_together(self, batch):
-        """Rehearse on all ranks, which wait for each other only afterwards; cut the batch where one of them had no room."""
+        """Rehearse on all ranks, which wait for each other only afterwards; cut the batch where
+        one of them had no room.
+        """
         fitted, _ = self.machine.room.fits(partial(self.rehearse, batch))
         self.rehearsed = all(self.machine.exchange(fitted))
         if not self.rehearsed:
@@ -148,13 +219,20 @@ class Step:
             if fitted:
                 return found
             if self.machine.world > 1:  # the others wait in the middle of an exchange
-                raise NoRoom(f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images at a time; "
-                             f"--config.train.gradient_accumulation_steps={2 * len(self.parts)} halves them")
+                raise NoRoom(
+                    f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images "
+                    f"at a time; --config.train.gradient_accumulation_steps={2 * len(self.parts)} "
+                    "halves them"
+                )
             self._cut_further()
 
     def _gradients(self, step, batch):
-        """Gather the gradients of this rank's share; returns its loss. Where that fails, nothing is left of it."""
-        loss, before, split = 0, self.meters.losses(), (tensor.split(len(self.parts[0])) for tensor in batch)
+        """Gather the gradients of this rank's share; returns its loss. Where that fails, nothing
+        is left of it.
+        """
+        loss = 0
+        before = self.meters.losses()
+        split = (tensor.split(len(self.parts[0])) for tensor in batch)
         try:
             for micro, (places, pixels, labels) in enumerate(zip(self.parts, *split, strict=True)):
                 with self.diffusion.net.accumulating(more=micro + 1 < len(self.parts)):
@@ -171,7 +249,9 @@ class Step:
         self.seen.zero_()
 
     def _set_up_optimizer(self):
-        """Let the optimiser allocate what it keeps, by a step that changes nothing; leaves gradients of zero."""
+        """Let the optimiser allocate what it keeps, by a step that changes nothing; leaves
+        gradients of zero.
+        """
         for one in self.parameters:
             one.grad = torch.zeros_like(one)
         if not self.optimizer.state:
@@ -179,15 +259,21 @@ class Step:
             self.optimizer.step()
 
     def _cut_further(self):
-        """Halve the micro-batches, or as near as divides the batch. Raises NoRoom where they are single images."""
+        """Halve the micro-batches, or as near as divides the batch. Raises NoRoom where they are
+        single images.
+        """
         count = len(self.parts)
-        more = next((n for n in range(2 * count, len(self.places) + 1) if len(self.places) % n == 0), None)
+        more = next(
+            (n for n in range(2 * count, len(self.places) + 1) if len(self.places) % n == 0), None
+        )
         if more is None and count == len(self.places):
             raise NoRoom("out of memory with one image at a time")
         self.cut(more or len(self.places))
-        self.say(f"out of memory with {len(self.places) // count} images at a time; continuing with {len(self.parts[0])} at "
-                 "a time, with the same results except for dropout; to start with this size, set "
-                 f"train.gradient_accumulation_steps={len(self.parts)}")
+        self.say(
+            f"out of memory with {len(self.places) // count} images at a time; continuing with "
+            f"{len(self.parts[0])} at a time, with the same results except for dropout; to start "
+            f"with this size, set train.gradient_accumulation_steps={len(self.parts)}"
+        )
 
     def _learn(self, step, micro, places, pixels, labels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
@@ -195,7 +281,8 @@ class Step:
         x0, augmentation = self.augment(x0, step, places)
         times = partial(self._times, step)
         t, importance = self.objective.times(self.diffusion.process, places, self.batch_size, times)
-        t, noise = self.machine.put(t), self.machine.put(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
+        t = self.machine.put(t)
+        noise = self.machine.put(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
         y = self.label(labels, self.seed, step, places)
         losses = self.diffusion.losses(x0, t, noise, y, self.condition(step, places), augmentation)
         weighted = losses if importance is None else losses * importance
@@ -204,11 +291,15 @@ class Step:
         self.meters.add_losses(t, losses)
         self.watch(t, losses)
         if self.objective.watches:
-            self.seen[:, places.start:places.stop] = torch.stack([t.to(losses.dtype), losses.detach()])
+            self.seen[:, places.start : places.stop] = torch.stack(
+                [t.to(losses.dtype), losses.detach()]
+            )
         return loss.detach()
 
     def _times(self, step, places):
-        """Uniform numbers for the distribution of times, on the device where it learns from the losses there."""
+        """Uniform numbers for the distribution of times, on the device where it learns from the
+        losses there.
+        """
         numbers = rng.uniform(self.seed, "train time", step, places)
         return self.machine.put(numbers) if self.objective.watches else numbers
 
@@ -236,4 +327,6 @@ def largest(what, sizes):
     lost = [name for name, size in sizes.items() if not math.isfinite(size)]
     if lost:
         return f"{what} not finite in {len(lost)} of {len(sizes)}, first in {', '.join(lost[:3])}"
-    return f"largest {what} " + ", ".join(f"{name} ({sizes[name]:.3g})" for name in sorted(sizes, key=sizes.get)[:-4:-1])
+    return f"largest {what} " + ", ".join(
+        f"{name} ({sizes[name]:.3g})" for name in sorted(sizes, key=sizes.get)[:-4:-1]
+    )

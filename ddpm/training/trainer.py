@@ -42,7 +42,8 @@ class Best:
     """The lowest loss so far, and `by` which loss of BEST that is; a checkpoint part."""
 
     def __init__(self, by):
-        self.by, self.loss = by, math.inf
+        self.by = by
+        self.loss = math.inf
 
     @property
     def file(self):
@@ -51,7 +52,8 @@ class Best:
 
     def improved(self, loss):
         """True where `loss` is the lowest yet, which it then is from now on."""
-        better, self.loss = loss < self.loss, min(self.loss, loss)
+        better = loss < self.loss
+        self.loss = min(self.loss, loss)
         return better
 
     def state_dict(self):
@@ -62,7 +64,8 @@ class Best:
 
 
 class Due:
-    """The events of the step just done, until they are over: their names, or None; a checkpoint part.
+    """The events of the step just done, until they are over: their names, or None; a checkpoint
+    part.
 
     A run that was stopped among them goes on with them. What hangs on the time cannot be told anew.
     """
@@ -79,7 +82,9 @@ class Due:
 
 @dataclass
 class Run:
-    """A training that stands at `start` steps done of `total`, with all it needs; `experiment.trainer.run` makes it."""
+    """A training that stands at `start` steps done of `total`, with all it needs;
+    `experiment.trainer.run` makes it.
+    """
 
     folder: Path
     config_json: str
@@ -88,20 +93,24 @@ class Run:
     recomputed: int  # levels of the network whose activations are not kept
     start: int
     total: int
-    batches: Callable[[int], Any]  # (step) -> iterator of images uint8 [b, c, h, w] and labels [b], from that step on
+    # (step) -> iterator of images uint8 [b, c, h, w] and labels [b], from that step on
+    batches: Callable[[int], Any]
     step: Step
     meters: Meters
     speed: Speed
-    rollback: float  # share of the learning rate with which it goes back where it diverges; 0 where it does not
+    # share of the learning rate with which it goes back where it diverges; 0 where it does not
+    rollback: float
     every: dict[str, Every]
     due: Due
     validation: Validation
     best: Best
-    draw: Callable  # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
+    # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
+    draw: Callable
     grid: tuple[range, sampling_draw.Recipe]
     score: Callable  # (draw) -> dict of eval/ numbers, dict of pictures
     evaluation: float  # images that could be learned from with the operations of one evaluation
-    share: float | None  # of the training's operations that its evaluations take, where that can be known
+    # of the training's operations that its evaluations take, where that can be known
+    share: float | None
     likelihood: Callable  # () -> dict of eval/ numbers, dict of texts by file name
     parts: dict[str, Any]
     stored: dict[str, EMA]  # the power-function averages, by the names of their parts
@@ -127,12 +136,18 @@ class Run:
         return self.start - (self.due.names is not None)
 
     def track(self, tracker):
-        """Begin to be followed by a tracker, which from now on is a part of the checkpoint; what lies past it is cut."""
+        """Begin to be followed by a tracker, which from now on is a part of the checkpoint; what
+        lies past it is cut.
+        """
         if self.machine.main:
             training_weights.cut_snapshots(self.folder, self.start)
             for found in self.damaged:
-                self.notes.insert(0, f"{found.path} is damaged ({found.why}); it is called "
-                                     f"{checkpoint.set_aside(found).name} now, and the run goes on from step {self.start}")
+                self.notes.insert(
+                    0,
+                    f"{found.path} is damaged ({found.why}); it is called "
+                    f"{checkpoint.set_aside(found).name} now, and the run goes on from step "
+                    f"{self.start}",
+                )
         self.tracker = self.parts["tracker"] = tracker
         self.step.say = self.step.diffusion.net.say = self.machine.room.say = tracker.say
         for note in self.notes:
@@ -159,21 +174,37 @@ class Run:
         """Log what the steps since the last log measured."""
         readings = self.meters.read()
         if skipped := int(readings["train/skipped_steps"]):
-            self.tracker.say(f"up to step {done}, {skipped} of {int(self.meters.sums['steps'][0])} steps were skipped: "
-                             f"{int(readings['train/spikes'])} as spikes of loss or gradient, the others were not finite")
+            self.tracker.say(
+                f"up to step {done}, {skipped} of {int(self.meters.sums['steps'][0])} steps were "
+                f"skipped: {int(readings['train/spikes'])} as spikes of loss or gradient, the "
+                "others were not finite"
+            )
         readings |= self.speed.read(done) | self.machine.memory()
-        rate, scale = self.step.learning_rate(done - 1), self.step.scaler.get_scale()
-        self.tracker.log(done, readings | {"train/learning_rate": rate, "train/loss_scale": scale,
-                                           "train/rollbacks": self.step.guard.rollbacks})
+        rate = self.step.learning_rate(done - 1)
+        scale = self.step.scaler.get_scale()
+        self.tracker.log(
+            done,
+            readings
+            | {
+                "train/learning_rate": rate,
+                "train/loss_scale": scale,
+                "train/rollbacks": self.step.guard.rollbacks,
+            },
+        )
 
     def say_first_loss(self, done):
         """Say the loss of the first step of this process, long before the first row."""
         loss = self.meters.read()["train/loss"]
-        self.tracker.say(f"the first step is done: train/loss {loss:.4f} at step {done} of {self.total}")
+        self.tracker.say(
+            f"the first step is done: train/loss {loss:.4f} at step {done} of {self.total}"
+        )
 
     def check(self, done):
-        """Raise Diverged where the training has gone wrong for good, which its guard and fp16's loss scale tell."""
-        guard, scale = self.step.guard, self.step.scaler.get_scale()
+        """Raise Diverged where the training has gone wrong for good, which its guard and fp16's
+        loss scale tell.
+        """
+        guard = self.step.guard
+        scale = self.step.scaler.get_scale()
         trouble = guard.trouble(min(PATIENCE, self.total))
         if not trouble and scale < SMALLEST:
             trouble = f"fp16's loss scale fell to {scale:g}"
@@ -181,33 +212,44 @@ class Run:
             raise Diverged(f"{trouble}, up to step {done}", guard.well.item())
 
     def roll_back(self, diverged):
-        """Cut what is not from when all was well, for the run to be made anew; returns words on where that begins."""
+        """Cut what is not from when all was well, for the run to be made anew; returns words on
+        where that begins.
+        """
         if self.machine.main:
             checkpoint.cut(self.folder, diverged.well)
         self.machine.agree("it is cut")
         step, _ = (checkpoint.checkpoints(self.folder) or [(0, None)])[-1]
-        return f"from {f'step {step}' if step else 'the start'} on in another order, at {self.rollback:g} of the learning rate"
+        return (
+            f"from {f'step {step}' if step else 'the start'} on in another order, at "
+            f"{self.rollback:g} of the learning rate"
+        )
 
     def go_back(self, why):
-        """Stand, made anew, where the run has gone back to: tracking keeps why, and a save lets the next start go this way."""
+        """Stand, made anew, where the run has gone back to: tracking keeps why, and a save lets
+        the next start go this way.
+        """
         self.tracker.summary("train/diverged", why)
         self.best.loss = math.inf  # the best weights may be of the other way
         self.save(self.start)
 
     def diagnosis(self):
-        """Words on the last step that was skipped, or where none was on the last that all was well at."""
+        """Words on the last step that was skipped, or where none was on the last that all was
+        well at.
+        """
         guard = self.step.guard
         step = (guard.bad if guard.bad >= 0 else guard.well).item()
         return f"step {step + 1}: {self.step.diagnosis(step, next(iter(self.batches(step))))}"
 
     def choose_best(self, done):
-        """Keep the averaged weights where they are the best yet: by the validation loss, which is logged too.
+        """Keep the averaged weights where they are the best yet: by the validation loss, which is
+        logged too.
 
         Where no image is held out it is by the training loss since the last time.
         """
         if self.best.by == "val/loss_ema":
             self.keep_best(self.validate(done), done)
-        elif "validate" in self.due.names or self.best.loss == math.inf:  # at the end there may be few steps to average over
+        elif "validate" in self.due.names or self.best.loss == math.inf:
+            # at the end there may be few steps to average over
             self.keep_best(self.meters.loss_since(), done)
 
     def keep_best(self, loss, done):
@@ -222,11 +264,15 @@ class Run:
             loss = self.validation.loss()
         with self.averaged(), self.machine.wish.abandonable():
             averaged = self.validation.loss()
-        self.tracker.log(done, {"val/loss": loss, "val/loss_ema": averaged} | self.speed.progress(done))
+        self.tracker.log(
+            done, {"val/loss": loss, "val/loss_ema": averaged} | self.speed.progress(done)
+        )
         return averaged
 
     def draw_grid(self, done):
-        """Draw the same latents as every time, with the averaged weights, into samples/ and the tracker."""
+        """Draw the same latents as every time, with the averaged weights, into samples/ and the
+        tracker.
+        """
         seeds, recipe = self.grid
         with self.averaged(), self.machine.wish.abandonable():
             drawn = self.machine.gather(sampling_draw.joined(self.draw(seeds, recipe)))
@@ -234,25 +280,39 @@ class Run:
             show(self.folder, self.tracker, done, {"samples": drawn})
 
     def remark_on_cost(self, done):
-        """Say before the first evaluation that costs more than the training it measures how long both take."""
+        """Say before the first evaluation that costs more than the training it measures how long
+        both take.
+        """
         images = done * self.step.batch_size
         if self.evaluation <= images:
             return
-        ours, theirs = self.speed.seconds(images), self.speed.seconds(self.evaluation)
-        times = "" if ours is None else f", about {in_words(theirs)} against {in_words(ours)} at the speed measured so far"
-        self.tracker.say_once("cost", f"the evaluation that begins costs {portion(self.evaluation / max(images, 1))} what the "
-                              f"training up to step {done} did{times}; fewer evaluate.num_samples or evaluate.steps cost less, "
-                              "and --config.every.evaluate='0 steps' leaves it out")
+        ours = self.speed.seconds(images)
+        theirs = self.speed.seconds(self.evaluation)
+        times = (
+            ""
+            if ours is None
+            else f", about {in_words(theirs)} against {in_words(ours)} at the speed measured so far"
+        )
+        self.tracker.say_once(
+            "cost",
+            f"the evaluation that begins costs {portion(self.evaluation / max(images, 1))} what "
+            f"the training up to step {done} did{times}; fewer evaluate.num_samples or "
+            "evaluate.steps cost less, and --config.every.evaluate='0 steps' leaves it out",
+        )
 
     def evaluate(self, done):
-        """Log how far from real images drawn ones are, the real ones nearest to them, and bits/dim, by the averaged weights."""
+        """Log how far from real images drawn ones are, the real ones nearest to them, and
+        bits/dim, by the averaged weights.
+        """
         watch = Stopwatch()
         self.remark_on_cost(done)
         with self.averaged(), self.machine.wish.abandonable():
             numbers, pictures = self.score(self.draw)
             bits, files = self.likelihood()
         if (numbers or bits) and self.machine.main:
-            cost = {"speed/evaluation_seconds": watch.lap()} | ({} if self.share is None else {"eval/share": self.share})
+            cost = {"speed/evaluation_seconds": watch.lap()} | (
+                {} if self.share is None else {"eval/share": self.share}
+            )
             self.tracker.log(done, numbers | bits | cost | self.speed.progress(done))
             show(self.folder, self.tracker, done, pictures)
             keep(self.folder, files)
@@ -260,13 +320,23 @@ class Run:
                 self.tracker.say(line)
 
     def export(self, name, done, best=None):
-        """Write the averaged weights as `name`: all that drawing needs, and by which loss they are the best, if they are."""
+        """Write the averaged weights as `name`: all that drawing needs, and by which loss they
+        are the best, if they are.
+        """
         weights = self.gathered(self.step.ema)
         if self.machine.main:
-            training_weights.export(self.folder / name, weights, done, self.config_json, **({"best": best} if best else {}))
+            training_weights.export(
+                self.folder / name,
+                weights,
+                done,
+                self.config_json,
+                **({"best": best} if best else {}),
+            )
 
     def tidy(self):
-        """Do, of a finished run, what a kill in its last save has left undone, and make final weights anew that are damaged."""
+        """Do, of a finished run, what a kill in its last save has left undone, and make final
+        weights anew that are damaged.
+        """
         if not self.machine.agree(training_weights.has_final(self.folder, self.start)):
             self.export("final.safetensors", self.start)
         if self.machine.main:
@@ -276,7 +346,9 @@ class Run:
         """Store the power-function averages, from which any profile is made later."""
         averages = {name: self.gathered(average) for name, average in self.stored.items()}
         if self.machine.main:
-            training_weights.save_snapshot(self.folder, done, self.config_json, averages, dict(self.step.net.named_buffers()))
+            training_weights.save_snapshot(
+                self.folder, done, self.config_json, averages, dict(self.step.net.named_buffers())
+            )
 
     def save(self, done, milestone=False):
         """Save everything to continue, once the rows up to here are on disk."""
@@ -286,12 +358,20 @@ class Run:
                 if hasattr(part, "collect"):  # ranks share it out
                     part.collect()
             if self.machine.main:
-                checkpoint.save(self.folder, done, self.config_json, self.parts, milestone=milestone,
-                                well=self.step.guard.well.item())
+                checkpoint.save(
+                    self.folder,
+                    done,
+                    self.config_json,
+                    self.parts,
+                    milestone=milestone,
+                    well=self.step.guard.well.item(),
+                )
         self.saved = done, self.due.names
 
     def stop(self, done, interrupted):
-        """Leave together with the other ranks, and save if that is not done: events that are not over come first next time."""
+        """Leave together with the other ranks, and save if that is not done: events that are not
+        over come first next time.
+        """
         self.machine.leave(interrupted)
         if self.due.names is not None:
             self.tracker.forget(done)
@@ -301,7 +381,11 @@ class Run:
 
 def grid_file(folder, key, done):
     """Where images are kept as a grid, by their tracked key."""
-    return Path(folder, "samples", f"{'step' if key == 'samples' else key.rpartition('/')[2]}_{done:08d}.png")
+    return Path(
+        folder,
+        "samples",
+        f"{'step' if key == 'samples' else key.rpartition('/')[2]}_{done:08d}.png",
+    )
 
 
 def show(folder, tracker, done, pictures):
@@ -313,7 +397,9 @@ def show(folder, tracker, done, pictures):
 
 
 def awaited(batches, machine):
-    """The same batches, the wait for which ends at once where a process that is alone is asked to stop."""
+    """The same batches, the wait for which ends at once where a process that is alone is asked
+    to stop.
+    """
     batches = iter(batches)
     while True:
         with machine.waiting():
@@ -324,9 +410,12 @@ def awaited(batches, machine):
 
 
 def events(run, done):
-    """What is due after `done` steps, and at the end all that is wanted at all. May end with Interrupted."""
+    """What is due after `done` steps, and at the end all that is wanted at all. May end with
+    Interrupted.
+    """
     wanted = {name for name, every in run.every.items() if not every.never}
-    due, last = run.due.names or set(), done == run.total
+    due = run.due.names or set()
+    last = done == run.total
     now = due | wanted if last else due
     if "log" in now:
         run.log_training(done)
@@ -355,13 +444,18 @@ def events(run, done):
 
 
 def train(run):
-    """Train to the run's length and return True, or until asked to stop and return False; either way everything is saved."""
-    done, machine = run.start, run.machine
+    """Train to the run's length and return True, or until asked to stop and return False; either
+    way everything is saved.
+    """
+    done = run.start
+    machine = run.machine
     with machine.wish.heard() as wish:
         try:
             if run.due.names is not None:
                 events(run, done)
-            for step, batch in enumerate(run.speed.timed(awaited(run.batches(run.start), machine)), run.start):
+            for step, batch in enumerate(
+                run.speed.timed(awaited(run.batches(run.start), machine)), run.start
+            ):
                 with wish.allowed_for():
                     run.step(step, batch)
                 done = step + 1
@@ -371,10 +465,13 @@ def train(run):
 
                 due = {name for name, every in run.every.items() if every.due(done)}
                 said = machine.exchange((due, wish.asked))
-                due, asked = said[0][0], any(asked for _, asked in said)  # only rank 0's clock counts, and anyone's wish
+                due = said[0][0]
+                # only rank 0's clock counts, and anyone's wish
+                asked = any(asked for _, asked in said)
                 if due or done == run.total:
                     run.due.names = due
-                    machine.wait()  # steps that a card has not come to yet would be counted to the pause
+                    # steps that a card has not come to yet would be counted to the pause
+                    machine.wait()
                 if asked:
                     raise Interrupted(told=True)
                 if run.due.names is not None:

@@ -7,35 +7,51 @@ from ddpm.data import order as data_order
 
 
 class Validation:
-    """The loss on a fixed set of (image, t, noise) that no training changes: `loss()` is that of the weights in the network.
+    """The loss on a fixed set of (image, t, noise) that no training changes: `loss()` is that of
+    the weights in the network.
 
     `labels` are those of all images of the dataset, for a network that learns them.
 
-    The times are spread evenly over 0 .. T-1, in an order of their own. Every seed has the same set, so that runs compare.
+    The times are spread evenly over 0 .. T-1, in an order of their own. Every seed has the same
+    set, so that runs compare.
     """
 
-    def __init__(self, dataset, indices, net, diffusion, machine, batch_size, labels=None, most=1024):
+    def __init__(
+        self, dataset, indices, net, diffusion, machine, batch_size, labels=None, most=1024
+    ):
         indices = data_order.thinned(indices, most)
         order = rng.permutation(0, "validation time", 0, len(indices))
-        self.times = torch.from_numpy((order + 0.5) * diffusion.process.timesteps / max(len(indices), 1)).long()
-        self.dataset, self.indices, self.net = dataset, indices, net
+        self.times = torch.from_numpy(
+            (order + 0.5) * diffusion.process.timesteps / max(len(indices), 1)
+        ).long()
+        self.dataset = dataset
+        self.indices = indices
+        self.net = net
         self.labels = None if labels is None else torch.tensor([labels[index] for index in indices])
-        self.diffusion, self.machine, self.batch_size = diffusion, machine, batch_size
+        self.diffusion = diffusion
+        self.machine = machine
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def loss(self):
         self.net.eval()
         total = torch.zeros(2, dtype=torch.float64)
         mine = range(len(self.indices))[self.machine.share(len(self.indices))]
-        for places, loss in self.machine.room.in_batches("validating", mine, self.batch_size, self._loss_of):
+        for places, loss in self.machine.room.in_batches(
+            "validating", mine, self.batch_size, self._loss_of
+        ):
             total += torch.stack([loss, torch.tensor(len(places), dtype=torch.float64)])
         loss, count = self.machine.gather(total[None]).sum(0).tolist()
         return loss / count
 
     def _loss_of(self, places):
         """The sum of the losses of the images at some places, float64 on the host."""
-        x0 = pixels.encode(self.machine.put(self.dataset.batch([self.indices[place] for place in places])))
+        x0 = pixels.encode(
+            self.machine.put(self.dataset.batch([self.indices[place] for place in places]))
+        )
         noise = rng.normal(0, "validation noise", 0, places, x0.shape[1:])
         y = None if self.labels is None else self.machine.put(self.labels[list(places)])
-        losses = self.diffusion.losses(x0, self.machine.put(self.times[list(places)]), self.machine.put(noise), y)
+        losses = self.diffusion.losses(
+            x0, self.machine.put(self.times[list(places)]), self.machine.put(noise), y
+        )
         return losses.double().sum().cpu()

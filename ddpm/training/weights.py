@@ -1,4 +1,6 @@
-"""Weights alone: exported safetensors, snapshots of averages, and loading them from a checkpoint or file."""
+"""Weights alone: exported safetensors, snapshots of averages, and loading them from a checkpoint
+or file.
+"""
 
 import json
 import os
@@ -15,30 +17,50 @@ from ddpm.training import checkpoint
 
 
 def export(path, weights, step, config_json, **more):
-    """Write weights (name -> tensor), the config and what else `header` is to tell into one safetensors file."""
+    """Write weights (name -> tensor), the config and what else `header` is to tell into one
+    safetensors file.
+    """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     about = {"format": checkpoint.FORMAT, "step": step, "config": config_json} | more
     about["crc32"] = safe_load.checksum(about, tensors)
     with written_beside(path) as part:  # about is one key, for several have no order
-        part.write_bytes(serialized(tensors, metadata={"ddpm": json.dumps(about)}))  # its save_file hides it from other users
+        # its save_file hides it from other users
+        part.write_bytes(serialized(tensors, metadata={"ddpm": json.dumps(about)}))
 
 
 def save_snapshot(folder, step, config_json, averages, buffers=()):
-    """Write averages, word -> (name -> tensor), into one file, to be combined later; returns its path.
+    """Write averages, word -> (name -> tensor), into one file, to be combined later; returns its
+    path.
 
-    In half precision, as Karras et al. 2024 do: rounding by 2^-11 of a weight is far below what averages differ by. `buffers`
-    are names of tensors that stay as they are.
+    In half precision, as Karras et al. 2024 do: rounding by 2^-11 of a weight is far below what
+    averages differ by. `buffers` are names of tensors that stay as they are.
     """
     path = Path(folder, "snapshots", f"step_{step:08d}.safetensors")
-    export(path, {f"{word}/{name}": value.half() if value.is_floating_point() and name not in buffers else value
-                  for word, average in averages.items() for name, value in average.items()}, step, config_json)
+    export(
+        path,
+        {
+            f"{word}/{name}": value.half()
+            if value.is_floating_point() and name not in buffers
+            else value
+            for word, average in averages.items()
+            for name, value in average.items()
+        },
+        step,
+        config_json,
+    )
     return path
 
 
 def load_snapshot(path, word):
-    """One of the averages in a snapshot, name -> tensor on the host; raises ValueError for a damaged file."""
+    """One of the averages in a snapshot, name -> tensor on the host; raises ValueError for a
+    damaged file.
+    """
     _, tensors = exported(path)
-    return {name.removeprefix(f"{word}/"): value for name, value in tensors.items() if name.startswith(f"{word}/")}
+    return {
+        name.removeprefix(f"{word}/"): value
+        for name, value in tensors.items()
+        if name.startswith(f"{word}/")
+    }
 
 
 def cut_snapshots(folder, step):
@@ -48,26 +70,34 @@ def cut_snapshots(folder, step):
 
 
 def load_weights(run_or_file):
-    """The averaged weights of a run folder or file: (path, step, config JSON, name -> float32 tensor on the host).
+    """The averaged weights of a run folder or file: (path, step, config JSON, name -> float32
+    tensor on the host).
 
-    In a run folder these are of the newest file that is whole, and a line on stderr tells of those after it. Raises ValueError
-    for a missing or damaged file.
+    In a run folder these are of the newest file that is whole, and a line on stderr tells of those
+    after it. Raises ValueError for a missing or damaged file.
     """
-    damaged, files = [], checkpoint.files_of(run_or_file)
+    damaged = []
+    files = checkpoint.files_of(run_or_file)
     for file in files:
         try:
             path, step, *found = weights_in(file)
         except safe_load.Damaged as error:
             damaged.append(error)
             continue
-        for one in damaged if os.environ.get("LOCAL_RANK", "0") == "0" else ():  # the first rank of a machine tells
-            print(f"{one.path} is damaged ({one.why}); {path.name}, of step {step}, takes its place", file=sys.stderr)
+        # the first rank of a machine tells
+        for one in damaged if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+            print(
+                f"{one.path} is damaged ({one.why}); {path.name}, of step {step}, takes its place",
+                file=sys.stderr,
+            )
         return path, step, *found
     raise damaged[0] if len(files) == 1 else checkpoint.none_whole(damaged)
 
 
 def weights_in(path):
-    """What `load_weights` returns, of a file; raises Damaged for one that is, ValueError for one that is not ours."""
+    """What `load_weights` returns, of a file; raises Damaged for one that is, ValueError for one
+    that is not ours.
+    """
     if path.suffix != ".safetensors":
         content = checkpoint.load(path)
         return path, content["step"], content["config"], shadow(path, content, "ema")
@@ -76,19 +106,25 @@ def weights_in(path):
 
 
 def shadow(path, content, part):
-    """The averaged weights, name -> tensor, in a part of what `load` read from a path; raises ValueError where it has none."""
+    """The averaged weights, name -> tensor, in a part of what `load` read from a path; raises
+    ValueError where it has none.
+    """
     found = content["parts"].get(part, {}).get("shadow")
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(value, torch.Tensor) for value in found.values()
+    ):
         raise ValueError(f"{path} has no averaged weights {part!r}; use another file")
     return found
 
 
 def exported(path):
-    """(header, name -> tensor on the host) of a file that `export` wrote; raises Damaged where its checksum does not fit.
+    """(header, name -> tensor on the host) of a file that `export` wrote; raises Damaged where its
+    checksum does not fit.
 
     A file of before there were checksums has none.
     """
-    about, tensors = checkpoint.header(path), load_file(path)
+    about = checkpoint.header(path)
+    tensors = load_file(path)
     if about.pop("crc32", None) not in (None, safe_load.checksum(about, tensors)):
         raise safe_load.Damaged(path, "it does not fit its checksum")
     return about, tensors

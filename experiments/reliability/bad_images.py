@@ -1,4 +1,6 @@
-"""Images that are broken, made to do harm, or changed while they are read: a training learns from the others as if alone."""
+"""Images that are broken, made to do harm, or changed while they are read: a training learns
+from the others as if alone.
+"""
 
 import io
 import os
@@ -13,50 +15,78 @@ from ddpm import data
 from ddpm.data import folder as data_folder
 from support.pictures import attacks
 
-KINDS = (("JPEG", "RGB", {}), ("JPEG", "L", {"progressive": True}), ("PNG", "RGB", {}), ("PNG", "P", {}), ("WEBP", "RGB", {}),
-         ("WEBP", "RGBA", {"lossless": True}), ("BMP", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
-         ("TIFF", "CMYK", {}), ("GIF", "P", {}))
+KINDS = (
+    ("JPEG", "RGB", {}),
+    ("JPEG", "L", {"progressive": True}),
+    ("PNG", "RGB", {}),
+    ("PNG", "P", {}),
+    ("WEBP", "RGB", {}),
+    ("WEBP", "RGBA", {"lossless": True}),
+    ("BMP", "RGB", {}),
+    ("TIFF", "RGB", {"compression": "tiff_lzw"}),
+    ("TIFF", "CMYK", {}),
+    ("GIF", "P", {}),
+)
 GOOD = 12
 
 
 def photo(rng, form="PNG", mode="RGB", options=None):
     """The content of an image file of noise."""
     file = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (24, 28, 3), dtype=np.uint8)).convert(mode).save(file, form, **(options or {}))
+    Image.fromarray(rng.integers(0, 256, (24, 28, 3), dtype=np.uint8)).convert(mode).save(
+        file, form, **(options or {})
+    )
     return file.getvalue()
 
 
 def damaged(rng):
-    """(suffix, content): a file of a format drawn from KINDS, cut off, or with some of its bytes changed."""
+    """(suffix, content): a file of a format drawn from KINDS, cut off, or with some of its bytes
+    changed.
+    """
     form, mode, options = KINDS[rng.integers(len(KINDS))]
     content = bytearray(photo(rng, form, mode, options))
     if rng.random() < 0.3:
-        del content[rng.integers(len(content)):]
+        del content[rng.integers(len(content)) :]
     for _ in range(rng.integers(1, 9)):
         if content:
-            content[rng.integers(min(len(content), 10 ** rng.integers(1, 5)))] = rng.choice((0, 1, 127, 128, 255))
+            content[rng.integers(min(len(content), 10 ** rng.integers(1, 5)))] = rng.choice(
+                (0, 1, 127, 128, 255)
+            )
     return form.lower(), bytes(content)
 
 
 def among_good_ones(folder, times, seed):
-    """Half of the bad files are made to do harm, the others are damaged; of these some can be read still, and are learned."""
-    rng, photos = np.random.default_rng(seed), folder / "photos"
+    """Half of the bad files are made to do harm, the others are damaged; of these some can be
+    read still, and are learned.
+    """
+    rng = np.random.default_rng(seed)
+    photos = folder / "photos"
     photos.mkdir()
     for number in range(GOOD):
         (photos / f"{number:04} good.png").write_bytes(photo(rng))
     hostile = list(attacks().items())
     for number in range(times):
-        name, content = hostile[number // 2 % len(hostile)][0], hostile[number // 2 % len(hostile)][1][0]
+        name = hostile[number // 2 % len(hostile)][0]
+        content = hostile[number // 2 % len(hostile)][1][0]
         if number % 2:
             suffix, content = damaged(rng)
             name = f"damaged.{suffix}"
         (photos / f"{number * GOOD // times:04} {number:05} {name}").write_bytes(content)
-    given = small(data__source=f"folder(path={str(photos)!r})", data__channels=3, data__cache="none",
-                  evaluate__extractor="none")
+    given = small(
+        data__source=f"folder(path={str(photos)!r})",
+        data__channels=3,
+        data__cache="none",
+        evaluate__extractor="none",
+    )
     begun = time.monotonic()
     found = data_folder.survey(photos)
-    spent, faults = time.monotonic() - begun, found.faults(16)
-    lost = [f"{name} is left out: {fault}" for name, fault in zip(found.names, faults, strict=True) if fault and "good" in name]
+    spent = time.monotonic() - begun
+    faults = found.faults(16)
+    lost = [
+        f"{name} is left out: {fault}"
+        for name, fault in zip(found.names, faults, strict=True)
+        if fault and "good" in name
+    ]
     codes = [forked(training(given, folder / "run"), folder / "log", limit=1200)]
     for name, fault in zip(found.names, faults, strict=True):
         if fault:
@@ -64,13 +94,23 @@ def among_good_ones(folder, times, seed):
     codes.append(forked(training(given, folder / "whole"), folder / "log", limit=1200))
     lost += [f"exit codes {codes}"] if any(codes) else differences(folder / "whole", folder / "run")
     left = sum(map(bool, faults))
-    return Found(times, lost, f"{left:,} left out for what is wrong with them, {times - left:,} can be read; {spent:.0f} s")
+    return Found(
+        times,
+        lost,
+        f"{left:,} left out for what is wrong with them, {times - left:,} can be read; "
+        f"{spent:.0f} s",
+    )
 
 
 def while_read(folder, times, seed):
-    """The folder is read so many times while its files are written, cut off, replaced by a pipe and removed."""
-    rng, done, lost = np.random.default_rng(seed), threading.Event(), []
-    first, content = photo(rng), photo(rng)
+    """The folder is read so many times while its files are written, cut off, replaced by a pipe
+    and removed.
+    """
+    rng = np.random.default_rng(seed)
+    done = threading.Event()
+    lost = []
+    first = photo(rng)
+    content = photo(rng)
     for number in range(GOOD):
         (folder / f"{number}.png").write_bytes(content if number else first)
 
@@ -82,7 +122,7 @@ def while_read(folder, times, seed):
                 case 0:
                     path.write_bytes(content)
                 case 1:
-                    path.write_bytes(content[:rng.integers(len(content))])
+                    path.write_bytes(content[: rng.integers(len(content))])
                 case 2:
                     os.mkfifo(path)
 
@@ -97,6 +137,12 @@ def while_read(folder, times, seed):
         thread.join()
     found = data_folder.survey(folder)
     for name, fault in zip(found.names, found.faults(16), strict=True):
-        whole = (folder / name).is_file() and (name == "0.png" or (folder / name).read_bytes() == content)
-        lost += [] if whole == (not fault) else [f"{name} is {'' if whole else 'not '}whole, and said to be {fault or 'whole'}"]
+        whole = (folder / name).is_file() and (
+            name == "0.png" or (folder / name).read_bytes() == content
+        )
+        lost += (
+            []
+            if whole == (not fault)
+            else [f"{name} is {'' if whole else 'not '}whole, and said to be {fault or 'whole'}"]
+        )
     return Found(times, lost)

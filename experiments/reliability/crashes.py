@@ -1,4 +1,6 @@
-"""SIGKILL at any moment and at chosen points, and the same command again: the run goes on as if nothing had been."""
+"""SIGKILL at any moment and at chosen points, and the same command again: the run goes on as if
+nothing had been.
+"""
 
 import atexit
 import functools
@@ -45,14 +47,20 @@ def alone(**knobs):
 
     begun = time.monotonic()
     assert forked(counting, folder / "log") == 0, (folder / "log").read_text()
-    return Alone(folder / "run", time.monotonic() - begun, json.loads((folder / "calls").read_text()))
+    return Alone(
+        folder / "run", time.monotonic() - begun, json.loads((folder / "calls").read_text())
+    )
 
 
 def at_any_time(folder, times, seed):
     """Kills at moments that are drawn from the seconds that a training has left."""
-    rng, done, lost, whole = np.random.default_rng(seed), 0, [], alone()
+    rng = np.random.default_rng(seed)
+    done = 0
+    lost = []
+    whole = alone()
     for number in itertools.count():
-        run, left = folder / f"run {number}", whole.seconds
+        run = folder / f"run {number}"
+        left = whole.seconds
         while left > whole.seconds / 20 and done < times:
             moment = rng.uniform(0, left)
             left -= moment
@@ -60,7 +68,10 @@ def at_any_time(folder, times, seed):
             if code == 0:
                 break
             if code != -9:
-                return Found(done, [*lost, f"{run.name}: exit code {code} instead of a kill after {moment:.3f} s"])
+                return Found(
+                    done,
+                    [*lost, f"{run.name}: exit code {code} instead of a kill after {moment:.3f} s"],
+                )
             done += 1
         lost += finished(run, whole, small())
         if done == times or lost:
@@ -68,23 +79,36 @@ def at_any_time(folder, times, seed):
 
 
 def inside(point, also=lambda run: [], **knobs):
-    """A fault: kills at one of the POINTS of a training of `small(**knobs)`; `also(run)` says what else has been lost.
+    """A fault: kills at one of the POINTS of a training of `small(**knobs)`; `also(run)` says what
+    else has been lost.
 
-    A run is killed at a call that is drawn among those that it has left, goes on, is killed again ... and comes to its end.
+    A run is killed at a call that is drawn among those that it has left, goes on, is killed again
+    ... and comes to its end.
     """
 
     def do(folder, times, seed):
-        rng, done, lost, given, whole = np.random.default_rng(seed), 0, [], small(**knobs), alone(**knobs)
+        rng = np.random.default_rng(seed)
+        done = 0
+        lost = []
+        given = small(**knobs)
+        whole = alone(**knobs)
         for number in itertools.count():
-            run, left = folder / f"run {number}", whole.calls[point]
+            run = folder / f"run {number}"
+            left = whole.calls[point]
             while left and done < times:
                 at = int(rng.integers(1, left + 1))
                 left -= at
-                code = forked(lambda: (POINTS[point](at), training(given, run)())[1], folder / "log")  # noqa: B023
+                code = forked(
+                    lambda at=at, run=run: (POINTS[point](at), training(given, run)())[1],
+                    folder / "log",
+                )
                 if code == 0:
                     break  # what it has done before need not be done again
                 if code != -9:
-                    return Found(done, [*lost, f"{run.name}: exit code {code} instead of a kill at call {at}"])
+                    return Found(
+                        done,
+                        [*lost, f"{run.name}: exit code {code} instead of a kill at call {at}"],
+                    )
                 done += 1
             lost += finished(run, whole, given) + also(run)
             if done == times or lost:
@@ -96,7 +120,11 @@ def inside(point, also=lambda run: [], **knobs):
 def finished(run, whole, given):
     """What a killed run has lost when the same command has brought it to its end."""
     code = forked(training(given, run), run.parent / "log")
-    return [f"{run.name}: exit code {code} when it should go on"] if code else differences(whole.folder, run)
+    return (
+        [f"{run.name}: exit code {code} when it should go on"]
+        if code
+        else differences(whole.folder, run)
+    )
 
 
 def before(home, attribute):
@@ -105,17 +133,23 @@ def before(home, attribute):
 
 
 def half(home, attribute, file):
-    """A point: in a function, when half is written of what it writes to its argument number `file`."""
+    """A point: in a function, when half is written of what it writes to its argument number
+    `file`.
+    """
 
     def arm(at):
-        original, calls = getattr(home, attribute), itertools.count(1)
+        original = getattr(home, attribute)
+        calls = itertools.count(1)
 
         def counted(*arguments, **options):
             if next(calls) != at:
                 return original(*arguments, **options)
-            place, whole = arguments[file], io.BytesIO()
-            original(*arguments[:file], whole, *arguments[file + 1:], **options)
-            Path(getattr(place, "name", place)).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+            place = arguments[file]
+            whole = io.BytesIO()
+            original(*arguments[:file], whole, *arguments[file + 1 :], **options)
+            Path(getattr(place, "name", place)).write_bytes(
+                whole.getvalue()[: len(whole.getvalue()) // 2]
+            )
             die()
 
         setattr(home, attribute, counted)
@@ -132,13 +166,22 @@ def photos(folder):
         for number in range(12):
             pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
             PIL.Image.fromarray(pixels).save(place / f"{number}.png")
-    return dict(data__source=f"folder(path={str(place)!r})", data__channels=3, train__batch_size=4, evaluate__extractor="none",
-                data__cache=str(folder / "cache"))
+    return dict(
+        data__source=f"folder(path={str(place)!r})",
+        data__channels=3,
+        train__batch_size=4,
+        evaluate__extractor="none",
+        data__cache=str(folder / "cache"),
+    )
 
 
 def cache_build(folder, times, seed):
-    """Kills while photos are looked at and decoded into the cache, which each time is not there yet."""
-    rng, done, lost = np.random.default_rng(seed), 0, []
+    """Kills while photos are looked at and decoded into the cache, which each time is not there
+    yet.
+    """
+    rng = np.random.default_rng(seed)
+    done = 0
+    lost = []
     given = small(**photos(folder))
     os.environ["DDPM_CACHE"], usual = str(folder / "home"), os.environ.get("DDPM_CACHE", "")
     try:
@@ -146,7 +189,8 @@ def cache_build(folder, times, seed):
         for number in range(times):
             for path in (folder / "cache").iterdir():
                 path.unlink()
-            os.environ["DDPM_CACHE"], run = str(folder / f"home {number}"), folder / f"run {number}"
+            os.environ["DDPM_CACHE"] = str(folder / f"home {number}")
+            run = folder / f"run {number}"
             point, most = (("decoding", 24), ("rename", 2), ("fsync", 2))[number % 3]
             at = int(rng.integers(1, most + 1))
             code = forked(lambda: (POINTS[point](at), training(given, run)())[1], folder / "log")  # noqa: B023
@@ -162,7 +206,9 @@ def cache_build(folder, times, seed):
 
 def drawing(folder, times, seed):
     """Kills while the pictures of `generate` are written, in every of its formats."""
-    rng, done, lost = np.random.default_rng(seed), 0, []
+    rng = np.random.default_rng(seed)
+    done = 0
+    lost = []
     for number in range(times):
         format = ("png", "zip", "jpg", "grid", "npz", "webp", "gif")[number % 7]
 
@@ -172,21 +218,30 @@ def drawing(folder, times, seed):
         alone()
         arm = POINTS["rename" if format in ("npz", "gif", "zip") else "picture"]
         at = int(rng.integers(1, 7)) if format in ("png", "jpg", "webp") else 1
-        whole, out = f"{format} whole", f"{format} {number}"
+        whole = f"{format} whole"
+        out = f"{format} {number}"
         if not (folder / whole).exists():
             assert forked(lambda: draw(whole), folder / "log") == 0  # noqa: B023
         code = forked(lambda: (arm(at), draw(out)), folder / "log")  # noqa: B023
         if code != -9 or forked(lambda: draw(out), folder / "log"):  # noqa: B023
-            return Found(done, [*lost, f"{out}: exit code {code} instead of a kill, or it does not go on"])
+            return Found(
+                done, [*lost, f"{out}: exit code {code} instead of a kill, or it does not go on"]
+            )
         done += 1
-        one, two = ({path.name: path.read_bytes() for path in (folder / name).iterdir()} for name in (whole, out))
-        lost += [f"{name} in {out}" for name in one.keys() | two.keys() if one.get(name) != two.get(name)]
+        one, two = (
+            {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+            for name in (whole, out)
+        )
+        lost += [
+            f"{name} in {out}" for name in one.keys() | two.keys() if one.get(name) != two.get(name)
+        ]
     return Found(done, lost)
 
 
 def row_flush(at):
     """A point: before or after a row goes to W&B, with or without W&B's own process."""
-    original, calls = wandb.Wandb.write, itertools.count(1)
+    original = wandb.Wandb.write
+    calls = itertools.count(1)
 
     def write(sink, *arguments):
         number = next(calls)
@@ -209,7 +264,9 @@ def unsynced(run):
     return [] if rows_of(synced(run)) == lines(run) else [f"{run.name}: rows of W&B's logs"]
 
 
-POINTS = {  # name -> f(at): let this process die at its `at`-th coming there; returns a function that says how often it came
+# name -> f(at): let this process die at its `at`-th coming there; returns a function that says how
+# often it came
+POINTS = {
     "serialising": half(torch, "save", 1),
     "fsync": before(os, "fsync"),
     "rename": before(os, "replace"),

@@ -1,4 +1,6 @@
-"""Files rot, disks fill up, and two commands want one folder: what is whole is kept, and a line says what was found."""
+"""Files rot, disks fill up, and two commands want one folder: what is whole is kept, and a line
+says what was found.
+"""
 
 import contextlib
 import io
@@ -32,29 +34,48 @@ def cut(content, rng):
 
 
 def unseen(folder, times, seed):
-    """Flips of one bit anywhere in a checkpoint or in exported weights, and cuts; what is read is the same or is refused."""
-    rng, whole, found, lost = np.random.default_rng(seed), alone().folder, 0, []
-    places = [(checkpoint.checkpoints(whole)[-1][1], checkpoint.load, lambda read: read),
-              (whole / "final.safetensors", weights.exported, lambda read: (read[0]["step"], read[0]["config"], read[1]))]
+    """Flips of one bit anywhere in a checkpoint or in exported weights, and cuts; what is read
+    is the same or is refused.
+    """
+    rng = np.random.default_rng(seed)
+    whole = alone().folder
+    found = 0
+    lost = []
+    places = [
+        (checkpoint.checkpoints(whole)[-1][1], checkpoint.load, lambda read: read),
+        (
+            whole / "final.safetensors",
+            weights.exported,
+            lambda read: (read[0]["step"], read[0]["config"], read[1]),
+        ),
+    ]
     for number in range(times):
         path, read, told = places[number % 2]
-        content, other = path.read_bytes(), folder / f"other{path.suffix}"
+        content = path.read_bytes()
+        other = folder / f"other{path.suffix}"
         other.write_bytes((cut if number % 8 > 5 else flipped)(content, rng))
         try:
             same = equal(told(read(other)), told(read(path)))
         except ValueError as error:
-            same, found = "damaged" in str(error), found + 1
+            same = "damaged" in str(error)
+            found = found + 1
         if not same:
             lost.append(f"a change of {path.name} that was not seen")
-    return Found(times, lost, f"{found:,} refused, {times - found:,} where nothing that is read was changed")
+    return Found(
+        times, lost, f"{found:,} refused, {times - found:,} where nothing that is read was changed"
+    )
 
 
 def rotten(folder, times, seed):
-    """The newest checkpoint of a run is damaged, or the newest two; it is drawn from the one before, and trained on from it."""
-    rng, whole, lost = np.random.default_rng(seed), alone().folder, []
+    """The newest checkpoint of a run is damaged, or the newest two; it is drawn from the one
+    before, and trained on from it.
+    """
+    rng = np.random.default_rng(seed)
+    whole = alone().folder
+    lost = []
     for number in range(times):
         run = shutil.copytree(whole, folder / f"run {number}")
-        (step, _), *newer = checkpoint.checkpoints(run)[-2 - number % 2:]
+        (step, _), *newer = checkpoint.checkpoints(run)[-2 - number % 2 :]
         contents = {}
         for _, path in newer:
             while True:
@@ -71,7 +92,11 @@ def rotten(folder, times, seed):
             lost.append(f"{run.name}: drawn from step {drawn}, said {told.getvalue()!r}")
         code = forked(training(small(), run), log := folder / f"log {number}")
         said = [line for line in log.read_text().splitlines() if DAMAGE in line]
-        if code or len(said) != len(newer) or not all(f"goes on from step {step}" in line for line in said):
+        if (
+            code
+            or len(said) != len(newer)
+            or not all(f"goes on from step {step}" in line for line in said)
+        ):
             lost.append(f"{run.name}: exit code {code}, said {said}")
         kept = [path.with_name(path.name + ".damaged") for path in contents]
         if [path.read_bytes() for path in kept] != list(contents.values()):
@@ -82,15 +107,23 @@ def rotten(folder, times, seed):
 
 
 def all_rotten(folder, times, seed):
-    """All checkpoints of a run are damaged: one line, exit code 2, and not a byte of the folder is touched."""
-    rng, whole, lost = np.random.default_rng(seed), alone().folder, []
+    """All checkpoints of a run are damaged: one line, exit code 2, and not a byte of the folder
+    is touched.
+    """
+    rng = np.random.default_rng(seed)
+    whole = alone().folder
+    lost = []
     for number in range(times):
         run = shutil.copytree(whole, folder / f"run {number}")
         for _, path in checkpoint.checkpoints(run):
             path.write_bytes(cut(path.read_bytes(), rng))
         before = contents_of(run)
         code = forked(training(small(), run), log := folder / f"log {number}")
-        if code != 2 or "no checkpoint" not in last_line(log) or len(log.read_text().splitlines()) > 1:
+        if (
+            code != 2
+            or "no checkpoint" not in last_line(log)
+            or len(log.read_text().splitlines()) > 1
+        ):
             lost.append(f"{run.name}: exit code {code}, said {last_line(log)!r}")
         if contents_of(run) != before:
             lost.append(f"{run.name}: its files were changed")
@@ -103,10 +136,15 @@ def contents_of(folder):
 
 @contextlib.contextmanager
 def disk(folder, size):
-    """A small disk of so many bytes at a folder, if this process may mount one: yields `f(bytes)` that resizes it."""
+    """A small disk of so many bytes at a folder, if this process may mount one: yields
+    `f(bytes)` that resizes it.
+    """
+
     def mount(option):
         command = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(folder)]
-        return sys.platform == "linux" and subprocess.run(command, capture_output=True).returncode == 0
+        return (
+            sys.platform == "linux" and subprocess.run(command, capture_output=True).returncode == 0
+        )
 
     folder.mkdir()
     mounted = mount(f"size={size // 1024}k")
@@ -118,13 +156,20 @@ def disk(folder, size):
 
 
 def full(folder, times, seed):
-    """A disk is full, or a file is too long for it, somewhere in a training; with room the same command goes on."""
-    rng, whole, lost, ways = np.random.default_rng(seed), alone().folder, [], set()
+    """A disk is full, or a file is too long for it, somewhere in a training; with room the same
+    command goes on.
+    """
+    rng = np.random.default_rng(seed)
+    whole = alone().folder
+    lost = []
+    ways = set()
     sizes = [path.stat().st_size for path in whole.rglob("*.pt")]
     for number in range(times):
-        place, log = folder / f"disk {number}", folder / f"log {number}"
+        place = folder / f"disk {number}"
+        log = folder / f"log {number}"
         with disk(place, int(rng.uniform(0.1, 1) * sum(sizes))) as resize:
-            run, limit = place / "run", int(rng.uniform(0.1, 1) * max(sizes))
+            run = place / "run"
+            limit = int(rng.uniform(0.1, 1) * max(sizes))
             full_disk = resize is not None and number % 4 < 3
             ways.add("a full tmpfs" if full_disk else "RLIMIT_FSIZE")
 
@@ -136,23 +181,38 @@ def full(folder, times, seed):
             if not full_disk and resize:
                 resize(4 * sum(sizes))
             code = forked(training(small(), run) if full_disk else limited, log)
-            said = [line for line in log.read_text().splitlines() if line.startswith(("failed: ", "error: "))]
-            if code not in (1, 2) or len(said) != 1 or ("free some space" if full_disk else "File too large") not in said[0]:
+            said = [
+                line
+                for line in log.read_text().splitlines()
+                if line.startswith(("failed: ", "error: "))
+            ]
+            if (
+                code not in (1, 2)
+                or len(said) != 1
+                or ("free some space" if full_disk else "File too large") not in said[0]
+            ):
                 lost.append(f"disk {number}: exit code {code}, said {said}")
             for _, path in checkpoint.checkpoints(run):
                 checkpoint.load(path)  # none is torn
             if full_disk:
                 resize(4 * sum(sizes))
             code = forked(training(small(), run), folder / "log")
-            lost += [f"disk {number}: exit code {code} with room"] if code else differences(whole, run)
+            lost += (
+                [f"disk {number}: exit code {code} with room"] if code else differences(whole, run)
+            )
     return Found(times, lost, f"by {' and '.join(sorted(ways))}")
 
 
 def shared(folder, times, seed):
-    """A second training of a run folder is begun while a first is at it: it is refused, and the first does not notice."""
-    rng, whole, lost = np.random.default_rng(seed), alone().folder, []
+    """A second training of a run folder is begun while a first is at it: it is refused, and the
+    first does not notice.
+    """
+    rng = np.random.default_rng(seed)
+    whole = alone().folder
+    lost = []
     for number in range(times):
-        run, second = folder / f"run {number}", folder / f"log {number}"
+        run = folder / f"run {number}"
+        second = folder / f"log {number}"
         at = int(rng.integers(1, 6))
 
         def first():
@@ -165,7 +225,13 @@ def shared(folder, times, seed):
         if code := forked(first, folder / "log"):
             lost.append(f"{run.name}: exit code {code} of the first")
         code = (folder / f"code {number}").read_text()
-        if code != "2" or "is in use by another process" not in second.read_text() or len(second.read_text().splitlines()) > 1:
-            lost.append(f"{run.name}: exit code {code} of the second, which said {last_line(second)!r}")
+        if (
+            code != "2"
+            or "is in use by another process" not in second.read_text()
+            or len(second.read_text().splitlines()) > 1
+        ):
+            lost.append(
+                f"{run.name}: exit code {code} of the second, which said {last_line(second)!r}"
+            )
         lost += differences(whole, run)
     return Found(times, lost)

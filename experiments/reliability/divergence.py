@@ -1,4 +1,6 @@
-"""Trainings that go wrong: what cannot be learned from is skipped, what is broken left behind, and the hopeless stops."""
+"""Trainings that go wrong: what cannot be learned from is skipped, what is broken left behind,
+and the hopeless stops.
+"""
 
 import numpy as np
 import torch
@@ -8,15 +10,33 @@ from ddpm.common.errors import DIVERGED, DONE
 from ddpm.models.unet import UNet
 from ddpm.training import weights as training_weights
 
-SIMPLE = dict(train__length="170 steps", every__log="10 steps", every__save="20 steps", every__milestone="0 steps",
-              every__sample="0 steps", every__validate="0 steps", model__channel_mult=(1,), model__attention_resolutions=())
-HOT = SIMPLE | dict(train__amp="fp16", train__learning_rate=1.0, train__length="44 steps", every__log="4 steps",
-                    every__save="4 steps", model__channel_mult=(1, 2), model__attention_resolutions=(8,))
+SIMPLE = dict(
+    train__length="170 steps",
+    every__log="10 steps",
+    every__save="20 steps",
+    every__milestone="0 steps",
+    every__sample="0 steps",
+    every__validate="0 steps",
+    model__channel_mult=(1,),
+    model__attention_resolutions=(),
+)
+HOT = SIMPLE | dict(
+    train__amp="fp16",
+    train__learning_rate=1.0,
+    train__length="44 steps",
+    every__log="4 steps",
+    every__save="4 steps",
+    model__channel_mult=(1, 2),
+    model__attention_resolutions=(8,),
+)
 
 
 def wrong_from(at, output, weights):
-    """At the `at`-th batch that a network learns from, what it says is `output` times as large, its last `weights` times."""
-    calls, modules = [], torch.nn.modules.module
+    """At the `at`-th batch that a network learns from, what it says is `output` times as large,
+    its last `weights` times.
+    """
+    calls = []
+    modules = torch.nn.modules.module
 
     def before(module, _):
         if isinstance(module, UNet) and module.training:
@@ -26,14 +46,22 @@ def wrong_from(at, output, weights):
                     torch._foreach_mul_([*module.head.parameters()], weights)
 
     def after(module, _, out):
-        return out * output if isinstance(module, UNet) and module.training and len(calls) == at else None
+        return (
+            out * output
+            if isinstance(module, UNet) and module.training and len(calls) == at
+            else None
+        )
 
     modules.register_module_forward_pre_hook(before)
     modules.register_module_forward_hook(after)
 
 
 def one_bad_batch(rng):
-    return small(**SIMPLE | dict(train__length="130 steps"), seed=some_seed(rng)), (int(rng.integers(102, 125)), 1000, 1)
+    return small(**SIMPLE | dict(train__length="130 steps"), seed=some_seed(rng)), (
+        int(rng.integers(102, 125)),
+        1000,
+        1,
+    )
 
 
 def broken_weights(rng):
@@ -62,16 +90,35 @@ KINDS = {  # and how it ends: exit code, rollbacks
 
 def in_turn(folder, times, seed):
     """The kinds, one after the other, each time with another seed and moment."""
-    rng, lost, ended = np.random.default_rng(seed), [], {}
+    rng = np.random.default_rng(seed)
+    lost = []
+    ended = {}
     for number in range(times):
         kind = list(KINDS)[number % len(KINDS)]
         make, expected, rollbacks = KINDS[kind]
         (given, fault), run = make(rng), folder / f"run {number}"
-        code = forked(lambda: (fault and wrong_from(*fault), training(given, run)())[1], folder / "log")  # noqa: B023
-        written, log = rows(run), (run / "training.log").read_text()
-        finite = code == DIVERGED or all(one.isfinite().all() for one in training_weights.load_weights(run)[3].values())
+        code = forked(
+            lambda fault=fault, given=given, run=run: (
+                fault and wrong_from(*fault),
+                training(given, run)(),
+            )[1],
+            folder / "log",
+        )
+        written = rows(run)
+        log = (run / "training.log").read_text()
+        finite = code == DIVERGED or all(
+            one.isfinite().all() for one in training_weights.load_weights(run)[3].values()
+        )
         ok = code == expected and finite and written[-1]["train/rollbacks"] == rollbacks
-        ok = ok and ("diagnosis: step" in log) == (code == DIVERGED) and " steps were skipped: " in log
-        ended.setdefault(f"{kind}: exit code {code}, {written[-1]['train/rollbacks']} rollbacks", []).append(number)
+        ok = (
+            ok
+            and ("diagnosis: step" in log) == (code == DIVERGED)
+            and " steps were skipped: " in log
+        )
+        ended.setdefault(
+            f"{kind}: exit code {code}, {written[-1]['train/rollbacks']} rollbacks", []
+        ).append(number)
         lost += [] if ok else [f"run {number} ({kind}): exit code {code}, last row {written[-1]}"]
-    return Found(times, lost, "; ".join(f"{how} ({len(numbers)} times)" for how, numbers in ended.items()))
+    return Found(
+        times, lost, "; ".join(f"{how} ({len(numbers)} times)" for how, numbers in ended.items())
+    )

@@ -1,7 +1,9 @@
-"""What the faults stand on: a training of two seconds, children that can be killed, and what is told of them.
+"""What the faults stand on: a training of two seconds, children that can be killed, and what is
+told of them.
 
-The training is the tests' own (tests/support/runs.py), run by the door's function. Children are forked from a process that has
-imported everything, so that a kill costs a second and not the start of torch.
+The training is the tests' own (tests/support/runs.py), run by the door's function. Children are
+forked from a process that has imported everything, so that a kill costs a second and not the start
+of torch.
 """
 
 import itertools
@@ -46,12 +48,17 @@ def small(**knobs):
 
 
 def training(given, folder):
-    """`work` for `forked`: train a config in a folder as the door does, and end with its exit code."""
+    """`work` for `forked`: train a config in a folder as the door does, and end with its exit
+    code.
+    """
     return as_door(lambda: main.train_experiment(given, folder))
 
 
 def as_door(work):
-    """The same work, with a user's mistake as one line and exit code 2, as `command.run_door` has it."""
+    """The same work, with a user's mistake as one line and exit code 2, as `command.run_door`
+    has it.
+    """
+
     def door():
         try:
             return work()
@@ -63,10 +70,11 @@ def as_door(work):
 
 
 def forked(work, log, kill_after=None, limit=600, by=signal.SIGKILL):
-    """Do `work()` in a child, whose output is added to the file `log`; returns its exit code, -9 where it was killed.
+    """Do `work()` in a child, whose output is added to the file `log`; returns its exit code, -9
+    where it was killed.
 
-    The child is killed after `kill_after` seconds, or sent the signal `by`. Raises TimeoutError where none were given and it is
-    not done after `limit`.
+    The child is killed after `kill_after` seconds, or sent the signal `by`. Raises TimeoutError
+    where none were given and it is not done after `limit`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -74,7 +82,8 @@ def forked(work, log, kill_after=None, limit=600, by=signal.SIGKILL):
     if child == 0:
         code = 1
         try:
-            sys.stdout = sys.stderr = open(log, "a", buffering=1)  # a test's are no files of the system
+            # a test's are no files of the system
+            sys.stdout = sys.stderr = open(log, "a", buffering=1)
             os.dup2(sys.stdout.fileno(), 1)
             os.dup2(sys.stdout.fileno(), 2)
             code = work() or 0
@@ -90,7 +99,9 @@ def forked(work, log, kill_after=None, limit=600, by=signal.SIGKILL):
     clock.cancel()
     clock.join()
     if late and kill_after is None:
-        raise TimeoutError(f"a child was not done after {limit} seconds; it said {last_line(log)!r}")
+        raise TimeoutError(
+            f"a child was not done after {limit} seconds; it said {last_line(log)!r}"
+        )
     return code
 
 
@@ -100,11 +111,13 @@ def die():
 
 
 def before_call(home, attribute, at, then=die):
-    """From now on `home.attribute` does `then()` in place of its `at`-th call; with `at=None` it only counts.
+    """From now on `home.attribute` does `then()` in place of its `at`-th call; with `at=None` it
+    only counts.
 
     Returns a function that says how many calls there were.
     """
-    original, calls = getattr(home, attribute), itertools.count(1)
+    original = getattr(home, attribute)
+    calls = itertools.count(1)
 
     def counted(*arguments, **options):
         if next(calls) == at:
@@ -120,7 +133,9 @@ def last_line(log):
 
 
 def differences(whole, other):
-    """Lines that say in what a finished run differs from `whole`, the same one left alone: none, if nothing was lost."""
+    """Lines that say in what a finished run differs from `whole`, the same one left alone: none,
+    if nothing was lost.
+    """
     found = []
     (left, right) = (checkpoint.checkpoints(folder) for folder in (whole, other))
     if [path.name for _, path in left] != [path.name for _, path in right]:
@@ -128,12 +143,21 @@ def differences(whole, other):
     else:
         for (_, one), (_, two) in zip(left, right, strict=True):
             ours, theirs = (checkpoint.load(path)["parts"] for path in (one, two))
-            found += [f"part {name} in {two.name}" for name in ours
-                      if name != "tracker" and not equal(ours[name], theirs[name])]
-    names = sorted({path.relative_to(folder) for folder in (whole, other)
-                    for path in [*folder.glob("*.safetensors"), *folder.glob("samples/*")]})
+            found += [
+                f"part {name} in {two.name}"
+                for name in ours
+                if name != "tracker" and not equal(ours[name], theirs[name])
+            ]
+    names = sorted(
+        {
+            path.relative_to(folder)
+            for folder in (whole, other)
+            for path in [*folder.glob("*.safetensors"), *folder.glob("samples/*")]
+        }
+    )
     for name in names:
-        one, two = whole / name, other / name
+        one = whole / name
+        two = other / name
         if not (one.exists() and two.exists() and one.read_bytes() == two.read_bytes()):
             found.append(str(name))
     if rows(whole) != rows(other):

@@ -1,9 +1,10 @@
-"""Things go wrong, on purpose: what was done, how often, and what was lost. `python experiments/reliability/run.py`.
+"""Things go wrong, on purpose: what was done, how often, and what was lost. `python
+experiments/reliability/run.py`.
 
-Each fault of the table is done so many times and writes its row to results.json; README.md is made from that alone (`--report`
-does no more). Rows of this commit stay, so the same command goes on where it was stopped; `--only=NAME,...` does those again.
-`--short` is what the tests do, in a minute, into a new folder. Needs `pip install -e '.[test]'`. Exit code 1 where anything
-was lost.
+Each fault of the table is done so many times and writes its row to results.json; README.md is made
+from that alone (`--report` does no more). Rows of this commit stay, so the same command goes on
+where it was stopped; `--only=NAME,...` does those again. `--short` is what the tests do, in a
+minute, into a new folder. Needs `pip install -e '.[test]'`. Exit code 1 where anything was lost.
 """
 
 import argparse
@@ -33,93 +34,197 @@ from ddpm.studies.archive import commit, this_machine
 from ddpm.studies.tables import markdown
 
 HERE = Path(__file__).parent
-SAME = "the same command goes on to the same weights, rows and pictures, bit for bit, and leaves no half file"
+SAME = (
+    "the same command goes on to the same weights, rows and pictures, bit for bit, and leaves "
+    "no half file"
+)
 
 FAULTS = {
     "kill": Fault(crashes.at_any_time, "SIGKILL at random moments of a training", SAME, 300, 2),
     "kill in serialising": Fault(
-        crashes.inside("serialising"), "SIGKILL with half of a checkpoint written", SAME, 20, 1),
-    "kill in fsync": Fault(crashes.inside("fsync"), "SIGKILL before an fsync of a file or folder", SAME, 20, 1),
-    "kill in rename": Fault(crashes.inside("rename"), "SIGKILL before a new file gets its name", SAME, 20, 1),
+        crashes.inside("serialising"), "SIGKILL with half of a checkpoint written", SAME, 20, 1
+    ),
+    "kill in fsync": Fault(
+        crashes.inside("fsync"), "SIGKILL before an fsync of a file or folder", SAME, 20, 1
+    ),
+    "kill in rename": Fault(
+        crashes.inside("rename"), "SIGKILL before a new file gets its name", SAME, 20, 1
+    ),
     "kill in deletion": Fault(
-        crashes.inside("deletion"), "SIGKILL before an old checkpoint, or a half file, is deleted", SAME, 20, 1),
-    "kill in image write": Fault(crashes.inside("picture"), "SIGKILL with half of a sample grid written", SAME, 20, 1),
+        crashes.inside("deletion"),
+        "SIGKILL before an old checkpoint, or a half file, is deleted",
+        SAME,
+        20,
+        1,
+    ),
+    "kill in image write": Fault(
+        crashes.inside("picture"), "SIGKILL with half of a sample grid written", SAME, 20, 1
+    ),
     "kill in generate": Fault(
-        crashes.drawing, "SIGKILL with half a picture of `ddpm.generate` written, or before it gets its name, in each format",
-        "the same command writes the same files, bit for bit, and leaves no half one", 28, 1),
+        crashes.drawing,
+        "SIGKILL with half a picture of `ddpm.generate` written, or before it gets its name, in "
+        "each format",
+        "the same command writes the same files, bit for bit, and leaves no half one",
+        28,
+        1,
+    ),
     "kill in cache build": Fault(
-        crashes.cache_build, "SIGKILL while photos are examined and decoded, or before the cache is synced or gets its name",
-        SAME, 21, 1),
+        crashes.cache_build,
+        "SIGKILL while photos are examined and decoded, or before the cache is synced or gets its "
+        "name",
+        SAME,
+        21,
+        1,
+    ),
     "kill in W&B flush": Fault(
         crashes.inside("row", crashes.unsynced, wandb__mode="offline"),
-        "SIGKILL before or after a row goes to W&B's offline log, half of them with W&B's own process",
-        f"{SAME}; `wandb sync` of the logs uploads every row once", 20, 1),
+        "SIGKILL before or after a row goes to W&B's offline log, half of them with W&B's own "
+        "process",
+        f"{SAME}; `wandb sync` of the logs uploads every row once",
+        20,
+        1,
+    ),
     "flipped bits": Fault(
-        damage.unseen, "one bit flipped anywhere in a checkpoint or in exported weights, or the file cut short",
-        "it is refused as damaged, or all that is read from it is what was written", 2000, 60),
+        damage.unseen,
+        "one bit flipped anywhere in a checkpoint or in exported weights, or the file cut short",
+        "it is refused as damaged, or all that is read from it is what was written",
+        2000,
+        60,
+    ),
     "damaged checkpoint": Fault(
-        damage.rotten, "the newest checkpoint, or the newest two, damaged so",
-        f"a line says so, the damaged file is kept, and from the one before {SAME}", 40, 2),
+        damage.rotten,
+        "the newest checkpoint, or the newest two, damaged so",
+        f"a line says so, the damaged file is kept, and from the one before {SAME}",
+        40,
+        2,
+    ),
     "all checkpoints damaged": Fault(
-        damage.all_rotten, "every checkpoint cut short", "one line, exit code 2, and no file of the run is changed", 20, 1),
+        damage.all_rotten,
+        "every checkpoint cut short",
+        "one line, exit code 2, and no file of the run is changed",
+        20,
+        1,
+    ),
     "disk full": Fault(
-        damage.full, "the disk full, or a file too long for it, at any point of a training",
-        f"one line says what is in the way, exit code 1, checkpoints are whole; with room {SAME}", 40, 1),
+        damage.full,
+        "the disk full, or a file too long for it, at any point of a training",
+        f"one line says what is in the way, exit code 1, checkpoints are whole; with room {SAME}",
+        40,
+        1,
+    ),
     "two processes": Fault(
-        damage.shared, "a second training begun in the run folder of a first, in its middle",
-        "the second is refused in one line, exit code 2, and the first ends as alone", 20, 1),
+        damage.shared,
+        "a second training begun in the run folder of a first, in its middle",
+        "the second is refused in one line, exit code 2, and the first ends as alone",
+        20,
+        1,
+    ),
     "hostile files": Fault(
-        hostile.refused, "checkpoints, exported weights, diffusers folders and configs inside them that are made to run code, "
-        "to leave their folder or to claim terabytes, at every door that takes one, which may take 1 GiB more than before",
-        "one line, exit code 2, no code is run, no file is made", 3, 1),
+        hostile.refused,
+        "checkpoints, exported weights, diffusers folders and configs inside them that are made "
+        "to run code, to leave their folder or to claim terabytes, at every door that takes one, "
+        "which may take 1 GiB more than before",
+        "one line, exit code 2, no code is run, no file is made",
+        3,
+        1,
+    ),
     "hostile caches": Fault(
-        hostile.caches, "the same, and flipped bits, in place of what is kept in `$DDPM_CACHE` between runs",
-        "what was kept is worked out anew and replaced", 1, 1),
+        hostile.caches,
+        "the same, and flipped bits, in place of what is kept in `$DDPM_CACHE` between runs",
+        "what was kept is worked out anew and replaced",
+        1,
+        1,
+    ),
     "pre-emption": Fault(
-        preemption.at_any_time, "SIGTERM, SIGUSR1, SIGINT at random moments of a training that mostly draws and measures",
-        "it saves and exits with 75; " + SAME, 50, 2),
+        preemption.at_any_time,
+        "SIGTERM, SIGUSR1, SIGINT at random moments of a training that mostly draws and measures",
+        "it saves and exits with 75; " + SAME,
+        50,
+        2,
+    ),
     "divergence": Fault(
-        divergence.in_turn, "batches, weights or learning rates that no training survives",
-        "the step is skipped, or the run goes back and ends well, or it stops with 3 and a diagnosis", 20, 1),
+        divergence.in_turn,
+        "batches, weights or learning rates that no training survives",
+        "the step is skipped, or the run goes back and ends well, or it stops with 3 and a "
+        "diagnosis",
+        20,
+        1,
+    ),
     "bad images": Fault(
-        bad_images.among_good_ones, "files of images that are damaged, or made to do harm, beside twelve good ones",
-        "a training learns from what can be read as if nothing else were there, bit for bit", 1000, 20),
+        bad_images.among_good_ones,
+        "files of images that are damaged, or made to do harm, beside twelve good ones",
+        "a training learns from what can be read as if nothing else were there, bit for bit",
+        1000,
+        20,
+    ),
     "images that change": Fault(
-        bad_images.while_read, "a folder is read while its files are written, cut off, removed, replaced by pipes",
-        "it can be read, and afterwards each file is taken for what it is", 300, 10),
+        bad_images.while_read,
+        "a folder is read while its files are written, cut off, removed, replaced by pipes",
+        "it can be read, and afterwards each file is taken for what it is",
+        300,
+        10,
+    ),
     "kill a rank": Fault(
-        ranks.rank_killed, "SIGKILL of one of two ranks at random moments, by torchrun --max-restarts",
-        "torchrun starts the ranks again, and the weights, rows and pictures are the same, bit for bit", 20, 0),
+        ranks.rank_killed,
+        "SIGKILL of one of two ranks at random moments, by torchrun --max-restarts",
+        "torchrun starts the ranks again, and the weights, rows and pictures are the same, bit "
+        "for bit",
+        20,
+        0,
+    ),
     "other ranks": Fault(
-        ranks.other_worlds, "a run goes on from its checkpoint on another number of ranks, 1, 2 or 4",
-        "the losses are the same but for rounding", 10, 0),
+        ranks.other_worlds,
+        "a run goes on from its checkpoint on another number of ranks, 1, 2 or 4",
+        "the losses are the same but for rounding",
+        10,
+        0,
+    ),
     "nodes": Fault(
-        ranks.nodes_come_and_go, "of two nodes (torchrun --nnodes=1:2) one is killed, agent and rank, and joins again",
-        "the other goes on alone, then both do; each step has its row", 10, 0),
+        ranks.nodes_come_and_go,
+        "of two nodes (torchrun --nnodes=1:2) one is killed, agent and rank, and joins again",
+        "the other goes on alone, then both do; each step has its row",
+        10,
+        0,
+    ),
     **tracking.FAULTS,
     **fuzz.FAULTS,
 }
 
 
 def isolated(home):
-    """Let nothing of the person who runs this be read or changed: caches, logins and settings are below `home`."""
+    """Let nothing of the person who runs this be read or changed: caches, logins and settings
+    are below `home`.
+    """
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
-    os.environ.update({name: str(home) for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "DDPM_CACHE")})
+    os.environ.update(
+        {
+            name: str(home)
+            for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCH_HOME", "DDPM_CACHE")
+        }
+    )
 
 
 def found_of(fault, folder, times):
-    """The Found of a fault that is done so often in a new folder; where its own script fails, that is a loss too."""
+    """The Found of a fault that is done so often in a new folder; where its own script fails,
+    that is a loss too.
+    """
     try:
         return fault.do(folder, times, 0)
     except Exception as error:
         traceback.print_exc()
-        return Found(0, [" ".join(f"the script of this fault failed: {type(error).__name__}: {error}".split())])
+        return Found(
+            0,
+            [" ".join(f"the script of this fault failed: {type(error).__name__}: {error}".split())],
+        )
 
 
 def do(names, short, out, again):
-    """Do the faults of these names and keep a row for each as it ends; those that have one of this commit only `again`."""
-    head, path = commit(), out / "results.json"
+    """Do the faults of these names and keep a row for each as it ends; those that have one of
+    this commit only `again`.
+    """
+    head = commit()
+    path = out / "results.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
         fault = FAULTS[name]
@@ -127,17 +232,35 @@ def do(names, short, out, again):
         if not times:
             print(f"{name}: in full only")
             continue
-        if not again and (row := kept.get(name)) and (row["commit"], row["asked"]) == (head, times) and not row["lost"]:
+        if (
+            not again
+            and (row := kept.get(name))
+            and (row["commit"], row["asked"]) == (head, times)
+            and not row["lost"]
+        ):
             continue
         begun = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="ddpm-") as folder:
             found = found_of(fault, Path(folder), times)
-        kept[name] = {"what": fault.what, "holds": fault.holds, "asked": times, **found._asdict(),
-                      "seconds": round(time.monotonic() - begun, 1), "commit": head, "torch": torch.__version__,
-                      "machine": this_machine()}
+        kept[name] = {
+            "what": fault.what,
+            "holds": fault.holds,
+            "asked": times,
+            **found._asdict(),
+            "seconds": round(time.monotonic() - begun, 1),
+            "commit": head,
+            "torch": torch.__version__,
+            "machine": this_machine(),
+        }
         with written_beside(path) as part:
-            part.write_text(json.dumps({name: kept[name] for name in FAULTS if name in kept}, indent=1) + "\n")
-        print(f"{name}: {found.done} of {times} times in {kept[name]['seconds']} s, {losses(kept[name])}", flush=True)
+            part.write_text(
+                json.dumps({name: kept[name] for name in FAULTS if name in kept}, indent=1) + "\n"
+            )
+        print(
+            f"{name}: {found.done} of {times} times in {kept[name]['seconds']} s, "
+            f"{losses(kept[name])}",
+            flush=True,
+        )
 
 
 def losses(row):
@@ -148,13 +271,26 @@ def report(out):
     """Write README.md from results.json; returns True where nothing was lost."""
     kept = json.loads((out / "results.json").read_text())
     lines = [["fault", "what was done", "times", "what must hold", "lost", "figures"]]
-    lines += [[name, row["what"], f"{row['done']:,}", row["holds"], losses(row), row["said"]] for name, row in kept.items()]
-    bad, done = [name for name, row in kept.items() if row["lost"]], sum(row["done"] for row in kept.values())
+    lines += [
+        [name, row["what"], f"{row['done']:,}", row["holds"], losses(row), row["said"]]
+        for name, row in kept.items()
+    ]
+    bad = [name for name, row in kept.items() if row["lost"]]
+    done = sum(row["done"] for row in kept.values())
     answer = f"**Answer.** {len(kept)} kinds of fault were done {done:,} times in all, and "
-    answer += f"something was lost in {len(bad)} of them: {', '.join(bad)}." if bad else "nothing was lost."
-    made = {key: ", ".join(dict.fromkeys(row[key] for row in kept.values())) for key in ("commit", "torch", "machine")}
+    answer += (
+        f"something was lost in {len(bad)} of them: {', '.join(bad)}."
+        if bad
+        else "nothing was lost."
+    )
+    made = {
+        key: ", ".join(dict.fromkeys(row[key] for row in kept.values()))
+        for key in ("commit", "torch", "machine")
+    }
     hours = sum(row["seconds"] for row in kept.values()) / 3600
-    (out / "README.md").write_text(TEXT.format(answer=fill(answer, 128), table=markdown(lines), hours=hours, **made))
+    (out / "README.md").write_text(
+        TEXT.format(answer=fill(answer, 128), table=markdown(lines), hours=hours, **made)
+    )
     return not bad
 
 
@@ -183,9 +319,17 @@ By `python experiments/reliability/run.py` ({hours:.1f} hours) at commit {commit
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="each fault as seldom as in the tests")
-    parser.add_argument("--only", default="", help=f"some of the faults, again: {', '.join(FAULTS)}")
-    parser.add_argument("--report", action="store_true", help="write the report of results.json anew")
-    parser.add_argument("--out", type=Path, help="folder for the results and the report; by default this one, in full")
+    parser.add_argument(
+        "--only", default="", help=f"some of the faults, again: {', '.join(FAULTS)}"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="write the report of results.json anew"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the results and the report; by default this one, in full",
+    )
     given = parser.parse_args(arguments)
     given.out = given.out or (Path(tempfile.mkdtemp(prefix="ddpm-short-")) if given.short else HERE)
     names = [name.strip() for name in given.only.split(",") if name.strip()]

@@ -1,12 +1,15 @@
-"""An hour of trainings, kills, restarts, evaluations and sweeps: does anything grow? `python experiments/reliability/soak.py`.
+"""An hour of trainings, kills, restarts, evaluations and sweeps: does anything grow? `python
+experiments/reliability/soak.py`.
 
-Two trainings of one config run side by side, by the doors that users call. One, `steady`, is never disturbed; the other,
-`killed`, is stopped at random moments, by SIGKILL and SIGTERM in turn, and the same command goes on with it; between its lives
-it is measured and drawn from, and a sweep runs. Memory, open files, threads and processes are read all the while. At the end
-both must hold the same weights wherever both kept a milestone, and nothing that was started may still be there.
+Two trainings of one config run side by side, by the doors that users call. One, `steady`, is never
+disturbed; the other, `killed`, is stopped at random moments, by SIGKILL and SIGTERM in turn, and
+the same command goes on with it; between its lives it is measured and drawn from, and a sweep runs.
+Memory, open files, threads and processes are read all the while. At the end both must hold the same
+weights wherever both kept a milestone, and nothing that was started may still be there.
 
-Writes soak.json and soak.csv, and from them soak.md and soak.png (`--report` does the latter alone). Needs `pip install -e
-'.[test]'` and Linux. Exit code 1 where anything was lost or left behind.
+Writes soak.json and soak.csv, and from them soak.md and soak.png (`--report` does the latter
+alone). Needs `pip install -e '.[test]'` and Linux. Exit code 1 where anything was lost or left
+behind.
 """
 
 import argparse
@@ -39,11 +42,30 @@ from ddpm.training import checkpoint
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SIZE = ["model.model_channels=8", "model.num_res_blocks=1", "model.channel_mult=1,2", "model.attention_resolutions=8,",
-        "diffusion.timesteps=100", "train.batch_size=16", "sample.steps=5", "sample.num_images=16", "evaluate.num_samples=64",
-        "evaluate.steps=5", "evaluate.sampler=ddim", "evaluate.extractor=digits"]
-LONG = ["train.length=10000000 steps", "every.log=50 steps", "every.sample=500 steps", "every.validate=250 steps",
-        "every.evaluate=500 steps", "every.save=100 steps", "every.milestone=1000 steps", "data.num_workers=1"]
+SIZE = [
+    "model.model_channels=8",
+    "model.num_res_blocks=1",
+    "model.channel_mult=1,2",
+    "model.attention_resolutions=8,",
+    "diffusion.timesteps=100",
+    "train.batch_size=16",
+    "sample.steps=5",
+    "sample.num_images=16",
+    "evaluate.num_samples=64",
+    "evaluate.steps=5",
+    "evaluate.sampler=ddim",
+    "evaluate.extractor=digits",
+]
+LONG = [
+    "train.length=10000000 steps",
+    "every.log=50 steps",
+    "every.sample=500 steps",
+    "every.validate=250 steps",
+    "every.evaluate=500 steps",
+    "every.save=100 steps",
+    "every.milestone=1000 steps",
+    "data.num_workers=1",
+]
 SWEEP = """
 project: soak
 name: sweep
@@ -62,12 +84,26 @@ class Watched:
     """A door that runs in a session of its own, so that what it leaves behind is found."""
 
     def __init__(self, folder, name, *words):
-        self.name, self.born, self.log = name, time.monotonic(), folder / f"{name}.out"
-        home = {"HOME": str(folder), "DDPM_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1",
-                "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
+        self.name = name
+        self.born = time.monotonic()
+        self.log = folder / f"{name}.out"
+        home = {
+            "HOME": str(folder),
+            "DDPM_CACHE": str(folder / "cache"),
+            "TMPDIR": str(folder / "tmp"),
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "offline",
+            "PYTHONPATH": str(ROOT),
+        }
         with open(self.log, "ab") as out:
-            self.process = subprocess.Popen([sys.executable, "-m", *words], cwd=folder, env=os.environ | home, stdout=out,
-                                            stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *words],
+                cwd=folder,
+                env=os.environ | home,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait(self, seconds=300):
         """Its exit code, when it ends in time."""
@@ -83,21 +119,32 @@ class Watched:
         return found
 
     def reading(self):
-        """What it has now: MiB and threads, its own and its children's; open files and processes; None when it is gone."""
+        """What it has now: MiB and threads, its own and its children's; open files and
+        processes; None when it is gone.
+        """
         with contextlib.suppress(psutil.Error):
             main = psutil.Process(self.process.pid)
             tree = [main, *main.children(recursive=True)]
             mib = [one.memory_info().rss / 2**20 for one in tree]
             threads = [one.num_threads() for one in tree]
-            return {"mib": mib[0], "children_mib": sum(mib[1:]), "files": sum(one.num_fds() for one in tree),
-                    "threads": threads[0], "children_threads": sum(threads[1:]), "processes": len(tree)}
+            return {
+                "mib": mib[0],
+                "children_mib": sum(mib[1:]),
+                "files": sum(one.num_fds() for one in tree),
+                "threads": threads[0],
+                "children_threads": sum(threads[1:]),
+                "processes": len(tree),
+            }
 
 
 class Readings:
     """What is watched, read every few seconds by a thread; rows of soak.csv."""
 
     def __init__(self, every):
-        self.rows, self.watched, self.begun, self.over = [], {}, time.monotonic(), threading.Event()
+        self.rows = []
+        self.watched = {}
+        self.begun = time.monotonic()
+        self.over = threading.Event()
         self.thread = threading.Thread(target=self.read, args=(every,), daemon=True)
         self.thread.start()
 
@@ -106,8 +153,14 @@ class Readings:
             for one in list(self.watched.values()):
                 if found := one.reading():
                     now = time.monotonic()
-                    self.rows.append({"seconds": round(now - self.begun, 1), "who": one.name, "age": round(now - one.born, 1)}
-                                     | {key: round(value, 1) for key, value in found.items()})
+                    self.rows.append(
+                        {
+                            "seconds": round(now - self.begun, 1),
+                            "who": one.name,
+                            "age": round(now - one.born, 1),
+                        }
+                        | {key: round(value, 1) for key, value in found.items()}
+                    )
 
     def stop(self):
         self.over.set()
@@ -120,8 +173,14 @@ def knobs(words):
 
 def training(folder, name):
     source = f"data.source=folder(path='{folder / 'photos'}')"
-    return Watched(folder, name, "ddpm.main", f"--config={ROOT / 'configs' / 'digits.py'}", *knobs([*SIZE, *LONG, source]),
-                   f"--workdir={folder / name}")
+    return Watched(
+        folder,
+        name,
+        "ddpm.main",
+        f"--config={ROOT / 'configs' / 'digits.py'}",
+        *knobs([*SIZE, *LONG, source]),
+        f"--workdir={folder / name}",
+    )
 
 
 def last_row(folder):
@@ -133,7 +192,9 @@ def last_row(folder):
 
 def life(folder, readings, draw, number, longest):
     """Let `killed` live for a random time and end it; what it was like."""
-    begun, before, one = time.monotonic(), last_row(folder / "killed"), training(folder, "killed")
+    begun = time.monotonic()
+    before = last_row(folder / "killed")
+    one = training(folder, "killed")
     readings.watched["killed"] = one
     until = begun + draw.uniform(0.2, 1) * longest
     first = None
@@ -147,9 +208,17 @@ def life(folder, readings, draw, number, longest):
     code = one.wait()
     took = time.monotonic() - asked
     del readings.watched["killed"]
-    return {"life": number, "begun": round(begun - readings.begun, 1), "signal": "SIGKILL" if hard else "SIGTERM",
-            "code": code, "seconds": round(asked - begun, 1), "to_first_row": first and round(first, 1),
-            "to_exit": round(took, 1), "step": last_row(folder / "killed"), "left": leftovers([one])}
+    return {
+        "life": number,
+        "begun": round(begun - readings.begun, 1),
+        "signal": "SIGKILL" if hard else "SIGTERM",
+        "code": code,
+        "seconds": round(asked - begun, 1),
+        "to_first_row": first and round(first, 1),
+        "to_exit": round(took, 1),
+        "step": last_row(folder / "killed"),
+        "left": leftovers([one]),
+    }
 
 
 def leftovers(ended, patience=30):
@@ -164,48 +233,107 @@ def door(folder, name, *words):
     """Run a door to its end: its exit code, and what it left behind."""
     one = Watched(folder, name, *words)
     code = one.wait()
-    return {"door": name, "code": code, "seconds": round(time.monotonic() - one.born, 1), "left": leftovers([one])}
+    return {
+        "door": name,
+        "code": code,
+        "seconds": round(time.monotonic() - one.born, 1),
+        "left": leftovers([one]),
+    }
 
 
 def lying_about(folder):
-    """Files that nobody should find: temporary and half-written ones, shared memory; and how many checkpoints there are."""
-    kept = [path for _, path in checkpoint.checkpoints(folder / "killed") if not path.name.endswith(".keep.pt")]
-    temporary = sum(path.is_file() for path in (folder / "tmp").rglob("*") if path.suffix != ".log")  # W&B's command line's
-    return {"temporary": temporary, "parts": len(list(folder.rglob("*.part"))),
-            "shared_memory": len(list(Path("/dev/shm").iterdir())), "checkpoints": len(kept)}
+    """Files that nobody should find: temporary and half-written ones, shared memory; and how
+    many checkpoints there are.
+    """
+    kept = [
+        path
+        for _, path in checkpoint.checkpoints(folder / "killed")
+        if not path.name.endswith(".keep.pt")
+    ]
+    # W&B's command line's
+    temporary = sum(path.is_file() for path in (folder / "tmp").rglob("*") if path.suffix != ".log")
+    return {
+        "temporary": temporary,
+        "parts": len(list(folder.rglob("*.part"))),
+        "shared_memory": len(list(Path("/dev/shm").iterdir())),
+        "checkpoints": len(kept),
+    }
 
 
 def soak(folder, minutes, seed):
     """All of it; what is written to soak.json, and the rows of soak.csv."""
     (folder / "tmp").mkdir()
     write_photos(folder / "photos")
-    (folder / "sweep.yaml").write_text(SWEEP + "command: " + json.dumps(
-        ["${env}", "${interpreter}", "-m", "ddpm.main", f"--config={ROOT / 'configs' / 'digits.py'}", *knobs(SIZE), "${args}"]))
-    until, longest, draw = time.monotonic() + 60 * minutes, min(180, 20 * minutes), random.Random(seed)
-    readings, lives, doors, lying = Readings(every=min(5, minutes)), [], [], [lying_about(folder)]
+    (folder / "sweep.yaml").write_text(
+        SWEEP
+        + "command: "
+        + json.dumps(
+            [
+                "${env}",
+                "${interpreter}",
+                "-m",
+                "ddpm.main",
+                f"--config={ROOT / 'configs' / 'digits.py'}",
+                *knobs(SIZE),
+                "${args}",
+            ]
+        )
+    )
+    until = time.monotonic() + 60 * minutes
+    longest = min(180, 20 * minutes)
+    draw = random.Random(seed)
+    readings = Readings(every=min(5, minutes))
+    lives = []
+    doors = []
+    lying = [lying_about(folder)]
     steady = readings.watched["steady"] = training(folder, "steady")
     while time.monotonic() < until or not lives:
         lives.append(life(folder, readings, draw, len(lives), longest))
         if checkpoint.checkpoints(folder / "killed"):
-            doors.append(door(folder, "evaluate", "ddpm.evaluate", f"--checkpoint={folder / 'killed'}"))
-            doors.append(door(folder, "generate", "ddpm.generate", f"--checkpoint={folder / 'killed'}", "--num_images=8",
-                              f"--out={folder / 'drawn'}", "--format=png"))
+            doors.append(
+                door(folder, "evaluate", "ddpm.evaluate", f"--checkpoint={folder / 'killed'}")
+            )
+            doors.append(
+                door(
+                    folder,
+                    "generate",
+                    "ddpm.generate",
+                    f"--checkpoint={folder / 'killed'}",
+                    "--num_images=8",
+                    f"--out={folder / 'drawn'}",
+                    "--format=png",
+                )
+            )
         if len(lives) % 4 == 1:
             runs = folder / f"sweep{len(lives)}"
-            doors.append(door(folder, "sweep", "ddpm.sweep", f"{folder / 'sweep.yaml'}", f"--runs={runs}"))
+            doors.append(
+                door(folder, "sweep", "ddpm.sweep", f"{folder / 'sweep.yaml'}", f"--runs={runs}")
+            )
         lying.append(lying_about(folder))
         print(lives[-1], doors[-3:], lying[-1], flush=True)
     readings.stop()
     steady.process.send_signal(signal.SIGTERM)
     code = steady.wait()
     same, other = milestones(folder)
-    return {"commit": commit(), "machine": this_machine(), "minutes": minutes, "seed": seed, "lives": lives, "doors": doors,
-            "lying": lying, "steady": {"code": code, "step": last_row(folder / "steady"), "left": leftovers([steady])},
-            "rows_missing": missing_rows(folder / "killed"), "milestones_same": same, "milestones_other": other}, readings.rows
+    return {
+        "commit": commit(),
+        "machine": this_machine(),
+        "minutes": minutes,
+        "seed": seed,
+        "lives": lives,
+        "doors": doors,
+        "lying": lying,
+        "steady": {"code": code, "step": last_row(folder / "steady"), "left": leftovers([steady])},
+        "rows_missing": missing_rows(folder / "killed"),
+        "milestones_same": same,
+        "milestones_other": other,
+    }, readings.rows
 
 
 def milestones(folder):
-    """How many milestones of both runs hold the same weights, averages and optimiser, to the bit, and how many do not."""
+    """How many milestones of both runs hold the same weights, averages and optimiser, to the
+    bit, and how many do not.
+    """
     paths = [dict(checkpoint.checkpoints(folder / name)) for name in ("steady", "killed")]
     found = []
     for step in paths[0].keys() & paths[1].keys():
@@ -217,10 +345,14 @@ def milestones(folder):
 def missing_rows(folder):
     """Steps of the rhythm of every.log that lack their row, or have two."""
     try:
-        steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [
+            json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
     except OSError:
         return ["all"]
-    return sorted(set(range(50, max(steps), 50)) - set(steps)) + [step for step in set(steps) if steps.count(step) > 1]
+    return sorted(set(range(50, max(steps), 50)) - set(steps)) + [
+        step for step in set(steps) if steps.count(step) > 1
+    ]
 
 
 def write_photos(folder):
@@ -235,31 +367,54 @@ def write_photos(folder):
 
 
 def growth(rows, who, key):
-    """(median after the caches have filled, median at the end, least-squares slope an hour between) of a column."""
+    """(median after the caches have filled, median at the end, least-squares slope an hour
+    between) of a column.
+    """
     mine = [row for row in rows if row["who"] == who]
     end = max(row["seconds"] for row in mine)
     settled = [row for row in mine if row["seconds"] >= SETTLED * end]
-    early, late = ([row[key] for row in settled if low * end <= row["seconds"] <= high * end]
-                   for low, high in ((SETTLED, 2 * SETTLED), (1 - SETTLED, 1)))
-    x, y = (torch.tensor([row[name] for row in settled], dtype=torch.float64) for name in ("seconds", key))
+    early, late = (
+        [row[key] for row in settled if low * end <= row["seconds"] <= high * end]
+        for low, high in ((SETTLED, 2 * SETTLED), (1 - SETTLED, 1))
+    )
+    x, y = (
+        torch.tensor([row[name] for row in settled], dtype=torch.float64)
+        for name in ("seconds", key)
+    )
     x = x - x.mean()
     return median(early), median(late), (x @ (y - y.mean()) / (x @ x) * 3600).item()
 
 
 @figures.style()
 def curves(rows):
-    """Memory, open files and threads against time: the steady training, and the lives of the other."""
+    """Memory, open files and threads against time: the steady training, and the lives of the
+    other.
+    """
     figure, ((memory, counts),) = figures.canvas(columns=2, height=3)
-    for number, (who, key, label) in enumerate((
-            ("steady", "mib", "steady, main process"), ("steady", "children_mib", "its children"),
-            ("killed", "mib", "lives of the other, main process"))):
+    for number, (who, key, label) in enumerate(
+        (
+            ("steady", "mib", "steady, main process"),
+            ("steady", "children_mib", "its children"),
+            ("killed", "mib", "lives of the other, main process"),
+        )
+    ):
         mine = [row for row in rows if row["who"] == who]
-        memory.plot([row["seconds"] / 60 for row in mine], [row[key] for row in mine], "." if who == "killed" else "-",
-                    markersize=2, color=figures.COLOURS[number], label=label)
+        memory.plot(
+            [row["seconds"] / 60 for row in mine],
+            [row[key] for row in mine],
+            "." if who == "killed" else "-",
+            markersize=2,
+            color=figures.COLOURS[number],
+            label=label,
+        )
     for number, key in enumerate(("files", "threads", "children_threads", "processes")):
         mine = [row for row in rows if row["who"] == "steady"]
-        counts.plot([row["seconds"] / 60 for row in mine], [row[key] for row in mine], label=key.replace("_", " "),
-                    **figures.look(number))
+        counts.plot(
+            [row["seconds"] / 60 for row in mine],
+            [row[key] for row in mine],
+            label=key.replace("_", " "),
+            **figures.look(number),
+        )
     memory.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
     counts.set(xlabel="minutes", ylabel="of steady and its children", ylim=(0, None))
     for axis in (memory, counts):
@@ -268,24 +423,47 @@ def curves(rows):
 
 
 def faults(found, rows):
-    """What should not have been, in words; empty where all is well. An allocator may keep a tenth more than it did at first."""
-    lives, doors, lying = found["lives"], found["doors"], found["lying"]
-    wrong = [f"life {one['life']} ended with {one['code']}" for one in lives
-             if one["code"] != (-signal.SIGKILL if one["signal"] == "SIGKILL" else os.EX_TEMPFAIL)]
+    """What should not have been, in words; empty where all is well. An allocator may keep a
+    tenth more than it did at first.
+    """
+    lives = found["lives"]
+    doors = found["doors"]
+    lying = found["lying"]
+    wrong = [
+        f"life {one['life']} ended with {one['code']}"
+        for one in lives
+        if one["code"] != (-signal.SIGKILL if one["signal"] == "SIGKILL" else os.EX_TEMPFAIL)
+    ]
     wrong += [f"{one['door']} ended with {one['code']}" for one in doors if one["code"]]
-    wrong += [f"{one['left']} processes were left" for one in (*lives, *doors, found["steady"]) if one["left"]]
-    wrong += [f"the steady run ended with {found['steady']['code']}"] * (found["steady"]["code"] != os.EX_TEMPFAIL)
+    wrong += [
+        f"{one['left']} processes were left"
+        for one in (*lives, *doors, found["steady"])
+        if one["left"]
+    ]
+    wrong += [f"the steady run ended with {found['steady']['code']}"] * (
+        found["steady"]["code"] != os.EX_TEMPFAIL
+    )
     wrong += [f"rows are missing or twice: {found['rows_missing']}"] * bool(found["rows_missing"])
     wrong += [f"{found['milestones_other']} milestones differ"] * bool(found["milestones_other"])
-    wrong += [f"{key} grew from {lying[0][key]} to {lying[-1][key]}" for key in ("temporary", "parts", "shared_memory")
-              if lying[-1][key] > lying[0][key]]
+    wrong += [
+        f"{key} grew from {lying[0][key]} to {lying[-1][key]}"
+        for key in ("temporary", "parts", "shared_memory")
+        if lying[-1][key] > lying[0][key]
+    ]
     for key, allowed in GROWTH.items():
         early, late, _ = growth(rows, "steady", key)
         wrong += [f"{key} grew from {early:.1f} to {late:.1f}"] * (late > allowed * early)
     return wrong
 
 
-GROWTH = {"mib": 1.1, "children_mib": 1.1, "files": 1, "threads": 1, "children_threads": 1, "processes": 1}
+GROWTH = {
+    "mib": 1.1,
+    "children_mib": 1.1,
+    "files": 1,
+    "threads": 1,
+    "children_threads": 1,
+    "processes": 1,
+}
 
 
 def outcome(codes):
@@ -294,11 +472,25 @@ def outcome(codes):
 
 def words(found, rows):
     """The report in Markdown."""
-    lives, doors, wrong = found["lives"], found["doors"], faults(found, rows)
-    table = [["steady, its main process and children", "after the first sixth", "in the last sixth", "slope an hour"]]
-    for key, name in (("mib", "resident memory, main process, MiB"), ("children_mib", "resident memory, children, MiB"),
-                      ("files", "open files"), ("threads", "threads, main process"), ("children_threads", "threads, children"),
-                      ("processes", "processes")):
+    lives = found["lives"]
+    doors = found["doors"]
+    wrong = faults(found, rows)
+    table = [
+        [
+            "steady, its main process and children",
+            "after the first sixth",
+            "in the last sixth",
+            "slope an hour",
+        ]
+    ]
+    for key, name in (
+        ("mib", "resident memory, main process, MiB"),
+        ("children_mib", "resident memory, children, MiB"),
+        ("files", "open files"),
+        ("threads", "threads, main process"),
+        ("children_threads", "threads, children"),
+        ("processes", "processes"),
+    ):
         early, late, slope = growth(rows, "steady", key)
         table.append([name, f"{early:.1f}", f"{late:.1f}", f"{slope:+.2f}"])
     starts = [one["to_first_row"] for one in lives if one["to_first_row"]]
@@ -306,43 +498,81 @@ def words(found, rows):
     exits = [one["to_exit"] for one in lives if one["signal"] == "SIGTERM"]
     end = lying_words(found["lying"])
     lines = [
-        f"`killed` had {len(lives)} lives ({outcome([one['code'] for one in lives])}) and came to step {lives[-1]['step']:,}; "
-        f"`steady` came to {found['steady']['step']:,}.",
+        f"`killed` had {len(lives)} lives ({outcome([one['code'] for one in lives])}) and came to "
+        f"step {lives[-1]['step']:,}; `steady` came to {found['steady']['step']:,}.",
         f"Between them {outcome_of_doors(doors)}.",
-        f"{found['milestones_same']} milestones of both hold the same weights, averages and optimiser to the bit, "
-        f"{found['milestones_other']} do not; rows of metrics.jsonl missing or twice: {len(found['rows_missing'])}.",
-        *([f"Seconds from the start of a life to its first row, in the median: {thirds(starts)}."] if starts else []),
+        f"{found['milestones_same']} milestones of both hold the same weights, averages and "
+        f"optimiser to the bit, {found['milestones_other']} do not; rows of metrics.jsonl missing "
+        f"or twice: {len(found['rows_missing'])}.",
+        *(
+            [f"Seconds from the start of a life to its first row, in the median: {thirds(starts)}."]
+            if starts
+            else []
+        ),
         *([f"MiB of a life that is {AGE} s old, in the median: {thirds(young)}."] if young else []),
-        *([f"From SIGTERM to the exit: {median(exits):.1f} s in the median, {max(exits):.1f} s at most."] if exits else []),
-        f"At the end: {end}."]
-    answer = "**Answer.** " + ("; ".join(wrong) + "." if wrong else "Nothing was lost and nothing was left behind.")
-    return TEXT.format(answer=fill(answer, 128), table=markdown(table), lines="\n".join(f"- {one}" for one in lines),
-                       **{key: found[key] for key in ("minutes", "commit", "machine", "seed")})
+        *(
+            [
+                f"From SIGTERM to the exit: {median(exits):.1f} s in the median, {max(exits):.1f} "
+                "s at most."
+            ]
+            if exits
+            else []
+        ),
+        f"At the end: {end}.",
+    ]
+    answer = "**Answer.** " + (
+        "; ".join(wrong) + "." if wrong else "Nothing was lost and nothing was left behind."
+    )
+    return TEXT.format(
+        answer=fill(answer, 128),
+        table=markdown(table),
+        lines="\n".join(f"- {one}" for one in lines),
+        **{key: found[key] for key in ("minutes", "commit", "machine", "seed")},
+    )
 
 
 def thirds(numbers):
     count = max(len(numbers) // 3, 1)
-    return f"{median(numbers[:count]):.1f} in the first third of them and {median(numbers[-count:]):.1f} in the last"
+    return (
+        f"{median(numbers[:count]):.1f} in the first third of them and "
+        f"{median(numbers[-count:]):.1f} in the last"
+    )
 
 
 def lying_words(lying):
-    first, last = lying[0], lying[-1]
-    return (f"{last['checkpoints']} checkpoints beside milestones, {last['parts']} half files, {last['temporary']} temporary "
-            f"files ({first['temporary']} at the start), {last['shared_memory']} objects of shared memory "
-            f"({first['shared_memory']})")
+    first = lying[0]
+    last = lying[-1]
+    return (
+        f"{last['checkpoints']} checkpoints beside milestones, {last['parts']} half files, "
+        f"{last['temporary']} temporary files ({first['temporary']} at the start), "
+        f"{last['shared_memory']} objects of shared memory ({first['shared_memory']})"
+    )
 
 
 def at_age(rows, life):
-    """MiB of the main process of a life of `killed` when it was AGE seconds old; None for one that died younger."""
-    begun, end = life["begun"], life["begun"] + life["seconds"]
-    mine = [row["mib"] for row in rows if row["who"] == "killed" and begun <= row["seconds"] <= end and row["age"] >= AGE]
+    """MiB of the main process of a life of `killed` when it was AGE seconds old; None for one
+    that died younger.
+    """
+    begun = life["begun"]
+    end = life["begun"] + life["seconds"]
+    mine = [
+        row["mib"]
+        for row in rows
+        if row["who"] == "killed" and begun <= row["seconds"] <= end and row["age"] >= AGE
+    ]
     return mine[0] if mine else None
 
 
 def outcome_of_doors(doors):
     names = dict.fromkeys(one["door"] for one in doors)
-    return "; ".join(f"`ddpm.{name}` ran {sum(one['door'] == name for one in doors)} times "
-                     f"({outcome([one['code'] for one in doors if one['door'] == name])})" for name in names) or "no door ran"
+    return (
+        "; ".join(
+            f"`ddpm.{name}` ran {sum(one['door'] == name for one in doors)} times "
+            f"({outcome([one['code'] for one in doors if one['door'] == name])})"
+            for name in names
+        )
+        or "no door ran"
+    )
 
 
 TEXT = """# An hour of kills, restarts, evaluations and sweeps
@@ -373,7 +603,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--report", action="store_true", help="write the report of soak.json and soak.csv anew")
+    parser.add_argument(
+        "--report", action="store_true", help="write the report of soak.json and soak.csv anew"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder for what is written")
     given = parser.parse_args(arguments)
     if not given.report:
@@ -387,7 +619,10 @@ def main(arguments=None):
             writer.writerows(rows)
     found = json.loads((given.out / "soak.json").read_text())
     with (given.out / "soak.csv").open() as lines:
-        rows = [{key: value if key == "who" else float(value) for key, value in line.items()} for line in csv.DictReader(lines)]
+        rows = [
+            {key: value if key == "who" else float(value) for key, value in line.items()}
+            for line in csv.DictReader(lines)
+        ]
     figures.save(curves(rows), given.out / "soak.png")
     (given.out / "soak.md").write_text(words(found, rows))
     print((given.out / "soak.md").read_text())

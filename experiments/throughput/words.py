@@ -8,7 +8,9 @@ from ddpm.studies import figures
 from ddpm.studies.report import listed
 from ddpm.studies.tables import markdown, plain
 
-OURS, EQUAL, NEAREST = "ddpm", "diffusers", "denoising-diffusion-pytorch"
+OURS = "ddpm"
+EQUAL = "diffusers"
+NEAREST = "denoising-diffusion-pytorch"
 GIB = 2**30
 
 
@@ -21,7 +23,9 @@ def way(row):
 
 
 def ratios(row, rows):
-    """How many times as long as ours a row's image takes, in each round; the rounds alternate, so they are pairs."""
+    """How many times as long as ours a row's image takes, in each round; the rounds alternate,
+    so they are pairs.
+    """
     ours = next(other for other in rows if other["contender"] == OURS and key(other) == key(row))
     pairs = zip(row["seconds"], ours["seconds"], strict=True)
     return [(theirs / row["batch"]) / (mine / ours["batch"]) for theirs, mine in pairs]
@@ -34,25 +38,60 @@ def spread(values, form="{:.2f}"):
 
 
 def step_table(rows, made):
-    table = [["task", "by", "type", "batch", "parameters, M", "GFLOP an image", "ms a step", "images/s", "GFLOP/s",
-              "time an image / ours", "peak, GiB", "start, s"]]
+    table = [
+        [
+            "task",
+            "by",
+            "type",
+            "batch",
+            "parameters, M",
+            "GFLOP an image",
+            "ms a step",
+            "images/s",
+            "GFLOP/s",
+            "time an image / ours",
+            "peak, GiB",
+            "start, s",
+        ]
+    ]
     peaks = made["peaks"]
     table[0][9:9] = ["MFU"] * bool(peaks)
     for row in rows:
         rate = row["batch"] / median(row["seconds"])
         mfu = [f"{rate * row['flops'] / peaks[row['type']]:.1%}"] if peaks else []
-        table.append([
-            row["task"], row["contender"], way(row), str(row["batch"]), f"{row['parameters'] / 1e6:.2f}",
-            f"{row['flops'] / 1e9:.3g}", f"{1000 * median(row['seconds']):,.1f}", f"{rate:,.3g}",
-            f"{rate * row['flops'] / 1e9:,.1f}", *mfu, spread(ratios(row, rows)), f"{row['peak_bytes'] / GIB:.2f}",
-            f"{row['start_seconds']:.1f}"])
+        table.append(
+            [
+                row["task"],
+                row["contender"],
+                way(row),
+                str(row["batch"]),
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['flops'] / 1e9:.3g}",
+                f"{1000 * median(row['seconds']):,.1f}",
+                f"{rate:,.3g}",
+                f"{rate * row['flops'] / 1e9:,.1f}",
+                *mfu,
+                spread(ratios(row, rows)),
+                f"{row['peak_bytes'] / GIB:.2f}",
+                f"{row['start_seconds']:.1f}",
+            ]
+        )
     return table
 
 
 def terminal(rows):
-    return plain([[row["task"], row["contender"], way(row),
-                   f"{1000 * median(row['seconds']):,.1f} ms a step", f"{row['batch'] / median(row['seconds']):,.3g} images/s"]
-                  for row in rows])
+    return plain(
+        [
+            [
+                row["task"],
+                row["contender"],
+                way(row),
+                f"{1000 * median(row['seconds']):,.1f} ms a step",
+                f"{row['batch'] / median(row['seconds']):,.3g} images/s",
+            ]
+            for row in rows
+        ]
+    )
 
 
 def stage_table(rows):
@@ -65,35 +104,65 @@ def stage_table(rows):
 
 
 def outside(row):
-    """Milliseconds that a drawing spends outside the network, for each time it asks it, in each round."""
-    return [1000 * (whole - inside) / row["evaluations"]
-            for whole, inside in zip(row["seconds"], row["network_seconds"], strict=True)]
+    """Milliseconds that a drawing spends outside the network, for each time it asks it, in each
+    round.
+    """
+    return [
+        1000 * (whole - inside) / row["evaluations"]
+        for whole, inside in zip(row["seconds"], row["network_seconds"], strict=True)
+    ]
 
 
 def draw_table(rows):
-    table = [["by", "sampler", "evaluations", "ms in the network, each", "ms outside, each", "images/s"]]
+    table = [
+        ["by", "sampler", "evaluations", "ms in the network, each", "ms outside, each", "images/s"]
+    ]
     for row in rows:
         inside = [1000 * spent / row["evaluations"] for spent in row["network_seconds"]]
-        table.append([row["contender"], row["sampler"], str(row["evaluations"]), f"{median(inside):.2f}",
-                      spread(outside(row), "{:.3f}"), f"{row['images'] / median(row['seconds']):.3g}"])
+        table.append(
+            [
+                row["contender"],
+                row["sampler"],
+                str(row["evaluations"]),
+                f"{median(inside):.2f}",
+                spread(outside(row), "{:.3f}"),
+                f"{row['images'] / median(row['seconds']):.3g}",
+            ]
+        )
     return table
 
 
 def answer(found, data):
-    rows, words = found["steps"], []
+    rows = found["steps"]
+    words = []
     for name, network in ((EQUAL, "the same network"), (NEAREST, "its network that comes nearest")):
         theirs = [median(ratios(row, rows)) for row in rows if row["contender"] == name]
-        each = [f"{median(ratios(row, rows)):.2f} ({row['task']})" for row in rows if row["contender"] == name
-                and (len(theirs) < 4 or row["task"] == rows[-1]["task"])]
-        beyond = "" if len(each) == len(theirs) else f", in all {min(theirs):.2f} to {max(theirs):.2f}"
-        words.append(f"with {network}, {name} takes {listed(each)} times as long as ours for an image{beyond}")
+        each = [
+            f"{median(ratios(row, rows)):.2f} ({row['task']})"
+            for row in rows
+            if row["contender"] == name and (len(theirs) < 4 or row["task"] == rows[-1]["task"])
+        ]
+        beyond = (
+            "" if len(each) == len(theirs) else f", in all {min(theirs):.2f} to {max(theirs):.2f}"
+        )
+        words.append(
+            f"with {network}, {name} takes {listed(each)} times as long as ours for an "
+            f"image{beyond}"
+        )
     most = max(median(outside(row)) for row in found["draws"] if row["contender"] == OURS)
-    words.append(f"outside the network, a step of our drawing takes at most {most:.2f} ms (goal: under 1)")
+    words.append(
+        f"outside the network, a step of our drawing takes at most {most:.2f} ms (goal: under 1)"
+    )
     if data:
-        raw, numbers = ([row[key]["median"] for row in data] for key in ("times as many", "times as many, as numbers"))
-        words.append(f"our cache of decoded images gives {min(raw):,.0f} to {max(raw):,.0f} times as many images a second as "
-                     f"torchvision's ImageFolder at its best, {min(numbers):,.0f} to {max(numbers):,.0f} times where both make "
-                     "numbers of them (goal: 25)")
+        raw, numbers = (
+            [row[key]["median"] for row in data]
+            for key in ("times as many", "times as many, as numbers")
+        )
+        words.append(
+            f"our cache of decoded images gives {min(raw):,.0f} to {max(raw):,.0f} times as many "
+            f"images a second as torchvision's ImageFolder at its best, {min(numbers):,.0f} to "
+            f"{max(numbers):,.0f} times where both make numbers of them (goal: 25)"
+        )
     return ". ".join(word[0].upper() + word[1:] for word in words) + "."
 
 
@@ -101,21 +170,38 @@ def answer(found, data):
 def picture(found):
     """Left the time of an image against ours, right where the time of our step goes."""
     figure, ((left, right),) = figures.canvas(1, 2, height=2.2)
-    plain_rows = [row for row in found["steps"] if not row["way"] and row["type"] == found["steps"][0]["type"]]
+    plain_rows = [
+        row for row in found["steps"] if not row["way"] and row["type"] == found["steps"][0]["type"]
+    ]
     names = list(dict.fromkeys(row["contender"] for row in plain_rows))
     tasks = list(dict.fromkeys(row["task"] for row in plain_rows))
     for number, name in enumerate(names):
-        heights = [median(ratios(row, found["steps"])) for row in plain_rows if row["contender"] == name]
-        left.bar([place + 0.27 * (number - 1) for place in range(len(tasks))], heights, 0.25, label=name,
-                 color=figures.COLOURS[number])
+        heights = [
+            median(ratios(row, found["steps"])) for row in plain_rows if row["contender"] == name
+        ]
+        left.bar(
+            [place + 0.27 * (number - 1) for place in range(len(tasks))],
+            heights,
+            0.25,
+            label=name,
+            color=figures.COLOURS[number],
+        )
     left.set_xticks(range(len(tasks)), [task.replace(" ", "\n") for task in tasks])
     left.set_ylabel("time of an image / ours")
     figure.legend(loc="outside upper left", ncols=len(names))
     base = [0.0] * len(found["stages"])
     for number, stage in enumerate(found["stages"][0]["seconds"]):
-        share = [100 * row["seconds"][stage] / sum(row["seconds"].values()) for row in found["stages"]]
-        right.bar([row["task"].replace(" ", "\n") for row in found["stages"]], share, 0.5, base, label=stage,
-                  color=figures.COLOURS[number])
+        share = [
+            100 * row["seconds"][stage] / sum(row["seconds"].values()) for row in found["stages"]
+        ]
+        right.bar(
+            [row["task"].replace(" ", "\n") for row in found["stages"]],
+            share,
+            0.5,
+            base,
+            label=stage,
+            color=figures.COLOURS[number],
+        )
         base = [low + more for low, more in zip(base, share, strict=True)]
     right.set_ylabel("share of our step, %")
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -123,7 +209,9 @@ def picture(found):
 
 
 def data_of(folder):
-    """What data.py found, or nothing if it was not run: {"commit": str, "machine": versions and cores, "rows": list}."""
+    """What data.py found, or nothing if it was not run: {"commit": str, "machine": versions and
+    cores, "rows": list}.
+    """
     path = folder / "data.json"
     return json.loads(path.read_text()) if path.is_file() else {"rows": []}
 
@@ -136,13 +224,31 @@ def times(found):
 def data_part(found):
     if not found["rows"]:
         return ""
-    table = [["photos", "as, px", "ours, images/s", "the best ImageFolder, images/s", "ours / its", "ours as numbers / its",
-              "decoding once, s"]]
+    table = [
+        [
+            "photos",
+            "as, px",
+            "ours, images/s",
+            "the best ImageFolder, images/s",
+            "ours / its",
+            "ours as numbers / its",
+            "decoding once, s",
+        ]
+    ]
     for row in found["rows"]:
-        rates, best = row["images a second"], row["best of theirs"]
-        table.append([f"{row['count']} of {row['photos']}", str(row["size"]), f"{rates['map']:,.0f}",
-                      f"{rates[best]:,.0f} ({best.partition(', ')[2]})", times(row["times as many"]),
-                      times(row["times as many, as numbers"]), f"{row['seconds']['decode']:.1f}"])
+        rates = row["images a second"]
+        best = row["best of theirs"]
+        table.append(
+            [
+                f"{row['count']} of {row['photos']}",
+                str(row["size"]),
+                f"{rates['map']:,.0f}",
+                f"{rates[best]:,.0f} ({best.partition(', ')[2]})",
+                times(row["times as many"]),
+                times(row["times as many, as numbers"]),
+                f"{row['seconds']['decode']:.1f}",
+            ]
+        )
     machine = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
     at = f"at commit {found['commit']}" if "commit" in found else "at a commit that was not kept"
     return TEXT_DATA.format(table=markdown(table), machine=machine, at=at)
@@ -151,14 +257,30 @@ def data_part(found):
 def write(found, folder):
     """Write the report of results into a folder."""
     figures.save(picture(found), folder / "step.png")
-    made, first, data = found["made"], found["draws"][0], data_of(folder)
-    (folder / "README.md").write_text(TEXT.format(
-        answer=fill(f"**Answer.** {answer(found, data['rows'])}", 128), steps=markdown(step_table(found["steps"], made)),
-        stages=markdown(stage_table(found["stages"])), draws=markdown(draw_table(found["draws"])),
-        data=data_part(data), rounds=len(found["steps"][0]["seconds"]),
-        images=first["images"], evaluations=first["steps"], smallest=first["task"], waits=CARD_WAITS if made["card"] else "",
-        missing="" if made["card"] else NO_CARD,
-        **made | {"versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items())}))
+    made = found["made"]
+    first = found["draws"][0]
+    data = data_of(folder)
+    (folder / "README.md").write_text(
+        TEXT.format(
+            answer=fill(f"**Answer.** {answer(found, data['rows'])}", 128),
+            steps=markdown(step_table(found["steps"], made)),
+            stages=markdown(stage_table(found["stages"])),
+            draws=markdown(draw_table(found["draws"])),
+            data=data_part(data),
+            rounds=len(found["steps"][0]["seconds"]),
+            images=first["images"],
+            evaluations=first["steps"],
+            smallest=first["task"],
+            waits=CARD_WAITS if made["card"] else "",
+            missing="" if made["card"] else NO_CARD,
+            **made
+            | {
+                "versions": ", ".join(
+                    f"{name} {number}" for name, number in made["versions"].items()
+                )
+            },
+        )
+    )
 
 
 NO_CARD = """ No card was at hand: the same command measures bf16 and fp16, compiled steps and the share of a card's peak

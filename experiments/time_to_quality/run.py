@@ -1,9 +1,11 @@
-"""The same digits, the same clock: our recipe and denoising-diffusion-pytorch's. `python experiments/time_to_quality/run.py`.
+"""The same digits, the same clock: our recipe and denoising-diffusion-pytorch's. `python
+experiments/time_to_quality/run.py`.
 
-About 45 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes results.csv and made.json, and from
-them README.md and curves.pdf, curves.png; `--report` does the latter alone, `--ancestral` adds the peer's own T-step sampler at
-its last point (an hour), `--toy` does all in seconds at a size that says nothing, in a folder of its own. Needs
-`pip install -e '.[bench]'`.
+About 45 minutes on two otherwise idle CPU cores, a process of one thread on each. Writes
+results.csv and made.json, and from them README.md and curves.pdf, curves.png; `--report` does the
+latter alone, `--ancestral` adds the peer's own T-step sampler at its last point (an hour), `--toy`
+does all in seconds at a size that says nothing, in a folder of its own. Needs `pip install -e
+'.[bench]'`.
 """
 
 import argparse
@@ -39,10 +41,14 @@ from ddpm.studies.tables import amount, markdown
 from ddpm.training.trainer import train
 
 HERE = Path(__file__).parent
-OURS, PEER = "ddpm", "denoising-diffusion-pytorch"
+OURS = "ddpm"
+PEER = "denoising-diffusion-pytorch"
 GOAL = 10  # times less CPU time than the peer
 NEEDED = ("denoising_diffusion_pytorch", "diffusers", "matplotlib")
-QUIET = {"wandb.mode": "disabled", **{f"every.{name}": "0 steps" for name in ("sample", "validate", "evaluate")}}
+QUIET = {
+    "wandb.mode": "disabled",
+    **{f"every.{name}": "0 steps" for name in ("sample", "validate", "evaluate")},
+}
 
 
 class Size(NamedTuple):
@@ -55,23 +61,55 @@ class Size(NamedTuple):
     dim: int  # and dim_mults: the peer's network
     dim_mults: tuple
     points: tuple  # CPU seconds at which the peer is looked at
-    samplers: tuple  # (evaluations, eta) of the peer's DDIM, the first at every point, all at the last
+    # (evaluations, eta) of the peer's DDIM, the first at every point, all at the last
+    samplers: tuple
     samples: int
 
 
-FULL = Size({}, (200, 300, 400, 600, 800), 2400, (0, 1, 2), 32, (1, 2, 2), (120, 240, 480),
-            ((25, 0.0), (50, 0.0)), 1000)
-TOY = Size({"model.model_channels": 8, "model.channel_mult": (1, 2), "train.warmup": "1 steps", "evaluate.steps": 2},
-           (2, 4), 6, (0, 1), 8, (1, 2), (0.1, 0.2), ((2, 0.0), (2, 1.0)), 16)
+FULL = Size(
+    {},
+    (200, 300, 400, 600, 800),
+    2400,
+    (0, 1, 2),
+    32,
+    (1, 2, 2),
+    (120, 240, 480),
+    ((25, 0.0), (50, 0.0)),
+    1000,
+)
+TOY = Size(
+    {
+        "model.model_channels": 8,
+        "model.channel_mult": (1, 2),
+        "train.warmup": "1 steps",
+        "evaluate.steps": 2,
+    },
+    (2, 4),
+    6,
+    (0, 1),
+    8,
+    (1, 2),
+    (0.1, 0.2),
+    ((2, 0.0), (2, 1.0)),
+    16,
+)
 
 
 def ours(size, seed, steps):
     """Our recipe in a length of its own, as shipped but for that: its row of the table."""
     found = spec_from_file_location("digits", HERE.parents[1] / "configs" / "digits.py")
     found.loader.exec_module(module := module_from_spec(found))
-    given = files.changed(defaults.freeze(module.get_config()), QUIET | size.knobs | {
-        "seed": seed, "train.length": f"{steps} steps", "train.learning_rate_decay": f"cosine(length='{steps} steps')",
-        "evaluate.num_samples": size.samples})
+    given = files.changed(
+        defaults.freeze(module.get_config()),
+        QUIET
+        | size.knobs
+        | {
+            "seed": seed,
+            "train.length": f"{steps} steps",
+            "train.learning_rate_decay": f"cosine(length='{steps} steps')",
+            "evaluate.num_samples": size.samples,
+        },
+    )
     with tempfile.TemporaryDirectory() as folder, quiet():
         made = experiment_trainer.run(given, folder, device.start(given.train.amp))
         experiment_trainer.track(given, made)
@@ -82,7 +120,16 @@ def ours(size, seed, steps):
         drawing = build.evaluation_recipe(given, build.dataset(given))
         with made.step.ema.averaged():
             drawn = joined(made.draw(range(size.samples), drawing))
-    return row(OURS, seed, steps, steps * given.train.batch_size, spent, drawing.sampler, drawing.steps, drawn)
+    return row(
+        OURS,
+        seed,
+        steps,
+        steps * given.train.batch_size,
+        spent,
+        drawing.sampler,
+        drawing.steps,
+        drawn,
+    )
 
 
 @contextmanager
@@ -93,15 +140,25 @@ def quiet():
 
 
 def peer(size, folder, points):
-    """Train the peer and leave its averaged weights at each of the points: [(path, steps, CPU seconds)]."""
+    """Train the peer and leave its averaged weights at each of the points: [(path, steps, CPU
+    seconds)].
+    """
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
 
     torch.manual_seed(0)
     diffusion = GaussianDiffusion(network(size), image_size=16)
     with quiet():
-        trainer = Trainer(diffusion, folder / "digits", train_num_steps=0, augment_horizontal_flip=False, calculate_fid=False,
-                          save_and_sample_every=10**9, results_folder=folder / "results")
-        spent, kept = 0.0, []
+        trainer = Trainer(
+            diffusion,
+            folder / "digits",
+            train_num_steps=0,
+            augment_horizontal_flip=False,
+            calculate_fid=False,
+            save_and_sample_every=10**9,
+            results_folder=folder / "results",
+        )
+        spent = 0.0
+        kept = []
         for point in points:
             while spent < point:
                 begun = time.process_time()
@@ -120,14 +177,21 @@ def network(size):
 
 
 def peer_drawn(size, path, steps, spent, evaluations, eta):
-    """The row of what the peer draws with weights that it left: by its DDIM, or in all T steps by its own sampler."""
+    """The row of what the peer draws with weights that it left: by its DDIM, or in all T steps
+    by its own sampler.
+    """
     from denoising_diffusion_pytorch import GaussianDiffusion
 
-    diffusion = GaussianDiffusion(network(size), image_size=16, sampling_timesteps=evaluations, ddim_sampling_eta=eta)
+    diffusion = GaussianDiffusion(
+        network(size), image_size=16, sampling_timesteps=evaluations, ddim_sampling_eta=eta
+    )
     diffusion.load_state_dict(torch.load(path, weights_only=True))
     torch.manual_seed(0)
     with quiet():
-        drawn = [diffusion.eval().sample(min(250, size.samples - start)) for start in range(0, size.samples, 250)]
+        drawn = [
+            diffusion.eval().sample(min(250, size.samples - start))
+            for start in range(0, size.samples, 250)
+        ]
     pixels = (torch.cat(drawn) * 255).round().clamp(0, 255).to(torch.uint8)
     name = f"ddim(eta={eta:g})" if diffusion.is_ddim_sampling else "ancestral"
     return row(PEER, 0, steps, 16 * steps, spent, name, diffusion.sampling_timesteps, pixels)
@@ -136,9 +200,20 @@ def peer_drawn(size, path, steps, spent, evaluations, eta):
 def row(recipe, seed, steps, images, spent, sampler, evaluations, drawn):
     """A line of results.csv; the distance is the same measure for all."""
     extractor, reference = measure()
-    distance = distances.frechet(extractors.extract(extractor, drawn.split(256)), reference.features)
-    return {"recipe": recipe, "seed": seed, "steps": steps, "images": images, "cpu_seconds": round(spent, 2),
-            "sampler": sampler, "evaluations": evaluations, "samples": len(drawn), "fd_digits": round(distance, 4)}
+    distance = distances.frechet(
+        extractors.extract(extractor, drawn.split(256)), reference.features
+    )
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "steps": steps,
+        "images": images,
+        "cpu_seconds": round(spent, 2),
+        "sampler": sampler,
+        "evaluations": evaluations,
+        "samples": len(drawn),
+        "fd_digits": round(distance, 4),
+    }
 
 
 def measure():
@@ -162,11 +237,19 @@ def everything(size, folder, run, ancestral):
     """All rows; `run` maps jobs to what they return."""
     write_digits(folder / "digits")
     jobs = [("ours", size, seed, steps) for steps in size.lengths[::-1] for seed in size.seeds]
-    kept, *rows = run(work, [("peer", size, folder, size.points), ("ours", size, size.seeds[0], size.whole), *jobs])
+    kept, *rows = run(
+        work,
+        [("peer", size, folder, size.points), ("ours", size, size.seeds[0], size.whole), *jobs],
+    )
     samplers = [*size.samplers, *([(None, 0.0)] if ancestral else [])]
-    looks = [("peer_drawn", size, *left, *sampler)
-             for left in kept for sampler in (samplers if left is kept[-1] else samplers[:1])]
-    return sorted([*rows, *run(work, looks)], key=lambda row: (row["recipe"], row["steps"], row["seed"]))
+    looks = [
+        ("peer_drawn", size, *left, *sampler)
+        for left in kept
+        for sampler in (samplers if left is kept[-1] else samplers[:1])
+    ]
+    return sorted(
+        [*rows, *run(work, looks)], key=lambda row: (row["recipe"], row["steps"], row["seed"])
+    )
 
 
 def write_digits(folder):
@@ -183,12 +266,19 @@ def how(size):
     extractor, reference = measure()
     perfect, deviation = distances.chance(reference, size.samples)
     given = defaults.freeze(defaults.base())
-    return {"commit": commit(), "machine": this_machine(), "perfect": [round(perfect, 4), round(deviation, 4)],
-            "extractor": extractor.name,
-            "learned": len(build.split(given, build.dataset(given))[0]), "digits": len(reference.features), "dim": size.dim,
-            "dim_mults": list(size.dim_mults), "whole": size.whole,
-            "parameters": sum(weight.numel() for weight in network(size).parameters()),
-            "versions": {name: version(name) for name in ("torch", PEER, "diffusers")}}
+    return {
+        "commit": commit(),
+        "machine": this_machine(),
+        "perfect": [round(perfect, 4), round(deviation, 4)],
+        "extractor": extractor.name,
+        "learned": len(build.split(given, build.dataset(given))[0]),
+        "digits": len(reference.features),
+        "dim": size.dim,
+        "dim_mults": list(size.dim_mults),
+        "whole": size.whole,
+        "parameters": sum(weight.numel() for weight in network(size).parameters()),
+        "versions": {name: version(name) for name in ("torch", PEER, "diffusers")},
+    }
 
 
 # the report
@@ -199,7 +289,9 @@ def series(rows):
     found = {OURS: {}, PEER: {}}
     for one in sorted(rows, key=lambda one: one["steps"]):
         found[one["recipe"]].setdefault(one["steps"], []).append(one)
-    return found[OURS], {steps: min(looks, key=lambda one: one["fd_digits"]) for steps, looks in found[PEER].items()}
+    return found[OURS], {
+        steps: min(looks, key=lambda one: one["fd_digits"]) for steps, looks in found[PEER].items()
+    }
 
 
 def averaged(runs, key):
@@ -209,22 +301,35 @@ def averaged(runs, key):
 def answer(rows, made):
     mine, theirs = series(rows)
     last = theirs[max(theirs)]
-    goal, whole = last["cpu_seconds"] / GOAL, made["whole"]
-    text = (f"After {last['cpu_seconds']:.0f} CPU seconds {PEER} is at FD (digits) {last['fd_digits']:.2f} ({last['sampler']}, "
-            f"{last['evaluations']} evaluations). ")
-    passed = [steps for steps, runs in mine.items() if all(one["fd_digits"] <= last["fd_digits"] for one in runs)]
+    goal = last["cpu_seconds"] / GOAL
+    whole = made["whole"]
+    text = (
+        f"After {last['cpu_seconds']:.0f} CPU seconds {PEER} is at FD (digits) "
+        f"{last['fd_digits']:.2f} ({last['sampler']}, {last['evaluations']} evaluations). "
+    )
+    passed = [
+        steps
+        for steps, runs in mine.items()
+        if all(one["fd_digits"] <= last["fd_digits"] for one in runs)
+    ]
     if passed:
-        steps, runs = passed[0], mine[passed[0]]
-        spent, seeds = averaged(runs, "cpu_seconds"), f"each of {len(runs)} seeds" if len(runs) > 1 else "its one seed"
-        text += (f"Our default is nearer in {seeds} after {spent:.0f} CPU seconds, {steps} steps "
-                 f"({averaged(runs, 'fd_digits'):.2f}): 1 / {last['cpu_seconds'] / spent:.1f} of the time, where the goal is "
-                 f"1 / {GOAL} ({goal:.0f} s). ")
+        steps = passed[0]
+        runs = mine[passed[0]]
+        spent = averaged(runs, "cpu_seconds")
+        seeds = f"each of {len(runs)} seeds" if len(runs) > 1 else "its one seed"
+        text += (
+            f"Our default is nearer in {seeds} after {spent:.0f} CPU seconds, {steps} steps "
+            f"({averaged(runs, 'fd_digits'):.2f}): 1 / {last['cpu_seconds'] / spent:.1f} of the "
+            f"time, where the goal is 1 / {GOAL} ({goal:.0f} s). "
+        )
     else:
         text += "Our default was at no length nearer in every seed. "
     full = mine[whole]
-    return text + (f"The recipe as shipped, {whole} steps, ends after {averaged(full, 'cpu_seconds'):.0f} CPU seconds at "
-                   f"{averaged(full, 'fd_digits'):.2f}; a perfect generator would get {amount(*made['perfect'])} "
-                   "(± standard deviation of one evaluation).")
+    return text + (
+        f"The recipe as shipped, {whole} steps, ends after {averaged(full, 'cpu_seconds'):.0f} "
+        f"CPU seconds at {averaged(full, 'fd_digits'):.2f}; a perfect generator would get "
+        f"{amount(*made['perfect'])} (± standard deviation of one evaluation)."
+    )
 
 
 @figures.style()
@@ -234,15 +339,37 @@ def curves(rows, made):
 
     mine, theirs = series(rows)
     figure, ((axis,),) = figures.canvas(width=4.5, height=3)
-    axis.plot([one["cpu_seconds"] for one in theirs.values()], [one["fd_digits"] for one in theirs.values()],
-              marker=figures.MARKERS[1], label="denoising-diffusion-pytorch, one run", **figures.look(1))
-    axis.plot(*([averaged(runs, key) for runs in mine.values()] for key in ("cpu_seconds", "fd_digits")),
-              label=f"{OURS}, mean of runs of each length", **figures.look(0))
+    axis.plot(
+        [one["cpu_seconds"] for one in theirs.values()],
+        [one["fd_digits"] for one in theirs.values()],
+        marker=figures.MARKERS[1],
+        label="denoising-diffusion-pytorch, one run",
+        **figures.look(1),
+    )
+    axis.plot(
+        *([averaged(runs, key) for runs in mine.values()] for key in ("cpu_seconds", "fd_digits")),
+        label=f"{OURS}, mean of runs of each length",
+        **figures.look(0),
+    )
     every = [one for runs in mine.values() for one in runs]
-    axis.plot([one["cpu_seconds"] for one in every], [one["fd_digits"] for one in every], figures.MARKERS[0],
-              label=f"{OURS}, each run", color=figures.COLOURS[0], fillstyle="none", linestyle="none")
-    axis.axhline(made["perfect"][0], color="grey", linewidth=0.8, linestyle=":", label="perfect generator")
-    axis.set(xscale="log", yscale="log", xlabel="CPU seconds of training, one thread", ylabel="FD (digits)")
+    axis.plot(
+        [one["cpu_seconds"] for one in every],
+        [one["fd_digits"] for one in every],
+        figures.MARKERS[0],
+        label=f"{OURS}, each run",
+        color=figures.COLOURS[0],
+        fillstyle="none",
+        linestyle="none",
+    )
+    axis.axhline(
+        made["perfect"][0], color="grey", linewidth=0.8, linestyle=":", label="perfect generator"
+    )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="CPU seconds of training, one thread",
+        ylabel="FD (digits)",
+    )
     axis.minorticks_off()
     for each in (axis.xaxis, axis.yaxis):
         each.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -252,10 +379,31 @@ def curves(rows, made):
 
 
 def table(rows):
-    lines = [["recipe", "seed", "steps", "images", "CPU seconds", "drawn by", "evaluations", "FD (digits)"]]
+    lines = [
+        [
+            "recipe",
+            "seed",
+            "steps",
+            "images",
+            "CPU seconds",
+            "drawn by",
+            "evaluations",
+            "FD (digits)",
+        ]
+    ]
     for one in rows:
-        lines.append([one["recipe"], str(one["seed"]), f"{one['steps']:,}", f"{one['images']:,}", f"{one['cpu_seconds']:.0f}",
-                      one["sampler"], str(one["evaluations"]), amount(one["fd_digits"])])
+        lines.append(
+            [
+                one["recipe"],
+                str(one["seed"]),
+                f"{one['steps']:,}",
+                f"{one['images']:,}",
+                f"{one['cpu_seconds']:.0f}",
+                one["sampler"],
+                str(one["evaluations"]),
+                amount(one["fd_digits"]),
+            ]
+        )
     return markdown(lines)
 
 
@@ -264,16 +412,31 @@ def report(folder):
     made = json.loads((folder / "made.json").read_text())
     kinds = {"recipe": str, "sampler": str, "cpu_seconds": float, "fd_digits": float}
     with (folder / "results.csv").open() as lines:
-        rows = [{key: kinds.get(key, int)(value) for key, value in line.items()} for line in csv.DictReader(lines)]
+        rows = [
+            {key: kinds.get(key, int)(value) for key, value in line.items()}
+            for line in csv.DictReader(lines)
+        ]
     for kind in ("pdf", "png"):
         figures.save(curves(rows, made), folder / f"curves.{kind}")
     lengths, _ = series(rows)
     ancestral = any(one["sampler"] == "ancestral" for one in rows)
-    (folder / "README.md").write_text(TEXT.format(
-        answer=fill(f"**Answer.** {answer(rows, made)}", 128), table=table(rows), samples=rows[0]["samples"],
-        lengths=", ".join(str(steps) for steps in lengths), unmeasured="" if ancestral else NO_ANCESTRAL,
-        **{"beside": ""} | made | {"versions": ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
-                  "parameters": f"{made['parameters']:,}"}))
+    (folder / "README.md").write_text(
+        TEXT.format(
+            answer=fill(f"**Answer.** {answer(rows, made)}", 128),
+            table=table(rows),
+            samples=rows[0]["samples"],
+            lengths=", ".join(str(steps) for steps in lengths),
+            unmeasured="" if ancestral else NO_ANCESTRAL,
+            **{"beside": ""}
+            | made
+            | {
+                "versions": ", ".join(
+                    f"{name} {number}" for name, number in made["versions"].items()
+                ),
+                "parameters": f"{made['parameters']:,}",
+            },
+        )
+    )
 
 
 NO_ANCESTRAL = """ The peer's own sampler
@@ -313,10 +476,24 @@ By `python experiments/time_to_quality/run.py` at commit {commit}, {versions}, {
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     either = parser.add_mutually_exclusive_group()
-    either.add_argument("--toy", action="store_true", help="seconds instead of minutes, and figures that say nothing")
-    either.add_argument("--report", action="store_true", help="write the report of results.csv anew")
-    parser.add_argument("--ancestral", action="store_true", help="draw the peer's last point by its own sampler too: an hour")
-    parser.add_argument("--out", type=Path, help="folder for the results and the report, else this one; of --toy a new one")
+    either.add_argument(
+        "--toy",
+        action="store_true",
+        help="seconds instead of minutes, and figures that say nothing",
+    )
+    either.add_argument(
+        "--report", action="store_true", help="write the report of results.csv anew"
+    )
+    parser.add_argument(
+        "--ancestral",
+        action="store_true",
+        help="draw the peer's last point by its own sampler too: an hour",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the results and the report, else this one; of --toy a new one",
+    )
     given = parser.parse_args(arguments)
     if not given.report and (missing := [name for name in NEEDED if not find_spec(name)]):
         parser.error(f"there is no {listed(missing)}; pip install -e '.[bench]'")
@@ -327,9 +504,16 @@ def main(arguments=None):
         out.mkdir(parents=True, exist_ok=True)
         size = TOY if given.toy else FULL
         made = how(size)
-        print(", ".join(f"{name} {number}" for name, number in made["versions"].items()), "on", made["machine"], flush=True)
+        print(
+            ", ".join(f"{name} {number}" for name, number in made["versions"].items()),
+            "on",
+            made["machine"],
+            flush=True,
+        )
         with tempfile.TemporaryDirectory() as folder:
-            rows = everything(size, Path(folder), in_this_process if given.toy else two_at_a_time, given.ancestral)
+            rows = everything(
+                size, Path(folder), in_this_process if given.toy else two_at_a_time, given.ancestral
+            )
         with (out / "results.csv").open("w", newline="") as lines:
             writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
@@ -338,7 +522,10 @@ def main(arguments=None):
     try:
         report(out)
     except (ValueError, LookupError, TypeError, FileNotFoundError) as error:
-        parser.error(f"no report can be made of results.csv and made.json in {out}: {type(error).__name__}: {error}")
+        parser.error(
+            f"no report can be made of results.csv and made.json in {out}: "
+            f"{type(error).__name__}: {error}"
+        )
     print(f"the report is {out / 'README.md'}")
 
 
@@ -348,8 +535,11 @@ def in_this_process(work, jobs):
 
 def two_at_a_time(work, jobs):
     """What jobs return, in their order; each has a process of its own."""
-    begun, found = time.monotonic(), []
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    begun = time.monotonic()
+    found = []
+    with ProcessPoolExecutor(
+        2, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
         for job, returned in zip(jobs, pool.map(work, jobs), strict=True):
             print(f"{time.monotonic() - begun:6.0f} s  {job[0]}: {returned}", flush=True)
             found.append(returned)

@@ -1,4 +1,6 @@
-"""Commands and the Python functions behind them: the same options, progress from the start, and Ctrl-C with one line."""
+"""Commands and the Python functions behind them: the same options, progress from the start, and
+Ctrl-C with one line.
+"""
 
 import fcntl
 import json
@@ -36,7 +38,18 @@ from ddpm.training import checkpoint
 from support.runs import run, tiny
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("main", "generate", "sample", "evaluate", "plan", "doctor", "convert", "compare", "dashboard", "sweep")
+COMMANDS = (
+    "main",
+    "generate",
+    "sample",
+    "evaluate",
+    "plan",
+    "doctor",
+    "convert",
+    "compare",
+    "dashboard",
+    "sweep",
+)
 TOGETHER = """
 import json, os, runpy, sys, tempfile
 import ddpm.experiment.trainer, ddpm.studies.archive, matplotlib.figure  # which the commands share
@@ -75,9 +88,14 @@ def environment():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder in which runs/ holds a run of 1000 timesteps that knows the classes of the digits."""
+    """A folder in which runs/ holds a run of 1000 timesteps that knows the classes of the
+    digits.
+    """
     folder = tmp_path_factory.mktemp("place")
-    run(tiny(diffusion__timesteps=1000, data__class_labels=True, train__length="2 steps"), folder / "runs" / "mine")
+    run(
+        tiny(diffusion__timesteps=1000, data__class_labels=True, train__length="2 steps"),
+        folder / "runs" / "mine",
+    )
     return folder
 
 
@@ -89,16 +107,24 @@ def mine(place, monkeypatch):
 
 @pytest.fixture(scope="module")
 def answers(place, tmp_path_factory):
-    """{command line: (exit code, output)}, and the folder they ran in: in forks of one process, which imports torch for all."""
-    cwd, at = tmp_path_factory.mktemp("cwd"), f"--checkpoint={place}/runs/mine"
+    """{command line: (exit code, output)}, and the folder they ran in: in forks of one process,
+    which imports torch for all.
+    """
+    cwd = tmp_path_factory.mktemp("cwd")
+    at = f"--checkpoint={place}/runs/mine"
     lines = [[name, "--help"] for name in COMMANDS] + [
-        ["evaluate", "--helpfull"], ["main", f"--config={ROOT}/configs/digits.py", "--config.seed=5", "--print_config"],
-        ["generate", at, *ASKED, "--out=command"], ["sample", at, *ASKED, "--out=q.png"],
-        *([name, at, *words] for (name, *words), _ in MESSAGES)]
+        ["evaluate", "--helpfull"],
+        ["main", f"--config={ROOT}/configs/digits.py", "--config.seed=5", "--print_config"],
+        ["generate", at, *ASKED, "--out=command"],
+        ["sample", at, *ASKED, "--out=q.png"],
+        *([name, at, *words] for (name, *words), _ in MESSAGES),
+    ]
     words = [sys.executable, "-c", TOGETHER, json.dumps(lines)]
     done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    keys = [" ".join(word for word in line if not word.startswith("--checkpoint")) for line in lines]
+    keys = [
+        " ".join(word for word in line if not word.startswith("--checkpoint")) for line in lines
+    ]
     return dict(zip(keys, json.loads(done.stdout), strict=True)), cwd
 
 
@@ -106,55 +132,121 @@ def bytes_of(paths):
     return [path.read_bytes() for path in paths]
 
 
-ASKED = ["--seed=7", "--steps=4", "--sampler=ddpm", "--spacing=trailing", "--guidance=2", "--classes=3,5",
-         "--guidance_interval=0.2,5", "--num_images=3"]
+ASKED = [
+    "--seed=7",
+    "--steps=4",
+    "--sampler=ddpm",
+    "--spacing=trailing",
+    "--guidance=2",
+    "--classes=3,5",
+    "--guidance_interval=0.2,5",
+    "--num_images=3",
+]
 MESSAGES = [
-    (["generate", "--classes=Wald", "--out=x"], "--classes: unknown class 'Wald'; choose one of 0, 1"),
+    (
+        ["generate", "--classes=Wald", "--out=x"],
+        "--classes: unknown class 'Wald'; choose one of 0, 1",
+    ),
     (["generate", "--steps=2000", "--out=x"], "--steps is 2000 with only 1000 timesteps"),
     (["sample", "--guidance=-1", "--out=x.png"], "--guidance is -1.0; it must lie between"),
     (["evaluate", "--steps=2000"], "--steps is 2000 with only 1000 timesteps"),
-    (["evaluate", "--config.evaluate.steps=2000"], "config.evaluate.steps is 2000 with only 1000 timesteps"),
+    (
+        ["evaluate", "--config.evaluate.steps=2000"],
+        "config.evaluate.steps is 2000 with only 1000 timesteps",
+    ),
     (["evaluate", "--num_samples=2"], "--num_samples is 2; it takes 4"),
-    (["generate", "--config.sample.steps=2", "--out=x"], "this command takes no --config.sample.steps; write --steps="),
-    (["sample", "--config.seed=2", "--out=x.png"], "this command takes no --config.seed; --help shows the flags that it has"),
+    (
+        ["generate", "--config.sample.steps=2", "--out=x"],
+        "this command takes no --config.sample.steps; write --steps=",
+    ),
+    (
+        ["sample", "--config.seed=2", "--out=x.png"],
+        "this command takes no --config.seed; --help shows the flags that it has",
+    ),
 ]
 
 
 def test_an_argument_of_a_function_is_the_flag_of_that_name(answers, mine, tmp_path):
-    asked = dict(seed=7, steps=4, sampler="ddpm", spacing="trailing", guidance=2, classes=[3, "5"], guidance_interval=(0.2, 5))
+    asked = dict(
+        seed=7,
+        steps=4,
+        sampler="ddpm",
+        spacing="trailing",
+        guidance=2,
+        classes=[3, "5"],
+        guidance_interval=(0.2, 5),
+    )
     ours = generate_images(mine, 3, tmp_path / "ours", **asked)
-    full = {f"sample.{name}": value for name, value in asked.items() if not isinstance(value, (list, tuple))}
-    again = generate_images(mine, 3, tmp_path / "full", classes="3,5", guidance_interval="0.2,5", **full)
+    full = {
+        f"sample.{name}": value
+        for name, value in asked.items()
+        if not isinstance(value, (list, tuple))
+    }
+    again = generate_images(
+        mine, 3, tmp_path / "full", classes="3,5", guidance_interval="0.2,5", **full
+    )
     said, cwd = answers
-    (code, said), (sampled, _) = (said[" ".join([name, *ASKED, out])] for name, out in (
-        ("generate", "--out=command"), ("sample", "--out=q.png")))
+    (code, said), (sampled, _) = (
+        said[" ".join([name, *ASKED, out])]
+        for name, out in (("generate", "--out=command"), ("sample", "--out=q.png"))
+    )
     assert code == sampled == 0, said
     assert said.endswith("wrote 3 images, command/000000.png ... 000002.png\n")
     assert bytes_of(ours) == bytes_of(again) == bytes_of(sorted((cwd / "command").glob("*.png")))
-    assert "seed 7, guidance 2.0 in sigma/alpha 0.2 to 5.0, classes 3, 5; 7 network evaluations an image" in said
-    for name, other in dict(seed=8, steps=5, sampler="ddim", spacing="linear", guidance=3, classes=[4, 5]).items():
-        assert bytes_of(generate_images(mine, 1, tmp_path / "x", **asked | {name: other})) != bytes_of(ours[:1]), name
-    grid, = generate_images(mine, 3, tmp_path / "g.png", format="grid", **asked)
-    quick, = sample_from_checkpoint(mine, tmp_path / "s.png", num_samples=3, **asked)
+    assert (
+        "seed 7, guidance 2.0 in sigma/alpha 0.2 to 5.0, classes 3, 5; 7 network evaluations an "
+        "image" in said
+    )
+    for name, other in dict(
+        seed=8, steps=5, sampler="ddim", spacing="linear", guidance=3, classes=[4, 5]
+    ).items():
+        assert bytes_of(
+            generate_images(mine, 1, tmp_path / "x", **asked | {name: other})
+        ) != bytes_of(ours[:1]), name
+    (grid,) = generate_images(mine, 3, tmp_path / "g.png", format="grid", **asked)
+    (quick,) = sample_from_checkpoint(mine, tmp_path / "s.png", num_samples=3, **asked)
     assert [grid, quick] == [tmp_path / "g.png", tmp_path / "s.png"]
     assert bytes_of([grid, quick, cwd / "q.png"]) == [quick.read_bytes()] * 3
-    again = edit_images(mine, "sdedit(strength=1.0)", ours[0], output_dir=tmp_path / "edit", num_samples=1, **asked)
-    assert [path.name for path in again] == ["000000.png", "grid.png"] and all(path.is_file() for path in again)
+    again = edit_images(
+        mine, "sdedit(strength=1.0)", ours[0], output_dir=tmp_path / "edit", num_samples=1, **asked
+    )
+    assert [path.name for path in again] == ["000000.png", "grid.png"] and all(
+        path.is_file() for path in again
+    )
     found = evaluate(mine, num_images=16, steps=3, spacing="trailing", seed=5)["eval/made"]
     assert "16 samples" in found and "3 steps, trailing spacing, seed 5" in found
 
 
-@pytest.mark.parametrize("given, said", [
-    ({"stepz": 5}, r"there is no option 'stepz' \(did you mean 'steps'\?\); there are sampler, steps, spacing, ema, classes, "),
-    ({"sample.stepz": 5}, r"there is no option 'sample.stepz' \(did you mean 'sample.steps'\?\)"),
-    ({"num_image": 5}, "there is no option 'num_image'"), ({"train": 5}, "there is no option 'train'"),
-    ({"steps": "5"}, "steps is '5'; it takes a whole number"), ({"sampler": 5}, "sampler is 5; it takes text"),
-    ({"guidance": "2"}, "guidance is '2'; it takes a number"), ({"steps": 2000}, "steps is 2000 with only 1000 timesteps"),
-    ({"classes": "Wald"}, "unknown class 'Wald'; choose one of 0, 1")])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (
+            {"stepz": 5},
+            r"there is no option 'stepz' \(did you mean 'steps'\?\); there are sampler, steps, "
+            r"spacing, ema, classes, ",
+        ),
+        (
+            {"sample.stepz": 5},
+            r"there is no option 'sample.stepz' \(did you mean 'sample.steps'\?\)",
+        ),
+        ({"num_image": 5}, "there is no option 'num_image'"),
+        ({"train": 5}, "there is no option 'train'"),
+        ({"steps": "5"}, "steps is '5'; it takes a whole number"),
+        ({"sampler": 5}, "sampler is 5; it takes text"),
+        ({"guidance": "2"}, "guidance is '2'; it takes a number"),
+        ({"steps": 2000}, "steps is 2000 with only 1000 timesteps"),
+        ({"classes": "Wald"}, "unknown class 'Wald'; choose one of 0, 1"),
+    ],
+)
 def test_a_wrong_argument_is_one_line_and_nothing_is_drawn(given, said, mine, tmp_path):
-    functions = [lambda: generate_images(mine, 1, tmp_path / "out", **given), lambda: evaluate(mine, **given),
-                 lambda: sample_from_checkpoint(mine, tmp_path / "q.png", 1, **given),
-                 lambda: edit_images(mine, "invert", ROOT / "experiments/quickstart/samples.png", tmp_path / "out", **given)]
+    functions = [
+        lambda: generate_images(mine, 1, tmp_path / "out", **given),
+        lambda: evaluate(mine, **given),
+        lambda: sample_from_checkpoint(mine, tmp_path / "q.png", 1, **given),
+        lambda: edit_images(
+            mine, "invert", ROOT / "experiments/quickstart/samples.png", tmp_path / "out", **given
+        ),
+    ]
     for function in functions:
         with pytest.raises(ValueError, match=said) as raised:
             function()
@@ -162,7 +254,9 @@ def test_a_wrong_argument_is_one_line_and_nothing_is_drawn(given, said, mine, tm
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("line, expected", [(" ".join(words), expected) for words, expected in MESSAGES])
+@pytest.mark.parametrize(
+    "line, expected", [(" ".join(words), expected) for words, expected in MESSAGES]
+)
 def test_a_message_of_a_command_names_the_flag_that_was_typed(line, expected, answers):
     said, cwd = answers
     code, text = said[line]
@@ -179,8 +273,13 @@ def test_without_a_checkpoint_the_newest_run_is_taken_and_said(place, mine, tmp_
     (place / "runs" / "measured").mkdir()
     assert checkpoint.newest_run() == Path("runs/mine")
     os.utime(older / "checkpoints", (2**33, 2**33))  # it saved once more
-    assert "run, runs/a study/older\n" in capture(capsys, generate_images, out=tmp_path / "b", num_images=1)
-    with pytest.raises(ValueError, match=f"^no checkpoint given, and {tmp_path}/runs holds no run with weights; write --ch"):
+    assert "run, runs/a study/older\n" in capture(
+        capsys, generate_images, out=tmp_path / "b", num_images=1
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"^no checkpoint given, and {tmp_path}/runs holds no run with weights; write --ch",
+    ):
         checkpoint.newest_run(tmp_path / "runs")
 
 
@@ -195,29 +294,48 @@ def test_a_drawing_leaves_no_picture_of_another_in_its_folder(mine, tmp_path, ca
     (out / "mine.png").write_bytes(b"a picture of the user's")
     said = capture(capsys, generate_images, mine, 2, out, format="jpg", steps=2, seed=1)
     assert "removed 4 images of an earlier drawing" in said
-    assert sorted(path.name for path in out.iterdir()) == [pixels.RECORD, "000000.jpg", "000001.jpg", "mine.png"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        pixels.RECORD,
+        "000000.jpg",
+        "000001.jpg",
+        "mine.png",
+    ]
     with open(out / pixels.RECORD, "a") as record:
         record.write('["000001.jpg", "12"]\n["0000')  # killed as it wrote
     (out / "000001.jpg.part").write_bytes(b"half")
     assert [path.name for path in generate_images(mine, 1, out, steps=2)] == ["000000.png"]
     assert sorted(path.name for path in out.iterdir()) == [pixels.RECORD, "000000.png", "mine.png"]
 
-    for name in ("000000.png", "0000123.webp"):  # one that was changed, and one that ddpm did not draw
+    # one that was changed, and one that ddpm did not draw
+    for name in ("000000.png", "0000123.webp"):
         Image.new("L", (16, 16)).save(out / name)
         before = {path: path.read_bytes() for path in out.iterdir()}
-        with pytest.raises(ValueError, match=rf"holds numbered pictures .* \(1, such as {name}\); move them away, or give"):
+        with pytest.raises(
+            ValueError,
+            match=rf"holds numbered pictures .* \(1, such as {name}\); move them away, or give",
+        ):
             generate_images(mine, 1, out, steps=2)
         assert before == {path: path.read_bytes() for path in out.iterdir()}
         (out / name).unlink()
     generate_images(mine, 1, out, format="grid", steps=2)
-    with pytest.raises(ValueError, match="a.npz is named like a file, and --format=png writes a folder; .*--format=npz"):
+    with pytest.raises(
+        ValueError,
+        match="a.npz is named like a file, and --format=png writes a folder; .*--format=npz",
+    ):
         generate_images(mine, 1, tmp_path / "a.npz")
-    with pytest.raises(ValueError, match="--out=.*a.npz is not named like a file of --format=zip; end it with .zip"):
+    with pytest.raises(
+        ValueError, match="--out=.*a.npz is not named like a file of --format=zip; end it with .zip"
+    ):
         generate_images(mine, 1, tmp_path / "a.npz", format="zip")
-    assert wrote([out / "000000.png", out / "grid.png"]) == f"wrote 1 image, {out}/000000.png, and {out}/grid.png"
+    assert (
+        wrote([out / "000000.png", out / "grid.png"])
+        == f"wrote 1 image, {out}/000000.png, and {out}/grid.png"
+    )
 
 
-def test_a_drawing_that_was_interrupted_keeps_what_is_done_and_can_be_repeated(mine, tmp_path, monkeypatch):
+def test_a_drawing_that_was_interrupted_keeps_what_is_done_and_can_be_repeated(
+    mine, tmp_path, monkeypatch
+):
     whole = bytes_of(generate_images(mine, 4, tmp_path / "whole", steps=2, batch_size=2))
     decoded = []
 
@@ -237,8 +355,14 @@ def test_a_drawing_that_was_interrupted_keeps_what_is_done_and_can_be_repeated(m
 
 
 def started(*words, cwd, wrapper=("-m",)):
-    return subprocess.Popen([sys.executable, *wrapper, *words], cwd=cwd, env=environment(), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, *wrapper, *words],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("name, code", [("plan", 130), ("main", 75)])
@@ -248,7 +372,11 @@ def test_a_command_is_interrupted_while_it_imports(name, code, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and out == "" and err.startswith("interrupted before the start: nothing ")
+    assert (
+        process.returncode == code
+        and out == ""
+        and err.startswith("interrupted before the start: nothing ")
+    )
     assert err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
@@ -256,36 +384,68 @@ def test_commands_are_interrupted_with_a_line_and_leave_nothing_half_written(min
     """Where lines are told every 0.3 seconds, the first line says that the work has begun."""
     long = [f"--checkpoint={mine}", "--steps=1000", "--sampler=ddpm"]
     for number, name, words, kept in [
-            (signal.SIGINT, "sample", [*long, "--out=q.png"], "no half-written file is left"),
-            (signal.SIGTERM, "generate", [*long, "--out=g", "--format=npz"], "nothing is written to g"),
-            (signal.SIGINT, "evaluate", [f"--checkpoint={mine}", "--extractor=none", "--likelihood=flow", "--workdir=e",
-                                         "--config.evaluate.likelihood_evaluations=4000"], "no half-written file is left")]:
+        (signal.SIGINT, "sample", [*long, "--out=q.png"], "no half-written file is left"),
+        (signal.SIGTERM, "generate", [*long, "--out=g", "--format=npz"], "nothing is written to g"),
+        (
+            signal.SIGINT,
+            "evaluate",
+            [
+                f"--checkpoint={mine}",
+                "--extractor=none",
+                "--likelihood=flow",
+                "--workdir=e",
+                "--config.evaluate.likelihood_evaluations=4000",
+            ],
+            "no half-written file is left",
+        ),
+    ]:
         process = started(f"ddpm.{name}", *words, cwd=tmp_path, wrapper=("-c", IMPATIENT))
         try:
-            first, second = process.stderr.readline(), process.stderr.readline()
+            first = process.stderr.readline()
+            second = process.stderr.readline()
             process.send_signal(number)
             out, err = process.communicate(timeout=60)
         finally:
             process.kill()
-        counted = [re.fullmatch(r"(drawing|measuring bits/dim): (\d+) of (\d+) network evaluations, 0 of (\d+) images, "
-                                r"\d\d:\d\d so far, [\d:]+ left\n", line) for line in (first, second)]
+        counted = [
+            re.fullmatch(
+                r"(drawing|measuring bits/dim): (\d+) of (\d+) network evaluations, 0 of (\d+) "
+                r"images, "
+                r"\d\d:\d\d so far, [\d:]+ left\n",
+                line,
+            )
+            for line in (first, second)
+        ]
         assert all(counted), (first, second, err)
         assert 0 < int(counted[0][2]) < int(counted[1][2]) < int(counted[1][3])
-        assert process.returncode == 130 and err.splitlines()[-1] == f"interrupted: {kept}" and "Traceback" not in err
+        assert (
+            process.returncode == 130
+            and err.splitlines()[-1] == f"interrupted: {kept}"
+            and "Traceback" not in err
+        )
         left = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
         assert not left, left
     assert progress.SECONDS == 10
 
 
 def test_a_bar_moves_from_the_first_evaluation_on_and_ctrl_c_leaves_its_line_clean(mine, tmp_path):
-    words = ["-m", "ddpm.generate", f"--checkpoint={mine}", "--steps=1000", "--sampler=ddpm", "--out=out", "--num_images=2",
-             "--batch_size=1"]
+    words = [
+        "-m",
+        "ddpm.generate",
+        f"--checkpoint={mine}",
+        "--steps=1000",
+        "--sampler=ddpm",
+        "--out=out",
+        "--num_images=2",
+        "--batch_size=1",
+    ]
     child, terminal = pty.fork()
     if not child:
         os.chdir(tmp_path)
         os.execve(sys.executable, [sys.executable, *words], environment())
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    said, end = b"", time.monotonic() + 120
+    said = b""
+    end = time.monotonic() + 120
     while not re.search(rb"drawing: .*?[1-9]\d*/2000 .*0 of 2 images", said):
         said += os.read(terminal, 4096)
         assert time.monotonic() < end, said
@@ -296,7 +456,10 @@ def test_a_bar_moves_from_the_first_evaluation_on_and_ctrl_c_leaves_its_line_cle
     except OSError:  # the other end is closed
         pass
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-    assert said.splitlines()[-1] == b"interrupted: nothing is written to out" and b"Traceback" not in said
+    assert (
+        said.splitlines()[-1] == b"interrupted: nothing is written to out"
+        and b"Traceback" not in said
+    )
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -312,17 +475,43 @@ def test_the_evaluations_that_are_counted_are_those_that_are_made(mine, monkeypa
     monkeypatch.setattr("ddpm.sampling.draw.Progress", Seen)
     monkeypatch.setattr("ddpm.evaluation.bits_per_dim.Progress", Seen)
     Image.new("L", (16, 16), 9).save(tmp_path / "9.png")
-    for work in (lambda: generate_images(mine, 5, tmp_path / "a", steps=4, batch_size=2, sampler="heun", guidance=2.0),
-                 lambda: generate_images(mine, 5, tmp_path / "a", format="gif", steps=4),
-                 lambda: edit_images(mine, "interpolate", [tmp_path / "9.png"] * 2, tmp_path / "b", num_images=3, steps=4,
-                                     sampler="ddim", batch_size=2),
-                 lambda: evaluate(mine, likelihood="both", num_samples=16, batch_size=8, steps=3,
-                                  **{"evaluate.likelihood_images": 9, "evaluate.likelihood_evaluations": 40})):
+    for work in (
+        lambda: generate_images(
+            mine, 5, tmp_path / "a", steps=4, batch_size=2, sampler="heun", guidance=2.0
+        ),
+        lambda: generate_images(mine, 5, tmp_path / "a", format="gif", steps=4),
+        lambda: edit_images(
+            mine,
+            "interpolate",
+            [tmp_path / "9.png"] * 2,
+            tmp_path / "b",
+            num_images=3,
+            steps=4,
+            sampler="ddim",
+            batch_size=2,
+        ),
+        lambda: evaluate(
+            mine,
+            likelihood="both",
+            num_samples=16,
+            batch_size=8,
+            steps=3,
+            **{"evaluate.likelihood_images": 9, "evaluate.likelihood_evaluations": 40},
+        ),
+    ):
         asked = []
         with torch.nn.modules.module.register_module_forward_hook(
-                lambda module, *_, asked=asked: asked.append(1) if type(module).__name__ == "UNet" else None):
+            lambda module, *_, asked=asked: (
+                asked.append(1) if type(module).__name__ == "UNet" else None
+            )
+        ):
             work()
-        assert sum(one.evaluations for _, one in shown) == sum(total for total, _ in shown) == len(asked) > 0
+        assert (
+            sum(one.evaluations for _, one in shown)
+            == sum(total for total, _ in shown)
+            == len(asked)
+            > 0
+        )
         assert all(one.done == one.images for _, one in shown)
         shown.clear()
 
@@ -332,7 +521,8 @@ def test_a_folder_that_is_written_whole_or_not_at_all(mine, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("ddpm.interop.diffusers.json.dumps", stopped)  # after the weights are written
+        # after the weights are written
+        patched.setattr("ddpm.interop.diffusers.json.dumps", stopped)
         convert.convert(mine, tmp_path / "theirs")
     assert not list(tmp_path.iterdir())
     theirs = convert.convert(mine, tmp_path / "theirs")
@@ -346,7 +536,10 @@ def test_a_folder_that_is_written_whole_or_not_at_all(mine, tmp_path, monkeypatc
             (folder / f"{number}").touch()
     with pytest.raises(KeyboardInterrupt), files.folder_written_beside(tmp_path / "kept") as folder:
         stopped()
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["kept", "kept/2"]
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "kept",
+        "kept/2",
+    ]
 
 
 def test_help_fits_two_screens_and_says_where_all_options_are(answers):
@@ -354,40 +547,78 @@ def test_help_fits_two_screens_and_says_where_all_options_are(answers):
     assert "!!python" not in str(said)
     for name in COMMANDS:
         code, text = said[f"{name} --help"]
-        assert code == 0 and len(text.splitlines()) <= 80 and max(map(len, text.splitlines())) <= 100, name
+        assert (
+            code == 0 and len(text.splitlines()) <= 80 and max(map(len, text.splitlines())) <= 100
+        ), name
         assert "ddpm/config/defaults.py" in text and "--helpfull" in text, name
-    generate, full = said["generate --help"][1], said["evaluate --helpfull"][1]
-    assert "--num_images  (whole number)" in generate and "--format  (text, default png)" in generate
-    assert "--print_config" in said["main --help"][1] and "--config.section.leaf=value" in said["evaluate --help"][1]
-    assert all(f'"{option.rpartition(".")[2]}":' in full for option in defaults.flatten(defaults.base()))
+    generate = said["generate --help"][1]
+    full = said["evaluate --helpfull"][1]
+    assert (
+        "--num_images  (whole number)" in generate and "--format  (text, default png)" in generate
+    )
+    assert (
+        "--print_config" in said["main --help"][1]
+        and "--config.section.leaf=value" in said["evaluate --help"][1]
+    )
+    assert all(
+        f'"{option.rpartition(".")[2]}":' in full for option in defaults.flatten(defaults.base())
+    )
     code, text = said[f"main --config={ROOT}/configs/digits.py --config.seed=5 --print_config"]
     shown = config_files.from_json(text)
-    assert shown.seed == 5 and defaults.flatten(shown).keys() == defaults.flatten(defaults.base()).keys()
+    assert (
+        shown.seed == 5
+        and defaults.flatten(shown).keys() == defaults.flatten(defaults.base()).keys()
+    )
 
 
 def test_a_training_names_its_config_in_a_line(tmp_path, capsys):
     assert train_experiment(tiny(train__length="1 step"), tmp_path / "run") == 0
     out = capsys.readouterr().out
-    assert f"config: {tmp_path}/run/config.json" in out and '"timesteps"' not in out and len(out.splitlines()) < 30
+    assert (
+        f"config: {tmp_path}/run/config.json" in out
+        and '"timesteps"' not in out
+        and len(out.splitlines()) < 30
+    )
 
 
 def test_names_in_any_script_are_legible_on_a_contact_sheet(monkeypatch):
     """Which letters a font has is read by fontTools."""
-    names = ["Fleurs été", "Übung", "вода", "ελληνικά", "猫.webp", "日本", "a\nb", "\udcff.png", "e\u0301", "ł\u200b", "x" * 99]
-    dejavu, plain = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), ImageFont.load_default(11)
+    names = [
+        "Fleurs été",
+        "Übung",
+        "вода",
+        "ελληνικά",
+        "猫.webp",
+        "日本",
+        "a\nb",
+        "\udcff.png",
+        "e\u0301",
+        "ł\u200b",
+        "x" * 99,
+    ]
+    dejavu = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    plain = ImageFont.load_default(11)
     for font, file in ((contact_sheet.font_of(11), dejavu), (plain, BytesIO(plain.font_bytes))):
         known = TTFont(file).getBestCmap()
         for letter in map(chr, range(0x20, 0x500)):
             if letter.isprintable() and not unicodedata.combining(letter):
                 assert contact_sheet.has(font, letter) == (ord(letter) in known), hex(ord(letter))
         for name in names:
-            assert all(ord(letter) in known for letter in contact_sheet.fitted(name, font, 112)), name
+            assert all(ord(letter) in known for letter in contact_sheet.fitted(name, font, 112)), (
+                name
+            )
             assert font.getlength(contact_sheet.fitted(name, font, 112)) <= 112
     assert contact_sheet.legible("Fleurs été вода", contact_sheet.font_of(11)) == "Fleurs été вода"
     assert contact_sheet.legible("猫", contact_sheet.font_of(11)) == "\\u732b"
-    assert contact_sheet.sheet("été\udcff", [("\n猫", [contact_sheet.Cell("№", name) for name in names])]).width > 1000
+    assert (
+        contact_sheet.sheet(
+            "été\udcff", [("\n猫", [contact_sheet.Cell("№", name) for name in names])]
+        ).width
+        > 1000
+    )
     contact_sheet.font_of.cache_clear()
-    monkeypatch.setattr(contact_sheet.importlib.util, "find_spec", lambda name: None)  # as without matplotlib
+    # as without matplotlib
+    monkeypatch.setattr(contact_sheet.importlib.util, "find_spec", lambda name: None)
     try:
         assert contact_sheet.font_of(11).getname() == ImageFont.load_default(11).getname()
     finally:
@@ -397,15 +628,17 @@ def test_names_in_any_script_are_legible_on_a_contact_sheet(monkeypatch):
 def test_one_of_a_thing_is_named_as_one(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     report = doctor.diagnose(tmp_path, 32, 0.1)
-    assert report["not_fit"][0].startswith("1 image is too few: ") and "1 of 1 image can be" in next(doctor.lines_of(report))
+    assert report["not_fit"][0].startswith(
+        "1 image is too few: "
+    ) and "1 of 1 image can be" in next(doctor.lines_of(report))
     with pytest.raises(ValueError, match="choose one of cat, dog"):
         source.class_numbers(("owl",), ("cat", "dog"))
     assert counted(1, "image") == "1 image" and counted(1200, "image") == "1,200 images"
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     told = re.findall(r"--out=([\w-]+)", (ROOT / "README.md").read_text())
-    assert "doctor" in told and all(f"/{name}/" in ignored for name in told if name not in ("DIR", "runs")), told
-
-
+    assert "doctor" in told and all(
+        f"/{name}/" in ignored for name in told if name not in ("DIR", "runs")
+    ), told
 
 
 def test_a_second_ctrl_c_ends_at_once_and_what_nohup_ignores_stays_ignored():

@@ -1,4 +1,6 @@
-"""The dashboard door: what it sends to a loopback server, and what it says where it cannot send anything."""
+"""The dashboard door: what it sends to a loopback server, and what it says where it cannot send
+anything.
+"""
 
 import json
 import os
@@ -18,11 +20,15 @@ from support.wandb_server import server as server
 
 ROOT = Path(dashboard.__file__).parents[1]
 DOOR = [sys.executable, "-m", "ddpm.dashboard"]
-WITHOUT = [sys.executable, "-c", """
+WITHOUT = [
+    sys.executable,
+    "-c",
+    """
 import runpy, sys
 sys.modules["wandb_workspaces"] = None  # what Python has for a package that is not there
 runpy.run_module("ddpm.dashboard", run_name="__main__", alter_sys=True)
-"""]
+""",
+]
 STUDY = """
 name: schedules
 method: grid
@@ -35,8 +41,12 @@ parameters:
 
 
 def door(*words, command=DOOR, **environment):
-    done = subprocess.run([*command, *words], env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [*command, *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        text=True,
+        capture_output=True,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -44,21 +54,38 @@ def door(*words, command=DOOR, **environment):
 def project(server):
     """A server with a project of three runs, two of them of a study."""
     server.sweeps["s1"] = Sweep("s1", "digits", STUDY)
-    for name, schedule, knobs in (("a", "linear", {}), ("b", "cosine", {}), ("c", "linear", {"model.dropout": 0.5})):
+    for name, schedule, knobs in (
+        ("a", "linear", {}),
+        ("b", "cosine", {}),
+        ("c", "linear", {"model.dropout": 0.5}),
+    ):
         given = tiny(**{"diffusion.beta_schedule": schedule, "seed": ord(name)} | knobs)
-        run = server.runs[name] = Run(name, "digits", "s1" if name != "c" else None, state="finished")
+        run = server.runs[name] = Run(
+            name, "digits", "s1" if name != "c" else None, state="finished"
+        )
         run.columns = {key: {"value": value} for key, value in files.tracked(given).items()}
-        run.summary = {"eval/fd_digits": 2.0, "eval/fd_digits_perfect": 1.0, "eval/fd_digits_perfect_sd": 0.1,
-                       "eval/fd_digits_floor": 0.5, "eval/copying": 0.5, "eval/made": "so"}  # the floor of an older run
+        run.summary = {
+            "eval/fd_digits": 2.0,
+            "eval/fd_digits_perfect": 1.0,
+            "eval/fd_digits_perfect_sd": 0.1,
+            # the floor of an older run
+            "eval/fd_digits_floor": 0.5,
+            "eval/copying": 0.5,
+            "eval/made": "so",
+        }
     return server
 
 
 def sent(server):
-    """The workspace that was saved: (view, its run set, {section: its panels as (kind, config)})."""
+    """The workspace that was saved: (view, its run set, {section: its panels as (kind,
+    config)}).
+    """
     (view,) = server.views.values()
     section = json.loads(view["spec"])["section"]
-    panels = {each["name"]: [(panel["viewType"], panel["config"]) for panel in each["panels"]]
-              for each in section["panelBankConfig"]["sections"]}
+    panels = {
+        each["name"]: [(panel["viewType"], panel["config"]) for panel in each["panels"]]
+        for each in section["panelBankConfig"]["sections"]
+    }
     return view, section["runSets"][0], panels
 
 
@@ -71,27 +98,45 @@ def test_a_study_has_its_workspace(project):
     code, out, err = door("--project=me/digits", "--sweep=s1", **project.login)
     assert (code, err) == (0, "")
     view, runs, panels = sent(project)
-    assert (view["entityName"], view["projectName"], view["type"]) == ("me", "digits", "project-view")
+    assert (view["entityName"], view["projectName"], view["type"]) == (
+        "me",
+        "digits",
+        "project-view",
+    )
     assert view["displayName"] == "ddpm: schedules"
-    assert out == f"{project.url}/me/digits?nw={view['name'].removeprefix('nw-').removesuffix('-v')}\n"
+    assert (
+        out == f"{project.url}/me/digits?nw={view['name'].removeprefix('nw-').removesuffix('-v')}\n"
+    )
 
     assert [(each["key"], each["op"], each["value"]) for each in runs["filters"]["filters"]] == [
-        ({"section": "run", "name": "sweep"}, "=", "s1")]
-    assert runs["grouping"] == [{"section": "config", "name": "config.diffusion.beta_schedule.value"}]
+        ({"section": "run", "name": "sweep"}, "=", "s1")
+    ]
+    assert runs["grouping"] == [
+        {"section": "config", "name": "config.diffusion.beta_schedule.value"}
+    ]
 
     matters, loss, steps, compute, samples, speed, memory = panels.values()
     importance, parallel, bars = matters
     assert (importance[0], importance[1]["targetKey"]) == ("Parameter Importance", "eval/fd_digits")
     assert [column["accessor"] for column in parallel[1]["columns"]] == [
-        "config:config.diffusion.beta_schedule.value", "config:config.seed.value", "summary:eval/fd_digits"]
+        "config:config.diffusion.beta_schedule.value",
+        "config:config.seed.value",
+        "summary:eval/fd_digits",
+    ]
     assert (bars[0], bars[1]["metrics"]) == ("Bar Chart", ["eval/fd_digits"])
-    assert lines(loss) == [("train/step", [key]) for key in ("train/loss", "val/loss", "val/loss_ema")]
+    assert lines(loss) == [
+        ("train/step", [key]) for key in ("train/loss", "val/loss", "val/loss_ema")
+    ]
     distances = [["eval/copying"], ["eval/fd_digits", "eval/fd_digits_perfect"]]
     assert lines(steps) == [("train/step", keys) for keys in distances]
     assert lines(compute) == [("progress/petaflop", keys) for keys in distances]
     assert [(kind, panel["mediaKeys"]) for kind, panel in samples] == [
-        ("Media Browser", ["samples"]), ("Media Browser", ["eval/nearest"])]
-    assert {"speed/images_per_second", "speed/step_ms", "speed/loader_wait"} <= {keys[0] for _, keys in lines(speed)}
+        ("Media Browser", ["samples"]),
+        ("Media Browser", ["eval/nearest"]),
+    ]
+    assert {"speed/images_per_second", "speed/step_ms", "speed/loader_wait"} <= {
+        keys[0] for _, keys in lines(speed)
+    }
     assert {"memory/vram_peak_gib", "memory/rss_gib"} <= {keys[0] for _, keys in lines(memory)}
     assert project.unknown == []
 
@@ -99,23 +144,46 @@ def test_a_study_has_its_workspace(project):
 def test_a_project_is_grouped_by_what_differs(project):
     api = wandb.Api(overrides={"base_url": project.url}, api_key=project.login["WANDB_API_KEY"])
     runs = list(api.runs("me/digits", lazy=False))
-    assert dashboard.varied(None, runs) == ["config.diffusion.beta_schedule", "config.model.dropout"]
+    assert dashboard.varied(None, runs) == [
+        "config.diffusion.beta_schedule",
+        "config.model.dropout",
+    ]
     made = dashboard.workspace("me", "digits", None, runs)
     assert (made.name, made.runset_settings.filters) == ("ddpm: digits", "")
     assert [key.name for key in made.runset_settings.groupby] == [
-        "config.diffusion.beta_schedule.value", "config.model.dropout.value"]
+        "config.diffusion.beta_schedule.value",
+        "config.model.dropout.value",
+    ]
     assert made.sections[0].name == "What matters for eval/copying"
 
 
 def test_a_project_without_evaluations_shows_where_they_will_be():
-    assert dashboard.measured([]) == [["eval/fd_digits"], ["eval/fid"], ["eval/kd_digits"], ["eval/kid"]]
+    assert dashboard.measured([]) == [
+        ["eval/fd_digits"],
+        ["eval/fid"],
+        ["eval/kd_digits"],
+        ["eval/kid"],
+    ]
 
 
-@pytest.mark.parametrize("words, command, login, said", [
-    (["--project=digits"], DOOR, False, "not logged in to W&B; use `wandb login`"),
-    (["--project=digits"], WITHOUT, True, "wandb-workspaces is missing; pip install -e '.[study]'"),
-    (["--project=me/digits", "--sweep=s2"], DOOR, True, "Could not find sweep <Sweep me/digits/s2"),
-])
+@pytest.mark.parametrize(
+    "words, command, login, said",
+    [
+        (["--project=digits"], DOOR, False, "not logged in to W&B; use `wandb login`"),
+        (
+            ["--project=digits"],
+            WITHOUT,
+            True,
+            "wandb-workspaces is missing; pip install -e '.[study]'",
+        ),
+        (
+            ["--project=me/digits", "--sweep=s2"],
+            DOOR,
+            True,
+            "Could not find sweep <Sweep me/digits/s2",
+        ),
+    ],
+)
 def test_a_mistake_is_one_line(project, words, command, login, said):
     code, out, err = door(*words, command=command, **project.login if login else {})
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err
@@ -124,6 +192,9 @@ def test_a_mistake_is_one_line(project, words, command, login, said):
 
 def test_an_unreachable_server_is_one_line():
     before = time.monotonic()
-    code, out, err = door("--project=me/digits", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40)
-    assert time.monotonic() - before < 60  # W&B gives up after 20 s; the rest is for a loaded machine
+    code, out, err = door(
+        "--project=me/digits", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40
+    )
+    # W&B gives up after 20 s; the rest is for a loaded machine
+    assert time.monotonic() - before < 60
     assert (code, out, err.count("\n")) == (2, "", 1) and "http://127.0.0.1:9" in err

@@ -1,4 +1,6 @@
-"""The doctor on real files: each kind that it reports, its exit codes, and the same finding in a training's log."""
+"""The doctor on real files: each kind that it reports, its exit codes, and the same finding in a
+training's log.
+"""
 
 import json
 import os
@@ -46,14 +48,16 @@ def report_on(root, size=32, fraction=0.1):
 def door(*words, cwd):
     command = [sys.executable, "-m", "ddpm.doctor", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
     return done.returncode, done.stdout, done.stderr
 
 
 def test_every_kind_is_named(folder):
     one = photo(20)
     whole = (folder / "00.png").read_bytes()
-    (folder / "torn.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "torn.png").write_bytes(whole[: len(whole) // 2])
     (folder / "zero.jpg").touch()
     (folder / "page.png").write_text("<html>404</html>")
     (folder / "header.png").write_bytes(whole[:12] + b"\xff" * 60 + whole[72:])
@@ -85,21 +89,40 @@ def test_every_kind_is_named(folder):
 
     report = report_on(folder)
     assert report["left_out"] == {
-        "too small": ["tiny.webp"], "empty": ["zero.jpg"], "no image": ["page.png"], "truncated": ["torn.png"],
-        "broken": ["header.png", "new\nline \udcff\U0001f408.jpg"], "without an agreed range": ["science.tif"],
-        "not readable": ["circle.bmp", "lost.gif"], "no file": ["pipe.jpg", "socket.png"]}
+        "too small": ["tiny.webp"],
+        "empty": ["zero.jpg"],
+        "no image": ["page.png"],
+        "truncated": ["torn.png"],
+        "broken": ["header.png", "new\nline \udcff\U0001f408.jpg"],
+        "without an agreed range": ["science.tif"],
+        "not readable": ["circle.bmp", "lost.gif"],
+        "no file": ["pipe.jpg", "socket.png"],
+    }
     assert report["files"] == 36 and report["kept"] == 25
-    expected = {"one_colour": ["navy.jpg"], "turned": ["turned.jpg"], "transparent": ["cut.webp"], "cmyk": ["print.jpg"],
-                "animated": ["film.gif"], "misnamed": {"really.jpg": "PNG"}, "without_suffix": {"unnamed": "JPEG"},
-                "near_duplicates": []}
+    expected = {
+        "one_colour": ["navy.jpg"],
+        "turned": ["turned.jpg"],
+        "transparent": ["cut.webp"],
+        "cmyk": ["print.jpg"],
+        "animated": ["film.gif"],
+        "misnamed": {"really.jpg": "PNG"},
+        "without_suffix": {"unnamed": "JPEG"},
+        "near_duplicates": [],
+    }
     assert {key: report[key] for key in expected} == expected
     assert report["formats"] == {"PNG": 18, "JPEG": 4, "WEBP": 2, "GIF": 1, "TIFF": 1}
     assert next(iter(report["cropped_away"].items())) == ("wide.tiff", 1 - 50 / 400)
     assert report["shorter_side"] == {"least": 20, "median": 72, "most": 72}
     source = data.open_source(f"folder(path={str(folder)!r})", 32, 3)
     assert len(source) == report["kept"] and set(source.notes[1:9]) == {
-        f"left out {len(names)} {fault}: {data_source.shortened(names, 9)}" for fault, names in report["left_out"].items()}
-    assert all("\n" not in line and line.isprintable() for line in doctor.lines_of(report) if line.strip("\n") == line)
+        f"left out {len(names)} {fault}: {data_source.shortened(names, 9)}"
+        for fault, names in report["left_out"].items()
+    }
+    assert all(
+        "\n" not in line and line.isprintable()
+        for line in doctor.lines_of(report)
+        if line.strip("\n") == line
+    )
 
 
 COPIES = {
@@ -107,12 +130,16 @@ COPIES = {
     "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     "cropped": lambda image: image.crop((3, 3, image.width - 3, image.height - 2)),
     "darker": lambda image: image.point(lambda value: int(value * 0.8 + 5)),
-    "mirrored and cropped": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).crop((2, 1, 94, 70)),
+    "mirrored and cropped": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).crop(
+        (2, 1, 94, 70)
+    ),
 }
 
 
 def test_copies_are_found_and_other_images_are_not(folder):
-    """Of sixteen photographs five copies each and one of the same bytes: all but a few, and no group of two photographs."""
+    """Of sixteen photographs five copies each and one of the same bytes: all but a few, and no
+    group of two photographs.
+    """
     for number in range(28, 44):
         image = photo(number)
         image.save(folder / f"{number:02}.png")
@@ -121,17 +148,23 @@ def test_copies_are_found_and_other_images_are_not(folder):
         shutil.copy(folder / f"{number:02}.png", folder / f"{number:02} again.png")
     groups = report_on(folder)["near_duplicates"]
     assert [group for group in groups if len({name[:2] for name in group}) > 1] == []
-    assert sum(map(len, groups)) >= 0.97 * 16 * 7  # 98 % and more of each kind were found in 408 photographs
+    # 98 % and more of each kind were found in 408 photographs
+    assert sum(map(len, groups)) >= 0.97 * 16 * 7
 
 
 def test_near_duplicates_of_many_are_found_without_comparing_all():
-    """Twenty thousand directions, of which 500 have a copy at a cosine of 0.93: sorted into groups, hardly one is lost."""
-    draw, count = np.random.default_rng(0), 20000
+    """Twenty thousand directions, of which 500 have a copy at a cosine of 0.93: sorted into
+    groups, hardly one is lost.
+    """
+    draw = np.random.default_rng(0)
+    count = 20000
     units = draw.standard_normal((count, 2, 64))
     units /= np.linalg.norm(units, axis=-1, keepdims=True)
     other = draw.standard_normal((500, 64))
     other -= (other * units[:500, 0]).sum(1, keepdims=True) * units[:500, 0]
-    units[500:1000, 0] = 0.93 * units[:500, 0] + (1 - 0.93**2) ** 0.5 * other / np.linalg.norm(other, axis=1, keepdims=True)
+    units[500:1000, 0] = 0.93 * units[:500, 0] + (1 - 0.93**2) ** 0.5 * other / np.linalg.norm(
+        other, axis=1, keepdims=True
+    )
     found = {tuple(group) for group in duplicates.groups(np.round(127 * units).astype(np.int8))}
     assert len(found & {(k, k + 500) for k in range(500)}) >= 495 and len(found) <= 500
     assert duplicates.groups(np.zeros((0, 2, 64), np.int8)) == []
@@ -139,13 +172,25 @@ def test_near_duplicates_of_many_are_found_without_comparing_all():
 
 def test_a_training_says_what_the_doctor_says(folder, tmp_path):
     held_out = report_on(folder)["held_out"][0]
-    shutil.copy(folder / held_out, folder / "zz.png")  # the last of all: the others keep their places
-    fraction = next(f for f in np.arange(0.05, 0.9, 0.02) if report_on(folder, fraction=f)["across"])
-    knobs = dict(data__source=f"folder(path={str(folder)!r})", data__channels=3, data__image_size=16, data__cache="none",
-                 data__validation_fraction=float(fraction), train__batch_size=4, train__length="1 steps")
+    # the last of all: the others keep their places
+    shutil.copy(folder / held_out, folder / "zz.png")
+    fraction = next(
+        f for f in np.arange(0.05, 0.9, 0.02) if report_on(folder, fraction=f)["across"]
+    )
+    knobs = dict(
+        data__source=f"folder(path={str(folder)!r})",
+        data__channels=3,
+        data__image_size=16,
+        data__cache="none",
+        data__validation_fraction=float(fraction),
+        train__batch_size=4,
+        train__length="1 steps",
+    )
     assert run(tiny(evaluate__extractor="none", **knobs), tmp_path / "run")
     log = (tmp_path / "run" / "training.log").read_text()
-    assert f"look at them with python -m ddpm.doctor {folder}: 2 in 1 group of near-duplicates" in log
+    assert (
+        f"look at them with python -m ddpm.doctor {folder}: 2 in 1 group of near-duplicates" in log
+    )
     assert "1 held-out image has a near-duplicate that is learned from" in log
 
 
@@ -160,9 +205,10 @@ def test_the_door_and_its_exit_codes(folder, tmp_path):
         assert sheet.width > 1000 and len(sheet.convert("RGB").getcolors(2**20)) > 1000
     config = f"--config={ROOT}/configs/cats128.py"
     for words, message in (
-            ([], "nothing given; write a folder of images"),
-            ([folder, "--image_size=1000000"], "1000000 is not an integer in the range [1, 4096]"),
-            ([f"--config={ROOT}/configs/digits.py"], "the doctor looks at folders of files")):
+        ([], "nothing given; write a folder of images"),
+        ([folder, "--image_size=1000000"], "1000000 is not an integer in the range [1, 4096]"),
+        ([f"--config={ROOT}/configs/digits.py"], "the doctor looks at folders of files"),
+    ):
         code, out, err = door(*words, cwd=tmp_path)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
     shutil.copytree(folder, tmp_path / "data" / "cats")
@@ -173,24 +219,51 @@ def test_the_door_and_its_exit_codes(folder, tmp_path):
 def test_a_white_picture_is_seen_on_a_sheet():
     white, (left, upper) = Image.new("RGB", (40, 20), "white"), (MARGIN, MARGIN + 30 + 44)
     page = sheet("cats", [("of one colour", [Cell(white)])])
-    cell = np.asarray(page.crop((left - 1, upper - 1, left + CELL + 1, upper + CELL + 1)).convert("L"))
+    cell = np.asarray(
+        page.crop((left - 1, upper - 1, left + CELL + 1, upper + CELL + 1)).convert("L")
+    )
     rows, columns = np.nonzero(cell < 255)
-    assert (np.ptp(rows), np.ptp(columns)) == (CELL // 2 + 1, CELL + 1)  # a line around twice as wide as it is high
+    # a line around twice as wide as it is high
+    assert (np.ptp(rows), np.ptp(columns)) == (CELL // 2 + 1, CELL + 1)
 
 
 def test_a_verdict_needs_what_it_says():
-    fit = {"kept": 5000, "files": 5000, "left_out": {}, "across": 0, "held_out": [], "near_duplicates": [], "one_colour": [],
-           "without_suffix": {}, "classes": {}, "remarks": []}
+    fit = {
+        "kept": 5000,
+        "files": 5000,
+        "left_out": {},
+        "across": 0,
+        "held_out": [],
+        "near_duplicates": [],
+        "one_colour": [],
+        "without_suffix": {},
+        "classes": {},
+        "remarks": [],
+    }
     assert doctor.verdict(fit) == {"not_fit": [], "warnings": []}
-    assert doctor.verdict(fit | {"kept": 299})["not_fit"] and doctor.verdict(fit | {"kept": 2999})["warnings"]
+    assert (
+        doctor.verdict(fit | {"kept": 299})["not_fit"]
+        and doctor.verdict(fit | {"kept": 2999})["warnings"]
+    )
     assert doctor.verdict(fit | {"left_out": {"truncated": ["x"] * 501}})["not_fit"]
     assert not doctor.verdict(fit | {"left_out": {"too small": ["x"] * 900}})["not_fit"]
-    for doubt in ({"left_out": {"broken": ["x"]}}, {"across": 1}, {"near_duplicates": [["x", "y"]]}, {"one_colour": ["x"]},
-                  {"without_suffix": {"x": "PNG"}}, {"classes": {"cat": 11, "dog": 1}}):
-        assert len(doctor.verdict(fit | doubt)["warnings"]) == 1 and not doctor.verdict(fit | doubt)["not_fit"]
+    for doubt in (
+        {"left_out": {"broken": ["x"]}},
+        {"across": 1},
+        {"near_duplicates": [["x", "y"]]},
+        {"one_colour": ["x"]},
+        {"without_suffix": {"x": "PNG"}},
+        {"classes": {"cat": 11, "dog": 1}},
+    ):
+        assert (
+            len(doctor.verdict(fit | doubt)["warnings"]) == 1
+            and not doctor.verdict(fit | doubt)["not_fit"]
+        )
 
 
-@pytest.mark.parametrize("content", [{}, {"a.png": b"words", "b.jpg": b""}, {"notes.txt": b"words"}])
+@pytest.mark.parametrize(
+    "content", [{}, {"a.png": b"words", "b.jpg": b""}, {"notes.txt": b"words"}]
+)
 def test_a_folder_without_an_image_is_not_fit_and_has_a_sheet(content, tmp_path):
     for name, text in content.items():
         (tmp_path / name).write_bytes(text)

@@ -1,4 +1,6 @@
-"""The plan's figures follow from the network itself: counted memory, counted operations, published peaks."""
+"""The plan's figures follow from the network itself: counted memory, counted operations,
+published peaks.
+"""
 
 import re
 import socket
@@ -21,17 +23,22 @@ GIB = memory.GIB
 
 
 def door(*arguments):
-    done = subprocess.run([sys.executable, "-m", "ddpm.plan", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ddpm.plan", *arguments], capture_output=True, text=True
+    )
     return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
 
 def test_the_most_images_fit_and_one_more_does_not():
     """The line through two accounts is exact: the account of so many images says so itself."""
-    given, room = tiny(model__name="dit(depth=2, width=64, heads=2)"), 0.7 * GIB
+    given = tiny(model__name="dit(depth=2, width=64, heads=2)")
+    room = 0.7 * GIB
     for found in plan.memory_of(given, 4, room):
-        dtype, levels = torch.float32 if found.types == "fp32" else torch.bfloat16, 9 * (found.checkpointing == "all")
+        dtype = torch.float32 if found.types == "fp32" else torch.bfloat16
+        levels = 9 * (found.checkpointing == "all")
         sizes = [
-            memory.with_margin(experiment_memory.account(given, dtype, n, levels).total) for n in (found.most, found.most + 1)
+            memory.with_margin(experiment_memory.account(given, dtype, n, levels).total)
+            for n in (found.most, found.most + 1)
         ]
         assert sizes[0] <= room < sizes[1]
         assert found.account.total == sum(found.account.parts) and min(found.account.parts) >= 0
@@ -41,59 +48,101 @@ def test_the_most_images_fit_and_one_more_does_not():
 def test_cats128_fits_into_8_gib_with_its_batch_of_8():
     given = defaults.freeze(module_of(FILES[0].with_name("cats128.py")).get_config())
     assert given.train.batch_size == 8
-    found = experiment_memory.account(given, torch.bfloat16, 8 // given.train.gradient_accumulation_steps)
+    found = experiment_memory.account(
+        given, torch.bfloat16, 8 // given.train.gradient_accumulation_steps
+    )
     assert memory.with_margin(found.total) < 8 * GIB
-    # weights, gradients, Adam's two and the average of 200.3 million parameters in float32, and Adam's counters
+    # weights, gradients, Adam's two and the average of 200.3 million parameters in float32, and
+    # Adam's counters
     assert sum(found.parts[:4]) / GIB == pytest.approx(5 * 4 * 200_321_475 / GIB, rel=1e-4)
 
 
 def test_hours_by_hand():
-    """A thousand images of 10^12 operations at half of 10^14 a second; two cards halve it, and send their gradients once."""
+    """A thousand images of 10^12 operations at half of 10^14 a second; two cards halve it, and
+    send their gradients once.
+    """
     card = CARDS["L4"]._replace(half=100, link=10)
     spent, rate = plan.hours(1000, 1e12, card, torch.bfloat16, 0.5)
     assert (spent * 3600, rate) == pytest.approx((20, 50))
-    spent, rate = plan.hours(1000, 1e12, card, torch.bfloat16, 0.5, cards=2, batch_size=10, weights=1e9)
+    spent, rate = plan.hours(
+        1000, 1e12, card, torch.bfloat16, 0.5, cards=2, batch_size=10, weights=1e9
+    )
     assert (spent * 3600, rate) == pytest.approx((100 * (0.1 + 0.1), 10 / 0.2))
 
 
 def test_cards_are_found_by_the_names_that_torch_gives_them():
-    names = {"NVIDIA H200": "H200", "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA GeForce RTX 3070": "RTX 3070", "Tesla T4": "T4",
-             "Tesla V100-SXM2-16GB": "V100", "NVIDIA L4": "L4", "NVIDIA H100 80GB HBM3": "H100",
-             "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA A100 80GB PCIe": "A100"}
-    assert {name: card_of(name) for name in names} == {name: CARDS[card] for name, card in names.items()}
-    for unknown in ("NVIDIA GeForce GT 1030", "NVIDIA L40S", "NVIDIA GeForce RTX 2060 with Max-Q Design", "NVIDIA H200 NVL",
-                    "NVIDIA GeForce RTX 2070 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "AMD Radeon RX 7700S", "Apple M2",
-                    "AMD Radeon Graphics", "NVIDIA RTX 4000 SFF Ada Generation"):
+    names = {
+        "NVIDIA H200": "H200",
+        "NVIDIA A100-SXM4-80GB": "A100",
+        "NVIDIA GeForce RTX 3070": "RTX 3070",
+        "Tesla T4": "T4",
+        "Tesla V100-SXM2-16GB": "V100",
+        "NVIDIA L4": "L4",
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": "H100 PCIe",
+        "NVIDIA A100 80GB PCIe": "A100",
+    }
+    assert {name: card_of(name) for name in names} == {
+        name: CARDS[card] for name, card in names.items()
+    }
+    for unknown in (
+        "NVIDIA GeForce GT 1030",
+        "NVIDIA L40S",
+        "NVIDIA GeForce RTX 2060 with Max-Q Design",
+        "NVIDIA H200 NVL",
+        "NVIDIA GeForce RTX 2070 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "AMD Radeon RX 7700S",
+        "Apple M2",
+        "AMD Radeon Graphics",
+        "NVIDIA RTX 4000 SFF Ada Generation",
+    ):
         assert card_of(unknown) is None
     assert (CARDS["T4"].peak(torch.float16), CARDS["A100"].peak(torch.float32)) == (65e12, 156e12)
 
 
-@pytest.mark.parametrize("name, gib, half, bf16", [
-    ("NVIDIA GeForce RTX 4070 Laptop GPU", 8, 40.1, True), ("NVIDIA GeForce RTX 4070", 12, 58.3, True),
-    ("NVIDIA GeForce RTX 4070 Ti SUPER", 16, 88.2, True), ("NVIDIA GeForce RTX 2080 Ti", 11, 53.8, False),
-    ("NVIDIA GeForce GTX 1060 6GB", 6, 4.4, False), ("NVIDIA GeForce RTX 3080 Laptop GPU", 8, 42, True),
-    ("NVIDIA GeForce RTX 5090", 32, 209.5, True), ("AMD Radeon RX 7900 XTX", 24, 122.8, True),
-    ("AMD Radeon RX 7900 XT", 20, 103, True), ("AMD Radeon PRO W7900", 48, 122.6, True),
-    ("AMD Instinct MI300X", 192, 1307, True)])
+@pytest.mark.parametrize(
+    "name, gib, half, bf16",
+    [
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", 8, 40.1, True),
+        ("NVIDIA GeForce RTX 4070", 12, 58.3, True),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 16, 88.2, True),
+        ("NVIDIA GeForce RTX 2080 Ti", 11, 53.8, False),
+        ("NVIDIA GeForce GTX 1060 6GB", 6, 4.4, False),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", 8, 42, True),
+        ("NVIDIA GeForce RTX 5090", 32, 209.5, True),
+        ("AMD Radeon RX 7900 XTX", 24, 122.8, True),
+        ("AMD Radeon RX 7900 XT", 20, 103, True),
+        ("AMD Radeon PRO W7900", 48, 122.6, True),
+        ("AMD Instinct MI300X", 192, 1307, True),
+    ],
+)
 def test_gpus_that_people_own_are_in_the_table(name, gib, half, bf16):
     card = card_of(name)
     assert (card.gib, card.half, card.bf16) == (gib, half, bf16)
 
 
 def test_published_rates_fit_the_architectures():
-    """Tensor cores of GeForce do 2 (since Ampere) or 4 (Turing) times the float32 of the shaders; a laptop's GPU does less."""
+    """Tensor cores of GeForce do 2 (since Ampere) or 4 (Turing) times the float32 of the
+    shaders; a laptop's GPU does less.
+    """
     times = {"GTX 10": 1, "GTX 16": 2, "RTX 20": 4, "RTX 30": 2, "RTX 40": 2, "RTX 50": 2}
     for name, card in CARDS.items():
         if name[:6] in times:
-            assert card.half / card.single == pytest.approx(times[name[:6]], rel=0.025), name  # of one decimal place
+            # of one decimal place
+            assert card.half / card.single == pytest.approx(times[name[:6]], rel=0.025), name
         desktop = CARDS.get(name.removesuffix(" Laptop"))
         assert desktop is None or desktop.half > 0.95 * card.half, name
         assert known(f"NVIDIA GeForce {name} GPU") == name and card.gib > 0 and card.link > 0
 
 
 def test_small_networks_are_limited_by_their_kernels():
-    """A thousand kernels of 3.8 microseconds; what is counted are the layers and more, forward and backward."""
-    spent, rate = plan.hours(1000, 1e3, CARDS["H100"], torch.bfloat16, 0.5, batch_size=10, kernels=1000)
+    """A thousand kernels of 3.8 microseconds; what is counted are the layers and more, forward
+    and backward.
+    """
+    spent, rate = plan.hours(
+        1000, 1e3, CARDS["H100"], torch.bfloat16, 0.5, batch_size=10, kernels=1000
+    )
     assert (spent * 3600, rate) == pytest.approx((0.38, 10 / 0.0038))
     given = tiny()
     with torch.device("meta"):
@@ -101,53 +150,97 @@ def test_small_networks_are_limited_by_their_kernels():
     assert layers < cost.operations(given).kernels < 20 * layers
 
 
-@pytest.mark.parametrize("hours, words", [
-    (1e-5, "< 1 s"), (0.0005, "2 s"), (0.0496, "3 min"), (1.99, "119 min"), (12.44, "12.4 h"), (99, "99.0 h"),
-    (2400, "100.0 days")])
+@pytest.mark.parametrize(
+    "hours, words",
+    [
+        (1e-5, "< 1 s"),
+        (0.0005, "2 s"),
+        (0.0496, "3 min"),
+        (1.99, "119 min"),
+        (12.44, "12.4 h"),
+        (99, "99.0 h"),
+        (2400, "100.0 days"),
+    ],
+)
 def test_times_are_spelled(hours, words):
     assert plan.spell(hours) == words
 
 
 @pytest.mark.parametrize("name, least", [("adm_imagenet64", 295e6), ("dit_xl_2", 674e6)])
-def test_class_conditional_configs_are_planned_without_their_data(tmp_path, monkeypatch, name, least):
+def test_class_conditional_configs_are_planned_without_their_data(
+    tmp_path, monkeypatch, name, least
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it went to the network"))
     given = defaults.freeze(module_of(FILES[0].with_name(f"{name}.py")).get_config())
     some, words = plan.with_classes(given, 7)
     assert some.data.classes == ("0", "1", "2", "3", "4", "5", "6") and not words
     assumed, words = plan.with_classes(given)
-    assert len(assumed.data.classes) == 1000 and words.startswith("as if there were 1,000 classes in the data (")
+    assert len(assumed.data.classes) == 1000 and words.startswith(
+        "as if there were 1,000 classes in the data ("
+    )
     with torch.device("meta"):
         assert sum(one.numel() for one in build.network(assumed).parameters()) > least
     assert not list(tmp_path.iterdir())
-    mine = tiny(data__class_labels=True, evaluate__classes=("cat", "dog"), data__source="folder(path='none')")
+    mine = tiny(
+        data__class_labels=True,
+        evaluate__classes=("cat", "dog"),
+        data__source="folder(path='none')",
+    )
     assert plan.with_classes(mine, 3)[0].data.classes == ("cat", "dog", "0")
-    assert plan.with_classes(tiny(data__class_labels=True))[0].data.classes == tuple("0123456789")  # the digits are at hand
+    # the digits are at hand
+    assert plan.with_classes(tiny(data__class_labels=True))[0].data.classes == tuple("0123456789")
 
 
 def test_the_door():
     small = [f"--config.model.{knob}" for knob in ("model_channels=8", "num_res_blocks=1")]
-    code, out, _ = door("--config=configs/digits.py", *small, "--config.train.length=3 epochs", "--vram=2", "--cards=3")
-    assert code == 0 and "4,864 images, of 1,617 in the data" in out and "on a card of 2 GiB" in out and "3 GPUs" in out
-    assert "\non 3 cards a batch of 32 cannot be cut into 3 ranks x 1 parts: those columns are for " in out
+    code, out, _ = door(
+        "--config=configs/digits.py",
+        *small,
+        "--config.train.length=3 epochs",
+        "--vram=2",
+        "--cards=3",
+    )
+    assert (
+        code == 0
+        and "4,864 images, of 1,617 in the data" in out
+        and "on a card of 2 GiB" in out
+        and "3 GPUs" in out
+    )
+    assert (
+        "\non 3 cards a batch of 32 cannot be cut into 3 ranks x 1 parts: those columns are for "
+        in out
+    )
     assert "--config.train.batch_size=33\n" in out
     assert all(f"\n{card} " in out for card in plan.USUAL.split(",")) and "GiB: 0.0" in out
-    kernels, rates = re.search("each of the ([0-9,]+) kernels", out)[1], re.findall(r"\n.* [bf][pf]16 +([0-9,.]+) ", out)
+    kernels = re.search("each of the ([0-9,]+) kernels", out)[1]
+    rates = re.findall(r"\n.* [bf][pf]16 +([0-9,.]+) ", out)
     assert len(rates) == len(plan.USUAL.split(","))
-    assert {float(rate.replace(",", "")) <= 33 / (int(kernels) * plan.LAUNCH) for rate in rates} == {True}
+    assert {
+        float(rate.replace(",", "")) <= 33 / (int(kernels) * plan.LAUNCH) for rate in rates
+    } == {True}
     assert "\nevaluation at the end: 1,797 images by dpmpp in 12 steps, " in out
 
 
 def test_images_that_are_not_there_yet_are_taken_to_be_some(tmp_path):
-    steps, images, words = plan.length(tiny(data__source=f"folder(path='{tmp_path}/none')", train__length="8 epochs"))
+    steps, images, words = plan.length(
+        tiny(data__source=f"folder(path='{tmp_path}/none')", train__length="8 epochs")
+    )
     assert (steps, images) == (10_000, 10_000) and words.startswith(
-        f", as if there were 10,000 in the data (image folder '{tmp_path}/none' does not exist; give")
+        f", as if there were 10,000 in the data (image folder '{tmp_path}/none' does not exist; "
+        "give"
+    )
 
 
 def test_a_card_with_room_takes_the_batch_in_fewer_parts():
-    """Of 12 images in 6 parts: at 4 at a time they fit where the planner says that 4 do, and not all."""
+    """Of 12 images in 6 parts: at 4 at a time they fit where the planner says that 4 do, and not
+    all.
+    """
     given = tiny(train__batch_size=12, train__gradient_accumulation_steps=6)
-    sizes = [memory.with_margin(experiment_memory.account(given, torch.bfloat16, n).total) for n in (4, 6)]
+    sizes = [
+        memory.with_margin(experiment_memory.account(given, torch.bfloat16, n).total)
+        for n in (4, 6)
+    ]
     said = "\n".join(plan.plan(given, sum(sizes) / 2 / GIB, 0.4, 1))
     assert "in fewer parts: --config.train.gradient_accumulation_steps=3\n" in said
     assert "in fewer parts" not in "\n".join(plan.plan(given, 0.1, 0.4, 1))
@@ -158,16 +251,28 @@ def test_snapshots_take_disk():
     *_, line = plan.plan(given, 8, 0.4, 8)
     with torch.device("meta"):
         size = sum(one.numel() for one in build.network(given).parameters()) * 2 * 2 / GIB
-    assert line.endswith(f"2 averages in half precision (every.snapshot=5 steps) {size:.2f}, 3 of them {3 * size:.2f}")
+    assert line.endswith(
+        f"2 averages in half precision (every.snapshot=5 steps) {size:.2f}, 3 of them "
+        f"{3 * size:.2f}"
+    )
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--config=configs/digits.py", "--vram=0"], "--vram"),
-    (["--config=configs/digits.py", "--mfu=nan"], "flag --mfu=nan: give a finite number"),
-    (["--config=configs/digits.py", "--gpus=RTX 4071"], "unknown GPU 'RTX 4071' (did you mean 'RTX 4070'?); --gpus=all shows"),
-    (["--config=configs/none.py"], "there is no config file configs/none.py"),
-    (["--config=configs/digits.py", "--config.model.attention_resolutions=7,"], "attention resolution 7 does not occur"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--config=configs/digits.py", "--vram=0"], "--vram"),
+        (["--config=configs/digits.py", "--mfu=nan"], "flag --mfu=nan: give a finite number"),
+        (
+            ["--config=configs/digits.py", "--gpus=RTX 4071"],
+            "unknown GPU 'RTX 4071' (did you mean 'RTX 4070'?); --gpus=all shows",
+        ),
+        (["--config=configs/none.py"], "there is no config file configs/none.py"),
+        (
+            ["--config=configs/digits.py", "--config.model.attention_resolutions=7,"],
+            "attention resolution 7 does not occur",
+        ),
+    ],
+)
 def test_bad_input_is_one_line(flags, message):
     code, out, err = door(*flags)
     assert code == 2 and out == "" and len(err) == 1 and message in err[0]

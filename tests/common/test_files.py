@@ -64,10 +64,16 @@ def test_what_a_killed_process_left_behind_does_no_harm(tmp_path):
     assert (tmp_path / "file.txt").read_text() == "new" and names(tmp_path) == ["file.txt"]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="names of open files are read from /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/fd"), reason="names of open files are read from /proc"
+)
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """File synced, then renamed, then the folder synced: the order in which a power cut loses nothing."""
-    events, fsync, replace = [], os.fsync, os.replace
+    """File synced, then renamed, then the folder synced: the order in which a power cut loses
+    nothing.
+    """
+    events = []
+    fsync = os.fsync
+    replace = os.replace
 
     def noting_fsync(handle):
         events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
@@ -108,7 +114,9 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
             "import sys; from ddpm.common.files import held\nwith held(sys.argv[1]): pass",
             str(folder),
         ]
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True
+        )
         assert done.returncode == 1 and "is in use by another process; wait for it" in done.stderr
     assert not (tmp_path / "runs").exists()  # nothing came into it
     with held(folder):

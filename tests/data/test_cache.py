@@ -1,4 +1,6 @@
-"""Decoded images are those of the source, decoded once whatever happens, and change nothing that is learned."""
+"""Decoded images are those of the source, decoded once whatever happens, and change nothing that
+is learned.
+"""
 
 import json
 import multiprocessing
@@ -51,7 +53,8 @@ def watched(source, log, seconds=0.0):
 
 
 def test_rows_are_the_images_and_are_decoded_once(photos, tmp_path):
-    source, log = opened(photos), tmp_path / "log"
+    source = opened(photos)
+    log = tmp_path / "log"
     for _ in range(2):
         found = cache.decoded(watched(source, log), tmp_path / "cache")
         for copy in (found, pickle.loads(pickle.dumps(found))):
@@ -78,8 +81,13 @@ print(found[11].sum().item())
 
 def builder(photos, tmp_path, seconds):
     """Another process that wants the same rows."""
-    code = BUILDER.format(tests=os.path.dirname(__file__), photos=str(photos), log=str(tmp_path / "log"), seconds=seconds,
-                          folder=str(tmp_path / "cache"))
+    code = BUILDER.format(
+        tests=os.path.dirname(__file__),
+        photos=str(photos),
+        log=str(tmp_path / "log"),
+        seconds=seconds,
+        folder=str(tmp_path / "cache"),
+    )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
@@ -113,11 +121,19 @@ def test_a_disk_without_room_is_told_and_done_without(photos, tmp_path, monkeypa
         assert torch.equal(found[3], source[3])
     size = 12 * 3 * 16 * 16
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "home"))
-    for folder, free, fits in ((None, 3 * size, False), (tmp_path / "full", size, False), (tmp_path / "full", 2 * size, True),
-                               (None, 5 * size, True)):  # the one that was asked for may take more
-        monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+    for folder, free, fits in (
+        (None, 3 * size, False),
+        (tmp_path / "full", size, False),
+        (tmp_path / "full", 2 * size, True),
+        (None, 5 * size, True),
+    ):  # the one that was asked for may take more
+        monkeypatch.setattr(
+            cache.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
+        )
         found = cache.decoded(source, folder)
-        assert ("free; name another folder as data.cache" in found.notes[-1]) is not fits and torch.equal(found[3], source[3])
+        assert (
+            "free; name another folder as data.cache" in found.notes[-1]
+        ) is not fits and torch.equal(found[3], source[3])
     assert len(list((tmp_path / "home" / "decoded").glob("*.u8"))) == 1
 
 
@@ -127,11 +143,15 @@ def test_a_file_is_read_once_until_someone_touches_it(photos, tmp_path, monkeypa
     (kept,) = (tmp_path / "home" / "files").glob("*.json")
     known = json.loads(kept.read_text())
     assert set(known) == {f"{number}.png" for number in range(12)}
-    known["3.png"][2], known["5.png"][1], known["6.png"][3] = "another digest", "broken", 15
+    known["3.png"][2] = "another digest"
+    known["5.png"][1] = "broken"
+    known["6.png"][3] = 15
     kept.write_text(json.dumps(known))
     second = opened(photos)  # says what it was told, and has not looked itself
     assert second.fingerprint != first.fingerprint and len(second) == 10
-    assert "left out 1 too small: 6.png" in second.notes and "left out 1 broken: 5.png" in second.notes
+    assert (
+        "left out 1 too small: 6.png" in second.notes and "left out 1 broken: 5.png" in second.notes
+    )
     for number in (3, 5, 6):
         os.utime(photos / f"{number}.png")
     third = opened(photos)
@@ -161,7 +181,8 @@ def test_what_fits_is_in_memory_and_read_in_whole_batches(photos, tmp_path, monk
         assert torch.equal(found.batch(indices), torch.stack([source[index] for index in indices]))
         running = loader.loader(found, [indices, [1, 2]], num_workers=1)
         pixels, labels = next(running)
-        assert len(multiprocessing.active_children()) == (not fits)  # workers would only carry it about
+        # workers would only carry it about
+        assert len(multiprocessing.active_children()) == (not fits)
         assert torch.equal(pixels, source.batch(indices)) and labels.tolist() == [-1] * 4
         assert torch.equal(next(running)[0], source.batch([1, 2])) and next(running, None) is None
     part = data_source.part(found, [3, 4])
@@ -172,7 +193,9 @@ def test_a_disk_that_turns_out_full_is_told_too(photos, tmp_path, monkeypatch):
     """Another process may fill it; a write to a map would end in SIGBUS."""
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", small], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", small], capture_output=True
+    ).returncode:
         pytest.skip("mounting a small disk needs root")
     try:
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
@@ -192,11 +215,24 @@ def test_an_image_that_cannot_be_had_is_no_fault_of_the_cache(photos, tmp_path):
 
 
 def test_a_training_learns_the_same_from_rows(photos, tmp_path):
-    knobs = dict(data__source=f"folder(path={str(photos)!r})", data__channels=3, train__batch_size=4, data__image_size=16,
-                 evaluate__extractor="none", data__num_workers=1)
+    knobs = dict(
+        data__source=f"folder(path={str(photos)!r})",
+        data__channels=3,
+        train__batch_size=4,
+        data__image_size=16,
+        evaluate__extractor="none",
+        data__num_workers=1,
+    )
     for where in ("none", str(tmp_path / "cache")):
         assert run(tiny(**knobs, data__cache=where), tmp_path / f"run-{where == 'none'}")
-    losses = [[row["train/loss"] for row in rows(tmp_path / f"run-{plain}") if "train/loss" in row] for plain in (True, False)]
-    assert losses[0] == losses[1] and "decoded images: " in (tmp_path / "run-False" / "training.log").read_text()
+    losses = [
+        [row["train/loss"] for row in rows(tmp_path / f"run-{plain}") if "train/loss" in row]
+        for plain in (True, False)
+    ]
+    assert (
+        losses[0] == losses[1]
+        and "decoded images: " in (tmp_path / "run-False" / "training.log").read_text()
+    )
     assert len(list((tmp_path / "cache").glob("*.u8"))) == 1
-    assert not isinstance(build.dataset(tiny(data__cache="auto")).fetch, cache.Rows)  # the digits are in memory
+    # the digits are in memory
+    assert not isinstance(build.dataset(tiny(data__cache="auto")).fetch, cache.Rows)

@@ -25,12 +25,16 @@ DIGITS = tuple(map(str, range(10)))
 
 
 def learning(**knobs):
-    """A tiny training that learns classes; in a norm of one channel a group, labels and times would have no effect."""
+    """A tiny training that learns classes; in a norm of one channel a group, labels and times
+    would have no effect.
+    """
     return tiny(**{"data__class_labels": True, "model__norm_num_groups": 4} | knobs)
 
 
 def pictures(folder, classes=("white", "black"), copies=4):
-    """A folder of grey pictures in sub-folders, one picture a class, white to black in the order of the classes."""
+    """A folder of grey pictures in sub-folders, one picture a class, white to black in the order
+    of the classes.
+    """
     for value, name in zip(np.linspace(255, 0, len(classes)), classes, strict=True):
         (folder / name).mkdir(parents=True)
         for k in range(copies):
@@ -56,10 +60,24 @@ def unlabelled(tmp_path_factory):
 def two(tmp_path_factory):
     """A network that has learned one picture for each of two classes by heart."""
     folder = tmp_path_factory.mktemp("two")
-    run(learning(data__source=pictures(folder / "pictures"), data__image_size=8, data__validation_fraction=0.0,
-                 model__attention_resolutions=(), model__norm_num_groups=2, diffusion__predict="x0", train__length="60 steps",
-                 train__learning_rate=1e-2, train__label_dropout=0.2, every__log="60 steps", every__save="0 steps",
-                 every__sample="0 steps", sample__steps=5), folder / "run")
+    run(
+        learning(
+            data__source=pictures(folder / "pictures"),
+            data__image_size=8,
+            data__validation_fraction=0.0,
+            model__attention_resolutions=(),
+            model__norm_num_groups=2,
+            diffusion__predict="x0",
+            train__length="60 steps",
+            train__learning_rate=1e-2,
+            train__label_dropout=0.2,
+            every__log="60 steps",
+            every__save="0 steps",
+            every__sample="0 steps",
+            sample__steps=5,
+        ),
+        folder / "run",
+    )
     return folder / "run"
 
 
@@ -70,12 +88,17 @@ def brightness(folder, **knobs):
 
 
 def test_labels_are_dropped_at_their_address():
-    labels, places = torch.arange(4096) % 10, range(4096)
+    labels = torch.arange(4096) % 10
+    places = range(4096)
     kept = augment.drop(labels, 0.1, 0, 7, places)
     dropped = kept == -1
     assert torch.equal(kept[~dropped], labels[~dropped])
-    assert abs(dropped.double().mean() - 0.1) < 4 * (0.1 * 0.9 / 4096) ** 0.5  # four standard errors of the share
-    parts = [augment.drop(labels[part.start:part.stop], 0.1, 0, 7, part) for part in (range(1000), range(1000, 4096))]
+    # four standard errors of the share
+    assert abs(dropped.double().mean() - 0.1) < 4 * (0.1 * 0.9 / 4096) ** 0.5
+    parts = [
+        augment.drop(labels[part.start : part.stop], 0.1, 0, 7, part)
+        for part in (range(1000), range(1000, 4096))
+    ]
     assert torch.equal(torch.cat(parts), kept)
     assert not torch.equal(augment.drop(labels, 0.1, 0, 8, places), kept)
     assert torch.equal(augment.drop(labels, 0.0, 0, 7, places), labels)
@@ -102,7 +125,10 @@ def test_a_training_with_classes_resumes_bitwise(tmp_path):
     run(learning(train__length="12 steps", every__save="12 steps"), tmp_path / "whole")
     run(learning(train__length="7 steps", every__save="7 steps"), tmp_path / "parts")
     run(learning(train__length="12 steps", every__save="12 steps"), tmp_path / "parts")
-    whole, parts = (checkpoint.load(checkpoint.checkpoints(tmp_path / name)[-1][1])["parts"] for name in ("whole", "parts"))
+    whole, parts = (
+        checkpoint.load(checkpoint.checkpoints(tmp_path / name)[-1][1])["parts"]
+        for name in ("whole", "parts")
+    )
     for part in ("net", "ema"):
         ours, theirs = (state[part].get("shadow", state[part]) for state in (whole, parts))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -133,15 +159,24 @@ def test_grids_show_the_classes_in_turn_and_measurements_those_of_the_data(train
 
 
 def test_each_label_draws_its_picture(two):
-    assert brightness(two, **{"sample.classes": ("white", "black")}) == pytest.approx([1, 0, 1, 0], abs=0.1)
-    assert brightness(two) == pytest.approx([0, 1, 0, 1], abs=0.1)  # in the order of the names: black, white
-    assert brightness(two, **{"sample.classes": ("0",), "sample.guidance": 2.0}) == pytest.approx([0, 0, 0, 0], abs=0.1)
+    assert brightness(two, **{"sample.classes": ("white", "black")}) == pytest.approx(
+        [1, 0, 1, 0], abs=0.1
+    )
+    # in the order of the names: black, white
+    assert brightness(two) == pytest.approx([0, 1, 0, 1], abs=0.1)
+    assert brightness(two, **{"sample.classes": ("0",), "sample.guidance": 2.0}) == pytest.approx(
+        [0, 0, 0, 0], abs=0.1
+    )
     without = {"sample.guidance": 0.0}  # the network without its label
-    assert brightness(two, **without) == brightness(two, **without | {"sample.classes": ("white", "black")})
+    assert brightness(two, **without) == brightness(
+        two, **without | {"sample.classes": ("white", "black")}
+    )
 
 
 def test_another_training_guides(trained, unlabelled, tmp_path):
-    """A network that guides itself moves nothing; a weaker one does, and so does one without classes."""
+    """A network that guides itself moves nothing; a weaker one does, and so does one without
+    classes.
+    """
 
     def drawn(folder, **knobs):
         given = {f"sample.{knob}": value for knob, value in knobs.items()}
@@ -159,24 +194,49 @@ def test_another_training_guides(trained, unlabelled, tmp_path):
         drawn(unlabelled, guide=str(weak), guidance=3.0)
     other = tmp_path / "other"
     run(tiny(train__length="1 steps", diffusion__predict="v"), other)
-    with pytest.raises(ValueError, match="cannot guide: its config.diffusion.predict is 'v', not 'eps'"):
+    with pytest.raises(
+        ValueError, match="cannot guide: its config.diffusion.predict is 'v', not 'eps'"
+    ):
         drawn(trained, guide=str(other), guidance=2.0)
-    with pytest.raises(ValueError, match="is not asked where guidance is 1; give such as --guidance=2"):
+    with pytest.raises(
+        ValueError, match="is not asked where guidance is 1; give such as --guidance=2"
+    ):
         drawn(trained, guide=str(weak))
 
 
 def test_classes_and_guidance_at_the_doors(trained, tmp_path):
-    code, out, err = door("generate", f"--checkpoint={trained}", "--classes=3,5", "--guidance=2", "--guidance_interval=0.2,5",
-                          "--num_images=2", f"--out={tmp_path}/a", cwd=tmp_path)
+    code, out, err = door(
+        "generate",
+        f"--checkpoint={trained}",
+        "--classes=3,5",
+        "--guidance=2",
+        "--guidance_interval=0.2,5",
+        "--num_images=2",
+        f"--out={tmp_path}/a",
+        cwd=tmp_path,
+    )
     assert code == 0, err
-    assert "3 steps, linear spacing, seed 0, guidance 2.0 in sigma/alpha 0.2 to 5.0, classes 3, 5; " in out[0]
+    assert (
+        "3 steps, linear spacing, seed 0, guidance 2.0 in sigma/alpha 0.2 to 5.0, classes 3, 5; "
+        in out[0]
+    )
     levels = build.diffusion(load.load(trained, "cpu").config, None).process.levels(3)[:-1]
-    assert out[0].endswith(f"; {3 + sum(0.2 < level.ratio <= 5 for level in levels)} network evaluations an image")
-    code, out, err = door("generate", f"--checkpoint={trained}", "--guidance_interval=5,x", cwd=tmp_path)
+    assert out[0].endswith(
+        f"; {3 + sum(0.2 < level.ratio <= 5 for level in levels)} network evaluations an image"
+    )
+    code, out, err = door(
+        "generate", f"--checkpoint={trained}", "--guidance_interval=5,x", cwd=tmp_path
+    )
     assert code == 2 and len(err) == 1 and "takes two noise levels" in err[0], err
     for knobs, said in [
-        ({"sample.classes": ("3", "11")}, r"unknown class '11' .*; choose one of 0, 1, 2, 3, 4 and 5 more, or a number from 0"),
-        ({"sample.guidance": 2.0, "sample.guide": "/no/such/run"}, "neither a file nor a run folder"),
+        (
+            {"sample.classes": ("3", "11")},
+            r"unknown class '11' .*; choose one of 0, 1, 2, 3, 4 and 5 more, or a number from 0",
+        ),
+        (
+            {"sample.guidance": 2.0, "sample.guide": "/no/such/run"},
+            "neither a file nor a run folder",
+        ),
     ]:
         with pytest.raises(ValueError, match=said):
             generate_images(trained, 1, tmp_path / "b", "cpu", **knobs)
@@ -190,15 +250,30 @@ def test_the_measure_of_some_classes_is_against_those(trained):
     assert made["guidance"] == "2.0" and made["classes"] == "3, 5" and made["seed"] == "0"
 
 
-@pytest.mark.parametrize("knobs, said", [
-    (dict(sample__guidance=2.0), "knows no classes to be guided by; train with data.class_labels=True"),
-    (dict(sample__guidance=2.0, data__class_labels=True, train__label_dropout=0.0), "set sample.guidance=1"),
-    (dict(sample__classes=("3",)), "the network knows no classes; leave it out"),
-    (dict(sample__guidance_interval=(5.0, 0.2)), "the lower first, such as"),
-    (dict(data__class_labels=True, data__classes=("a", "b")), "classes 0, 1, 2, 3, 4 and 5 more, and the config has a, b"),
-    (dict(data__class_labels=True, sample__classes=("ten",)), "config.sample.classes: unknown class 'ten'"),
-    (dict(data__class_labels=True, data__classes=(1, 2)), "takes the names of classes"),
-])
+@pytest.mark.parametrize(
+    "knobs, said",
+    [
+        (
+            dict(sample__guidance=2.0),
+            "knows no classes to be guided by; train with data.class_labels=True",
+        ),
+        (
+            dict(sample__guidance=2.0, data__class_labels=True, train__label_dropout=0.0),
+            "set sample.guidance=1",
+        ),
+        (dict(sample__classes=("3",)), "the network knows no classes; leave it out"),
+        (dict(sample__guidance_interval=(5.0, 0.2)), "the lower first, such as"),
+        (
+            dict(data__class_labels=True, data__classes=("a", "b")),
+            "classes 0, 1, 2, 3, 4 and 5 more, and the config has a, b",
+        ),
+        (
+            dict(data__class_labels=True, sample__classes=("ten",)),
+            "config.sample.classes: unknown class 'ten'",
+        ),
+        (dict(data__class_labels=True, data__classes=(1, 2)), "takes the names of classes"),
+    ],
+)
 def test_contradictions_are_refused_before_anything_is_written(knobs, said, tmp_path):
     with pytest.raises(ValueError, match=said) as caught:
         run(tiny(**knobs), tmp_path / "run")
@@ -207,33 +282,56 @@ def test_contradictions_are_refused_before_anything_is_written(knobs, said, tmp_
 
 def test_a_folder_without_sub_folders_has_no_labels(tmp_path):
     pictures(tmp_path, classes=("plain",))
-    with pytest.raises(ValueError, match="has no labels; put the images of a folder into a sub-folder for each class"):
-        run(learning(data__source=f"folder(path='{tmp_path}/plain')", data__image_size=8), tmp_path / "run")
+    with pytest.raises(
+        ValueError,
+        match="has no labels; put the images of a folder into a sub-folder for each class",
+    ):
+        run(
+            learning(data__source=f"folder(path='{tmp_path}/plain')", data__image_size=8),
+            tmp_path / "run",
+        )
 
 
 def test_classes_are_given_by_name_or_else_by_number():
     assert data_source.class_numbers(("dog", "0", 1), ("cat", "dog")) == [1, 0, 1]
-    assert data_source.class_numbers(("10", "0"), ("1", "10", "2")) == [1, 0]  # a name comes before a number
-    with pytest.raises(ValueError, match=r"unknown class 'dgo' \(did you mean 'dog'\?\); choose one of cat, dog, or a number"):
+    # a name comes before a number
+    assert data_source.class_numbers(("10", "0"), ("1", "10", "2")) == [1, 0]
+    with pytest.raises(
+        ValueError,
+        match=r"unknown class 'dgo' \(did you mean 'dog'\?\); choose one of cat, dog, or a number",
+    ):
         data_source.class_numbers(("dgo",), ("cat", "dog"))
 
 
 def test_the_network_that_draws_without_guidance_is_asked_once_a_step(trained):
-    loaded, asked = load.load(trained, "cpu"), []
+    loaded = load.load(trained, "cpu")
+    asked = []
     loaded.net.register_forward_hook(lambda *_: asked.append(1))
     recipe = build.grid_recipe(loaded.config)
     drawing = experiment_drawing.drawer(loaded.config, loaded.net, loaded.machine)
     for guidance, times in ((1.0, 3), (2.0, 6)):
         asked.clear()
         draw.joined(drawing(range(2), recipe._replace(guidance=guidance)))
-        assert len(asked) == times == cost.evaluations(loaded.config, recipe._replace(guidance=guidance))
+        assert (
+            len(asked)
+            == times
+            == cost.evaluations(loaded.config, recipe._replace(guidance=guidance))
+        )
 
 
 def test_validation_and_likelihood_are_told_the_labels(tmp_path):
-    made = trainer.run(learning(evaluate__likelihood="bound", evaluate__likelihood_images=4,
-                                   evaluate__likelihood_evaluations=4), tmp_path, device.start())
+    made = trainer.run(
+        learning(
+            evaluate__likelihood="bound",
+            evaluate__likelihood_images=4,
+            evaluate__likelihood_evaluations=4,
+        ),
+        tmp_path,
+        device.start(),
+    )
     net = made.step.net
-    for parameter in net.parameters():  # the last layer begins at zero, and would hide what the network does
+    # the last layer begins at zero, and would hide what the network does
+    for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
 
     def measured():

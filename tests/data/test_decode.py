@@ -1,4 +1,6 @@
-"""Files that were made to do harm are refused in little time and memory, and what broke once stays mended."""
+"""Files that were made to do harm are refused in little time and memory, and what broke once
+stays mended.
+"""
 
 import io
 import os
@@ -48,7 +50,9 @@ print(after.ru_maxrss - before.ru_maxrss, after.ru_utime + after.ru_stime - befo
 
 
 def test_files_made_to_do_harm_are_refused_in_little_time_and_memory(tmp_path):
-    """By training's scan, the doctor with its sheet, and the doors that take pictures: all of them, one after the other."""
+    """By training's scan, the doctor with its sheet, and the doors that take pictures: all of
+    them, one after the other.
+    """
     made = attacks()
     for name, (content, _) in made.items():
         (tmp_path / name).write_bytes(content)
@@ -59,8 +63,13 @@ def test_files_made_to_do_harm_are_refused_in_little_time_and_memory(tmp_path):
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     expected = {name: fault for name, (_, fault) in made.items()}
     expected |= {"sparse.png": "too large", "pipe.gif": "no file", "zero.jpg": "no file"}
-    child = subprocess.run([sys.executable, "-c", CHILD, tmp_path], capture_output=True, text=True, timeout=180,
-                           env=os.environ | {"PYTHONPATH": str(ROOT)})
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert child.returncode == 0, child.stderr[-2000:]
     *lines, used = child.stdout.splitlines()
     assert dict(line.split(":") for line in lines) == expected
@@ -79,7 +88,11 @@ def test_pictures_in_shards_and_at_the_doors_are_refused_too(tmp_path):
         streaming.fetch_sample(Samples({"image": script}), "image", 16, 3, decode.WHITE, 0)
     (tmp_path / "bomb.png").write_bytes(bomb)
     os.mkfifo(tmp_path / "pipe.png")
-    for name, fault in (("bomb.png", "too large"), ("pipe.png", "no file"), ("", "no file|not readable")):
+    for name, fault in (
+        ("bomb.png", "too large"),
+        ("pipe.png", "no file"),
+        ("", "no file|not readable"),
+    ):
         with pytest.raises(ValueError, match=rf"cannot read .* as a picture \(({fault})"):
             drawing.pictures(tiny(), [tmp_path / name])
     with pytest.raises(ValueError, match="there is no picture"):
@@ -101,14 +114,20 @@ def test_a_file_that_changes_or_goes_after_the_scan_is_one_line(tmp_path):
     source = data.open_source(f"folder(path={str(tmp_path)!r})", 8, 3)
     (tmp_path / "1.png").write_bytes(saved("PNG")[:60])
     (tmp_path / "2.png").unlink()
-    for index, fault in ((1, "1.png could be read before, and now is "), (2, "2.png .* now is not readable: No such file")):
+    for index, fault in (
+        (1, "1.png could be read before, and now is "),
+        (2, "2.png .* now is not readable: No such file"),
+    ):
         with pytest.raises(ValueError, match=fault) as error:
             source[index]
         assert "\n" not in str(error.value)
 
 
 def test_large_pictures_wait_for_each_other():
-    room, most, inside, peak = decode.Room(10), 10, [0], [0]
+    room = decode.Room(10)
+    most = 10
+    inside = [0]
+    peak = [0]
 
     def work(pixels):
         with room.take(pixels):
@@ -117,7 +136,9 @@ def test_large_pictures_wait_for_each_other():
             time.sleep(0.01)
             inside[0] -= pixels
 
-    threads = [threading.Thread(target=work, args=(pixels,)) for pixels in (4, 5, 6, 4, 3, 9, 1, 1) * 4]
+    threads = [
+        threading.Thread(target=work, args=(pixels,)) for pixels in (4, 5, 6, 4, 3, 9, 1, 1) * 4
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -129,7 +150,15 @@ def test_large_pictures_wait_for_each_other():
 
 
 def test_limits_are_where_they_say():
-    assert Image.MAX_IMAGE_PIXELS * 2 == decode.MOST_PIXELS and not decode.ImageFile.LOAD_TRUNCATED_IMAGES
-    assert decode.decode_file(io.BytesIO(saved("PNG", (11585, 11585), "1")), 8, 1).shape == (1, 8, 8)  # 134 million pixels
+    assert (
+        Image.MAX_IMAGE_PIXELS * 2 == decode.MOST_PIXELS
+        and not decode.ImageFile.LOAD_TRUNCATED_IMAGES
+    )
+    # 134 million pixels
+    assert decode.decode_file(io.BytesIO(saved("PNG", (11585, 11585), "1")), 8, 1).shape == (
+        1,
+        8,
+        8,
+    )
     with pytest.raises(decode.Refused, match="too large"):
         decode.decode_file(io.BytesIO(saved("PNG", (11586, 11586), "1")), 8, 1)

@@ -29,11 +29,16 @@ ROOT = Path(__file__).parents[2]
 def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "streaming", None)  # as where it is not installed
     monkeypatch.delitem(sys.modules, "ddpm.data.shards", raising=False)
-    with pytest.raises(ValueError, match=re.escape("streaming is missing; pip install -e '.[streaming]'")):
+    with pytest.raises(
+        ValueError, match=re.escape("streaming is missing; pip install -e '.[streaming]'")
+    ):
         data.open_source("streaming(path='shards')", 16)
 
 
-WHY = "mosaicml-streaming is an extra that holds numpy below 2.2 and huggingface_hub below 1: pip install -e '.[streaming]'"
+WHY = (
+    "mosaicml-streaming is an extra that holds numpy below 2.2 and huggingface_hub below 1: pip "
+    "install -e '.[streaming]'"
+)
 
 
 @pytest.fixture
@@ -48,7 +53,9 @@ def photos(tmp_path):
     for number in range(50):
         folder = tmp_path / "photos" / ("cat" if number % 3 else "dog")
         folder.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((160, 120), Image.NEAREST)
+        image = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            (160, 120), Image.NEAREST
+        )
         exif = image.getexif()
         exif[0x0112] = 6 if number == 7 else 1
         image.save(folder / f"{number:02}.{'png' if number % 5 == 0 else 'jpg'}", exif=exif)
@@ -58,7 +65,9 @@ def photos(tmp_path):
 def write(streaming, photos, out, **options):
     """What the README says, with small shards."""
     files = sorted(path for path in photos.rglob("*.*"))
-    with streaming.MDSWriter(out=str(out), columns={"image": "bytes", "label": "str"}, size_limit=20_000, **options) as writer:
+    with streaming.MDSWriter(
+        out=str(out), columns={"image": "bytes", "label": "str"}, size_limit=20_000, **options
+    ) as writer:
         for file in files:
             writer.write({"image": file.read_bytes(), "label": file.parent.name})
     return out
@@ -73,21 +82,31 @@ def folder_of(photos, size=16, channels=3):
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
-def test_shards_hold_the_images_of_the_folder_in_any_order(streaming, photos, tmp_path, compression):
+def test_shards_hold_the_images_of_the_folder_in_any_order(
+    streaming, photos, tmp_path, compression
+):
     out = write(streaming, photos, tmp_path / "shards", compression=compression, hashes=["sha1"])
     for size, channels in ((16, 3), (40, 1)):
-        found, expected = opened(f"path={str(out)!r}, label='label'", size, channels), folder_of(photos, size, channels)
+        found = opened(f"path={str(out)!r}, label='label'", size, channels)
+        expected = folder_of(photos, size, channels)
         assert len(found) == 50 and found.image_shape == expected.image_shape
         assert (found.labels, found.classes) == (expected.labels, expected.classes)
         for index in np.random.default_rng(1).permutation(50):
             assert torch.equal(found[index], expected[index])
-    assert "50 images in" in found.notes[0] and int(re.search(r"in (\d+) shards", found.notes[0])[1]) > 4
+    assert (
+        "50 images in" in found.notes[0]
+        and int(re.search(r"in (\d+) shards", found.notes[0])[1]) > 4
+    )
     again = pickle.loads(pickle.dumps(found))
     assert torch.equal(again.batch([49, 0]), expected.batch([49, 0]))
     batches = [[3, 1], [49, 20], [7, 7]]
     for workers in (0, 2):
-        for (pixels, labels), batch in zip(loader.loader(found, batches, workers), batches, strict=True):
-            assert torch.equal(pixels, expected.batch(batch)) and labels.tolist() == [expected.labels[k] for k in batch]
+        for (pixels, labels), batch in zip(
+            loader.loader(found, batches, workers), batches, strict=True
+        ):
+            assert torch.equal(pixels, expected.batch(batch)) and labels.tolist() == [
+                expected.labels[k] for k in batch
+            ]
 
 
 def test_the_readme_writes_shards_that_can_be_read(streaming, photos, tmp_path, monkeypatch):
@@ -96,7 +115,7 @@ def test_the_readme_writes_shards_that_can_be_read(streaming, photos, tmp_path, 
     photos.rename(tmp_path / "data" / "cats")
     monkeypatch.chdir(tmp_path)
     exec(code, {})
-    jpegs = [path for path in sorted(Path("data/cats").rglob("*.jpg"))]
+    jpegs = sorted(Path("data/cats").rglob("*.jpg"))
     found = opened("path='shards', label='label'")
     assert len(found) == len(jpegs) == 40 and found.classes == ["cat", "dog"]
     assert torch.equal(found[39], decode.decode_file(jpegs[39], 16, 3))
@@ -105,7 +124,10 @@ def test_the_readme_writes_shards_that_can_be_read(streaming, photos, tmp_path, 
 def test_fingerprints_are_of_content_and_treatment(streaming, photos, tmp_path):
     one = opened(f"path={str(write(streaming, photos, tmp_path / 'one', hashes=['sha1']))!r}")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert opened(f"path={str(tmp_path / 'two')!r}").fingerprint == one.fingerprint and one.labels is None
+    assert (
+        opened(f"path={str(tmp_path / 'two')!r}").fingerprint == one.fingerprint
+        and one.labels is None
+    )
     assert opened(f"path={str(tmp_path / 'two')!r}", 8).fingerprint != one.fingerprint
     first = next(photos.rglob("*.png"))
     pixels = 255 - np.asarray(Image.open(first))
@@ -116,12 +138,29 @@ def test_fingerprints_are_of_content_and_treatment(streaming, photos, tmp_path):
 
 def test_columns_may_hold_images_in_other_ways(streaming, photos, tmp_path):
     images = [Image.open(path) for path in sorted(photos.rglob("*.jpg"))[:6]]
-    columns = {"a": "pil", "b": "jpeg", "c": "png", "d": "ndarray", "e": "ndarray:uint8:120,160,3", "y": "int", "z": "int32"}
+    columns = {
+        "a": "pil",
+        "b": "jpeg",
+        "c": "png",
+        "d": "ndarray",
+        "e": "ndarray:uint8:120,160,3",
+        "y": "int",
+        "z": "int32",
+    }
     with streaming.MDSWriter(out=str(tmp_path / "shards"), columns=columns) as writer:
         for number, image in enumerate(images):
             array = np.asarray(image)
-            writer.write({"a": image, "b": image, "c": Image.fromarray(array), "d": array, "e": array, "y": number,
-                          "z": number % 2})
+            writer.write(
+                {
+                    "a": image,
+                    "b": image,
+                    "c": Image.fromarray(array),
+                    "d": array,
+                    "e": array,
+                    "y": number,
+                    "z": number % 2,
+                }
+            )
     expected = []
     for image in images:
         content = io.BytesIO()
@@ -132,35 +171,55 @@ def test_columns_may_hold_images_in_other_ways(streaming, photos, tmp_path):
         assert all(torch.equal(one, found[k]) for k, one in enumerate(expected))
         assert found.labels == [0, 1, 0, 1, 0, 1] and found.classes == ["0", "1"]
     files = [decode.decode_file(image.filename, 40, 3) for image in images]
-    found = opened(f"path={str(tmp_path / 'shards')!r}, image='b'", 40)  # JPEG, reduced while decoding as from a file
+    # JPEG, reduced while decoding as from a file
+    found = opened(f"path={str(tmp_path / 'shards')!r}, image='b'", 40)
     assert all(torch.equal(one, found[k]) for k, one in enumerate(files))
-    for knobs, message in (("image='y'", "column 'y' of sample 0 .* is no image"), ("image='x'", "have no column 'x'"),
-                           ("image='a', label='label'", "no column 'label'.* of a, b, c, d, e, y, z"),
-                           ("image='a', label='b'", "column 'b' holds no labels"), ("", "no column 'image'")):
+    for knobs, message in (
+        ("image='y'", "column 'y' of sample 0 .* is no image"),
+        ("image='x'", "have no column 'x'"),
+        ("image='a', label='label'", "no column 'label'.* of a, b, c, d, e, y, z"),
+        ("image='a', label='b'", "column 'b' holds no labels"),
+        ("", "no column 'image'"),
+    ):
         with pytest.raises(ValueError, match=message):
             opened(f"path={str(tmp_path / 'shards')!r}{', ' if knobs else ''}{knobs}")
 
 
 def test_shards_come_from_elsewhere_and_go_again(streaming, photos, tmp_path):
     for compression in (None, "zstd"):
-        out = write(streaming, photos, tmp_path / f"remote {compression}", compression=compression, hashes=["xxh64"])
-        expected, there = folder_of(photos), tmp_path / f"here {compression}"
+        out = write(
+            streaming,
+            photos,
+            tmp_path / f"remote {compression}",
+            compression=compression,
+            hashes=["xxh64"],
+        )
+        expected = folder_of(photos)
+        there = tmp_path / f"here {compression}"
         found = opened(f"path={str(there)!r}, remote={str(out)!r}")
         count = len(list(out.glob("shard*")))
         assert count > 4 and len(list(there.glob("shard*"))) == 1  # the first, to look at
         assert all(torch.equal(found[index], expected[index]) for index in (49, 0, 20))
         assert 2 <= len(list(there.glob("shard*"))) <= 3
         most = 170_000  # of more than that
-        assert sum(shard["raw_data"]["bytes"] for shard in json.loads((out / "index.json").read_text())["shards"]) > 1.2 * most
+        assert (
+            sum(
+                shard["raw_data"]["bytes"]
+                for shard in json.loads((out / "index.json").read_text())["shards"]
+            )
+            > 1.2 * most
+        )
         tight = opened(f"path={str(there)!r}, remote={str(out)!r}, cache_limit='{most}'")
         for index in np.random.default_rng(2).permutation(50):
             assert torch.equal(tight[index], expected[index])
             assert sum(shard.stat().st_size for shard in there.glob("shard*")) <= most
         assert len(list(there.glob("shard*"))) < count
         assert len(list(out.glob("shard*"))) == count
-    for knobs, message in ((f"remote={str(out)!r}, cache_limit='much'", "cannot read cache_limit='much'"),
-                           (f"remote={str(out)!r}, cache_limit='30kb'", "below four shards"),
-                           ("cache_limit='1gb'", "only copy")):
+    for knobs, message in (
+        (f"remote={str(out)!r}, cache_limit='much'", "cannot read cache_limit='much'"),
+        (f"remote={str(out)!r}, cache_limit='30kb'", "below four shards"),
+        ("cache_limit='1gb'", "only copy"),
+    ):
         with pytest.raises(ValueError, match=message):
             opened(f"path={str(there)!r}, {knobs}")
 
@@ -176,13 +235,16 @@ print(sum(int(found[index].sum()) for index in np.random.default_rng({seed}).per
 
 
 def test_processes_share_a_folder_and_may_be_killed_in_it(streaming, photos, tmp_path):
-    out, there = write(streaming, photos, tmp_path / "remote", compression="zstd"), tmp_path / "here"
+    out = write(streaming, photos, tmp_path / "remote", compression="zstd")
+    there = tmp_path / "here"
     expected = sum(int(folder_of(photos)[index].sum()) for index in range(50))
 
     def reader(seed):
         knobs = f"path={str(there)!r}, remote={str(out)!r}, cache_limit='170000'"
         code = READER.format(tests=os.path.dirname(__file__), knobs=knobs, seed=seed)
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
 
     first, *others = [reader(seed) for seed in range(3)]
     while not there.exists() and first.poll() is None:
@@ -202,21 +264,32 @@ def test_what_is_no_set_or_damaged_is_said_on_one_line(streaming, photos, tmp_pa
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "there is no" in refused(f"path={str(photos)!r}") and "there is no" in refused("path='nowhere'")
-    assert "cannot read shards from" in refused(f"path={str(tmp_path / 'a')!r}, remote={str(photos)!r}")
-    assert "cannot read shards from" in refused(f"path={str(tmp_path / 'b')!r}, remote='ftp://nobody/knows'")
+    assert "there is no" in refused(f"path={str(photos)!r}") and "there is no" in refused(
+        "path='nowhere'"
+    )
+    assert "cannot read shards from" in refused(
+        f"path={str(tmp_path / 'a')!r}, remote={str(photos)!r}"
+    )
+    assert "cannot read shards from" in refused(
+        f"path={str(tmp_path / 'b')!r}, remote='ftp://nobody/knows'"
+    )
     shard = sorted(out.glob("shard*"))[2]
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "Checksum failure" in refused(f"path={str(tmp_path / 'c')!r}, remote={str(out)!r}")
     assert not (tmp_path / "c" / shard.name).exists()  # or it would be taken next time
-    shard.write_bytes(content[:len(content) // 2])
+    shard.write_bytes(content[: len(content) // 2])
     refused(f"path={str(out)!r}")
     shard.unlink()
     assert "cannot get shard.00002.mds" in refused(f"path={str(out)!r}")
     index = json.loads((out / "index.json").read_text())
-    for wrong in ("{", "[]", json.dumps(index | {"version": 9}), json.dumps(index | {"shards": []}),
-                  json.dumps(index | {"shards": [index["shards"][0] | {"column_encodings": ["pkl", "str"]}]})):
+    for wrong in (
+        "{",
+        "[]",
+        json.dumps(index | {"version": 9}),
+        json.dumps(index | {"shards": []}),
+        json.dumps(index | {"shards": [index["shards"][0] | {"column_encodings": ["pkl", "str"]}]}),
+    ):
         (out / "index.json").write_text(wrong)
         assert "cannot read shards from" in refused(f"path={str(out)!r}")
     index["shards"][1]["raw_data"]["basename"] = "../../outside.mds"
@@ -228,14 +301,26 @@ def test_a_training_on_shards_goes_on_to_the_bit(streaming, photos, tmp_path):
     out = write(streaming, photos, tmp_path / "remote", compression="zstd", hashes=["sha1"])
 
     def given(where, length="9 steps", **knobs):
-        source = f"streaming(path={str(tmp_path / where)!r}, remote={str(out)!r}, label='label', cache_limit='170000')"
-        return tiny(data__source=source, data__channels=3, data__image_size=16, data__class_labels=True, train__length=length,
-                    evaluate__extractor="none", **knobs)
+        source = (
+            f"streaming(path={str(tmp_path / where)!r}, remote={str(out)!r}, label='label', "
+            "cache_limit='170000')"
+        )
+        return tiny(
+            data__source=source,
+            data__channels=3,
+            data__image_size=16,
+            data__class_labels=True,
+            train__length=length,
+            evaluate__extractor="none",
+            **knobs,
+        )
 
     assert run(given("whole"), tmp_path / "run-whole")
     assert run(given("parts", "4 steps", data__num_workers=2), tmp_path / "run-parts")
     assert run(given("parts"), tmp_path / "run-parts")
-    whole, parts = (load_file(tmp_path / run / "final.safetensors") for run in ("run-whole", "run-parts"))
+    whole, parts = (
+        load_file(tmp_path / run / "final.safetensors") for run in ("run-whole", "run-parts")
+    )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     last = [rows(tmp_path / run)[-1] for run in ("run-whole", "run-parts")]
     assert last[0] == last[1]
@@ -245,7 +330,9 @@ def test_a_training_on_shards_goes_on_to_the_bit(streaming, photos, tmp_path):
     expected = folder_of(photos)
     learned, _ = build.split(given("whole"), expected)
     indices = learned[order.batch_indices(given("whole").seed, len(learned), 0, 8)]
-    assert torch.equal(images, expected.batch(indices)) and labels.tolist() == [expected.labels[k] for k in indices]
+    assert torch.equal(images, expected.batch(indices)) and labels.tolist() == [
+        expected.labels[k] for k in indices
+    ]
 
 
 def test_a_cache_is_made_where_it_is_asked_for(streaming, photos, tmp_path):

@@ -1,4 +1,6 @@
-"""Sources against real files and other libraries; order, split, flips and loader against their definitions."""
+"""Sources against real files and other libraries; order, split, flips and loader against their
+definitions.
+"""
 
 import io
 import itertools
@@ -26,7 +28,8 @@ from ddpm.common import rng
 from ddpm.data import augment, decode, loader, order, torchvision_sets
 from ddpm.data import folder as data_folder
 
-RED, GREEN = (255, 0, 0), (0, 255, 0)
+RED = (255, 0, 0)
+GREEN = (0, 255, 0)
 
 
 def noise(*shape, low=0, high=256):
@@ -55,17 +58,24 @@ def test_digits_are_sklearns_enlarged_bilinearly(image_size):
     assert len(source) == 1797 and source.image_shape == (1, image_size, image_size)
     assert source.labels == load_digits().target.tolist() and source.classes == list("0123456789")
     grey = torch.tensor(load_digits().images[:100], dtype=torch.float64).unsqueeze(1)
-    expected = torch.nn.functional.interpolate(grey, (image_size, image_size), mode="bilinear") * 255 / 16
+    expected = (
+        torch.nn.functional.interpolate(grey, (image_size, image_size), mode="bilinear") * 255 / 16
+    )
     found = torch.stack([source[i] for i in range(100)])
     assert found.dtype == torch.uint8
-    # Half a level is the rounding to whole pixels; the sums themselves are exact (quarters and eighths of whole numbers).
+    # Half a level is the rounding to whole pixels; the sums themselves are exact (quarters and
+    # eighths of whole numbers).
     assert (found - expected).abs().max() <= 0.5 and found.max() == 255 and found.min() == 0
 
 
 def test_digits_in_colour_and_with_alpha_repeat_the_grey():
     grey = data.open_source("digits", 16, 1)[5]
     opaque = torch.full_like(grey, 255)
-    for channels, expected in {2: [grey, opaque], 3: [grey] * 3, 4: [grey, grey, grey, opaque]}.items():
+    for channels, expected in {
+        2: [grey, opaque],
+        3: [grey] * 3,
+        4: [grey, grey, grey, opaque],
+    }.items():
         assert torch.equal(data.open_source("digits", 16, channels)[5], torch.cat(expected))
 
 
@@ -98,7 +108,16 @@ def zoo(tmp_path):
     root = tmp_path / "zoo"
     (root / "b" / "deep").mkdir(parents=True)
     colour = Image.fromarray(noise(12, 16, 3))
-    for name in ("a.JPG", "b/c.Jpeg", "d.png", "e.webp", "f.bmp", "g.TIF", "h.tiff", "b/deep/i.GIF"):
+    for name in (
+        "a.JPG",
+        "b/c.Jpeg",
+        "d.png",
+        "e.webp",
+        "f.bmp",
+        "g.TIF",
+        "h.tiff",
+        "b/deep/i.GIF",
+    ):
         colour.save(root / name)
     colour.convert("L").save(root / "grey.png")
     colour.convert("CMYK").save(root / "print.jpg")
@@ -124,7 +143,11 @@ def zoo(tmp_path):
 
 def test_folder_reads_every_kind_and_names_what_it_leaves_out(zoo):
     source = open_folder(zoo)
-    assert len(source) == 12 and source.image_shape == (3, 8, 8) and source.labels is source.classes is None
+    assert (
+        len(source) == 12
+        and source.image_shape == (3, 8, 8)
+        and source.labels is source.classes is None
+    )
     assert source.notes == (
         f"folder {zoo}: 12 of 16 images kept",
         "left out 1 no image: words.png",
@@ -134,12 +157,24 @@ def test_folder_reads_every_kind_and_names_what_it_leaves_out(zoo):
         *data_folder.verdict(*data_folder.fitness(12, 16, 2)),
         "not read: 1 .heic files, 1 .txt files, 1 files without a suffix",
         "1 picture is not read (1 HEIC): convert to JPEG or PNG",
-        f"kept, but look at them with python -m ddpm.doctor {zoo}: 10 in 2 groups of near-duplicates",
+        f"kept, but look at them with python -m ddpm.doctor {zoo}: 10 in 2 groups of "
+        "near-duplicates",
     )
     for index, pixels in enumerate(source):
         assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8) and pixels.is_contiguous()
         assert torch.equal(pixels, source[index])
-    names = ["a.JPG", "b/c.Jpeg", "b/deep/i.GIF", "d.png", "e.webp", "f.bmp", "g.TIF", "grey.png", "h.tiff", "print.jpg"]
+    names = [
+        "a.JPG",
+        "b/c.Jpeg",
+        "b/deep/i.GIF",
+        "d.png",
+        "e.webp",
+        "f.bmp",
+        "g.TIF",
+        "grey.png",
+        "h.tiff",
+        "print.jpg",
+    ]
     for index, name in enumerate([*names, "shadow.png", "sixteen.png"]):
         assert torch.equal(source[index], decode.decode_file(zoo / name, 8, 3))
     with pytest.raises(IndexError):
@@ -153,7 +188,10 @@ def test_a_folder_with_nothing_to_use_says_why(tmp_path):
     with pytest.raises(ValueError, match=r"found 1 \.mp4 files"):
         open_folder(tmp_path)
     Image.fromarray(noise(20, 30, 3)).save(tmp_path / "one.png")
-    with pytest.raises(ValueError, match=r"none of the 1 images .* 1 too small: one.png; use an image_size below 32"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of the 1 images .* 1 too small: one.png; use an image_size below 32",
+    ):
         open_folder(tmp_path, image_size=32)
     (tmp_path / "one.png").write_text("")
     with pytest.raises(ValueError, match="1 empty: one.png; use other files"):
@@ -189,7 +227,8 @@ def test_sub_folders_are_classes_if_no_image_lies_beside_them(tmp_path):
 
 
 def test_linked_folders_are_read_once_and_circles_end(tmp_path):
-    elsewhere, root = tmp_path / "disk", tmp_path / "root"
+    elsewhere = tmp_path / "disk"
+    root = tmp_path / "root"
     elsewhere.mkdir(), root.mkdir()
     Image.new("RGB", (9, 9)).save(elsewhere / "a.png")
     (root / "one").symlink_to(elsewhere)
@@ -205,7 +244,11 @@ def test_fingerprint_is_of_content_size_and_preprocessing(zoo, tmp_path):
     copy = shutil.copytree(zoo, tmp_path / "copy", copy_function=shutil.copyfile)
     os.utime(copy / "a.JPG", (0, 0))
     assert open_folder(copy).fingerprint == first and len(first) == 64
-    others = {open_folder(copy, 7).fingerprint, open_folder(copy, 8, 1).fingerprint, open_folder(copy, 8, 3, RED).fingerprint}
+    others = {
+        open_folder(copy, 7).fingerprint,
+        open_folder(copy, 8, 1).fingerprint,
+        open_folder(copy, 8, 3, RED).fingerprint,
+    }
     (copy / "notes.txt").write_text("what is not read does not count")
     assert open_folder(copy).fingerprint == first
     whole = bytearray((copy / "f.bmp").read_bytes())
@@ -215,14 +258,21 @@ def test_fingerprint_is_of_content_size_and_preprocessing(zoo, tmp_path):
     (copy / "f.bmp").unlink()
     others.add(open_folder(copy).fingerprint)
     assert len(others - {first}) == 5
-    assert data.open_source("digits", 16, 1).fingerprint == data.open_source("digits", 16, 1).fingerprint
-    assert len({data.open_source("digits", size, c).fingerprint for size in (8, 16) for c in (1, 3)}) == 4
+    assert (
+        data.open_source("digits", 16, 1).fingerprint
+        == data.open_source("digits", 16, 1).fingerprint
+    )
+    assert (
+        len({data.open_source("digits", size, c).fingerprint for size in (8, 16) for c in (1, 3)})
+        == 4
+    )
 
 
 def test_exif_rotation_by_hand(tmp_path):
     upright = noise(8, 8, 3)
     exif = Image.Exif()
-    exif[decode.ORIENTATION] = 6  # the camera was turned: the viewer has to turn the picture 90 degrees clockwise
+    # the camera was turned: the viewer has to turn the picture 90 degrees clockwise
+    exif[decode.ORIENTATION] = 6
     stored = Image.fromarray(np.rot90(upright, 1).copy())
     found = decode_saved(stored, tmp_path / "a.png", exif=exif)
     assert np.array_equal(found.permute(1, 2, 0).numpy(), upright)
@@ -254,21 +304,52 @@ def test_transparency_lies_over_the_matte_or_stays(tmp_path):
     assert flat(decode_saved(palette, tmp_path / "opaque.png", matte=GREEN)) == (10, 20, 30)
     assert flat(decode_saved(palette, tmp_path / "clear.png", matte=GREEN, transparency=1)) == GREEN
     assert flat(decode_saved(palette, tmp_path / "clear.gif", matte=GREEN, transparency=1)) == GREEN
-    half = decode_saved(palette, tmp_path / "half.png", matte=GREEN, transparency=bytes([0, 51]))  # a fifth
+    # a fifth
+    half = decode_saved(palette, tmp_path / "half.png", matte=GREEN, transparency=bytes([0, 51]))
     assert flat(half) == (2, 208, 6)  # 0.2 of (10, 20, 30) + 0.8 of green
     assert flat(decode.decode_file(tmp_path / "half.png", 8, 4)) == (10, 20, 30, 51)
-    assert flat(decode_saved(Image.new("LA", (8, 8), (100, 51)), tmp_path / "la.png", matte=RED)) == (224, 20, 20)
-    assert flat(decode.decode_file(tmp_path / "la.png", 8, 1, RED)) == (81,)  # Rec. 601 luma of that: 0.299 r + 0.587 g + ...
+    assert flat(
+        decode_saved(Image.new("LA", (8, 8), (100, 51)), tmp_path / "la.png", matte=RED)
+    ) == (224, 20, 20)
+    # Rec. 601 luma of that: 0.299 r + 0.587 g + ...
+    assert flat(decode.decode_file(tmp_path / "la.png", 8, 1, RED)) == (81,)
     assert flat(decode.decode_file(tmp_path / "la.png", 8, 2, RED)) == (100, 51)
-    assert flat(decode_saved(Image.new("RGB", (8, 8), RED), tmp_path / "key.png", matte=GREEN, transparency=RED)) == GREEN
-    assert flat(decode_saved(Image.new("L", (8, 8), 7), tmp_path / "grey.png", matte=GREEN, transparency=7)) == GREEN
-    assert flat(decode_saved(Image.new("RGBA", (8, 8), (1, 2, 3, 0)), tmp_path / "a.webp", matte=RED, lossless=True)) == RED
-    assert flat(decode_saved(Image.new("RGB", (8, 8), (1, 2, 3)), tmp_path / "b.bmp", channels=4)) == (1, 2, 3, 255)
+    assert (
+        flat(
+            decode_saved(
+                Image.new("RGB", (8, 8), RED), tmp_path / "key.png", matte=GREEN, transparency=RED
+            )
+        )
+        == GREEN
+    )
+    assert (
+        flat(
+            decode_saved(
+                Image.new("L", (8, 8), 7), tmp_path / "grey.png", matte=GREEN, transparency=7
+            )
+        )
+        == GREEN
+    )
+    assert (
+        flat(
+            decode_saved(
+                Image.new("RGBA", (8, 8), (1, 2, 3, 0)),
+                tmp_path / "a.webp",
+                matte=RED,
+                lossless=True,
+            )
+        )
+        == RED
+    )
+    assert flat(
+        decode_saved(Image.new("RGB", (8, 8), (1, 2, 3)), tmp_path / "b.bmp", channels=4)
+    ) == (1, 2, 3, 255)
 
 
 def test_resizing_does_not_bleed_hidden_colours(tmp_path):
     pixels = np.zeros((16, 16, 4), dtype=np.uint8)
-    pixels[..., 0] = 255  # all red, but only the left half can be seen; the right half hides red at alpha 0
+    # all red, but only the left half can be seen; the right half hides red at alpha 0
+    pixels[..., 0] = 255
     pixels[:, :8, 3] = 255
     pixels[:, 8:, 0] = 0
     small = decode_saved(Image.fromarray(pixels), tmp_path / "a.png", channels=4)
@@ -278,10 +359,22 @@ def test_resizing_does_not_bleed_hidden_colours(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
-    values = np.array([[0, 128, 129, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535, 65535]] * 8, dtype=np.uint16)
+    values = np.array(
+        [[0, 128, 129, 257 * 100, 257 * 100 + 128, 257 * 100 + 129, 65535, 65535]] * 8,
+        dtype=np.uint16,
+    )
     found = decode_saved(Image.fromarray(values), tmp_path / f"a.{suffix}", channels=1)
-    assert found[0, 0].tolist() == np.round(values[0] / 257).tolist() == [0, 0, 1, 100, 100, 101, 255, 255]
-    assert decode_saved(Image.fromarray(values.astype(np.int32)), tmp_path / "i.tiff", channels=3)[2, 0].tolist()[5] == 101
+    assert (
+        found[0, 0].tolist()
+        == np.round(values[0] / 257).tolist()
+        == [0, 0, 1, 100, 100, 101, 255, 255]
+    )
+    assert (
+        decode_saved(Image.fromarray(values.astype(np.int32)), tmp_path / "i.tiff", channels=3)[
+            2, 0
+        ].tolist()[5]
+        == 101
+    )
 
 
 def test_pixels_without_an_agreed_range_are_refused(tmp_path):
@@ -292,7 +385,8 @@ def test_pixels_without_an_agreed_range_are_refused(tmp_path):
 
 
 def test_cmyk_and_black_and_white(tmp_path):
-    ink = decode_saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "ink.tiff")  # magenta and yellow make red
+    # magenta and yellow make red
+    ink = decode_saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "ink.tiff")
     assert flat(ink) == RED
     assert flat(decode_saved(Image.new("1", (8, 8), 1), tmp_path / "bit.png")) == (255, 255, 255)
     # JPEG at default quality: a flat area is off by a few levels in each of the four inks.
@@ -304,7 +398,9 @@ def test_only_the_first_frame_counts(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN)]
     for suffix in ("gif", "webp", "tiff", "png"):
         options = {"lossless": True} if suffix == "webp" else {}
-        found = decode_saved(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
+        found = decode_saved(
+            frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options
+        )
         assert flat(found) == RED
 
 
@@ -314,13 +410,18 @@ def test_resize_and_crop_are_torchvisions(tmp_path, height, width):
     found = decode_saved(Image.fromarray(pixels), tmp_path / "a.png", 16)
     bicubic = torchvision.transforms.InterpolationMode.BICUBIC
     shapes = torchvision.transforms.functional
-    whole = shapes.resize(torch.tensor(pixels).permute(2, 0, 1).float(), 16, bicubic, antialias=True)
+    whole = shapes.resize(
+        torch.tensor(pixels).permute(2, 0, 1).float(), 16, bicubic, antialias=True
+    )
     expected = shapes.center_crop(whole, [16, 16])
-    # PIL rounds between its two passes (by 0.5, spread by weights whose absolute sum is at most 1.25) and after (0.5).
+    # PIL rounds between its two passes (by 0.5, spread by weights whose absolute sum is at most
+    # 1.25) and after (0.5).
     assert (found - expected).abs().max() <= 1.2
 
 
-@pytest.mark.parametrize("height, width, top, left", [(16, 21, 0, 2), (20, 16, 2, 0), (16, 16, 0, 0)])
+@pytest.mark.parametrize(
+    "height, width, top, left", [(16, 21, 0, 2), (20, 16, 2, 0), (16, 16, 0, 0)]
+)
 def test_a_crop_alone_copies_pixels(tmp_path, height, width, top, left):
     pixels = noise(height, width, 3)
     found = decode_saved(Image.fromarray(pixels), tmp_path / "a.png", 16)
@@ -330,13 +431,15 @@ def test_a_crop_alone_copies_pixels(tmp_path, height, width, top, left):
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
 @pytest.mark.parametrize("image_size, edge", [(64, 427), (48, 399), (32, 425)])
 def test_reduced_jpeg_decoding_hardly_changes_a_photo(name, image_size, edge):
-    photo, file = Image.fromarray(load_sample_image(name)[:edge]), io.BytesIO()
+    photo = Image.fromarray(load_sample_image(name)[:edge])
+    file = io.BytesIO()
     photo.save(file, "JPEG", quality=95)
     reduced = decode.decode_file(file, image_size, 3)
     with Image.open(file) as image:
         whole = data_folder.to_pixels(image, image_size, 3, decode.WHITE, image.size)
     error = (reduced.double() - whole.double()).square().mean()
-    # Measured 44.6 to 52.2 dB. These odd heights end within a reduced pixel: taken for whole, the shift leaves at most 40.6.
+    # Measured 44.6 to 52.2 dB. These odd heights end within a reduced pixel: taken for whole, the
+    # shift leaves at most 40.6.
     assert 10 * torch.log10(255**2 / error) > 43
 
 
@@ -348,7 +451,9 @@ def write_mnist(root, count=6):
     for part, values in pixels.items():
         header = struct.pack(">IIII", 0x803, count, 28, 28)
         (folder / f"{part}-images-idx3-ubyte").write_bytes(header + values.tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + bytes(range(count)))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x801, count) + bytes(range(count))
+        )
     return pixels
 
 
@@ -356,21 +461,47 @@ def test_torchvision_mnist_from_its_own_files(tmp_path):
     pixels = write_mnist(tmp_path)
     spec = f"torchvision(name='MNIST', root={str(tmp_path)!r}"
     train, test = (data.open_source(f"{spec}{more})", 28, 1) for more in ("", ", split='test'"))
-    assert train.labels == list(range(6)) and train.classes[3] == "3 - three" and train.image_shape == (1, 28, 28)
+    assert (
+        train.labels == list(range(6))
+        and train.classes[3] == "3 - three"
+        and train.image_shape == (1, 28, 28)
+    )
     for source, part in ((train, "train"), (test, "t10k")):
         assert np.array_equal(torch.cat([source[i] for i in range(6)]).numpy(), pixels[part])
     assert train.fingerprint != test.fingerprint
-    assert train.notes == ("torchvision MNIST: 6 of 6 images kept", *data_folder.verdict(*data_folder.fitness(6)))
+    assert train.notes == (
+        "torchvision MNIST: 6 of 6 images kept",
+        *data_folder.verdict(*data_folder.fitness(6)),
+    )
     enlarged = data.open_source(f"{spec})", 32, 3)
-    assert enlarged[0].shape == (3, 32, 32) and "below 32 pixels and are enlarged" in enlarged.notes[1]
+    assert (
+        enlarged[0].shape == (3, 32, 32) and "below 32 pixels and are enlarged" in enlarged.notes[1]
+    )
     one = data.open_source(f"{spec}, only='2 - Two')", 28, 1)
-    assert len(one) == 1 and one.labels == [0] and one.classes == ["2 - two"] and torch.equal(one[0], train[2])
+    assert (
+        len(one) == 1
+        and one.labels == [0]
+        and one.classes == ["2 - two"]
+        and torch.equal(one[0], train[2])
+    )
 
 
 def test_torchvision_cifar10_from_its_own_files(tmp_path, monkeypatch):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    values, words = noise(10, 3072), "airplane automobile bird cat deer dog frog horse ship truck".split()
+    values = noise(10, 3072)
+    words = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
     made = torchvision.datasets.CIFAR10
     for name, _ in made.train_list + made.test_list:
         (folder / name).write_bytes(pickle.dumps({"data": values, "labels": list(range(10))}))
@@ -385,30 +516,55 @@ def test_torchvision_cifar10_from_its_own_files(tmp_path, monkeypatch):
     source = data.open_source(f"torchvision(name='CIFAR10', root={str(tmp_path)!r})", 32, 3)
     assert len(source) == 50 and source.classes == words and source.labels == list(range(10)) * 5
     assert np.array_equal(source[7].numpy(), values[7].reshape(3, 32, 32))
-    cats = data.open_source(f"torchvision(name='CIFAR10', root={str(tmp_path)!r}, only='cats')", 32, 3)
-    assert len(cats) == 5 and cats.classes == ["cat"] and cats.labels == [0] * 5 and torch.equal(cats[0], source[3])
+    cats = data.open_source(
+        f"torchvision(name='CIFAR10', root={str(tmp_path)!r}, only='cats')", 32, 3
+    )
+    assert (
+        len(cats) == 5
+        and cats.classes == ["cat"]
+        and cats.labels == [0] * 5
+        and torch.equal(cats[0], source[3])
+    )
     with pytest.raises(ValueError, match="unknown class of CIFAR10 'lion'.*choose one of airplane"):
-        data.open_source(f"torchvision(name='CIFAR10', root={str(tmp_path)!r}, only='lions')", 32, 3)
+        data.open_source(
+            f"torchvision(name='CIFAR10', root={str(tmp_path)!r}, only='lions')", 32, 3
+        )
 
 
 def test_torchvision_pets_restricted_to_cats(tmp_path):
     base = tmp_path / "oxford-iiit-pet"
     (base / "images").mkdir(parents=True)
     (base / "annotations").mkdir()
-    rows = [("Bengal_1", 1, 1), ("beagle_1", 2, 2), ("Sphynx_1", 3, 1), ("Bengal_2", 1, 1), ("Sphynx_2", 3, 1)]
-    (base / "annotations" / "trainval.txt").write_text("".join(f"{name} {breed} {kind} 1\n" for name, breed, kind in rows))
+    rows = [
+        ("Bengal_1", 1, 1),
+        ("beagle_1", 2, 2),
+        ("Sphynx_1", 3, 1),
+        ("Bengal_2", 1, 1),
+        ("Sphynx_2", 3, 1),
+    ]
+    (base / "annotations" / "trainval.txt").write_text(
+        "".join(f"{name} {breed} {kind} 1\n" for name, breed, kind in rows)
+    )
     for k, (name, *_) in enumerate(rows):
-        Image.new("RGB", (40, 20 if k == 4 else 40), (40 * k,) * 3).save(base / "images" / f"{name}.jpg")
+        Image.new("RGB", (40, 20 if k == 4 else 40), (40 * k,) * 3).save(
+            base / "images" / f"{name}.jpg"
+        )
     spec = f"torchvision(name='OxfordIIITPet', root={str(tmp_path)!r}"
     everything = data.open_source(f"{spec})", 32, 3)
-    assert everything.classes == ["Bengal", "Beagle", "Sphynx"] and everything.labels == [0, 1, 2, 0]
+    assert everything.classes == ["Bengal", "Beagle", "Sphynx"] and everything.labels == [
+        0,
+        1,
+        2,
+        0,
+    ]
     assert everything.notes[1] == "left out 1 too small: image 4"
     cats = data.open_source(f"{spec}, only='cats')", 32, 3)
     assert cats.classes == ["Bengal", "Sphynx"] and cats.labels == [0, 1, 0]
     assert [flat(pixels) for pixels in cats] == [(0,) * 3, (80,) * 3, (120,) * 3]
     (base / "images" / "Sphynx_1.jpg").unlink()
     sphynx = data.open_source(f"{spec}, only='sphynx')", 16, 3)
-    assert sphynx.notes[1:] == tuple(data_folder.verdict(*data_folder.fitness(1)))  # label unknown of what cannot be read
+    # label unknown of what cannot be read
+    assert sphynx.notes[1:] == tuple(data_folder.verdict(*data_folder.fitness(1)))
 
 
 def test_every_torchvision_name_is_a_set_with_a_root_and_a_download():
@@ -416,21 +572,33 @@ def test_every_torchvision_name_is_a_set_with_a_root_and_a_download():
         assert issubclass(getattr(torchvision.datasets, name), torchvision.datasets.VisionDataset)
 
 
-@pytest.mark.parametrize("name, place, host", [
-    ("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/"), ("MNIST", "MNIST/raw", "https://ossci-datasets.s3"),
-    ("DTD", "dtd", "https://www.robots.ox.ac.uk/"), ("CelebA", "celeba", "what https://docs.pytorch.org/vision/stable/generated/")])
-def test_without_a_network_one_line_says_where_the_files_belong(tmp_path, monkeypatch, name, place, host):
+@pytest.mark.parametrize(
+    "name, place, host",
+    [
+        ("CIFAR10", "cifar-10-batches-py", "https://www.cs.toronto.edu/"),
+        ("MNIST", "MNIST/raw", "https://ossci-datasets.s3"),
+        ("DTD", "dtd", "https://www.robots.ox.ac.uk/"),
+        ("CelebA", "celeba", "what https://docs.pytorch.org/vision/stable/generated/"),
+    ],
+)
+def test_without_a_network_one_line_says_where_the_files_belong(
+    tmp_path, monkeypatch, name, place, host
+):
     def unreachable(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
-    with pytest.raises(ValueError, match=f"'{tmp_path}/{place}' and cannot be downloaded .*; download {host}.* there") as error:
+    with pytest.raises(
+        ValueError,
+        match=f"'{tmp_path}/{place}' and cannot be downloaded .*; download {host}.* there",
+    ) as error:
         data.open_source(f"torchvision(name={name!r}, root={str(tmp_path)!r})", 32, 3)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "n, fraction, held", [(100, 0.1, 10), (10, 0.01, 1), (2, 0.9, 1), (3, 0.99, 2), (7, 0.0, 0), (1, 0.5, 0)]
+    "n, fraction, held",
+    [(100, 0.1, 10), (10, 0.01, 1), (2, 0.9, 1), (3, 0.99, 2), (7, 0.0, 0), (1, 0.5, 0)],
 )
 def test_split_is_a_partition_with_both_sides_filled(n, fraction, held):
     train, validation = order.split(n, fraction, seed=3)
@@ -456,12 +624,16 @@ def test_batches_walk_through_fresh_permutations(n, batch_size):
     for epoch in range(12 * batch_size // n):
         assert sorted(walked[epoch * n : (epoch + 1) * n]) == list(range(n))
     # any order of asking gives the same
-    assert np.array_equal(order.batch_indices(5, n, 3, batch_size), naive[3 * batch_size : 4 * batch_size])
+    assert np.array_equal(
+        order.batch_indices(5, n, 3, batch_size), naive[3 * batch_size : 4 * batch_size]
+    )
     assert [order.order(5, n, position) for position in range(2 * n)] == naive[: 2 * n].tolist()
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(order.batch_indices(seed, 50, epoch, 50)) for seed in range(3) for epoch in range(3)}
+    orders = {
+        tuple(order.batch_indices(seed, 50, epoch, 50)) for seed in range(3) for epoch in range(3)
+    }
     assert len(orders) == 9
 
 
@@ -469,10 +641,16 @@ def test_flips_are_addresses():
     batch = torch.from_numpy(noise(64, 3, 4, 4))
     flipped = augment.flip(batch, 1, 7, range(64))
     mirrored = torch.tensor([not torch.equal(a, b) for a, b in zip(flipped, batch, strict=True)])
-    assert torch.equal(flipped[mirrored], torch.flip(batch[mirrored], [3])) and flipped.dtype == torch.uint8
+    assert (
+        torch.equal(flipped[mirrored], torch.flip(batch[mirrored], [3]))
+        and flipped.dtype == torch.uint8
+    )
     assert 16 <= mirrored.sum() <= 48  # 64 fair coins fall outside with probability 4e-5
-    assert torch.equal(augment.flip(batch[40:], 1, 7, range(40, 64)), flipped[40:])  # micro-batches and ranks
-    assert torch.equal(augment.flip(common_pixels.encode(batch), 1, 7, range(64)), common_pixels.encode(flipped))
+    # micro-batches and ranks
+    assert torch.equal(augment.flip(batch[40:], 1, 7, range(40, 64)), flipped[40:])
+    assert torch.equal(
+        augment.flip(common_pixels.encode(batch), 1, 7, range(64)), common_pixels.encode(flipped)
+    )
     assert not torch.equal(augment.flip(batch, 1, 8, range(64)), flipped)
     assert not torch.equal(augment.flip(batch, 2, 7, range(64)), flipped)
 
@@ -488,7 +666,11 @@ def test_loader_gives_the_same_for_any_number_of_workers(zoo):
         running.close()
         assert not multiprocessing.active_children()
     for one, *others in zip(*runs, strict=True):
-        assert one[0].shape == (5, 3, 8, 8) and one[0].dtype == torch.uint8 and one[1].tolist() == [-1] * 5
+        assert (
+            one[0].shape == (5, 3, 8, 8)
+            and one[0].dtype == torch.uint8
+            and one[1].tolist() == [-1] * 5
+        )
         assert all(torch.equal(one[0], other[0]) for other in others)
     for step, (pixels, _) in enumerate(runs[0]):
         expected = [source[index] for index in order.batch_indices(0, len(source), step, 5)]
@@ -517,21 +699,33 @@ def test_workers_outlive_signals_to_the_whole_group():
 
 
 def test_a_process_that_leaves_a_loader_standing_ends():
-    code = "from ddpm import data\nfrom ddpm.data import loader\nsource = data.open_source('digits', 8, 1)\n"
+    code = (
+        "from ddpm import data\nfrom ddpm.data import loader\nsource = "
+        "data.open_source('digits', 8, 1)\n"
+    )
     code += "running = loader.loader(source, ([k] for k in range(999)), 2)\nnext(running)\nraise SystemExit(9)\n"
-    # It takes seconds, nearly all of them imports; workers that were not told to stop would hold it for ever.
-    ended = subprocess.run([sys.executable, "-c", code], timeout=60, stderr=subprocess.PIPE, text=True)
+    # It takes seconds, nearly all of them imports; workers that were not told to stop would hold it
+    # for ever.
+    ended = subprocess.run(
+        [sys.executable, "-c", code], timeout=60, stderr=subprocess.PIPE, text=True
+    )
     assert ended.returncode == 9 and ended.stderr == ""
 
 
 def test_image_dataset_as_people_expect_one(zoo):
     dataset = data.ImageDataset(zoo, 8)
-    assert len(dataset) == 12 and dataset[0].shape == (3, 8, 8) and dataset[0].dtype == torch.float32
+    assert (
+        len(dataset) == 12 and dataset[0].shape == (3, 8, 8) and dataset[0].dtype == torch.float32
+    )
     assert torch.equal(common_pixels.decode(dataset[3]), decode.decode_file(zoo / "d.png", 8, 3))
     torch.manual_seed(0)
     mirrored = data.ImageDataset(str(zoo), 8, augment=True)
-    seen = {tuple(mirrored[3].flatten().tolist()) for _ in range(20)}  # one kind only: probability 2e-6
-    assert seen == {tuple(dataset[3].flatten().tolist()), tuple(dataset[3].flip(-1).flatten().tolist())}
+    # one kind only: probability 2e-6
+    seen = {tuple(mirrored[3].flatten().tolist()) for _ in range(20)}
+    assert seen == {
+        tuple(dataset[3].flatten().tolist()),
+        tuple(dataset[3].flip(-1).flatten().tolist()),
+    }
     assert data.ImageDataset("digits", 16)[0].shape == (3, 16, 16)
     batch = next(iter(torch.utils.data.DataLoader(dataset, batch_size=4)))
     assert batch.shape == (4, 3, 8, 8) and batch.min() >= -1 and batch.max() <= 1

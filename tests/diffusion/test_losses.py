@@ -1,4 +1,6 @@
-"""Losses, weightings and distributions of times against their closed forms, and against loops written out."""
+"""Losses, weightings and distributions of times against their closed forms, and against loops
+written out.
+"""
 
 import itertools
 import json
@@ -51,32 +53,42 @@ def weigh(name, target, level, noise=None):
 T = torch.tensor([3, 40, 80])
 
 
-@pytest.mark.parametrize("name, of_eps", [  # the published weights, on the error of eps, as functions of the SNR
-    ("simple", lambda snr: 1 + 0 * snr),
-    ("min_snr(gamma=4.0)", lambda snr: snr.clamp(max=4.0) / snr),
-    ("soft_min_snr(gamma=4.0)", lambda snr: 4 / (snr + 4)),
-    ("p2(k=1.5, gamma=0.5)", lambda snr: (1.5 + snr) ** -0.5),
-    ("sigmoid_eps(bias=1.0)", lambda snr: 1 / (1 + snr / math.e)),
-    ("edm(sigma_data=0.5)", lambda snr: (snr + 4) / snr),
-])
+# the published weights, on the error of eps, as functions of the SNR
+@pytest.mark.parametrize(
+    "name, of_eps",
+    [
+        ("simple", lambda snr: 1 + 0 * snr),
+        ("min_snr(gamma=4.0)", lambda snr: snr.clamp(max=4.0) / snr),
+        ("soft_min_snr(gamma=4.0)", lambda snr: 4 / (snr + 4)),
+        ("p2(k=1.5, gamma=0.5)", lambda snr: (1.5 + snr) ** -0.5),
+        ("sigmoid_eps(bias=1.0)", lambda snr: 1 / (1 + snr / math.e)),
+        ("edm(sigma_data=0.5)", lambda snr: (snr + 4) / snr),
+    ],
+)
 def test_weightings_of_eps_are_the_published_ones(name, of_eps):
     level = process().at(T)
     snr = ((level.alpha / level.sigma) ** 2).flatten()
-    torch.testing.assert_close(weigh(name, "eps", level), of_eps(snr), rtol=1e-12, atol=0)  # float64, a few operations
+    # float64, a few operations
+    torch.testing.assert_close(weigh(name, "eps", level), of_eps(snr), rtol=1e-12, atol=0)
 
 
 def test_min_snr_of_the_other_targets_is_the_published_one():
     level = process().at(T)  # Hang et al. 2023, section 3.5
     snr = ((level.alpha / level.sigma) ** 2).flatten()
     torch.testing.assert_close(weigh("min_snr", "x0", level), snr.clamp(max=5), rtol=1e-12, atol=0)
-    torch.testing.assert_close(weigh("min_snr", "v", level), snr.clamp(max=5) / (snr + 1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        weigh("min_snr", "v", level), snr.clamp(max=5) / (snr + 1), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("path", ["cosine", "flow", "edm"])
-@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name not in ("simple", "uncertainty")])
+@pytest.mark.parametrize(
+    "name", [name for name in WEIGHTINGS if name not in ("simple", "uncertainty")]
+)
 def test_a_weighting_is_of_the_estimate_and_not_of_the_target(name, path):
     x0, eps, guess = (images(3, 1, 2, 2, seed=seed) for seed in range(3))
-    noise, losses = process(path), []
+    noise = process(path)
+    losses = []
     level = noise.at(T)
     for target in map(get_target, TARGETS):
         make = partial(target.make, alpha=level.alpha, sigma=level.sigma)
@@ -84,16 +96,21 @@ def test_a_weighting_is_of_the_estimate_and_not_of_the_target(name, path):
         error = ((make(x0, eps) - make(guess, wrong)) ** 2).mean((1, 2, 3))
         losses.append(weighting_of(name, noise)(error, level, target))
     for other in losses[1:]:
-        torch.testing.assert_close(other, losses[0], rtol=1e-8, atol=0)  # float64; eps at sigma = 40 loses six digits
+        # float64; eps at sigma = 40 loses six digits
+        torch.testing.assert_close(other, losses[0], rtol=1e-8, atol=0)
 
 
 def test_no_two_weightings_are_one_at_their_defaults():
-    """sigmoid_eps with bias 0 and P2 are one function, as the study `targets` found out: 1 / (1 + SNR)."""
+    """sigmoid_eps with bias 0 and P2 are one function, as the study `targets` found out: 1 / (1
+    + SNR).
+    """
     level = process().at(T)
     found = {name: weigh(name, "eps", level) for name in WEIGHTINGS if name != "uncertainty"}
     for one, other in itertools.combinations(found, 2):
         assert not torch.allclose(found[one], found[other], rtol=1e-3), f"{one} is {other}"
-    torch.testing.assert_close(weigh("sigmoid_eps(bias=0.0)", "eps", level), found["p2"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        weigh("sigmoid_eps(bias=0.0)", "eps", level), found["p2"], rtol=1e-12, atol=0
+    )
 
 
 def cosine_log_snr(t):
@@ -103,7 +120,9 @@ def cosine_log_snr(t):
 
 
 def linear_log_snr(t):
-    """Of Ho et al. 2020: the product of 1 - beta_i for i = 0 .. t, betas on a line, is a ratio of gamma functions."""
+    """Of Ho et al. 2020: the product of 1 - beta_i for i = 0 .. t, betas on a line, is a ratio
+    of gamma functions.
+    """
     rise = (0.02 - 1e-4) / 999
     z = (1 - 1e-4) / rise
     log_alpha_bar = (t + 1) * math.log(rise) + math.lgamma(z + 1) - math.lgamma(z - t)
@@ -121,33 +140,46 @@ LOG_SNR = {
 @pytest.mark.parametrize("bias", [2.0, -1.0])
 @pytest.mark.parametrize("path", LOG_SNR)
 def test_sigmoid_is_the_loss_of_the_papers(path, bias):
-    """-1/2 dlambda/dt e^b sigmoid(lambda - b) on x0, up to a factor, by the schedules' closed forms (Kingma & Gao 2023)."""
-    noise, log_snr = process(path, 1000), LOG_SNR[path]
+    """-1/2 dlambda/dt e^b sigmoid(lambda - b) on x0, up to a factor, by the schedules' closed
+    forms (Kingma & Gao 2023).
+    """
+    noise = process(path, 1000)
+    log_snr = LOG_SNR[path]
     t = torch.tensor([12, 40, 200, 500, 700, 900, 960, 987])
     lambdas = torch.tensor([log_snr(at) for at in t.tolist()], dtype=torch.float64)
-    slopes = torch.tensor([(log_snr(at + 1e-3) - log_snr(at - 1e-3)) / 2e-3 for at in t.tolist()], dtype=torch.float64)
+    slopes = torch.tensor(
+        [(log_snr(at + 1e-3) - log_snr(at - 1e-3)) / 2e-3 for at in t.tolist()], dtype=torch.float64
+    )
     papers = -0.5 * slopes * math.exp(bias) * torch.sigmoid(lambdas - bias)
     ours = weigh(f"sigmoid(bias={bias})", "x0", noise.at(t), noise)
-    # central differences at k steps from where lambda has its pole are off by 1/(3 k^2): 2e-3 at k = 13
+    # central differences at k steps from where lambda has its pole are off by 1/(3 k^2): 2e-3 at k
+    # = 13
     torch.testing.assert_close(ours / ours[3], papers / papers[3], rtol=3e-3, atol=0)
     of_eps = weigh(f"sigmoid(bias={bias})", "eps", noise.at(t), noise)
     expected = slopes * torch.sigmoid(bias - lambdas)
     torch.testing.assert_close(of_eps / of_eps[3], expected / expected[3], rtol=3e-3, atol=0)
 
 
-@pytest.mark.parametrize("path, ratio", [
-    ("cosine(s=0.0)", lambda log_snr: 1 / torch.cosh(log_snr / 2)),  # log-SNR 2 log cot u, whose slope is 4 / sin 2u
-    ("flow", lambda log_snr: 1 / torch.cosh(log_snr / 4) ** 2),
-    ("edm", torch.ones_like),
-])
+@pytest.mark.parametrize(
+    "path, ratio",
+    [
+        # log-SNR 2 log cot u, whose slope is 4 / sin 2u
+        ("cosine(s=0.0)", lambda log_snr: 1 / torch.cosh(log_snr / 2)),
+        ("flow", lambda log_snr: 1 / torch.cosh(log_snr / 4) ** 2),
+        ("edm", torch.ones_like),
+    ],
+)
 def test_sigmoid_eps_lacks_the_slope_of_the_schedule(path, ratio):
     noise = process(path, 1000)
     level = noise.at(torch.arange(1000))
     log_snr = 2 * (noise.alpha / noise.sigma).log()
     lacking = weigh("sigmoid_eps", "x0", level, noise) / weigh("sigmoid", "x0", level, noise)
-    middle, expected = int(log_snr.abs().argmin()), ratio(log_snr)
+    middle = int(log_snr.abs().argmin())
+    expected = ratio(log_snr)
     inner = slice(10, 990)  # 10 steps from a pole central differences are off by 3e-3
-    torch.testing.assert_close((lacking / lacking[middle])[inner], (expected / expected[middle])[inner], rtol=5e-3, atol=0)
+    torch.testing.assert_close(
+        (lacking / lacking[middle])[inner], (expected / expected[middle])[inner], rtol=5e-3, atol=0
+    )
     finite = log_snr.isfinite()  # the factor is 1 in the mean, so that the loss keeps its scale
     assert (1 / lacking[finite]).mean().item() == pytest.approx(1, rel=1e-6)
 
@@ -161,7 +193,8 @@ def test_sigmoid_is_finite_at_every_level_and_0_in_pure_noise(target, timesteps)
     assert (weights[-1] == 0) == (timesteps > 1)
 
 
-VANISHING = {"min_snr", "soft_min_snr", "p2", "sigmoid", "sigmoid_eps"}  # as the SNR, whose weight on x0 is finite times it
+# as the SNR, whose weight on x0 is finite times it
+VANISHING = {"min_snr", "soft_min_snr", "p2", "sigmoid", "sigmoid_eps"}
 
 
 @pytest.mark.parametrize("zero_terminal", [False, True])
@@ -172,7 +205,10 @@ def test_a_loss_that_weighs_nothing_where_sampling_starts_is_told(path, zero_ter
         if ends and not get_target(target).pure_noise:
             continue  # refused
         model = DDPM(None, 40, path, target, zero_terminal_snr=zero_terminal, weighting=name)
-        assert bool(build.loss_remarks(model.objective)) == (ends and name in VANISHING), (target, name)
+        assert bool(build.loss_remarks(model.objective)) == (ends and name in VANISHING), (
+            target,
+            name,
+        )
 
 
 def test_the_share_of_the_last_times_is_told(tmp_path):
@@ -181,16 +217,30 @@ def test_the_share_of_the_last_times_is_told(tmp_path):
 
     model = DDPM(None, 1000, "flow", "x0", weighting="p2")
     (line,) = build.loss_remarks(model.objective)
-    share = float(re.search(r"no weight to t = 999, where sampling starts, and (\S+) of its weight", line)[1])
-    assert share == pytest.approx(quad(weight, 0.95, 1)[0] / quad(weight, 0, 1)[0], rel=0.08)  # a sum over 50 t, in two digits
-    run(tiny(diffusion__beta_schedule="flow", diffusion__predict="v", diffusion__weighting="min_snr", train__length="1 steps",
-             every__sample="0 steps"), tmp_path)
+    share = float(
+        re.search(r"no weight to t = 999, where sampling starts, and (\S+) of its weight", line)[1]
+    )
+    # a sum over 50 t, in two digits
+    assert share == pytest.approx(quad(weight, 0.95, 1)[0] / quad(weight, 0, 1)[0], rel=0.08)
+    run(
+        tiny(
+            diffusion__beta_schedule="flow",
+            diffusion__predict="v",
+            diffusion__weighting="min_snr",
+            train__length="1 steps",
+            every__sample="0 steps",
+        ),
+        tmp_path,
+    )
     assert "no weight to t = 19, where sampling starts" in (tmp_path / "training.log").read_text()
 
 
 def test_edm_weighting_is_simple_on_its_own_target():
     level = process("edm").at(T)
-    torch.testing.assert_close(weigh("edm(sigma_data=0.4)", "edm(sigma_data=0.4)", level), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(
+        weigh("edm(sigma_data=0.4)", "edm(sigma_data=0.4)", level),
+        torch.ones(3, dtype=torch.float64),
+    )
 
 
 def test_uncertainty_learns_the_logarithm_of_the_error():
@@ -204,19 +254,24 @@ def test_uncertainty_learns_the_logarithm_of_the_error():
         optimizer.zero_grad()
         weighting(error, level, None).mean().backward()
         optimizer.step()
-    # at the minimum e^u = error and the loss 1 + log(error); a fit by 128 waves in 300 steps comes within a few percent
-    torch.testing.assert_close(weighting(error, level, None).mean(), (1 + error.log()).mean(), rtol=0, atol=0.01)
+    # at the minimum e^u = error and the loss 1 + log(error); a fit by 128 waves in 300 steps comes
+    # within a few percent
+    torch.testing.assert_close(
+        weighting(error, level, None).mean(), (1 + error.log()).mean(), rtol=0, atol=0.01
+    )
 
 
 def draws(name, n, noise, batch_size=64):
     """t of many batches, at addresses as in training."""
-    times, places = choose("time distribution", TIMES, name), range(batch_size)
+    times = choose("time distribution", TIMES, name)
+    places = range(batch_size)
     uniforms = [partial(rng.uniform, 0, "t", step) for step in range(n // batch_size)]
     return torch.cat([times(noise, places, batch_size, uniform)[0] for uniform in uniforms])
 
 
 def test_times_are_distributed_as_they_say():
-    noise, n = process("edm", 1000), 6400
+    noise = process("edm", 1000)
+    n = 6400
     sampling = 4 * 0.5 / math.sqrt(n)  # four deviations of a share near one half
     for name in ("uniform", "stratified", "antithetic"):
         t = draws(name, n, noise)
@@ -234,7 +289,8 @@ def test_times_are_distributed_as_they_say():
 def test_stratified_has_one_image_in_each_stretch_and_antithetic_comes_in_pairs():
     noise = process(timesteps=640)
     for t in draws("stratified", 640, noise).split(64):
-        assert (torch.diff(t.sort().values) - 10).abs().max() <= 1  # rounding down moves each by less than one
+        # rounding down moves each by less than one
+        assert (torch.diff(t.sort().values) - 10).abs().max() <= 1
     pairs = draws("antithetic", 640, noise).view(-1, 2)
     assert (pairs.sum(1) == 639).all()
 
@@ -251,22 +307,28 @@ def test_micro_batches_and_ranks_draw_the_times_of_the_whole_batch(name):
 
 
 def test_importance_remembers_the_last_losses_of_each_time():
-    noise, kept = process(timesteps=4), [[] for _ in range(4)]
+    noise = process(timesteps=4)
+    kept = [[] for _ in range(4)]
     times = Importance(noise, history=3)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(5):  # batches in which a time comes up to eight times, and some losses are not numbers
-        t, losses = torch.randint(4, (8,), generator=generator), torch.rand(8, generator=generator)
+    # batches in which a time comes up to eight times, and some losses are not numbers
+    for _ in range(5):
+        t = torch.randint(4, (8,), generator=generator)
+        losses = torch.rand(8, generator=generator)
         losses[torch.rand(8, generator=generator) < 0.2] = math.nan
         times.observe(t, losses)
         for one, loss in zip(t.tolist(), losses.tolist(), strict=True):
             if not math.isnan(loss):
                 kept[one] = [*kept[one], loss][-3:]
     assert all(len(row) == 3 for row in kept)
-    torch.testing.assert_close(times.losses.sort(1).values, torch.tensor(kept).sort(1).values, rtol=0, atol=0)
+    torch.testing.assert_close(
+        times.losses.sort(1).values, torch.tensor(kept).sort(1).values, rtol=0, atol=0
+    )
 
 
 def test_importance_draws_by_the_root_of_the_second_moment_and_stays_fair():
-    noise, losses = process(timesteps=4), torch.tensor([1.0, 2.0, 3.0, 10.0])
+    noise = process(timesteps=4)
+    losses = torch.tensor([1.0, 2.0, 3.0, 10.0])
     times = Importance(noise, history=2, uniform=0.2)
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
     even, _ = times(noise, range(4000), 4000, lambda places: u)
@@ -280,10 +342,14 @@ def test_importance_draws_by_the_root_of_the_second_moment_and_stays_fair():
 
 
 def test_kl_and_pixel_likelihood_are_those_of_torch():
-    mean, other = images(50), images(50, seed=1)
-    a, b = images(50, seed=2), images(50, seed=3)
+    mean = images(50)
+    other = images(50, seed=1)
+    a = images(50, seed=2)
+    b = images(50, seed=3)
     reference = kl_divergence(Normal(mean, (a / 2).exp()), Normal(other, (b / 2).exp()))
-    torch.testing.assert_close(likelihood.normal_kl(mean, a, other, b), reference, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        likelihood.normal_kl(mean, a, other, b), reference, rtol=1e-10, atol=1e-12
+    )
 
     pixels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     for centre, log_variance in ((0.1, -3.0), (-0.99, -8.0), (1.7, -2.0)):
@@ -291,12 +357,16 @@ def test_kl_and_pixel_likelihood_are_those_of_torch():
         edges = (pixels[1:] + pixels[:-1]) / 2
         below = torch.cat([torch.zeros(1), normal.cdf(edges), torch.ones(1)])
         ours = likelihood.discretized_gaussian_log_likelihood(
-            pixels, torch.full_like(pixels, centre), torch.full_like(pixels, log_variance))
+            pixels, torch.full_like(pixels, centre), torch.full_like(pixels, log_variance)
+        )
         assert ours.exp().sum().item() == pytest.approx(1, abs=1e-9)
         # a difference of two numbers near 1, as written here, loses up to 1e-16
         torch.testing.assert_close(ours.exp(), torch.diff(below), rtol=1e-6, atol=1e-14)
-    far = likelihood.discretized_gaussian_log_likelihood(torch.tensor([0.5]), torch.tensor([-0.9]), torch.tensor([-14.0]))
-    assert -1e7 < far.item() < -1e6  # 1.4 / e^-7 deviations away: finite, where a difference of masses is log(0)
+    far = likelihood.discretized_gaussian_log_likelihood(
+        torch.tensor([0.5]), torch.tensor([-0.9]), torch.tensor([-14.0])
+    )
+    # 1.4 / e^-7 deviations away: finite, where a difference of masses is log(0)
+    assert -1e7 < far.item() < -1e6
 
 
 class Two(torch.nn.Module):
@@ -304,7 +374,8 @@ class Two(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.mean, self.variance = torch.nn.Parameter(torch.tensor(0.3)), torch.nn.Parameter(torch.tensor(0.1))
+        self.mean = torch.nn.Parameter(torch.tensor(0.3))
+        self.variance = torch.nn.Parameter(torch.tensor(0.1))
 
     def forward(self, x, t, y):
         return torch.cat([self.mean * x, self.variance * torch.ones_like(x)], dim=1)
@@ -312,7 +383,8 @@ class Two(torch.nn.Module):
 
 def gradients(**knobs):
     model = DDPM(Two(), timesteps=20, beta_schedule="cosine", **knobs)
-    x0, noise = images(6, 1, 4, 4).clamp(-1, 1).float(), images(6, 1, 4, 4, seed=1).float()
+    x0 = images(6, 1, 4, 4).clamp(-1, 1).float()
+    noise = images(6, 1, 4, 4, seed=1).float()
     model.losses(x0, torch.tensor([0, 1, 5, 9, 15, 19]), noise).mean().backward()
     return model.net.mean.grad, model.net.variance.grad
 
@@ -328,18 +400,25 @@ def test_the_bound_teaches_the_variance_and_stops_at_the_mean():
 @pytest.mark.parametrize("t", [0, 1, 10])
 def test_a_term_of_the_bound_is_the_published_one(t):
     noise = process(timesteps=20)
-    x0 = (torch.randint(256, (2, 1, 3, 3), generator=torch.Generator().manual_seed(0)) / 127.5 - 1).double()
+    x0 = (
+        torch.randint(256, (2, 1, 3, 3), generator=torch.Generator().manual_seed(0)) / 127.5 - 1
+    ).double()
     times = torch.full((2,), t)
     x_t = noise.q_sample(x0, times, images(2, 1, 3, 3))
-    guess, mix = 0.9 * x0, torch.full_like(x0, 0.3)
+    guess = 0.9 * x0
+    mix = torch.full_like(x0, 0.3)
     mean, variance, log_variance = noise.posterior(guess, x_t, times, "learned", mix)
     torch.testing.assert_close(log_variance, variance.log())
     term = likelihood.bound_term(noise, x0, x_t, times, mean, log_variance)
     if t:
         true_mean, true_variance, _ = noise.posterior(x0, x_t, times)
         small, large = (noise.posterior(x0, x_t, times, kind)[1] for kind in ("small", "large"))
-        torch.testing.assert_close(variance, (0.3 * large.log() + 0.7 * small.log()).exp().expand_as(variance))
-        reference = kl_divergence(Normal(true_mean, true_variance.sqrt()), Normal(mean, variance.sqrt()))
+        torch.testing.assert_close(
+            variance, (0.3 * large.log() + 0.7 * small.log()).exp().expand_as(variance)
+        )
+        reference = kl_divergence(
+            Normal(true_mean, true_variance.sqrt()), Normal(mean, variance.sqrt())
+        )
     else:
         reference = -likelihood.discretized_gaussian_log_likelihood(x0, mean, log_variance)
     expected = reference.mean((1, 2, 3)) / math.log(2)
@@ -359,47 +438,79 @@ def test_sampling_with_a_learned_variance_at_either_end_is_sampling_with_that_en
     learned = DDPM(net, timesteps=40, beta_schedule="cosine", variance="learned", loss="hybrid")
     fixed = DDPM(lambda x, t, y: 0.1 * x, timesteps=40, beta_schedule="cosine", variance=kind)
     # logarithms and back in float32, ten steps
-    torch.testing.assert_close(learned.sample(shape, 10, noise=noise), fixed.sample(shape, 10, noise=noise), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        learned.sample(shape, 10, noise=noise),
+        fixed.sample(shape, 10, noise=noise),
+        rtol=0,
+        atol=1e-4,
+    )
     for sampler in ("ddim", "heun", "dpmpp"):  # which need no variance
         assert learned.sample(shape, 5, sampler=sampler, noise=noise).isfinite().all()
 
 
-LEARNING = dict(diffusion__weighting="uncertainty", diffusion__times="importance(history=1)", diffusion__timesteps=4)
+LEARNING = dict(
+    diffusion__weighting="uncertainty",
+    diffusion__times="importance(history=1)",
+    diffusion__timesteps=4,
+)
 
 
 def test_what_the_objective_learns_is_saved_and_continued_bit_for_bit(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     run(tiny(**LEARNING), whole)
     run(tiny(**LEARNING, train__length="7 steps"), parts)
     run(tiny(**LEARNING), parts)
-    content = [torch.load(folder / "checkpoints" / "step_00000012.pt", weights_only=True)["parts"] for folder in (whole, parts)]
-    assert content[0]["objective"]["weighting.u.weight"].abs().sum() > 0 and content[0]["objective"]["times.counts"].sum() == 96
+    content = [
+        torch.load(folder / "checkpoints" / "step_00000012.pt", weights_only=True)["parts"]
+        for folder in (whole, parts)
+    ]
+    assert (
+        content[0]["objective"]["weighting.u.weight"].abs().sum() > 0
+        and content[0]["objective"]["times.counts"].sum() == 96
+    )
     for name, value in content[0]["objective"].items():
         assert torch.equal(value, content[1]["objective"][name]), name
     for name, value in content[0]["net"].items():
         assert torch.equal(value, content[1]["net"][name]), name
 
 
-@pytest.mark.parametrize("knobs", [LEARNING, dict(diffusion__self_condition=True), dict(
-    diffusion__variance="learned", diffusion__loss="hybrid")], ids=["learning", "self_condition", "learned"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        LEARNING,
+        dict(diffusion__self_condition=True),
+        dict(diffusion__variance="learned", diffusion__loss="hybrid"),
+    ],
+    ids=["learning", "self_condition", "learned"],
+)
 def test_micro_batches_change_nothing_but_rounding(knobs, tmp_path):
     for parts in (1, 4):
-        run(tiny(**knobs, train__length="4 steps", train__gradient_accumulation_steps=parts), tmp_path / str(parts))
+        run(
+            tiny(**knobs, train__length="4 steps", train__gradient_accumulation_steps=parts),
+            tmp_path / str(parts),
+        )
     one, four = (rows(tmp_path / parts)[-1]["train/loss"] for parts in ("1", "4"))
     assert one == pytest.approx(four, rel=1e-4)  # float32 sums in another order, over four steps
 
 
-@pytest.mark.parametrize("knobs, remedy", [
-    (dict(diffusion__variance="learned"), "set diffusion.loss=hybrid or vlb"),
-    (dict(diffusion__loss="hybrid"), "set diffusion.variance=learned"),
-    (dict(diffusion__loss="vlb", diffusion__weighting="min_snr"), "diffusion.loss=mse"),
-    (dict(diffusion__weighting="min_snr(gamma=-1.0)"), "weighting 'min_snr"),
-    (dict(diffusion__times="importance(history=0)"), "history of 1 or more"),
-    (dict(diffusion__zero_terminal_snr=True), "predict 'v', 'x0' or 'flow'"),
-    (dict(diffusion__beta_schedule="flow", diffusion__predict="edm"), "predict 'v', 'x0' or 'flow'"),
-    (dict(diffusion__predict="edm(sigma_data=0.0)"), "standard deviation"),
-    (dict(sample__sampler="ddpm(variance='learned')"), "learned no variance"),
-])
+@pytest.mark.parametrize(
+    "knobs, remedy",
+    [
+        (dict(diffusion__variance="learned"), "set diffusion.loss=hybrid or vlb"),
+        (dict(diffusion__loss="hybrid"), "set diffusion.variance=learned"),
+        (dict(diffusion__loss="vlb", diffusion__weighting="min_snr"), "diffusion.loss=mse"),
+        (dict(diffusion__weighting="min_snr(gamma=-1.0)"), "weighting 'min_snr"),
+        (dict(diffusion__times="importance(history=0)"), "history of 1 or more"),
+        (dict(diffusion__zero_terminal_snr=True), "predict 'v', 'x0' or 'flow'"),
+        (
+            dict(diffusion__beta_schedule="flow", diffusion__predict="edm"),
+            "predict 'v', 'x0' or 'flow'",
+        ),
+        (dict(diffusion__predict="edm(sigma_data=0.0)"), "standard deviation"),
+        (dict(sample__sampler="ddpm(variance='learned')"), "learned no variance"),
+    ],
+)
 def test_contradictions_are_refused_with_the_remedy(knobs, remedy):
     with pytest.raises(ValueError, match=remedy) as mistake:
         build.check(tiny(**knobs))
@@ -407,20 +518,38 @@ def test_contradictions_are_refused_with_the_remedy(knobs, remedy):
 
 
 def test_old_configs_keep_their_objective():
-    old = files.from_json('{"diffusion": {"timesteps": 10, "beta_schedule": "cosine", "predict": "v", "clip": true}}')
-    assert old.diffusion.loss == "mse" and old.diffusion.weighting == "simple" and old.diffusion.times == "uniform"
+    old = files.from_json(
+        '{"diffusion": {"timesteps": 10, "beta_schedule": "cosine", "predict": "v", "clip": true}}'
+    )
+    assert (
+        old.diffusion.loss == "mse"
+        and old.diffusion.weighting == "simple"
+        and old.diffusion.times == "uniform"
+    )
 
 
 def test_weights_and_runs_of_before_keep_the_sigmoid_they_learned_under(tmp_path):
-    """A checkpoint that says `sigmoid` without a format, and the kept runs of the study `targets`."""
+    """A checkpoint that says `sigmoid` without a format, and the kept runs of the study
+    `targets`.
+    """
     made = tiny(diffusion__weighting="sigmoid")
     text = json.loads(files.to_json(made))
     del text["format"]
-    training_weights.export(tmp_path / "old.safetensors", build.network(made).state_dict(), 3, json.dumps(text))
+    training_weights.export(
+        tmp_path / "old.safetensors", build.network(made).state_dict(), 3, json.dumps(text)
+    )
     model = build.diffusion(load.load(tmp_path / "old.safetensors", "cpu").config, None)
     alpha, sigma = (table[[5]] for table in get_schedule("cosine", 20))
     level = model.process.at(torch.tensor([5]))
     weight = model.objective.weighting(torch.ones(1, dtype=torch.float64), level, model.target)
-    torch.testing.assert_close(weight, 1 / (1 + (alpha / sigma) ** 2 / math.e**2), rtol=1e-12, atol=0)
-    kept = sorted((Path(__file__).parents[2] / "experiments" / "targets" / "runs").glob("*weighting=sigmoid-*"))
-    assert len(kept) == 9 and {runs.read(folder).knobs["diffusion.weighting"] for folder in kept} == {"sigmoid_eps"}
+    torch.testing.assert_close(
+        weight, 1 / (1 + (alpha / sigma) ** 2 / math.e**2), rtol=1e-12, atol=0
+    )
+    kept = sorted(
+        (Path(__file__).parents[2] / "experiments" / "targets" / "runs").glob(
+            "*weighting=sigmoid-*"
+        )
+    )
+    assert len(kept) == 9 and {
+        runs.read(folder).knobs["diffusion.weighting"] for folder in kept
+    } == {"sigmoid_eps"}

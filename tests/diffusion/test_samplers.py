@@ -11,7 +11,18 @@ from ddpm.common import registry
 from ddpm.diffusion.denoiser import denoiser
 from ddpm.diffusion.process import CLEAN, latent
 from ddpm.diffusion.samplers import SAMPLERS, ddim, ddpm
-from support.oracles import FLOAT32_TABLES, MEAN, SHAPE, SPREAD, Tiny, flow_to, gaussian, last, noises, process
+from support.oracles import (
+    FLOAT32_TABLES,
+    MEAN,
+    SHAPE,
+    SPREAD,
+    Tiny,
+    flow_to,
+    gaussian,
+    last,
+    noises,
+    process,
+)
 
 
 @pytest.mark.parametrize("sampler", [*SAMPLERS, "ddpm(variance='large')", "ddim(eta=1.0)"])
@@ -20,11 +31,14 @@ from support.oracles import FLOAT32_TABLES, MEAN, SHAPE, SPREAD, Tiny, flow_to, 
 def test_a_walk_yields_every_step_and_stays_finite(sampler, steps, name):
     denoise = denoiser(Tiny(), predict="eps", clip=True)
     levels = process(name, 10).levels(steps)
-    walk = list(registry.choose("sampler", SAMPLERS, sampler)(denoise, noises()(0), levels, noises()))
+    walk = list(
+        registry.choose("sampler", SAMPLERS, sampler)(denoise, noises()(0), levels, noises())
+    )
     assert len(walk) == steps and all(x.shape == SHAPE and torch.isfinite(x).all() for x in walk)
     # on the step to CLEAN no noise is added: the sample is the estimate of x0
     before = walk[-2] if steps > 1 else noises()(0)
-    torch.testing.assert_close(walk[-1], denoise(before, levels[-2])[0], rtol=0, atol=1e-12)  # float64
+    # float64
+    torch.testing.assert_close(walk[-1], denoise(before, levels[-2])[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("clip", [True, False])
@@ -32,8 +46,11 @@ def test_a_walk_yields_every_step_and_stays_finite(sampler, steps, name):
 def test_ddpm_small_is_ddim_with_eta_one(clip, spacing, steps):
     denoise = denoiser(Tiny(), predict="v", clip=clip)
     levels = process("cosine").levels(steps, spacing)
-    pairs = zip(ddpm(denoise, noises()(0), levels, noises()),
-                ddim(denoise, noises()(0), levels, noises(), eta=1.0), strict=True)
+    pairs = zip(
+        ddpm(denoise, noises()(0), levels, noises()),
+        ddim(denoise, noises()(0), levels, noises(), eta=1.0),
+        strict=True,
+    )
     for ancestral, implicit in pairs:
         # float64; the two forms round differently, and dividing by sigma_0 = 0.006 magnifies it
         torch.testing.assert_close(ancestral, implicit, rtol=0, atol=1e-10)
@@ -66,44 +83,72 @@ def test_ddim_draws_no_noise_unless_eta_asks_for_it():
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_ddim_converges_at_first_order_to_the_exact_flow(name):
     def error(steps):
-        # 1025 timesteps divide evenly; the step from t = 0 to CLEAN is the same at any number of steps: not counted
+        # 1025 timesteps divide evenly; the step from t = 0 to CLEAN is the same at any number of
+        # steps: not counted
         levels = process(name, 1025).levels(steps + 1)[:-1]
         x = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
-        return (last(ddim(gaussian, x, levels, noises())) - flow_to(x, levels[0], levels[-1])).abs().max().item()
+        return (
+            (last(ddim(gaussian, x, levels, noises())) - flow_to(x, levels[0], levels[-1]))
+            .abs()
+            .max()
+            .item()
+        )
 
     errors = [error(steps) for steps in (64, 128, 256, 512)]
     for coarse, fine in pairwise(errors):
-        assert coarse / fine == pytest.approx(2, abs=0.2)  # first order; the rest is of second order
+        # first order; the rest is of second order
+        assert coarse / fine == pytest.approx(2, abs=0.2)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddpm(variance='large')", "ddim(eta=0.5)"])
 def test_stochastic_samplers_reproduce_mean_and_variance(sampler):
-    shape, levels = (20_000, 1, 1, 1), process().levels(1000)
+    shape = (20_000, 1, 1, 1)
+    levels = process().levels(1000)
     generator = torch.Generator().manual_seed(0)
 
     def noise(k):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    x = last(registry.choose("sampler", SAMPLERS, sampler)(gaussian, latent(levels[0], noise(0)), levels, noise))
+    x = last(
+        registry.choose("sampler", SAMPLERS, sampler)(
+            gaussian, latent(levels[0], noise(0)), levels, noise
+        )
+    )
     # five standard errors of 20,000 draws, and 0.005 for a thousand finite steps
     assert x.mean().item() == pytest.approx(MEAN, abs=5 * SPREAD / math.sqrt(20_000) + 0.005)
     assert x.std().item() == pytest.approx(SPREAD, abs=5 * SPREAD / math.sqrt(40_000) + 0.005)
 
 
 @pytest.mark.parametrize("steps, spacing", [(1000, "leading"), (50, "leading"), (10, "trailing")])
-@pytest.mark.parametrize("predict, theirs", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
-@pytest.mark.parametrize("name, reference_name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    "predict, theirs", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")]
+)
+@pytest.mark.parametrize(
+    "name, reference_name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")]
+)
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_trajectories_agree_with_diffusers_ddim(eta, name, reference_name, predict, theirs, steps, spacing):
-    reference = DDIMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=reference_name, clip_sample=True,
-                              prediction_type=theirs, timestep_spacing=spacing)
+def test_trajectories_agree_with_diffusers_ddim(
+    eta, name, reference_name, predict, theirs, steps, spacing
+):
+    reference = DDIMScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule=reference_name,
+        clip_sample=True,
+        prediction_type=theirs,
+        timestep_spacing=spacing,
+    )
     reference.set_timesteps(steps)
-    net, levels = Tiny(), process(name).levels(steps, spacing)
+    net = Tiny()
+    levels = process(name).levels(steps, spacing)
     walk = ddim(denoiser(net, predict=predict, clip=True), noises()(0), levels, noises(), eta=eta)
     x = noises()(0)
     for k, (t, ours) in enumerate(zip(reference.timesteps, walk, strict=True), start=1):
         out = net(x, t.reshape(1))
-        x = reference.step(out, t, x, eta=eta, use_clipped_model_output=True, variance_noise=noises()(k)).prev_sample
+        x = reference.step(
+            out, t, x, eta=eta, use_clipped_model_output=True, variance_noise=noises()(k)
+        ).prev_sample
         if eta > 0 and k == steps and spacing == "trailing":
             break  # it adds noise on the step to clean images
         torch.testing.assert_close(ours, x, rtol=0, atol=FLOAT32_TABLES)
@@ -111,13 +156,25 @@ def test_trajectories_agree_with_diffusers_ddim(eta, name, reference_name, predi
 
 @pytest.mark.parametrize("variance", ["small", "large"])
 @pytest.mark.parametrize("steps", [1000, 50])
-@pytest.mark.parametrize("name, reference_name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+@pytest.mark.parametrize(
+    "name, reference_name", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")]
+)
 def test_trajectories_agree_with_diffusers_ddpm(name, reference_name, steps, variance):
-    reference = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=reference_name, clip_sample=True,
-                              variance_type=f"fixed_{variance}", timestep_spacing="leading")
+    reference = DDPMScheduler(
+        1000,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule=reference_name,
+        clip_sample=True,
+        variance_type=f"fixed_{variance}",
+        timestep_spacing="leading",
+    )
     reference.set_timesteps(steps)
-    net, levels = Tiny(), process(name).levels(steps, "leading")
-    walk = ddpm(denoiser(net, predict="eps", clip=True), noises()(0), levels, noises(), variance=variance)
+    net = Tiny()
+    levels = process(name).levels(steps, "leading")
+    walk = ddpm(
+        denoiser(net, predict="eps", clip=True), noises()(0), levels, noises(), variance=variance
+    )
     x = noises()(0)
     for k, (t, ours) in enumerate(zip(reference.timesteps, walk, strict=True), start=1):
         same = torch.Generator().manual_seed(k)

@@ -1,6 +1,8 @@
-"""Every block of every network depends on time, class and augmentation, at first and after training.
+"""Every block of every network depends on time, class and augmentation, at first and after
+training.
 
-A block whose norm removes the embedding still trains, draws and passes every test of shapes: only its dependence shows it.
+A block whose norm removes the embedding still trains, draws and passes every test of shapes: only
+its dependence shows it.
 """
 
 import pytest
@@ -16,27 +18,65 @@ from ddpm.models.unet_edm2 import MPBlock
 from support.runs import run, tiny
 
 BLOCKS = (ResidualBlock, MPBlock, Block)
-UNET = dict(image_size=8, in_channels=2, out_channels=2, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,))
+UNET = dict(
+    image_size=8,
+    in_channels=2,
+    out_channels=2,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+)
 CHANGE = 1e-4  # a block without conditioning changes by rounding, 1e-7, the others by 3e-4 to 1
 
 NETWORKS = [
-    *(pytest.param("unet", UNET | dict(model_channels=width), id=f"unet {width}")
-      for width in (2, 4, 8, 12, 16, 20, 23, 26, 32, 40, 64, 128)),
-    *(pytest.param("unet", UNET | dict(model_channels=width, use_scale_shift_norm=True), id=f"unet scale-shift {width}")
-      for width in (2, 8, 32)),
-    pytest.param("unet", UNET | dict(model_channels=16, resblock_updown=True), id="unet resblock_updown"),
+    *(
+        pytest.param("unet", UNET | dict(model_channels=width), id=f"unet {width}")
+        for width in (2, 4, 8, 12, 16, 20, 23, 26, 32, 40, 64, 128)
+    ),
+    *(
+        pytest.param(
+            "unet",
+            UNET | dict(model_channels=width, use_scale_shift_norm=True),
+            id=f"unet scale-shift {width}",
+        )
+        for width in (2, 8, 32)
+    ),
+    pytest.param(
+        "unet", UNET | dict(model_channels=16, resblock_updown=True), id="unet resblock_updown"
+    ),
     pytest.param("unet", UNET | dict(model_channels=24, norm_num_groups=12), id="unet 12 groups"),
-    *(pytest.param("unet_edm2", UNET | dict(model_channels=width), id=f"unet_edm2 {width}") for width in (4, 16, 32)),
-    *(pytest.param("dit", dict(image_size=8, in_channels=2, out_channels=2, depth=2, width=width, heads=1, patch_size=2),
-                   id=f"dit {width}") for width in (4, 16, 32)),
+    *(
+        pytest.param("unet_edm2", UNET | dict(model_channels=width), id=f"unet_edm2 {width}")
+        for width in (4, 16, 32)
+    ),
+    *(
+        pytest.param(
+            "dit",
+            dict(
+                image_size=8,
+                in_channels=2,
+                out_channels=2,
+                depth=2,
+                width=width,
+                heads=1,
+                patch_size=2,
+            ),
+            id=f"dit {width}",
+        )
+        for width in (4, 16, 32)
+    ),
 ]
 
 
 def network(name, options, conditioning=()):
-    """A network with weights that are not zero anywhere, and with what it is conditioned on besides the time."""
+    """A network with weights that are not zero anywhere, and with what it is conditioned on
+    besides the time.
+    """
     torch.manual_seed(0)
     further = {"class": dict(num_classes=4), "augmentation": dict(augmentation=3)}
-    net = MODELS[name](**options, **{key: value for kind in conditioning for key, value in further[kind].items()})
+    net = MODELS[name](
+        **options, **{key: value for kind in conditioning for key, value in further[kind].items()}
+    )
     with torch.no_grad():
         for weight in net.parameters():
             nn.init.normal_(weight, std=weight[0].numel() ** -0.5 if weight.ndim > 1 else 0.5)
@@ -50,7 +90,10 @@ def changes(net, first, second):
     """
     blocks = [layer for layer in net.modules() if isinstance(layer, BLOCKS)]
     seen = {}
-    hooks = [block.register_forward_hook(lambda block, given, _: seen.__setitem__(block, given)) for block in blocks]
+    hooks = [
+        block.register_forward_hook(lambda block, given, _: seen.__setitem__(block, given))
+        for block in blocks
+    ]
     net(*first)
     inputs = dict(seen)
     net(*second)
@@ -60,14 +103,17 @@ def changes(net, first, second):
     with torch.no_grad():
         for block in blocks:
             x, emb = inputs[block]
-            one, other = block(x, emb), block(x, seen[block][1])
+            one = block(x, emb)
+            other = block(x, seen[block][1])
             found.append(((one - other).norm() / one.norm()).item())
     return found
 
 
 def arguments(kind):
     """Two calls of a network that differ in the time, the class or the augmentation alone."""
-    x, t, y = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(1)), torch.full((2,), 500.0), torch.tensor([0, 1])
+    x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.full((2,), 500.0)
+    y = torch.tensor([0, 1])
     if kind == "time":
         return (x, t - 400), (x, t + 400)
     if kind == "class":
@@ -89,13 +135,22 @@ def test_every_block_depends_on_what_it_is_conditioned_on(name, options, kind):
 
 @pytest.mark.parametrize("name", ["unet", "dit(depth=2, width=16, heads=1)", "unet_edm2"])
 def test_blocks_depend_on_the_time_after_training(name):
-    """Where the time decides everything: the same x at first and last times, and what is asked for is its opposite.
+    """Where the time decides everything: the same x at first and last times, and what is asked for
+    is its opposite.
 
     A network that cannot tell the times apart has a loss of 1 at best.
     """
-    given = files.changed(defaults.freeze(defaults.base()), {
-        "model.name": name, "model.model_channels": 16, "model.channel_mult": (1, 2), "model.num_res_blocks": 1,
-        "data.image_size": 8, "model.attention_resolutions": ()})
+    given = files.changed(
+        defaults.freeze(defaults.base()),
+        {
+            "model.name": name,
+            "model.model_channels": 16,
+            "model.channel_mult": (1, 2),
+            "model.num_res_blocks": 1,
+            "data.image_size": 8,
+            "model.attention_resolutions": (),
+        },
+    )
     net = build.network(given).train()
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     generator = torch.Generator().manual_seed(0)
@@ -113,14 +168,32 @@ def test_blocks_depend_on_the_time_after_training(name):
 
 
 def test_groups_of_one_channel_are_said(tmp_path):
-    """Which only a number of groups that is given brings: imported weights, and checkpoints from before."""
+    """Which only a number of groups that is given brings: imported weights, and checkpoints from
+    before.
+    """
     net = network("unet", UNET | dict(model_channels=32, norm_num_groups=32))
     found = changes(net, *arguments("time"))
-    assert [change < 1e-5 for change in found] == [True, False, False, False, False, False, True, True]  # those of 32 channels
-    said, = build.unconditioned(net)
-    assert said.startswith("3 of 8 residual blocks do not depend on time and class, because a norm with one channel a group")
+    # those of 32 channels
+    assert [change < 1e-5 for change in found] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    (said,) = build.unconditioned(net)
+    assert said.startswith(
+        "3 of 8 residual blocks do not depend on time and class, because a norm with one channel "
+        "a group"
+    )
     run(tiny(model__norm_num_groups=32, train__length="1 steps", train__warmup="0 steps"), tmp_path)
-    assert "8 of 8 residual blocks do not depend on time and class" in (tmp_path / "training.log").read_text()
+    assert (
+        "8 of 8 residual blocks do not depend on time and class"
+        in (tmp_path / "training.log").read_text()
+    )
     for options in (dict(norm_num_groups=32, use_scale_shift_norm=True), dict()):
         assert build.unconditioned(network("unet", UNET | dict(model_channels=16) | options)) == []
     assert build.unconditioned(nn.Identity()) == []

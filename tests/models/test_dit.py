@@ -1,4 +1,6 @@
-"""The DiT: published parameter counts, agreement in output with diffusers, identities, and what it refuses."""
+"""The DiT: published parameter counts, agreement in output with diffusers, identities, and what
+it refuses.
+"""
 
 import re
 
@@ -12,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpm.models.dit import SIZES, Attention, Block, DiT, positions
 
-LATENT = dict(image_size=32, in_channels=4, out_channels=8, num_classes=1000)  # of the paper, at 256x256 pixels
+# of the paper, at 256x256 pixels
+LATENT = dict(image_size=32, in_channels=4, out_channels=8, num_classes=1000)
 TINY = dict(image_size=8, in_channels=3, out_channels=3, patch_size=2, depth=2, width=32, heads=4)
 
 
@@ -30,7 +33,9 @@ def tiny(**changes):
 
 def inputs(batch=2, channels=3, size=(8, 8)):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, channels, *size, generator=generator), 1000 * torch.rand(batch, generator=generator)
+    return torch.randn(batch, channels, *size, generator=generator), 1000 * torch.rand(
+        batch, generator=generator
+    )
 
 
 def refuses(message, call, *args, **kwargs):
@@ -43,8 +48,18 @@ def refuses(message, call, *args, **kwargs):
 # parameter counts
 
 PUBLISHED = {  # table 4 of the paper, in millions
-    ("S", 2): 33, ("S", 4): 33, ("S", 8): 33, ("B", 2): 130, ("B", 4): 130, ("B", 8): 131,
-    ("L", 2): 458, ("L", 4): 458, ("L", 8): 459, ("XL", 2): 675, ("XL", 4): 675, ("XL", 8): 676,
+    ("S", 2): 33,
+    ("S", 4): 33,
+    ("S", 8): 33,
+    ("B", 2): 130,
+    ("B", 4): 130,
+    ("B", 8): 131,
+    ("L", 2): 458,
+    ("L", 4): 458,
+    ("L", 8): 459,
+    ("XL", 2): 675,
+    ("XL", 4): 675,
+    ("XL", 8): 676,
 }
 
 
@@ -54,20 +69,32 @@ def closed_form(depth, width, patch, outputs=8, inputs=4, classes=1000):
     def dense(i, o):
         return i * o + o
 
-    block = dense(width, 6 * width) + dense(width, 3 * width) + dense(width, width) + 8 * width**2 + 5 * width
-    ends = dense(inputs * patch**2, width) + dense(width, 2 * width) + dense(width, outputs * patch**2)
+    block = (
+        dense(width, 6 * width)
+        + dense(width, 3 * width)
+        + dense(width, width)
+        + 8 * width**2
+        + 5 * width
+    )
+    ends = (
+        dense(inputs * patch**2, width) + dense(width, 2 * width) + dense(width, outputs * patch**2)
+    )
     return depth * block + ends + dense(256, width) + dense(width, width) + classes * width
 
 
 @pytest.mark.parametrize("size, patch", PUBLISHED)
 def test_published_parameter_counts(size, patch):
     with torch.device("meta"):
-        ours = sum(weight.numel() for weight in DiT(**LATENT, size=size, patch_size=patch).parameters())
+        ours = sum(
+            weight.numel() for weight in DiT(**LATENT, size=size, patch_size=patch).parameters()
+        )
     depth, width, _ = SIZES[size]
     assert ours == closed_form(depth, width, patch)
-    theirs = ours + width  # the published class embedding has one row more, for a label that is dropped
+    # the published class embedding has one row more, for a label that is dropped
+    theirs = ours + width
     assert round(theirs / 1e6) == PUBLISHED[size, patch]
-    if (size, patch) == ("XL", 2):  # what the published training script prints: it counts the fixed positions too
+    # what the published training script prints: it counts the fixed positions too
+    if (size, patch) == ("XL", 2):
         assert theirs + 16 * 16 * width == 675_129_632
 
 
@@ -82,12 +109,23 @@ def copy(ours, *theirs):
 
 @pytest.mark.parametrize("label", [2, -1])
 def test_output_is_that_of_diffusers_with_the_same_weights(label):
-    theirs = filled(DiTTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=8, in_channels=3, out_channels=6, num_layers=2, sample_size=8, patch_size=2,
-        num_embeds_ada_norm=5, norm_eps=1e-6))
+    theirs = filled(
+        DiTTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=8,
+            in_channels=3,
+            out_channels=6,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=5,
+            norm_eps=1e-6,
+        )
+    )
     ours = DiT(**TINY | {"out_channels": 6}, num_classes=5).eval()
-    # Theirs repeats the embedding of time and class in every block, filled with the same weights when it converts the
-    # published ones, and takes the frequencies of Ho's code instead of the published DiT's; its sixth row is the dropped label.
+    # Theirs repeats the embedding of time and class in every block, filled with the same weights
+    # when it converts the published ones, and takes the frequencies of Ho's code instead of the
+    # published DiT's; its sixth row is the dropped label.
     embedding = theirs.transformer_blocks[0].norm1.emb
     embedding.class_embedder.embedding_table.weight.data[5] = 0
     for block in theirs.transformer_blocks:
@@ -107,10 +145,14 @@ def test_output_is_that_of_diffusers_with_the_same_weights(label):
     copy(ours.head, theirs.proj_out_2)
     (x, t), y = inputs(), torch.full((2,), label)
     with torch.no_grad():
-        expected, out = theirs(x, timestep=t, class_labels=y % 6).sample, ours(x, t, y)
+        expected = theirs(x, timestep=t, class_labels=y % 6).sample
+        out = ours(x, t, y)
     assert expected.std() > 0.1  # the comparison is about something
-    # float32 carries 6e-8 of numbers as large as these, through some ten layers in another order of summation
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
+    # float32 carries 6e-8 of numbers as large as these, through some ten layers in another order of
+    # summation
+    torch.testing.assert_close(
+        out, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item())
+    )
 
 
 @pytest.mark.parametrize("side, width", [(4, 32), (16, 384)])
@@ -119,8 +161,12 @@ def test_positions_are_those_of_diffusers(side, width):
     # an angle up to 16 rounds at 1e-6, and so does its frequency
     torch.testing.assert_close(positions(side, side, width, "cpu"), expected, rtol=0, atol=5e-6)
     rows = rearrange(positions(side, side, width, "cpu"), "(h w) d -> h w d", h=side)
-    assert torch.equal(rearrange(positions(2, side, width, "cpu"), "(h w) d -> h w d", h=2), rows[:2])
-    assert torch.equal(rearrange(positions(side, 2, width, "cpu"), "(h w) d -> h w d", w=2), rows[:, :2])
+    assert torch.equal(
+        rearrange(positions(2, side, width, "cpu"), "(h w) d -> h w d", h=2), rows[:2]
+    )
+    assert torch.equal(
+        rearrange(positions(side, 2, width, "cpu"), "(h w) d -> h w d", w=2), rows[:, :2]
+    )
 
 
 # identities
@@ -129,7 +175,8 @@ def test_positions_are_those_of_diffusers(side, width):
 def test_a_fresh_network_returns_zeros_and_a_fresh_block_changes_nothing():
     x, t = inputs()
     assert torch.equal(DiT(**TINY)(x, t), torch.zeros_like(x))
-    tokens, emb = torch.randn(2, 16, 32), torch.randn(2, 32)
+    tokens = torch.randn(2, 16, 32)
+    emb = torch.randn(2, 32)
     assert torch.equal(Block(32, 4)(tokens, emb), tokens)
 
 
@@ -139,10 +186,14 @@ def test_a_dropped_label_adds_zero():
     unconditional = net(x, t)
     mixed = net(x, t, torch.tensor([2, -1]))
     # another shape of kernel for one row or two: rounding through some ten layers
-    torch.testing.assert_close(mixed[1], unconditional[1], rtol=0, atol=1e-5 * unconditional.abs().max().item())
+    torch.testing.assert_close(
+        mixed[1], unconditional[1], rtol=0, atol=1e-5 * unconditional.abs().max().item()
+    )
     assert not torch.allclose(mixed[0], unconditional[0], atol=0.01)
     plain = tiny()
-    plain.load_state_dict({name: value for name, value in net.state_dict().items() if "class" not in name})
+    plain.load_state_dict(
+        {name: value for name, value in net.state_dict().items() if "class" not in name}
+    )
     assert torch.equal(plain(x, t), unconditional)
 
 
@@ -170,13 +221,16 @@ def test_normed_queries_and_keys_do_not_depend_on_their_scale():
         assert torch.allclose(attention(tokens), before, rtol=0, atol=1e-4) == qk_norm
 
 
-@pytest.mark.parametrize("size, channels, outputs, patch", [
-    ((8, 8), 1, 1, 1), ((8, 8), 3, 6, 4), ((8, 16), 4, 4, 8), ((12, 4), 2, 5, 2)])
+@pytest.mark.parametrize(
+    "size, channels, outputs, patch",
+    [((8, 8), 1, 1, 1), ((8, 8), 3, 6, 4), ((8, 16), 4, 4, 8), ((12, 4), 2, 5, 2)],
+)
 def test_shapes(size, channels, outputs, patch):
     net = tiny(image_size=size, in_channels=channels, out_channels=outputs, patch_size=patch)
     x, t = inputs(channels=channels, size=size)
     assert net(x, t).shape == (2, outputs, *size)
-    assert net(torch.cat([x, x], dim=3), t).shape == (2, outputs, size[0], 2 * size[1])  # not the size it was built for
+    # not the size it was built for
+    assert net(torch.cat([x, x], dim=3), t).shape == (2, outputs, size[0], 2 * size[1])
 
 
 # numbers and memory
@@ -189,14 +243,16 @@ def test_autocast_on_the_cpu(dtype, tolerance):
     with torch.autocast("cpu", dtype=dtype):
         out = net(x, t, y)
     out.float().square().mean().backward()
-    # an 8-bit (11-bit) mantissa rounds at 4e-3 (5e-4) of a value; some ten layers leave it below five times that
+    # an 8-bit (11-bit) mantissa rounds at 4e-3 (5e-4) of a value; some ten layers leave it below
+    # five times that
     assert (out.float() - expected).std() < tolerance * expected.std()
     assert all(weight.grad.isfinite().all() for weight in net.parameters())
 
 
 def test_traced_whole_by_the_compiler():
     net, (x, t), y = tiny(num_classes=3, qk_norm=True), inputs(), torch.tensor([1, -1])
-    compiled = torch.compile(net, backend="eager", fullgraph=True)  # fullgraph: a graph break would raise
+    # fullgraph: a graph break would raise
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, t, y), net(x, t, y))
 
 
@@ -214,16 +270,41 @@ def test_runs_on_fake_tensors():
 def test_sizes_that_do_not_fit():
     message = "image_size 30 cannot be cut into patches of 4; use 28 or 32, or a patch_size of 1, 2"
     refuses(message, DiT, **{**TINY, "image_size": 30, "patch_size": 4})
-    refuses("image_size (8, 20) cannot be cut into patches of 8; use (8, 16) or (8, 24), or a patch_size of 1, 2, 4", DiT,
-            **{**TINY, "image_size": (8, 20), "patch_size": 8})
-    refuses("image_size 7 cannot be cut into patches of 2; use 6 or 8", tiny(), torch.zeros(1, 3, 7, 7), torch.zeros(1))
+    refuses(
+        "image_size (8, 20) cannot be cut into patches of 8; use (8, 16) or (8, 24), or a "
+        "patch_size of 1, 2, 4",
+        DiT,
+        **{**TINY, "image_size": (8, 20), "patch_size": 8},
+    )
+    refuses(
+        "image_size 7 cannot be cut into patches of 2; use 6 or 8",
+        tiny(),
+        torch.zeros(1, 3, 7, 7),
+        torch.zeros(1),
+    )
 
 
 def test_unknown_sizes_and_widths_that_do_not_divide():
     refuses("unknown size of a DiT 'M'; choose one of S, B, L, XL", DiT, **{**TINY, "size": "M"})
-    refuses("width 130 is no multiple of 4 and of 5 heads; use a multiple of 20", DiT, **{**TINY, "width": 130, "heads": 5})
-    refuses("width 30 is no multiple of 4 and of 3 heads; use a multiple of 12", DiT, **{**TINY, "width": 30, "heads": 3})
-    for name in ("in_channels", "out_channels", "num_classes", "patch_size", "depth", "width", "heads"):
+    refuses(
+        "width 130 is no multiple of 4 and of 5 heads; use a multiple of 20",
+        DiT,
+        **{**TINY, "width": 130, "heads": 5},
+    )
+    refuses(
+        "width 30 is no multiple of 4 and of 3 heads; use a multiple of 12",
+        DiT,
+        **{**TINY, "width": 30, "heads": 3},
+    )
+    for name in (
+        "in_channels",
+        "out_channels",
+        "num_classes",
+        "patch_size",
+        "depth",
+        "width",
+        "heads",
+    ):
         refuses(f"{name} is -1; use 1 or more", DiT, **{**TINY, name: -1})
 
 

@@ -1,4 +1,6 @@
-"""Layers and U-Net: parameter counts, shapes, closed forms, and agreement in output with diffusers."""
+"""Layers and U-Net: parameter counts, shapes, closed forms, and agreement in output with
+diffusers.
+"""
 
 import math
 import re
@@ -13,7 +15,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpm.models import MODELS, DiT, UNet, UNetEDM2
-from ddpm.models.layers import AttentionBlock, Downsample, ResidualBlock, Upsample, group_norm, linear, timestep_embedding
+from ddpm.models.layers import (
+    AttentionBlock,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    group_norm,
+    linear,
+    timestep_embedding,
+)
 
 HO_CIFAR10 = dict(
     image_size=32,
@@ -47,7 +57,9 @@ def tiny(**changes):
 
 def inputs(batch=2, channels=3, size=(8, 8)):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, channels, *size, generator=generator), 1000 * torch.rand(batch, generator=generator)
+    return torch.randn(batch, channels, *size, generator=generator), 1000 * torch.rand(
+        batch, generator=generator
+    )
 
 
 def parameters(net):
@@ -78,10 +90,14 @@ def test_ho_cifar10_network_has_35746307_parameters():
     assert parameters(net) == parameters(theirs) == 35_746_307
 
 
-def closed_form(channels, mult, blocks, attention, outputs=3, classes=0, scale_shift=True, updown=False):
-    """The number of weights of such a U-Net, counted from Ho et al. 2020 and Dhariwal and Nichol 2021, tables and figures.
+def closed_form(
+    channels, mult, blocks, attention, outputs=3, classes=0, scale_shift=True, updown=False
+):
+    """The number of weights of such a U-Net, counted from Ho et al. 2020 and Dhariwal and Nichol
+    2021, tables and figures.
 
-    `attention` has the levels with attention, the whole image being 0; `blocks` the residual blocks of each.
+    `attention` has the levels with attention, the whole image being 0; `blocks` the residual blocks
+    of each.
     """
 
     def conv(i, o, kernel=3):
@@ -89,17 +105,32 @@ def closed_form(channels, mult, blocks, attention, outputs=3, classes=0, scale_s
 
     def block(i, o):
         shortcut = conv(i, o, 1) if i != o else 0
-        return 2 * i + conv(i, o) + conv(4 * channels, (1 + scale_shift) * o, 1) + 2 * o + conv(o, o) + shortcut
+        return (
+            2 * i
+            + conv(i, o)
+            + conv(4 * channels, (1 + scale_shift) * o, 1)
+            + 2 * o
+            + conv(o, o)
+            + shortcut
+        )
 
     def attend(c):
         return 2 * c + conv(c, 3 * c, 1) + conv(c, c, 1)
 
     resize = (lambda c: block(c, c)) if updown else (lambda c: conv(c, c))
-    count = conv(channels, 4 * channels, 1) + conv(4 * channels, 4 * channels, 1) + 4 * channels * classes + conv(3, channels)
-    here, skips = channels, [channels]
+    count = (
+        conv(channels, 4 * channels, 1)
+        + conv(4 * channels, 4 * channels, 1)
+        + 4 * channels * classes
+        + conv(3, channels)
+    )
+    here = channels
+    skips = [channels]
     for level, factor in enumerate(mult):
         for _ in range(blocks[level]):
-            count += block(here, factor * channels) + (level in attention) * attend(factor * channels)
+            count += block(here, factor * channels) + (level in attention) * attend(
+                factor * channels
+            )
             here = factor * channels
             skips.append(here)
         if level < len(mult) - 1:
@@ -108,39 +139,83 @@ def closed_form(channels, mult, blocks, attention, outputs=3, classes=0, scale_s
     count += 2 * block(here, here) + attend(here)
     for level, factor in reversed(list(enumerate(mult))):
         for _ in range(blocks[level] + 1):
-            count += block(here + skips.pop(), factor * channels) + (level in attention) * attend(factor * channels)
+            count += block(here + skips.pop(), factor * channels) + (level in attention) * attend(
+                factor * channels
+            )
             here = factor * channels
         count += resize(here) if level else 0
     return count + 2 * here + conv(here, outputs)
 
 
-OPENAI = dict(in_channels=3, out_channels=6, use_scale_shift_norm=True, freq_shift=0, downsample_padding=1, norm_eps=1e-5)
+OPENAI = dict(
+    in_channels=3,
+    out_channels=6,
+    use_scale_shift_norm=True,
+    freq_shift=0,
+    downsample_padding=1,
+    norm_eps=1e-5,
+)
 IMPROVED_CIFAR10 = OPENAI | dict(
-    image_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=3, attention_resolutions=(16, 8), num_heads=4)
+    image_size=32,
+    model_channels=128,
+    channel_mult=(1, 2, 2, 2),
+    num_res_blocks=3,
+    attention_resolutions=(16, 8),
+    num_heads=4,
+)
 ADM = OPENAI | dict(attention_resolutions=(32, 16, 8), resblock_updown=True)
-ADM64 = ADM | dict(image_size=64, model_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3, num_head_channels=64)
-ADM128 = ADM | dict(image_size=128, model_channels=256, channel_mult=(1, 1, 2, 3, 4), num_res_blocks=2, num_heads=4)
-ADM256 = ADM | dict(image_size=256, model_channels=256, channel_mult=(1, 1, 2, 2, 4, 4), num_res_blocks=2, num_head_channels=64)
+ADM64 = ADM | dict(
+    image_size=64,
+    model_channels=192,
+    channel_mult=(1, 2, 3, 4),
+    num_res_blocks=3,
+    num_head_channels=64,
+)
+ADM128 = ADM | dict(
+    image_size=128, model_channels=256, channel_mult=(1, 1, 2, 3, 4), num_res_blocks=2, num_heads=4
+)
+ADM256 = ADM | dict(
+    image_size=256,
+    model_channels=256,
+    channel_mult=(1, 1, 2, 2, 4, 4),
+    num_res_blocks=2,
+    num_head_channels=64,
+)
 
 
-@pytest.mark.parametrize("network, classes, count", [
-    # Published to the unit: Ho's, and ADM's at 256 pixels without classes, whose file of float32 weights has 4 bytes for each
-    # of so many; a class adds a row of 1,024. ADM's others are published in millions: 296, 422, 554 (its table 11).
-    (HO_CIFAR10, 0, 35_746_307),
-    (IMPROVED_CIFAR10, 0, 52_546_438),
-    (ADM64, 1000, 295_904_454),
-    (ADM128, 1000, 421_529_606),
-    (ADM256, 0, 552_814_086),
-    (ADM256, 1000, 553_838_086),
-], ids=["ho", "improved", "adm64", "adm128", "adm256_unconditional", "adm256"])
+@pytest.mark.parametrize(
+    "network, classes, count",
+    [
+        # Published to the unit: Ho's, and ADM's at 256 pixels without classes, whose file of
+        # float32 weights has 4 bytes for each of so many; a class adds a row of 1,024. ADM's others
+        # are published in millions: 296, 422, 554 (its table 11).
+        (HO_CIFAR10, 0, 35_746_307),
+        (IMPROVED_CIFAR10, 0, 52_546_438),
+        (ADM64, 1000, 295_904_454),
+        (ADM128, 1000, 421_529_606),
+        (ADM256, 0, 552_814_086),
+        (ADM256, 1000, 553_838_086),
+    ],
+    ids=["ho", "improved", "adm64", "adm128", "adm256_unconditional", "adm256"],
+)
 def test_published_parameter_counts(network, classes, count):
     with torch.device("meta"):
         net = UNet(**network, num_classes=classes or None)
-    mult, size = network["channel_mult"], network["image_size"]
-    levels = [level for level in range(len(mult)) if size >> level in network["attention_resolutions"]]
+    mult = network["channel_mult"]
+    size = network["image_size"]
+    levels = [
+        level for level in range(len(mult)) if size >> level in network["attention_resolutions"]
+    ]
     other = closed_form(
-        network["model_channels"], mult, [network["num_res_blocks"]] * len(mult), levels, network["out_channels"], classes,
-        network.get("use_scale_shift_norm", False), network.get("resblock_updown", False))
+        network["model_channels"],
+        mult,
+        [network["num_res_blocks"]] * len(mult),
+        levels,
+        network["out_channels"],
+        classes,
+        network.get("use_scale_shift_norm", False),
+        network.get("resblock_updown", False),
+    )
     assert parameters(net) == other == count
 
 
@@ -164,7 +239,10 @@ def diffusers_config(scale_shift=False, updown=False, groups=32):
         sample_size=8,
         block_out_channels=(32, 64),
         layers_per_block=1,
-        down_block_types=("ResnetDownsampleBlock2D" if updown else "DownBlock2D", "AttnDownBlock2D"),
+        down_block_types=(
+            "ResnetDownsampleBlock2D" if updown else "DownBlock2D",
+            "AttnDownBlock2D",
+        ),
         up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D" if updown else "UpBlock2D"),
         downsample_padding=0,
         downsample_type="resnet" if updown else "conv",
@@ -188,7 +266,9 @@ def copy(ours, theirs):
 
 
 def copy_block(ours, theirs):
-    names = dict(norm1="norm1", conv1="conv1", project="time_emb_proj", norm2="norm2", conv2="conv2")
+    names = dict(
+        norm1="norm1", conv1="conv1", project="time_emb_proj", norm2="norm2", conv2="conv2"
+    )
     for name, their_name in names.items():
         copy(getattr(ours, name), getattr(theirs, their_name))
     if theirs.conv_shortcut is not None:
@@ -212,7 +292,9 @@ def in_order(block, sampler):
     """The layers of a diffusers block in the order in which they run."""
     attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
     pairs = zip(block.resnets, attentions, strict=True)
-    return [layer for pair in pairs for layer in pair if layer is not None] + list(getattr(block, sampler) or [])
+    return [layer for pair in pairs for layer in pair if layer is not None] + list(
+        getattr(block, sampler) or []
+    )
 
 
 def copy_network(ours, theirs):
@@ -239,16 +321,24 @@ def copy_network(ours, theirs):
 def test_output_is_that_of_diffusers_with_the_same_weights(scale_shift, updown, given, groups):
     torch.manual_seed(0)
     theirs = UNet2DModel(**diffusers_config(scale_shift, updown, groups)).eval()
-    ours = UNet(**{**TINY, "model_channels": 32}, use_scale_shift_norm=scale_shift, resblock_updown=updown,
-                norm_num_groups=given).eval()
+    ours = UNet(
+        **{**TINY, "model_channels": 32},
+        use_scale_shift_norm=scale_shift,
+        resblock_updown=updown,
+        norm_num_groups=given,
+    ).eval()
     for name, weight in theirs.named_parameters():
-        nn.init.normal_(weight, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.05)
+        nn.init.normal_(
+            weight, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.05
+        )
     copy_network(ours, theirs)
     x, t = inputs()
     with torch.no_grad():
-        expected, out = theirs(x, t).sample, ours(x, t)
+        expected = theirs(x, t).sample
+        out = ours(x, t)
     assert expected.std() > 0.1  # the comparison is about something
-    # float32 carries 6e-8; some twenty layers in another order of summation make it about a hundred times that
+    # float32 carries 6e-8; some twenty layers in another order of summation make it about a hundred
+    # times that
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
@@ -277,7 +367,11 @@ def test_timestep_embedding_is_that_of_diffusers(dim):
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_timestep_embedding_of_few_dimensions(dim):
     t = torch.tensor([0.5, 3.0])
-    expected = torch.stack([t.sin(), t.cos(), torch.zeros(2)], dim=1)[:, :dim] if dim > 1 else torch.zeros(2, 1)
+    expected = (
+        torch.stack([t.sin(), t.cos(), torch.zeros(2)], dim=1)[:, :dim]
+        if dim > 1
+        else torch.zeros(2, 1)
+    )
     assert torch.equal(timestep_embedding(t, dim), expected)
 
 
@@ -290,10 +384,28 @@ def test_timestep_embedding_of_integers_is_float32():
 # layers
 
 
-@pytest.mark.parametrize("channels, groups", [
-    (1, 1), (3, 1), (8, 2), (20, 5), (23, 1), (26, 2), (32, 8), (37, 1), (48, 12), (72, 18), (128, 32), (192, 32), (200, 25)])
+@pytest.mark.parametrize(
+    "channels, groups",
+    [
+        (1, 1),
+        (3, 1),
+        (8, 2),
+        (20, 5),
+        (23, 1),
+        (26, 2),
+        (32, 8),
+        (37, 1),
+        (48, 12),
+        (72, 18),
+        (128, 32),
+        (192, 32),
+        (200, 25),
+    ],
+)
 def test_groups_are_32_at_most_of_four_channels_at_least(channels, groups):
-    """From 128 channels on, in multiples of 32, they are the 32 of every published network; below, those of EDM's rule."""
+    """From 128 channels on, in multiples of 32, they are the 32 of every published network;
+    below, those of EDM's rule.
+    """
     assert group_norm(channels).num_groups == groups
     assert channels < 8 or channels // groups >= 4
 
@@ -306,7 +418,11 @@ def test_a_number_of_groups_that_is_given_is_taken_as_far_as_it_divides(channels
 
 def test_a_network_has_one_number_of_groups_which_diffusers_can_say():
     for width, groups in ((8, 2), (32, 8), (64, 16), (128, 32), (192, 32)):
-        norms = [layer for layer in tiny(model_channels=width).modules() if isinstance(layer, nn.GroupNorm)]
+        norms = [
+            layer
+            for layer in tiny(model_channels=width).modules()
+            if isinstance(layer, nn.GroupNorm)
+        ]
         assert {norm.num_groups for norm in norms} == {groups}, width
 
 
@@ -318,7 +434,9 @@ def softmax_attention(block, x):
     h = x.double()
     q, k, v = rearrange(block.qkv(block.norm(h)), "b c h w -> b c (h w)").chunk(3, dim=1)
     outs = []
-    for one_q, one_k, one_v in zip(*(part.chunk(block.heads, dim=1) for part in (q, k, v)), strict=True):
+    for one_q, one_k, one_v in zip(
+        *(part.chunk(block.heads, dim=1) for part in (q, k, v)), strict=True
+    ):
         scores = torch.einsum("bdi,bdj->bij", one_q, one_k) / math.sqrt(one_q.shape[1])
         outs.append(torch.einsum("bij,bdj->bdi", scores.softmax(dim=-1), one_v))
     return h + block.project(torch.cat(outs, dim=1).reshape(h.shape))
@@ -341,9 +459,12 @@ def test_attention_is_a_softmax(options, heads, memory_format):
     for weight in block.parameters():
         nn.init.normal_(weight)
     x = torch.randn(2, 12, 3, 5)
-    block, shaped = block.to(memory_format=memory_format), x.contiguous(memory_format=memory_format)
+    block = block.to(memory_format=memory_format)
+    shaped = x.contiguous(memory_format=memory_format)
     # float32 against float64, values of order ten
-    torch.testing.assert_close(block(shaped).double(), softmax_attention(block, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        block(shaped).double(), softmax_attention(block, x), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_resizing_layers():
@@ -356,7 +477,8 @@ def test_resizing_layers():
 
 
 def test_a_fresh_residual_branch_is_closed():
-    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 16)
+    x = torch.randn(2, 8, 4, 4)
+    emb = torch.randn(2, 16)
     assert torch.equal(ResidualBlock(8, 8, 16, use_scale_shift_norm=True)(x, emb), x)
     assert torch.equal(AttentionBlock(8)(x), x)
 
@@ -366,7 +488,8 @@ def test_initialisation_has_variance_2_over_fan_in_plus_fan_out():
     dense = linear(300, 200).weight
     convolution = Upsample(64).conv.weight
     qkv = AttentionBlock(128).qkv.weight
-    # a uniform sample's variance has relative standard error sqrt(0.8 / n): below 0.7 % for each, so 4 % is safe
+    # a uniform sample's variance has relative standard error sqrt(0.8 / n): below 0.7 % for each,
+    # so 4 % is safe
     assert dense.var().item() == pytest.approx(2 / (300 + 200), rel=0.04)
     assert convolution.var().item() == pytest.approx(2 / (9 * 64 + 9 * 64), rel=0.04)
     for part in qkv.chunk(3):
@@ -389,7 +512,9 @@ def test_initialisation_has_variance_2_over_fan_in_plus_fan_out():
 @pytest.mark.parametrize("options", [dict(), dict(use_scale_shift_norm=True, resblock_updown=True)])
 def test_shapes(size, channels, out_channels, channel_mult, attention, options):
     h, w = (size, size) if isinstance(size, int) else size
-    changes = dict(image_size=size, in_channels=channels, out_channels=out_channels, channel_mult=channel_mult)
+    changes = dict(
+        image_size=size, in_channels=channels, out_channels=out_channels, channel_mult=channel_mult
+    )
     net = tiny(**changes, attention_resolutions=attention, **options)
     x, t = inputs(channels=channels, size=(h, w))
     assert net(x, t).shape == (2, out_channels, h, w)
@@ -399,27 +524,42 @@ def test_shapes(size, channels, out_channels, channel_mult, attention, options):
 
 def test_attention_stands_where_it_was_asked_for():
     seen = []
-    net = tiny(image_size=(16, 32), channel_mult=(1, 1, 2), attention_resolutions=(8,), num_res_blocks=2)
+    net = tiny(
+        image_size=(16, 32), channel_mult=(1, 1, 2), attention_resolutions=(8,), num_res_blocks=2
+    )
     for module in net.modules():
         if isinstance(module, AttentionBlock):
-            module.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[-2:])))
+            module.register_forward_hook(
+                lambda module, args, out: seen.append(tuple(out.shape[-2:]))
+            )
     net(*inputs(size=(16, 32)))
-    assert seen == [(8, 16)] * 2 + [(4, 8)] + [(8, 16)] * 3  # encoder, middle, decoder; the shorter side counts
+    # encoder, middle, decoder; the shorter side counts
+    assert seen == [(8, 16)] * 2 + [(4, 8)] + [(8, 16)] * 3
 
 
-@pytest.mark.parametrize("options", [dict(), dict(use_scale_shift_norm=True, resblock_updown=True, num_classes=3)])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(use_scale_shift_norm=True, resblock_updown=True, num_classes=3)]
+)
 def test_a_fresh_network_returns_exactly_zero(options):
     net = UNet(**TINY, **options)
     x, t = inputs()
-    assert torch.equal(net(x, t, torch.tensor([0, -1]) if "num_classes" in options else None), torch.zeros_like(x))
+    assert torch.equal(
+        net(x, t, torch.tensor([0, -1]) if "num_classes" in options else None), torch.zeros_like(x)
+    )
 
 
 def test_every_weight_has_a_gradient():
     net = tiny(num_classes=3)
     x, t = inputs()
     net(x, t, torch.tensor([0, 2])).square().sum().backward()
-    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in net.parameters())
-    assert all(weight.grad.abs().sum() > 0 for name, weight in net.named_parameters() if not name.endswith("bias"))
+    assert all(
+        weight.grad is not None and weight.grad.isfinite().all() for weight in net.parameters()
+    )
+    assert all(
+        weight.grad.abs().sum() > 0
+        for name, weight in net.named_parameters()
+        if not name.endswith("bias")
+    )
 
 
 def test_time_may_be_fractional_or_whole():
@@ -438,7 +578,9 @@ def test_a_dropped_label_adds_zero():
     assert torch.equal(mixed[1], unconditional[1])
     assert not torch.equal(mixed[0], unconditional[0])
     plain = tiny()
-    plain.load_state_dict({name: value for name, value in net.state_dict().items() if "class" not in name})
+    plain.load_state_dict(
+        {name: value for name, value in net.state_dict().items() if "class" not in name}
+    )
     assert torch.equal(plain(x, t), unconditional)
 
 
@@ -460,15 +602,19 @@ def test_autocast_on_the_cpu(dtype, tolerance):
     with torch.autocast("cpu", dtype=dtype):
         out = net(x, t, y)
     out.float().square().mean().backward()
-    # an 8-bit (11-bit) mantissa rounds at 4e-3 (5e-4) of a value; some twenty layers leave it below five times that
+    # an 8-bit (11-bit) mantissa rounds at 4e-3 (5e-4) of a value; some twenty layers leave it below
+    # five times that
     assert (out.float() - expected).std() < tolerance * expected.std()
     assert all(weight.grad.isfinite().all() for weight in net.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_are_kept_from_a_card_s_autocast(dtype, monkeypatch):
-    """There it would bring group_norm to float32, input and output: it is off inside, and all is of the type that came in."""
-    seen, norm = [], F.group_norm
+    """There it would bring group_norm to float32, input and output: it is off inside, and all is
+    of the type that came in.
+    """
+    seen = []
+    norm = F.group_norm
 
     def watched(x, groups, weight, bias, eps):
         seen.append((torch.is_autocast_enabled("cpu"), {x.dtype, weight.dtype, bias.dtype}))
@@ -487,7 +633,9 @@ def test_float64_and_bfloat16_networks():
     out = net.double()(x.double(), t.double())
     assert out.dtype == torch.float64
     # the time's sine is float32 in both; the rest is float32's 6e-8 through twenty layers
-    torch.testing.assert_close(out.float(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    torch.testing.assert_close(
+        out.float(), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+    )
     assert net.bfloat16()(x.bfloat16(), t).dtype == torch.bfloat16
 
 
@@ -495,7 +643,9 @@ def test_float64_and_bfloat16_networks():
 def test_channels_last(options):
     net, (x, t) = tiny(**options), inputs()
     expected = net(x, t)
-    out = net.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last), t)
+    out = net.to(memory_format=torch.channels_last)(
+        x.contiguous(memory_format=torch.channels_last), t
+    )
     assert out.is_contiguous(memory_format=torch.channels_last)
     # other kernels, other order of summation: float32's 6e-8 through twenty layers
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -504,7 +654,8 @@ def test_channels_last(options):
 def test_traced_whole_by_the_compiler():
     net, (x, t) = tiny(num_classes=3), inputs()
     y = torch.tensor([1, -1])
-    compiled = torch.compile(net, backend="eager", fullgraph=True)  # fullgraph: a graph break would raise
+    # fullgraph: a graph break would raise
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, t, y), net(x, t, y))
 
 
@@ -521,12 +672,13 @@ def test_construction_is_a_function_of_torchs_seed():
         torch.manual_seed(3)
         return UNet(**TINY, num_classes=2).state_dict()
 
-    first, second = build(), build()
+    first = build()
+    second = build()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_table_of_architectures():
-    assert MODELS == {"unet": UNet, "unet_edm2": UNetEDM2, "dit": DiT}
+    assert {"unet": UNet, "unet_edm2": UNetEDM2, "dit": DiT} == MODELS
 
 
 def test_normed_queries_and_keys_do_not_depend_on_their_scale():
@@ -539,7 +691,10 @@ def test_normed_queries_and_keys_do_not_depend_on_their_scale():
                 layer.qkv.weight.data[:queries_and_keys] *= 3
                 layer.qkv.bias.data[:queries_and_keys] *= 3
         # float32 through twenty layers, and epsilon 1e-6 beside squares of about 1
-        assert torch.allclose(net(x, t), before, rtol=0, atol=1e-4 * before.abs().max().item()) == qk_norm
+        assert (
+            torch.allclose(net(x, t), before, rtol=0, atol=1e-4 * before.abs().max().item())
+            == qk_norm
+        )
 
 
 # mistakes
@@ -548,7 +703,9 @@ def test_normed_queries_and_keys_do_not_depend_on_their_scale():
 def test_sizes_that_do_not_fit():
     deep = {**TINY, "channel_mult": (1, 2, 2, 2), "attention_resolutions": ()}
     for size, remedy in ((30, "24 or 32"), (4, "8"), (0, "8"), ((24, 36), "(24, 32) or (24, 40)")):
-        message = f"image_size {size} cannot be halved 3 times; use {remedy}, or a shorter channel_mult"
+        message = (
+            f"image_size {size} cannot be halved 3 times; use {remedy}, or a shorter channel_mult"
+        )
         refuses(message, UNet, **{**deep, "image_size": size})
     net = UNet(**TINY)
     for size, given, remedy in (((7, 7), "7", "6 or 8"), ((8, 9), "(8, 9)", "8 or (8, 10)")):
@@ -562,8 +719,18 @@ def test_attention_that_never_occurs():
 
 
 def test_heads_that_do_not_divide():
-    refuses("num_heads 3 does not divide 16 channels; use one of 1, 2, 4, 8, 16", UNet, **TINY, num_heads=3)
-    refuses("num_head_channels 64 does not divide 16 channels; use one of 1, 2, 4", UNet, **TINY, num_head_channels=64)
+    refuses(
+        "num_heads 3 does not divide 16 channels; use one of 1, 2, 4, 8, 16",
+        UNet,
+        **TINY,
+        num_heads=3,
+    )
+    refuses(
+        "num_head_channels 64 does not divide 16 channels; use one of 1, 2, 4",
+        UNet,
+        **TINY,
+        num_head_channels=64,
+    )
     refuses("num_heads 0 does not divide", UNet, **TINY, num_heads=0)
 
 
@@ -571,33 +738,68 @@ def test_labels_without_classes():
     refuses("set num_classes, or pass y=None", UNet(**TINY), *inputs(), torch.tensor([0, 1]))
 
 
-@pytest.mark.parametrize("name", ["in_channels", "out_channels", "model_channels", "num_res_blocks", "num_classes"])
+@pytest.mark.parametrize(
+    "name", ["in_channels", "out_channels", "model_channels", "num_res_blocks", "num_classes"]
+)
 def test_counts_start_at_one(name):
     refuses(f"{name} is 0; use 1 or more", UNet, **{**TINY, name: 0})
 
 
 def test_blocks_for_levels_that_are_not_there():
-    refuses("res_blocks_per_level has 3 numbers for 2 levels; give one for each", UNet, **TINY, res_blocks_per_level=(1, 2, 1))
+    refuses(
+        "res_blocks_per_level has 3 numbers for 2 levels; give one for each",
+        UNet,
+        **TINY,
+        res_blocks_per_level=(1, 2, 1),
+    )
     refuses("res_blocks_per_level is 0; use 1 or more", UNet, **TINY, res_blocks_per_level=(1, 0))
 
 
 @pytest.mark.parametrize("mult", [(), (1, 0)])
 def test_channel_mult_needs_levels(mult):
-    refuses(f"channel_mult is {mult}; use one or more whole numbers", UNet, **{**TINY, "channel_mult": mult})
+    refuses(
+        f"channel_mult is {mult}; use one or more whole numbers",
+        UNet,
+        **{**TINY, "channel_mult": mult},
+    )
 
 
 def test_initialization_as_torch_is_that_of_its_layers():
-    """Uniform in 1 / sqrt(fan_in) for weights and biases, as OpenAI's code leaves them; what closes a branch is still zero."""
-    given = dict(image_size=8, in_channels=3, out_channels=3, model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
-                 attention_resolutions=(4,), num_classes=4, augmentation=9)
+    """Uniform in 1 / sqrt(fan_in) for weights and biases, as OpenAI's code leaves them; what
+    closes a branch is still zero.
+    """
+    given = dict(
+        image_size=8,
+        in_channels=3,
+        out_channels=3,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        num_classes=4,
+        augmentation=9,
+    )
     torch.manual_seed(0)
-    net, usual = UNet(**given, initialization="torch"), UNet(**given)
-    layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    net = UNet(**given, initialization="torch")
+    usual = UNet(**given)
+    layers = {
+        name: layer
+        for name, layer in net.named_modules()
+        if isinstance(layer, (nn.Linear, nn.Conv2d))
+    }
     zero = {name for name, layer in layers.items() if not layer.weight.any()}
-    assert zero == {name for name in layers if not usual.get_submodule(name).weight.any()} and "head.2" in zero
+    assert (
+        zero == {name for name in layers if not usual.get_submodule(name).weight.any()}
+        and "head.2" in zero
+    )
     for name in layers.keys() - zero:
-        weight, bound = layers[name].weight.detach(), layers[name].weight[0].numel() ** -0.5
+        weight = layers[name].weight.detach()
+        bound = layers[name].weight[0].numel() ** -0.5
         assert weight.abs().max() <= bound and layers[name].bias.abs().max() <= bound
         assert layers[name].bias.any() and not usual.get_submodule(name).bias.any()
-        # of a uniform number the square has a relative deviation of 0.9; five of them over the root of their number
-        assert abs(weight.square().mean().item() / (bound**2 / 3) - 1) < 5 * 0.9 / weight.numel() ** 0.5
+        # of a uniform number the square has a relative deviation of 0.9; five of them over the root
+        # of their number
+        assert (
+            abs(weight.square().mean().item() / (bound**2 / 3) - 1)
+            < 5 * 0.9 / weight.numel() ** 0.5
+        )

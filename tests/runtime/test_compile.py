@@ -1,6 +1,8 @@
-"""The network through torch.compile: the same learning and drawing, or the plain network and one line that says why.
+"""The network through torch.compile: the same learning and drawing, or the plain network and one
+line that says why.
 
-Networks are traced as for any compiler, and then run by torch's own kernels: making code of them takes minutes on a CPU.
+Networks are traced as for any compiler, and then run by torch's own kernels: making code of them
+takes minutes on a CPU.
 """
 
 from functools import partial
@@ -21,9 +23,15 @@ from ddpm.training import network as training_network
 from ddpm.training.trainer import train
 from support.runs import rows, run, tiny
 
-CLOSE = 1e-4  # the same sums, some in another order: rounding of 1e-7, which 12 steps of Adam let grow
-GIVEN = dict(model__attention_resolutions=(), model__channel_mult=(1,), model__dropout=0.1,
-             train__gradient_accumulation_steps=2, train__activation_checkpointing="all")
+# the same sums, some in another order: rounding of 1e-7, which 12 steps of Adam let grow
+CLOSE = 1e-4
+GIVEN = dict(
+    model__attention_resolutions=(),
+    model__channel_mult=(1,),
+    model__dropout=0.1,
+    train__gradient_accumulation_steps=2,
+    train__activation_checkpointing="all",
+)
 
 
 def failing(graph, inputs):
@@ -43,7 +51,12 @@ def plain(tmp_path_factory):
 
 
 def losses(folder):
-    return [value for row in rows(folder) for key, value in row.items() if key in ("train/loss", "val/loss", "train/grad_norm")]
+    return [
+        value
+        for row in rows(folder)
+        for key, value in row.items()
+        if key in ("train/loss", "val/loss", "train/grad_norm")
+    ]
 
 
 def log(folder):
@@ -54,23 +67,34 @@ def test_a_compiled_network_learns_the_same(plain, tmp_path):
     """In two micro-batches, with dropout, all levels recomputed."""
     run(tiny(**GIVEN, train__compile=True), tmp_path)
     assert len(losses(plain)) > 5 and losses(plain) == pytest.approx(losses(tmp_path), rel=CLOSE)
-    assert "the network was compiled in" in log(tmp_path) and "the network is not compiled" in log(plain)
+    assert "the network was compiled in" in log(tmp_path) and "the network is not compiled" in log(
+        plain
+    )
 
 
-def test_where_compiling_fails_the_plain_network_learns_to_the_same_bits(plain, tmp_path, monkeypatch):
+def test_where_compiling_fails_the_plain_network_learns_to_the_same_bits(
+    plain, tmp_path, monkeypatch
+):
     monkeypatch.setattr(compile, "COMPILER", failing)
     run(tiny(**GIVEN, train__compile=True), tmp_path)
     assert losses(plain) == losses(tmp_path)
-    line, = [line for line in log(tmp_path).splitlines() if "not compiled, as torch.compile failed" in line]
+    (line,) = [
+        line
+        for line in log(tmp_path).splitlines()
+        if "not compiled, as torch.compile failed" in line
+    ]
     assert "no C++ compiler here" in line
 
 
 def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeypatch):
-    """As for a batch of another size, after memory ran out: here the second half of the run is cut into single images."""
+    """As for a batch of another size, after memory ran out: here the second half of the run is
+    cut into single images.
+    """
     knobs = GIVEN | dict(model__dropout=0.0)  # whose masks depend on how the batch is cut
     run(tiny(**knobs), tmp_path / "plain")
     torch.compiler.reset()  # or torch 2.7 goes on from what the tests before it have compiled
-    given, compiled = tiny(**knobs, train__compile=True), iter([True])
+    given = tiny(**knobs, train__compile=True)
+    compiled = iter([True])
 
     def once(graph, inputs):
         return aot_eager(graph, inputs) if next(compiled, False) else failing(graph, inputs)
@@ -79,8 +103,12 @@ def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeyp
     monkeypatch.setattr(compile, "COMPILER", once)
     made = trainer.run(given, tmp_path / "compiled", device.start("off"))
     trainer.track(given, made)
-    batches, step = made.batches, made.step
-    made.batches = lambda start: (step.cut(8) or batch if number == 6 else batch for number, batch in enumerate(batches(start)))
+    batches = made.batches
+    step = made.step
+    made.batches = lambda start: (
+        step.cut(8) or batch if number == 6 else batch
+        for number, batch in enumerate(batches(start))
+    )
     assert train(made)
     made.tracker.close()
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "compiled"), rel=CLOSE)
@@ -89,27 +117,47 @@ def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeyp
 
 
 NETWORKS = {
-    "unet": {"model.resblock_updown": True, "model.qk_norm": True}, "dit(depth=1, width=16, heads=2)": {},
-    "unet_edm2": {"diffusion.predict": "edm"}}
+    "unet": {"model.resblock_updown": True, "model.qk_norm": True},
+    "dit(depth=1, width=16, heads=2)": {},
+    "unet_edm2": {"diffusion.predict": "edm"},
+}
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_is_one_graph(name, training):
-    """Forwards and, of one that learns, backwards, with the numbers that it has without a compiler."""
+    """Forwards and, of one that learns, backwards, with the numbers that it has without a
+    compiler.
+    """
     assert {parse(network)[0] for network in NETWORKS} == MODELS.keys()
-    given = files.changed(tiny(), NETWORKS[name] | {"model.name": name, "model.channel_mult": (1,), "model.dropout": 0.1,
-                                                     "model.attention_resolutions": (16,)})
-    found, backend = [], "aot_eager" if training else "eager"
-    for wrap in (lambda net: net, partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)):
+    given = files.changed(
+        tiny(),
+        NETWORKS[name]
+        | {
+            "model.name": name,
+            "model.channel_mult": (1,),
+            "model.dropout": 0.1,
+            "model.attention_resolutions": (16,),
+        },
+    )
+    found = []
+    backend = "aot_eager" if training else "eager"
+    for wrap in (
+        lambda net: net,
+        partial(torch.compile, backend=backend, fullgraph=True, dynamic=False),
+    ):
         net = build.network(given).train(training)
         for weight in net.parameters():
-            torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel()))
+            torch.nn.init.normal_(
+                weight, std=0.2, generator=torch.Generator().manual_seed(weight.numel())
+            )
         torch.manual_seed(0)
         out = wrap(net)(torch.ones(2, 1, 16, 16), torch.tensor([0.5, 0.7]))
         if training:
             out.square().mean().backward()
-        found.append([out, *(weight.grad for weight in net.parameters() if weight.grad is not None)])
+        found.append(
+            [out, *(weight.grad for weight in net.parameters() if weight.grad is not None)]
+        )
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=CLOSE, atol=CLOSE)
 
@@ -127,13 +175,17 @@ def test_each_size_of_batch_has_a_graph_of_fixed_shapes(monkeypatch):
     fast = compile.through(torch.nn.Linear(3, 2), training_network.LEARNING)
     for size in range(2, 14):
         fast(torch.ones(size, 3))
-    assert [max(shape[0] for shape in found if shape[-1] == 3) for found in shapes] == list(range(2, 14))
+    assert [max(shape[0] for shape in found if shape[-1] == 3) for found in shapes] == list(
+        range(2, 14)
+    )
     assert all(type(side) is int for found in shapes for shape in found for side in shape)
 
 
 def network_with(compiler, monkeypatch):
     monkeypatch.setattr(compile, "COMPILER", compiler)
-    net = training_network.StepNetwork(torch.nn.Bilinear(3, 2, 4), device.Machine(torch.device("cpu"), torch.float32))
+    net = training_network.StepNetwork(
+        torch.nn.Bilinear(3, 2, 4), device.Machine(torch.device("cpu"), torch.float32)
+    )
     net.compiled()
     net.train()
     return net
@@ -141,7 +193,9 @@ def network_with(compiler, monkeypatch):
 
 def test_the_own_estimate_is_compiled_and_validation_is_not(monkeypatch):
     calls = []
-    net = network_with(lambda graph, inputs: lambda *given: calls.append(1) or graph(*given), monkeypatch)
+    net = network_with(
+        lambda graph, inputs: lambda *given: calls.append(1) or graph(*given), monkeypatch
+    )
     net.asked = lambda x, t, y: torch.zeros(2, 4)
     net.fast = (lambda fast: lambda x, t, y: fast(x, t))(net.fast)
     given = torch.ones(2, 3), torch.ones(2, 2)
@@ -153,9 +207,16 @@ def test_the_own_estimate_is_compiled_and_validation_is_not(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("error", [
-    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: an illegal memory access was encountered", 700),
-    RuntimeError("GET was unable to find an engine to execute this computation"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        getattr(torch, "AcceleratorError", RuntimeError)(
+            "CUDA error: an illegal memory access was encountered", 700
+        ),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
 def test_a_failure_of_the_gpu_is_not_the_compilers(error, monkeypatch):
     def kernel(*given):
         raise error
@@ -177,7 +238,9 @@ def drawn(run_folder, out, **knobs):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", failing])
-def test_a_compiled_network_draws_the_same_or_the_plain_one_does(plain, tmp_path, monkeypatch, capsys, compiler):
+def test_a_compiled_network_draws_the_same_or_the_plain_one_does(
+    plain, tmp_path, monkeypatch, capsys, compiler
+):
     monkeypatch.setattr(compile, "COMPILER", compiler)
     before = drawn(plain, tmp_path / "plain")
     after = drawn(plain, tmp_path / "compiled", **{"sample.compile": True})
@@ -186,15 +249,25 @@ def test_a_compiled_network_draws_the_same_or_the_plain_one_does(plain, tmp_path
 
 
 def test_another_memory_format_learns_the_same(tmp_path):
-    """And its weights are stored and loaded like any; dropout, which goes through the memory in order, would differ."""
+    """And its weights are stored and loaded like any; dropout, which goes through the memory in
+    order, would differ.
+    """
     for folder, last in (("plain", False), ("last", True)):
         run(tiny(train__channels_last=last, train__length="6 steps"), tmp_path / folder)
     assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "last"), rel=CLOSE)
-    assert abs(drawn(tmp_path / "plain", tmp_path / "a") - drawn(tmp_path / "last", tmp_path / "b")).max() <= 1
+    assert (
+        abs(
+            drawn(tmp_path / "plain", tmp_path / "a") - drawn(tmp_path / "last", tmp_path / "b")
+        ).max()
+        <= 1
+    )
 
 
 def test_larger_images_are_drawn_in_the_format_that_is_faster_on_a_cpu(tmp_path, monkeypatch):
-    run(tiny(data__image_size=32, model__attention_resolutions=(16,), train__length="3 steps"), tmp_path / "run")
+    run(
+        tiny(data__image_size=32, model__attention_resolutions=(16,), train__length="3 steps"),
+        tmp_path / "run",
+    )
     faster = drawn(tmp_path / "run", tmp_path / "a")
     weight = load.load(tmp_path / "run", "cpu").net.stem.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)

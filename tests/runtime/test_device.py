@@ -1,4 +1,6 @@
-"""Device, type and rank; and two real processes over gloo, which run this file, against one with the joined batch."""
+"""Device, type and rank; and two real processes over gloo, which run this file, against one with
+the joined batch.
+"""
 
 import os
 import socket
@@ -25,16 +27,21 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.enter, self.leave = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.enter = nn.Conv2d(3, 8, 3, padding=1)
+        self.leave = nn.Conv2d(8, 3, 3, padding=1)
 
     def forward(self, x, t, y=None):
         return self.leave(torch.tanh(self.enter(x)) * t.view(-1, 1, 1, 1))
 
 
 def gradients(machine, micro_batches):
-    """What a step over this rank's share of a fixed batch of 8 leaves in `.grad`, as {name: tensor}."""
+    """What a step over this rank's share of a fixed batch of 8 leaves in `.grad`, as {name:
+    tensor}.
+    """
     torch.manual_seed(1)
-    x, t, target = torch.randn(BATCH, 3, 6, 6), torch.rand(BATCH), torch.randn(BATCH, 3, 6, 6)
+    x = torch.randn(BATCH, 3, 6, 6)
+    t = torch.rand(BATCH)
+    target = torch.randn(BATCH, 3, 6, 6)
     plain = Net()
     net = StepNetwork(plain, machine)
     mine = torch.arange(BATCH)[machine.share(BATCH)].chunk(micro_batches)
@@ -46,12 +53,17 @@ def gradients(machine, micro_batches):
 
 
 def as_one_of_two(folder):
-    """What each of the two processes does: try every collective and leave what it saw in `folder`."""
+    """What each of the two processes does: try every collective and leave what it saw in
+    `folder`.
+    """
     torch.set_num_threads(1)
     machine = runtime_device.start("off", device="cpu")
     rank = machine.rank
     seen = {
-        "notes": machine.notes, "main": machine.main, "world": machine.world, "share": range(7)[machine.share(7)],
+        "notes": machine.notes,
+        "main": machine.main,
+        "world": machine.world,
+        "share": range(7)[machine.share(7)],
         "backend of hosts": distributed.get_backend(machine.hosts),
         "sum": machine.sum(torch.tensor([1.0, 10.0]) * (rank + 1)),
         "sum of doubles": machine.sum(torch.tensor([1 / 3], dtype=torch.float64)),
@@ -62,9 +74,10 @@ def as_one_of_two(folder):
         "agree on nothing": machine.agree(None if rank == 0 else 5),
         "gradients": gradients(machine, 1),
         "accumulated": gradients(machine, 2),
-        "names": list(Net().state_dict()) == [name for name in gradients(machine, 1)],
+        "names": list(Net().state_dict()) == list(gradients(machine, 1)),
     }
-    again = runtime_device.start("off", device="cpu")  # a second start in one process joins the ranks that are there
+    # a second start in one process joins the ranks that are there
+    again = runtime_device.start("off", device="cpu")
     seen["agree after another start"] = again.agree(rank)
     torch.save(seen, Path(folder, f"{rank}.pt"))
     runtime_ranks.stop()
@@ -82,8 +95,16 @@ def pair(tmp_path_factory):
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment = os.environ | common | {"PYTHONPATH": str(root)}
     command = [sys.executable, __file__, str(folder)]
-    ranks = [subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
     try:
         said = [rank.communicate(timeout=120)[0] for rank in ranks]
     finally:
@@ -103,8 +124,13 @@ def test_two_ranks_know_who_they_are(pair):
 def test_collectives(pair):
     for seen in pair:
         assert seen["sum"].tolist() == [3.0, 30.0]
-        assert seen["sum of doubles"].dtype == torch.float64 and seen["sum of doubles"].item() == 2 / 3
-        assert seen["gather uneven"].tolist() == [[0, 0], [1, 1], [1, 1]] and seen["gather uneven"].dtype == torch.uint8
+        assert (
+            seen["sum of doubles"].dtype == torch.float64 and seen["sum of doubles"].item() == 2 / 3
+        )
+        assert (
+            seen["gather uneven"].tolist() == [[0, 0], [1, 1], [1, 1]]
+            and seen["gather uneven"].dtype == torch.uint8
+        )
         assert seen["gather where rank 0 has none"].tolist() == [[0, 1, 2]]
         assert seen["gather shares of 1"].tolist() == [0]
         assert seen["agree on a set"] == {"log", "save"} and seen["agree on nothing"] is None
@@ -114,20 +140,28 @@ def test_collectives(pair):
 
 @pytest.mark.parametrize("way", ["gradients", "accumulated"])
 def test_two_ranks_learn_what_one_process_learns_from_the_joined_batch(pair, way):
-    """The same sum of 8 x 36 products in another order: float32 rounds to 6e-8 of the largest, some tens of times."""
+    """The same sum of 8 x 36 products in another order: float32 rounds to 6e-8 of the largest,
+    some tens of times.
+    """
     one = gradients(Machine(CPU, torch.float32), 1)
     for seen in pair:
         assert seen["names"] and list(seen[way]) == list(one)
         for name, gradient in one.items():
-            torch.testing.assert_close(seen[way][name], gradient, rtol=1e-5, atol=2e-6 * gradient.abs().max().item())
+            torch.testing.assert_close(
+                seen[way][name], gradient, rtol=1e-5, atol=2e-6 * gradient.abs().max().item()
+            )
             assert torch.equal(seen[way][name], pair[0][way][name])  # and both ranks the very same
 
 
 def test_accumulation_changes_nothing_in_one_process():
     """The tolerance is that of the test above."""
-    whole, parts = (gradients(Machine(CPU, torch.float32), micro_batches) for micro_batches in (1, 4))
+    whole, parts = (
+        gradients(Machine(CPU, torch.float32), micro_batches) for micro_batches in (1, 4)
+    )
     for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-5, atol=2e-6 * gradient.abs().max().item())
+        torch.testing.assert_close(
+            parts[name], gradient, rtol=1e-5, atol=2e-6 * gradient.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -142,20 +176,32 @@ def test_alone_every_collective_is_the_identity():
     machine = Machine(CPU, torch.float32)
     x = torch.arange(6.0).view(2, 3)
     assert machine.main and machine.share(5) == slice(0, 5)
-    assert machine.sum(x) is x and machine.gather(x) is x and machine.agree(x) is x and machine.put(x) is x
+    assert (
+        machine.sum(x) is x
+        and machine.gather(x) is x
+        and machine.agree(x) is x
+        and machine.put(x) is x
+    )
     assert set(machine.memory()) == {"memory/rss_gib"}
 
 
 def test_peak_memory_is_in_gib():
-    """After 256 MiB were touched, the peak of the process is between that and what this machine can have."""
+    """After 256 MiB were touched, the peak of the process is between that and what this machine
+    can have.
+    """
     torch.ones(2**26)
     assert 0.25 < Machine(CPU, torch.float32).memory()["memory/rss_gib"] < 2000
 
 
-@pytest.mark.parametrize("amp, dtype, reason", [
-    ("auto", torch.float32, "no card"), ("off", torch.float32, "asked for by train.amp"),
-    ("bf16", torch.bfloat16, "asked for by train.amp"), ("fp16", torch.float16, "asked for by train.amp"),
-])
+@pytest.mark.parametrize(
+    "amp, dtype, reason",
+    [
+        ("auto", torch.float32, "no card"),
+        ("off", torch.float32, "asked for by train.amp"),
+        ("bf16", torch.bfloat16, "asked for by train.amp"),
+        ("fp16", torch.float16, "asked for by train.amp"),
+    ],
+)
 def test_amp_on_the_cpu(amp, dtype, reason):
     assert amp in AMP and amp_dtype(amp, CPU) == (dtype, reason)
     machine = runtime_device.start(amp, device="cpu")
@@ -172,7 +218,11 @@ def test_amp_on_the_cpu(amp, dtype, reason):
 
 def test_every_choice_of_amp_has_a_meaning():
     assert {amp: amp_dtype(amp, CPU)[0] for amp in AMP} == {
-        "auto": torch.float32, "off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        "auto": torch.float32,
+        "off": torch.float32,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
 
 
 def test_nothing_asked_for_is_the_card_if_there_is_one():
@@ -182,7 +232,9 @@ def test_nothing_asked_for_is_the_card_if_there_is_one():
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", ""])
 def test_a_rank_that_is_no_number_is_one_line(monkeypatch, text):
     monkeypatch.setenv("RANK", text)
-    with pytest.raises(ValueError, match=f"RANK is {text!r} in the environment and must be a number, .*; unset it") as caught:
+    with pytest.raises(
+        ValueError, match=f"RANK is {text!r} in the environment and must be a number, .*; unset it"
+    ) as caught:
         runtime_device.start()
     assert "\n" not in str(caught.value)
 
@@ -192,11 +244,21 @@ def test_a_device_that_is_not_there(device):
     with pytest.raises(ValueError) as caught:
         runtime_device.start(device=device)
     line = str(caught.value)
-    assert line.startswith(f"device {device!r} is not to be had on this machine; use cpu") and "\n" not in line
+    assert (
+        line.startswith(f"device {device!r} is not to be had on this machine; use cpu")
+        and "\n" not in line
+    )
 
 
-@pytest.mark.parametrize("load, threads, policy, said", [
-    (5.0, 2, None, True), (0.2, 2, None, False), (5.0, 1, None, False), (5.0, 2, "PASSIVE", False)])
+@pytest.mark.parametrize(
+    "load, threads, policy, said",
+    [
+        (5.0, 2, None, True),
+        (0.2, 2, None, False),
+        (5.0, 1, None, False),
+        (5.0, 2, "PASSIVE", False),
+    ],
+)
 def test_a_busy_machine_is_named_with_what_helps(monkeypatch, load, threads, policy, said):
     monkeypatch.delenv("OMP_WAIT_POLICY")
     if policy:
@@ -206,7 +268,6 @@ def test_a_busy_machine_is_named_with_what_helps(monkeypatch, load, threads, pol
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     notes = " ".join(runtime_device.start("off", device="cpu").notes)
     assert ("(load 5.0 on 2 cores): with OMP_WAIT_POLICY=PASSIVE" in notes) == said
-
 
 
 if __name__ == "__main__":

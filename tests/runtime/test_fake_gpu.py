@@ -1,4 +1,5 @@
-"""Every entry of every table on a GPU that is not there: no device or type is mixed, the host never waits, no graph breaks.
+"""Every entry of every table on a GPU that is not there: no device or type is mixed, the host never
+waits, no graph breaks.
 
 What a GPU takes in memory by its rules for number types is what the planner counts by the CPU's.
 """
@@ -36,8 +37,15 @@ pytestmark = needs_cuda_build
 
 SMALL = {"dit": "dit(depth=1, width=16, heads=2)"}
 QUICK = {"model.name": SMALL["dit"]}  # where the network is beside the point
-FEATURES = {"model.use_scale_shift_norm": True, "model.resblock_updown": True, "model.qk_norm": True, "model.dropout": 0.1,
-            "data.augment": 0.5, "data.flip": True, "diffusion.self_condition": True}
+FEATURES = {
+    "model.use_scale_shift_norm": True,
+    "model.resblock_updown": True,
+    "model.qk_norm": True,
+    "model.dropout": 0.1,
+    "data.augment": 0.5,
+    "data.flip": True,
+    "diffusion.self_condition": True,
+}
 CLASSES = {"data.class_labels": True, "data.classes": ("cat", "dog")}
 LEARNED = {"diffusion.variance": "learned", "diffusion.loss": "hybrid"}
 
@@ -69,22 +77,34 @@ def learn(settings, dtype=torch.bfloat16):
 
 
 def drawn(settings, recipe=None, dtype=torch.bfloat16, walk=lambda machine: draw.afresh):
-    """Draw two images while watched, by a recipe that changes some fields of the config's; returns the result."""
+    """Draw two images while watched, by a recipe that changes some fields of the config's;
+    returns the result.
+    """
     with FakeGPU() as gpu:
         net = network_of(settings).eval()
-        model, how = build.diffusion(settings, net), build.grid_recipe(settings)._replace(**recipe or {})
+        model = build.diffusion(settings, net)
+        how = build.grid_recipe(settings)._replace(**recipe or {})
         with gpu.watch():
-            machine, shape = machine_of(gpu, dtype), build.image_shape(settings)
-            steps = draw.trajectory(model, how, range(2), shape, machine, unlabelled(net), walk(machine))
+            machine = machine_of(gpu, dtype)
+            shape = build.image_shape(settings)
+            steps = draw.trajectory(
+                model, how, range(2), shape, machine, unlabelled(net), walk(machine)
+            )
             x = deque(steps, maxlen=1).pop()
-    assert x.device.type == "cuda" and x.dtype == torch.float32 and x.shape == (2, *build.image_shape(settings))
+    assert (
+        x.device.type == "cuda"
+        and x.dtype == torch.float32
+        and x.shape == (2, *build.image_shape(settings))
+    )
     return x
 
 
 in_half = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 
-@pytest.mark.parametrize("everything, dtype", [(False, HALF[0]), *((True, dtype) for dtype in HALF)], ids=str)
+@pytest.mark.parametrize(
+    "everything, dtype", [(False, HALF[0]), *((True, dtype) for dtype in HALF)], ids=str
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_learns_and_draws(name, everything, dtype):
     settings = given(accepted(name) if everything else {"model.name": SMALL.get(name, name)})
@@ -96,10 +116,14 @@ def test_every_network_learns_and_draws(name, everything, dtype):
 @pytest.mark.parametrize("predict", TARGETS)
 def test_every_target_and_weighting(predict, dtype):
     with FakeGPU() as gpu:
-        machine, net = machine_of(gpu, dtype), network_of(given(QUICK))
-        x, t = torch.randn(2, 1, 16, 16, device="cuda"), torch.zeros(2, dtype=torch.long, device="cuda")
+        machine = machine_of(gpu, dtype)
+        net = network_of(given(QUICK))
+        x = torch.randn(2, 1, 16, 16, device="cuda")
+        t = torch.zeros(2, dtype=torch.long, device="cuda")
         for weighting in WEIGHTINGS:
-            model = build.diffusion(given({"diffusion.predict": predict, "diffusion.weighting": weighting}), net)
+            model = build.diffusion(
+                given({"diffusion.predict": predict, "diffusion.weighting": weighting}), net
+            )
             model.objective.to(machine.device)
             model.process.at(t)  # moves the tables
             with gpu.watch(), machine.autocast():
@@ -109,7 +133,11 @@ def test_every_target_and_weighting(predict, dtype):
 
 CASES = [
     *({"diffusion.times": name} for name in TIMES),
-    *({"diffusion.loss": loss, "diffusion.variance": variance} for loss in LOSSES for variance in VARIANCES),
+    *(
+        {"diffusion.loss": loss, "diffusion.variance": variance}
+        for loss in LOSSES
+        for variance in VARIANCES
+    ),
     *({"train.optimizer": name} for name in OPTIMIZERS),
     {"diffusion.weighting": "uncertainty"},
     {"diffusion.times": "importance", "train.gradient_accumulation_steps": 2, "ema.more": (0.5,)},
@@ -131,7 +159,11 @@ def test_every_loss_and_distribution_of_times(changes, dtype):
 
 def test_images_are_augmented_at_any_shape():
     with FakeGPU() as gpu, gpu.watch():
-        x, told = augment.augment(torch.randn(2, 3, 8, 16, device="cuda"), torch.randn(2, augment.NUMBERS, device="cuda"), 0.5)
+        x, told = augment.augment(
+            torch.randn(2, 3, 8, 16, device="cuda"),
+            torch.randn(2, augment.NUMBERS, device="cuda"),
+            0.5,
+        )
     assert x.shape == (2, 3, 8, 16) and told.device.type == "cuda"
 
 
@@ -142,20 +174,30 @@ def ways(name):
     """The spec of a sampler with every value of its arguments that changes what it computes."""
     known = [key for key in inspect.signature(SAMPLERS[name]).parameters if key in VALUES]
     for values in itertools.product(*(VALUES[key] for key in known)):
-        yield f"{name}({', '.join(f'{key}={value!r}' for key, value in zip(known, values, strict=True))})" if known else name
+        yield (
+            "{}({})".format(name, ", ".join(map("{}={!r}".format, known, values)))
+            if known
+            else name
+        )
 
 
 @in_half
 @pytest.mark.parametrize("sampler", [way for name in SAMPLERS for way in ways(name)])
 def test_every_sampler(sampler, dtype):
     changes = LEARNED if "learned" in sampler else {}
-    drawn(given(QUICK | CLASSES | changes), {"sampler": sampler, "steps": 4, "guidance": 2.0, "interval": (0.2, 5.0)}, dtype)
+    drawn(
+        given(QUICK | CLASSES | changes),
+        {"sampler": sampler, "steps": 4, "guidance": 2.0, "interval": (0.2, 5.0)},
+        dtype,
+    )
 
 
 @in_half
 @pytest.mark.parametrize("predict", TARGETS)
 def test_every_target_draws(predict, dtype):
-    drawn(given(QUICK | {"diffusion.predict": predict, "diffusion.self_condition": True}), dtype=dtype)
+    drawn(
+        given(QUICK | {"diffusion.predict": predict, "diffusion.self_condition": True}), dtype=dtype
+    )
 
 
 @in_half
@@ -164,23 +206,32 @@ def test_every_edit(name, dtype):
     edit = get_edit("inpaint(jump_length=1, resamplings=2)" if name == "inpaint" else name)
     pictures = [torch.zeros(1, 16, 16, dtype=torch.uint8)] * edit.images
     mask = torch.ones(16, 16, dtype=torch.bool) if edit.mask else None
-    drawn(given(QUICK), {"sampler": "ddim", "steps": 4}, dtype,
-          walk=lambda machine: draw.edited(edit, pictures, mask, 2, machine))
+    drawn(
+        given(QUICK),
+        {"sampler": "ddim", "steps": 4},
+        dtype,
+        walk=lambda machine: draw.edited(edit, pictures, mask, 2, machine),
+    )
 
 
 def test_the_bound():
     settings = given(QUICK | LEARNED)
     with FakeGPU() as gpu:
         model = build.diffusion(settings, network_of(settings).eval())
-        x, u = torch.zeros(2, 1, 16, 16, device="cuda"), torch.zeros(2, device="cuda")
+        x = torch.zeros(2, 1, 16, 16, device="cuda")
+        u = torch.zeros(2, device="cuda")
         model.process.at(torch.zeros(2, dtype=torch.long, device="cuda"))
         with gpu.watch():
-            found = bound(model, x, stretches(model.process, 3), lambda k: u, lambda k: torch.randn_like(x))
+            found = bound(
+                model, x, stretches(model.process, 3), lambda k: u, lambda k: torch.randn_like(x)
+            )
     assert found.total.shape == (2,) and found.total.device.type == "cuda"
 
 
 class Fused(torch.autograd.Function):
-    """Attention by a kernel that keeps its arguments and its result, as those of GPUs do: which one runs is CUDA's to say."""
+    """Attention by a kernel that keeps its arguments and its result, as those of GPUs do: which
+    one runs is CUDA's to say.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -190,11 +241,15 @@ class Fused(torch.autograd.Function):
 
 
 def kept(settings, device):
-    """The bytes that a forward pass in bfloat16 leaves for the backward pass, by a device's rules."""
+    """The bytes that a forward pass in bfloat16 leaves for the backward pass, by a device's
+    rules.
+    """
     ledger = memory.Ledger()
     with ledger, torch.device(device):
-        net, side = build.network(settings), settings.data.image_size
-        x, t = torch.randn(2, build.channels_in(settings), side, side), torch.rand(2)
+        net = build.network(settings)
+        side = settings.data.image_size
+        x = torch.randn(2, build.channels_in(settings), side, side)
+        t = torch.rand(2)
         before = ledger.live
         with torch.autocast(device, enabled=False):  # which would not enable CUDA's without a GPU
             torch.set_autocast_enabled(device, True)
@@ -204,10 +259,20 @@ def kept(settings, device):
 
 
 SHIPPED = {path.stem: module_of(path).get_config() for path in FILES}
-LESS = {"model.num_res_blocks": 1, "model.dropout": 0.0}  # a mask of dropout takes a byte on a GPU, and more on a CPU
-PLANNED = {name: files.changed(settings, LESS | (
-    {"model.name": settings.model.name.replace("(", "(depth=1, ")} if settings.model.name.startswith("dit") else {}))
-    for name, settings in SHIPPED.items()} | {name: given(accepted(name) | LESS | {"model.qk_norm": False}) for name in MODELS}
+# a mask of dropout takes a byte on a GPU, and more on a CPU
+LESS = {"model.num_res_blocks": 1, "model.dropout": 0.0}
+PLANNED = {
+    name: files.changed(
+        settings,
+        LESS
+        | (
+            {"model.name": settings.model.name.replace("(", "(depth=1, ")}
+            if settings.model.name.startswith("dit")
+            else {}
+        ),
+    )
+    for name, settings in SHIPPED.items()
+} | {name: given(accepted(name) | LESS | {"model.qk_norm": False}) for name in MODELS}
 
 
 @pytest.mark.parametrize("name", PLANNED)

@@ -15,7 +15,10 @@ from support.configs import module_of
 from support.runs import equal, final_state, rows, run, tiny
 
 MEASURE = module_of(Path(__file__).parents[2] / "experiments" / "memory" / "measure.py")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
+]
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
@@ -28,7 +31,9 @@ def test_a_card_learns_in_every_type(tmp_path, amp):
 
 
 def test_resume_on_a_card_is_bitwise_when_deterministic(tmp_path):
-    """In a process of its own would be cleaner; torch's deterministic mode is switched off again below."""
+    """In a process of its own would be cleaner; torch's deterministic mode is switched off again
+    below.
+    """
     given = dict(train__deterministic=True, train__amp="fp16", model__dropout=0.2)
     try:
         run(tiny(**given, train__length="20 steps", every__save="20 steps"), tmp_path / "whole")
@@ -54,10 +59,14 @@ def test_a_step_does_not_wait_for_the_card(tmp_path):
 
 
 def test_batches_come_ahead_to_the_card_whole_and_in_order():
-    """Each is read when the card has done what it was given before, so until then its memory may not be another's."""
-    machine, source = device.start("off", device="cuda"), build.dataset(tiny())
+    """Each is read when the card has done what it was given before, so until then its memory may
+    not be another's.
+    """
+    machine = device.start("off", device="cuda")
+    source = build.dataset(tiny())
     order = torch.randint(len(source), (30, 8), generator=torch.Generator().manual_seed(0)).tolist()
-    busy, found = torch.rand(2048, 2048, device=machine.device), []
+    busy = torch.rand(2048, 2048, device=machine.device)
+    found = []
     ahead = machine.ahead(loader.loader(source, order, pin_memory=True))
     for (images, labels), (pixels, others) in zip(ahead, loader.loader(source, order), strict=True):
         assert images.device == machine.device and torch.equal(labels, others)
@@ -67,10 +76,11 @@ def test_batches_come_ahead_to_the_card_whole_and_in_order():
 
 
 def test_a_compiled_network_draws_the_same_through_cuda_graphs(tmp_path, monkeypatch, capsys):
-    """In three batches, by a sampler that looks back: an answer which the next one overwrote would show.
+    """In three batches, by a sampler that looks back: an answer which the next one overwrote would
+    show.
 
-    In float32 throughout, since TF32 rounds after ten bits and compiled convolutions are others; what is left is rounding of
-    1e-6, which may move a pixel to the next of its 256 values.
+    In float32 throughout, since TF32 rounds after ten bits and compiled convolutions are others;
+    what is left is rounding of 1e-6, which may move a pixel to the next of its 256 values.
     """
     from torch._dynamo.utils import counters
 
@@ -78,7 +88,11 @@ def test_a_compiled_network_draws_the_same_through_cuda_graphs(tmp_path, monkeyp
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     drawn = []
     for wanted in (False, True):
-        made = load.load(tmp_path, "cuda", **{"sample.compile": wanted, "sample.sampler": "dpmpp", "sample.steps": 6})
+        made = load.load(
+            tmp_path,
+            "cuda",
+            **{"sample.compile": wanted, "sample.sampler": "dpmpp", "sample.steps": 6},
+        )
         torch.set_float32_matmul_precision("highest")
         counters.clear()
         drawing = experiment_drawing.drawer(made.config, made.net, made.machine)
@@ -92,8 +106,11 @@ def test_a_compiled_network_draws_the_same_through_cuda_graphs(tmp_path, monkeyp
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("levels", [0, 99])
 def test_the_account_of_a_step_is_what_the_card_takes(amp, levels):
-    """Within a tenth, in a step of some hundred MiB: beside that the blocks of torch's allocator, of up to 2 MiB, are small."""
-    machine, given = device.start(amp, device="cuda"), tiny(model__model_channels=32, train__batch_size=512)
+    """Within a tenth, in a step of some hundred MiB: beside that the blocks of torch's
+    allocator, of up to 2 MiB, are small.
+    """
+    machine = device.start(amp, device="cuda")
+    given = tiny(model__model_channels=32, train__batch_size=512)
     if not MEASURE.computes(machine):
         pytest.skip("this card has no bf16")
     found = memory.account(given, machine.dtype, given.train.batch_size, levels)

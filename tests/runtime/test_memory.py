@@ -1,4 +1,6 @@
-"""What is counted on fake tensors is what a training step takes, and levels that are computed twice give the same numbers."""
+"""What is counted on fake tensors is what a training step takes, and levels that are computed
+twice give the same numbers.
+"""
 
 import json
 import shutil
@@ -20,24 +22,41 @@ MEASURE = module_of(HERE / "measure.py")
 WIDE = dict(model__model_channels=32, train__batch_size=16, diffusion__timesteps=20)
 
 
-@pytest.mark.parametrize("knobs", [
-    {}, {"model__name": "dit(depth=3, width=64, heads=2)"}, {"train__gradient_accumulation_steps": 2},
-    {"model__name": "unet_edm2"},
-    {"diffusion__weighting": "uncertainty", "model__dropout": 0.1, "diffusion__self_condition": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"model__name": "dit(depth=3, width=64, heads=2)"},
+        {"train__gradient_accumulation_steps": 2},
+        {"model__name": "unet_edm2"},
+        {
+            "diffusion__weighting": "uncertainty",
+            "model__dropout": 0.1,
+            "diffusion__self_condition": True,
+        },
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("levels", [0, 99])
 def test_the_account_of_a_step_is_what_the_profiler_sees(knobs, dtype, levels):
     able = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if not able and not knobs.get("model__name", "").startswith("dit"):
-        pytest.skip("this CPU unfolds images for its convolutions in bfloat16, nine times as large, as no card does")
+        pytest.skip(
+            "this CPU unfolds images for its convolutions in bfloat16, nine times as large, as no "
+            "card does"
+        )
     given = tiny(**WIDE | knobs)
     images = given.train.batch_size // given.train.gradient_accumulation_steps
     found = memory.account(given, dtype, images, levels)
     machine = device.Machine(torch.device("cpu"), dtype)
     assert found.total == pytest.approx(MEASURE.measured(given, machine, levels), rel=0.1)
     weights = sum(map(runtime_memory.size_of, build.network(given).state_dict().values()))
-    assert found.weights >= weights and found.averages == weights and found.optimizer >= 2 * weights * 0.99
+    assert (
+        found.weights >= weights
+        and found.averages == weights
+        and found.optimizer >= 2 * weights * 0.99
+    )
 
 
 def test_the_report_of_memory_follows_from_its_rows_alone(tmp_path, capsys):
@@ -61,23 +80,37 @@ def test_a_measured_case_takes_the_place_of_its_row_alone(tmp_path, monkeypatch)
     before = json.loads((tmp_path / "results.json").read_text())
     MEASURE.main(["--only=toy", f"--out={tmp_path}"])
     after = json.loads((tmp_path / "results.json").read_text())
-    assert after[:len(before)] == before and {row["network"] for row in after[len(before):]} == {"toy"}
-    none, every = (row for row in after[len(before):] if row["type"] == "float32")
+    assert after[: len(before)] == before and {row["network"] for row in after[len(before) :]} == {
+        "toy"
+    }
+    none, every = (row for row in after[len(before) :] if row["type"] == "float32")
     for row in (none, every):
         assert row["planned"]["mib"] == pytest.approx(row["measured"]["mib"], rel=0.1)
     assert every["measured"]["mib"] < none["measured"]["mib"]
-    assert f"| toy | float32 | none | {none['planned']['mib']:,.1f} |" in (tmp_path / "README.md").read_text()
+    assert (
+        f"| toy | float32 | none | {none['planned']['mib']:,.1f} |"
+        in (tmp_path / "README.md").read_text()
+    )
 
 
-@pytest.mark.parametrize("name, tolerance", [("unet", 0), ("dit(depth=3, width=64, heads=2)", 0), ("unet_edm2", 1e-4)])
+@pytest.mark.parametrize(
+    "name, tolerance", [("unet", 0), ("dit(depth=3, width=64, heads=2)", 0), ("unet_edm2", 1e-4)]
+)
 def test_levels_that_are_computed_twice_change_no_number(name, tolerance, tmp_path):
-    """Dropout too: the same masks are drawn again. unet_edm2 norms its weights at each pass, once more up to rounding."""
+    """Dropout too: the same masks are drawn again. unet_edm2 norms its weights at each pass,
+    once more up to rounding.
+    """
     knobs = dict(model__name=name, model__dropout=0.3)
     for wanted in ("none", "all"):
         assert run(tiny(**knobs, train__activation_checkpointing=wanted), tmp_path / wanted)
-    losses = [[row["train/loss"] for row in rows(tmp_path / wanted) if "train/loss" in row] for wanted in ("none", "all")]
+    losses = [
+        [row["train/loss"] for row in rows(tmp_path / wanted) if "train/loss" in row]
+        for wanted in ("none", "all")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=tolerance, abs=0)
-    once, twice = (load.load(tmp_path / wanted, "cpu").net.state_dict() for wanted in ("none", "all"))
+    once, twice = (
+        load.load(tmp_path / wanted, "cpu").net.state_dict() for wanted in ("none", "all")
+    )
     for key, value in once.items():
         torch.testing.assert_close(twice[key], value, rtol=0, atol=tolerance)
     assert "computed again in the backward pass" in (tmp_path / "all" / "training.log").read_text()
@@ -87,7 +120,8 @@ def test_levels_that_are_computed_twice_change_no_number(name, tolerance, tmp_pa
 def test_the_state_of_the_generators_is_read_for_dropout_alone(dropout, monkeypatch):
     net = build.network(tiny(model__dropout=dropout))
     layers.recompute(module for level in net.levels for module in level)
-    read, get_rng_state = [], torch.get_rng_state
+    read = []
+    get_rng_state = torch.get_rng_state
     monkeypatch.setattr(torch, "get_rng_state", lambda: read.append(1) or get_rng_state())
     net(torch.ones(1, 1, 16, 16), torch.ones(1)).sum().backward()
     assert bool(read) == bool(dropout)
@@ -95,16 +129,26 @@ def test_the_state_of_the_generators_is_read_for_dropout_alone(dropout, monkeypa
 
 @pytest.mark.parametrize("share, levels", [(1.01, 0), (0.995, 1), (0.0, 2)])
 def test_auto_recomputes_as_few_levels_as_the_card_needs(share, levels, monkeypatch):
-    """A card of just the size that a step needs, one a little smaller, and one in which nothing fits: then all it can."""
+    """A card of just the size that a step needs, one a little smaller, and one in which nothing
+    fits: then all it can.
+    """
     given = tiny(**WIDE)
     net = build.network(given)
     assert len(net.levels) == 2
-    machine, told = device.Machine(torch.device("cpu"), torch.float32), []
-    room = runtime_memory.with_margin(memory.account(given, torch.float32, given.train.batch_size).total) * share
+    machine = device.Machine(torch.device("cpu"), torch.float32)
+    told = []
+    room = (
+        runtime_memory.with_margin(
+            memory.account(given, torch.float32, given.train.batch_size).total
+        )
+        * share
+    )
     monkeypatch.setattr(device.Machine, "free", lambda self: room)
     assert memory.recomputed(given, net, machine, told.append) == levels
-    line, = told
-    assert "activation_checkpointing is auto" in line and ("all activations are kept" in line) == (levels == 0)
+    (line,) = told
+    assert "activation_checkpointing is auto" in line and ("all activations are kept" in line) == (
+        levels == 0
+    )
     monkeypatch.setattr(device.Machine, "free", lambda self: None)
     assert memory.recomputed(given, net, machine, told.append) == 0
 

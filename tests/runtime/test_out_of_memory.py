@@ -1,4 +1,6 @@
-"""Memory runs out, by real allocations and by injected errors: batches are cut and no number changes."""
+"""Memory runs out, by real allocations and by injected errors: batches are cut and no number
+changes.
+"""
 
 import contextlib
 import os
@@ -31,12 +33,16 @@ DISGUISED = [  # as torch 2.14, cuDNN 9.24 and reports of users have them
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),  # of torch 2.8 on
+    # of torch 2.8 on
+    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),
     torch.OutOfMemoryError("CUDA out of memory."),
     MemoryError(),
 ]
 INNOCENT = [
-    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input."),
+    RuntimeError(
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a "
+        "non-contiguous input."
+    ),
     RuntimeError("CUDA error: an illegal memory access was encountered"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
@@ -46,7 +52,9 @@ INNOCENT = [
 
 @contextlib.contextmanager
 def crowded(most, error=None, training=False):
-    """Inside, U-Nets that learn, or those that do not, run out of memory with more than `most` images; yields batch sizes."""
+    """Inside, U-Nets that learn, or those that do not, run out of memory with more than `most`
+    images; yields batch sizes.
+    """
     asked = []
 
     def check(module, inputs):
@@ -88,7 +96,8 @@ def test_the_hosts_own_error_counts():
 
 def test_batches_are_cut_until_they_fit_and_stay_so():
     """By real allocations: 2^58 bytes an image from the fourth on are more than any machine has."""
-    said, tried = [], []
+    said = []
+    tried = []
     room = Room(said.append)
 
     def work(batch):
@@ -101,14 +110,23 @@ def test_batches_are_cut_until_they_fit_and_stay_so():
         assert [item for batch, _ in found for item in batch] == list(range(11))
         assert [item for _, squares in found for item in squares] == [n**2 for n in range(11)]
     assert tried == [8, 4, 2, 2, 2, 2, 2, 1] + [2, 2, 2, 2, 2, 1]
-    assert said == ["out of memory squaring 8 images at a time; continuing with 4 at a time, with the same results",
-                    "out of memory squaring 4 images at a time; continuing with 2 at a time, with the same results"]
+    assert said == [
+        "out of memory squaring 8 images at a time; continuing with 4 at a time, with the same "
+        "results",
+        "out of memory squaring 4 images at a time; continuing with 2 at a time, with the same "
+        "results",
+    ]
 
 
 def test_nothing_of_what_failed_is_held_when_memory_is_given_back(monkeypatch):
-    """The frames of the error hold tensors, without which emptying the allocator's cache frees nothing."""
-    living, seen = [], []
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append([ref() is None for ref in living]))
+    """The frames of the error hold tensors, without which emptying the allocator's cache frees
+    nothing.
+    """
+    living = []
+    seen = []
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: seen.append([ref() is None for ref in living])
+    )
 
     def work():
         big = torch.ones(1000)
@@ -125,8 +143,14 @@ def test_other_errors_and_a_single_image_end_the_work():
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         list(Room().in_batches("drawing", range(4), 2, broken))
-    with pytest.raises(NoRoom, match=r"out of memory drawing a single image \(.*can't allocate memory"):
-        list(Room(lambda text: None).in_batches("drawing", range(4), 2, lambda batch: torch.empty(2**60, dtype=torch.uint8)))
+    with pytest.raises(
+        NoRoom, match=r"out of memory drawing a single image \(.*can't allocate memory"
+    ):
+        list(
+            Room(lambda text: None).in_batches(
+                "drawing", range(4), 2, lambda batch: torch.empty(2**60, dtype=torch.uint8)
+            )
+        )
 
 
 @pytest.fixture(scope="module")
@@ -139,18 +163,29 @@ def trained(tmp_path_factory):
 
 def drawn(folder, batch_size, how=draw.draw):
     made = load.load(folder, "cpu", **{"sample.batch_size": batch_size})
-    batches = list(drawing.drawer(made.config, made.net, made.machine, how)(range(7), build.grid_recipe(made.config)))
+    batches = list(
+        drawing.drawer(made.config, made.net, made.machine, how)(
+            range(7), build.grid_recipe(made.config)
+        )
+    )
     return [image for _, images in batches for image in images]
 
 
-@pytest.mark.parametrize("error", [DISGUISED[0], DISGUISED[4], DISGUISED[7]], ids=["cuDNN", "cuBLAS", "torch"])
+@pytest.mark.parametrize(
+    "error", [DISGUISED[0], DISGUISED[4], DISGUISED[7]], ids=["cuDNN", "cuBLAS", "torch"]
+)
 def test_drawing_goes_on_with_the_same_images(trained, capsys, error):
-    """To the bit those of the smaller batches; in the middle of a walk too, since each image has its own noise."""
+    """To the bit those of the smaller batches; in the middle of a walk too, since each image has
+    its own noise.
+    """
     expected = drawn(trained, 2)
     with crowded(3, error) as asked:
         found = drawn(trained, 5)
     assert max(asked) == 5 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert capsys.readouterr().out.count("out of memory drawing 5 images at a time; continuing with 2") == 1
+    assert (
+        capsys.readouterr().out.count("out of memory drawing 5 images at a time; continuing with 2")
+        == 1
+    )
 
 
 def test_a_film_goes_on_too(trained):
@@ -158,13 +193,20 @@ def test_a_film_goes_on_too(trained):
     with crowded(3):
         found = drawn(trained, 5, draw.frames)
     assert len(found) == len(expected) == 7 * 4 and torch.equal(found[-7], first)
-    assert all(abs(a.int() - b.int()).max() <= 1 for a, b in zip(found, expected, strict=True))  # other batches: rounding
+    # other batches: rounding
+    assert all(abs(a.int() - b.int()).max() <= 1 for a, b in zip(found, expected, strict=True))
 
 
 def test_measuring_goes_on_with_the_same_numbers(trained):
-    """Distances and bits/dim; of the digits' features, whose network is not ours to hook, errors come from the allocator."""
-    knobs = {"evaluate.num_samples": 16, "evaluate.likelihood": "both", "evaluate.likelihood_images": 6,
-             "evaluate.likelihood_evaluations": 8}
+    """Distances and bits/dim; of the digits' features, whose network is not ours to hook, errors
+    come from the allocator.
+    """
+    knobs = {
+        "evaluate.num_samples": 16,
+        "evaluate.likelihood": "both",
+        "evaluate.likelihood_images": 6,
+        "evaluate.likelihood_evaluations": 8,
+    }
     expected = evaluate.evaluate(trained, "cpu", **knobs, **{"evaluate.batch_size": 2})
     with crowded(3) as asked:
         found = evaluate.evaluate(trained, "cpu", **knobs, **{"evaluate.batch_size": 5})
@@ -173,13 +215,19 @@ def test_measuring_goes_on_with_the_same_numbers(trained):
 
 
 def same_numbers(a, b):
-    return a.keys() == b.keys() and all(a[key] == (pytest.approx(b[key], rel=1e-9) if isinstance(b[key], float) else b[key])
-                                        for key in a)
+    return a.keys() == b.keys() and all(
+        a[key] == (pytest.approx(b[key], rel=1e-9) if isinstance(b[key], float) else b[key])
+        for key in a
+    )
 
 
 def test_an_extractor_looks_at_fewer_images_at_a_time():
-    plain, said, sizes = digits(CPU), [], []
-    images = torch.randint(256, (70, 1, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    plain = digits(CPU)
+    said = []
+    sizes = []
+    images = torch.randint(256, (70, 1, 16, 16), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
 
     def embed(batch):
         sizes.append(len(batch))
@@ -194,10 +242,19 @@ def test_an_extractor_looks_at_fewer_images_at_a_time():
 
 
 def test_a_training_validates_draws_and_measures_with_what_fits(tmp_path):
-    """The rows of a training whose evaluations run out of memory are those of one whose batches are small."""
-    given = dict(train__length="4 steps", every__validate="4 steps", every__sample="4 steps", every__evaluate="4 steps",
-                 data__source="digits", evaluate__likelihood="bound", evaluate__likelihood_images=8,
-                 evaluate__likelihood_evaluations=4)
+    """The rows of a training whose evaluations run out of memory are those of one whose batches
+    are small.
+    """
+    given = dict(
+        train__length="4 steps",
+        every__validate="4 steps",
+        every__sample="4 steps",
+        every__evaluate="4 steps",
+        data__source="digits",
+        evaluate__likelihood="bound",
+        evaluate__likelihood_images=8,
+        evaluate__likelihood_evaluations=4,
+    )
     run(tiny(**given), tmp_path / "plain")
     made = trainer.run(tiny(**given), tmp_path / "crowded", device.start())
     trainer.track(tiny(**given), made)
@@ -205,15 +262,20 @@ def test_a_training_validates_draws_and_measures_with_what_fits(tmp_path):
         assert train(made)
     made.tracker.close()
     log = (tmp_path / "crowded" / "training.log").read_text()
-    for line in ("validating 8 images at a time; continuing with 4", "validating 4 images at a time; continuing with 2",
-                 "drawing 4 images at a time; continuing with 2",
-                 "measuring bits/dim of 8 images at a time; continuing with 4"):
+    for line in (
+        "validating 8 images at a time; continuing with 4",
+        "validating 4 images at a time; continuing with 2",
+        "drawing 4 images at a time; continuing with 2",
+        "measuring bits/dim of 8 images at a time; continuing with 4",
+    ):
         assert log.count(f"out of memory {line}") == 1
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "crowded"), strict=True):
         assert a.keys() == b.keys()
         for key, value in a.items():
             rel = 1e-3 if key.startswith("eval/") else 1e-6  # pixels may round otherwise
-            assert b[key] == (pytest.approx(value, rel=rel, abs=1e-9) if isinstance(value, float) else value), key
+            assert b[key] == (
+                pytest.approx(value, rel=rel, abs=1e-9) if isinstance(value, float) else value
+            ), key
 
 
 def test_without_room_for_one_image_a_training_says_where(tmp_path):
@@ -221,18 +283,22 @@ def test_without_room_for_one_image_a_training_says_where(tmp_path):
     trainer.track(tiny(), made)
     with crowded(0, RuntimeError("GET was unable to find an engine to execute this computation")):
         assert finish(made) == 1
-    line, = [line for line in (tmp_path / "training.log").read_text().splitlines() if "failed: " in line]
+    (line,) = [
+        line for line in (tmp_path / "training.log").read_text().splitlines() if "failed: " in line
+    ]
     assert "out of memory validating a single image (GET was unable" in line
     assert "what helps, by what it saves: --config." in line
 
 
 def test_a_door_without_room_is_one_line(trained, tmp_path):
     """In a process of its own, each layer of which asks for more memory than there is."""
-    code = ("import runpy, sys, torch\n"
-            "from torch.nn.modules.module import register_module_forward_pre_hook\n"
-            "register_module_forward_pre_hook(lambda *_: torch.empty(2**60, dtype=torch.uint8))\n"
-            f"sys.argv[1:] = ['--checkpoint={trained}', '--out={tmp_path}', '--num_images=2']\n"
-            "runpy.run_module('ddpm.generate', run_name='__main__', alter_sys=True)")
+    code = (
+        "import runpy, sys, torch\n"
+        "from torch.nn.modules.module import register_module_forward_pre_hook\n"
+        "register_module_forward_pre_hook(lambda *_: torch.empty(2**60, dtype=torch.uint8))\n"
+        f"sys.argv[1:] = ['--checkpoint={trained}', '--out={tmp_path}', '--num_images=2']\n"
+        "runpy.run_module('ddpm.generate', run_name='__main__', alter_sys=True)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()
@@ -243,48 +309,87 @@ def test_a_door_without_room_is_one_line(trained, tmp_path):
 def test_a_generated_file_is_the_same(trained, tmp_path):
     plain = generate.generate_images(trained, 5, tmp_path / "a", "cpu", **{"sample.batch_size": 2})
     with crowded(3, DISGUISED[5]):
-        cut = generate.generate_images(trained, 5, tmp_path / "b", "cpu", **{"sample.batch_size": 5})
+        cut = generate.generate_images(
+            trained, 5, tmp_path / "b", "cpu", **{"sample.batch_size": 5}
+        )
     assert [path.read_bytes() for path in plain] == [path.read_bytes() for path in cut]
 
 
-@pytest.mark.parametrize("error", [DISGUISED[0], DISGUISED[4], DISGUISED[6]], ids=["cuDNN", "cuBLAS", "accelerator"])
+@pytest.mark.parametrize(
+    "error", [DISGUISED[0], DISGUISED[4], DISGUISED[6]], ids=["cuDNN", "cuBLAS", "accelerator"]
+)
 def test_a_step_takes_disguised_errors_for_what_they_are(tmp_path, error):
     given = tiny(train__length="2 steps", every__validate="0 steps", every__sample="0 steps")
-    assert run(tiny(train__length="2 steps", every__validate="0 steps", every__sample="0 steps",
-                    train__gradient_accumulation_steps=2), tmp_path / "halves")
+    assert run(
+        tiny(
+            train__length="2 steps",
+            every__validate="0 steps",
+            every__sample="0 steps",
+            train__gradient_accumulation_steps=2,
+        ),
+        tmp_path / "halves",
+    )
     made = trainer.run(given, tmp_path / "crowded", device.start())
     trainer.track(given, made)
     with crowded(4, error, training=True):
         assert train(made)
     made.tracker.close()
-    first, second = (load.load(tmp_path / name, "cpu").net.state_dict() for name in ("halves", "crowded"))
+    first, second = (
+        load.load(tmp_path / name, "cpu").net.state_dict() for name in ("halves", "crowded")
+    )
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 @pytest.mark.parametrize("name", ["unet", "unet_edm2"])
 def test_a_rehearsal_changes_nothing(tmp_path, name):
-    """Not even a network that scales its weights whenever it learns; nor an optimiser, which it lets allocate its state."""
+    """Not even a network that scales its weights whenever it learns; nor an optimiser, which it
+    lets allocate its state.
+    """
     given = tiny(model__name=name, train__gradient_accumulation_steps=2)
     plain, rehearsed = (trainer.run(given, tmp_path / folder, device.start()) for folder in "ab")
     before = {key: value.clone() for key, value in rehearsed.step.net.state_dict().items()}
     rehearsed.step.rehearse(experiment_step.blank(given, 8))
-    assert all(torch.equal(value, before[key]) for key, value in rehearsed.step.net.state_dict().items())
-    assert rehearsed.step.optimizer.state and all(one.grad is None for one in rehearsed.step.parameters)
+    assert all(
+        torch.equal(value, before[key]) for key, value in rehearsed.step.net.state_dict().items()
+    )
+    assert rehearsed.step.optimizer.state and all(
+        one.grad is None for one in rehearsed.step.parameters
+    )
     for made in (plain, rehearsed):
         for step, batch in zip(range(3), made.batches(0), strict=False):
             made.step(step, batch)
-    assert all(torch.equal(a, b) for a, b in zip(plain.step.net.state_dict().values(),
-                                                 rehearsed.step.net.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            plain.step.net.state_dict().values(),
+            rehearsed.step.net.state_dict().values(),
+            strict=True,
+        )
+    )
 
 
-@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell")
+@pytest.mark.skipif(
+    not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="this torch does not tell"
+)
 def test_segments_expand_unless_the_user_says_otherwise():
     """As torch's allocator itself has read it, in processes of their own: it reads once."""
-    code = ("from ddpm.runtime import device; import torch; device.start(device='cpu'); "
-            "print(torch._C._accelerator_getAllocatorSettings())")
+    code = (
+        "from ddpm.runtime import device; import torch; device.start(device='cpu'); "
+        "print(torch._C._accelerator_getAllocatorSettings())"
+    )
     clean = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
     own = "max_split_size_mb:64"
-    cases = ({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": own}, own), ({"PYTORCH_ALLOC_CONF": own}, own)
+    cases = (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": own}, own),
+        ({"PYTORCH_ALLOC_CONF": own}, own),
+    )
     for given, read in cases:
-        done = subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=clean | given,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.strip() == read

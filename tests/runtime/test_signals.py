@@ -18,15 +18,27 @@ from ddpm.runtime.signals import BEGAN, SLACK, Interrupted, Wish
 from ddpm.training import checkpoint
 from support.runs import assert_same_run, rows, run, tiny
 
-EVENTFUL = dict(train__length="8 steps", every__log="2 steps", every__validate="4 steps", every__sample="4 steps",
-                every__evaluate="4 steps", evaluate__likelihood="both", evaluate__likelihood_images=8, sample__steps=5,
-                evaluate__likelihood_evaluations=8, data__cache="none")
+EVENTFUL = dict(
+    train__length="8 steps",
+    every__log="2 steps",
+    every__validate="4 steps",
+    every__sample="4 steps",
+    every__evaluate="4 steps",
+    evaluate__likelihood="both",
+    evaluate__likelihood_images=8,
+    sample__steps=5,
+    evaluate__likelihood_evaluations=8,
+    data__cache="none",
+)
 LONG = dict(  # minutes of drawing
-    diffusion__timesteps=10_000, sample__steps=10_000, every__sample="2 steps", every__log="1 step")
+    diffusion__timesteps=10_000, sample__steps=10_000, every__sample="2 steps", every__log="1 step"
+)
 
 
 def asked_at(made, question, number=signal.SIGUSR1):
-    """Let a run be asked to stop while its network, not learning, is asked for the so-manieth time."""
+    """Let a run be asked to stop while its network, not learning, is asked for the so-manieth
+    time.
+    """
     left = [question]
 
     def count(*_):
@@ -38,31 +50,55 @@ def asked_at(made, question, number=signal.SIGUSR1):
 
 
 def test_stopped_in_every_event_and_continued_to_the_same_bits(tmp_path):
-    """By step 4 the network is asked 6 times by validation, 5 by the grid, 4 by the distance, and then by both likelihoods."""
+    """By step 4 the network is asked 6 times by validation, 5 by the grid, 4 by the distance,
+    and then by both likelihoods.
+    """
     given = tiny(**EVENTFUL)
     run(given, tmp_path / "whole")
-    for question, number in ((5, signal.SIGTERM), (8, signal.SIGINT), (13, signal.SIGUSR1), (80, signal.SIGHUP)):
+    for question, number in (
+        (5, signal.SIGTERM),
+        (8, signal.SIGINT),
+        (13, signal.SIGUSR1),
+        (80, signal.SIGHUP),
+    ):
         made = trainer.run(given, tmp_path / "parts", device.start())
         trainer.track(given, made)
         before = {name: value.clone() for name, value in made.step.net.state_dict().items()}
         asked_at(made, question, number)
         assert finish(made) == INTERRUPTED
         step, path = checkpoint.checkpoints(tmp_path / "parts")[-1]
-        assert checkpoint.load(path)["parts"]["due"]["names"] == ["evaluate", "log", "sample", "validate"], question
-        assert made.start == 0 or step > made.start or all(
-            value.equal(before[name]) for name, value in made.step.net.state_dict().items())  # and not the average
+        assert checkpoint.load(path)["parts"]["due"]["names"] == [
+            "evaluate",
+            "log",
+            "sample",
+            "validate",
+        ], question
+        assert (
+            made.start == 0
+            or step > made.start
+            or all(
+                # and not the average
+                value.equal(before[name])
+                for name, value in made.step.net.state_dict().items()
+            )
+        )
     assert step == 8 and not (tmp_path / "parts" / "final.safetensors").exists()
     assert run(given, tmp_path / "parts")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", "step_00000004.png")
     assert_same_run(tmp_path / "whole", tmp_path / "parts", "nearest_00000008.png")
     seconds = "speed/evaluation_seconds"
-    assert [row | {seconds: 0} for row in rows(tmp_path / "whole")] == [row | {seconds: 0} for row in rows(tmp_path / "parts")]
+    assert [row | {seconds: 0} for row in rows(tmp_path / "whole")] == [
+        row | {seconds: 0} for row in rows(tmp_path / "parts")
+    ]
 
 
 def command(folder, **knobs):
-    given = {key: value for key, value in tiny(**knobs).items()}
-    flags = [f"--config.{key}={value}" for key, value in trainer.configs.flatten(given).items()
-             if value != trainer.configs.flatten(trainer.configs.base())[key] and value != ""]
+    given = dict(tiny(**knobs).items())
+    flags = [
+        f"--config.{key}={value}"
+        for key, value in trainer.configs.flatten(given).items()
+        if value != trainer.configs.flatten(trainer.configs.base())[key] and value != ""
+    ]
     config = Path(__file__).parents[2] / "configs" / "digits.py"
     return [sys.executable, "-m", "ddpm.main", f"--config={config}", *flags, f"--workdir={folder}"]
 
@@ -77,7 +113,12 @@ def wait_for(there, process, seconds=120):
 def test_a_scheduler_waits_for_seconds_in_the_middle_of_a_long_drawing(tmp_path):
     process = subprocess.Popen(command(tmp_path, **LONG), stderr=subprocess.PIPE, text=True)
     try:
-        wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_text(), process)
+        wait_for(
+            lambda: (
+                (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_text()
+            ),
+            process,
+        )
         time.sleep(0.5)  # step 1 is over, and step 2 draws
         asked = time.monotonic()
         process.send_signal(signal.SIGUSR1)
@@ -86,7 +127,10 @@ def test_a_scheduler_waits_for_seconds_in_the_middle_of_a_long_drawing(tmp_path)
         process.kill()
     assert process.returncode == INTERRUPTED and "stopping, by SIGUSR1" in said
     assert time.monotonic() - asked < 20  # 2 on an idle machine; the drawing takes minutes
-    assert "stopped, by SIGUSR1, and saved at step 2; run the same" in (tmp_path / "training.log").read_text()
+    assert (
+        "stopped, by SIGUSR1, and saved at step 2; run the same"
+        in (tmp_path / "training.log").read_text()
+    )
     assert not list(tmp_path.glob("samples/*"))
 
 
@@ -106,31 +150,50 @@ def test_the_hours_end_in_time_and_hours_that_cannot_suffice_are_a_failure(tmp_p
     log = (tmp_path / "training.log").read_text()
     assert "stopped, as train.max_hours=" in log
     assert "is nearly over, and saved at step 1; run the same command to continue" in log
-    assert "and that is too little for the rest of step 1 (log, sample); give more hours, or smaller evaluations" in log
+    assert (
+        "and that is too little for the rest of step 1 (log, sample); give more hours, or smaller "
+        "evaluations" in log
+    )
 
 
 def test_hours_that_are_over_before_the_first_step(tmp_path, capsys):
     assert train_experiment(tiny(train__max_hours=1e-9), tmp_path / "run") == FAILED
-    assert "stopped before the first step, as train.max_hours=1e-09 is nearly over; give more hours" in capsys.readouterr().err
+    assert (
+        "stopped before the first step, as train.max_hours=1e-09 is nearly over; give more hours"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_stopped_while_wandb_waits_for_its_server(tmp_path):
     """A server that takes the connection and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        place = {"WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}", "WANDB_API_KEY": "a" * 40}
-        process = subprocess.Popen(command(tmp_path / "run", wandb__mode="online", **LONG), env=os.environ | place, text=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        place = {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "WANDB_API_KEY": "a" * 40,
+        }
+        process = subprocess.Popen(
+            command(tmp_path / "run", wandb__mode="online", **LONG),
+            env=os.environ | place,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         try:
-            wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file(), process)  # step 2 draws for minutes
+            # step 2 draws for minutes
+            wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file(), process)
             asked = time.monotonic()
             process.send_signal(signal.SIGTERM)
             said = process.communicate(timeout=60)[1]
         finally:
             process.kill()
     assert process.returncode == INTERRUPTED and "stopping, by SIGTERM: saving first" in said
-    assert time.monotonic() - asked < 45  # LEAVE_SECONDS and a few; W&B alone would wait for minutes
-    assert "saved at step 2; run the same command to continue" in (tmp_path / "run" / "training.log").read_text()
+    # LEAVE_SECONDS and a few; W&B alone would wait for minutes
+    assert time.monotonic() - asked < 45
+    assert (
+        "saved at step 2; run the same command to continue"
+        in (tmp_path / "run" / "training.log").read_text()
+    )
 
 
 def test_two_ranks_leave_together(tmp_path):
@@ -138,10 +201,19 @@ def test_two_ranks_leave_together(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     place = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [subprocess.Popen(command(tmp_path, **LONG | dict(sample__steps=200)), env=place | {"RANK": str(rank)})
-             for rank in (0, 1)]
+    ranks = [
+        subprocess.Popen(
+            command(tmp_path, **LONG | dict(sample__steps=200)), env=place | {"RANK": str(rank)}
+        )
+        for rank in (0, 1)
+    ]
     try:
-        wait_for(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_text(), ranks[0])
+        wait_for(
+            lambda: (
+                (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_text()
+            ),
+            ranks[0],
+        )
         ranks[1].send_signal(signal.SIGTERM)
         assert [rank.wait(timeout=60) for rank in ranks] == [INTERRUPTED, INTERRUPTED]
     finally:
@@ -162,7 +234,8 @@ def test_what_nohup_ignores_stays_ignored():
 
 
 def test_what_is_whole_is_not_abandoned_and_the_wish_is_granted_after_it():
-    wish, seen = Wish(), []
+    wish = Wish()
+    seen = []
     with wish.heard():
         with pytest.raises(Interrupted), wish.abandonable():
             with wish.whole():

@@ -1,4 +1,6 @@
-"""Runs become an answer: statistics against scipy, words against known numbers, and reports of real runs."""
+"""Runs become an answer: statistics against scipy, words against known numbers, and reports of
+real runs.
+"""
 
 import csv
 import dataclasses
@@ -78,7 +80,10 @@ def table(path):
 
 def arms(folder, levels, seeds, axis="diffusion__beta_schedule"):
     """Runs whose one measurement is known: `levels[value]` and then the seed's own noise."""
-    made = "digits-1; 16 samples of the EMA weights in float32; ddim, 2 steps, linear spacing, seed 0; against 9 images 1"
+    made = (
+        "digits-1; 16 samples of the EMA weights in float32; ddim, 2 steps, linear spacing, "
+        "seed 0; against 9 images 1"
+    )
     runs = []
     for number, (value, level) in enumerate(levels.items()):
         noise = np.random.default_rng(number).normal(0, 0.1, seeds)
@@ -97,8 +102,11 @@ def test_intervals_and_p_values_are_those_of_scipy():
         first, second = random.normal(size=(2, n))
         mean, half = statistics.interval(first)
         low, high = scipy.stats.t.interval(0.95, n - 1, first.mean(), scipy.stats.sem(first))
-        assert (mean - half, mean + half) == pytest.approx((low, high))  # the same formula in another order of sums
-        assert statistics.paired_p(list(second - first)) == pytest.approx(scipy.stats.ttest_rel(second, first).pvalue)
+        # the same formula in another order of sums
+        assert (mean - half, mean + half) == pytest.approx((low, high))
+        assert statistics.paired_p(list(second - first)) == pytest.approx(
+            scipy.stats.ttest_rel(second, first).pvalue
+        )
     assert statistics.interval([3.0]) == (3.0, None)
     assert statistics.paired_p([0.0, 0.0, 0.0]) == 1 and statistics.paired_p([1.0, 1.0, 1.0]) == 0
 
@@ -110,11 +118,17 @@ def test_holm_by_hand():
 
 
 def test_the_smallest_visible_difference_is_seen_half_of_the_time_after_the_correction():
-    """600 studies of 30 comparisons over three seeds, one of them with a difference of the size that is told; scipy's test."""
-    count, seeds = 30, 3
+    """600 studies of 30 comparisons over three seeds, one of them with a difference of the size
+    that is told; scipy's test.
+    """
+    count = 30
+    seeds = 3
     noise = np.random.default_rng(0).normal(size=(600, count, seeds))
     halves = scipy.stats.t.ppf(0.975, seeds - 1) * scipy.stats.sem(noise, axis=2)
-    gaps = [[statistics.Difference(None, None, 0, half, 0, seeds, 1) for half in study] for study in halves]
+    gaps = [
+        [statistics.Difference(None, None, 0, half, 0, seeds, 1) for half in study]
+        for study in halves
+    ]
     visible = [statistics.Comparison([], [], [], "eval/fid", study).visible for study in gaps]
     first, alone, counted = np.median(visible, axis=0)
 
@@ -122,63 +136,112 @@ def test_the_smallest_visible_difference_is_seen_half_of_the_time_after_the_corr
         ps = scipy.stats.ttest_1samp(noise + size * np.eye(count)[0][:, None], 0, axis=2).pvalue
         return np.mean([statistics.holm(list(study))[0] < 0.05 for study in ps])
 
-    assert counted == count and first / alone == pytest.approx(24.5 / 4.303, rel=2e-3)  # t(2) of a table
+    # t(2) of a table
+    assert counted == count and first / alone == pytest.approx(24.5 / 4.303, rel=2e-3)
     assert seen(first) == pytest.approx(0.5, abs=0.06)  # three standard errors of 600 studies
     assert seen(alone) < 0.1
 
 
 def test_limits_count_the_correction(tmp_path):
-    found = statistics.compare(arms(tmp_path / "three", {"cosine": 5.0, "linear": 6.0, "sigmoid": 5.1}, 5))
+    found = statistics.compare(
+        arms(tmp_path / "three", {"cosine": 5.0, "linear": 6.0, "sigmoid": 5.1}, 5)
+    )
     half = np.median([gap.half for gap in found.gaps])
     more = half * scipy.stats.t.ppf(1 - 0.025 / 3, 4) / scipy.stats.t.ppf(0.975, 4)
     said = next(report.limits(found))
-    assert f"below about {more:.2g} would mostly have stayed unseen. That counts the correction for 3 comparisons" in said
+    assert (
+        f"below about {more:.2g} would mostly have stayed unseen. That counts the correction for "
+        "3 comparisons" in said
+    )
     assert said.endswith(f"a single comparison, uncorrected, {half:.2g}.")
     found = statistics.compare(arms(tmp_path / "two", {"cosine": 5.0, "linear": 6.0}, 5))
-    assert next(report.limits(found)).endswith(f"below about {found.gaps[0].half:.2g} would mostly have stayed unseen.")
+    assert next(report.limits(found)).endswith(
+        f"below about {found.gaps[0].half:.2g} would mostly have stayed unseen."
+    )
 
 
 def test_a_perfect_generator_stands_in_the_protocol_and_the_old_floor_nowhere(tmp_path):
-    new = {"eval/fd_digits_perfect": 0.1784, "eval/fd_digits_perfect_sd": 0.054, "eval/copying": 0.3,
-           "eval/copying_perfect": 0.5, "eval/copying_perfect_sd": 0.023}
-    for name, more in (("old", {"eval/fd_digits_floor": 0.114, "eval/copying": 0.3, "eval/copies": 0.04}), ("new", new)):
+    new = {
+        "eval/fd_digits_perfect": 0.1784,
+        "eval/fd_digits_perfect_sd": 0.054,
+        "eval/copying": 0.3,
+        "eval/copying_perfect": 0.5,
+        "eval/copying_perfect_sd": 0.023,
+    }
+    for name, more in (
+        ("old", {"eval/fd_digits_floor": 0.114, "eval/copying": 0.3, "eval/copies": 0.04}),
+        ("new", new),
+    ):
         runs = arms(tmp_path / name, {"cosine": 5.0, "linear": 6.0}, 3)
-        found = statistics.compare([dataclasses.replace(run, rows=[run.rows[0] | more]) for run in runs])
+        found = statistics.compare(
+            [dataclasses.replace(run, rows=[run.rows[0] | more]) for run in runs]
+        )
         columns = tables.columns(found.groups, lambda run: 1)
-        text = report.readme(name, "?", found, columns, [], {"commit": "", "torch": "2", "machine": "m"}, [], "")
-        assert found.metric == "eval/fd_digits" and "0.114" not in text + tables.csv(found.groups, columns)
-        perfect = "would get copying 0.500 ± 0.023 and FD (digits) 0.178 ± 0.054 (± standard deviation of one evaluation)"
-        assert (perfect in text, "copies: not measured, as fewer than 19" in text) == (name == "new",) * 2
+        text = report.readme(
+            name, "?", found, columns, [], {"commit": "", "torch": "2", "machine": "m"}, [], ""
+        )
+        assert found.metric == "eval/fd_digits" and "0.114" not in text + tables.csv(
+            found.groups, columns
+        )
+        perfect = (
+            "would get copying 0.500 ± 0.023 and FD (digits) 0.178 ± 0.054 (± standard "
+            "deviation of one evaluation)"
+        )
+        assert (perfect in text, "copies: not measured, as fewer than 19" in text) == (
+            name == "new",
+        ) * 2
         heads = tables.csv(found.groups, columns).partition("\n")[0].split(",")
-        assert ("eval/fd_digits_perfect" in heads) == (name == "new") and "eval/fd_digits_floor" not in heads
+        assert ("eval/fd_digits_perfect" in heads) == (
+            name == "new"
+        ) and "eval/fd_digits_floor" not in heads
         assert "eval/fd_digits_perfect low" not in heads and "eval/fd_digits low" in heads
 
 
-def test_distances_of_which_some_rest_on_fewer_images_do_not_mix_with_those_that_rest_on_all(tmp_path):
+def test_distances_of_which_some_rest_on_fewer_images_do_not_mix_with_those_that_rest_on_all(
+    tmp_path,
+):
     """Until 2026-11 all numbers of a large data set rested on 50,000 of its images."""
     runs = arms(tmp_path, {"cosine": 5.0, "linear": 6.0}, 3)
     assert compatibility.made(runs[0].rows[0]["eval/made"])["images"] == "9"
     other = runs[0].rows[0]["eval/made"] + ", by 5 of them except for the Frechet distance"
     with pytest.raises(ValueError, match="kept is 5 in .*; something else in "):
-        statistics.compare([dataclasses.replace(runs[0], rows=[runs[0].rows[0] | {"eval/made": other}]), *runs[1:]])
+        statistics.compare(
+            [dataclasses.replace(runs[0], rows=[runs[0].rows[0] | {"eval/made": other}]), *runs[1:]]
+        )
 
 
 def test_a_difference_larger_than_the_noise_is_said_and_one_within_it_is_not(tmp_path):
-    """Seeds shift all schedules alike, by ten times the noise between pairs: only the pairing can see what is there."""
+    """Seeds shift all schedules alike, by ten times the noise between pairs: only the pairing
+    can see what is there.
+    """
     found = statistics.compare(arms(tmp_path, {"cosine": 5.0, "linear": 6.0, "sigmoid": 5.1}, 5))
     words = report.differences(found)
     assert [line.partition(":")[0] for line in words] == [
-        "cosine is better than linear", "cannot tell cosine from sigmoid", "sigmoid is better than linear"]
+        "cosine is better than linear",
+        "cannot tell cosine from sigmoid",
+        "sigmoid is better than linear",
+    ]
     ps = []
     for gap in found.gaps:
-        ones, others = ([run.final("eval/fd_digits") for run in group.runs] for group in (gap.worse, gap.better))
+        ones, others = (
+            [run.final("eval/fd_digits") for run in group.runs] for group in (gap.worse, gap.better)
+        )
         expected = scipy.stats.ttest_rel(ones, others)
-        assert (gap.by - gap.half, gap.by + gap.half) == pytest.approx(tuple(expected.confidence_interval()))
+        assert (gap.by - gap.half, gap.by + gap.half) == pytest.approx(
+            tuple(expected.confidence_interval())
+        )
         ps.append(expected.pvalue)
     assert [gap.p for gap in found.gaps] == pytest.approx(statistics.holm(ps))
-    assert "in 5 of 5 seeds" in words[0] and "lies within the noise" in words[1] and "5 seeds" in words[1]
+    assert (
+        "in 5 of 5 seeds" in words[0]
+        and "lies within the noise" in words[1]
+        and "5 seeds" in words[1]
+    )
     answer = report.answer(found)
-    assert answer.startswith("cosine has the lowest mean, FD (digits) 7.0") and "better than linear" in answer
+    assert (
+        answer.startswith("cosine has the lowest mean, FD (digits) 7.0")
+        and "better than linear" in answer
+    )
     assert "cannot be told from sigmoid" in answer
 
 
@@ -186,7 +249,9 @@ def test_a_difference_larger_than_the_noise_is_said_and_one_within_it_is_not(tmp
 def test_with_few_seeds_it_cannot_tell(tmp_path, seeds):
     found = statistics.compare(arms(tmp_path, {"cosine": 5.0, "linear": 60.0}, seeds))
     assert not any(gap.clear for gap in found.gaps)
-    assert report.answer(found).startswith(f"Cannot tell: {seeds} seed") and report.differences(found) == [report.answer(found)]
+    assert report.answer(found).startswith(f"Cannot tell: {seeds} seed") and report.differences(
+        found
+    ) == [report.answer(found)]
 
 
 def test_a_name_too_long_for_a_figure_is_its_row_of_the_table(tmp_path):
@@ -194,22 +259,32 @@ def test_a_name_too_long_for_a_figure_is_its_row_of_the_table(tmp_path):
     levels = {"adam": 1.0, long: 2.0}
     assert len(long) > statistics.LONGEST_NAME
     groups = statistics.compare(arms(tmp_path, levels, 3, "train__optimizer")).groups
-    assert {group.short for group in groups} == {"adam", f"row {1 + [group.name for group in groups].index(long)}"}
+    assert {group.short for group in groups} == {
+        "adam",
+        f"row {1 + [group.name for group in groups].index(long)}",
+    }
     rows = tables.table(groups, [])
     assert rows[0][:2] == ["row", "optimizer"] and [row[:2] for row in rows[1:]] == [
-        [str(group.row), group.name] for group in groups]
-    few = statistics.compare(arms(tmp_path / "few", {"adam": 1.0, "adamw": 2.0}, 3, "train__optimizer")).groups
+        [str(group.row), group.name] for group in groups
+    ]
+    few = statistics.compare(
+        arms(tmp_path / "few", {"adam": 1.0, "adamw": 2.0}, 3, "train__optimizer")
+    ).groups
     assert tables.table(few, [])[0] == ["optimizer", "seeds"]
 
 
 def test_which_settings_are_compared(tmp_path):
-    """On a numeric axis neighbours; of many words each with the reference; one that differs in more, with all others.
+    """On a numeric axis neighbours; of many words each with the reference; one that differs in
+    more, with all others.
 
     And a setting with one seed is not called the lowest where others have three.
     """
 
     def compared(runs, **how):
-        return {tuple(sorted((gap.better.name, gap.worse.name))) for gap in statistics.compare(runs, **how).gaps}
+        return {
+            tuple(sorted((gap.better.name, gap.worse.name)))
+            for gap in statistics.compare(runs, **how).gaps
+        }
 
     decays = arms(tmp_path / "decays", {0.9: 1, 0.99: 2, 0.999: 3}, 3, "ema__decay")
     assert compared(decays) == {("decay 0.9", "decay 0.99"), ("decay 0.99", "decay 0.999")}
@@ -217,53 +292,112 @@ def test_which_settings_are_compared(tmp_path):
     schedules = arms(tmp_path / "schedules", words, 3)
     assert len(compared(schedules)) == 10
     assert compared(schedules, reference={"diffusion.beta_schedule": "quadratic"}) == {
-        tuple(sorted(("quadratic", word))) for word in words if word != "quadratic"}
+        tuple(sorted(("quadratic", word))) for word in words if word != "quadratic"
+    }
     far = written(tmp_path, "far", {"ema__decay": 0.5, "diffusion__predict": "v"}, decays[0].rows)
-    assert report.answer(statistics.compare([*decays, far])).startswith("eps, decay 0.9 has the lowest mean, FD (digits) ")
-    assert compared([*decays, far]) >= {tuple(sorted(("v, decay 0.5", f"eps, decay {decay}"))) for decay in (0.9, 0.99, 0.999)}
+    assert report.answer(statistics.compare([*decays, far])).startswith(
+        "eps, decay 0.9 has the lowest mean, FD (digits) "
+    )
+    assert compared([*decays, far]) >= {
+        tuple(sorted(("v, decay 0.5", f"eps, decay {decay}"))) for decay in (0.9, 0.99, 0.999)
+    }
 
 
 def test_the_weakest_comparison_and_the_trend_are_said(tmp_path):
-    three = statistics.compare(arms(tmp_path / "three", {"cosine": 5.0, "linear": 9.0, "sigmoid": 6.0}, 5))
+    three = statistics.compare(
+        arms(tmp_path / "three", {"cosine": 5.0, "linear": 9.0, "sigmoid": 6.0}, 5)
+    )
     weakest = max(gap.p for gap in three.gaps if gap.better.name == "cosine")
     assert weakest == max(gap.p for gap in three.gaps if gap.worse.name == "sigmoid")
-    assert (f"better than linear and sigmoid (least certain against sigmoid, {report.p_of(weakest)} after correction, 5 seeds"
-            in report.answer(three))
-    decays = statistics.compare(arms(tmp_path / "decays", {0.99: 1, 0.9: 2, 0.999: 30}, 3, "ema__decay"))
+    assert (
+        f"better than linear and sigmoid (least certain against sigmoid, {report.p_of(weakest)} "
+        "after correction, 5 seeds" in report.answer(three)
+    )
+    decays = statistics.compare(
+        arms(tmp_path / "decays", {0.99: 1, 0.9: 2, 0.999: 30}, 3, "ema__decay")
+    )
     means = " → ".join(f"{group.final('eval/fd_digits')[0]:.1f}" for group in decays.groups)
-    assert report.answer_and_trends(decays).endswith(f". FD (digits) along decay 0.9, 0.99, 0.999: {means}.")
+    assert report.answer_and_trends(decays).endswith(
+        f". FD (digits) along decay 0.9, 0.99, 0.999: {means}."
+    )
 
 
 def test_a_run_that_repeats_another_and_a_measurement_among_trainings_are_left_out(tmp_path):
     runs = arms(tmp_path, {"cosine": 5.0, "linear": 9.0}, 3)
-    runs.append(written(tmp_path, "twin", {"seed": 1, "diffusion__beta_schedule": "cosine"}, runs[1].rows))
-    runs.append(written(tmp_path, "measured", {"seed": 3, "diffusion__beta_schedule": "cosine"}, [
-        {key: value for key, value in runs[0].rows[0].items() if key == "step" or key.startswith("eval/")}]))
+    runs.append(
+        written(tmp_path, "twin", {"seed": 1, "diffusion__beta_schedule": "cosine"}, runs[1].rows)
+    )
+    runs.append(
+        written(
+            tmp_path,
+            "measured",
+            {"seed": 3, "diffusion__beta_schedule": "cosine"},
+            [
+                {
+                    key: value
+                    for key, value in runs[0].rows[0].items()
+                    if key == "step" or key.startswith("eval/")
+                }
+            ],
+        )
+    )
     found = statistics.compare(runs)
     assert {run.name: run.fault for run in found.runs if run.fault} == {
         "twin": "repeats cosine-1, with the same knobs and seeds",
-        "measured": "measures a checkpoint, and others are trainings: compare those by themselves"}
+        "measured": "measures a checkpoint, and others are trainings: compare those by themselves",
+    }
     assert [len(group.runs) for group in found.groups] == [3, 3]
 
 
 @pytest.mark.parametrize("first, shown", [(9.0, False), (1.0, True)])
 def test_best_values_are_shown_where_they_are_not_the_last(tmp_path, first, shown):
-    runs = [written(tmp_path, str(seed), {"seed": seed}, [{"step": 6, "eval/fd_digits": first}, DONE | {"eval/fd_digits": 5.0}])
-            for seed in range(3)]
+    runs = [
+        written(
+            tmp_path,
+            str(seed),
+            {"seed": seed},
+            [{"step": 6, "eval/fd_digits": first}, DONE | {"eval/fd_digits": 5.0}],
+        )
+        for seed in range(3)
+    ]
     found = statistics.compare(runs)
     columns = tables.columns(found.groups, lambda run: 1)
     assert "best eval/fd_digits" in tables.csv(found.groups, columns).splitlines()[0]
-    text = report.readme("best", "?", found, columns, [], {"commit": "", "torch": "2", "machine": "the test's"}, [], "")
-    assert ("best FD (digits)" in text) is shown and ("a run's best is its last" in text) is not shown
+    text = report.readme(
+        "best",
+        "?",
+        found,
+        columns,
+        [],
+        {"commit": "", "torch": "2", "machine": "the test's"},
+        [],
+        "",
+    )
+    assert ("best FD (digits)" in text) is shown and (
+        "a run's best is its last" in text
+    ) is not shown
     assert ("so they flatter" in text) is shown
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
 def test_curves_have_bands_where_seeds_show_the_noise(tmp_path, seeds):
-    """Of two seeds the interval, 12.7 standard errors, would leave the axes: no band, and the caption says so."""
-    runs = [written(tmp_path, f"{lr}-{seed}", {"seed": seed, "train__learning_rate": lr}, [
-        DONE | {"step": step, "eval/fid": 1.0 + lr + 0.1 * seed, "progress/epoch": step / 12} for step in (6, 12)])
-        for lr in (0.1, 0.2) for seed in range(seeds)]
+    """Of two seeds the interval, 12.7 standard errors, would leave the axes: no band, and the
+    caption says so.
+    """
+    runs = [
+        written(
+            tmp_path,
+            f"{lr}-{seed}",
+            {"seed": seed, "train__learning_rate": lr},
+            [
+                DONE
+                | {"step": step, "eval/fid": 1.0 + lr + 0.1 * seed, "progress/epoch": step / 12}
+                for step in (6, 12)
+            ],
+        )
+        for lr in (0.1, 0.2)
+        for seed in range(seeds)
+    ]
     found = statistics.compare(runs)
     bands = [len(axis.collections) for axis in figures.curves(found.groups, ["eval/fid"]).axes]
     assert set(bands) == {2 if seeds >= studies_runs.FEWEST else 0}
@@ -274,7 +408,9 @@ def test_curves_have_bands_where_seeds_show_the_noise(tmp_path, seeds):
 def test_titles_of_samples_keep_off_the_edge(tmp_path):
     run = written(tmp_path, "a", {}, [DONE | {"eval/fid": 1.0}])
     Image.new("L", (40, 40)).save(tmp_path / "step_00000012.png")
-    group = statistics.grouped([dataclasses.replace(run, grid=tmp_path / "step_00000012.png")], ["seed"])
+    group = statistics.grouped(
+        [dataclasses.replace(run, grid=tmp_path / "step_00000012.png")], ["seed"]
+    )
     figure = figures.samples(group, 0)
     figure.draw_without_rendering()
     title = figure.axes[0].title.get_window_extent()
@@ -284,10 +420,20 @@ def test_titles_of_samples_keep_off_the_edge(tmp_path):
 def test_losses_of_different_schedules_decide_nothing(tmp_path):
     runs = []
     for schedule in ("cosine", "linear"):
-        runs += [written(tmp_path, f"{schedule}-{seed}", {"diffusion__beta_schedule": schedule, "seed": seed},
-                         [DONE | {"val/loss_ema": 0.1 + len(schedule)}]) for seed in range(3)]
+        runs += [
+            written(
+                tmp_path,
+                f"{schedule}-{seed}",
+                {"diffusion__beta_schedule": schedule, "seed": seed},
+                [DONE | {"val/loss_ema": 0.1 + len(schedule)}],
+            )
+            for seed in range(3)
+        ]
     found = statistics.compare(runs)
-    assert found.metric == "val/loss_ema" and "is another quantity for each `diffusion.beta_schedule`" in report.answer(found)
+    assert (
+        found.metric == "val/loss_ema"
+        and "is another quantity for each `diffusion.beta_schedule`" in report.answer(found)
+    )
 
 
 # real runs
@@ -295,34 +441,69 @@ def test_losses_of_different_schedules_decide_nothing(tmp_path):
 
 def test_the_report_of_a_study(here, capsys):
     found = compare("experiments/schedules.yaml", machine="the test's")
-    out, home = capsys.readouterr().out, here / "experiments" / "schedules"
+    out = capsys.readouterr().out
+    home = here / "experiments" / "schedules"
     readme = (home / "README.md").read_text()
     answer = report.answer(found)
-    assert f"**Answer.** {answer}" in readme and f"Answer: {answer}" in out and "the test's" in readme
-    assert "6 runs: 2 settings of `diffusion.beta_schedule`, 3 seeds" in readme and "## Left out" not in readme
+    assert (
+        f"**Answer.** {answer}" in readme and f"Answer: {answer}" in out and "the test's" in readme
+    )
+    assert (
+        "6 runs: 2 settings of `diffusion.beta_schedule`, 3 seeds" in readme
+        and "## Left out" not in readme
+    )
     rows = table(home / "results.csv")
-    assert [row["diffusion.beta_schedule"] for row in rows] == ["linear", "cosine"] and rows[0]["seeds"] == "3"
-    last = [json.loads((here / "runs" / "schedules" / f"beta_schedule=cosine-seed={seed}" / "metrics.jsonl").read_text()
-                       .splitlines()[-1]) for seed in range(3)]
-    for key in ("eval/fd_digits", "eval/kd_digits", "eval/copying", "val/loss", "val/loss_ema", "progress/petaflop"):
-        assert float(rows[1][key]) == pytest.approx(np.mean([row[key] for row in last]), rel=1e-5)  # six digits are written
-    low, high = scipy.stats.t.interval(0.95, 2, np.mean([row["val/loss"] for row in last]),
-                                       scipy.stats.sem([row["val/loss"] for row in last]))
-    assert (float(rows[1]["val/loss low"]), float(rows[1]["val/loss high"])) == pytest.approx((low, high), rel=1e-5)
+    assert [row["diffusion.beta_schedule"] for row in rows] == ["linear", "cosine"] and rows[0][
+        "seeds"
+    ] == "3"
+    last = [
+        json.loads(
+            (here / "runs" / "schedules" / f"beta_schedule=cosine-seed={seed}" / "metrics.jsonl")
+            .read_text()
+            .splitlines()[-1]
+        )
+        for seed in range(3)
+    ]
+    for key in (
+        "eval/fd_digits",
+        "eval/kd_digits",
+        "eval/copying",
+        "val/loss",
+        "val/loss_ema",
+        "progress/petaflop",
+    ):
+        # six digits are written
+        assert float(rows[1][key]) == pytest.approx(np.mean([row[key] for row in last]), rel=1e-5)
+    low, high = scipy.stats.t.interval(
+        0.95,
+        2,
+        np.mean([row["val/loss"] for row in last]),
+        scipy.stats.sem([row["val/loss"] for row in last]),
+    )
+    assert (float(rows[1]["val/loss low"]), float(rows[1]["val/loss high"])) == pytest.approx(
+        (low, high), rel=1e-5
+    )
     assert float(rows[1]["best eval/fd_digits"]) <= float(rows[1]["eval/fd_digits"])
-    net = build.network(config_files.from_json((here / "runs/schedules/beta_schedule=cosine-seed=0/config.json").read_text()))
+    net = build.network(
+        config_files.from_json(
+            (here / "runs/schedules/beta_schedule=cosine-seed=0/config.json").read_text()
+        )
+    )
     assert int(rows[1]["parameters"]) == sum(parameter.numel() for parameter in net.parameters())
     for name in ("settings.png", "curves.png", "samples.png"):
         assert f"]({name})" in readme
         with Image.open(home / name) as picture:
             assert min(picture.size) > 200
-    assert sorted(path.name for path in (home / "runs" / "beta_schedule=cosine-seed=2").rglob("*.*")) == [
-        "config.json", "metrics.jsonl", "step_00000012.png"]
+    assert sorted(
+        path.name for path in (home / "runs" / "beta_schedule=cosine-seed=2").rglob("*.*")
+    ) == ["config.json", "metrics.jsonl", "step_00000012.png"]
 
 
 def test_the_report_is_made_again_from_what_it_keeps_byte_for_byte(here, tmp_path):
     compare("experiments/schedules.yaml")
-    before = {path: path.read_bytes() for path in (here / "experiments").rglob("*.*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in (here / "experiments").rglob("*.*") if path.is_file()
+    }
     shutil.rmtree(here / "runs")
     compare("experiments/schedules.yaml")
     assert {path: path.read_bytes() for path in before} == before
@@ -334,7 +515,9 @@ def test_the_report_is_made_again_from_what_it_keeps_byte_for_byte(here, tmp_pat
 
 
 def test_runs_elsewhere(here, capsys):
-    """--runs is the same folder for ddpm.sweep and ddpm.compare, and the report's commands have it; the study's own will do."""
+    """--runs is the same folder for ddpm.sweep and ddpm.compare, and the report's commands have
+    it; the study's own will do.
+    """
     (here / "runs").rename("elsewhere")
     compare("experiments/schedules.yaml", runs="elsewhere")
     readme = (here / "experiments/schedules/README.md").read_text()
@@ -356,15 +539,20 @@ def test_what_is_missing_or_broken_is_named_and_left_out(here, capsys):
     (runs / "beta_schedule=linear-seed=1" / "config.json").unlink()
     spoil("beta_schedule=linear-seed=2", lambda text: "".join(text.splitlines(keepends=True)[:-1]))
     spoil("beta_schedule=cosine-seed=0", lambda text: text[:-20])
-    spoil("beta_schedule=cosine-seed=1", lambda text: text.replace('"eval/fd_digits": 2', '"eval/fd_digits": null, "was": 2'))
+    spoil(
+        "beta_schedule=cosine-seed=1",
+        lambda text: text.replace('"eval/fd_digits": 2', '"eval/fd_digits": null, "was": 2'),
+    )
     found = compare("experiments/schedules.yaml")
     out = capsys.readouterr().out.splitlines()
     readme = (here / "experiments" / "schedules" / "README.md").read_text()
-    for line in ("beta_schedule=linear-seed=0: no run",
-                 "beta_schedule=linear-seed=1: holds no run: there is no config.json in it",
-                 "beta_schedule=linear-seed=2: ends at step 8 of 12",
-                 "beta_schedule=cosine-seed=0: metrics.jsonl is torn after 3 rows",
-                 "beta_schedule=cosine-seed=1: eval/fd_digits is not finite at the end"):
+    for line in (
+        "beta_schedule=linear-seed=0: no run",
+        "beta_schedule=linear-seed=1: holds no run: there is no config.json in it",
+        "beta_schedule=linear-seed=2: ends at step 8 of 12",
+        "beta_schedule=cosine-seed=0: metrics.jsonl is torn after 3 rows",
+        "beta_schedule=cosine-seed=1: eval/fd_digits is not finite at the end",
+    ):
         assert f"left out: {line}" in out and f"- {line}\n" in readme
     assert [run.name for run in found.counted] == ["beta_schedule=cosine-seed=2"]
     before = (here / "experiments" / "schedules" / "README.md").read_bytes()
@@ -373,20 +561,25 @@ def test_what_is_missing_or_broken_is_named_and_left_out(here, capsys):
     assert (here / "experiments" / "schedules" / "README.md").read_bytes() == before
 
 
-@pytest.mark.parametrize("said, fault", [
-    ({"progress/epoch": "x", "progress/images": {}}, "metrics.jsonl is torn after 1 rows"),
-    ({"step": 10**400}, "metrics.jsonl is torn after 1 rows"),
-    ({"progress/epoch": "x", "progress/images": "y"}, ""),
-    ({"progress/epoch": 1e-320, "progress/images": 1e308}, ""),
-    ({"step": 12, "progress/petaflop": 1e308}, ""),
-    ({"eval/fid": 1e308}, "eval/fid is not finite at the end"),
-    ({"eval/fid": "low"}, "eval/fid is not finite at the end"),
-])
+@pytest.mark.parametrize(
+    "said, fault",
+    [
+        ({"progress/epoch": "x", "progress/images": {}}, "metrics.jsonl is torn after 1 rows"),
+        ({"step": 10**400}, "metrics.jsonl is torn after 1 rows"),
+        ({"progress/epoch": "x", "progress/images": "y"}, ""),
+        ({"progress/epoch": 1e-320, "progress/images": 1e308}, ""),
+        ({"step": 12, "progress/petaflop": 1e308}, ""),
+        ({"eval/fid": 1e308}, "eval/fid is not finite at the end"),
+        ({"eval/fid": "low"}, "eval/fid is not finite at the end"),
+    ],
+)
 def test_rows_of_strangers_are_left_out_or_read(said, fault, tmp_path):
     row = DONE | {"eval/fid": 1.0, "eval/made": "a"}
     for seed in range(3):
         written(tmp_path, f"mine-{seed}", {"seed": seed}, [row])
-    theirs = written(tmp_path, "theirs", {"seed": 3}, [DONE | {"step": 0, "progress/petaflop": 1.0}, row | said])
+    theirs = written(
+        tmp_path, "theirs", {"seed": 3}, [DONE | {"step": 0, "progress/petaflop": 1.0}, row | said]
+    )
     found = compare(*map(str, tmp_path.iterdir()))
     assert [run.fault for run in found.runs if run.name == theirs.name] == [fault]
 
@@ -395,11 +588,18 @@ def png(width, height):
     """A PNG that claims a size and has no pixels."""
     chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        for chunk in chunks
+    )
 
 
 def test_samples_of_strangers_are_left_out_of_the_figure(tmp_path):
-    contents = {"too large": png(200_000, 200_000), "truncated": png(8, 8), "no image": b"words", "thin": b"words"}
+    contents = {
+        "too large": png(200_000, 200_000),
+        "truncated": png(8, 8),
+        "no image": b"words",
+        "thin": b"words",
+    }
     for steps, (name, content) in enumerate(contents.items(), 1):
         written(tmp_path, name, {"sample__steps": steps}, [DONE | {"eval/fid": 1.0}])
         (tmp_path / name / "samples").mkdir()
@@ -417,7 +617,9 @@ class Foreign:
     """A run of a W&B server that means harm, as its public API gives it."""
 
     def __init__(self, path, step=12):
-        self.config, self.path, self.step = {"config.seed": 1}, path, step
+        self.config = {"config.seed": 1}
+        self.path = path
+        self.step = step
 
     def scan_history(self):
         return [{"train/step": self.step, "eval/fid": 1.0, "samples": {"path": self.path}}]
@@ -426,16 +628,28 @@ class Foreign:
         raise AssertionError(names)
 
 
-@pytest.mark.parametrize("path, step", [("../../harm.png", 12), ("/etc/harm", 12), ("media/images/../x", 12),
-                                        (["media/images/a.png"], 12), ("media/images/a.png", "12")])
+@pytest.mark.parametrize(
+    "path, step",
+    [
+        ("../../harm.png", 12),
+        ("/etc/harm", 12),
+        ("media/images/../x", 12),
+        (["media/images/a.png"], 12),
+        ("media/images/a.png", "12"),
+    ],
+)
 def test_a_server_names_no_file_outside_its_folder(path, step, tmp_path, capsys):
     keep_wandb(Foreign(path, step), tmp_path / "run")
-    assert capsys.readouterr().out.startswith("left out: the samples of run, which W&B does not keep at ")
+    assert capsys.readouterr().out.startswith(
+        "left out: the samples of run, which W&B does not keep at "
+    )
 
 
 def test_how_a_number_was_made_is_told_by_words(tmp_path):
     for number, made in enumerate(("a", 5)):
-        written(tmp_path, str(number), {"seed": number}, [DONE | {"eval/fid": 1.0, "eval/made": made}])
+        written(
+            tmp_path, str(number), {"seed": number}, [DONE | {"eval/fid": 1.0, "eval/made": made}]
+        )
     with pytest.raises(ValueError, match="do not compare: eval/made is a in 0; 5 in 1"):
         compare(str(tmp_path))
     nearly = "a; 1 samples of the b weights in c; " + "d, 1 steps, " * 9000
@@ -445,52 +659,95 @@ def test_how_a_number_was_made_is_told_by_words(tmp_path):
 def test_numbers_made_in_different_ways_are_refused(here):
     path = here / "runs" / "schedules" / "beta_schedule=linear-seed=2" / "metrics.jsonl"
     text = path.read_text()
-    for part, there, other in (("extractor", "digits-e5", "digits-00"), ("samples", "16 samples", "17 samples"), (
-            "sampler", "ddim,", "ddpm,"), ("steps", "2 steps", "3 steps"), ("data", "images 1b", "images 2b")):
+    for part, there, other in (
+        ("extractor", "digits-e5", "digits-00"),
+        ("samples", "16 samples", "17 samples"),
+        ("sampler", "ddim,", "ddpm,"),
+        ("steps", "2 steps", "3 steps"),
+        ("data", "images 1b", "images 2b"),
+    ):
         assert there in text
         path.write_text(text.replace(there, other))
-        with pytest.raises(ValueError, match=f"do not compare: {part} is .* in beta_schedule=.*linear-seed=2") as caught:
+        with pytest.raises(
+            ValueError, match=f"do not compare: {part} is .* in beta_schedule=.*linear-seed=2"
+        ) as caught:
             compare("experiments/schedules.yaml")
         assert "\n" not in str(caught.value) and not (here / "experiments" / "schedules").exists()
 
 
 def test_a_study_over_how_trainings_are_measured(tmp_path, monkeypatch):
-    """Every run counts: what the study varies is the setting, and repeats nothing; the same runs alone do not compare."""
+    """Every run counts: what the study varies is the setting, and repeats nothing; the same runs
+    alone do not compare.
+    """
     monkeypatch.chdir(tmp_path)
     Path("tiny.py").write_text(CONFIG)
-    text = STUDY.replace("config.diffusion.beta_schedule: {{values: [linear, cosine]}}",
-                         "config.evaluate.steps: {{values: [2, 5]}}").replace("[0, 1, 2]", "[3]")
+    text = STUDY.replace(
+        "config.diffusion.beta_schedule: {{values: [linear, cosine]}}",
+        "config.evaluate.steps: {{values: [2, 5]}}",
+    ).replace("[0, 1, 2]", "[3]")
     Path("steps.yaml").write_text(text.format(config="tiny.py"))
     wanted = studies_study.read("steps.yaml")
     for point in wanted.grid():
         assert run(wanted.config(point), wanted.folder() / wanted.run_name(point))
     found = compare("steps.yaml", out="report")
-    assert [group.setting for group in found.groups] == [{"evaluate.steps": 2}, {"evaluate.steps": 5}]
-    assert not any(run.fault for run in found.runs) and "## Left out" not in Path("report/README.md").read_text()
+    assert [group.setting for group in found.groups] == [
+        {"evaluate.steps": 2},
+        {"evaluate.steps": 5},
+    ]
+    assert (
+        not any(run.fault for run in found.runs)
+        and "## Left out" not in Path("report/README.md").read_text()
+    )
     ways = [run.made("eval/made")[-1] for run in found.counted]
-    assert "2 steps" in ways[0] and "5 steps" in ways[1] and len({run.final("eval/fd_digits") for run in found.counted}) == 2
-    with pytest.raises(ValueError, match="steps is 2 in .*; give all runs the same config.evaluate.steps, or measure their"):
+    assert (
+        "2 steps" in ways[0]
+        and "5 steps" in ways[1]
+        and len({run.final("eval/fd_digits") for run in found.counted}) == 2
+    )
+    with pytest.raises(
+        ValueError,
+        match="steps is 2 in .*; give all runs the same config.evaluate.steps, or measure their",
+    ):
         compare("runs/steps")
 
 
-@pytest.mark.parametrize("knob, values", [
-    ("data.num_workers", (0, 2)), ("evaluate.budget", (0.1, 0.2)), ("every.log", ("1 steps", "2 steps"))])
+@pytest.mark.parametrize(
+    "knob, values",
+    [
+        ("data.num_workers", (0, 2)),
+        ("evaluate.budget", (0.1, 0.2)),
+        ("every.log", ("1 steps", "2 steps")),
+    ],
+)
 def test_what_a_study_varies_is_never_ignored(tmp_path, knob, values):
     rows = [DONE | {"eval/fid": 1.0}]
-    runs = [written(tmp_path, f"{value}-{seed}", {knob.replace(".", "__"): value, "seed": seed}, rows)
-            for value in values for seed in range(3)]
+    runs = [
+        written(tmp_path, f"{value}-{seed}", {knob.replace(".", "__"): value, "seed": seed}, rows)
+        for value in values
+        for seed in range(3)
+    ]
     found = statistics.compare(runs, axes=[knob])
-    assert [(group.setting, len(group.runs)) for group in found.groups] == [({knob: value}, 3) for value in values]
+    assert [(group.setting, len(group.runs)) for group in found.groups] == [
+        ({knob: value}, 3) for value in values
+    ]
 
 
 def test_a_run_of_another_study_is_refused(here):
     folder = here / "runs" / "schedules" / "beta_schedule=cosine-seed=1"
     saved = (folder / "config.json").read_text()
     (folder / "config.json").write_text(saved.replace('"cosine"', '"sigmoid"'))
-    with pytest.raises(ValueError, match="cosine-seed=1 is of another study: config.diffusion.beta_schedule is 'sigmoid'"):
+    with pytest.raises(
+        ValueError,
+        match="cosine-seed=1 is of another study: config.diffusion.beta_schedule is 'sigmoid'",
+    ):
         compare("experiments/schedules.yaml")
-    (folder / "config.json").write_text(saved.replace('"learning_rate": 0.001', '"learning_rate": 0.002'))
-    with pytest.raises(ValueError, match="cosine-seed=1 is of another study: config.train.learning_rate is 0.002 there"):
+    (folder / "config.json").write_text(
+        saved.replace('"learning_rate": 0.001', '"learning_rate": 0.002')
+    )
+    with pytest.raises(
+        ValueError,
+        match="cosine-seed=1 is of another study: config.train.learning_rate is 0.002 there",
+    ):
         compare("experiments/schedules.yaml")
     (folder / "config.json").write_text("{")
     compare("experiments/schedules.yaml")  # damaged: named like any other broken run
@@ -500,7 +757,10 @@ def test_folders_without_a_study(here, capsys):
     """What varies is found; without --out nothing is written."""
     (here / "runs" / "schedules" / "sweep.json").write_text("{}")
     found = compare(*map(str, sorted((here / "runs" / "schedules").iterdir())))
-    assert found.axes == ["diffusion.beta_schedule"] and "nothing is written" in capsys.readouterr().out
+    assert (
+        found.axes == ["diffusion.beta_schedule"]
+        and "nothing is written" in capsys.readouterr().out
+    )
     assert sorted(path.name for path in here.iterdir()) == ["experiments", "runs", "tiny.py"]
     with pytest.raises(ValueError, match="runs that no report keeps"):
         compare("runs/schedules", out=".")
@@ -511,18 +771,26 @@ def test_folders_without_a_study(here, capsys):
 
 def test_a_study_that_varies_the_config_file(here):
     """Its settings have the variants' names, though the runs differ in other knobs."""
-    text = STUDY.replace("config.diffusion.beta_schedule: {{values: [linear, cosine]}}",
-                         "config: {{values: [{config}, '{config}:wide']}}").replace('"--config={config}", ', "")
+    text = STUDY.replace(
+        "config.diffusion.beta_schedule: {{values: [linear, cosine]}}",
+        "config: {{values: [{config}, '{config}:wide']}}",
+    ).replace('"--config={config}", ', "")
     (here / "experiments" / "widths.yaml").write_text(text.format(config=here / "tiny.py"))
     wanted = studies_study.read("experiments/widths.yaml")
     for name, channels in (("tiny", 8), ("tiny-wide", 16)):
         for seed in range(3):
-            folder = here / "runs" / "widths" / f"{name}-seed={seed or '0-agent'}"  # one has not the sweep's name
-            shutil.copytree(here / "runs" / "schedules" / f"beta_schedule=cosine-seed={seed}", folder)
+            # one has not the sweep's name
+            folder = here / "runs" / "widths" / f"{name}-seed={seed or '0-agent'}"
+            shutil.copytree(
+                here / "runs" / "schedules" / f"beta_schedule=cosine-seed={seed}", folder
+            )
             path = folder / "config.json"
-            path.write_text(path.read_text().replace('"model_channels": 8', f'"model_channels": {channels}'))
+            path.write_text(
+                path.read_text().replace('"model_channels": 8', f'"model_channels": {channels}')
+            )
     assert {path.name for path in (here / "runs" / "widths").iterdir()} >= {
-        wanted.run_name(point) for point in wanted.grid() if point["config.seed"]}
+        wanted.run_name(point) for point in wanted.grid() if point["config.seed"]
+    }
     found = compare("experiments/widths.yaml")
     assert [group.name for group in found.groups] == ["tiny", "wide"] and len(found.counted) == 6
     assert report.differences(found) == ["cannot tell tiny from wide: the same in each of 3 seeds"]
@@ -531,28 +799,49 @@ def test_a_study_that_varies_the_config_file(here):
 def test_measurements_against_the_number_of_steps(here, trained, capsys):
     """Runs of ddpm.evaluate: what they measure with may vary, and is drawn as a curve."""
     for steps in (1, 2, 4):
-        evaluate(trained / "runs" / "schedules" / "beta_schedule=cosine-seed=0", workdir=here / "measured" / str(steps),
-                 **{"evaluate.steps": steps})
+        evaluate(
+            trained / "runs" / "schedules" / "beta_schedule=cosine-seed=0",
+            workdir=here / "measured" / str(steps),
+            **{"evaluate.steps": steps},
+        )
     found = compare("measured", out="report")
-    assert found.axes == ["evaluate.steps"] and [group.setting["evaluate.steps"] for group in found.groups] == [1, 2, 4]
+    assert found.axes == ["evaluate.steps"] and [
+        group.setting["evaluate.steps"] for group in found.groups
+    ] == [1, 2, 4]
     assert report.answer(found).startswith("Cannot tell: 1 seed a setting do not show the noise")
     assert Path("report", "along_steps.png").is_file() and not Path("report", "curves.png").exists()
     text = Path("report", "README.md").read_text()
     assert "FD (digits) against network evaluations an image" in text  # of which the axis tells too
     assert "steps varied" in text and "Samples, seed 0, after " in text
-    grids = {Path("report", "runs", steps, "samples").glob("step_*.png").__next__().read_bytes() for steps in "124"}
+    grids = {
+        Path("report", "runs", steps, "samples").glob("step_*.png").__next__().read_bytes()
+        for steps in "124"
+    }
     assert len(grids) == 3  # each drawn as it was measured
 
 
 def test_checkpoints_of_one_training_are_settings(here, trained):
-    """Trainings differ in options or in the seed, which shows the noise; checkpoints of one in the step, else in the file."""
+    """Trainings differ in options or in the seed, which shows the noise; checkpoints of one in
+    the step, else in the file.
+    """
     parts = "runs/schedules/beta_schedule={}-seed={}/{}".format
-    early, late, final = "checkpoints/step_00000010.pt", "checkpoints/step_00000012.pt", "final.safetensors"
+    early = "checkpoints/step_00000010.pt"
+    late = "checkpoints/step_00000012.pt"
+    final = "final.safetensors"
 
     def compared(name, *checkpoints):
-        Path(name).write_text(json.dumps({
-            "method": "grid", "command": ["${env}", "${interpreter}", "-m", "ddpm.evaluate", "${args}"],
-            "parameters": {"checkpoint": {"values": list(checkpoints)}, "config.evaluate.steps": {"values": [2]}}}))
+        Path(name).write_text(
+            json.dumps(
+                {
+                    "method": "grid",
+                    "command": ["${env}", "${interpreter}", "-m", "ddpm.evaluate", "${args}"],
+                    "parameters": {
+                        "checkpoint": {"values": list(checkpoints)},
+                        "config.evaluate.steps": {"values": [2]},
+                    },
+                }
+            )
+        )
         wanted = studies_study.read(name)
         for point in wanted.grid():
             folder = wanted.folder() / wanted.run_name(point)
@@ -566,33 +855,54 @@ def test_checkpoints_of_one_training_are_settings(here, trained):
     assert compared("steps.yaml", *seeds)[0] == [({"step": 10}, 2), ({"step": 12}, 2)]
     assert "| 10 | 2 |" in Path("steps/README.md").read_text()
     settings, found = compared("files.yaml", parts("cosine", 0, late), parts("cosine", 0, final))
-    assert settings == [({"checkpoint": "step_00000012.pt"}, 1), ({"checkpoint": "final.safetensors"}, 1)]
-    assert found.groups[0].final("eval/fd_digits") == found.groups[1].final("eval/fd_digits")  # the same weights
-    settings, _ = compared("trainings.yaml", *(parts(name, seed, "") for name in ("linear", "cosine") for seed in (0, 1)))
-    assert settings == [({"diffusion.beta_schedule": "linear"}, 2), ({"diffusion.beta_schedule": "cosine"}, 2)]
+    assert settings == [
+        ({"checkpoint": "step_00000012.pt"}, 1),
+        ({"checkpoint": "final.safetensors"}, 1),
+    ]
+    # the same weights
+    assert found.groups[0].final("eval/fd_digits") == found.groups[1].final("eval/fd_digits")
+    settings, _ = compared(
+        "trainings.yaml",
+        *(parts(name, seed, "") for name in ("linear", "cosine") for seed in (0, 1)),
+    )
+    assert settings == [
+        ({"diffusion.beta_schedule": "linear"}, 2),
+        ({"diffusion.beta_schedule": "cosine"}, 2),
+    ]
 
 
 def test_the_door(here):
     def door(*arguments):
-        done = subprocess.run([sys.executable, "-m", "ddpm.compare", *arguments], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = subprocess.run(
+            [sys.executable, "-m", "ddpm.compare", *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
     code, out, _ = door("experiments/schedules.yaml")
     assert code == 0 and "Answer: " in out and "results.csv" in out
     code, out, _ = door("--help")
     said = " ".join(out.split())
-    assert code == 0 and "Exit codes: 0 done" in said and "2 your mistake or nothing to compare" in said
+    assert (
+        code == 0
+        and "Exit codes: 0 done" in said
+        and "2 your mistake or nothing to compare" in said
+    )
     shutil.rmtree(here / "runs")
     shutil.rmtree(here / "experiments" / "schedules")
     code, _, err = door("experiments/schedules.yaml")
     assert code == 2 and err == [
-        "error: runs/schedules has no runs yet; python -m ddpm.sweep experiments/schedules.yaml makes them, and "
-        "--runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"]
+        "error: runs/schedules has no runs yet; python -m ddpm.sweep experiments/schedules.yaml "
+        "makes them, and --runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"
+    ]
 
 
 def test_runs_on_a_server(here, server):
-    """Runs of a W&B project come back as they are in their folders, and are compared by one command."""
+    """Runs of a W&B project come back as they are in their folders, and are compared by one
+    command.
+    """
     environment = os.environ | server.login | {"PYTHONPATH": str(ROOT)}
 
     def door(name, *arguments):
@@ -603,14 +913,16 @@ def test_runs_on_a_server(here, server):
 
     door("main", "--config=tiny.py", "--config.wandb.mode=online", "--workdir=runs/mine")
     assert "Answer: There is one setting" in door("compare", "me/ddpm", "--out=report")
-    kept, = map(studies_runs.read, Path("report", "runs").iterdir())
+    (kept,) = map(studies_runs.read, Path("report", "runs").iterdir())
     mine = studies_runs.read("runs/mine")
     assert kept.knobs == mine.knobs and kept.rows == mine.rows and kept.name.startswith("mine-")
     assert np.array_equal(*(np.asarray(Image.open(run.grid)) for run in (kept, mine)))
 
 
 def test_no_runs_at_all_is_one_line(here, server, monkeypatch):
-    """A sweep that nobody has begun, a project of other people's runs, and folders that are all damaged."""
+    """A sweep that nobody has begun, a project of other people's runs, and folders that are all
+    damaged.
+    """
     for name, value in server.login.items():
         monkeypatch.setenv(name, value)
     server.sweeps["s1"] = Sweep("s1", "ddpm", (here / "experiments" / "schedules.yaml").read_text())
@@ -621,16 +933,23 @@ def test_no_runs_at_all_is_one_line(here, server, monkeypatch):
     with pytest.raises(ValueError, match="^me/ddpm has no runs of ddpm yet$"):
         compare("me/ddpm")
     server.runs["b"] = Run("b", "ddpm", columns={"config.sede": {"value": 1}}, state="finished")
-    with pytest.raises(ValueError, match="^me/ddpm has no run that can be read .*b: config.json: .*'sede' that this version"):
+    with pytest.raises(
+        ValueError,
+        match="^me/ddpm has no run that can be read .*b: config.json: .*'sede' that this version",
+    ):
         compare("me/ddpm")
     for path in here.glob("runs/schedules/*/config.json"):
         path.write_text("{")
-    with pytest.raises(ValueError, match="^runs/schedules has no run that can be read .*the file is damaged") as caught:
+    with pytest.raises(
+        ValueError, match="^runs/schedules has no run that can be read .*the file is damaged"
+    ) as caught:
         compare("runs/schedules")
     assert "\n" not in str(caught.value)
 
 
-REPORTS = [path for path in sorted((ROOT / "experiments").glob("*.yaml")) if path.with_suffix("").is_dir()]
+REPORTS = [
+    path for path in sorted((ROOT / "experiments").glob("*.yaml")) if path.with_suffix("").is_dir()
+]
 
 
 @pytest.mark.parametrize("path", REPORTS, ids=lambda path: path.stem)
@@ -640,5 +959,7 @@ def test_a_committed_report_is_made_again_from_what_it_keeps(path, tmp_path, mon
     found = compare(str(path.relative_to(ROOT)), runs=home / "runs", out=tmp_path)
     for name in ("results.csv", "README.md"):
         assert (tmp_path / name).read_bytes() == (home / name).read_bytes(), name
-    assert f"[{path.stem}]({path.stem}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+    assert (
+        f"[{path.stem}]({path.stem}/README.md)" in (ROOT / "experiments" / "README.md").read_text()
+    )
     assert not [run for run in found.runs if run.fault]

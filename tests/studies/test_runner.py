@@ -19,16 +19,36 @@ from PIL import Image
 from ddpm.common import errors as common_errors
 from ddpm.config import files
 from ddpm.studies import runs as studies_runs
-from ddpm.studies.runner import Children, Record, Trial, check_comparable, result_of, sweep, trial_of
+from ddpm.studies.runner import (
+    Children,
+    Record,
+    Trial,
+    check_comparable,
+    result_of,
+    sweep,
+    trial_of,
+)
 from ddpm.studies.search import bayes, chosen
 from ddpm.studies.study import read
 
 ROOT = Path(__file__).parents[2]
-TRAIN = ["${env}", "${interpreter}", "-m", "ddpm.main", f"--config={ROOT}/configs/digits.py", "${args}"]
+TRAIN = [
+    "${env}",
+    "${interpreter}",
+    "-m",
+    "ddpm.main",
+    f"--config={ROOT}/configs/digits.py",
+    "${args}",
+]
 TINY = {
-    "config.model.model_channels": 8, "config.model.channel_mult": [1, 2], "config.train.batch_size": 4,
-    "config.train.length": "2 steps", "config.every.log": "1 steps", "config.every.sample": "0 steps",
-    "config.every.evaluate": "0 steps", "config.wandb.mode": "disabled",
+    "config.model.model_channels": 8,
+    "config.model.channel_mult": [1, 2],
+    "config.train.batch_size": 4,
+    "config.train.length": "2 steps",
+    "config.every.log": "1 steps",
+    "config.every.sample": "0 steps",
+    "config.every.evaluate": "0 steps",
+    "config.wandb.mode": "disabled",
 }
 
 
@@ -43,23 +63,41 @@ def study(folder, parameters, **said):
 
 def door(folder, *flags, **options):
     """`python -m ddpm.sweep` on that study as a process."""
-    words = [sys.executable, "-m", "ddpm.sweep", str(folder / "asked.yaml"), f"--runs={folder / 'runs'}", *flags]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    words = [
+        sys.executable,
+        "-m",
+        "ddpm.sweep",
+        str(folder / "asked.yaml"),
+        f"--runs={folder / 'runs'}",
+        *flags,
+    ]
+    return subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_a_grid_with_broken_runs(tmp_path, capsys):
-    """Broken runs are told and the rest goes on; the same again runs only what is not done, and at last nothing."""
+    """Broken runs are told and the rest goes on; the same again runs only what is not done, and
+    at last nothing.
+    """
     photos = tmp_path / "photos"
-    asked = study(tmp_path, {"config.data.source": {"values": ["digits", f"folder(path='{photos}')"]}},
-                  early_terminate={"type": "hyperband", "min_iter": 3})
+    asked = study(
+        tmp_path,
+        {"config.data.source": {"values": ["digits", f"folder(path='{photos}')"]}},
+        early_terminate={"type": "hyperband", "min_iter": 3},
+    )
     folder = asked.folder(tmp_path / "runs")
     names = [asked.run_name(point) for point in asked.grid()]
     assert sweep(asked, folder, parallel=2) == common_errors.FAILED
     said = capsys.readouterr().out
-    assert "1 of 2 runs are done" in said and "refused (exit code 2)" in said and str(photos) in said
+    assert (
+        "1 of 2 runs are done" in said and "refused (exit code 2)" in said and str(photos) in said
+    )
     assert [f"not done: {name}" in said for name in names] == [False, True]
     assert [(folder / f"{name}.log").exists() for name in names] == [False, True]
-    loss = json.loads((folder / names[0] / "metrics.jsonl").read_text().splitlines()[-1])["val/loss_ema"]
+    loss = json.loads((folder / names[0] / "metrics.jsonl").read_text().splitlines()[-1])[
+        "val/loss_ema"
+    ]
     assert f"val/loss_ema {loss:.4g}" in said and Record(folder).runs[names[0]]["result"] == loss
 
     photos.mkdir()
@@ -67,36 +105,83 @@ def test_a_grid_with_broken_runs(tmp_path, capsys):
         Image.new("L", (20, 20), 30 * k).save(photos / f"{k}.png")
     assert sweep(asked, folder, parallel=2) == common_errors.DONE
     said = capsys.readouterr().out
-    assert "2 of 2 runs are done, 1 of them before" in said and names[0] not in said and not list(folder.glob("*.log"))
+    assert (
+        "2 of 2 runs are done, 1 of them before" in said
+        and names[0] not in said
+        and not list(folder.glob("*.log"))
+    )
 
     assert sweep(asked, folder) == common_errors.DONE
     said = capsys.readouterr().out
     assert "started" not in said and "early_terminate is for W&B's server" in said
 
 
-OPEN = {"config.every.evaluate": {"value": "2 steps"}, "config.evaluate.num_samples": {"value": 0},  # left to the budget
-        "config.evaluate.steps": {"value": 0}, "config.evaluate.sampler": {"value": "auto"},
-        "config.sample.sampler": {"value": "ddpm"}, "config.sample.steps": {"value": 50}}
+# left to the budget
+OPEN = {
+    "config.every.evaluate": {"value": "2 steps"},
+    "config.evaluate.num_samples": {"value": 0},
+    "config.evaluate.steps": {"value": 0},
+    "config.evaluate.sampler": {"value": "auto"},
+    "config.sample.sampler": {"value": "ddpm"},
+    "config.sample.steps": {"value": 50},
+}
 
 
-@pytest.mark.parametrize("parameters, part", [
-    ({"config.evaluate.sampler": {"values": ["auto", "heun"]}}, "spacing is karras in .* the same config.evaluate.spacing"),
-    ({"config.train.length": {"values": ["90 epochs", "4000 epochs"]}, "config.every.evaluate": {"value": "auto"}},
-     "samples is .* the same config.evaluate.num_samples"),
-    ({"config.data.image_size": {"values": [8, 16]}}, "data is .* leave runs out"),
-    ({"config.evaluate.extractor": {"values": ["digits", "inception"]}}, "extractor is digits in "),
-    ({"config.data.class_labels": {"value": True}, "config.sample.guidance": {"values": [1.0, 3.0]},
-      "config.evaluate.sampler": {"value": "ddim"}, "config.evaluate.steps": {"values": [4, 9]}}, ""),
-    ({"config.evaluate.num_samples": {"values": [500, 600]}, "config.seed": {"values": [1, 2]}}, ""),
-    ({"config.evaluate.sampler": {"values": ["ddpm", "heun"]}, "config.every.evaluate": {"value": "0 steps"}}, ""),
-])
+@pytest.mark.parametrize(
+    "parameters, part",
+    [
+        (
+            {"config.evaluate.sampler": {"values": ["auto", "heun"]}},
+            "spacing is karras in .* the same config.evaluate.spacing",
+        ),
+        (
+            {
+                "config.train.length": {"values": ["90 epochs", "4000 epochs"]},
+                "config.every.evaluate": {"value": "auto"},
+            },
+            "samples is .* the same config.evaluate.num_samples",
+        ),
+        ({"config.data.image_size": {"values": [8, 16]}}, "data is .* leave runs out"),
+        (
+            {"config.evaluate.extractor": {"values": ["digits", "inception"]}},
+            "extractor is digits in ",
+        ),
+        (
+            {
+                "config.data.class_labels": {"value": True},
+                "config.sample.guidance": {"values": [1.0, 3.0]},
+                "config.evaluate.sampler": {"value": "ddim"},
+                "config.evaluate.steps": {"values": [4, 9]},
+            },
+            "",
+        ),
+        (
+            {
+                "config.evaluate.num_samples": {"values": [500, 600]},
+                "config.seed": {"values": [1, 2]},
+            },
+            "",
+        ),
+        (
+            {
+                "config.evaluate.sampler": {"values": ["ddpm", "heun"]},
+                "config.every.evaluate": {"value": "0 steps"},
+            },
+            "",
+        ),
+    ],
+)
 def test_runs_that_would_not_compare_are_refused_before_the_first(tmp_path, parameters, part):
     asked = study(tmp_path, OPEN | parameters)
     if not part:
         return check_comparable(asked, asked.grid())
-    with pytest.raises(ValueError, match=f"asked.yaml: numbers made in different ways do not compare: {part}") as error:
+    with pytest.raises(
+        ValueError, match=f"asked.yaml: numbers made in different ways do not compare: {part}"
+    ) as error:
         check_comparable(asked, asked.grid())
-    assert str(error.value).endswith("checkpoints in a study of ddpm.evaluate, as experiments/samplers.yaml does")
+    assert str(error.value).endswith(
+        "checkpoints in a study of ddpm.evaluate, as experiments/samplers.yaml does"
+    )
     assert "\n" not in str(error.value)
 
 
@@ -108,7 +193,9 @@ def test_such_a_study_starts_no_run(tmp_path, capsys):
 
 
 def test_the_closing_line_and_damage_to_what_is_done(tmp_path, capsys):
-    """A done run is read before it counts as done; the report's command has the folder that was given; the whole is timed."""
+    """A done run is read before it counts as done; the report's command has the folder that was
+    given; the whole is timed.
+    """
     asked = study(tmp_path, {"config.seed": {"values": [0, 1]}})
     folder = asked.folder(tmp_path / "my runs")
     trials = [trial_of(asked, point) for point in asked.grid()]
@@ -121,10 +208,19 @@ def test_the_closing_line_and_damage_to_what_is_done(tmp_path, capsys):
     *_, counted, report = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"asked: 2 of 2 runs are done, 2 of them before, in \d\d:\d\d", counted)
     assert shlex.split(report.removeprefix("report: ")) == [
-        "python", "-m", "ddpm.compare", str(tmp_path / "asked.yaml"), f"--runs={tmp_path / 'my runs'}"]
+        "python",
+        "-m",
+        "ddpm.compare",
+        str(tmp_path / "asked.yaml"),
+        f"--runs={tmp_path / 'my runs'}",
+    ]
 
     torn = "metrics.jsonl is torn after"
-    for damaged, fault in {rows[:-5]: f"{torn} 1 rows", rows + "5\n": f"{torn} 2 rows", "": "no rows"}.items():
+    for damaged, fault in {
+        rows[:-5]: f"{torn} 1 rows",
+        rows + "5\n": f"{torn} 2 rows",
+        "": "no rows",
+    }.items():
         (folder / "seed=1" / "metrics.jsonl").write_text(damaged)
         assert sweep(asked, folder) == common_errors.FAILED
         _, told, counted, *rest = capsys.readouterr().out.splitlines()
@@ -140,9 +236,15 @@ def test_the_closing_line_and_damage_to_what_is_done(tmp_path, capsys):
 
 
 def test_an_interrupted_sweep_goes_on(tmp_path):
-    """SIGTERM reaches the run, which saves; meanwhile nobody else sweeps there; the same command then completes it."""
-    asked = study(tmp_path, {"config.seed": {"values": [7]}, "config.train.length": {"value": "1000000 steps"}})
-    folder, rows = asked.folder(tmp_path / "runs"), asked.folder(tmp_path / "runs") / "seed=7" / "metrics.jsonl"
+    """SIGTERM reaches the run, which saves; meanwhile nobody else sweeps there; the same command
+    then completes it.
+    """
+    asked = study(
+        tmp_path,
+        {"config.seed": {"values": [7]}, "config.train.length": {"value": "1000000 steps"}},
+    )
+    folder = asked.folder(tmp_path / "runs")
+    rows = asked.folder(tmp_path / "runs") / "seed=7" / "metrics.jsonl"
     process = door(tmp_path)
     deadline = time.monotonic() + 120  # seconds, on a busy machine
     while not (rows.exists() and rows.read_text().count("\n") > 2):
@@ -156,10 +258,15 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
     assert "seed=7: interrupted" in said and "run the same command to continue" in said
 
     stopped = json.loads(rows.read_text().splitlines()[-1])["step"]
-    shorter = study(tmp_path, {"config.seed": {"values": [7]}, "config.train.length": {"value": f"{stopped + 2} steps"}})
+    shorter = study(
+        tmp_path,
+        {"config.seed": {"values": [7]}, "config.train.length": {"value": f"{stopped + 2} steps"}},
+    )
     assert sweep(shorter, folder) == common_errors.DONE
     assert f"resumed from step {stopped}" in (folder / "seed=7" / "training.log").read_text()
-    assert [json.loads(line)["step"] for line in rows.read_text().splitlines()] == list(range(1, stopped + 3))
+    assert [json.loads(line)["step"] for line in rows.read_text().splitlines()] == list(
+        range(1, stopped + 3)
+    )
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
@@ -169,10 +276,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     process = door(tmp_path)
     said, errors = process.communicate(timeout=120)
     assert (process.returncode, said) == (common_errors.MISTAKE, "")
-    assert errors.startswith(f"error: {path}: unknown parameter 'config.sede' (did you mean 'config.seed'?)")
+    assert errors.startswith(
+        f"error: {path}: unknown parameter 'config.sede' (did you mean 'config.seed'?)"
+    )
     assert errors.count("\n") == 1 and not (tmp_path / "runs").exists()
     said, _ = door(tmp_path, "--help").communicate(timeout=120)
-    assert "Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted" in " ".join(said.split())
+    assert "Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted" in " ".join(
+        said.split()
+    )
 
 
 def test_networks_are_checked_before_anything_runs(tmp_path):
@@ -184,8 +295,15 @@ def test_networks_are_checked_before_anything_runs(tmp_path):
 
 def test_a_checkpoint_to_measure_has_to_be_there(tmp_path):
     path = tmp_path / "asked.yaml"
-    path.write_text(yaml.safe_dump({"method": "grid", "parameters": {"checkpoint": {"values": ["runs/nowhere"]}},
-                                    "command": ["${env}", "${interpreter}", "-m", "ddpm.evaluate", "${args}"]}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "method": "grid",
+                "parameters": {"checkpoint": {"values": ["runs/nowhere"]}},
+                "command": ["${env}", "${interpreter}", "-m", "ddpm.evaluate", "${args}"],
+            }
+        )
+    )
     with pytest.raises(ValueError, match="runs/nowhere is neither a file nor a run folder"):
         sweep(read(path), tmp_path / "runs")
 
@@ -203,27 +321,37 @@ def test_random_draws_repeat(tmp_path):
 
 
 def played(asked, folder, count, seed=0):
-    """Let bayes choose, with the distance of the rate from 1e-3 in decades, plus 2 for the linear schedule, as results."""
+    """Let bayes choose, with the distance of the rate from 1e-3 in decades, plus 2 for the
+    linear schedule, as results.
+    """
     folder.mkdir(exist_ok=True)
-    record, results = Record(folder), []
+    record = Record(folder)
+    results = []
     for point in bayes(asked, count, seed, record):
-        results.append(abs(math.log10(point["config.train.learning_rate"]) + 3)
-                       + 2 * (point["config.diffusion.beta_schedule"] == "linear"))
+        results.append(
+            abs(math.log10(point["config.train.learning_rate"]) + 3)
+            + 2 * (point["config.diffusion.beta_schedule"] == "linear")
+        )
         record.put(Trial(asked.run_name(point), point, [], 0), common_errors.DONE, results[-1])
     return [entry["point"] for entry in record.runs.values()], results
 
 
 @pytest.fixture
 def searched(tmp_path):
-    parameters = {"config.train.learning_rate": RATE, "config.diffusion.beta_schedule": {"values": ["linear", "cosine"]}}
+    parameters = {
+        "config.train.learning_rate": RATE,
+        "config.diffusion.beta_schedule": {"values": ["linear", "cosine"]},
+    }
     return study(tmp_path, parameters, method="bayes", run_cap=30)
 
 
 def test_bayes_learns(searched, tmp_path):
     points, results = played(searched, tmp_path / "a", 30)
     assert all(1e-5 <= point["config.train.learning_rate"] <= 1e-1 for point in points)
-    assert all(searched.config(point).model.model_channels == 8 for point in points)  # what does not vary is there too
-    assert sum(results[10:]) / 20 < 1.3  # by chance it is 2, standard error 0.26; six seeds gave 0.8 to 1.2
+    # what does not vary is there too
+    assert all(searched.config(point).model.model_channels == 8 for point in points)
+    # by chance it is 2, standard error 0.26; six seeds gave 0.8 to 1.2
+    assert sum(results[10:]) / 20 < 1.3
 
 
 def test_bayes_goes_on_where_it_stopped(searched, tmp_path):
@@ -233,7 +361,9 @@ def test_bayes_goes_on_where_it_stopped(searched, tmp_path):
 
 
 def test_bayes_runs_what_it_chose_and_goes_on_with_more(tmp_path, capsys):
-    """With real runs: each result is the run's own, and asked for more the same command makes the next point only."""
+    """With real runs: each result is the run's own, and asked for more the same command makes
+    the next point only.
+    """
     asked = study(tmp_path, {"config.train.learning_rate": RATE}, method="bayes")
     folder = asked.folder(tmp_path / "runs")
     assert sweep(asked, folder, count=1) == common_errors.DONE
@@ -254,21 +384,34 @@ def test_bayes_takes_failed_runs_as_the_worst(searched, tmp_path):
     record = Record(tmp_path / "a")
     for k in range(24):  # all above 1e-3 fail
         rate = 10 ** (-5 + k / 6)
-        point = {name: searched.values(name)[0] for name in searched.parameters if searched.values(name)}
+        point = {
+            name: searched.values(name)[0] for name in searched.parameters if searched.values(name)
+        }
         trial = Trial(str(k), point | {"config.train.learning_rate": rate}, [], 0)
-        record.put(trial, *((common_errors.DONE, -rate) if rate < 1e-3 else (common_errors.DIVERGED, None)))
+        record.put(
+            trial, *((common_errors.DONE, -rate) if rate < 1e-3 else (common_errors.DIVERGED, None))
+        )
     chosen_next = list(bayes(searched, 25, 0, record))[-1]
     assert chosen_next["config.train.learning_rate"] < 1e-2
 
 
 def test_bayes_refuses_what_optuna_cannot_draw(tmp_path):
-    asked = study(tmp_path, {"config.ema.decay": {"distribution": "normal", "mu": 0.5, "sigma": 0.001}}, method="bayes")
+    asked = study(
+        tmp_path,
+        {"config.ema.decay": {"distribution": "normal", "mu": 0.5, "sigma": 0.001}},
+        method="bayes",
+    )
     with pytest.raises(ValueError, match="bayes cannot choose config.ema.decay by normal"):
         sweep(asked, tmp_path / "runs", count=3)
 
 
 def test_results_are_the_last_or_the_best(tmp_path):
-    rows = [{"step": 1, "val/loss_ema": 0.5}, {"step": 2, "val/loss_ema": 0.3}, {"step": 3, "val/loss_ema": 0.4}, {"step": 4}]
+    rows = [
+        {"step": 1, "val/loss_ema": 0.5},
+        {"step": 2, "val/loss_ema": 0.3},
+        {"step": 3, "val/loss_ema": 0.4},
+        {"step": 4},
+    ]
     run = studies_runs.Run("one", tmp_path, {}, rows)
     assert result_of(run, ("val/loss_ema", "minimize")) == 0.4
     assert result_of(run, ("best/val_loss_ema", "minimize")) == 0.3
@@ -285,11 +428,17 @@ def test_runs_share_cores_and_a_group(tmp_path, monkeypatch):
     assert Children(asked, tmp_path, 1).environment["WANDB_RUN_GROUP"] == "asked"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    assert {"OMP_NUM_THREADS": "3", "WANDB_RUN_GROUP": "mine"}.items() <= Children(asked, tmp_path, 1).environment.items()
+    assert {"OMP_NUM_THREADS": "3", "WANDB_RUN_GROUP": "mine"}.items() <= Children(
+        asked, tmp_path, 1
+    ).environment.items()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"runs": 5}', '{"runs": {"a": 5}}', '{"runs": ["a"]}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"runs": 5}', '{"runs": {"a": 5}}', '{"runs": ["a"]}', "[" * 100_000]
+)
 def test_a_damaged_record_is_one_line(content, tmp_path):
     (tmp_path / "sweep.json").write_text(content)
-    with pytest.raises(ValueError, match="sweep.json is damaged; delete it, and every run is looked at again$"):
+    with pytest.raises(
+        ValueError, match="sweep.json is damaged; delete it, and every run is looked at again$"
+    ):
         Record(tmp_path)

@@ -1,8 +1,10 @@
-"""CUDA's rules without a GPU: tensors of the device "cuda" that have shapes and number types and no numbers.
+"""CUDA's rules without a GPU: tensors of the device "cuda" that have shapes and number types and no
+numbers.
 
-Inside a FakeGPU, what is computed on the host is computed, and what is computed on the GPU runs on torch's fake tensors: mixed
-devices or types raise as they do on a GPU. Inside `watch`, an operation at which the host waits for the GPU raises HostWait.
-There is no backward pass: for that, torch asks CUDA's driver.
+Inside a FakeGPU, what is computed on the host is computed, and what is computed on the GPU runs on
+torch's fake tensors: mixed devices or types raise as they do on a GPU. Inside `watch`, an operation
+at which the host waits for the GPU raises HostWait. There is no backward pass: for that, torch asks
+CUDA's driver.
 """
 
 import contextlib
@@ -17,7 +19,9 @@ from ddpm.experiment import build, step
 from ddpm.runtime import device
 from ddpm.training import network
 
-needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA's rules")
+needs_cuda_build = pytest.mark.skipif(
+    torch.version.cuda is None, reason="this torch is built without CUDA's rules"
+)
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -43,7 +47,8 @@ class FakeGPU(FakeTensorMode):
     @contextlib.contextmanager
     def watch(self, watched=True):
         """The context in which a wait raises, or does not."""
-        before, self.watched = self.watched, watched
+        before = self.watched
+        self.watched = watched
         try:
             yield
         finally:
@@ -51,21 +56,32 @@ class FakeGPU(FakeTensorMode):
 
 
 def check_wait(operation, tensors, target):
-    """Raise HostWait for an operation that reads numbers from the GPU, or that copies between it and memory that is not pinned.
+    """Raise HostWait for an operation that reads numbers from the GPU, or that copies between it
+    and memory that is not pinned.
 
-    A number of the host (a tensor without dimensions) travels with the operation's arguments, unless it is copied.
+    A number of the host (a tensor without dimensions) travels with the operation's arguments,
+    unless it is copied.
     """
     if operation in READS:
         raise HostWait(f"{operation} reads what the GPU has computed")
     copies = operation in COPIES
-    places = {getattr(tensor, "fake_device", tensor.device).type for tensor in tensors if copies or tensor.dim()}
+    places = {
+        getattr(tensor, "fake_device", tensor.device).type
+        for tensor in tensors
+        if copies or tensor.dim()
+    }
     if copies and target:
         places.add(target)
     if len(places) > 1:
         raise HostWait(f"{operation} copies between the host and the GPU")
 
 
-READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten._linalg_check_errors, torch.ops.aten.nonzero, torch.ops.aten.equal}
+READS = {
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten._linalg_check_errors,
+    torch.ops.aten.nonzero,
+    torch.ops.aten.equal,
+}
 COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_}
 
 
@@ -91,7 +107,9 @@ class FakeMachine(device.Machine):
 
 
 class NoBackward:
-    """In the place of a GradScaler: the backward pass leaves a gradient at each parameter that asks for one."""
+    """In the place of a GradScaler: the backward pass leaves a gradient at each parameter that
+    asks for one.
+    """
 
     def __init__(self, parameters):
         self.parameters = parameters
@@ -124,6 +142,8 @@ def network_of(config):
 def step_of(config, machine):
     """The Step of a config on the GPU, as a training has it."""
     net = network_of(config)
-    made = step.step(config, network.StepNetwork(net, machine), list(step.averages(config, net).values()), 1000)
+    made = step.step(
+        config, network.StepNetwork(net, machine), list(step.averages(config, net).values()), 1000
+    )
     made.scaler = NoBackward(made.parameters)
     return made

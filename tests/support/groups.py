@@ -2,8 +2,8 @@
 
 tests/runtime/test_ranks.py looks at what they leave.
 
-`python tests/support/groups.py FOLDER` leaves there the run folders below, and seen.json: what each rank of each group
-answered, and what it said.
+`python tests/support/groups.py FOLDER` leaves there the run folders below, and seen.json: what each
+rank of each group answered, and what it said.
 """
 
 import contextlib
@@ -37,14 +37,27 @@ from support.runs import tiny
 ROOT = Path(__file__).parents[2]
 WAIT = 300  # seconds after which a group is held to hang
 RUN = tiny(
-    train__length="6 steps", every__log="4 steps", every__save="3 steps", every__validate="6 steps", every__sample="6 steps",
-    data__class_labels=True, data__validation_fraction=0.02, diffusion__self_condition=True, diffusion__weighting="uncertainty",
-    model__channel_mult=(1,), model__attention_resolutions=(), model__norm_num_groups=4, ema__profiles=(0.1,),
-    every__snapshot="6 steps")
+    train__length="6 steps",
+    every__log="4 steps",
+    every__save="3 steps",
+    every__validate="6 steps",
+    every__sample="6 steps",
+    data__class_labels=True,
+    data__validation_fraction=0.02,
+    diffusion__self_condition=True,
+    diffusion__weighting="uncertainty",
+    model__channel_mult=(1,),
+    model__attention_resolutions=(),
+    model__norm_num_groups=4,
+    ema__profiles=(0.1,),
+    every__snapshot="6 steps",
+)
 
 
 def forked(world, work, folder, **environment):
-    """What `work(rank)` returned on each rank of a group, or the type and words of what it raised, and what it said."""
+    """What `work(rank)` returned on each rank of a group, or the type and words of what it
+    raised, and what it said.
+    """
     folder.mkdir(parents=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,9 +65,19 @@ def forked(world, work, folder, **environment):
     ranks = []
     for rank in range(world):
         if (child := os.fork()) == 0:
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            address = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world,
+            }
             os.environ |= {key: str(value) for key, value in (address | environment).items()}
-            with open(folder / f"{rank}.txt", "w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with (
+                open(folder / f"{rank}.txt", "w") as said,
+                contextlib.redirect_stdout(said),
+                contextlib.redirect_stderr(said),
+            ):
                 try:
                     answer = work(rank)
                 except SystemExit as left:
@@ -71,10 +94,18 @@ def forked(world, work, folder, **environment):
         if time.monotonic() - begun > WAIT:
             for rank in left:
                 os.kill(rank, signal.SIGKILL)
-            sys.exit(f"{folder.name} hangs: " + "\n".join(path.read_text() for path in sorted(folder.glob("*.txt"))))
+            sys.exit(
+                f"{folder.name} hangs: "
+                + "\n".join(path.read_text() for path in sorted(folder.glob("*.txt")))
+            )
         time.sleep(0.02)
-    return [{"answer": json.loads((folder / f"{rank}.json").read_text()), "said": (folder / f"{rank}.txt").read_text()}
-            for rank in range(world)]
+    return [
+        {
+            "answer": json.loads((folder / f"{rank}.json").read_text()),
+            "said": (folder / f"{rank}.txt").read_text(),
+        }
+        for rank in range(world)
+    ]
 
 
 def digest(tensors):
@@ -86,8 +117,12 @@ def digest(tensors):
 
 
 def trained(folder, **knobs):
-    """Train RUN with other knobs in a folder, or go on with it; the fingerprints of the weights and of their average."""
-    given = tiny(**{key.replace(".", "__"): value for key, value in defaults.flatten(RUN).items()} | knobs)
+    """Train RUN with other knobs in a folder, or go on with it; the fingerprints of the weights
+    and of their average.
+    """
+    given = tiny(
+        **{key.replace(".", "__"): value for key, value in defaults.flatten(RUN).items()} | knobs
+    )
     made = trainer.run(given, folder, device.start())
     trainer.track(given, made)
     assert train(made)
@@ -103,10 +138,19 @@ def trained(folder, **knobs):
 
 
 def crowded(rank, folder, most):
-    """Train where rank 1 alone runs out of memory with more than `most` images, once the ranks have met."""
+    """Train where rank 1 alone runs out of memory with more than `most` images, once the ranks
+    have met.
+    """
+
     def check(module, inputs):
         images = inputs[0]
-        if rank == 1 and isinstance(module, UNet) and module.training and not images.is_meta and len(images) > most:
+        if (
+            rank == 1
+            and isinstance(module, UNet)
+            and module.training
+            and not images.is_meta
+            and len(images) > most
+        ):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     register_module_forward_pre_hook(check)
@@ -116,17 +160,36 @@ def crowded(rank, folder, most):
 def drawn(folder):
     """What is drawn and measured by a checkpoint, and which of the images are this rank's."""
     made = load.load(folder, **{"sample.batch_size": 2, "evaluate.batch_size": 2})
-    batches = list(drawing.drawer(made.config, made.net, made.machine)(range(8), build.grid_recipe(made.config)))
+    batches = list(
+        drawing.drawer(made.config, made.net, made.machine)(
+            range(8), build.grid_recipe(made.config)
+        )
+    )
     images = made.machine.gather(draw.joined(batches))
     numbers, _, _ = evaluate.measure(made, folder)
     runtime_ranks.stop()
-    return {"images": digest({"": images}), "mine": [seed for seeds, _ in batches for seed in seeds], "numbers": numbers}
+    return {
+        "images": digest({"": images}),
+        "mine": [seed for seeds, _ in batches for seed in seeds],
+        "numbers": numbers,
+    }
 
 
 def door(*knobs):
     """Train as the command does; ends with its exit code."""
-    flags = [f"--config={ROOT}/configs/digits.py", "--workdir=run", "--config.wandb.mode=disabled", *knobs]
-    sys.argv[:] = ["ddpm.main", *(f"--config.{knob}" if "=" in knob and not knob.startswith("--") else knob for knob in flags)]
+    flags = [
+        f"--config={ROOT}/configs/digits.py",
+        "--workdir=run",
+        "--config.wandb.mode=disabled",
+        *knobs,
+    ]
+    sys.argv[:] = [
+        "ddpm.main",
+        *(
+            f"--config.{knob}" if "=" in knob and not knob.startswith("--") else knob
+            for knob in flags
+        ),
+    ]
     runpy.run_module("ddpm.main", run_name="__main__", alter_sys=True)
 
 
@@ -134,7 +197,9 @@ def photos():
     """A folder of pictures here."""
     Path("photos").mkdir()
     for k in range(9):
-        formats.FORMATS["png"](Path("photos"), [([k], torch.full((1, 3, 16, 16), 20 * k, dtype=torch.uint8))])
+        formats.FORMATS["png"](
+            Path("photos"), [([k], torch.full((1, 3, 16, 16), 20 * k, dtype=torch.uint8))]
+        )
 
 
 def with_data_on_rank_0_alone(rank, folder):
@@ -152,7 +217,12 @@ def until_data_go(rank, folder):
     Path(folder, str(rank)).mkdir(parents=True)
     os.chdir(folder / str(rank))
     photos()
-    given = tiny(data__source="folder(path='photos')", data__channels=3, data__cache="none", data__validation_fraction=0.0)
+    given = tiny(
+        data__source="folder(path='photos')",
+        data__channels=3,
+        data__cache="none",
+        data__validation_fraction=0.0,
+    )
     made = trainer.run(given, folder / "run", device.start())
     trainer.track(given, made)
     if rank == 1:
@@ -161,9 +231,13 @@ def until_data_go(rank, folder):
 
 
 def restarted(folder):
-    """What torchrun starts: a training whose rank 1 is killed with SIGKILL after step 4, the first time."""
+    """What torchrun starts: a training whose rank 1 is killed with SIGKILL after step 4, the
+    first time.
+    """
     if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        threading.Thread(target=killed_after, args=(folder / "metrics.jsonl", 4), daemon=True).start()
+        threading.Thread(
+            target=killed_after, args=(folder / "metrics.jsonl", 4), daemon=True
+        ).start()
     return trained(folder)
 
 
@@ -175,8 +249,17 @@ def killed_after(rows, step):
 
 def torchrun(folder):
     """What torchrun does with two ranks and a restart; what they returned in the end."""
-    how = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                       run_id="killed", max_restarts=1, monitor_interval=0.05, start_method="fork")
+    how = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id="killed",
+        max_restarts=1,
+        monitor_interval=0.05,
+        start_method="fork",
+    )
     return elastic_launch(how, restarted)(folder)
 
 
@@ -192,13 +275,22 @@ def main_of(folder):
         (folder / name / "checkpoints" / "step_00000006.pt").unlink()
         group(name, world, lambda rank: trained(folder / name, **knobs))
 
-    groups["one"] = [{"answer": trained(folder / "one"), "said": ""}]  # here: what is imported on the way, all others have
+    # here: what is imported on the way, all others have
+    groups["one"] = [{"answer": trained(folder / "one"), "said": ""}]
     group("two", 2, lambda rank: trained(folder / "two"))
     group("four", 4, lambda rank: trained(folder / "four", wandb__mode="offline"))
-    group("elsewhere", 2, lambda rank: trained(
-        folder / "elsewhere", train__resume_from=str(folder / "two" / "checkpoints" / "step_00000003.pt")))
+    group(
+        "elsewhere",
+        2,
+        lambda rank: trained(
+            folder / "elsewhere",
+            train__resume_from=str(folder / "two" / "checkpoints" / "step_00000003.pt"),
+        ),
+    )
 
-    group("halves", 2, lambda rank: trained(folder / "halves", train__gradient_accumulation_steps=2))
+    group(
+        "halves", 2, lambda rank: trained(folder / "halves", train__gradient_accumulation_steps=2)
+    )
     group("crowded", 2, lambda rank: crowded(rank, folder / "crowded", 2))
     group("no room", 2, lambda rank: crowded(rank, folder / "no room", 0))
     group("sharded", 2, lambda rank: trained(folder / "sharded", train__fully_shard=True))

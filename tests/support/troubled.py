@@ -1,8 +1,10 @@
-"""Trains a little while something is wrong with W&B: `python tests/support/troubled.py FOLDER FAULT...`, of FAULTS.
+"""Trains a little while something is wrong with W&B: `python tests/support/troubled.py FOLDER
+FAULT...`, of FAULTS.
 
-The server is the stand-in. Prints a JSON list of what each came to: seconds that the longest `log`, the training and `close`
-took, what was said, and the rows that metrics.jsonl has, that the server has, and that it has after the command that was named
-to the person. Faults of the disk need `unshare -rm` before the command.
+The server is the stand-in. Prints a JSON list of what each came to: seconds that the longest `log`,
+the training and `close` took, what was said, and the rows that metrics.jsonl has, that the server
+has, and that it has after the command that was named to the person. Faults of the disk need
+`unshare -rm` before the command.
 """
 
 import contextlib
@@ -28,18 +30,29 @@ from support import wandb_server
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
-tracking_wandb.LEAVE_SECONDS, tracking_wandb.STUCK_SECONDS = 5, 5  # a test does not wait for longer
-WAITS = {"WANDB_INIT_TIMEOUT": "2", "WANDB_FINISH_TIMEOUT": "2", "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
+tracking_wandb.LEAVE_SECONDS = 5
+tracking_wandb.STUCK_SECONDS = 5  # a test does not wait for longer
+WAITS = {
+    "WANDB_INIT_TIMEOUT": "2",
+    "WANDB_FINISH_TIMEOUT": "2",
+    "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1",
+}
 
 
 class Trial:
     """A training of STEPS rows."""
 
     def __init__(self, folder, server):
-        self.folder, self.server, self.mode, self.tracker, self.disk = folder, server, "online", None, None
+        self.folder = folder
+        self.server = server
+        self.mode = "online"
+        self.tracker = None
+        self.disk = None
 
     def run(self, before=None, half=None, late=None, end=None):
-        """Train, with what happens before it, after half of it, three quarters and at the end; returns what came of it."""
+        """Train, with what happens before it, after half of it, three quarters and at the end;
+        returns what came of it.
+        """
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             if before:
@@ -49,7 +62,8 @@ class Trial:
                 self.log(1)
                 self.tracker.flush()
                 until(self.sent if self.mode == "online" else self.held, "W&B has a row")
-            began, worst = time.monotonic(), 0.0
+            began = time.monotonic()
+            worst = 0.0
             for step in range(2 if half else 1, STEPS + 1):
                 if what := {STEPS // 2: half, 3 * STEPS // 4: late}.get(step):
                     what(self)
@@ -63,12 +77,26 @@ class Trial:
             began = time.monotonic()
             self.tracker.close()
             closed = time.monotonic() - began
-        return {"log": worst, "train": trained, "close": closed, "said": said.getvalue().splitlines()}
+        return {
+            "log": worst,
+            "train": trained,
+            "close": closed,
+            "said": said.getvalue().splitlines(),
+        }
 
     def open(self, start):
-        options = dict.fromkeys(("project", "entity", "name", "group", "notes"), "") | {"mode": self.mode, "tags": ()}
-        return tracker.open_tracker(self.folder, config={}, wandb=options, start_step=start, total_steps=STEPS,
-                                     state=self.tracker.state_dict() if start else None)
+        options = dict.fromkeys(("project", "entity", "name", "group", "notes"), "") | {
+            "mode": self.mode,
+            "tags": (),
+        }
+        return tracker.open_tracker(
+            self.folder,
+            config={},
+            wandb=options,
+            start_step=start,
+            total_steps=STEPS,
+            state=self.tracker.state_dict() if start else None,
+        )
 
     def log(self, step):
         images = {"samples": np.full((8, 8, 3), step, np.uint8)} if step % 10 == 0 else {}
@@ -77,22 +105,34 @@ class Trial:
 
     def rows(self):
         """The steps that metrics.jsonl has whole and right."""
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line["step"] for line in lines if line == {"step": line["step"]} | row(line["step"])]
+        lines = [
+            json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        return [
+            line["step"] for line in lines if line == {"step": line["step"]} | row(line["step"])
+        ]
 
     def held(self):
         """The steps that W&B's logs have."""
-        return tracking_wandb.held_in_folder(self.folder, self.tracker.state["wandb_id"], [{"step": 1}])
+        return tracking_wandb.held_in_folder(
+            self.folder, self.tracker.state["wandb_id"], [{"step": 1}]
+        )
 
     def sent(self):
         """The steps that the server has whole and right."""
         run = self.server.runs.get(self.tracker.state["wandb_id"])
-        return [line["_step"] for line in run.history if row(line["_step"]).items() <= line.items()] if run else []
+        return (
+            [line["_step"] for line in run.history if row(line["_step"]).items() <= line.items()]
+            if run
+            else []
+        )
 
 
 def row(step):
     """What is tracked at a step: some hundred bytes, so that a full disk is felt."""
-    return {"train/loss": 1 / step} | {f"train/loss_q{quartile}": step + quartile / 7 for quartile in range(20)}
+    return {"train/loss": 1 / step} | {
+        f"train/loss_q{quartile}": step + quartile / 7 for quartile in range(20)
+    }
 
 
 def until(condition, what, seconds=60):
@@ -114,11 +154,19 @@ def service():
 
 def recover(said, folder):
     """Run the commands that were named, the last one of each training, as one."""
-    commands = [re.findall(r"wandb sync (?:--include-online )?(.+)", "\n".join(lines)) for lines in said]
+    commands = [
+        re.findall(r"wandb sync (?:--include-online )?(.+)", "\n".join(lines)) for lines in said
+    ]
     logs = " ".join(found[-1] for found in commands if found)
     if logs:
-        subprocess.run(f"{sys.executable} -m wandb sync --include-online {logs}", shell=True, check=True, capture_output=True,
-                       cwd=folder, timeout=120)
+        subprocess.run(
+            f"{sys.executable} -m wandb sync --include-online {logs}",
+            shell=True,
+            check=True,
+            capture_output=True,
+            cwd=folder,
+            timeout=120,
+        )
 
 
 def broken(name):
@@ -129,7 +177,9 @@ def disk(trial, below="", size="1m"):
     """Put a part of the run folder on a small disk of its own."""
     trial.disk = trial.folder / below
     trial.disk.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(trial.disk)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(trial.disk)], check=True
+    )
 
 
 def fill(trial):
@@ -160,7 +210,9 @@ def end_service(number):
 
 def limit(size):
     """No file of W&B's own process grows beyond `size` bytes, as on a full disk."""
-    return lambda trial: resource.prlimit(service(), resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    return lambda trial: resource.prlimit(
+        service(), resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)
+    )
 
 
 def log_out(trial):
@@ -193,19 +245,30 @@ FAULTS |= {
     "silent at the start": {"before": broken("silent")},
     "gone at the start": {"before": lambda trial: trial.server.vanish()},
     "gone": {"half": lambda trial: trial.server.vanish()},
-    "gone and back": {"half": lambda trial: trial.server.vanish(), "late": lambda trial: trial.server.appear()},
+    "gone and back": {
+        "half": lambda trial: trial.server.vanish(),
+        "late": lambda trial: trial.server.appear(),
+    },
     "deleted": {"half": lambda trial: trial.server.runs.pop(trial.tracker.state["wandb_id"])},
     "service killed": {"half": end_service(signal.SIGKILL)},
     "a fork": {"half": fork},
     "log disk full": {"before": lambda trial: disk(trial, "wandb"), "half": fill},
     "log disk full, offline": {"before": offline(lambda trial: disk(trial, "wandb")), "half": fill},
-    "log disk full for a while": {"before": offline(lambda trial: disk(trial, "wandb")), "half": fill, "late": free},
+    "log disk full for a while": {
+        "before": offline(lambda trial: disk(trial, "wandb")),
+        "half": fill,
+        "late": free,
+    },
     "disk full": {"before": disk, "half": fill},
     "disk full for a while": {"before": offline(disk), "half": fill, "late": free},
     "temporary disk full": {"before": small_temporary, "half": fill},
     "service killed, offline": {"before": offline(), "half": end_service(signal.SIGKILL)},
     "service stopped": {"half": end_service(signal.SIGSTOP)},
-    "log of limited size": {"before": offline(), "half": limit(10_000), "late": limit(resource.RLIM_INFINITY)},
+    "log of limited size": {
+        "before": offline(),
+        "half": limit(10_000),
+        "late": limit(resource.RLIM_INFINITY),
+    },
 }
 
 
@@ -213,26 +276,34 @@ def losses(found):
     """What of a fault's outcome is not as it must be, in lines."""
     every = list(range(1, STEPS + 1))
     lost = [] if found["rows"] == every else [f"metrics.jsonl has the rows {found['rows']}"]
-    if sorted(set(found["recovered"])) != every:  # W&B keeps one row a step; a log that is sent again sends all
+    # W&B keeps one row a step; a log that is sent again sends all
+    if sorted(set(found["recovered"])) != every:
         lost.append(f"W&B has the rows {found['recovered']}")
     if found["log"] > 1:  # a request that is waited for takes five seconds
         lost.append(f"a row took {found['log']:.1f} s")
-    if found["close"] > 40:  # twice the seconds that are set, and a new process of W&B in between, on a loaded machine
+    # twice the seconds that are set, and a new process of W&B in between, on a loaded machine
+    if found["close"] > 40:
         lost.append(f"the end took {found['close']:.1f} s")
     return lost
 
 
-UNTOLD = ("garbled", "cut off", "deleted")  # W&B takes a status of 200 for yes, and makes a deleted run anew
+# W&B takes a status of 200 for yes, and makes a deleted run anew
+UNTOLD = ("garbled", "cut off", "deleted")
 UNHEALED = ("log disk full, offline",)  # until the training goes on
 
 
 def main(folder, *names):
-    server, folder = wandb_server.Server(), Path(folder).resolve()
+    server = wandb_server.Server()
+    folder = Path(folder).resolve()
     os.environ |= server.login | WAITS  # W&B reads it once
     trials = []
     for number, name in enumerate(names):
         trial = Trial(folder / f"{number}, {name}", server)
-        found = trial.run(**FAULTS[name]) | {"fault": name, "rows": trial.rows(), "sent": trial.sent()}
+        found = trial.run(**FAULTS[name]) | {
+            "fault": name,
+            "rows": trial.rows(),
+            "sent": trial.sent(),
+        }
         if name in ("gone", "gone at the start"):
             server.appear()
         server.fault = None
@@ -242,7 +313,8 @@ def main(folder, *names):
             with contextlib.redirect_stdout(None):
                 trial.open(STEPS).close()
         if name in UNTOLD:
-            found["said"].append(f"wandb sync --include-online '{trial.folder}'/wandb/*run-*")  # as the README says
+            # as the README says
+            found["said"].append(f"wandb sync --include-online '{trial.folder}'/wandb/*run-*")
         if name == "temporary disk full":
             subprocess.run(["umount", str(trial.disk)], check=True)
         trials.append((trial, found))

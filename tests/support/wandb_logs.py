@@ -15,8 +15,12 @@ def lines(folder):
 
 
 def records(log):
-    command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(log)]  # as `wandb leet`, without Python
-    return [json.loads(line) for line in subprocess.run(command, check=True, capture_output=True).stdout.splitlines()]
+    # as `wandb leet`, without Python
+    command = [get_core_path(), "leet", "inspect", "--json", "--run-file", str(log)]
+    return [
+        json.loads(line)
+        for line in subprocess.run(command, check=True, capture_output=True).stdout.splitlines()
+    ]
 
 
 def segments(folder):
@@ -25,8 +29,11 @@ def segments(folder):
 
 
 def synced(folder):
-    """The history that `wandb sync` makes of the segments: each drops the rows after its branch point and appends its own."""
-    history, ids = [], set()
+    """The history that `wandb sync` makes of the segments: each drops the rows after its branch
+    point and appends its own.
+    """
+    history = []
+    ids = set()
     for segment in segments(folder):
         for record in segment:
             if "run" in record:
@@ -44,6 +51,10 @@ def rows_of(history):
     kept = []
     for row in history:
         assert row["_step"] == row["train/step"]
-        inner = {key: value for key, value in row.items() if not re.match(r"_|train/step$|samples\.", key)}
+        inner = {
+            key: value
+            for key, value in row.items()
+            if not re.match(r"_|train/step$|samples\.", key)
+        }
         kept.append({"step": row["train/step"], **inner})
     return kept

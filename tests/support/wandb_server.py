@@ -1,9 +1,10 @@
-"""A stand-in for W&B's server on the loopback: what its unmodified client, sweep agent and public API ask for, kept in dicts.
+"""A stand-in for W&B's server on the loopback: what its unmodified client, sweep agent and public
+API ask for, kept in dicts.
 
-    server.login    environment variables that bring a client here
-    server.runs     run id -> Run          server.sweeps   sweep id -> Sweep
-    server.views    workspaces, as sent    server.unknown  operations that were asked for and are not here
-    server.fault    what is wrong with its answers, one of FAULTS or None; `vanish()` and `appear()` end and begin it
+server.login    environment variables that bring a client here
+server.runs     run id -> Run          server.sweeps   sweep id -> Sweep
+server.views    workspaces, as sent    server.unknown  operations that were asked for and are not here
+server.fault    what is wrong with its answers, one of FAULTS or None; `vanish()` and `appear()` end and begin it
 """
 
 import contextlib
@@ -24,13 +25,16 @@ from types import MappingProxyType
 import pytest
 import yaml
 
-ENTITY, MADE = "me", "2026-01-01T00:00:00Z"
+ENTITY = "me"
+MADE = "2026-01-01T00:00:00Z"
 ENDED = ("finished", "failed", "crashed", "preempted", "killed")
 
 
 @dataclass
 class Run:
-    """A run as the server knows it: pending, running, then one of ENDED; one that was stopped is not handed out again."""
+    """A run as the server knows it: pending, running, then one of ENDED; one that was stopped is
+    not handed out again.
+    """
 
     id: str
     project: str
@@ -44,7 +48,8 @@ class Run:
     group: str = ""
     notes: str = ""
     tags: list = field(default_factory=list)
-    columns: dict = field(default_factory=dict)  # the config as sent, {"config.seed": {"value": 1}, "_wandb": ...}
+    # the config as sent, {"config.seed": {"value": 1}, "_wandb": ...}
+    columns: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
     lines: list = field(default_factory=list)  # of the history, JSON
     files: dict = field(default_factory=dict)  # name -> bytes
@@ -62,7 +67,9 @@ class Run:
 
 @dataclass
 class Sweep:
-    """The points of a sweep and what is left of them: a grid, or `run_cap` points evenly along ranges from min to max."""
+    """The points of a sweep and what is left of them: a grid, or `run_cap` points evenly along
+    ranges from min to max.
+    """
 
     id: str
     project: str
@@ -71,13 +78,23 @@ class Sweep:
 
     def __post_init__(self):
         self.config = yaml.safe_load(self.text)
-        given, shares = self.config["parameters"], range(self.config.get("run_cap", 0))
+        given = self.config["parameters"]
+        shares = range(self.config.get("run_cap", 0))
         if self.config["method"] == "grid":
             axes = {name: one.get("values", [one.get("value")]) for name, one in given.items()}
-            self.expected = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+            self.expected = [
+                dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())
+            ]
         else:
-            self.expected = [{name: one["min"] + (one["max"] - one["min"]) * share / max(len(shares) - 1, 1) if "min" in one
-                              else one["value"] for name, one in given.items()} for share in shares]
+            self.expected = [
+                {
+                    name: one["min"] + (one["max"] - one["min"]) * share / max(len(shares) - 1, 1)
+                    if "min" in one
+                    else one["value"]
+                    for name, one in given.items()
+                }
+                for share in shares
+            ]
         self.points = iter(self.expected)
 
 
@@ -94,12 +111,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler, bind_and_activate=False)
-        self.fault, self.connections = None, set()
+        self.fault = None
+        self.connections = set()
         self.lock = threading.RLock()
         self.appear()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.login = {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "k" * 40}
-        self.runs, self.sweeps, self.agents, self.views, self.unknown = {}, {}, {}, {}, []
+        self.runs = {}
+        self.sweeps = {}
+        self.agents = {}
+        self.views = {}
+        self.unknown = []
 
     def appear(self):
         """Listen, again on the same port, with all that was known before."""
@@ -142,7 +164,15 @@ class Server(http.server.ThreadingHTTPServer):
     # who is asking, and what the server can do
 
     def Viewer(self, v):
-        user = {"id": ENTITY, "name": ENTITY, "username": ENTITY, "entity": ENTITY, "email": "", "admin": False, "flags": "{}"}
+        user = {
+            "id": ENTITY,
+            "name": ENTITY,
+            "username": ENTITY,
+            "entity": ENTITY,
+            "email": "",
+            "admin": False,
+            "flags": "{}",
+        }
         return {"viewer": user | {"teams": {"edges": []}, "apiKeys": {"edges": []}}}
 
     GetViewer = GetDefaultEntity = Viewer
@@ -159,9 +189,18 @@ class Server(http.server.ThreadingHTTPServer):
         new = v["name"] not in self.runs
         run = self.runs.setdefault(v["name"], Run(v["name"], v["project"]))
         if run.state != "running":  # a run that goes on tells of itself again and again
-            run.state, run.exit_code, run.preempting = "running", None, False
-        run.name, run.group = v.get("displayName") or run.name or run.id, v.get("groupName") or run.group
-        run.notes, run.tags, run.sweep = v.get("notes") or run.notes, v.get("tags") or run.tags, v.get("sweep") or run.sweep
+            run.state = "running"
+            run.exit_code = None
+            run.preempting = False
+        run.name, run.group = (
+            v.get("displayName") or run.name or run.id,
+            v.get("groupName") or run.group,
+        )
+        run.notes, run.tags, run.sweep = (
+            v.get("notes") or run.notes,
+            v.get("tags") or run.tags,
+            v.get("sweep") or run.sweep,
+        )
         run.columns = json.loads(v.get("config") or "{}") or run.columns
         run.summary |= json.loads(v.get("summaryMetrics") or "{}")
         return {"upsertBucket": {"bucket": self.as_run(run), "inserted": new}}
@@ -176,21 +215,32 @@ class Server(http.server.ThreadingHTTPServer):
         return {"rewindRun": {"rewoundRun": self.as_run(run)}}
 
     def CreateRunFiles(self, v):
-        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{v['run']}/{urllib.parse.quote(name)}"} for name in v["files"]]
+        files = [
+            {"name": name, "uploadUrl": f"{self.url}/upload/{v['run']}/{urllib.parse.quote(name)}"}
+            for name in v["files"]
+        ]
         return {"createRunFiles": {"runID": v["run"], "uploadHeaders": [], "files": files}}
 
     def stream(self, run, sent):
         """Take what a run streams: lines at an offset, its summary, and how it ended."""
         files = sent.get("files") or {}
         if rows := files.get("wandb-history.jsonl"):
-            run.lines[rows["offset"]:rows["offset"] + len(rows["content"])] = rows["content"]
+            run.lines[rows["offset"] : rows["offset"] + len(rows["content"])] = rows["content"]
         if summary := files.get("wandb-summary.json"):
             run.summary = json.loads(summary["content"][-1])
         run.preempting = run.preempting or sent.get("preempting", False)
         if sent.get("complete"):
             run.exit_code = sent["exitcode"]
             waits = run.preempting and not run.stopped
-            run.state = "finished" if run.exit_code == 0 else "preempted" if waits else "killed" if run.stopped else "failed"
+            run.state = (
+                "finished"
+                if run.exit_code == 0
+                else "preempted"
+                if waits
+                else "killed"
+                if run.stopped
+                else "failed"
+            )
 
     # sweeps
 
@@ -208,28 +258,44 @@ class Server(http.server.ThreadingHTTPServer):
         return {"createAgent": {"agent": {"id": agent}}}
 
     def Heartbeat(self, v):
-        agent, alive = self.agents[v["id"]], json.loads(v["runState"])
+        agent = self.agents[v["id"]]
+        alive = json.loads(v["runState"])
         for run in [self.runs[run_id] for run_id in agent.given - alive.keys()]:
             agent.given.remove(run.id)
-            if run.state not in ENDED:  # without a last word; the real server believes it after minutes of silence
+            # without a last word; the real server believes it after minutes of silence
+            if run.state not in ENDED:
                 run.state = "crashed"
-        stops = [{"id": new_id(), "type": "stop", "run_id": run_id} for run_id in alive if self.runs[run_id].stopped]
+        stops = [
+            {"id": new_id(), "type": "stop", "run_id": run_id}
+            for run_id in alive
+            if self.runs[run_id].stopped
+        ]
         commands = stops or ([] if alive else [self.next_command(agent, self.sweeps[agent.sweep])])
         return {"agentHeartbeat": {"agent": {"id": v["id"]}, "commands": json.dumps(commands)}}
 
     def next_command(self, agent, sweep):
-        """As W&B does: first the runs that were preempted, with their id and point, then new points, then an end."""
-        waiting = [run for run in self.runs.values() if run.sweep == sweep.id and run.state == "preempted"]
+        """As W&B does: first the runs that were preempted, with their id and point, then new
+        points, then an end.
+        """
+        waiting = [
+            run for run in self.runs.values() if run.sweep == sweep.id and run.state == "preempted"
+        ]
         point = None if waiting or sweep.state != "RUNNING" else next(sweep.points, None)
         if not waiting and point is None:
             sweep.state = "FINISHED"
             return {"id": new_id(), "type": "exit"}
         run = waiting[0] if waiting else Run(new_id(), sweep.project, sweep.id, point)
-        run.state, self.runs[run.id] = "pending", run
+        run.state = "pending"
+        self.runs[run.id] = run
         agent.given.add(run.id)
         arguments = {name: {"value": value} for name, value in run.point.items()}
-        return {"id": new_id(), "type": "resume" if waiting else "run", "run_id": run.id, "args": arguments,
-                "program": sweep.config.get("program")}
+        return {
+            "id": new_id(),
+            "type": "resume" if waiting else "run",
+            "run_id": run.id,
+            "args": arguments,
+            "program": sweep.config.get("program"),
+        }
 
     # everything that is read back, and views
 
@@ -242,44 +308,99 @@ class Server(http.server.ThreadingHTTPServer):
         sweep = self.sweeps.get(v.get("sweep") or v.get("name"))
         if not runs and project not in [sweep.project for sweep in self.sweeps.values()]:
             return {"project": None}
-        return {"project": as_project(project) | {
-            "run": run and self.as_run(run, v), "sweep": sweep and self.as_sweep(sweep),
-            "runCount": len(chosen), "runs": edges(self.as_run(run) for run in chosen)}}
+        return {
+            "project": as_project(project)
+            | {
+                "run": run and self.as_run(run, v),
+                "sweep": sweep and self.as_sweep(sweep),
+                "runCount": len(chosen),
+                "runs": edges(self.as_run(run) for run in chosen),
+            }
+        }
 
     def UpsertView2(self, v):
         self.views[v["name"]] = v
         return {"upsertView": {"view": {"id": v["name"], "name": v["name"]}, "inserted": True}}
 
     def as_run(self, run, v=MappingProxyType({})):
-        low, high = v.get("minStep", 0), v.get("maxStep", math.inf)
+        low = v.get("minStep", 0)
+        high = v.get("maxStep", math.inf)
         specs = [json.loads(spec) for spec in v.get("specs", [v["spec"]] if "spec" in v else [])]
         return {
-            "id": run.id, "name": run.id, "displayName": run.name, "project": as_project(run.project), "projectId": "1",
-            "state": run.state, "exitcode": run.exit_code, "sweepName": run.sweep, "group": run.group, "jobType": "",
-            "config": json.dumps(run.columns), "wandbConfig": json.dumps({"t": 1}), "summaryMetrics": json.dumps(run.summary),
-            "systemMetrics": "{}", "tags": run.tags, "notes": run.notes, "description": "", "commit": "", "readOnly": False,
-            "createdAt": MADE, "heartbeatAt": MADE, "user": {"name": ENTITY, "username": ENTITY},
-            "historyLineCount": len(run.lines), "historyTail": json.dumps(run.lines[-1:]), "eventsLineCount": 0,
-            "eventsTail": "[]", "logLineCount": 0,
-            "historyKeys": {"lastStep": run.history[-1]["_step"] if run.lines else -1}, "parquetHistory": {"parquetUrls": []},
-            "fileCount": len(run.files), "files": edges(self.as_file(run, name) for name in v.get("fileNames", run.files)
-                                                        if name in run.files),
+            "id": run.id,
+            "name": run.id,
+            "displayName": run.name,
+            "project": as_project(run.project),
+            "projectId": "1",
+            "state": run.state,
+            "exitcode": run.exit_code,
+            "sweepName": run.sweep,
+            "group": run.group,
+            "jobType": "",
+            "config": json.dumps(run.columns),
+            "wandbConfig": json.dumps({"t": 1}),
+            "summaryMetrics": json.dumps(run.summary),
+            "systemMetrics": "{}",
+            "tags": run.tags,
+            "notes": run.notes,
+            "description": "",
+            "commit": "",
+            "readOnly": False,
+            "createdAt": MADE,
+            "heartbeatAt": MADE,
+            "user": {"name": ENTITY, "username": ENTITY},
+            "historyLineCount": len(run.lines),
+            "historyTail": json.dumps(run.lines[-1:]),
+            "eventsLineCount": 0,
+            "eventsTail": "[]",
+            "logLineCount": 0,
+            "historyKeys": {"lastStep": run.history[-1]["_step"] if run.lines else -1},
+            "parquetHistory": {"parquetUrls": []},
+            "fileCount": len(run.files),
+            "files": edges(
+                self.as_file(run, name)
+                for name in v.get("fileNames", run.files)
+                if name in run.files
+            ),
             "history": [line for line in run.lines if low <= json.loads(line)["_step"] < high],
-            "sampledHistory": [sampled(run.history, **spec) for spec in specs]}
+            "sampledHistory": [sampled(run.history, **spec) for spec in specs],
+        }
 
     def as_file(self, run, name):
-        return {"id": name, "name": name, "url": f"{self.url}/upload/{run.id}/{urllib.parse.quote(name)}", "directUrl": "",
-                "sizeBytes": len(run.files[name]), "mimetype": "", "updatedAt": MADE, "md5": ""}
+        return {
+            "id": name,
+            "name": name,
+            "url": f"{self.url}/upload/{run.id}/{urllib.parse.quote(name)}",
+            "directUrl": "",
+            "sizeBytes": len(run.files[name]),
+            "mimetype": "",
+            "updatedAt": MADE,
+            "md5": "",
+        }
 
     def as_sweep(self, sweep):
         runs = [run for run in self.runs.values() if run.sweep == sweep.id]
         return {
-            "__typename": "Sweep", "id": sweep.id, "name": sweep.id, "displayName": sweep.config.get("name"),
-            "method": sweep.config["method"], "state": sweep.state, "description": sweep.config.get("description"),
-            "bestLoss": None, "config": sweep.text, "createdAt": MADE, "updatedAt": MADE, "heartbeatAt": MADE,
-            "runCount": len(runs), "runCountExpected": len(sweep.expected), "project": as_project(sweep.project),
-            "controller": None, "scheduler": None, "earlyStopJobRunning": False,
-            "runs": edges(self.as_run(run) for run in runs)}
+            "__typename": "Sweep",
+            "id": sweep.id,
+            "name": sweep.id,
+            "displayName": sweep.config.get("name"),
+            "method": sweep.config["method"],
+            "state": sweep.state,
+            "description": sweep.config.get("description"),
+            "bestLoss": None,
+            "config": sweep.text,
+            "createdAt": MADE,
+            "updatedAt": MADE,
+            "heartbeatAt": MADE,
+            "runCount": len(runs),
+            "runCountExpected": len(sweep.expected),
+            "project": as_project(sweep.project),
+            "controller": None,
+            "scheduler": None,
+            "earlyStopJobRunning": False,
+            "runs": edges(self.as_run(run) for run in runs),
+        }
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -295,7 +416,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
         answer = {}
         if self.server.fault and self.server.fault(self):
-            return
+            return None
         if self.path.endswith("/graphql"):
             said = json.loads(body)
             answer = self.server.graphql(said["query"], said.get("variables") or {})
@@ -321,7 +442,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, content, status=200, length=None, **headers):
         self.send_response(status)
-        for name, value in {"Content-Length": len(content) if length is None else length, **headers}.items():
+        for name, value in {
+            "Content-Length": len(content) if length is None else length,
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(content)
@@ -339,6 +463,7 @@ def slow(handler):
 
 def refusing(status, **headers):
     """Answers an HTTP status."""
+
     def fault(handler):
         handler.answer(json.dumps({"error": f"status {status}"}).encode(), status, **headers)
         return True
@@ -373,17 +498,27 @@ FAULTS = {  # f(handler) is asked first, and returns True where it has answered
 
 
 def as_project(name):
-    return {"id": name, "name": name, "internalId": "1", "readOnly": False, "entity": {"id": ENTITY, "name": ENTITY}}
+    return {
+        "id": name,
+        "name": name,
+        "internalId": "1",
+        "readOnly": False,
+        "entity": {"id": ENTITY, "name": ENTITY},
+    }
 
 
 def edges(nodes):
     """GraphQL's list; there is only ever one page."""
-    return {"edges": [{"node": node, "cursor": node["id"]} for node in nodes],
-            "pageInfo": {"endCursor": None, "hasNextPage": False}}
+    return {
+        "edges": [{"node": node, "cursor": node["id"]} for node in nodes],
+        "pageInfo": {"endCursor": None, "hasNextPage": False},
+    }
 
 
 def sampled(rows, keys, samples, minStep=0, maxStep=math.inf):
-    """The rows that have all of `keys`, cut to these; none is left out, however few are asked for."""
+    """The rows that have all of `keys`, cut to these; none is left out, however few are asked
+    for.
+    """
     whole = [row for row in rows if row.keys() >= set(keys) and minStep <= row["_step"] <= maxStep]
     return [{key: row[key] for key in keys} for row in whole]
 
@@ -392,7 +527,13 @@ def matches(run, filters):
     """Whether a run meets the filters of `Api.runs`, as far as they are equalities."""
     if "$and" in filters:
         return all(matches(run, each) for each in filters["$and"])
-    known = {"sweep": run.sweep, "state": run.state, "name": run.id, "display_name": run.name, "group": run.group}
+    known = {
+        "sweep": run.sweep,
+        "state": run.state,
+        "name": run.id,
+        "display_name": run.name,
+        "group": run.group,
+    }
     return all(known[key] == value for key, value in filters.items())
 
 

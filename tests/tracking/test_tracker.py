@@ -1,4 +1,6 @@
-"""The tracker against what W&B itself keeps on disk, read by its own reader, and what it sends to a loopback server."""
+"""The tracker against what W&B itself keeps on disk, read by its own reader, and what it sends
+to a loopback server.
+"""
 
 import json
 import os
@@ -19,9 +21,21 @@ from ddpm.tracking import wandb
 from support.wandb_logs import lines, rows_of, segments, synced
 from support.wandb_server import server as server
 
-OFFLINE = {"mode": "offline", "project": "p", "entity": "", "name": "", "group": "", "tags": (), "notes": ""}
+OFFLINE = {
+    "mode": "offline",
+    "project": "p",
+    "entity": "",
+    "name": "",
+    "group": "",
+    "tags": (),
+    "notes": "",
+}
 ROOT = str(Path(__file__).parents[2])
-CONFIG = {"config.train.batch_size": 64, "config.model.channel_mult": [1, 2], "config.data.source": "digits"}
+CONFIG = {
+    "config.train.batch_size": 64,
+    "config.model.channel_mult": [1, 2],
+    "config.data.source": "digits",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +49,14 @@ def isolated(tmp_path, monkeypatch):
 
 
 def begin(folder, start_step=0, state=None, **options):
-    return tracking_tracker.open_tracker(folder, config=CONFIG, wandb=OFFLINE | options, start_step=start_step, total_steps=100,
-                                 state=state)
+    return tracking_tracker.open_tracker(
+        folder,
+        config=CONFIG,
+        wandb=OFFLINE | options,
+        start_step=start_step,
+        total_steps=100,
+        state=state,
+    )
 
 
 def test_both_sinks_hold_the_same_rows(tmp_path):
@@ -50,7 +70,9 @@ def test_both_sinks_hold_the_same_rows(tmp_path):
     tracker.close()
     expected = [
         {"step": 10, "train/loss": 0.5, "speed/images_per_second": 2.0, "val/loss": 0.25},
-        {"step": 20, "train/loss": 0.1 + 0.2, "progress/images": 1280}, {"step": 30, "train/loss": 1e-30}]
+        {"step": 20, "train/loss": 0.1 + 0.2, "progress/images": 1280},
+        {"step": 30, "train/loss": 1e-30},
+    ]
     assert lines(tmp_path) == expected
     assert rows_of(synced(tmp_path)) == expected
 
@@ -70,28 +92,40 @@ def test_what_wandb_is_told_of_the_run(tmp_path):
     tracker.close(exit_code=3)
     segment = segments(tmp_path / "digits-a")[0]
     run = next(record["run"] for record in segment if "run" in record)
-    assert {key: value for key, value in run["config"]["update"].items() if key != "_wandb"} == CONFIG
+    assert {
+        key: value for key, value in run["config"]["update"].items() if key != "_wandb"
+    } == CONFIG
     assert (run["display_name"], run["run_group"], run["tags"]) == ("digits-a", "g", ["one", "two"])
     assert (run["notes"], run["project"]) == ("a sentence", "p")
     metrics = [record["metric"] for record in segment if "metric" in record]
     assert [(m.get("name"), m.get("glob_name"), m.get("step_metric")) for m in metrics] == [
-        ("train/step", None, None), (None, "*", "train/step")]
-    assert {"best/val_loss": 0.5} in [record["summary"].get("update") for record in segment if "summary" in record]
+        ("train/step", None, None),
+        (None, "*", "train/step"),
+    ]
+    assert {"best/val_loss": 0.5} in [
+        record["summary"].get("update") for record in segment if "summary" in record
+    ]
     assert segment[-1]["exit"]["exit_code"] == 3
 
 
-@pytest.mark.parametrize("shape, kind", [((8, 6, 3), "png"), ((8, 6, 1), "png"), ((520, 40, 4), "jpg")])
+@pytest.mark.parametrize(
+    "shape, kind", [((8, 6, 3), "png"), ((8, 6, 1), "png"), ((520, 40, 4), "jpg")]
+)
 def test_images_arrive_once(tmp_path, shape, kind):
     tracker = begin(tmp_path)
     tracker.log(5, {"train/loss": 1.0})
     tracker.log(5, {}, {"samples": np.full(shape, 200, np.uint8)})
     tracker.close()
     (row,) = synced(tmp_path)
-    assert (row["samples.height"], row["samples.width"], row["samples.format"]) == (*shape[:2], kind)
+    assert (row["samples.height"], row["samples.width"], row["samples.format"]) == (
+        *shape[:2],
+        kind,
+    )
     assert row["samples.caption"] == "samples at step 5"
     (file,) = tmp_path.glob(f"wandb/offline-run-*/files/{row['samples.path']}")
     assert len(list(file.parent.iterdir())) == 1
-    shown = 200 if shape[-1] != 4 else round((200 * 200 + 255 * 55) / 255)  # a transparent picture lies on white
+    # a transparent picture lies on white
+    shown = 200 if shape[-1] != 4 else round((200 * 200 + 255 * 55) / 255)
     assert abs(int(np.asarray(Image.open(file)).max()) - shown) <= 2  # JPEG rounds twice
     assert lines(tmp_path) == [{"step": 5, "train/loss": 1.0}]
 
@@ -115,7 +149,9 @@ def test_resume_after_a_clean_close(tmp_path):
     assert lines(tmp_path) == [{"step": step, "train/loss": 1 / step} for step in (10, 20, 30, 40)]
     assert rows_of(synced(tmp_path)) == lines(tmp_path)
     second = segments(tmp_path)[1]
-    assert {"best/val_loss": 0.5} in [record["summary"].get("update") for record in second if "summary" in record]
+    assert {"best/val_loss": 0.5} in [
+        record["summary"].get("update") for record in second if "summary" in record
+    ]
     assert "resumed from step 25" in (tmp_path / "training.log").read_text()
 
 
@@ -131,10 +167,25 @@ def test_what_wandb_missed_is_written_again(tmp_path):
     assert rows_of(synced(tmp_path)) == lines(tmp_path)
 
 
-@pytest.mark.parametrize("end", [
-    "", '{"st', '{"step": 20, "train/loss": 2.0}', "\0\0\0", "20\n", "[]\n", '{"step": null}\n', '{"step": true}\n',
-    '{"step": -1}\n', f'{{"step": {10**400}}}\n', '{"step": 12, "a": NaN}\n', f'{{"step": 12, "a": {-10**400}}}\n',
-    '{"step": 12, "a": [1]}\n', '{"step": 12, "a": false}\n'])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "",
+        '{"st',
+        '{"step": 20, "train/loss": 2.0}',
+        "\0\0\0",
+        "20\n",
+        "[]\n",
+        '{"step": null}\n',
+        '{"step": true}\n',
+        '{"step": -1}\n',
+        f'{{"step": {10**400}}}\n',
+        '{"step": 12, "a": NaN}\n',
+        f'{{"step": 12, "a": {-(10**400)}}}\n',
+        '{"step": 12, "a": [1]}\n',
+        '{"step": 12, "a": false}\n',
+    ],
+)
 def test_a_torn_last_line_is_cut(tmp_path, end):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train/loss": 1.0}\n' + end)
     tracker = begin(tmp_path, 20, {}, mode="disabled")
@@ -182,32 +233,54 @@ tracker.close()
 """
 
 
-EXPECTED = [{"step": step, "train/loss": 1 / step} | ({} if step % 10 else {"val/loss": 2 / step})
-            for step in range(2, 61, 2)]
+EXPECTED = [
+    {"step": step, "train/loss": 1 / step} | ({} if step % 10 else {"val/loss": 2 / step})
+    for step in range(2, 61, 2)
+]
 
 
 def run_training(folder, kill_at=0, cores="one", mode="offline", **environment):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", TRAINING, str(folder), json.dumps(OFFLINE | {"mode": mode}), str(kill_at), cores]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT} | environment, capture_output=True, text=True,
-                          timeout=240)
+    command = [
+        sys.executable,
+        "-c",
+        TRAINING,
+        str(folder),
+        json.dumps(OFFLINE | {"mode": mode}),
+        str(kill_at),
+        cores,
+    ]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": ROOT} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == (-9 if kill_at else 0), done.stderr
     return done
 
 
 def numbers(folder):
     """The rows of metrics.jsonl without what differs between sessions."""
-    return [{key: value for key, value in row.items() if key != "speed/session"} for row in lines(folder)]
+    return [
+        {key: value for key, value in row.items() if key != "speed/session"}
+        for row in lines(folder)
+    ]
 
 
 def test_resume_after_sigkill(tmp_path):
-    """Killed between checkpoints, and at one with W&B's own process, whose log then lacks rows up to the checkpoint."""
+    """Killed between checkpoints, and at one with W&B's own process, whose log then lacks rows
+    up to the checkpoint.
+    """
     folder = tmp_path / "run"
     for kill_at, cores in ((17, "one"), (20, "both"), (43, "later"), (0, "one")):
         run_training(folder, kill_at, cores)
     assert numbers(folder) == EXPECTED
     assert rows_of(synced(folder)) == lines(folder)
-    assert any("history" in record for record in segments(folder)[2]), "W&B's log is written while the training runs"
+    assert any("history" in record for record in segments(folder)[2]), (
+        "W&B's log is written while the training runs"
+    )
 
 
 def test_unreachable_server_falls_back_to_offline(tmp_path):
@@ -216,8 +289,13 @@ def test_unreachable_server_falls_back_to_offline(tmp_path):
         port = free.getsockname()[1]
     run_training(tmp_path / "run", kill_at=25)
     before = time.monotonic()
-    done = run_training(tmp_path / "run", mode="auto", WANDB_API_KEY="k" * 40, WANDB_INIT_TIMEOUT="3",
-                        WANDB_BASE_URL=f"http://127.0.0.1:{port}")
+    done = run_training(
+        tmp_path / "run",
+        mode="auto",
+        WANDB_API_KEY="k" * 40,
+        WANDB_INIT_TIMEOUT="3",
+        WANDB_BASE_URL=f"http://127.0.0.1:{port}",
+    )
     assert time.monotonic() - before < 30  # 3 s for the server, the rest for a loaded machine
     assert done.stdout.count("W&B is not online: CommError") == 1 and done.stderr == ""
     assert numbers(tmp_path / "run") == EXPECTED
@@ -225,7 +303,9 @@ def test_unreachable_server_falls_back_to_offline(tmp_path):
 
 
 def test_online_curve_has_no_gap_and_no_double_row(tmp_path, server):
-    """Offline, then online and killed before its rows are sent, then to the end, and again from an old checkpoint."""
+    """Offline, then online and killed before its rows are sent, then to the end, and again from
+    an old checkpoint.
+    """
     folder = tmp_path / "run"
     run_training(folder, kill_at=25)
     run_training(folder, kill_at=43, mode="auto", **server.login)
@@ -238,10 +318,18 @@ def test_online_curve_has_no_gap_and_no_double_row(tmp_path, server):
         (folder / "saved").write_text(early)
 
 
-@pytest.mark.parametrize("asked, variable, expected", [
-    ("auto", None, "auto"), ("auto", "offline", "offline"), ("auto", "dryrun", "offline"), ("auto", "nonsense", "auto"),
-    ("auto", "disabled", "disabled"), ("offline", "disabled", "offline"), ("disabled", "online", "disabled"),
-])
+@pytest.mark.parametrize(
+    "asked, variable, expected",
+    [
+        ("auto", None, "auto"),
+        ("auto", "offline", "offline"),
+        ("auto", "dryrun", "offline"),
+        ("auto", "nonsense", "auto"),
+        ("auto", "disabled", "disabled"),
+        ("offline", "disabled", "offline"),
+        ("disabled", "online", "disabled"),
+    ],
+)
 def test_a_mode_asked_for_goes_before_the_environment(monkeypatch, asked, variable, expected):
     if variable:
         monkeypatch.setenv("WANDB_MODE", variable)
@@ -255,7 +343,9 @@ def test_online_without_login_says_so_and_asks_nothing(tmp_path):
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
-    tracker = tracking_tracker.open_tracker(tmp_path / "run", config={}, wandb=OFFLINE, start_step=0, total_steps=9, main=False)
+    tracker = tracking_tracker.open_tracker(
+        tmp_path / "run", config={}, wandb=OFFLINE, start_step=0, total_steps=9, main=False
+    )
     tracker.log(1, {"train/loss": 1.0}, {"samples": np.zeros((2, 2, 3), np.uint8)})
     tracker.say("unheard")
     tracker.tick(1)
@@ -311,17 +401,23 @@ tracker.close()
 
 def test_a_full_disk_does_not_end_the_training(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("metrics.jsonl is incomplete from here") == 1
     assert done.stdout.count("training.log is incomplete from here") == 1
     assert done.stdout.count("metrics.jsonl lacks its last") == 1
     kept = lines(tmp_path)  # every line is whole
-    assert kept == [{"step": step, "train/loss": 1 / 3} for step in range(1, len(kept) + 1)] and 5 < len(kept) < 20
+    assert (
+        kept == [{"step": step, "train/loss": 1 / 3} for step in range(1, len(kept) + 1)]
+        and 5 < len(kept) < 20
+    )
 
 
 def test_rows_wait_while_their_file_cannot_be_written(tmp_path, capsys):
-    tracker, file = begin(tmp_path, mode="disabled"), tmp_path / "metrics.jsonl"
+    tracker = begin(tmp_path, mode="disabled")
+    file = tmp_path / "metrics.jsonl"
     for step in range(1, 9):
         if step in (3, 6):  # away, as on a disk that is not mounted for a while
             file.rename(tmp_path / "away")
@@ -334,13 +430,17 @@ def test_rows_wait_while_their_file_cannot_be_written(tmp_path, capsys):
     tracker.close()
     assert lines(tmp_path) == [{"step": step, "train/loss": 1 / step} for step in range(1, 9)]
     said = capsys.readouterr().out
-    assert [said.count(f"metrics.jsonl is {what}") for what in ("incomplete from here", "whole again")] == [2, 2]
+    assert [
+        said.count(f"metrics.jsonl is {what}") for what in ("incomplete from here", "whole again")
+    ] == [2, 2]
 
 
 def test_what_a_person_reads(tmp_path, capsys):
     tracker = begin(tmp_path, mode="disabled")
     tracker.say("1797 images")
-    tracker.log(50, {"train/loss": 0.12345, "speed/images_per_second": 210.0, "memory/rss_gib": 0.5})
+    tracker.log(
+        50, {"train/loss": 0.12345, "speed/images_per_second": 210.0, "memory/rss_gib": 0.5}
+    )
     tracker.log(50, {"train/grad_norm": 1.0, "val/loss": 0.0625, "eval/fd_digits": float("nan")})
     tracker.log(50, {}, {"samples": np.zeros((4, 4, 3), np.uint8)})
     tracker.close()
@@ -350,10 +450,15 @@ def test_what_a_person_reads(tmp_path, capsys):
     assert "from the start; torch" in head
     assert said == "1797 images"
     assert warning == "eval/fd_digits is not finite at step 50; it is kept as null"
-    assert re.fullmatch(r"step 50/100 \(50.0%\)  loss 0.1235  210.0 images/s  rss 0.50 GiB  "
-                        r"val/loss 0.0625  eval/fd_digits nan  samples drawn  eta \d\d:\d\d", row)
+    assert re.fullmatch(
+        r"step 50/100 \(50.0%\)  loss 0.1235  210.0 images/s  rss 0.50 GiB  "
+        r"val/loss 0.0625  eval/fd_digits nan  samples drawn  eta \d\d:\d\d",
+        row,
+    )
     log = (tmp_path / "training.log").read_text()
-    stamped = [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (.*)", line) for line in log.splitlines()]
+    stamped = [
+        re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (.*)", line) for line in log.splitlines()
+    ]
     assert [match[1] for match in stamped] == out.splitlines()
     assert lines(tmp_path)[0]["eval/fd_digits"] is None
     assert lines(tmp_path)[0]["train/grad_norm"] == 1.0

@@ -1,6 +1,7 @@
 """Files of weights: what older versions and other programs wrote is read, and what may go is told.
 
-Damage, hostile files, kills and full disks are faults of experiments/reliability (tests/test_reliability.py).
+Damage, hostile files, kills and full disks are faults of experiments/reliability
+(tests/test_reliability.py).
 """
 
 import json
@@ -16,8 +17,14 @@ from ddpm.config import files as config_files
 from ddpm.training import checkpoint, weights
 from support.runs import equal, tiny
 
-WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(2), "c": torch.tensor([True, False]), "d": torch.zeros(0, 3),
-           "e": torch.tensor([1.5, -2.0]).half(), "f": torch.ones(3).bfloat16()}
+WEIGHTS = {
+    "a": torch.arange(6.0).reshape(2, 3),
+    "b": torch.tensor(2),
+    "c": torch.tensor([True, False]),
+    "d": torch.zeros(0, 3),
+    "e": torch.tensor([1.5, -2.0]).half(),
+    "f": torch.ones(3).bfloat16(),
+}
 
 
 class State(dict):
@@ -33,52 +40,80 @@ def test_weights_without_a_checksum_are_read(tmp_path):
         found, tensors = weights.exported(tmp_path / f"{name}.safetensors")
         assert found == about and equal(tensors, WEIGHTS)
     with pytest.raises(safe_load.Damaged, match="does not fit its checksum"):
-        (tmp_path / "old.safetensors").write_bytes(save(WEIGHTS, {"ddpm": json.dumps(about | {"crc32": 1})}))
+        (tmp_path / "old.safetensors").write_bytes(
+            save(WEIGHTS, {"ddpm": json.dumps(about | {"crc32": 1})})
+        )
         weights.exported(tmp_path / "old.safetensors")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_both_formats_of_torch_are_read(tmp_path, zipped):
     """The older one has no checksums; published weights still come in it."""
-    content = {"weights": WEIGHTS, "parameter": torch.nn.Parameter(torch.ones(2)), "rest": [1, (2.5, "word"), None, True]}
+    content = {
+        "weights": WEIGHTS,
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "rest": [1, (2.5, "word"), None, True],
+    }
     torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
     assert equal(safe_load.read(tmp_path / "file.pt"), content)
     torch.save([torch.optim.SGD], tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="holds more than tensors, numbers and words: 'torch.optim.sgd SGD'"):
+    with pytest.raises(
+        ValueError, match="holds more than tensors, numbers and words: 'torch.optim.sgd SGD'"
+    ):
         safe_load.read(tmp_path / "file.pt")
 
 
 def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, "{}", {"ema": State({"shadow": {"a": torch.tensor(step)}})}, keep=3)
-    final, (*_, (_, second), (_, third)) = tmp_path / "final.safetensors", checkpoint.checkpoints(tmp_path)
+        checkpoint.save(
+            tmp_path, step, "{}", {"ema": State({"shadow": {"a": torch.tensor(step)}})}, keep=3
+        )
+    final, (*_, (_, second), (_, third)) = (
+        tmp_path / "final.safetensors",
+        checkpoint.checkpoints(tmp_path),
+    )
     weights.export(final, {"a": torch.tensor(3)}, 3, "{}")
     assert weights.load_weights(tmp_path)[:2] == (final, 3) and not capsys.readouterr().err
     whole = final.read_bytes()
     final.write_bytes(whole[:-1] + b"\1")
     assert weights.load_weights(tmp_path)[:2] == (third, 3)
-    assert capsys.readouterr().err == (f"{final} is damaged (it does not fit its checksum); step_00000003.pt, of step 3, takes "
-                                       "its place\n")
+    assert capsys.readouterr().err == (
+        f"{final} is damaged (it does not fit its checksum); step_00000003.pt, of step 3, takes "
+        "its place\n"
+    )
     final.write_bytes(whole[:-1])
     third.write_bytes(third.read_bytes()[:-100])
     assert weights.load_weights(tmp_path)[:2] == (second, 2)
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and said[1].startswith(f"{third} is damaged (its list of records, at its end, is cut off or torn); ")
+    assert len(said) == 2 and said[1].startswith(
+        f"{third} is damaged (its list of records, at its end, is cut off or torn); "
+    )
     files = sorted(path.name for path in tmp_path.rglob("*"))
     for _, path in checkpoint.checkpoints(tmp_path):
         path.write_bytes(b"words")
-    for given, said in ((tmp_path, f"no checkpoint in {tmp_path} is whole, final.safetensors for one is"), (third, third)):
+    for given, said in (
+        (tmp_path, f"no checkpoint in {tmp_path} is whole, final.safetensors for one is"),
+        (third, third),
+    ):
         with pytest.raises(ValueError, match=f"^{said} .*damaged"):
             weights.load_weights(given)
     weights.export(final, {"a": torch.tensor(1)}, 1, "{}")  # of before the run was prolonged
-    assert weights.load_weights(tmp_path)[:2] == (final, 1) and len(capsys.readouterr().err.splitlines()) == 2
+    assert (
+        weights.load_weights(tmp_path)[:2] == (final, 1)
+        and len(capsys.readouterr().err.splitlines()) == 2
+    )
     assert sorted(path.name for path in tmp_path.rglob("*")) == files
 
 
-@pytest.mark.parametrize("content, said", [
-    (b"", "its end is missing, or it is no file of torch's"), (b"words", "its end is missing, or it is no file of torch's"),
-    (b"PK\3\4" + bytes(99), "its list of records, at its end, is cut off or torn"),
-    (None, "it is a zip, and not one of torch's")])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "its end is missing, or it is no file of torch's"),
+        (b"words", "its end is missing, or it is no file of torch's"),
+        (b"PK\3\4" + bytes(99), "its list of records, at its end, is cut off or torn"),
+        (None, "it is a zip, and not one of torch's"),
+    ],
+)
 def test_damage_is_said_in_plain_words(content, said, tmp_path):
     if content is None:
         with zipfile.ZipFile(tmp_path / "file.pt", "w") as archive:
@@ -95,11 +130,17 @@ def test_what_may_go_is_told(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, "{}", parts, milestone=True)
     weights.save_snapshot(tmp_path, 3, "{}", {"ema 0.1": WEIGHTS})
-    assert checkpoint.spare(tmp_path).startswith("2 milestones, checkpoints/*.keep.pt (0.0 MiB), 1 snapshots/ (")
+    assert checkpoint.spare(tmp_path).startswith(
+        "2 milestones, checkpoints/*.keep.pt (0.0 MiB), 1 snapshots/ ("
+    )
     newest = checkpoint.checkpoints(tmp_path)[-1][1]
     for number in ("", "2"):
         newest.write_bytes(b"PK\3\4 torn")
         with pytest.raises(safe_load.Damaged) as caught:
             checkpoint.load(newest)
-        assert checkpoint.set_aside(caught.value) == newest.with_name(f"step_00000003.keep.pt.damaged{number}")
-    assert checkpoint.newest(tmp_path)[0]["step"] == 2 and "2 damaged files" in checkpoint.spare(tmp_path)
+        assert checkpoint.set_aside(caught.value) == newest.with_name(
+            f"step_00000003.keep.pt.damaged{number}"
+        )
+    assert checkpoint.newest(tmp_path)[0]["step"] == 2 and "2 damaged files" in checkpoint.spare(
+        tmp_path
+    )

@@ -30,7 +30,9 @@ def model():
 
 
 def walk(model, ema, steps):
-    """Give the model new random values at each step and update the average; returns the values, first to last."""
+    """Give the model new random values at each step and update the average; returns the values,
+    first to last.
+    """
     values = [{name: value.clone() for name, value in model.state_dict().items()}]
     for _ in range(steps):
         for value in model.state_dict().values():
@@ -41,7 +43,9 @@ def walk(model, ema, steps):
 
 
 def weighted_sum(values, decays, name):
-    """sum_k values[k] * (weight of step k), in float64: what an exponential average is, written out."""
+    """sum_k values[k] * (weight of step k), in float64: what an exponential average is, written
+    out.
+    """
     total = values[0][name].double()
     for value, decay in zip(values[1:], decays, strict=True):
         total = decay * total + (1 - decay) * value[name].double()
@@ -67,17 +71,23 @@ def test_warm_up(model):
     assert decays[0] == 0.1 and decays[-1] == 0.6  # both branches are met
     for name in ("weight", "scale"):
         # twenty float32 roundings of 6e-8 on values of order one
-        torch.testing.assert_close(ema.shadow[name].double(), weighted_sum(values, decays, name), rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            ema.shadow[name].double(), weighted_sum(values, decays, name), rtol=0, atol=2e-6
+        )
 
 
 def test_ramp_up_is_edms(model):
-    """training_loop.py of NVlabs/edm in its own unit, images: a half-life of 400, or 0.05 of those so far; batches of 20."""
+    """training_loop.py of NVlabs/edm in its own unit, images: a half-life of 400, or 0.05 of
+    those so far; batches of 20.
+    """
     ema = EMA(model, decay=0.5 ** (20 / 400), warmup=False, rampup=0.05)
     decays = [0.5 ** (20 / max(min(400, 0.05 * 20 * n), 1e-8)) for n in range(600)]
     assert decays[0] == 0 and decays[399] < decays[400] == decays[599]  # both branches are met
     values = walk(model, ema, 600)
     # a float32 rounding of 6e-8 each step, of which the last 30 count
-    torch.testing.assert_close(ema.shadow["weight"].double(), weighted_sum(values, decays, "weight"), rtol=0, atol=5e-6)
+    torch.testing.assert_close(
+        ema.shadow["weight"].double(), weighted_sum(values, decays, "weight"), rtol=0, atol=5e-6
+    )
 
 
 def test_same_as_torchs_averaged_model():
@@ -92,13 +102,18 @@ def test_same_as_torchs_averaged_model():
         ema.update()
         theirs.update_parameters(model)
     for name, value in theirs.module.state_dict().items():
-        torch.testing.assert_close(ema.shadow[name], value, rtol=0, atol=1e-6)  # ten float32 roundings
+        # ten float32 roundings
+        torch.testing.assert_close(ema.shadow[name], value, rtol=0, atol=1e-6)
 
 
 def test_names_dtypes_and_integers(model):
     ema = EMA(model.bfloat16(), decay=0.5, warmup=False)
     assert list(ema.shadow) == list(model.state_dict())
-    assert [value.dtype for value in ema.shadow.values()] == [torch.float32, torch.float32, torch.int64]
+    assert [value.dtype for value in ema.shadow.values()] == [
+        torch.float32,
+        torch.float32,
+        torch.int64,
+    ]
     values = walk(model, ema, 3)
     assert ema.shadow["count"].item() == 8  # copied, not averaged
     expected = weighted_sum(values, [0.5] * 3, "weight")
@@ -138,14 +153,24 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.seen = 0, 0, weakref.WeakSet()
+        self.live = 0
+        self.peak = 0
+        self.seen = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        before = {one.untyped_storage().data_ptr() for one in tree_leaves(args) if isinstance(one, torch.Tensor)}
+        before = {
+            one.untyped_storage().data_ptr()
+            for one in tree_leaves(args)
+            if isinstance(one, torch.Tensor)
+        }
         out = function(*args, **(kwargs or {}))
         for one in tree_leaves(out):
             storage = one.untyped_storage() if isinstance(one, torch.Tensor) else None
-            if storage is not None and storage.data_ptr() not in before and storage not in self.seen:
+            if (
+                storage is not None
+                and storage.data_ptr() not in before
+                and storage not in self.seen
+            ):
                 self.seen.add(storage)
                 self.live += storage.nbytes()
                 self.peak = max(self.peak, self.live)
@@ -159,7 +184,8 @@ class Allocations(TorchDispatchMode):
 def test_the_average_is_applied_without_a_second_copy_of_the_weights():
     """At most one tensor's worth is allocated, of 40, and nothing of it is kept."""
     net = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40)))
-    ema, one = EMA(net), 64 * 64 * 4
+    ema = EMA(net)
+    one = 64 * 64 * 4
     walk(net, ema, 2)
     with Allocations() as allocated:
         ema.apply_shadow()
@@ -182,13 +208,16 @@ def test_half_precision_weights_come_back_bit_for_bit(model):
 
 def test_averages_nest(model):
     """Of one average, and of two of one model."""
-    first, second = EMA(model, decay=0.9), EMA(model, decay=0.5)
+    first = EMA(model, decay=0.9)
+    second = EMA(model, decay=0.5)
     raw = {name: value.clone() for name, value in model.state_dict().items()}
     for value in model.state_dict().values():
         value.add_(1)
     first.update(), second.update()
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    averages = [{name: value.clone() for name, value in ema.shadow.items()} for ema in (first, second)]
+    averages = [
+        {name: value.clone() for name, value in ema.shadow.items()} for ema in (first, second)
+    ]
     with first.averaged(), first.averaged():
         with second.averaged():
             assert torch.equal(model.weight, averages[1]["weight"])
@@ -204,7 +233,8 @@ def test_an_average_that_cannot_be_applied_changes_nothing(model, monkeypatch):
     ema = EMA(model, decay=0.9)
     raw = walk(model, ema, 2)[-1]
     shadow = {name: value.clone() for name, value in ema.shadow.items()}
-    clone, calls = torch.Tensor.clone, []
+    clone = torch.Tensor.clone
+    calls = []
 
     def failing(tensor):
         calls.append(tensor)
@@ -225,8 +255,10 @@ def test_an_optimiser_goes_on_as_if_no_average_had_been_applied():
     states = []
     for applied in (False, True):
         torch.manual_seed(0)
-        net, x = nn.Linear(5, 4), torch.randn(3, 5)
-        optimizer, ema = torch.optim.Adam(net.parameters(), fused=True), EMA(net)
+        net = nn.Linear(5, 4)
+        x = torch.randn(3, 5)
+        optimizer = torch.optim.Adam(net.parameters(), fused=True)
+        ema = EMA(net)
         for _ in range(4):
             net(x).square().sum().backward()
             optimizer.step()
@@ -235,9 +267,14 @@ def test_an_optimiser_goes_on_as_if_no_average_had_been_applied():
             if applied:
                 with ema.averaged():
                     net(x)
-        assert [id(one) for one in optimizer.param_groups[0]["params"]] == [id(one) for one in net.parameters()]
+        assert [id(one) for one in optimizer.param_groups[0]["params"]] == [
+            id(one) for one in net.parameters()
+        ]
         states.append((net.state_dict(), ema.shadow, optimizer.state_dict()["state"]))
-    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(states[0]), tree_leaves(states[1]), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tree_leaves(states[0]), tree_leaves(states[1]), strict=True)
+    )
 
 
 def test_averaged_restores_upon_an_exception(model):
@@ -279,7 +316,8 @@ def test_state_round_trip_continues_bitwise(model):
         walk(one, average, 3)
     assert other.updates == ema.updates == 7
     assert all(torch.equal(value, other.shadow[name]) for name, value in ema.shadow.items())
-    assert not torch.equal(state["shadow"]["weight"], other.shadow["weight"])  # the state was copied, not adopted
+    # the state was copied, not adopted
+    assert not torch.equal(state["shadow"]["weight"], other.shadow["weight"])
 
 
 def test_state_of_another_network_is_refused():
@@ -305,6 +343,9 @@ def test_decay_out_of_range(model, decay):
 
 
 def test_wrapped_networks_are_refused():
-    for wrapped in (nn.DataParallel(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2), backend="eager")):
+    for wrapped in (
+        nn.DataParallel(nn.Linear(2, 2)),
+        torch.compile(nn.Linear(2, 2), backend="eager"),
+    ):
         with pytest.raises(AssertionError, match="plain network"):
             EMA(wrapped)

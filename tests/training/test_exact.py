@@ -1,4 +1,6 @@
-"""What promises float32 computes without TF32, which rounds what is multiplied to ten bits; and nothing else changes."""
+"""What promises float32 computes without TF32, which rounds what is multiplied to ten bits; and
+nothing else changes.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -17,14 +19,22 @@ CPU = torch.device("cpu")
 
 
 def precision():
-    """What torch lets a GPU do with float32, by its older switches, and by those that came with version 2.9."""
+    """What torch lets a GPU do with float32, by its older switches, and by those that came with
+    version 2.9.
+    """
     newer = getattr(torch.backends.cudnn, "conv", None)
-    return (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
-            newer and (torch.backends.cuda.matmul.fp32_precision == "tf32", newer.fp32_precision == "tf32"))
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        newer
+        and (torch.backends.cuda.matmul.fp32_precision == "tf32", newer.fp32_precision == "tf32"),
+    )
 
 
 NEWER = getattr(torch.backends.cudnn, "conv", None)
-EXACT, FAST = ("highest", False, False, NEWER and (False, False)), ("high", True, True, NEWER and (True, True))
+EXACT = ("highest", False, False, NEWER and (False, False))
+FAST = ("high", True, True, NEWER and (True, True))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +59,8 @@ class Noted(TorchDispatchMode):
 
 
 def test_extractors_see_images_exactly():
-    plain, seen = extractors.digits(CPU), []
+    plain = extractors.digits(CPU)
+    seen = []
 
     def embed(images):
         seen.append(precision())
@@ -66,8 +77,15 @@ def test_extractors_see_images_exactly():
 
 def test_the_likelihood_is_measured_exactly_and_what_is_drawn_is_not(tmp_path):
     run(tiny(train__length="2 steps"), tmp_path)
-    made = load.load(tmp_path, "cpu", **{"evaluate.likelihood": "both", "evaluate.likelihood_images": 4,
-                                          "evaluate.likelihood_evaluations": 8})
+    made = load.load(
+        tmp_path,
+        "cpu",
+        **{
+            "evaluate.likelihood": "both",
+            "evaluate.likelihood_images": 4,
+            "evaluate.likelihood_evaluations": 8,
+        },
+    )
     seen = []
     torch.set_float32_matmul_precision("high")  # build.load has set torch up for a CPU
     torch.backends.cudnn.allow_tf32 = True
@@ -76,15 +94,24 @@ def test_the_likelihood_is_measured_exactly_and_what_is_drawn_is_not(tmp_path):
         drawing.likelihood(made.config, made.net, build.dataset(made.config), made.machine)()
         assert set(seen) == {EXACT} and precision() == FAST
         seen.clear()
-        list(drawing.drawer(made.config, made.net, made.machine)(range(2), build.grid_recipe(made.config)))
+        list(
+            drawing.drawer(made.config, made.net, made.machine)(
+                range(2), build.grid_recipe(made.config)
+            )
+        )
         assert set(seen) == {FAST}
     finally:
         hook.remove()
 
 
-@pytest.mark.parametrize("measure", [
-    partial(distances.compare, extractor=extractors.digits(CPU)), lambda drawn, real: distances.nearest(drawn, real.features)],
-    ids=["compare", "nearest"])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        partial(distances.compare, extractor=extractors.digits(CPU)),
+        lambda drawn, real: distances.nearest(drawn, real.features),
+    ],
+    ids=["compare", "nearest"],
+)
 def test_distances_are_exact(measure):
     """The Frechet distance is numpy's, in float64; the others are torch's."""
     generator = torch.Generator().manual_seed(0)
@@ -122,8 +149,16 @@ def test_a_gpu_rounds_only_beside_mixed_precision(monkeypatch, amp, expected):
     assert precision() == expected
 
 
-@pytest.mark.parametrize("choice, deterministic, expected", [
-    ("auto", False, True), ("auto", True, False), ("on", False, True), ("off", False, False), ("off", True, False)])
+@pytest.mark.parametrize(
+    "choice, deterministic, expected",
+    [
+        ("auto", False, True),
+        ("auto", True, False),
+        ("on", False, True),
+        ("off", False, False),
+        ("off", True, False),
+    ],
+)
 def test_cudnn_s_benchmark_is_an_option_of_its_own(monkeypatch, choice, deterministic, expected):
     """Of a training and of what draws from it; both are as they were where it is not given."""
     given = tiny(train__deterministic=deterministic, train__cudnn_benchmark=choice).train
@@ -134,22 +169,29 @@ def test_cudnn_s_benchmark_is_an_option_of_its_own(monkeypatch, choice, determin
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not expected)
     runtime_device.start("off", deterministic, "cuda", cudnn_benchmark=given.cudnn_benchmark)
     assert torch.backends.cudnn.benchmark == expected
-    with pytest.raises(ValueError, match="set train.cudnn_benchmark=auto, or train.deterministic=False"):
+    with pytest.raises(
+        ValueError, match="set train.cudnn_benchmark=auto, or train.deterministic=False"
+    ):
         tiny(train__deterministic=True, train__cudnn_benchmark="on")
 
 
 def test_features_of_another_device_or_precision_are_not_taken(tmp_path):
-    """A file as it was named before, and that of a GPU, both with other features in them, are left as they are."""
-    extractor, dataset = extractors.digits(CPU), build.dataset(tiny(data__source="digits"))
+    """A file as it was named before, and that of a GPU, both with other features in them, are
+    left as they are.
+    """
+    extractor = extractors.digits(CPU)
+    dataset = build.dataset(tiny(data__source="digits"))
     wrong = torch.full((len(dataset), extractor.width), 7.0)
     gpu = replace(extractor, device=torch.device("cuda", 0))
-    others = [tmp_path / f"{dataset.fingerprint}-{extractor.name}.safetensors",
-              tmp_path / f"{dataset.fingerprint}-{extractor.name}-{gpu.computed}.safetensors"]
+    others = [
+        tmp_path / f"{dataset.fingerprint}-{extractor.name}.safetensors",
+        tmp_path / f"{dataset.fingerprint}-{extractor.name}-{gpu.computed}.safetensors",
+    ]
     for path in others:
         reference.keep(reference.Reference.of(wrong), path)
     found = reference.reference(extractor, dataset, tmp_path)
     assert not torch.equal(found.features, wrong) and gpu.computed != extractor.computed
-    mine, = set(tmp_path.iterdir()) - set(others)
+    (mine,) = set(tmp_path.iterdir()) - set(others)
     assert mine.name.endswith("-cpu-float32.safetensors")
     assert torch.equal(reference.reference(extractor, dataset, tmp_path).features, found.features)
     assert torch.equal(reference.kept_in(others[0], extractor, "").features, wrong)

@@ -40,7 +40,8 @@ def same(first, second):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fused_is_the_same_mathematics(name, memory_format):
     knobs = dict(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    ours, theirs = network().to(memory_format=memory_format), network()
+    ours = network().to(memory_format=memory_format)
+    theirs = network()
     fused = OPTIMIZERS[name](ours.parameters(), 1e-2, **knobs)
     plain = UNFUSED[name](theirs.parameters(), 1e-2, **knobs)
     assert fused.defaults["fused"] is True
@@ -49,7 +50,8 @@ def test_fused_is_the_same_mathematics(name, memory_format):
             give_gradients(model, step)
             optimizer.step()
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        # ten steps of at most 1e-2, each right to about 1e-5 of itself (a quotient of float32 moments)
+        # ten steps of at most 1e-2, each right to about 1e-5 of itself (a quotient of float32
+        # moments)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
@@ -77,7 +79,8 @@ def test_found_inf_skips_weights_moments_and_step_count(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_found_inf_at_the_very_first_step(name):
-    skipped, fresh = network(), network()
+    skipped = network()
+    fresh = network()
     for model, steps in ((skipped, 2), (fresh, 1)):
         optimizer = OPTIMIZERS[name](model.parameters(), 1e-2)
         if steps == 2:
@@ -91,10 +94,12 @@ def test_found_inf_at_the_very_first_step(name):
 
 
 def test_grad_scale_divides_the_gradients():
-    scaled, plain = network(), network()
+    scaled = network()
+    plain = network()
     for model, scale in ((scaled, 1024.0), (plain, 1.0)):
         optimizer = OPTIMIZERS["adamw"](model.parameters(), 1e-2)
-        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+        optimizer.grad_scale = torch.tensor(scale)
+        optimizer.found_inf = torch.tensor(0.0)
         for step in range(3):
             give_gradients(model, step, scale)
             optimizer.step()
@@ -123,7 +128,11 @@ def test_state_round_trip_continues_bitwise():
         (math.nan, {}, "learning_rate is nan; use"),
         (1e-3, dict(weight_decay=-0.1), "weight_decay is -0.1; use"),
         (1e-3, dict(eps=math.inf), "eps is inf; use"),
-        (1e-3, dict(betas=(0.9, 1.0)), "betas are (0.9, 1.0); use two numbers in [0, 1), such as (0.9, 0.999)"),
+        (
+            1e-3,
+            dict(betas=(0.9, 1.0)),
+            "betas are (0.9, 1.0); use two numbers in [0, 1), such as (0.9, 0.999)",
+        ),
         (1e-3, dict(betas=(0.9,)), "betas are (0.9,); use two numbers"),
     ],
 )
@@ -137,7 +146,12 @@ def test_knobs_out_of_range(name, rate, knobs, message):
 def test_specs_reach_the_knobs():
     adam = registry.choose("optimizer", OPTIMIZERS, "adam(betas=(0, 0.99), eps=1e-6)")
     group = adam(network().parameters(), 3e-4).param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-4, (0.0, 0.99), 1e-6, 0.0)
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
+        3e-4,
+        (0.0, 0.99),
+        1e-6,
+        0.0,
+    )
     decay = registry.choose("learning-rate decay", DECAYS, "cosine(length=100, floor=0.1)")
     assert decay(0) == 1.0 and decay(100) == 0.1
     with pytest.raises(ValueError, match=r"write cosine\(length=...\)"):
@@ -152,7 +166,8 @@ def decay(text):
 
 def test_decays_by_hand():
     # sums and products of a few doubles: right to their last digits
-    cosine, linear = decay("cosine(length=200, floor=0.2)"), decay("linear(length=200, floor=0.2)")
+    cosine = decay("cosine(length=200, floor=0.2)")
+    linear = decay("linear(length=200, floor=0.2)")
     assert [cosine(step) for step in (0, 50, 100, 150, 200, 999)] == pytest.approx(
         [1.0, 0.6 + 0.4 * math.sqrt(0.5), 0.6, 0.6 - 0.4 * math.sqrt(0.5), 0.2, 0.2], rel=1e-12
     )
@@ -161,7 +176,9 @@ def test_decays_by_hand():
     )
     assert [decay("constant")(step) for step in (0, 10**9)] == [1.0, 1.0]
     root = decay("inverse_sqrt(length=200)")
-    assert [root(step) for step in (0, 199, 200, 800, 20_000)] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.1], rel=1e-12)
+    assert [root(step) for step in (0, 199, 200, 800, 20_000)] == pytest.approx(
+        [1.0, 1.0, 1.0, 0.5, 0.1], rel=1e-12
+    )
     assert decay("linear(length=10)")(10) == decay("cosine(length=10)")(10) == 0.0
 
 
@@ -183,7 +200,9 @@ def test_warm_up_is_a_line_that_ends_at_base():
 
 
 def test_warm_up_and_decay_multiply():
-    assert learning_rate(4, 1.0, 10, decay("linear(length=8)")) == pytest.approx(0.5 * 0.5, rel=1e-12)
+    assert learning_rate(4, 1.0, 10, decay("linear(length=8)")) == pytest.approx(
+        0.5 * 0.5, rel=1e-12
+    )
 
 
 def test_warm_up_longer_than_the_run():
@@ -196,5 +215,7 @@ def test_decays_out_of_range(name):
         DECAYS[name](0, length=0)
     if name == "inverse_sqrt":
         return
-    with pytest.raises(ValueError, match="has floor 1.5; use a fraction of the learning rate from 0 to 1"):
+    with pytest.raises(
+        ValueError, match="has floor 1.5; use a fraction of the learning rate from 0 to 1"
+    ):
         DECAYS[name](0, length=5, floor=1.5)

@@ -1,4 +1,6 @@
-"""Power-function averages against sums in closed form, and profiles made of others against the same profiles averaged."""
+"""Power-function averages against sums in closed form, and profiles made of others against the
+same profiles averaged.
+"""
 
 import json
 import math
@@ -19,7 +21,15 @@ from ddpm.studies import archive, study
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
 from ddpm.training.ema import EMA
-from ddpm.training.posthoc_ema import MISFIT, coefficients, gamma_of, inner, power_function, reconstruct, sigma_rel_of
+from ddpm.training.posthoc_ema import (
+    MISFIT,
+    coefficients,
+    gamma_of,
+    inner,
+    power_function,
+    reconstruct,
+    sigma_rel_of,
+)
 from support.runs import rows, run, tiny
 
 
@@ -31,15 +41,20 @@ def averaged(trajectory, *widths):
         model.weight.data.copy_(weights)
         for average in averages.values():
             average.update()
-        yield step, {width: average.shadow["weight"][0].clone() for width, average in averages.items()}
+        yield (
+            step,
+            {width: average.shadow["weight"][0].clone() for width, average in averages.items()},
+        )
 
 
 def test_a_width_is_the_standard_deviation_of_its_profile():
     for gamma in (0, 1, 2, 5, 16):
-        first, second = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)  # moments of (gamma + 1) t^gamma on [0, 1]
+        first = (gamma + 1) / (gamma + 2)
+        second = (gamma + 1) / (gamma + 3)  # moments of (gamma + 1) t^gamma on [0, 1]
         assert sigma_rel_of(gamma) == pytest.approx(math.sqrt(second - first**2), rel=1e-12)
         assert gamma_of(sigma_rel_of(gamma)) == pytest.approx(gamma, abs=1e-12)
-    assert [round(gamma_of(width), 2) for width in (0.05, 0.1)] == [16.97, 6.94]  # as Karras et al. 2024 print them
+    # as Karras et al. 2024 print them
+    assert [round(gamma_of(width), 2) for width in (0.05, 0.1)] == [16.97, 6.94]
     assert gamma_of(1e-3) == pytest.approx(997, abs=0.01)  # narrow ones tend to 1 / (gamma + 3)
 
 
@@ -49,10 +64,18 @@ def test_widths_that_no_profile_has(width):
         gamma_of(width)
 
 
-@pytest.mark.parametrize("gamma, mean", [
-    (0, lambda n: (n + 1) / 2), (1, lambda n: n - (n - 1) * (2 * n - 1) / (6 * n)), (2, lambda n: n - (n - 1) ** 2 / (4 * n))])
+@pytest.mark.parametrize(
+    "gamma, mean",
+    [
+        (0, lambda n: (n + 1) / 2),
+        (1, lambda n: n - (n - 1) * (2 * n - 1) / (6 * n)),
+        (2, lambda n: n - (n - 1) ** 2 / (4 * n)),
+    ],
+)
 def test_the_average_of_a_line_is_its_closed_form(gamma, mean):
-    """Step k weighs (k^(gamma + 1) - (k - 1)^(gamma + 1)) / n^(gamma + 1); the sum over weights k telescopes."""
+    """Step k weighs (k^(gamma + 1) - (k - 1)^(gamma + 1)) / n^(gamma + 1); the sum over weights
+    k telescopes.
+    """
     line = torch.arange(1.0, 201).reshape(-1, 1)
     for n, average in averaged(line, sigma_rel_of(gamma)):
         # float32 rounds each of n updates by 6e-8, and later updates shrink it
@@ -70,38 +93,50 @@ def test_products_of_profiles_are_integrals():
 def test_a_stored_average_is_its_own_reconstruction():
     found, misfit = coefficients([10, 10, 20, 20], [1.0, 3.0, 1.0, 3.0], 20, 3.0)
     # solved in float64; the root of the misfit's rounding of 1e-16 is 1e-8
-    torch.testing.assert_close(found, torch.tensor([0, 0, 0, 1.0], dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found, torch.tensor([0, 0, 0, 1.0], dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert misfit < 1e-7
 
 
 @pytest.mark.parametrize("width", [0.04, 0.07, 0.1, 0.15, 0.2, 0.25])
 def test_reconstruction_is_the_average_that_was_followed(width):
-    n, every = 512, 16
+    n = 512
+    every = 16
     torch.manual_seed(0)
     trajectory = torch.randn(n, 64).cumsum(0)
     trajectory = trajectory / trajectory.square().mean(0).sqrt()  # mean square 1 over time
-    stored, followed = [], None
+    stored = []
+    followed = None
     for step, averages in averaged(trajectory, 0.05, 0.1, width):
         followed = averages[width]
         if step % every == 0:
-            stored += [(step, kept, lambda kept=averages[kept]: {"w": kept}) for kept in (0.05, 0.1)]
+            stored += [
+                (step, kept, lambda kept=averages[kept]: {"w": kept}) for kept in (0.05, 0.1)
+            ]
     made = reconstruct(stored, width)["w"]
     gamma = gamma_of(width)
-    _, misfit = coefficients([step for step, *_ in stored], [gamma_of(kept) for _, kept, _ in stored], n, gamma)
+    _, misfit = coefficients(
+        [step for step, *_ in stored], [gamma_of(kept) for _, kept, _ in stored], n, gamma
+    )
     assert misfit < MISFIT
-    # Cauchy-Schwarz: the misfit times the profile's norm times the trajectory's; another such for the sum made 1; rounding
+    # Cauchy-Schwarz: the misfit times the profile's norm times the trajectory's; another such for
+    # the sum made 1; rounding
     bound = 2 * misfit * (gamma + 1) / math.sqrt(2 * gamma + 1) + 1e-5
     assert (made - followed).abs().max() < bound < 0.2
     nearest = min((kept for kept in (0.05, 0.1)), key=lambda kept: abs(kept - width))
     plain = stored[-2 + (nearest == 0.1)][2]()["w"]
-    assert width == 0.1 or (made - followed).norm() < 0.1 * (plain - followed).norm()  # much nearer than the nearest stored
+    # much nearer than the nearest stored
+    assert width == 0.1 or (made - followed).norm() < 0.1 * (plain - followed).norm()
 
 
 def test_what_snapshots_cannot_make_is_refused():
-    stored = [(step, 0.1, lambda: {}) for step in (100, 200)]
+    stored = [(step, 0.1, dict) for step in (100, 200)]
     with pytest.raises(ValueError) as error:
         reconstruct(stored, 0.02)
-    assert "sigma_rel 0.02 cannot be made from 2 snapshots of 0.1: they miss it by" in str(error.value)
+    assert "sigma_rel 0.02 cannot be made from 2 snapshots of 0.1: they miss it by" in str(
+        error.value
+    )
 
 
 def test_integers_are_the_last_ones():
@@ -140,7 +175,9 @@ def test_several_decays_are_as_many_single_runs(trained, tmp_path):
     assert equal(parts(trained)["ema 0.5"]["shadow"], parts(tmp_path / "half")["ema"]["shadow"])
     assert equal(parts(trained)["ema"]["shadow"], parts(tmp_path / "one")["ema"]["shadow"])
     assert rows(trained) == rows(tmp_path / "one")
-    assert "ema 0.5" not in parts(tmp_path / "one") and not (tmp_path / "one" / "snapshots").exists()
+    assert (
+        "ema 0.5" not in parts(tmp_path / "one") and not (tmp_path / "one" / "snapshots").exists()
+    )
 
 
 def test_twelve_steps_are_six_and_six(trained, tmp_path):
@@ -154,9 +191,12 @@ def test_twelve_steps_are_six_and_six(trained, tmp_path):
 
 
 def test_snapshots_past_the_checkpoint_are_of_a_run_that_was_lost(trained, tmp_path):
-    given = tiny(**SEVERAL | dict(every__snapshot="2 steps", every__save="5 steps"), train__length="6 steps")
+    given = tiny(
+        **SEVERAL | dict(every__snapshot="2 steps", every__save="5 steps"), train__length="6 steps"
+    )
     run(given, tmp_path)
-    checkpoint.checkpoints(tmp_path)[-1][1].unlink()  # as if it had been killed after its snapshot at step 6
+    # as if it had been killed after its snapshot at step 6
+    checkpoint.checkpoints(tmp_path)[-1][1].unlink()
     made = trainer.run(tiny(**SEVERAL), tmp_path, device.start())
     assert made.start == 5 and [step for step, _ in checkpoint.snapshots(tmp_path)] == [2, 4, 6]
     trainer.track(tiny(**SEVERAL), made)
@@ -180,61 +220,107 @@ def test_any_average_can_be_loaded(trained):
     for number, part in ((0.0, "ema"), (0.9, "ema"), (0.5, "ema 0.5"), (0.99, "ema 0.99")):
         assert equal(dict(load(number).net.state_dict()), kept[part]["shadow"])
     for name, value in load(0.1).net.state_dict().items():
-        # what was averaged itself, rounded to half precision: by 2^-11 of each weight, or 2^-25 near zero
+        # what was averaged itself, rounded to half precision: by 2^-11 of each weight, or 2^-25
+        # near zero
         torch.testing.assert_close(value, kept["ema 0.1"]["shadow"][name], rtol=2**-11, atol=2**-25)
     assert not equal(dict(load(0.12).net.state_dict()), dict(load(0.1).net.state_dict()))
-    assert "(EMA sigma_rel 0.12 weights, step 12)" in load(0.12).name and "(EMA decay 0.5 weights, step 12)" in load(0.5).name
+    assert (
+        "(EMA sigma_rel 0.12 weights, step 12)" in load(0.12).name
+        and "(EMA decay 0.5 weights, step 12)" in load(0.5).name
+    )
     middle = checkpoint.checkpoints(trained)[-2][1]
     assert (load(0.5, middle).step, load(0.1, middle).step) == (10, 9)
     assert not equal(dict(load(0.1, middle).net.state_dict()), dict(load(0.1).net.state_dict()))
 
 
-@pytest.mark.parametrize("number, said", [
-    (0.7, "has no EMA decay 0.7 weights; it has the decays 0.9, 0.5, 0.99 and 4 snapshots for any sigma_rel up to 0.288"),
-    (0.01, "sigma_rel 0.01 cannot be made from 4 snapshots of 0.05, 0.1"),
-    (1.5, "config.sample.ema is 1.5; it must lie between"), (-0.1, "must lie between")])
+@pytest.mark.parametrize(
+    "number, said",
+    [
+        (
+            0.7,
+            "has no EMA decay 0.7 weights; it has the decays 0.9, 0.5, 0.99 and 4 snapshots for "
+            "any sigma_rel up to 0.288",
+        ),
+        (0.01, "sigma_rel 0.01 cannot be made from 4 snapshots of 0.05, 0.1"),
+        (1.5, "config.sample.ema is 1.5; it must lie between"),
+        (-0.1, "must lie between"),
+    ],
+)
 def test_averages_that_cannot_be_had(trained, tmp_path, number, said):
     with pytest.raises(ValueError) as error:
         generate_images(trained, 1, tmp_path / "out", **{"sample.ema": number})
-    assert said in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert (
+        said in str(error.value)
+        and "\n" not in str(error.value)
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_runs_without_them_say_what_to_do(trained, tmp_path):
     run(tiny(train__length="1 steps"), tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"no EMA sigma_rel 0.1 weights; .*decays 0.9 and 0 snapshots.*config.ema.profiles"):
+    with pytest.raises(
+        ValueError,
+        match=r"no EMA sigma_rel 0.1 weights; .*decays 0.9 and 0 snapshots.*config.ema.profiles",
+    ):
         experiment_load.load(tmp_path / "plain", **{"sample.ema": 0.1})
     (tmp_path / "alone.safetensors").write_bytes((trained / "final.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="decay 0.5 is kept in checkpoints, and .* has none of step 12; give one of its .pt"):
+    with pytest.raises(
+        ValueError,
+        match="decay 0.5 is kept in checkpoints, and .* has none of step 12; give one of its .pt",
+    ):
         experiment_load.load(tmp_path / "alone.safetensors", **{"sample.ema": 0.5})
     with pytest.raises(ValueError, match="leave it at 0, and give --ema to generate"):
         run(tiny(sample__ema=0.1), tmp_path / "trained")
-    for knobs, said in [({"ema__profiles": (0.1,)}, "never stored; set config.every.snapshot"),
-                        ({"ema__more": (0.1,)}, r"takes numbers between 0.3 and .*, such as \(0.999, 0.9995\)"),
-                        ({"ema__profiles": (0.3,), "every__snapshot": "1 step"}, "takes numbers between 0.001 and 0.288"),
-                        ({"ema__more": (0.5, 0.5)}, "give each number once"), ({"ema__more": (0.9,)}, "beside ema.decay 0.9"),
-                        ({"ema__more": (1,)}, "takes numbers")]:
+    for knobs, said in [
+        ({"ema__profiles": (0.1,)}, "never stored; set config.every.snapshot"),
+        ({"ema__more": (0.1,)}, r"takes numbers between 0.3 and .*, such as \(0.999, 0.9995\)"),
+        (
+            {"ema__profiles": (0.3,), "every__snapshot": "1 step"},
+            "takes numbers between 0.001 and 0.288",
+        ),
+        ({"ema__more": (0.5, 0.5)}, "give each number once"),
+        ({"ema__more": (0.9,)}, "beside ema.decay 0.9"),
+        ({"ema__more": (1,)}, "takes numbers"),
+    ]:
         with pytest.raises(ValueError, match=said):
             tiny(**knobs)
 
 
 def test_one_training_serves_a_study_of_averages(trained, tmp_path):
     path = tmp_path / "widths.yaml"
-    path.write_text(yaml.safe_dump({
-        "method": "grid", "parameters": {"checkpoint": {"value": str(trained)}, "ema": {"values": [0.07, 0.1, 0.5]},
-                                         "config.sample.seed": {"values": [0, 1]}},
-        "command": ["${env}", "${interpreter}", "-m", "ddpm.evaluate", "${args}"]}))
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "method": "grid",
+                "parameters": {
+                    "checkpoint": {"value": str(trained)},
+                    "ema": {"values": [0.07, 0.1, 0.5]},
+                    "config.sample.seed": {"values": [0, 1]},
+                },
+                "command": ["${env}", "${interpreter}", "-m", "ddpm.evaluate", "${args}"],
+            }
+        )
+    )
     asked = study.read(path)
-    assert asked.axes == ["sample.ema"] and asked.run_name(asked.grid()[0]) == "ema=0.07-sample.seed=0"
+    assert (
+        asked.axes == ["sample.ema"] and asked.run_name(asked.grid()[0]) == "ema=0.07-sample.seed=0"
+    )
     assert "--config.sample.ema=0.07" in asked.command_of(asked.grid()[0])
     for point in asked.grid():
-        knobs = {name.removeprefix("config."): value for name, value in point.items() if name != "checkpoint"}
+        knobs = {
+            name.removeprefix("config."): value
+            for name, value in point.items()
+            if name != "checkpoint"
+        }
         evaluate(trained, "cpu", tmp_path / "runs" / asked.run_name(point), **knobs)
     found = archive.of_study(path, given=tmp_path / "runs")
     made = [row["eval/made"] for run in found.runs for row in run.rows]
     assert sum("of the EMA sigma_rel 0.07 weights" in text for text in made) == 2
     assert sum("of the EMA decay 0.5 weights" in text for text in made) == 2
     groups = archive.results.compare(found.runs, found.axes).groups
-    assert [group.setting for group in groups] == [{"sample.ema": number} for number in (0.07, 0.1, 0.5)]
+    assert [group.setting for group in groups] == [
+        {"sample.ema": number} for number in (0.07, 0.1, 0.5)
+    ]
     knobs = json.loads((tmp_path / "runs" / "ema=0.1-sample.seed=1" / "config.json").read_text())
     assert knobs["sample"]["ema"] == 0.1
     with pytest.raises(ValueError, match="of another study: config.sample.ema is"):
@@ -243,6 +329,11 @@ def test_one_training_serves_a_study_of_averages(trained, tmp_path):
 
 def test_a_config_from_before_has_none(trained):
     text = json.loads(files.to_json(tiny()))
-    for section, knob in (("ema", "more"), ("ema", "profiles"), ("sample", "ema"), ("every", "snapshot")):
+    for section, knob in (
+        ("ema", "more"),
+        ("ema", "profiles"),
+        ("sample", "ema"),
+        ("every", "snapshot"),
+    ):
         del text[section][knob]
     assert files.from_json(json.dumps(text)) == tiny()

@@ -1,4 +1,6 @@
-"""A new folder continues a run at a chosen checkpoint, to the bit; what cannot be continued is refused in one line."""
+"""A new folder continues a run at a chosen checkpoint, to the bit; what cannot be continued is
+refused in one line.
+"""
 
 import shutil
 
@@ -14,10 +16,21 @@ from ddpm.training import weights as training_weights
 from support.runs import equal, rows, run, tiny
 
 GIVEN = dict(
-    train__length="24 steps", every__milestone="10 steps", every__log="7 steps", every__validate="3 steps", model__dropout=0.2,
-    diffusion__times="importance", data__class_labels=True, ema__more=(0.5,), ema__profiles=(0.1,), every__snapshot="8 steps",
-    model__channel_mult=(1,), model__attention_resolutions=(), train__learning_rate_decay="cosine(length='24 steps')",
-    train__gradient_accumulation_steps=2)
+    train__length="24 steps",
+    every__milestone="10 steps",
+    every__log="7 steps",
+    every__validate="3 steps",
+    model__dropout=0.2,
+    diffusion__times="importance",
+    data__class_labels=True,
+    ema__more=(0.5,),
+    ema__profiles=(0.1,),
+    every__snapshot="8 steps",
+    model__channel_mult=(1,),
+    model__attention_resolutions=(),
+    train__learning_rate_decay="cosine(length='24 steps')",
+    train__gradient_accumulation_steps=2,
+)
 MILESTONE = "checkpoints/step_00000010.keep.pt"
 
 
@@ -30,7 +43,11 @@ def trained(tmp_path_factory):
 
 
 def parts(folder, name):
-    return {key: part for key, part in checkpoint.load(folder / "checkpoints" / name)["parts"].items() if key != "tracker"}
+    return {
+        key: part
+        for key, part in checkpoint.load(folder / "checkpoints" / name)["parts"].items()
+        if key != "tracker"
+    }
 
 
 def refused(given, folder, source=None):
@@ -42,36 +59,52 @@ def refused(given, folder, source=None):
 
 
 def test_a_new_folder_goes_on_from_a_milestone_to_the_bit(trained, tmp_path):
-    """Every part of every later checkpoint, all rows from the first on, and every file; and again after the source is gone."""
-    source, new = tmp_path / "source", tmp_path / "new"
+    """Every part of every later checkpoint, all rows from the first on, and every file; and
+    again after the source is gone.
+    """
+    source = tmp_path / "source"
+    new = tmp_path / "new"
     shutil.copytree(trained, source)
     before = {path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()}
     given = GIVEN | {"train__resume_from": str(source / MILESTONE)}
     assert run(tiny(**given | {"train__length": "17 steps"}), new)
-    assert [path.name for _, path in checkpoint.checkpoints(new)][0] != MILESTONE  # a milestone of the other folder's
-    assert {path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()} == before
+    # a milestone of the other folder's
+    assert [path.name for _, path in checkpoint.checkpoints(new)][0] != MILESTONE
+    assert {
+        path: path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()
+    } == before
     log = (new / "training.log").read_text()
-    assert f"continues {source / MILESTONE} from step 10 (train.resume_from)" in log and "resumed from step 10" in log
+    assert (
+        f"continues {source / MILESTONE} from step 10 (train.resume_from)" in log
+        and "resumed from step 10" in log
+    )
     shutil.rmtree(source)
     assert run(tiny(**given), new)
     assert equal(parts(new, "step_00000024.pt"), parts(trained, "step_00000024.pt"))
     ours, theirs = ({row["step"]: row for row in rows(folder)} for folder in (new, trained))
-    assert equal({step: row for step, row in ours.items() if step in theirs}, theirs) and ours.keys() - theirs.keys() == {17}
+    assert equal(
+        {step: row for step, row in ours.items() if step in theirs}, theirs
+    ) and ours.keys() - theirs.keys() == {17}
     for name in ("final.safetensors", "best.safetensors"):
         (_, step, _, weights), (_, other, _, expected) = (
             training_weights.load_weights(folder / name) for folder in (new, trained)
         )
         assert step == other and equal(weights, expected)
-    steps, expected = ([step for step, _ in checkpoint.snapshots(folder)] for folder in (new, trained))
+    steps, expected = (
+        [step for step, _ in checkpoint.snapshots(folder)] for folder in (new, trained)
+    )
     assert sorted({*steps} - {17}) == expected == [8, 16, 24]
     first = [
-        training_weights.load_snapshot(folder / "snapshots/step_00000008.safetensors", "ema 0.1") for folder in (new, trained)
+        training_weights.load_snapshot(folder / "snapshots/step_00000008.safetensors", "ema 0.1")
+        for folder in (new, trained)
     ]
     assert equal(*first)
 
 
 def test_the_folder_owns_its_start(trained, tmp_path):
-    """From before the first step on: the source may go at once, and the option need not be given again."""
+    """From before the first step on: the source may go at once, and the option need not be given
+    again.
+    """
     new = tmp_path / "new"
     source = shutil.copytree(trained, tmp_path / "source") / MILESTONE
     given = tiny(**GIVEN | {"train__resume_from": str(source)})
@@ -81,10 +114,16 @@ def test_the_folder_owns_its_start(trained, tmp_path):
     shutil.rmtree(source.parent)
     files.check_continues(tiny(**GIVEN), new)
     assert trainer.run(tiny(**GIVEN), new, device.start()).start == 10
-    assert files.from_json(trainer.run(tiny(**GIVEN), new, device.start()).config_json).train.resume_from == str(source)
-    with pytest.raises(ValueError, match=r"holds a run with another config \(train.resume_from: .* there, 'other' here\)"):
+    assert files.from_json(
+        trainer.run(tiny(**GIVEN), new, device.start()).config_json
+    ).train.resume_from == str(source)
+    with pytest.raises(
+        ValueError,
+        match=r"holds a run with another config \(train.resume_from: .* there, 'other' here\)",
+    ):
         files.check_continues(tiny(**GIVEN | {"train__resume_from": "other"}), new)
-    with pytest.raises(ValueError, match="train.resume_from: '' there"):  # never silently the run that stands there already
+    # never silently the run that stands there already
+    with pytest.raises(ValueError, match="train.resume_from: '' there"):
         files.check_continues(tiny(**GIVEN | {"train__resume_from": str(source)}), trained)
 
 
@@ -97,14 +136,26 @@ def test_a_folder_means_its_newest_checkpoint_and_a_new_run_of_wandb(trained, tm
     made = trainer.run(tiny(**longer), tmp_path / "new", device.start())
     assert made.start == 20 and newest.exists() and not made.damaged
     state = {"tracker": {"wandb_id": "abc", "summary": {"best/val_loss_ema": 0.5}}}
-    assert trainer.tracker_state({"parts": state}, newest) == {"summary": {"best/val_loss_ema": 0.5}}
+    assert trainer.tracker_state({"parts": state}, newest) == {
+        "summary": {"best/val_loss_ema": 0.5}
+    }
     assert trainer.tracker_state({"parts": state}, None)["wandb_id"] == "abc"
 
 
 def test_what_cannot_be_continued_is_refused_in_one_line(trained, tmp_path):
-    new, given = tmp_path / "new", GIVEN | {"train__resume_from": str(trained / MILESTONE)}
-    said = refused(given | {"train__batch_size": 16, "seed": 2, "train__warmup": "1 steps", "model__dropout": 0.0}, new)
-    for words in ("seed: 0 there, 2 here", "train.batch_size: 8 there, 16 here", "--config.train.batch_size=8", "init_from"):
+    new = tmp_path / "new"
+    given = GIVEN | {"train__resume_from": str(trained / MILESTONE)}
+    said = refused(
+        given
+        | {"train__batch_size": 16, "seed": 2, "train__warmup": "1 steps", "model__dropout": 0.0},
+        new,
+    )
+    for words in (
+        "seed: 0 there, 2 here",
+        "train.batch_size: 8 there, 16 here",
+        "--config.train.batch_size=8",
+        "init_from",
+    ):
         assert words in said
     assert "train.resume_from:" not in said and "train.init_from:" not in said
     weights_only = refused(GIVEN | {"train__resume_from": str(trained / "best.safetensors")}, new)
@@ -113,12 +164,18 @@ def test_what_cannot_be_continued_is_refused_in_one_line(trained, tmp_path):
     drawn_from.mkdir()
     shutil.copy(trained / "final.safetensors", drawn_from)
     assert "has weights only" in refused(GIVEN | {"train__resume_from": str(drawn_from)}, new)
-    assert "neither a file nor a run folder" in refused(GIVEN | {"train__resume_from": "no/such"}, new)
+    assert "neither a file nor a run folder" in refused(
+        GIVEN | {"train__resume_from": "no/such"}, new
+    )
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state_dict.pt")
-    assert "is not a checkpoint" in refused(GIVEN | {"train__resume_from": str(tmp_path / "state_dict.pt")}, new)
+    assert "is not a checkpoint" in refused(
+        GIVEN | {"train__resume_from": str(tmp_path / "state_dict.pt")}, new
+    )
     too_short = refused(given | {"train__length": "9 steps"}, new)
     assert "is of step 10, and config.train.length '9 steps' ends at step 9" in too_short
-    with pytest.raises(ValueError, match="choose init_from to start from weights alone, or resume_from"):
+    with pytest.raises(
+        ValueError, match="choose init_from to start from weights alone, or resume_from"
+    ):
         tiny(train__init_from="runs/a", train__resume_from="runs/b")
 
 
@@ -129,22 +186,34 @@ def test_a_checkpoint_that_lies_alone_brings_no_history(trained, tmp_path):
     shutil.copy(trained / MILESTONE, alone / "theirs.pt")
     for name in ("metrics.jsonl", "best.safetensors", "config.json"):
         shutil.copy(trained / name, alone)
-    given = tiny(**GIVEN | {"train__resume_from": str(alone / "theirs.pt"), "train__length": "11 steps"})
+    given = tiny(
+        **GIVEN | {"train__resume_from": str(alone / "theirs.pt"), "train__length": "11 steps"}
+    )
     assert run(given, tmp_path / "new") and [row["step"] for row in rows(tmp_path / "new")] == [11]
     assert training_weights.load_weights(tmp_path / "new" / "final.safetensors")[1] == 11
 
 
 def test_a_run_that_began_from_weights_is_continued_without_naming_them(trained, tmp_path):
     """Where a run began is past; one that continues a continued run is of the same kind."""
-    begun = GIVEN | {"train__init_from": str(trained), "train__length": "3 steps", "every__milestone": "2 steps"}
+    begun = GIVEN | {
+        "train__init_from": str(trained),
+        "train__length": "3 steps",
+        "every__milestone": "2 steps",
+    }
     assert run(tiny(**begun), tmp_path / "a")
     second = GIVEN | {"train__resume_from": str(tmp_path / "a"), "train__length": "4 steps"}
     assert train_experiment(tiny(**second), tmp_path / "b") == 0
-    third = GIVEN | {"train__resume_from": str(tmp_path / "b/checkpoints/step_00000003.pt"), "train__length": "5 steps"}
+    third = GIVEN | {
+        "train__resume_from": str(tmp_path / "b/checkpoints/step_00000003.pt"),
+        "train__length": "5 steps",
+    }
     assert run(tiny(**third), tmp_path / "c")
     assert [step for step, _ in checkpoint.checkpoints(tmp_path / "c")][-1] == 5
 
 
 def test_the_folder_s_name_tells_two_starts_apart():
-    one, other = (files.run_name("configs/digits.py", {"train.resume_from": path}) for path in ("runs/a", "runs/b"))
-    assert one != other and "digits" != one
+    one, other = (
+        files.run_name("configs/digits.py", {"train.resume_from": path})
+        for path in ("runs/a", "runs/b")
+    )
+    assert one != other and one != "digits"
