@@ -300,16 +300,19 @@ def unconditioned(net):
     ]
 
 
-def loss_remarks(objective):
-    """What a person should know of how a loss weighs the noise levels: lines, mostly none."""
-    weights = objective.weights
-    if weights[-1] > 0:
+def loss_remarks(config, model):
+    """What a person should know of how a loss weighs the level at which the grids of a config
+    start: lines, mostly none.
+    """
+    weights = model.objective.weights
+    start = int(model.process.levels(config.sample.steps, config.sample.spacing)[0].t)
+    if weights[start] > 0:
         return []
     share = weights[-math.ceil(len(weights) / 20) :].sum() / weights.sum()
     return [
-        f"the loss gives no weight to t = {len(weights) - 1}, where sampling starts, and "
-        f"{share:.1e} of its weight to the last 5 % of t, so the network hardly learns what it "
-        "predicts there; diffusion.weighting=simple weighs every t"
+        f"the loss gives no weight to t = {start}, where sampling starts, and {share:.1e} of its "
+        "weight to the last 5 % of t, so the network hardly learns what it predicts there; "
+        "diffusion.weighting=simple weighs every t"
     ]
 
 

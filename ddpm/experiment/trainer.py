@@ -234,7 +234,7 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
     network = experiment_step.learning(config, net, machine, levels, notes.append)
     averaged = experiment_step.averages(config, network.weights)
     made = experiment_step.step(config, network, list(averaged.values()), len(learned), rollbacks)
-    notes += build.loss_remarks(made.objective)
+    notes += build.loss_remarks(config, made.diffusion)
     shared = {"net": network.weights, **averaged, "optimizer": made.optimizer}
     parts = {
         **{name: network.part(one) for name, one in shared.items()},

@@ -205,10 +205,15 @@ def test_a_loss_that_weighs_nothing_where_sampling_starts_is_told(path, zero_ter
         if ends and not get_target(target).pure_noise:
             continue  # refused
         model = DDPM(None, 40, path, target, zero_terminal_snr=zero_terminal, weighting=name)
-        assert bool(build.loss_remarks(model.objective)) == (ends and name in VANISHING), (
-            target,
-            name,
-        )
+        # begin below
+        for spacing, begins in (
+            ("linear", True),
+            ("trailing", True),
+            ("leading", False),
+            ("karras", False),
+        ):
+            told = build.loss_remarks(tiny(sample__steps=12, sample__spacing=spacing), model)
+            assert bool(told) == (begins and ends and name in VANISHING), (target, name, spacing)
 
 
 def test_the_share_of_the_last_times_is_told(tmp_path):
@@ -216,7 +221,7 @@ def test_the_share_of_the_last_times_is_told(tmp_path):
         return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
 
     model = DDPM(None, 1000, "flow", "x0", weighting="p2")
-    (line,) = build.loss_remarks(model.objective)
+    (line,) = build.loss_remarks(tiny(), model)
     share = float(
         re.search(r"no weight to t = 999, where sampling starts, and (\S+) of its weight", line)[1]
     )
