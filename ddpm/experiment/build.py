@@ -72,13 +72,27 @@ def takes(make):
 
 
 def unused(config):
-    """The options that do nothing with the network and the target of a config."""
+    """The options that do nothing in a config, each with the option whose value makes it so."""
     _, taken = chosen_network(config)
-    options = [f"model.{name}" for name in config.model if name != "name" and name not in taken]
-    return (
-        options
-        + ["diffusion.rescale_timesteps"] * get_target(config.diffusion.predict).tells_log_noise
-    )
+    found = {
+        f"model.{name}": "model.name"
+        for name in config.model
+        if name != "name" and name not in taken
+    }
+    found |= {
+        f"model.{name}": f"model.{other}"
+        for name, other in REPLACED.items()
+        if {name, other} <= taken and config.model[other]
+    }
+    if get_target(config.diffusion.predict).tells_log_noise:
+        found["diffusion.rescale_timesteps"] = "diffusion.predict"
+    return found
+
+
+REPLACED = {
+    "num_heads": "num_head_channels",
+    "num_res_blocks": "res_blocks_per_level",
+}  # option of a network -> what replaces it
 
 
 def channels_in(config):
@@ -269,19 +283,18 @@ def remarks(config, section):
 
 
 def unused_remarks(config):
-    """A note on options that are set and do nothing with the network and the target of a config:
-    lines, mostly none.
-    """
+    """A note on options that are set and do nothing in a config: lines, mostly none."""
     given = defaults.flatten(config)
     usual = defaults.flatten(defaults.base())
-    idle = [f"{key}={given[key]}" for key in unused(config) if given[key] != usual[key]]
-    chosen = " and ".join(
-        f"{key}={registry.parse(given[key])[0]}" for key in ("model.name", "diffusion.predict")
-    )
+    idle = {key: other for key, other in unused(config).items() if given[key] != usual[key]}
+    options = ", ".join(f"{key}={given[key]}" for key in idle)
+    names = {
+        key: registry.parse(given[key])[0] if isinstance(given[key], str) else given[key]
+        for key in idle.values()
+    }
+    causes = " and ".join(f"{key}={name}" for key, name in names.items())
     return (
-        [f"{', '.join(idle)} {'have' if len(idle) > 1 else 'has'} no effect with {chosen}"]
-        if idle
-        else []
+        [f"{options} {'have' if len(idle) > 1 else 'has'} no effect with {causes}"] if idle else []
     )
 
 

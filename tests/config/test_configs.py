@@ -225,36 +225,36 @@ OTHERWISE = {  # another value of each option of `model`
 }
 
 
+def traits(given):
+    """The modules of a config's network, its new weights, and its answer with other weights, as
+    a new network says 0.
+    """
+    net = build.network(given)
+    generator = torch.Generator().manual_seed(0)
+    new = [weight.detach().clone() for weight in net.parameters()]
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.normal_(generator=generator)
+        x = torch.randn(2, 1, 16, 16, generator=generator)
+        told = (
+            [None, torch.randn(2, augment.TOLD, generator=generator)] if given.data.augment else []
+        )
+        return repr(net), new, net.eval()(x, torch.tensor([-0.5, 300.0]), *told)
+
+
+def same(one, other):
+    return (
+        one[0] == other[0]
+        and all(map(torch.equal, one[1], other[1]))
+        and torch.equal(one[2], other[2])
+    )
+
+
 @pytest.mark.parametrize(
     "name", ["dit(depth=2, width=16, heads=2)" if name == "dit" else name for name in MODELS]
 )
 def test_options_are_unused_where_the_network_is_the_same_without_them(name):
-    """The same modules, new weights and answers, to the bit; an answer is that of other weights,
-    as a new network says 0.
-    """
-
-    def traits(given):
-        net = build.network(given)
-        generator = torch.Generator().manual_seed(0)
-        new = [weight.detach().clone() for weight in net.parameters()]
-        with torch.no_grad():
-            for weight in net.parameters():
-                weight.normal_(generator=generator)
-            x = torch.randn(2, 1, 16, 16, generator=generator)
-            told = (
-                []
-                if name == "unet_edm2"
-                else [None, torch.randn(2, augment.TOLD, generator=generator)]
-            )
-            return repr(net), new, net.eval()(x, torch.tensor([-0.5, 300.0]), *told)
-
-    def same(one, other):
-        return (
-            one[0] == other[0]
-            and all(map(torch.equal, one[1], other[1]))
-            and torch.equal(one[2], other[2])
-        )
-
+    """The same modules, new weights and answers, to the bit."""
     given = tiny(
         model__name=name,
         diffusion__predict="edm",
@@ -269,6 +269,62 @@ def test_options_are_unused_where_the_network_is_the_same_without_them(name):
         if same(plain, traits(changed)):
             idle.append(f"model.{option}")
     assert set(build.unused(given)) == {*idle, "diffusion.rescale_timesteps"}
+
+
+@pytest.mark.parametrize(
+    "name, option, other, value, said",
+    [
+        (
+            "unet",
+            "num_heads",
+            "num_head_channels",
+            4,
+            "model.num_heads=2 has no effect with model.num_head_channels=4",
+        ),
+        (
+            "unet_edm2",
+            "num_heads",
+            "num_head_channels",
+            4,
+            "model.num_heads=2 has no effect with model.num_head_channels=4",
+        ),
+        (
+            "unet",
+            "num_res_blocks",
+            "res_blocks_per_level",
+            (1, 3),
+            "model.num_res_blocks=3 has no effect with model.res_blocks_per_level=(1, 3)",
+        ),
+        (
+            "unet_edm2",
+            "num_res_blocks",
+            "res_blocks_per_level",
+            (1, 3),
+            "model.res_blocks_per_level=(1, 3) has no effect with model.name=unet_edm2",
+        ),
+    ],
+)
+def test_an_option_that_another_replaces_is_named(name, option, other, value, said):
+    """Where the remark names an option, the network is the same without it; alone the option is
+    not named.
+    """
+
+    def network(**options):
+        return traits(tiny(model__name=name, **options))
+
+    one = {f"model__{option}": 3 if option == "num_res_blocks" else 2}
+    two = {f"model__{other}": value}
+    assert build.unused_remarks(tiny(model__name=name, **one, **two)) == [said]
+    with_both = network(**one, **two)
+    assert same(with_both, network(**two)) == (f"model.{option}=" in said)
+    assert same(with_both, network(**one)) == (f"model.{other}=" in said.partition(" no effect")[0])
+    assert build.unused_remarks(tiny(model__name=name, **one)) == []
+    assert not same(network(**one), network())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_shipped_config_sets_an_option_without_effect(path):
+    assert build.unused_remarks(defaults.freeze(module_of(path).get_config())) == []
 
 
 def test_the_log_names_the_options_that_have_no_effect(tmp_path):
