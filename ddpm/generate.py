@@ -172,8 +172,8 @@ def edit_count(edit, made, paths, mask, num_images):
     """
     if len(paths) != made.images:
         raise ValueError(
-            f"edit {edit!r} takes {made.images} image{'s' * (made.images > 1)}, not {len(paths)}; "
-            f"write {' '.join(['--image=PATH'] * made.images)}"
+            f"edit {edit!r} takes {counted(made.images, 'image')}, not {len(paths)}; write "
+            f"{' '.join(['--image=PATH'] * made.images)}"
         )
     if made.mask and mask is None:
         raise ValueError(

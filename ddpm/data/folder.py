@@ -53,11 +53,16 @@ class Survey(NamedTuple):
 
     def strangers(self):
         """What is not read, in words: how many files of which suffix."""
-        kinds = Counter(
-            f"{suffix} files" if (suffix := Path(name).suffix.lower()) else "files without a suffix"
-            for name in self.others
-        )
-        kinds += Counter({"folders that may not be read": self.closed})
+        suffixes = Counter(Path(name).suffix.lower() for name in self.others)
+        kinds = {
+            (f"{suffix} file", f"{suffix} files"): count
+            for suffix, count in suffixes.items()
+            if suffix
+        }
+        kinds |= {
+            ("file without a suffix", "files without a suffix"): suffixes[""],
+            ("folder that may not be read", "folders that may not be read"): self.closed,
+        }
         return most_first(kinds)
 
     def unread(self):
@@ -84,10 +89,10 @@ class Survey(NamedTuple):
         dark = self.dark(image_size)
         lines = []
         if unread:
-            verb = "picture is" if len(unread) == 1 else "pictures are"
+            formats = Counter((form, form) for form in unread.values())
             lines.append(
-                f"{len(unread):,} {verb} not read ({most_first(Counter(unread.values()))}): "
-                f"{decode.CONVERT}"
+                f"{registry.counted(len(unread), 'picture is', 'pictures are')} not read "
+                f"({most_first(formats)}): {decode.CONVERT}"
             )
         if dark:
             most = max(dark.values())
@@ -190,11 +195,8 @@ def folder(image_size, channels, matte, *, path):
         remedy = (
             f"use an image_size below {image_size}" if TOO_SMALL in faults else "use other files"
         )
-        raise ValueError(
-            f"none of the {len(names)} images in {str(root)!r} can be used: {'; '.join(said)}; "
-            f"{remedy}"
-        )
-    notes = [f"folder {root}: {len(kept)} of {len(names)} images kept", *said]
+        raise ValueError(f"no image in {str(root)!r} can be used: {'; '.join(said)}; {remedy}")
+    notes = [f"folder {root}: {len(kept):,} of {registry.counted(len(names), 'image')} kept", *said]
     notes += verdict(*fitness(len(kept), len(names), sum(fault in DAMAGE for fault in faults)))
     notes += [f"not read: {strangers}"] if strangers else []
     notes += found.remarks(image_size)
@@ -322,13 +324,9 @@ def stamp(path):
 
 
 def most_first(counts):
-    """Counts of kinds in words, the largest first."""
-    return source.shortened(
-        [
-            f"{counts[kind]} {kind}"
-            for kind in sorted(counts, key=lambda kind: (-counts[kind], kind))
-        ]
-    )
+    """Counts of kinds, each given as (singular, plural), in words, the largest first."""
+    kinds = sorted(filter(counts.get, counts), key=lambda kind: (-counts[kind], kind))
+    return source.shortened([registry.counted(counts[kind], *kind) for kind in kinds])
 
 
 def fetch_file(root, names, image_size, channels, matte, index):

@@ -55,8 +55,8 @@ def streaming(
         labels=labels,
         classes=classes,
         notes=(
-            f"streaming {path}: {len(shards)} images in {len(shards.sizes)} "
-            f"shards{f' of {remote}' if remote else ''}",
+            f"streaming {path}: {registry.counted(len(shards), 'image')} in "
+            f"{registry.counted(len(shards.sizes), 'shard')}{f' of {remote}' if remote else ''}",
             *folder.verdict(*folder.fitness(len(shards))),
         ),
     )

@@ -56,7 +56,7 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
         labels=labels if classes else None,
         classes=classes,
         notes=(
-            f"torchvision {name}: {len(kept)} of {len(found)} images kept",
+            f"torchvision {name}: {len(kept):,} of {registry.counted(len(found), 'image')} kept",
             *faults,
             *folder.verdict(*folder.fitness(len(kept))),
         ),

@@ -89,10 +89,8 @@ def unused(config):
     return found
 
 
-REPLACED = {
-    "num_heads": "num_head_channels",
-    "num_res_blocks": "res_blocks_per_level",
-}  # option of a network -> what replaces it
+# option of a network -> another
+REPLACED = {"num_heads": "num_head_channels", "num_res_blocks": "res_blocks_per_level"}
 
 
 def channels_in(config):

@@ -53,11 +53,12 @@ def warmup_remarks(section, warmup, total, rate):
             if warmup > total
             else ""
         )
-        shorter = max(total // 20, 1)
+        # commas join durations
+        shorter = registry.counted(max(total // 20, 1), "step").replace(",", "")
         yield (
             f"train.warmup is {section.warmup!r}, "
-            f"{'longer than' if ends else 'more than half of'} the training of {total:,} "
-            f"steps{ends}; set train.warmup='{shorter} step{'s' * (shorter > 1)}'"
+            f"{'longer than' if ends else 'more than half of'} the training of "
+            f"{registry.counted(total, 'step')}{ends}; set train.warmup={shorter!r}"
         )
 
 
@@ -72,7 +73,7 @@ def decay_remarks(section, steps, total):
     what = late if length > total else "is over before the end"
     yield (
         f"train.learning_rate_decay is {section.learning_rate_decay!r}, which {what} of the "
-        f"training of {total:,} steps; give it the length {section.length!r}"
+        f"training of {registry.counted(total, 'step')}; give it the length {section.length!r}"
     )
 
 
@@ -82,8 +83,8 @@ def average_remarks(section, total):
         if not section.warmup and not section.rampup and decay**total > UNTRAINED:
             yield (
                 f"{decay**total:.0%} of an average of decay {decay:g} without ema.warmup are "
-                f"untrained weights after {total:,} steps; set ema.warmup=True, or a decay up to "
-                f"{UNTRAINED ** (1 / total):.3g}"
+                f"untrained weights after {registry.counted(total, 'step')}; set ema.warmup=True, "
+                f"or a decay up to {UNTRAINED ** (1 / total):.3g}"
             )
 
 
@@ -93,12 +94,15 @@ def interval_remarks(intervals, total):
     if "milestone" in late:
         late.remove("milestone")
         yield (
-            f"every.milestone is longer than the training of {total:,} steps, which keeps no "
-            "milestone"
+            f"every.milestone is longer than the training of {registry.counted(total, 'step')}, "
+            "which keeps no milestone"
         )
     if late:
         names = ", ".join(f"every.{key}" for key in late)
-        yield f"{names}: longer than the training of {total:,} steps, so only once, at its end"
+        yield (
+            f"{names}: longer than the training of {registry.counted(total, 'step')}, so only "
+            "once, at its end"
+        )
 
 
 def batches(config, images, indices, machine, seed, start, total):

@@ -4,6 +4,7 @@ markdown, plain text.
 
 from collections import Counter
 
+from ddpm.common.registry import counted
 from ddpm.studies import runs as studies_runs
 from ddpm.studies import statistics
 from ddpm.studies import tables as layout
@@ -16,7 +17,7 @@ from ddpm.studies.statistics import label
 def said(gap, metric):
     """A difference in a sentence."""
     pair = f"{gap.better.name} from {gap.worse.name}"
-    few = f"{gap.seeds} seed{'s' * (gap.seeds > 1)}"
+    few = counted(gap.seeds, "seed")
     by = layout.amount(gap.by, gap.half).partition(" ")[0]
     if gap.half is None:
         return (
@@ -163,10 +164,10 @@ def protocol(found, record):
     repeated = (
         "of the training" if groups[0].unit == "seed" else "of the sampling, from one training,"
     )
+    axes = listed([f"`{axis}`" for axis in found.axes] or ["nothing"])
     yield (
-        f"{len(runs)} runs: {len(groups)} settings of "
-        f"{listed([f'`{axis}`' for axis in found.axes] or ['nothing'])}, {layout.repeats(groups)} "
-        f"{repeated} each, by the commands below."
+        f"{counted(len(runs), 'run')}: {counted(len(groups), 'setting')} of {axes}, "
+        f"{layout.repeats(groups)} {repeated} each, by the commands below."
     )
     if studies_runs.is_training(runs):
         about = {
@@ -210,9 +211,7 @@ def code_of(runs):
 def mixed_code(runs):
     """A sentence that warns of runs which different code made: lines, mostly none."""
     if len(codes := code_of(runs)) > 1:
-        made = listed(
-            [f"{code} ({count} run{'s' if count > 1 else ''})" for code, count in codes.items()]
-        )
+        made = listed([f"{code} ({counted(count, 'run')})" for code, count in codes.items()])
         yield f"The runs were made by different code, so a difference may come from that: {made}."
 
 

@@ -287,6 +287,22 @@ def remarks(images=1000, **knobs):
             "the rate 8e-06 of 0.0002; set train.warmup='10 steps'",
         ),
         (
+            {
+                "train__warmup": "9 steps",
+                "train__length": "1 steps",
+                "every__sample": "1 steps",
+                "every__validate": "1 steps",
+                "every__save": "1 steps",
+                "every__log": "1 steps",
+            },
+            "train.warmup is '9 steps', longer than the training of 1 step, which ends at the "
+            "rate 0.00011 of 0.001; set train.warmup='1 step'",
+        ),
+        (
+            {"train__warmup": "20000 steps", "train__length": "30000 steps"},
+            "more than half of the training of 30,000 steps; set train.warmup='1500 steps'",
+        ),
+        (
             {"train__warmup": "1 epochs"},
             "train.warmup is '1 epochs', more than half of the training of 200 steps; set train.",
         ),
