@@ -17,14 +17,13 @@ from tqdm import tqdm
 
 from ddpm import data
 from ddpm.common import durations, errors
-from ddpm.common.registry import suggest
 from ddpm.config import flags as config_flags
 from ddpm.config.files import changed
 from ddpm.data import source
 from ddpm.experiment import build, cost, trainer
 from ddpm.experiment import memory as experiment_memory
 from ddpm.runtime import memory
-from ddpm.runtime.gpus import CARDS, known
+from ddpm.runtime.gpus import CARDS, known, meant
 from ddpm.studies.tables import amount, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -276,9 +275,10 @@ def listed(gpus):
     names = [name.strip() for name in gpus.split(",")]
     for name in names:
         if not known(name):
+            near = " or ".join(f"{card!r} ({CARDS[card].gib:g} GiB)" for card in meant(name))
+            question = f" (did you mean {near}?)" if near else ""
             raise ValueError(
-                f"unknown GPU {name!r}{suggest(name, list(CARDS))}; --gpus=all shows those that "
-                "are known"
+                f"unknown GPU {name!r}{question}; --gpus=all shows those that are known"
             )
     return [known(name) for name in names]
 

@@ -22,6 +22,7 @@ does.
 Apple's GPUs are not here: they have no CUDA or ROCm, and ddpm computes on the CPU of a Mac.
 """
 
+import difflib
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,26 @@ def known(name):
         key=len,
         default=None,
     )
+
+
+def meant(name, most=6):
+    """The names in the table that a person may mean by one that is not there, the shortest first.
+
+    They have all of its words, or all of those of the name that is most like it.
+    """
+    names = {card: set(card.lower().split()) for card in CARDS}
+    words = set(name.lower().split())
+    if not any(words <= own for own in names.values()):
+        words = set(
+            *(
+                close.split()
+                for close in difflib.get_close_matches(name.lower(), map(str.lower, CARDS), n=1)
+            )
+        )
+    return sorted(
+        (card for card, own in names.items() if words and words <= own),
+        key=lambda card: len(names[card]),
+    )[:most]
 
 
 # of the same number, and other speed

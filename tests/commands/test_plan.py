@@ -192,6 +192,35 @@ def test_class_conditional_configs_are_planned_without_their_data(
     assert plan.with_classes(tiny(data__class_labels=True))[0].data.classes == tuple("0123456789")
 
 
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        (
+            "4070",
+            "RTX 4070 12, RTX 4070 Laptop 8, RTX 4070 SUPER 12, RTX 4070 Ti 12, RTX 4070 Ti SUPER "
+            "16",
+        ),
+        ("3080 laptop", "RTX 3080 Laptop 8, RTX 3080 Ti Laptop 16"),
+        ("RTX 2061", "RTX 2060 6, RTX 2060 SUPER 8"),
+        ("7900 xtx", "RX 7900 XTX 24"),
+        ("Voodoo", ""),
+    ],
+)
+def test_a_gpu_that_is_not_known_has_all_that_may_be_meant(name, near):
+    """With their memory, by which a laptop's GPU differs from the desktop's of the same number."""
+    with pytest.raises(ValueError) as caught:
+        plan.listed(f"T4,{name}")
+    gpus = " or ".join(
+        f"{words.rpartition(' ')[0]!r} ({words.rpartition(' ')[2]} GiB)"
+        for words in near.split(", ")
+        if words
+    )
+    meant = f" (did you mean {gpus}?)" if near else ""
+    assert (
+        str(caught.value) == f"unknown GPU {name!r}{meant}; --gpus=all shows those that are known"
+    )
+
+
 def test_the_door():
     small = [f"--config.model.{knob}" for knob in ("model_channels=8", "num_res_blocks=1")]
     code, out, _ = door(
@@ -264,7 +293,7 @@ def test_snapshots_take_disk():
         (["--config=configs/digits.py", "--mfu=nan"], "flag --mfu=nan: give a finite number"),
         (
             ["--config=configs/digits.py", "--gpus=RTX 4071"],
-            "unknown GPU 'RTX 4071' (did you mean 'RTX 4070'?); --gpus=all shows",
+            "unknown GPU 'RTX 4071' (did you mean 'RTX 4070' (12 GiB) or ",
         ),
         (["--config=configs/none.py"], "there is no config file configs/none.py"),
         (
