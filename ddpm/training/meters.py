@@ -10,16 +10,13 @@ from ddpm.training import step
 
 
 def portion(share, of=""):
-    """A share in words: `"4.9%"`, with what follows a percentage as in `"4.9% of"`, and above
-    one `"12 times"`.
+    """A share in words: `"4.9%"`, with what follows a percentage as in `"4.9% of"`; from 1.05 on
+    `"1.4 times"` or `"twice"`.
     """
-    return (
-        f"{share:.1%}{of}"
-        if share <= 1
-        else f"{share:,.0f} times"
-        if share >= 10
-        else f"{share:.2g} times"
-    )
+    if share < 1.05:
+        return f"{share:.1%}{of}"
+    times = f"{share:,.0f}" if share >= 10 else f"{share:.2g}"
+    return "twice" if times == "2" else f"{times} times"
 
 
 WARM_UP = 3  # steps in which a process sets up kernels and memory

@@ -288,16 +288,17 @@ class Run:
             return
         ours = self.speed.seconds(images)
         theirs = self.speed.seconds(self.evaluation)
-        times = (
+        spent = (
             ""
             if ours is None
             else f", about {in_words(theirs)} against {in_words(ours)} at the speed measured so far"
         )
+        share = portion(self.evaluation / max(images, 1), " of")
         self.tracker.say_once(
             "cost",
-            f"the evaluation that begins costs {portion(self.evaluation / max(images, 1))} what "
-            f"the training up to step {done} did{times}; fewer evaluate.num_samples or "
-            "evaluate.steps cost less, and --config.every.evaluate='0 steps' leaves it out",
+            f"the evaluation that begins costs {share} what the training up to step {done} "
+            f"did{spent}; fewer evaluate.num_samples or evaluate.steps cost less, and "
+            "--config.every.evaluate='0 steps' leaves it out",
         )
 
     def evaluate(self, done):

@@ -242,11 +242,18 @@ def test_an_evaluation_that_costs_more_than_its_training_is_said_before_it_begin
 
 
 def test_cheap_evaluations_are_measured_without_a_word_and_in_percent():
-    assert [meters.portion(share, " of") for share in (0.049, 1, 1.04, 3.25, 12.4, 250_000)] == [
+    assert [
+        meters.portion(share, " of")
+        for share in (0.049, 1, 1.04, 1.0501, 1.36, 2, 3.25, 9.96, 12.4, 250_000)
+    ] == [
         "4.9% of",
         "100.0% of",
-        "1 times",
+        "104.0% of",
+        "1.1 times",
+        "1.4 times",
+        "twice",
         "3.2 times",
+        "10 times",
         "12 times",
         "250,000 times",
     ]
