@@ -47,6 +47,12 @@ def diagnose(path, image_size, fraction):
         name: 1 - min(one.width, one.height) / max(one.width, one.height)
         for name, one in zip(names, facts, strict=True)
     }
+    unread = found.unread()
+    unnamed = {
+        name: form
+        for name in found.others
+        if name not in unread and (form := inspect.format_in(found.root / name))
+    }
     alike = duplicates.near_duplicates(found.root, facts)
     held_out = order.split(len(kept), fraction, 0)[1]
 
@@ -83,20 +89,19 @@ def diagnose(path, image_size, fraction):
         "animated": named(lambda _, one: one.animated),
         "misnamed": {
             name: one.format
-            for name, one in zip(found.names, found.facts, strict=True)
-            if one.format and one.format != decode.SUFFIXES[Path(name).suffix.lower()]
+            for name, one in zip(names, facts, strict=True)
+            if one.format != decode.SUFFIXES[Path(name).suffix.lower()]
         },
-        "without_suffix": {
-            name: form for name in found.others if (form := inspect.format_in(found.root / name))
-        },
+        "without_suffix": unnamed,
         "other_colours": {
             name: one.profile for name, one in zip(names, facts, strict=True) if one.profile
         },
         "unread_profile": named(lambda _, one: one.unread_profile),
         "dark": found.dark(image_size),
-        "unread": found.unread(),
+        "unread": unread,
         "remarks": found.remarks(image_size),
         "not_read": found.strangers(),
+        "no_pictures": found.strangers(but={*unread, *unnamed}),
         "cropped_away": dict(sorted(lost.items(), key=lambda item: -item[1])),
         "classes": {name: counts[number] for number, name in enumerate(classes)} if classes else {},
     }
@@ -174,8 +179,15 @@ def lines_of(report):
                 f"{lost[worst]:.0%}: {source.shortened([worst])}",
             )
         )
-    for fault, names in report["left_out"].items():
-        rows.append((f"left out: {fault}", f"{some(names)} ({decode.FAULTS[fault]})"))
+    left_out = {fault: list(names) for fault, names in report["left_out"].items()}
+    listed = {name for names in left_out.values() for name in names}
+    for name, kind in report["unread"].items():
+        if name not in listed:  # as its suffix is none that is read
+            left_out.setdefault(kind, []).append(name)
+    for fault, names in left_out.items():
+        rows.append(
+            (f"left out: {fault}", f"{some(names)} ({decode.FAULTS.get(fault, decode.CONVERT)})")
+        )
     if groups:
         rows.append(
             (
@@ -198,14 +210,13 @@ def lines_of(report):
             f"{some(report['unread_profile'])}; taken for sRGB" if report["unread_profile"] else "",
         ),
         ("dark 16 bits", some([f"{name} (up to {most})" for name, most in report["dark"].items()])),
-        ("unsupported", some([f"{name} ({kind})" for name, kind in report["unread"].items()])),
         (
             "animated",
             f"{some(report['animated'])}; the first frame counts" if report["animated"] else "",
         ),
         ("another format", some(misnamed)),
-        ("no image suffix", some(unnamed)),
-        ("not read", report["not_read"]),
+        ("no image suffix", f"{some(unnamed)}; rename them to be read" if unnamed else ""),
+        ("not read", report["no_pictures"]),
         (
             "classes",
             f"{len(report['classes'])}: "

@@ -51,9 +51,11 @@ class Survey(NamedTuple):
             for one in self.facts
         ]
 
-    def strangers(self):
-        """What is not read, in words: how many files of which suffix."""
-        suffixes = Counter(Path(name).suffix.lower() for name in self.others)
+    def strangers(self, but=()):
+        """What is not read, in words: how many files of which suffix; `but` are names that are
+        not counted.
+        """
+        suffixes = Counter(Path(name).suffix.lower() for name in self.others if name not in but)
         kinds = {
             (f"{suffix} file", f"{suffix} files"): count
             for suffix, count in suffixes.items()
@@ -185,9 +187,8 @@ def folder(image_size, channels, matte, *, path):
     found = survey(path, "--config.data.source=\"folder(path='data/cats')\"")
     root = found.root
     names = found.names
-    strangers = found.strangers()
     if not names:
-        raise ValueError(no_image(root, strangers))
+        raise ValueError(no_image(root, found.strangers()))
     faults = found.faults(image_size)
     kept = [i for i, fault in enumerate(faults) if not fault]
     said = source.left_out(names, faults)
@@ -198,7 +199,7 @@ def folder(image_size, channels, matte, *, path):
         raise ValueError(f"no image in {str(root)!r} can be used: {'; '.join(said)}; {remedy}")
     notes = [f"folder {root}: {len(kept):,} of {registry.counted(len(names), 'image')} kept", *said]
     notes += verdict(*fitness(len(kept), len(names), sum(fault in DAMAGE for fault in faults)))
-    notes += [f"not read: {strangers}"] if strangers else []
+    notes += [f"not read: {others}"] if (others := found.strangers(but=found.unread())) else []
     notes += found.remarks(image_size)
     names = [names[i] for i in kept]
     facts = [found.facts[i] for i in kept]

@@ -125,6 +125,40 @@ def test_every_kind_is_named(folder):
     )
 
 
+def test_a_picture_is_in_the_one_row_that_says_what_to_do(folder):
+    heif = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1"
+    for name in ("phone.heic", "renamed.jpg"):
+        (folder / name).write_bytes(heif)
+    photo(40).save(folder / "raw.dng", "TIFF")  # as cameras write them
+    photo(41).save(folder / "unnamed", "JPEG")
+    photo(42, (16, 12)).save(folder / "small.jpg", "PNG")
+    (folder / "notes.txt").write_text("not an image")
+    report = report_on(folder)
+    rows = [
+        line for line in doctor.lines_of(report) if not line.startswith(("look at: ", "not fit: "))
+    ]
+    names = {
+        "phone.heic": "left out: HEIC",
+        "renamed.jpg": "left out: HEIC",
+        "raw.dng": "left out: camera raw",
+        "unnamed": "no image suffix",
+        "small.jpg": "left out: too small",
+    }
+    for name, row in names.items():
+        (line,) = (line for line in rows if name in line)
+        assert line.startswith(row), line
+    assert "2: renamed.jpg, phone.heic (convert to JPEG or PNG)" in "\n".join(rows)
+    assert [line.split("  ")[-1].strip() for line in rows if line.startswith("not read")] == [
+        "1 .txt file"
+    ]
+    assert report["not_read"] == "1 .dng file, 1 .heic file, 1 .txt file, 1 file without a suffix"
+    notes = data.open_source(f"folder(path={str(folder)!r})", 32, 3).notes
+    # which a training does not open
+    assert "not read: 1 .txt file, 1 file without a suffix" in notes
+    (remark,) = (note for note in notes if note.startswith("3 pictures are not read"))
+    assert "2 HEIC, 1 camera raw" in remark
+
+
 COPIES = {
     "smaller": lambda image: image.resize((image.width // 2, image.height // 2)),
     "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
