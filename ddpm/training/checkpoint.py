@@ -126,7 +126,11 @@ def chosen(run_or_file):
 
     Raises ValueError where there is none, and for a file or folder that has weights only.
     """
-    path = Path(run_or_file)
+    path = expanded(run_or_file)
+    if not path.exists():
+        raise ValueError(
+            f"train.resume_from: {os.path.abspath(path)} is not found; {continuable(path)}"
+        )
     if path.is_dir() and (found := checkpoints(path)):
         content, _ = newest(path)
         return next(file for step, file in reversed(found) if step == content["step"]), content
@@ -137,6 +141,24 @@ def chosen(run_or_file):
             "checkpoints/, or start a new run from these weights with train.init_from"
         )
     return file, load(file)
+
+
+def continuable(path):
+    """What can be continued near a path that does not exist, in words: checkpoints of its run,
+    or runs in its folder.
+    """
+    run = folder_of(path)
+    if names := [file.name for _, file in checkpoints(run)][::-1]:
+        return f"{Path(run, 'checkpoints')} has {listed(names)}"
+    for place in (run, run.parent):
+        if runs := sorted(folder.name for folder in place.glob("*") if checkpoints(folder)):
+            return f"runs in {place} that can be continued: {listed(runs)}"
+    return "give a run folder, or a .pt file of its checkpoints/"
+
+
+def listed(names, most=5):
+    """The first names, joined by commas."""
+    return ", ".join(names[:most]) + " ..." * (len(names) > most)
 
 
 def run_of(file):
@@ -279,10 +301,12 @@ def files_of(run_or_file):
     if path.is_file():
         return [path]
     if not path.is_dir():
-        runs = sorted(str(folder) for folder in Path("runs").glob("*") if folder.is_dir())
-        there = (
-            f" (there is {', '.join(runs[:5])}{' ...' if len(runs) > 5 else ''})" if runs else ""
+        runs = sorted(
+            str(folder)
+            for folder in Path("runs").glob("*")
+            if checkpoints(folder) or Path(folder, "final.safetensors").is_file()
         )
+        there = f" (there is {listed(runs)})" if runs else ""
         raise ValueError(
             f"{os.path.abspath(path)} is neither a file nor a run folder; give runs/NAME{there}, "
             "or a .pt or .safetensors file"

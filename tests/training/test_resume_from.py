@@ -2,6 +2,7 @@
 refused in one line.
 """
 
+import os
 import shutil
 
 import pytest
@@ -164,9 +165,29 @@ def test_what_cannot_be_continued_is_refused_in_one_line(trained, tmp_path):
     drawn_from.mkdir()
     shutil.copy(trained / "final.safetensors", drawn_from)
     assert "has weights only" in refused(GIVEN | {"train__resume_from": str(drawn_from)}, new)
-    assert "neither a file nor a run folder" in refused(
-        GIVEN | {"train__resume_from": "no/such"}, new
+    nothing = refused(GIVEN | {"train__resume_from": "no/such"}, new)
+    assert nothing == (
+        f"train.resume_from: {os.path.abspath('no/such')} is not found; give a run folder, or a "
+        ".pt file of its checkpoints/"
     )
+    names = ", ".join(path.name for _, path in checkpoint.checkpoints(trained)[::-1])
+    assert names.startswith("step_00000024.pt, step_00000020.keep.pt, ")
+    for wrong in (
+        "checkpoints/step_00000011.pt",
+        "step_00000010.keep.pt",
+        "checkpoints/best.safetensors",
+    ):
+        said = refused(GIVEN | {"train__resume_from": str(trained / wrong)}, new)
+        assert said == (
+            f"train.resume_from: {trained / wrong} is not found; {trained / 'checkpoints'} has "
+            f"{names}"
+        )
+    for wrong in ("hole", "hole/checkpoints/step_00000010.pt"):
+        said = refused(GIVEN | {"train__resume_from": str(trained.parent / wrong)}, new)
+        assert said == (
+            f"train.resume_from: {trained.parent / wrong} is not found; runs in {trained.parent} "
+            "that can be continued: whole"
+        )
     torch.save({"weight": torch.zeros(2)}, tmp_path / "state_dict.pt")
     assert "is not a checkpoint" in refused(
         GIVEN | {"train__resume_from": str(tmp_path / "state_dict.pt")}, new
