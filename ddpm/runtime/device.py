@@ -233,9 +233,22 @@ def amp_dtype(amp, device):
         ], "asked for by train.amp"
     if device.type != "cuda":
         return torch.float32, "no card"
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if computes_bf16(device):
         return torch.bfloat16, "the card computes bf16, which needs no loss scaling"
     return torch.float16, "the card has no bf16; losses are scaled"
+
+
+def computes_bf16(device):
+    """Whether a GPU computes bf16 itself. Of AMD's, torch says that all do: the architecture
+    tells.
+    """
+    if torch.version.hip:
+        return not torch.cuda.get_device_properties(device).gcnArchName.startswith(WITHOUT_BF16)
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+# before MI100, and before RX 7000
+WITHOUT_BF16 = ("gfx8", "gfx900", "gfx902", "gfx906", "gfx909", "gfx90c", "gfx10")
 
 
 def busy_cores(device):
@@ -287,6 +300,8 @@ def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchma
             f"device {device!r} is not to be had on this machine; use cpu"
             + (", cuda" if torch.cuda.is_available() else "")
         ) from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)  # first: what is asked of CUDA from here on is of this GPU
     dtype, reason = amp_dtype(amp, chosen)
     name = (
         torch.cuda.get_device_name(chosen)
@@ -298,7 +313,6 @@ def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchma
         f"networks compute in {dtype} ({reason})",
     ]
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = (
             cudnn_benchmark == "on" or cudnn_benchmark == "auto" and not deterministic
         )

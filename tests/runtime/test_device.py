@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,37 @@ def test_amp_on_the_cpu(amp, dtype, reason):
     out = StepNetwork(net, machine)(torch.randn(2, 3, 6, 6), torch.rand(2))
     assert inside == [dtype] and out.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "hip, name, major, dtype",
+    [
+        # RX 6800, RX 5500
+        ("6.4", "gfx1030", 10, torch.float16),
+        ("6.4", "gfx1012:xnack-", 10, torch.float16),
+        ("6.4", "gfx906:sramecc+:xnack-", 9, torch.float16),  # MI50
+        # MI100, MI210
+        ("6.4", "gfx908:sramecc+:xnack-", 9, torch.bfloat16),
+        ("6.4", "gfx90a:sramecc+:xnack-", 9, torch.bfloat16),
+        ("6.4", "gfx942", 9, torch.bfloat16),
+        ("6.4", "gfx1100", 11, torch.bfloat16),
+        ("6.4", "gfx1201", 12, torch.bfloat16),
+        (None, None, 7, torch.float16),
+        (None, None, 8, torch.bfloat16),
+    ],
+)
+def test_bf16_is_chosen_where_the_gpu_computes_it(monkeypatch, hip, name, major, dtype):
+    """What torch tells of a GPU is given here; what it makes of that is its own: that all of
+    AMD's compute bf16.
+    """
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(major=major, **({"gcnArchName": name} if hip else {}))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    assert amp_dtype("auto", torch.device("cuda", 0))[0] == dtype
+    assert amp_dtype("bf16", torch.device("cuda", 0))[0] == torch.bfloat16
 
 
 def test_every_choice_of_amp_has_a_meaning():
