@@ -4,6 +4,7 @@ A file may be damaged or malicious. `Misfit` means that it is not such a file, `
 one.
 """
 
+import io
 import itertools
 import json
 import os
@@ -38,19 +39,20 @@ class Damaged(ValueError):
         )
 
 
-def read(path):
+def read(path, tensors=True):
     """What torch.save wrote: dicts, lists, words, numbers and tensors, which are mapped to the
     file.
 
-    Raises Damaged where it cannot be read or a checksum does not fit, and ValueError where it holds
-    anything else, or tensors that claim to be more than they are.
+    Raises Damaged where it cannot be read or a checksum does not fit (of tensors only if they are
+    wanted), and ValueError where it holds anything else, or tensors that claim to be more than they
+    are.
     """
     with open(path, "rb") as file:
         try:
             zipped = file.read(4) == b"PK\3\4"  # as torch tells
             file.seek(0)
             named = set(
-                names_in_zip(file)
+                names_in_zip(file, tensors)
                 if zipped
                 else itertools.chain(*(names_in(file) for _ in range(LEGACY)))
             )
@@ -82,9 +84,9 @@ def read(path):
     return content
 
 
-def names_in_zip(file):
-    """What the pickle in a zip of torch's names, after all records were held against their
-    checksums.
+def names_in_zip(file, tensors=True):
+    """What the pickle in a zip of torch's names, after it, and all tensors if they are wanted,
+    were held against checksums.
     """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
@@ -95,13 +97,13 @@ def names_in_zip(file):
             raise Misfit("its records claim to be longer than it is")
         if len({one.filename.lower() for one in records}) < len(records):
             raise Misfit("two of its records have one name")
-        if torn := archive.testzip():
+        if tensors and (torn := archive.testzip()):
             raise Misfit(f"{torn} does not fit its checksum")
         pickled = [one for one in records if one.filename.endswith("/data.pkl")]
         if len(pickled) != 1:
             raise Misfit("it is a zip, and not one of torch's")
-        with archive.open(pickled[0]) as content:
-            return names_in(content)
+        # which reads to the end, where the checksum is looked at
+        return names_in(io.BytesIO(archive.read(pickled[0])))
 
 
 def names_in(file):

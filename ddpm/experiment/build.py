@@ -165,7 +165,9 @@ def same_data(config, images):
 def other_data(config, images, run_or_file=None):
     """A note where the images are not those that a run learned from: lines, mostly none."""
     try:
-        content, _ = checkpoint.newest(checkpoint.folder_of(run_or_file or checkpoint.newest_run()))
+        content, _ = checkpoint.newest(
+            checkpoint.folder_of(run_or_file or checkpoint.newest_run()), tensors=False
+        )
     except ValueError:  # all are damaged
         content = None
     changes = same_data(config, images).changes(content["parts"].get("data", {})) if content else ""

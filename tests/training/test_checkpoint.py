@@ -14,7 +14,9 @@ from safetensors.torch import save
 
 from ddpm.common import safe_load
 from ddpm.config import files as config_files
-from ddpm.training import checkpoint, weights
+from ddpm.experiment import build
+from ddpm.training import checkpoint
+from ddpm.training import weights as training_weights
 from support.runs import equal, tiny
 
 WEIGHTS = {
@@ -35,15 +37,15 @@ class State(dict):
 def test_weights_without_a_checksum_are_read(tmp_path):
     about = {"format": 1, "step": 7, "config": config_files.to_json(tiny())}
     (tmp_path / "old.safetensors").write_bytes(save(WEIGHTS, {"ddpm": json.dumps(about)}))
-    weights.export(tmp_path / "new.safetensors", WEIGHTS, 7, about["config"])
+    training_weights.export(tmp_path / "new.safetensors", WEIGHTS, 7, about["config"])
     for name in ("old", "new"):
-        found, tensors = weights.exported(tmp_path / f"{name}.safetensors")
+        found, tensors = training_weights.exported(tmp_path / f"{name}.safetensors")
         assert found == about and equal(tensors, WEIGHTS)
     with pytest.raises(safe_load.Damaged, match="does not fit its checksum"):
         (tmp_path / "old.safetensors").write_bytes(
             save(WEIGHTS, {"ddpm": json.dumps(about | {"crc32": 1})})
         )
-        weights.exported(tmp_path / "old.safetensors")
+        training_weights.exported(tmp_path / "old.safetensors")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -63,6 +65,43 @@ def test_both_formats_of_torch_are_read(tmp_path, zipped):
         safe_load.read(tmp_path / "file.pt")
 
 
+def test_data_are_compared_without_reading_the_weights(tmp_path):
+    """A damaged byte of a tensor is not seen, as it is not read; one of the words is, and then
+    an older checkpoint counts.
+    """
+    given = tiny()
+    digits = build.dataset(given)
+    weights = torch.arange(2.0**20)
+    for step, count in ((1, 5), (2, 7)):
+        data = build.same_data(given, digits).state_dict() | {"images": count}
+        checkpoint.save(
+            tmp_path,
+            step,
+            config_files.to_json(given),
+            {"data": State(data), "net": State(w=weights)},
+        )
+
+    def damaged(record):
+        path = checkpoint.checkpoints(tmp_path)[-1][1]
+        with zipfile.ZipFile(path) as archive:
+            (info,) = (one for one in archive.infolist() if one.filename.endswith(record))
+        content = bytearray(path.read_bytes())
+        content[info.header_offset + len(info.FileHeader()) + info.file_size // 2] ^= 1
+        path.write_bytes(content)
+
+    def words():
+        (note,) = build.other_data(given, digits, tmp_path)
+        return note.rpartition("in digits; ")[2]
+
+    assert words() == "images were 7, are 1797"
+    damaged("/data/0")
+    assert words() == "images were 7, are 1797"
+    with pytest.raises(safe_load.Damaged, match="/data/0 does not fit its checksum"):
+        checkpoint.load(checkpoint.checkpoints(tmp_path)[-1][1])
+    damaged("/data.pkl")
+    assert words() == "images were 5, are 1797"
+
+
 def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
     for step in (1, 2, 3):
         checkpoint.save(
@@ -72,18 +111,18 @@ def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
         tmp_path / "final.safetensors",
         checkpoint.checkpoints(tmp_path),
     )
-    weights.export(final, {"a": torch.tensor(3)}, 3, "{}")
-    assert weights.load_weights(tmp_path)[:2] == (final, 3) and not capsys.readouterr().err
+    training_weights.export(final, {"a": torch.tensor(3)}, 3, "{}")
+    assert training_weights.load_weights(tmp_path)[:2] == (final, 3) and not capsys.readouterr().err
     whole = final.read_bytes()
     final.write_bytes(whole[:-1] + b"\1")
-    assert weights.load_weights(tmp_path)[:2] == (third, 3)
+    assert training_weights.load_weights(tmp_path)[:2] == (third, 3)
     assert capsys.readouterr().err == (
         f"{final} is damaged (it does not fit its checksum); step_00000003.pt, of step 3, takes "
         "its place\n"
     )
     final.write_bytes(whole[:-1])
     third.write_bytes(third.read_bytes()[:-100])
-    assert weights.load_weights(tmp_path)[:2] == (second, 2)
+    assert training_weights.load_weights(tmp_path)[:2] == (second, 2)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and said[1].startswith(
         f"{third} is damaged (its list of records, at its end, is cut off or torn); "
@@ -96,10 +135,11 @@ def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
         (third, third),
     ):
         with pytest.raises(ValueError, match=f"^{said} .*damaged"):
-            weights.load_weights(given)
-    weights.export(final, {"a": torch.tensor(1)}, 1, "{}")  # of before the run was prolonged
+            training_weights.load_weights(given)
+    # of before the run was prolonged
+    training_weights.export(final, {"a": torch.tensor(1)}, 1, "{}")
     assert (
-        weights.load_weights(tmp_path)[:2] == (final, 1)
+        training_weights.load_weights(tmp_path)[:2] == (final, 1)
         and len(capsys.readouterr().err.splitlines()) == 2
     )
     assert sorted(path.name for path in tmp_path.rglob("*")) == files
@@ -129,7 +169,7 @@ def test_what_may_go_is_told(tmp_path):
     parts = {"net": State(WEIGHTS)}
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, "{}", parts, milestone=True)
-    weights.save_snapshot(tmp_path, 3, "{}", {"ema 0.1": WEIGHTS})
+    training_weights.save_snapshot(tmp_path, 3, "{}", {"ema 0.1": WEIGHTS})
     assert checkpoint.spare(tmp_path).startswith(
         "2 milestones, checkpoints/*.keep.pt (0.0 MiB), 1 snapshots/ ("
     )
