@@ -10,8 +10,8 @@ the system has to spare, once for all processes. A copy of one's own would be ha
 import contextlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -110,17 +110,44 @@ def build(source, path, size):
             except Exception as error:
                 raise Undecodable(" ".join(str(error).split())) from error
 
-        with ThreadPool() as pool:  # decoding photographs lets go of Python's lock
-            work = pool.imap_unordered(decode, range(len(source)), chunksize=16)
-            for _ in tqdm(
-                work, "decoding images", len(source), leave=False, disable=None, unit=" images"
-            ):
-                pass
+        in_threads(decode, range(len(source)), "decoding images")
         rows.flush()
         sync(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def threads(count=None):
+    """An executor of threads, one for each core by default; where the block ends early, what they
+    have not begun is dropped.
+
+    For work that lets go of Python's lock, as decoding photographs does. multiprocessing's
+    ThreadPool takes semaphores, which there are none of where /dev/shm is missing or read-only.
+    """
+    pool = ThreadPoolExecutor(count or os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_threads(work, items, title):
+    """`[work(item) for item in items]`, in threads, with a progress bar on a terminal."""
+    done = []
+    parts = [items[k : k + PART] for k in range(0, len(items), PART)]
+    with (
+        threads() as pool,
+        tqdm(desc=title, total=len(items), leave=False, disable=None, unit=" images") as bar,
+    ):
+        for part in pool.map(lambda part: [work(item) for item in part], parts):
+            done += part
+            bar.update(len(part))
+    return done
+
+
+PART = 8  # items that a thread takes at a time
 
 
 class Rows:

@@ -18,7 +18,7 @@ import PIL
 from ddpm.common import files as common_files
 from ddpm.common import registry
 from ddpm.common.files import expanded
-from ddpm.data import decode, duplicates, source
+from ddpm.data import cache, decode, duplicates, source
 from ddpm.data.decode import SUFFIXES, TOO_SMALL, Facts, Refused, decode_file
 from ddpm.data.inspect import examine
 
@@ -304,7 +304,7 @@ def scan_files(root, names):
                 and Facts(*known[name][1:]).fault != source.PASSING
             )
         ]
-        read = source.scan(
+        read = cache.in_threads(
             lambda name: examine(root / name), new, f"reading {source.shortened([str(root)])}"
         )
         known.update({name: [stamps[name], *facts] for name, facts in zip(new, read, strict=True)})

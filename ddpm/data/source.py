@@ -10,11 +10,9 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ddpm.common import registry
 
@@ -62,13 +60,6 @@ class Source:
             if self.in_memory
             else torch.stack([self[index] for index in indices])
         )
-
-
-def scan(examine, items, title):
-    """`[examine(item) for item in items]` in threads, with a progress bar on a terminal."""
-    with ThreadPool() as pool:
-        work = pool.imap(examine, items, chunksize=8)
-        return list(tqdm(work, title, len(items), leave=False, disable=None, unit=" images"))
 
 
 def left_out(names, faults):

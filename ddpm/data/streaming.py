@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from ddpm.common import files, registry
+from ddpm.data import cache, folder, source
 from ddpm.data import decode as data_decode
-from ddpm.data import folder, source
 from ddpm.data.decode import Refused, decode, decode_file
 
 
@@ -68,7 +68,7 @@ def labels_of(shards, column):
     """
     with files.remembered(f"labels/{source.fingerprint(shards.digest, column)}") as known:
         if "labels" not in known:
-            found = source.scan(
+            found = cache.in_threads(
                 lambda index: shards[index][column], range(len(shards)), f"reading {column!r}"
             )
             known["labels"] = [

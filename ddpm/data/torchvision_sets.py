@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm.common import registry
 from ddpm.common.files import expanded
-from ddpm.data import decode, folder, source
+from ddpm.data import cache, decode, folder, source
 from ddpm.data.decode import TOO_SMALL, to_pixels
 
 
@@ -24,7 +24,7 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
     and where a download is not possible.
     """
     found = open_torchvision(name, expanded(root), split)
-    reports = source.scan(
+    reports = cache.in_threads(
         partial(examine_item, found, image_size), range(len(found)), f"reading {name}"
     )
     classes = class_names(found, reports)

@@ -3,7 +3,6 @@
 import os
 import secrets
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import safetensors.torch
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from ddpm.common import files, safe_load
 from ddpm.common.files import written_beside
+from ddpm.data import cache
 from ddpm.evaluation import distances, extractors
 
 MOST = 50_000  # reference images whose features are kept: 400 MB of Inception's
@@ -69,10 +69,10 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
         "delay": 2,
         "disable": None,
     }
-    with ThreadPool(8) as pool:  # decoding photographs lets go of Python's lock
+    with cache.threads(8) as pool:
         for first in tqdm(range(0, count, batch_size), **shown):
             part = range(first, min(first + batch_size, count))
-            features = extractor(torch.stack(pool.map(dataset.__getitem__, part)))
+            features = extractor(torch.stack(list(pool.map(dataset.__getitem__, part))))
             moments.add(features, torch.ones(len(part)))
             kept.append(features[[index in chosen for index in part]])
     made = Reference(torch.cat(kept), moments, name)

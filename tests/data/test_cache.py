@@ -2,6 +2,8 @@
 is learned.
 """
 
+import _multiprocessing
+import errno
 import json
 import multiprocessing
 import os
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 
 from ddpm import data
+from ddpm.common import files
 from ddpm.data import cache, loader
 from ddpm.data import source as data_source
 from ddpm.experiment import build
@@ -38,6 +41,52 @@ def photos(tmp_path):
 
 def opened(photos, size=16):
     return data.open_source(f"folder(path={str(photos)!r})", size, 3)
+
+
+def test_photos_are_read_where_there_are_no_semaphores(photos, tmp_path, monkeypatch):
+    """As with a read-only or missing /dev/shm, where multiprocessing has none: to train,
+    validate and measure.
+    """
+
+    def refused(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    multiprocessing.Lock()  # where there are any: what is read of them once is read
+    monkeypatch.setattr(_multiprocessing, "SemLock", refused)
+    with pytest.raises(OSError):
+        multiprocessing.Lock()
+    given = tiny(
+        data__source=f"folder(path={str(photos)!r})",
+        data__channels=3,
+        train__length="1 steps",
+        every__evaluate="1 steps",
+        evaluate__extractor="digits",
+    )
+    assert run(given, tmp_path / "run")
+    assert any("eval/fd_digits" in row for row in rows(tmp_path / "run"))
+    assert list((files.home() / "decoded").glob("*.u8")) and list(
+        (files.home() / "files").glob("*.json")
+    )
+
+
+def test_work_in_threads_keeps_its_order_and_ends_at_a_fault():
+    """What has not begun is dropped: thousands of items would take minutes."""
+    begun = time.monotonic()
+    assert cache.in_threads(lambda k: k * k, range(1001), "squares") == [k * k for k in range(1001)]
+    assert cache.in_threads(str, [], "nothing") == []
+
+    def work(k):
+        time.sleep(0.01)
+        if k == 3:
+            raise ValueError("three")
+
+    with pytest.raises(ValueError, match="three"):
+        cache.in_threads(work, range(20_000), "work")
+    with pytest.raises(KeyboardInterrupt), cache.threads(2) as pool:
+        for _ in range(20_000):
+            pool.submit(time.sleep, 0.01)
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun < 30
 
 
 def slow(fetch, log, seconds, index):
