@@ -6,6 +6,8 @@ checkpoint's own config. With `--edit=inpaint --image=PATH --mask=PATH`, or anot
 edits pictures of your own.
 """
 
+import itertools
+from collections import deque
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +54,9 @@ def generate_images(
     )
     recipe = build.grid_recipe(trained)
     times = cost.evaluations(trained, recipe)
-    how = draw.frames if format == "gif" else draw.draw  # a picture a step, of all images at once
+    how = draw.gathered if format in SINGLE else draw.draw
+    if format == "gif":
+        how = draw.frames  # a picture a step, of all images at once
     drawn = drawing.drawer(trained, net, machine, how)(range(num_images), recipe)
     make_place(folder, format, machine)
     say(
@@ -60,7 +64,7 @@ def generate_images(
         "evaluations an image",
         trained,
     )
-    return written(write, out, drawn, format, num_images)
+    return written(write, out, drawn, format, num_images, machine, alone=format in SINGLE)
 
 
 @config_flags.also_called(
@@ -109,18 +113,19 @@ def edit_images(
     film = format == "gif"
     results = []
     how = partial(
-        draw.frames if film else draw.draw,
+        draw.frames if film else draw.gathered,
         walk=draw.edited(made, pictures, area, count, machine),
         times=times,
     )
     drawn = remembered(drawing.drawer(trained, net, machine, how)(range(count), recipe), results)
-    files = written(write, out, drawn, format, count)
+    files = written(write, out, drawn, format, count, machine, alone=True)
     first, *others = pictures
     hidden = [] if area is None else [first.masked_fill(area, 127)]
     cells = [first, *hidden, *draw.joined(results[-1:] if film else results), *others]
     grid = file_or_in(out, "grid") if format == "grid" else Path(out, "grid.png")
-    # between two images: in a row
-    save_image_grid(torch.stack(cells), grid, nrow=len(cells) if others else None)
+    if machine.main:
+        # between two images: in a row
+        save_image_grid(torch.stack(cells), grid, nrow=len(cells) if others else None)
     return list(dict.fromkeys([*files, grid]))
 
 
@@ -134,12 +139,16 @@ def make_place(folder, format, machine):
             print(f"removed {counted(removed, 'image')} of an earlier drawing from {folder}")
 
 
-def written(write, out, batches, format, count):
-    """Write batches in a format; returns the paths. A KeyboardInterrupt says how many of `count`
-    images are kept.
+def written(write, out, batches, format, count, machine, alone):
+    """Write batches in a format, on all ranks or on the main one `alone`; returns the paths of all
+    ranks.
+
+    A KeyboardInterrupt says how many of `count` images are kept.
     """
     try:
-        return write(out, batches)
+        paths = write(out, batches) if machine.main or not alone else []
+        deque(batches, maxlen=0)  # of a rank that writes nothing: it draws its share
+        return list(itertools.chain(*machine.exchange(paths)))
     except KeyboardInterrupt:
         kept = 0 if format in SINGLE else len(recorded(out))
         whole = f"{kept} of {counted(count, 'image')} {'is' if kept == 1 else 'are'} in {out}"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from absl import flags
 
-from ddpm.common import errors, pixels
+from ddpm.common import errors
+from ddpm.common import pixels as common_pixels
+from ddpm.common.registry import counted
 from ddpm.config import flags as config_flags
-from ddpm.experiment import build, drawing, load
-from ddpm.sampling.draw import joined
+from ddpm.experiment import build, cost, drawing, load
+from ddpm.sampling.draw import gathered, joined
 
 
 @config_flags.also_called(
@@ -26,13 +28,20 @@ def sample_from_checkpoint(
     `**{"diffusion.clip": False}`. Raises ValueError, one line, for a missing or damaged checkpoint,
     for options that cannot be, and for a picture format that is not known.
     """
-    pixels.check_picture(out)
+    common_pixels.check_picture(out)
     config_flags.check_count(num_images)
-    _, _, trained, machine, net = load.load(
+    name, _, trained, machine, net = load.load(
         checkpoint, device, **config_flags.options(options, "sample")
     )
-    drawn = drawing.drawer(trained, net, machine)(range(num_images), build.grid_recipe(trained))
-    pixels.save_image_grid(joined(drawn), out)
+    recipe = build.grid_recipe(trained)
+    print(
+        f"drawing {counted(num_images, 'image')} from {name}: {recipe}; "
+        f"{cost.evaluations(trained, recipe)} network evaluations an image",
+        flush=True,
+    )
+    pixels = joined(drawing.drawer(trained, net, machine, gathered)(range(num_images), recipe))
+    if machine.main:
+        common_pixels.save_image_grid(pixels, out)
     return [Path(out)]
 
 

@@ -160,6 +160,25 @@ def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=No
             yield batch, pixels
 
 
+def gathered(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
+    """The same for all of `seeds`, on the main rank and in their order; the others draw their
+    shares and yield nothing.
+    """
+    if machine.world == 1:
+        yield from draw(model, recipe, seeds, shape, machine, guide, walk, times)
+        return
+    for first in range(0, len(seeds), BLOCK):
+        some = seeds[first : first + BLOCK]
+        pixels = machine.gather(
+            joined(draw(model, recipe, some, shape, machine, guide, walk, times))
+        )
+        if machine.main:
+            yield list(some), pixels
+
+
+BLOCK = 1024  # images that are held at once where they are gathered
+
+
 def frames(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
     """Yield (seeds, uint8 [b, c, h, w]) for each step, once all are done: how the images of
     `seeds` come out of the noise.

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -154,6 +155,18 @@ def test_ranks_draw_and_measure_what_one_does(seen):
         assert (
             [seed for rank in seen[name] for seed in rank["mine"]] == one["mine"] == list(range(8))
         )
+
+
+def test_files_have_the_images_of_all_ranks(folder, seen):
+    """Grids, archives, animations and edits as of one process, and all paths on each rank."""
+    (one,) = seen["files-1"]
+    assert seen["files-2"] == [one, one]
+    assert [len(paths) for paths in one] == [1, 1, 1, 1, 1, 5, 4]
+    for path in sum(one, []):
+        ours, theirs = ((folder / name / path).read_bytes() for name in ("files-1", "files-2"))
+        assert ours == theirs, path
+    with np.load(folder / "files-2" / "npz" / "images.npz") as archive:
+        assert archive["arr_0"].shape == (5, 16, 16, 1)
 
 
 def test_only_rank_0_writes_and_tracks(folder, said):

@@ -27,9 +27,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ddpm import evaluate
 from ddpm.config import defaults
 from ddpm.experiment import build, drawing, load, trainer
+from ddpm.generate import edit_images, generate_images
 from ddpm.models.unet import UNet
 from ddpm.runtime import device
 from ddpm.runtime import ranks as runtime_ranks
+from ddpm.sample import sample_from_checkpoint
 from ddpm.sampling import draw, formats
 from ddpm.training.trainer import train
 from support.runs import tiny
@@ -175,6 +177,25 @@ def drawn(folder):
     }
 
 
+def files(checkpoint, folder):
+    """Draw into files of every format that is one file, a folder of pictures and an edit; what
+    the functions returned.
+    """
+    how = dict(batch_size=2, device="cpu")
+    folder.mkdir(exist_ok=True)
+    found = [sample_from_checkpoint(checkpoint, folder / "sample.png", 5, **how)]
+    for kind in ("grid", "npz", "zip", "gif", "png"):
+        found.append(generate_images(checkpoint, 5, folder / kind, format=kind, **how))
+    picture = folder / "png" / "000000.png"
+    found.append(
+        edit_images(
+            checkpoint, "sdedit", picture, folder / "edited", num_images=3, classes="3", **how
+        )
+    )
+    runtime_ranks.stop()
+    return [[str(Path(path).relative_to(folder)) for path in paths] for paths in found]
+
+
 def door(*knobs):
     """Train as the command does; ends with its exit code."""
     flags = [
@@ -300,6 +321,12 @@ def main_of(folder):
     resumed("sharded, then one", 1, "sharded")
     for world in (1, 2, 4):
         group(f"drawn-{world}", world, lambda rank: drawn(folder / "one"))
+    for world in (1, 2):
+        group(
+            f"files-{world}",
+            world,
+            lambda rank, world=world: files(folder / "one", folder / f"files-{world}"),
+        )
     cut = folder / "cut"
     cut.mkdir()
     os.chdir(cut)
