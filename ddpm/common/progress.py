@@ -1,5 +1,8 @@
-"""What long work with a network shows while it goes on: a bar on a terminal, elsewhere a line
-every ten seconds, on stderr.
+"""What long work with a network shows while it goes on: a bar on a terminal, elsewhere lines on
+stderr, ten seconds apart.
+
+A line comes when an evaluation of the network ends: where one takes longer than ten seconds, after
+each.
 """
 
 import sys

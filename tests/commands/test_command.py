@@ -463,8 +463,12 @@ def test_a_bar_moves_from_the_first_evaluation_on_and_ctrl_c_leaves_its_line_cle
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_the_evaluations_that_are_counted_are_those_that_are_made(mine, monkeypatch, tmp_path):
-    """By a hook on every network, against the total that was shown before the first."""
+def test_the_evaluations_that_are_counted_are_those_that_are_made(
+    mine, monkeypatch, tmp_path, capsys
+):
+    """By a hook on every network, against the total that was shown before the first, as a line
+    said what begins.
+    """
     shown = []
 
     class Seen(progress.Progress):
@@ -490,6 +494,7 @@ def test_the_evaluations_that_are_counted_are_those_that_are_made(mine, monkeypa
             sampler="ddim",
             batch_size=2,
         ),
+        lambda: sample_from_checkpoint(mine, tmp_path / "q.png", 3, steps=4),
         lambda: evaluate(
             mine,
             likelihood="both",
@@ -500,12 +505,17 @@ def test_the_evaluations_that_are_counted_are_those_that_are_made(mine, monkeypa
         ),
     ):
         asked = []
-        with torch.nn.modules.module.register_module_forward_hook(
-            lambda module, *_, asked=asked: (
-                asked.append(1) if type(module).__name__ == "UNet" else None
-            )
-        ):
+
+        def evaluated(module, *_, asked=asked):
+            if type(module).__name__ == "UNet":
+                asked.append("" if asked else capsys.readouterr().out)
+
+        capsys.readouterr()
+        with torch.nn.modules.module.register_module_forward_hook(evaluated):
             work()
+        assert re.match(
+            r"(drawing \d images|interpolate: 3 images|measuring \S+) .*\n", asked[0]
+        ), asked[0]
         assert (
             sum(one.evaluations for _, one in shown)
             == sum(total for total, _ in shown)
