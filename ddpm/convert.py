@@ -22,7 +22,7 @@ from pathlib import Path
 from absl import flags
 
 from ddpm.common import errors
-from ddpm.common.files import folder_written_beside
+from ddpm.common.files import atomic_folder
 from ddpm.config import files
 from ddpm.config import flags as config_flags
 from ddpm.interop import diffusers
@@ -88,7 +88,7 @@ def convert(source, out, classes=None, no_label=None, **theirs):
     if out.suffix == ".safetensors":
         training_weights.export(out, weights, 0, text)
         return out
-    with folder_written_beside(out) as folder:
+    with atomic_folder(out) as folder:
         training_weights.export(folder / "final.safetensors", weights, 0, text)
     return out / "final.safetensors"
 

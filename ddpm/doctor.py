@@ -15,8 +15,8 @@ from absl import flags
 from PIL import Image
 
 from ddpm.common import errors, pixels, registry
-from ddpm.common.files import make_folder, written_beside
-from ddpm.common.registry import counted
+from ddpm.common.files import atomic_write, make_folder
+from ddpm.common.registry import quantity
 from ddpm.config import flags as config_flags
 from ddpm.config.check import RANGES
 from ddpm.config.defaults import base
@@ -130,11 +130,11 @@ def verdict(report):
     warnings += report["remarks"]
     if report["one_colour"]:
         warnings.append(
-            f"{counted(len(report['one_colour']), 'image')} of one colour will be drawn too: take "
+            f"{quantity(len(report['one_colour']), 'image')} of one colour will be drawn too: take "
             "them away"
         )
     if report["without_suffix"]:
-        unnamed = counted(len(report["without_suffix"]), "picture is", "pictures are")
+        unnamed = quantity(len(report["without_suffix"]), "picture is", "pictures are")
         warnings.append(f"{unnamed} not read for want of a suffix of theirs: rename them")
     counts = report["classes"].values()
     if counts and max(counts) > IMBALANCE * min(counts):
@@ -192,7 +192,7 @@ def lines_of(report):
         rows.append(
             (
                 "near-duplicates",
-                f"{sum(map(len, groups)):,} images in {counted(len(groups), 'group')}, such as "
+                f"{sum(map(len, groups)):,} images in {quantity(len(groups), 'group')}, such as "
                 f"{source.shortened(groups[0], 3)}",
             )
         )
@@ -232,7 +232,7 @@ def lines_of(report):
         ),
     ]
     size = report["image_size"]
-    files = counted(report["files"], "image")
+    files = quantity(report["files"], "image")
     yield (
         f"{source.shortened([report['folder']])}: {report['kept']:,} of {files} can be learned "
         f"from at {size}x{size}, {len(report['held_out']):,} of them held out\n"
@@ -301,12 +301,12 @@ def contact_sheet(report, matte):
         cut(name, share) for name, share in list(report["cropped_away"].items())[:COLUMNS] if share
     ]
     return sheet(
-        f"{source.shortened([report['folder']])}: {counted(report['kept'], 'image')} at "
+        f"{source.shortened([report['folder']])}: {quantity(report['kept'], 'image')} at "
         f"{size}x{size}",
         [
             ("As training sees them", [seen(name, "") for name in thinned(kept, 4 * COLUMNS)]),
             (
-                f"Near-duplicates: {counted(len(report['near_duplicates']), 'group')}, a colour "
+                f"Near-duplicates: {quantity(len(report['near_duplicates']), 'group')}, a colour "
                 "each",
                 twins,
             ),
@@ -372,9 +372,9 @@ def main(arguments):
     report = diagnose(path, image_size, fraction)
     print("\n".join(lines_of(report)))
     if out := flags.FLAGS.out:
-        with written_beside(make_folder(out) / "report.json") as part:
+        with atomic_write(make_folder(out) / "report.json") as part:
             part.write_text(json.dumps(report, indent=1) + "\n")
-        with written_beside(Path(out) / "sheet.png") as part:
+        with atomic_write(Path(out) / "sheet.png") as part:
             contact_sheet(report, matte).save(part, "PNG")
         print(f"wrote {Path(out) / 'report.json'} and {Path(out) / 'sheet.png'}")
     return (

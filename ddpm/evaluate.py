@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from ddpm.common import errors
-from ddpm.common.files import held
+from ddpm.common.files import lock_folder
 from ddpm.config import files as config_files
 from ddpm.config import flags as config_flags
 from ddpm.evaluation.scorer import copies, keep
@@ -61,7 +61,7 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
         )
         return numbers
     wandb.check(dict(made.config.wandb))
-    with held(workdir):
+    with lock_folder(workdir):
         config_files.check_measures(made.config, workdir)
         numbers, pictures, files = measure(made, checkpoint, made.config.sample.num_images)
         tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)

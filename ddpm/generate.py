@@ -24,7 +24,7 @@ from ddpm.common.pixels import (
     remove_drawing,
     save_image_grid,
 )
-from ddpm.common.registry import check_choice, counted
+from ddpm.common.registry import check_choice, quantity
 from ddpm.config import flags as config_flags
 from ddpm.diffusion.editing import EDITS, get_edit
 from ddpm.experiment import build, cost, drawing, load
@@ -60,7 +60,7 @@ def generate_images(
     drawn = drawing.drawer(trained, net, machine, how)(range(num_images), recipe)
     make_place(folder, format, machine)
     say(
-        f"drawing {counted(num_images, 'image')} from {name}: {recipe}; {times} network "
+        f"drawing {quantity(num_images, 'image')} from {name}: {recipe}; {times} network "
         "evaluations an image",
         trained,
     )
@@ -105,7 +105,7 @@ def edit_images(
     times = cost.evaluations(trained, recipe, made)
     make_place(folder, format, machine)
     say(
-        f"{edit}: {counted(count, 'image')} from {name}: {recipe}; {times} network evaluations an "
+        f"{edit}: {quantity(count, 'image')} from {name}: {recipe}; {times} network evaluations an "
         "image",
         trained,
         *masked_words(mask, area),
@@ -136,12 +136,12 @@ def make_place(folder, format, machine):
     with machine.together():
         make_folder(folder)
         if machine.main and format not in SINGLE and (removed := remove_drawing(folder)):
-            print(f"removed {counted(removed, 'image')} of an earlier drawing from {folder}")
+            print(f"removed {quantity(removed, 'image')} of an earlier drawing from {folder}")
 
 
 def written(write, out, batches, format, count, machine, alone):
-    """Write batches in a format, on all ranks or on the main one `alone`; returns the paths of all
-    ranks.
+    """Write batches in a format, on all ranks or on the main one `file_lock`; returns the paths of
+    all ranks.
 
     A KeyboardInterrupt says how many of `count` images are kept.
     """
@@ -151,7 +151,7 @@ def written(write, out, batches, format, count, machine, alone):
         return list(itertools.chain(*machine.exchange(paths)))
     except KeyboardInterrupt:
         kept = 0 if format in SINGLE else len(recorded(out))
-        whole = f"{kept} of {counted(count, 'image')} {'is' if kept == 1 else 'are'} in {out}"
+        whole = f"{kept} of {quantity(count, 'image')} {'is' if kept == 1 else 'are'} in {out}"
         raise KeyboardInterrupt(whole if kept else f"nothing is written to {out}") from None
 
 
@@ -181,7 +181,7 @@ def edit_count(edit, made, paths, mask, num_images):
     """
     if len(paths) != made.images:
         raise ValueError(
-            f"edit {edit!r} takes {counted(made.images, 'image')}, not {len(paths)}; write "
+            f"edit {edit!r} takes {quantity(made.images, 'image')}, not {len(paths)}; write "
             f"{' '.join(['--image=PATH'] * made.images)}"
         )
     if made.mask and mask is None:
@@ -208,7 +208,7 @@ def wrote(paths):
     numbered = [path for path in paths if path.stem.isdigit()]
     others = [str(path) for path in paths if path not in numbered]
     last = f" ... {numbered[-1].name}" if numbered[1:] else ""
-    pictures = [f"{counted(len(numbered), 'image')}, {numbered[0]}{last}"] if numbered else []
+    pictures = [f"{quantity(len(numbered), 'image')}, {numbered[0]}{last}"] if numbered else []
     return f"wrote {', and '.join(pictures + others)}"
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from absl import flags
 
 from ddpm.common import errors
-from ddpm.common.files import held
+from ddpm.common.files import lock_folder
 from ddpm.config import files
 from ddpm.config import flags as config_flags
 from ddpm.experiment import build, memory, trainer
 from ddpm.runtime import device, ranks
-from ddpm.runtime.out_of_memory import NoRoom, ran_out
+from ddpm.runtime.out_of_memory import BatchDoesNotFit, ran_out
 from ddpm.runtime.signals import Interrupted, Wish
 from ddpm.training import checkpoint
 from ddpm.training.trainer import Diverged, train
@@ -52,7 +52,7 @@ def train_experiment(given, folder):
                 build.check(given)
                 files.check_continues(given, folder)
                 if machine.main:
-                    kept.enter_context(held(folder))
+                    kept.enter_context(lock_folder(folder))
             code = AGAIN
             rollbacks = 0
             why = ""
@@ -169,7 +169,9 @@ def finish(run):
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
         if ran_out(error):
             what = (
-                error if isinstance(error, NoRoom) else f"out of memory ({errors.one_line(error)})"
+                error
+                if isinstance(error, BatchDoesNotFit)
+                else f"out of memory ({errors.one_line(error)})"
             )
             helps = ", ".join(
                 memory.savings(files.from_json(run.config_json), run.machine, run.recomputed)

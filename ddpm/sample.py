@@ -8,7 +8,7 @@ from absl import flags
 
 from ddpm.common import errors
 from ddpm.common import pixels as common_pixels
-from ddpm.common.registry import counted
+from ddpm.common.registry import quantity
 from ddpm.config import flags as config_flags
 from ddpm.experiment import build, cost, drawing, load
 from ddpm.sampling.draw import gathered, joined
@@ -35,7 +35,7 @@ def sample_from_checkpoint(
     )
     recipe = build.grid_recipe(trained)
     print(
-        f"drawing {counted(num_images, 'image')} from {name}: {recipe}; "
+        f"drawing {quantity(num_images, 'image')} from {name}: {recipe}; "
         f"{cost.evaluations(trained, recipe)} network evaluations an image",
         flush=True,
     )

@@ -7,7 +7,7 @@ STOPPED = 130
 GOES_ON = 75
 
 
-def in_short(problem):
+def one_line_with_type(problem):
     """An exception in one line, with its type but for W&B's UsageError, whose words say it all."""
     kind = [] if type(problem).__name__ == "UsageError" else [f"{type(problem).__name__}:"]
     return " ".join([*kind, *str(problem).strip().splitlines()[:1]])
@@ -16,7 +16,7 @@ def in_short(problem):
 FULL = errno.ENOSPC, errno.EDQUOT  # what a full disk is called
 DONE = 0
 FAILED = 1
-MISTAKE = 2
+USAGE_ERROR = 2
 DIVERGED = 3
 INTERRUPTED = GOES_ON
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_beside(path):
+def atomic_write(path):
     """Give a name beside `path` to write to, put in the place of `path` when the block ends well
     and removed when it does not.
 
@@ -28,9 +28,9 @@ def written_beside(path):
         # of a process that was killed: another user's may not be written to
         part.unlink(missing_ok=True)
         yield part
-        sync(part)
+        fsync(part)
         os.replace(part, path)
-        sync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         if error.errno and not error.filename:  # a full disk does not say where
             error.filename = str(path)
@@ -40,7 +40,7 @@ def written_beside(path):
 
 
 @contextlib.contextmanager
-def folder_written_beside(folder):
+def atomic_folder(folder):
     """The same for a new folder: give one beside `folder` to write into, which takes its place
     when the block ends well.
     """
@@ -53,7 +53,7 @@ def folder_written_beside(folder):
         if folder.exists():
             folder.rename(former)
         part.rename(folder)
-        sync(folder.parent)
+        fsync(folder.parent)
     finally:
         if former.exists() and not folder.exists():
             former.rename(folder)
@@ -62,7 +62,7 @@ def folder_written_beside(folder):
 
 
 @contextlib.contextmanager
-def held(folder):
+def lock_folder(folder):
     """Keep a folder for this process while the block runs; it is made, and goes again if nothing
     came into it.
 
@@ -99,7 +99,7 @@ def held(folder):
                     path.rmdir()
 
 
-def expanded(path):
+def expand_user(path):
     """A path with the home folder in place of its `~`; raises ValueError where the system knows
     no such folder.
     """
@@ -125,7 +125,7 @@ def make_folder(folder):
     return Path(folder)
 
 
-def sync(path):
+def fsync(path):
     """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -138,18 +138,18 @@ LOG = logging.getLogger(__name__)
 WARNED = set()  # values of $DDPM_CACHE that a warning has named
 
 
-def home():
+def cache_dir():
     """Where caches lie: `$DDPM_CACHE`, else `~/.cache/ddpm`; raises ValueError where no such
     folder is known.
     """
-    return expanded(os.environ.get("DDPM_CACHE") or "~/.cache/ddpm")
+    return expand_user(os.environ.get("DDPM_CACHE") or "~/.cache/ddpm")
 
 
-def place(name):
+def cache_folder(name):
     """A folder below `home()`, made if it is not there: who may write to the one may write to
     the other, whatever the umask.
     """
-    folder = home() / name
+    folder = cache_dir() / name
     if not folder.is_dir():
         make_folder(folder)
         with contextlib.suppress(PermissionError):  # another user was faster
@@ -158,7 +158,7 @@ def place(name):
 
 
 @contextlib.contextmanager
-def remembered(name, reason="it reads the same files"):
+def cached_json(name, reason="it reads the same files"):
     """A dict that lasts under a name below `home()`: one process has it at a time, and what is in
     it afterwards is kept.
 
@@ -168,28 +168,28 @@ def remembered(name, reason="it reads the same files"):
     with contextlib.ExitStack() as lock:
         with contextlib.suppress(OSError, ValueError):
             kind, _, file = name.rpartition("/")
-            lock.enter_context(alone(place(kind) / f"{file}.json.lock", reason))
-        found = recalled(name)
+            lock.enter_context(file_lock(cache_folder(kind) / f"{file}.json.lock", reason))
+        found = read_cached_json(name)
         before = dict(found)
         yield found
         if found != before:
-            remember(name, found)
+            write_cached_json(name, found)
 
 
-def recalled(name):
+def read_cached_json(name):
     """The dict that is kept under a name below `home()`; empty where there is none, or it cannot
     be read.
     """
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
-        return dict(json.loads((home() / f"{name}.json").read_text()))
+        return dict(json.loads((cache_dir() / f"{name}.json").read_text()))
     return {}
 
 
-def remember(name, content):
+def write_cached_json(name, content):
     """Keep a dict under a name below `home()`; where that cannot be done, a warning says so."""
     kind, _, file = name.rpartition("/")
     try:
-        with written_beside(place(kind) / f"{file}.json") as part:
+        with atomic_write(cache_folder(kind) / f"{file}.json") as part:
             part.write_text(json.dumps(content))
     except (OSError, ValueError) as error:
         if (given := os.environ.get("DDPM_CACHE")) not in WARNED:
@@ -202,7 +202,7 @@ def remember(name, content):
 
 
 @contextlib.contextmanager
-def alone(path, reason=""):
+def file_lock(path, reason=""):
     """Wait until no one else is inside, for a reason that is said if given, and keep them out; a
     lock dies with its process.
     """
@@ -234,7 +234,7 @@ def lock_file(path):
 def is_writable(folder):
     """Whether a folder can be written to, or made."""
     try:
-        folder = expanded(folder)
+        folder = expand_user(folder)
     except ValueError:
         return False
     return os.access(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 
 WHITE = 255
 NUMBERED = re.compile(r"\d{6,}\.(png|jpg|webp)")  # the names that `numbered` gives
@@ -110,7 +110,7 @@ def save_image_grid(images, path, nrow=None, value_range=(0, 1)):
             "image.unsqueeze(0)"
         )
     pixels = make_grid(as_pixels(images.detach(), value_range), nrow)
-    with written_beside(path) as part:
+    with atomic_write(path) as part:
         save_picture(pixels, part, suffix)
 
 

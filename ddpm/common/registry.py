@@ -54,7 +54,7 @@ def suggest(given, allowed):
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def counted(number, thing, things=None):
+def quantity(number, thing, things=None):
     """So many things in words, `"1 image"` and `"1,200 images"`; `things` where the plural takes
     more than an s.
     """
@@ -71,7 +71,7 @@ def check_choice(kind, given, allowed):
     return given
 
 
-def choose(kind, table, text):
+def resolve(kind, table, text):
     """Return the table's entry that `text` names, as a partial with its knobs set.
 
     Knobs are the entry's keyword-only parameters. Raises ValueError for an unknown name, an unknown

@@ -1,7 +1,7 @@
 """Reads files of tensors without running code from them: size limits, checksums, weights only.
 
-A file may be damaged or malicious. `Misfit` means that it is not such a file, `Damaged` that it was
-one.
+A file may be damaged or malicious. `WrongFormat` means that it is not such a file, `CorruptFile`
+that it was one.
 """
 
 import io
@@ -24,11 +24,11 @@ HARMLESS = re.compile(
 LEGACY = 5  # pickles in a file of torch before 1.6, one after the other
 
 
-class Misfit(ValueError):
+class WrongFormat(ValueError):
     """What is wrong in a file, in words."""
 
 
-class Damaged(ValueError):
+class CorruptFile(ValueError):
     """The bytes of a file are not those that were written: those of an older checkpoint may be."""
 
     def __init__(self, path, why):
@@ -43,9 +43,9 @@ def read(path, tensors=True):
     """What torch.save wrote: dicts, lists, words, numbers and tensors, which are mapped to the
     file.
 
-    Raises Damaged where it cannot be read or a checksum does not fit (of tensors only if they are
-    wanted), and ValueError where it holds anything else, or tensors that claim to be more than they
-    are.
+    Raises CorruptFile where it cannot be read or a checksum does not fit (of tensors only if they
+    are wanted), and ValueError where it holds anything else, or tensors that claim to be more than
+    they are.
     """
     with open(path, "rb") as file:
         try:
@@ -56,10 +56,10 @@ def read(path, tensors=True):
                 if zipped
                 else itertools.chain(*(names_in(file) for _ in range(LEGACY)))
             )
-        except Misfit as misfit:
-            raise Damaged(path, misfit) from None
+        except WrongFormat as misfit:
+            raise CorruptFile(path, misfit) from None
         except Exception:  # there are as many as ways to be damaged, in words of Python's
-            raise Damaged(
+            raise CorruptFile(
                 path,
                 "its list of records, at its end, is cut off or torn"
                 if zipped
@@ -74,7 +74,7 @@ def read(path, tensors=True):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
-        raise Damaged(path, error) from None
+        raise CorruptFile(path, error) from None
     for tensor in tensors_in(content):
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(
@@ -94,14 +94,14 @@ def names_in_zip(file, tensors=True):
             any(one.compress_type for one in records)
             or sum(one.file_size for one in records) > os.fstat(file.fileno()).st_size
         ):
-            raise Misfit("its records claim to be longer than it is")
+            raise WrongFormat("its records claim to be longer than it is")
         if len({one.filename.lower() for one in records}) < len(records):
-            raise Misfit("two of its records have one name")
+            raise WrongFormat("two of its records have one name")
         if tensors and (torn := archive.testzip()):
-            raise Misfit(f"{torn} does not fit its checksum")
+            raise WrongFormat(f"{torn} does not fit its checksum")
         pickled = [one for one in records if one.filename.endswith("/data.pkl")]
         if len(pickled) != 1:
-            raise Misfit("it is a zip, and not one of torch's")
+            raise WrongFormat("it is a zip, and not one of torch's")
         # which reads to the end, where the checksum is looked at
         return names_in(io.BytesIO(archive.read(pickled[0])))
 

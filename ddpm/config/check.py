@@ -5,7 +5,7 @@ import math
 
 from ddpm import data
 from ddpm.common import durations
-from ddpm.common.registry import check_choice, choose, parse
+from ddpm.common.registry import check_choice, parse, resolve
 from ddpm.config import defaults
 from ddpm.data import source
 from ddpm.diffusion.likelihood import LIKELIHOODS
@@ -135,7 +135,7 @@ def check(config):
             continue
         with about(key):
             check_renamed(key, knobs[key])
-            chosen = choose(f"config.{key}", table, knobs[key])
+            chosen = resolve(f"config.{key}", table, knobs[key])
             if table is SAMPLERS:
                 # which refuses what it cannot do
                 evaluations(chosen, REHEARSAL, knobs["diffusion.variance"] == "learned")

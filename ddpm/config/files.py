@@ -12,7 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ddpm.common import safe_load
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 from ddpm.common.registry import parse, suggest
 from ddpm.config import check, defaults
 from ddpm.models.layers import norm_groups
@@ -161,7 +161,7 @@ def write(config, folder, code=None):
     where they are known.
     """
     saved = json.loads(to_json(config)) | ({"code": code} if code else {})
-    with written_beside(Path(folder, "config.json")) as part:
+    with atomic_write(Path(folder, "config.json")) as part:
         part.write_text(json.dumps(saved, indent=2) + "\n")
 
 

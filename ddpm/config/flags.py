@@ -17,13 +17,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ddpm.common import errors
-from ddpm.common.files import expanded
+from ddpm.common.files import expand_user
 from ddpm.common.registry import suggest
 from ddpm.config.check import KINDS, check
 from ddpm.config.defaults import base, flatten, freeze
 from ddpm.config.files import to_json
 from ddpm.runtime import signals
-from ddpm.runtime.out_of_memory import NoRoom, ran_out
+from ddpm.runtime.out_of_memory import BatchDoesNotFit, ran_out
 from ddpm.tracking.tracker import WARNINGS
 
 WIDTH = 100  # characters of a line of help
@@ -333,9 +333,9 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
     for name in [name for name in PATHS if name in values and values[name].value]:
         given = values[name].value  # no shell reads the ~ in --out=~/samples
         values[name].value = (
-            [str(expanded(path)) for path in given]
+            [str(expand_user(path)) for path in given]
             if isinstance(given, list)
-            else str(expanded(given))
+            else str(expand_user(given))
         )
     for name in values:
         if (
@@ -562,7 +562,7 @@ def run_door(main, takes=None):
     def mistake(error):
         if os.environ.get("DDPM_TRACEBACK"):
             traceback.print_exc()
-        fail(errors.MISTAKE, as_typed(errors.one_line(error)))
+        fail(errors.USAGE_ERROR, as_typed(errors.one_line(error)))
 
     def run(argv):
         try:
@@ -577,7 +577,7 @@ def run_door(main, takes=None):
                 raise
             what = (
                 errors.one_line(error)
-                if isinstance(error, NoRoom)
+                if isinstance(error, BatchDoesNotFit)
                 else f"out of memory ({errors.one_line(error)[:200]})"
             )
             other = ", or give --device=cpu" if "device" in flags.FLAGS else ""

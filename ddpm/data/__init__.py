@@ -27,7 +27,7 @@ def open_source(text, image_size, channels=3, matte=WHITE):
         )
     if image_size < 1:
         raise ValueError(f"image_size {image_size} is not a number of pixels; use 1 or more")
-    return registry.choose("data source", SOURCES, text)(image_size, channels, tuple(matte))
+    return registry.resolve("data source", SOURCES, text)(image_size, channels, tuple(matte))
 
 
 class ImageDataset(torch.utils.data.Dataset):

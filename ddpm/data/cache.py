@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ddpm.common import files
-from ddpm.common.files import expanded, make_folder, sync
+from ddpm.common.files import expand_user, fsync, make_folder
 
 
 def decoded(source, folder=None):
@@ -36,12 +36,12 @@ def decoded(source, folder=None):
     given = folder
     folder = Path(folder or "decoded")
     try:
-        folder = expanded(folder) if given else files.home() / folder
+        folder = expand_user(folder) if given else files.cache_dir() / folder
         path = folder / f"{source.fingerprint}.u8"
         # a file that is there needs no lock, which another user's cache may refuse
         if not is_whole(path, size):
-            make_folder(folder) if given else files.place(folder.name)
-            with files.alone(path.with_suffix(".lock"), "it decodes the same images"):
+            make_folder(folder) if given else files.cache_folder(folder.name)
+            with files.file_lock(path.with_suffix(".lock"), "it decodes the same images"):
                 if not is_whole(path, size):
                     if size > most * (free := shutil.disk_usage(folder).free):
                         raise OSError(
@@ -112,7 +112,7 @@ def build(source, path, size):
 
         in_threads(decode, range(len(source)), "decoding images")
         rows.flush()
-        sync(part)
+        fsync(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ def near_duplicates(root, facts):
     """
     content = source.fingerprint([(one.digest, one.trace) for one in facts], ALIKE)
     name = f"alike/{source.fingerprint(os.path.realpath(root))}"
-    known = files.recalled(name)
+    known = files.read_cached_json(name)
     if known.get("content") != content:
         same = {}
         for number, one in enumerate(facts):
@@ -43,7 +43,7 @@ def near_duplicates(root, facts):
             numbers for numbers in same.values() if len(numbers) > 1 and numbers[0] not in alone
         ]
         known = {"content": content, "groups": sorted(sorted(group) for group in joined)}
-        with files.remembered(name) as kept:  # nobody waits for the comparing
+        with files.cached_json(name) as kept:  # nobody waits for the comparing
             kept.update(known)
     return tuple(map(tuple, known["groups"]))
 

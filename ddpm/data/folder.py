@@ -17,7 +17,7 @@ import PIL
 
 from ddpm.common import files as common_files
 from ddpm.common import registry
-from ddpm.common.files import expanded
+from ddpm.common.files import expand_user
 from ddpm.data import cache, decode, duplicates, source
 from ddpm.data.decode import SUFFIXES, TOO_SMALL, Facts, Refused, decode_file
 from ddpm.data.inspect import examine
@@ -93,7 +93,7 @@ class Survey(NamedTuple):
         if unread:
             formats = Counter((form, form) for form in unread.values())
             lines.append(
-                f"{registry.counted(len(unread), 'picture is', 'pictures are')} not read "
+                f"{registry.quantity(len(unread), 'picture is', 'pictures are')} not read "
                 f"({most_first(formats)}): {decode.CONVERT}"
             )
         if dark:
@@ -112,7 +112,7 @@ def survey(path, example="data/cats"):
 
     Raises ValueError, with an example of what to write, where there is no folder.
     """
-    root = expanded(str(path))
+    root = expand_user(str(path))
     if not root.is_dir():
         raise ValueError(
             f"image folder {os.path.abspath(root)!r} "
@@ -141,7 +141,7 @@ def fitness(kept, files=0, damaged=0):
     warnings = []
     if kept < FEWEST:
         not_fit.append(
-            f"{registry.counted(kept, 'image is', 'images are')} too few: a network draws copies "
+            f"{registry.quantity(kept, 'image is', 'images are')} too few: a network draws copies "
             f"of its training images where it has {FEWEST} or less; find more, or start from a "
             "run on similar images with --config.train.init_from=runs/OTHER"
         )
@@ -152,12 +152,12 @@ def fitness(kept, files=0, damaged=0):
         )
     if damaged > MOST_DAMAGE * files:
         not_fit.append(
-            f"{damaged:,} of {registry.counted(files, 'file is', 'files are')} damaged: bring the "
+            f"{damaged:,} of {registry.quantity(files, 'file is', 'files are')} damaged: bring the "
             "folder here again"
         )
     elif damaged:
         warnings.append(
-            f"{registry.counted(damaged, 'file is', 'files are')} damaged, and left out"
+            f"{registry.quantity(damaged, 'file is', 'files are')} damaged, and left out"
         )
     return not_fit, warnings
 
@@ -197,7 +197,10 @@ def folder(image_size, channels, matte, *, path):
             f"use an image_size below {image_size}" if TOO_SMALL in faults else "use other files"
         )
         raise ValueError(f"no image in {str(root)!r} can be used: {'; '.join(said)}; {remedy}")
-    notes = [f"folder {root}: {len(kept):,} of {registry.counted(len(names), 'image')} kept", *said]
+    notes = [
+        f"folder {root}: {len(kept):,} of {registry.quantity(len(names), 'image')} kept",
+        *said,
+    ]
     notes += verdict(*fitness(len(kept), len(names), sum(fault in DAMAGE for fault in faults)))
     notes += [f"not read: {others}"] if (others := found.strangers(but=found.unread())) else []
     notes += found.remarks(image_size)
@@ -206,13 +209,13 @@ def folder(image_size, channels, matte, *, path):
     labels, classes = classes_of(names)
     if classes:
         tops = Counter(labels)
-        number = registry.counted(len(classes), "class", "classes")
+        number = registry.quantity(len(classes), "class", "classes")
         sizes = [f"{name} ({tops[k]})" for k, name in enumerate(classes)]
         notes.append(f"{number}: {source.shortened(sizes)}")
     alike = duplicates.near_duplicates(root, facts)
     blank = sum(one.blank for one in facts)
     doubtful = (
-        [f"{sum(map(len, alike))} in {registry.counted(len(alike), 'group')} of near-duplicates"]
+        [f"{sum(map(len, alike))} in {registry.quantity(len(alike), 'group')} of near-duplicates"]
         if alike
         else []
     )
@@ -293,7 +296,7 @@ def scan_files(root, names):
     """
     versions = source.SCAN, decode.PREPROCESSING, PIL.__version__
     name = f"files/{source.fingerprint(*versions, os.path.realpath(root))}"
-    with common_files.remembered(name) as known:
+    with common_files.cached_json(name) as known:
         stamps = {name: stamp(root / name) for name in names}
         new = [
             name
@@ -327,7 +330,7 @@ def stamp(path):
 def most_first(counts):
     """Counts of kinds, each given as (singular, plural), in words, the largest first."""
     kinds = sorted(filter(counts.get, counts), key=lambda kind: (-counts[kind], kind))
-    return source.shortened([registry.counted(counts[kind], *kind) for kind in kinds])
+    return source.shortened([registry.quantity(counts[kind], *kind) for kind in kinds])
 
 
 def fetch_file(root, names, image_size, channels, matte, index):

@@ -12,7 +12,7 @@ from contextlib import nullcontext, suppress
 
 import numpy as np
 
-from ddpm.common.files import alone, expanded, make_folder
+from ddpm.common.files import expand_user, file_lock, make_folder
 
 try:
     from streaming import Stream
@@ -40,9 +40,9 @@ class Shards:
 
     def __init__(self, folder, remote="", cache_limit=""):
         self.given = (folder, remote, cache_limit)
-        self.folder = expanded(folder)
+        self.folder = expand_user(folder)
         if "://" not in remote:
-            remote = str(expanded(remote).resolve()) if remote else ""
+            remote = str(expand_user(remote).resolve()) if remote else ""
         self.remote = "" if remote == str(self.folder.resolve()) else remote
         if not self.remote and not (self.folder / "index.json").is_file():
             raise ValueError(
@@ -94,7 +94,9 @@ class Shards:
         """
         self.process = os.getpid()
         try:
-            with alone(make_folder(self.folder) / "index.lock") if self.remote else nullcontext():
+            with (
+                file_lock(make_folder(self.folder) / "index.lock") if self.remote else nullcontext()
+            ):
                 self.stream = Stream(
                     remote=self.remote or None,
                     local=str(self.folder),
@@ -120,7 +122,7 @@ class Shards:
         return self.folder / self.shards[number].file_pairs[0][0].basename
 
     def lock(self, number):
-        return alone(self.folder / f"{number:05}.lock")
+        return file_lock(self.folder / f"{number:05}.lock")
 
     def bring(self, number):
         """Bring a shard here and unpack it, while others who want it wait; make room for it if
@@ -146,7 +148,7 @@ class Shards:
         """Remove shards, first those that have been here longest, until what is here is within
         the limit.
         """
-        with alone(self.folder / "room.lock"):
+        with file_lock(self.folder / "room.lock"):
             here = []
             for number in range(len(self.shards)):
                 with suppress(FileNotFoundError):

@@ -55,8 +55,8 @@ def streaming(
         labels=labels,
         classes=classes,
         notes=(
-            f"streaming {path}: {registry.counted(len(shards), 'image')} in "
-            f"{registry.counted(len(shards.sizes), 'shard')}{f' of {remote}' if remote else ''}",
+            f"streaming {path}: {registry.quantity(len(shards), 'image')} in "
+            f"{registry.quantity(len(shards.sizes), 'shard')}{f' of {remote}' if remote else ''}",
             *folder.verdict(*folder.fitness(len(shards))),
         ),
     )
@@ -66,7 +66,7 @@ def labels_of(shards, column):
     """Class numbers of all samples by a column of numbers or names, and the classes' names;
     remembered once they are read.
     """
-    with files.remembered(f"labels/{source.fingerprint(shards.digest, column)}") as known:
+    with files.cached_json(f"labels/{source.fingerprint(shards.digest, column)}") as known:
         if "labels" not in known:
             found = cache.in_threads(
                 lambda index: shards[index][column], range(len(shards)), f"reading {column!r}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ddpm.common import registry
-from ddpm.common.files import expanded
+from ddpm.common.files import expand_user
 from ddpm.data import cache, decode, folder, source
 from ddpm.data.decode import TOO_SMALL, to_pixels
 
@@ -23,7 +23,7 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
     class to keep, for OxfordIIITPet also 'cats' or 'dogs'. Raises ValueError for an unknown name
     and where a download is not possible.
     """
-    found = open_torchvision(name, expanded(root), split)
+    found = open_torchvision(name, expand_user(root), split)
     reports = cache.in_threads(
         partial(examine_item, found, image_size), range(len(found)), f"reading {name}"
     )
@@ -56,7 +56,7 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
         labels=labels if classes else None,
         classes=classes,
         notes=(
-            f"torchvision {name}: {len(kept):,} of {registry.counted(len(found), 'image')} kept",
+            f"torchvision {name}: {len(kept):,} of {registry.quantity(len(found), 'image')} kept",
             *faults,
             *folder.verdict(*folder.fitness(len(kept))),
         ),

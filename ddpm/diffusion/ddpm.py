@@ -196,7 +196,7 @@ class DDPM(nn.Module):
         torch's generator does. Labels y [b] are followed the more, the more `guidance` is above 1
         (Ho & Salimans 2022). Raises ValueError for an unknown sampler and for steps outside 1 .. T.
         """
-        walk = registry.choose("sampler", self.samplers, sampler)
+        walk = registry.resolve("sampler", self.samplers, sampler)
         levels = self.process.levels(self.process.timesteps if steps is None else steps)
         device = next(self.parameters(), torch.empty(0)).device
         noise = noise or (lambda k: torch.randn(shape, device=device))

@@ -231,7 +231,7 @@ def get_edit(text):
     """Return the Edit of a name like `"inpaint"` or `"sdedit(strength=0.6)"`; raises ValueError
     for an unknown one.
     """
-    return registry.choose("edit", EDITS, text)()
+    return registry.resolve("edit", EDITS, text)()
 
 
 def asked(edit, sampler, levels):

@@ -34,7 +34,7 @@ class Objective(nn.Module):
         self, process, target, loss="mse", weighting="simple", times="uniform", learned=False
     ):
         super().__init__()
-        self.mse, self.bound = registry.choose("loss", LOSSES, loss)()
+        self.mse, self.bound = registry.resolve("loss", LOSSES, loss)()
         name = registry.parse(loss)[0]
         if learned and not self.bound:
             raise ValueError(
@@ -52,7 +52,7 @@ class Objective(nn.Module):
                 f"{weighting!r}, or diffusion.loss=mse"
             )
         self.weighting = made(
-            registry.choose("weighting", weightings.WEIGHTINGS, weighting), process
+            registry.resolve("weighting", weightings.WEIGHTINGS, weighting), process
         )
         level = process.at(torch.arange(process.timesteps))
         self.weights = self.weighting(
@@ -63,7 +63,7 @@ class Objective(nn.Module):
                 f"weighting {weighting!r} has no finite weight of 0 or more at every noise level; "
                 "choose other arguments, or none for the published ones"
             )
-        self.times = made(registry.choose("time distribution", timesteps.TIMES, times), process)
+        self.times = made(registry.resolve("time distribution", timesteps.TIMES, times), process)
 
     def observe(self, t, losses):
         """Let the distribution of times learn from the losses [n] of a whole effective batch, in

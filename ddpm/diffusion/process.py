@@ -159,7 +159,7 @@ class Process:
         `spacing` names an entry of SPACINGS. Raises ValueError for steps outside 1 .. T, or that
         the spacing cannot make.
         """
-        space = registry.choose("spacing", SPACINGS, spacing)
+        space = registry.resolve("spacing", SPACINGS, spacing)
         if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
             raise ValueError(
                 f"{steps!r} steps is out of range; give 1 to {self.timesteps} (the timesteps)"

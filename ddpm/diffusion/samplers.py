@@ -1,7 +1,7 @@
 """Samplers: generators that walk an image from noise to clean, yielding it after every step.
 
-    sampler(denoise, x, levels, noise, *, knobs) -> iterator of x [b, c, h, w], the last of which is
-    the sample
+    sampler(denoise, x, levels, noise, *, knobs) -> iterator of x [b, c, h, w], the last of
+    which is the sample
     denoise(x, level) -> (x0, eps), and a third where the variance is learned; levels from noisy to
     CLEAN, as of Process.levels
     noise(k) -> standard normal, like x, for step k = 1, 2, ...; k = 0 was the initial latent, which

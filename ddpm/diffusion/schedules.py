@@ -133,7 +133,7 @@ def get_schedule(name, timesteps, zero_terminal=False):
     `zero_terminal` rescales them by `zero_terminal_snr`. Raises ValueError for an unknown name or
     knob, T outside 1 .. 10,000, or knobs under which noise does not grow.
     """
-    schedule = registry.choose("schedule", SCHEDULES, name)
+    schedule = registry.resolve("schedule", SCHEDULES, name)
     if (
         isinstance(timesteps, bool)
         or not isinstance(timesteps, Integral)

@@ -108,7 +108,7 @@ def get_target(name, time_scale=1):
 
     Raises ValueError for an unknown name.
     """
-    target = registry.choose("target", TARGETS, name)()
+    target = registry.resolve("target", TARGETS, name)()
     if time_scale == 1:
         return target
     return target._replace(told=lambda t, alpha, sigma: target.told(t * time_scale, alpha, sigma))

@@ -150,7 +150,7 @@ def perfect(reference, n, extractor):
     images 3.5 s, and 100 of the digits' 64 features 2 s; so both are remembered among the caches by
     the name of the reference.
     """
-    with files.remembered(
+    with files.cached_json(
         f"{reference.name}-perfect", "it measures what a perfect generator gets"
     ) as known:
         try:

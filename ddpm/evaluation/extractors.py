@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import reduce, repeat
 
 from ddpm.common import safe_load
-from ddpm.common.files import expanded
+from ddpm.common.files import expand_user
 from ddpm.common.pixels import encode
 from ddpm.runtime.device import exact
 from ddpm.runtime.out_of_memory import Room
@@ -104,7 +104,7 @@ def inception(device, weights_path=""):
         FeatureExtractorInceptionV3,
     )
 
-    path = expanded(weights_path) if weights_path else published_inception()
+    path = expand_user(weights_path) if weights_path else published_inception()
     digest = digest_of(
         path, f"leave it empty, or give the path of {INCEPTION} from {URL_INCEPTION_V3}"
     )
@@ -145,7 +145,7 @@ def published_inception():
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    path = expanded(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+    path = expand_user(torch.hub.get_dir()) / "checkpoints" / INCEPTION
     if path.is_file():
         return path
     patience = socket.getdefaulttimeout()

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from ddpm.common import files, safe_load
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 from ddpm.data import cache
 from ddpm.evaluation import distances, extractors
 
@@ -46,7 +46,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     """
     name = f"{dataset.fingerprint}-{extractor.name}-{extractor.computed}"
     try:
-        path = Path(cache_dir or files.home()) / f"{name}.safetensors"
+        path = Path(cache_dir or files.cache_dir()) / f"{name}.safetensors"
         if path.exists():
             return kept_in(path, extractor, name)
     except (SafetensorError, OSError, ValueError) as error:
@@ -77,7 +77,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             kept.append(features[[index in chosen for index in part]])
     made = Reference(torch.cat(kept), moments, name)
     try:
-        keep(made, Path(cache_dir or files.home()) / f"{name}.safetensors")
+        keep(made, Path(cache_dir or files.cache_dir()) / f"{name}.safetensors")
     except (OSError, ValueError) as error:
         extractors.LOG.warning(
             "features cannot be kept (%s); the next run computes them again", error
@@ -130,7 +130,7 @@ def keep(reference, path):
         "scatter": moments.scatter,
     }
     own = path.with_suffix(f".{secrets.token_hex(4)}")
-    with written_beside(own) as part:
+    with atomic_write(own) as part:
         part.write_bytes(
             safetensors.torch.save(tensors, {"crc32": str(safe_load.checksum({}, tensors))})
         )

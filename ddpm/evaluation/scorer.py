@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 from ddpm.evaluation import distances as measures
 from ddpm.evaluation import extractors
 from ddpm.evaluation import reference as evaluation_reference
@@ -177,5 +177,5 @@ class Nothing:
 def keep(folder, files):
     """Write texts by their names into a folder."""
     for name, text in files.items():
-        with written_beside(Path(folder, name)) as part:
+        with atomic_write(Path(folder, name)) as part:
             part.write_text(text)

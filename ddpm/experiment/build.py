@@ -60,7 +60,7 @@ def chosen_network(config):
     """The constructor of a config's network, the arguments of its name set, and the names of
     those that are left to give.
     """
-    make = registry.choose("config.model.name", MODELS, config.model.name)
+    make = registry.resolve("config.model.name", MODELS, config.model.name)
     return make, takes(make.func)
 
 

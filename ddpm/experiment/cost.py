@@ -171,7 +171,7 @@ def evaluated(config, images, asked, spacing=FAST[2]):
     """The Evaluated of a training that learns from `images` images, by a network that takes the
     Operations `asked`.
 
-    `evaluate.budget` chooses what is left open, as of `choose`; `spacing` comes with its faster
+    `evaluate.budget` chooses what is left open, as of `resolve`; `spacing` comes with its faster
     sampler. The features of the real images are kept for all runs, and not counted.
     """
     section = config.evaluate

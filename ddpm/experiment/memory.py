@@ -11,7 +11,7 @@ from ddpm.config import files
 from ddpm.experiment import build, drawing, step
 from ddpm.models.layers import recompute
 from ddpm.runtime import device, memory
-from ddpm.training.network import StepNetwork
+from ddpm.training.network import TrainNetwork
 
 
 def account(config, dtype, images, levels=0):
@@ -32,7 +32,7 @@ def account(config, dtype, images, levels=0):
         weights = ledger.live
         recompute(itertools.chain(*net.levels[:levels]))
         averaged = list(step.averages(config, net).values())
-    network = StepNetwork(net, device.Machine(torch.device("cpu"), dtype))
+    network = TrainNetwork(net, device.Machine(torch.device("cpu"), dtype))
     made = step.step(config, network, averaged, dataset_size=images)
     return memory.account(
         ledger,

@@ -14,8 +14,8 @@ from ddpm.runtime.compile import of_kernels
 from ddpm.training import optim, posthoc_ema
 from ddpm.training.ema import EMA
 from ddpm.training.meters import Meters
-from ddpm.training.network import StepNetwork
-from ddpm.training.stability import Guard
+from ddpm.training.network import TrainNetwork
+from ddpm.training.stability import StabilityMonitor
 from ddpm.training.step import Step
 
 
@@ -51,7 +51,7 @@ def rate(config, dataset_size, rollbacks=0):
 
 
 def step(config, network, averages, dataset_size, rollbacks=0):
-    """The step that trains a StepNetwork and its averages, for a run that has been rolled back
+    """The step that trains a TrainNetwork and its averages, for a run that has been rolled back
     so often.
     """
     section = config.train
@@ -64,9 +64,9 @@ def step(config, network, averages, dataset_size, rollbacks=0):
         averages=averages,
         machine=machine,
         meters=Meters(config.diffusion.timesteps, machine),
-        guard=Guard(section.spike, machine, rollbacks),
+        guard=StabilityMonitor(section.spike, machine, rollbacks),
         scaler=network.scaler(),
-        optimizer=registry.choose("optimizer", optim.OPTIMIZERS, section.optimizer)(
+        optimizer=registry.resolve("optimizer", optim.OPTIMIZERS, section.optimizer)(
             [*network.parameters, *model.objective.parameters()], section.learning_rate
         ),
         seed=rng.another(config.seed, rollbacks),
@@ -81,7 +81,7 @@ def step(config, network, averages, dataset_size, rollbacks=0):
 
 
 def learning(config, net, machine, levels, note):
-    """The StepNetwork of a network on the host that recomputes so many levels: on the machine,
+    """The TrainNetwork of a network on the host that recomputes so many levels: on the machine,
     or shared out over its ranks.
     """
     section = config.train
@@ -90,7 +90,7 @@ def learning(config, net, machine, levels, note):
         if section.fully_shard:
             note("train.fully_shard does nothing in one process: torchrun starts several")
         form = torch.channels_last if section.channels_last else torch.contiguous_format
-        return StepNetwork(net.to(machine.device, memory_format=form), machine)
+        return TrainNetwork(net.to(machine.device, memory_format=form), machine)
     # not above: torch takes a second for what only such runs need
     from ddpm.training.fsdp import ShardedNetwork
 

@@ -54,11 +54,11 @@ def warmup_remarks(section, warmup, total, rate):
             else ""
         )
         # commas join durations
-        shorter = registry.counted(max(total // 20, 1), "step").replace(",", "")
+        shorter = registry.quantity(max(total // 20, 1), "step").replace(",", "")
         yield (
             f"train.warmup is {section.warmup!r}, "
             f"{'longer than' if ends else 'more than half of'} the training of "
-            f"{registry.counted(total, 'step')}{ends}; set train.warmup={shorter!r}"
+            f"{registry.quantity(total, 'step')}{ends}; set train.warmup={shorter!r}"
         )
 
 
@@ -73,7 +73,7 @@ def decay_remarks(section, steps, total):
     what = late if length > total else "is over before the end"
     yield (
         f"train.learning_rate_decay is {section.learning_rate_decay!r}, which {what} of the "
-        f"training of {registry.counted(total, 'step')}; give it the length {section.length!r}"
+        f"training of {registry.quantity(total, 'step')}; give it the length {section.length!r}"
     )
 
 
@@ -83,7 +83,7 @@ def average_remarks(section, total):
         if not section.warmup and not section.rampup and decay**total > UNTRAINED:
             yield (
                 f"{decay**total:.0%} of an average of decay {decay:g} without ema.warmup are "
-                f"untrained weights after {registry.counted(total, 'step')}; set ema.warmup=True, "
+                f"untrained weights after {registry.quantity(total, 'step')}; set ema.warmup=True, "
                 f"or a decay up to {UNTRAINED ** (1 / total):.3g}"
             )
 
@@ -94,13 +94,13 @@ def interval_remarks(intervals, total):
     if "milestone" in late:
         late.remove("milestone")
         yield (
-            f"every.milestone is longer than the training of {registry.counted(total, 'step')}, "
+            f"every.milestone is longer than the training of {registry.quantity(total, 'step')}, "
             "which keeps no milestone"
         )
     if late:
         names = ", ".join(f"every.{key}" for key in late)
         yield (
-            f"{names}: longer than the training of {registry.counted(total, 'step')}, so only "
+            f"{names}: longer than the training of {registry.quantity(total, 'step')}, so only "
             "once, at its end"
         )
 
@@ -207,7 +207,7 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
         *build.remarks(config, "sample"),
         *build.unused_remarks(config),
         *build.unconditioned(net),
-        f"{registry.counted(len(learned), 'image')} to learn from, {len(held_out)} held out",
+        f"{registry.quantity(len(learned), 'image')} to learn from, {len(held_out)} held out",
         f"a step learns from {section.batch_size} of them, {drawing.at_a_time(config, machine)} "
         "at a time" + (f" on each of {machine.world} ranks" if machine.world > 1 else ""),
         evaluation,

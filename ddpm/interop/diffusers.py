@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ddpm.common import safe_load
-from ddpm.common.files import folder_written_beside, written_beside
+from ddpm.common.files import atomic_folder, atomic_write
 from ddpm.common.registry import parse
 from ddpm.config import check, defaults, files
 from ddpm.diffusion.schedules import SCHEDULES, get_beta_schedule
@@ -275,15 +275,15 @@ def to_diffusers(source, out):
         "unet": ["diffusers", "UNet2DModel"],
         "scheduler": ["diffusers", "DDPMScheduler"],
     }
-    with folder_written_beside(out) as folder:
-        with written_beside(folder / "unet" / f"{STORED}.safetensors") as part:
+    with atomic_folder(out) as folder:
+        with atomic_write(folder / "unet" / f"{STORED}.safetensors") as part:
             part.write_bytes(save(tensors, metadata={"format": "pt"}))
         for file, fields in (
             ("unet/config", unet),
             ("scheduler/scheduler_config", scheduler),
             ("model_index", index),
         ):
-            with written_beside(folder / f"{file}.json") as part:
+            with atomic_write(folder / f"{file}.json") as part:
                 part.write_text(json.dumps(fields, indent=2) + "\n")
     return out
 

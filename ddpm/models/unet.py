@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ddpm.common.registry import counted
+from ddpm.common.registry import quantity
 from ddpm.models.layers import (
     AttentionBlock,
     Downsample,
@@ -31,7 +31,10 @@ from ddpm.models.layers import (
 def check_size(size, halvings):
     """Raise ValueError where a side of `size` (h, w) cannot be halved `halvings` times."""
     check_multiple(
-        size, 2**halvings, f"cannot be halved {counted(halvings, 'time')}", "a shorter channel_mult"
+        size,
+        2**halvings,
+        f"cannot be halved {quantity(halvings, 'time')}",
+        "a shorter channel_mult",
     )
 
 

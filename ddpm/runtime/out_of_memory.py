@@ -23,7 +23,7 @@ SAID = (  # in errors of other types than torch.OutOfMemoryError, in lower case
 MAYBE_SAID = ("cudnn_status_not_supported", "cublas_status_not_initialized")  # pytorch issue 44473
 
 
-class NoRoom(MemoryError):
+class BatchDoesNotFit(MemoryError):
     """Memory runs out with a single image."""
 
 
@@ -63,7 +63,7 @@ class Room:
         try:
             return True, work()
         except Exception as error:
-            if isinstance(error, NoRoom) or not ran_out(error):
+            if isinstance(error, BatchDoesNotFit) or not ran_out(error):
                 raise
             why = " ".join(str(error).split())[:200]
         # only here: the error held the frames whose tensors this frees. It does nothing without a
@@ -75,7 +75,8 @@ class Room:
         """Yield (batch, work(batch)) for all of a sequence, `size` items at a time or, where memory
         runs out, fewer.
 
-        `doing` names the kind of work in the log. Raises NoRoom where a single item does not fit.
+        `doing` names the kind of work in the log. Raises BatchDoesNotFit where a single item does
+        not fit.
         """
         start = 0
         while start < len(items):
@@ -85,7 +86,7 @@ class Room:
                 yield batch, found
                 start += len(batch)
             elif len(batch) == 1:
-                raise NoRoom(f"out of memory {doing} a single image ({found})")
+                raise BatchDoesNotFit(f"out of memory {doing} a single image ({found})")
             else:
                 self.most[doing] = half = len(batch) // 2
                 self.say(

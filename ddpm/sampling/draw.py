@@ -56,7 +56,7 @@ def evaluations(model, recipe, edit=None):
 
     Raises ValueError where the recipe cannot make the edit.
     """
-    sampler = registry.choose("sampler", model.samplers, recipe.sampler)
+    sampler = registry.resolve("sampler", model.samplers, recipe.sampler)
     guidance = Guidance(None, recipe.guidance, recipe.interval)
     levels = model.process.levels(recipe.steps, recipe.spacing)
     at = (
@@ -121,7 +121,7 @@ def trajectory(
         else None
     )
     guidance = Guidance(autocast(guide or unlabelled(model.net)), recipe.guidance, recipe.interval)
-    sampler = registry.choose("sampler", model.samplers, recipe.sampler)
+    sampler = registry.resolve("sampler", model.samplers, recipe.sampler)
     levels = model.process.levels(recipe.steps, recipe.spacing)
     model.net.eval()
     with torch.no_grad():

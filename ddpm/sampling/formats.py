@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 
 from ddpm.common import pixels as common_pixels
-from ddpm.common.files import make_folder, written_beside
+from ddpm.common.files import atomic_write, make_folder
 
 
 def numbered(suffix):
@@ -61,7 +61,7 @@ def npz(out, batches):
     path = common_pixels.file_or_in(out, "npz")
     count = 0
     shape = ()
-    with written_beside(path) as part, tempfile.TemporaryFile(dir=path.parent) as waiting:
+    with atomic_write(path) as part, tempfile.TemporaryFile(dir=path.parent) as waiting:
         for _, images in batches:
             pixels = channels_last(images)
             count = count + len(pixels)
@@ -83,7 +83,7 @@ def zipped(out, batches):
     the same bytes.
     """
     path = common_pixels.file_or_in(out, "zip")
-    with written_beside(path) as part, zipfile.ZipFile(part, "w") as archive:
+    with atomic_write(path) as part, zipfile.ZipFile(part, "w") as archive:
         for seeds, images in batches:
             for seed, pixels in zip(seeds, channels_last(images), strict=True):
                 file = io.BytesIO()
@@ -109,7 +109,7 @@ def gif(out, batches):
         )
     # milliseconds, in GIF's ticks of 10: about 4 s in all, and longer for more than 200 frames
     pace = min(max(4000 // len(frames) // 10 * 10, 20), 200)
-    with written_beside(path) as part:
+    with atomic_write(path) as part:
         durations = [pace] * (len(frames) - 1) + [2000]
         frames[0].save(
             part, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ddpm.common.files import folder_written_beside, written_beside
-from ddpm.common.registry import counted
+from ddpm.common.files import atomic_folder, atomic_write
+from ddpm.common.registry import quantity
 from ddpm.config import defaults
 from ddpm.config import files as config_files
 from ddpm.experiment import build
@@ -382,7 +382,7 @@ def this_machine():
 
 def keep(folders, out):
     """Copy what the report is made from to `out`/runs: each run's config, metrics and last grid."""
-    with folder_written_beside(out / "runs") as part:
+    with atomic_folder(out / "runs") as part:
         for folder in folders:
             copy = part / folder.name
             copy.mkdir()
@@ -427,7 +427,7 @@ def write(source, found, columns, machine=None):
         "made.json": json.dumps(made, indent=2) + "\n",
     }
     for name, text in texts.items():
-        with written_beside(out / name) as part:
+        with atomic_write(out / name) as part:
             part.write_text(text)
     for name, figure in files:
         figures.save(figure, out / name)
@@ -460,8 +460,8 @@ def compare(*arguments, runs=None, out=None, machine=None):
         if column.table and (column.name in chief or not column.name.startswith(("best ", "val/")))
     ]
     print(
-        f"{source.name}: {counted(len(found.counted), 'run')} in "
-        f"{counted(len(found.groups), 'setting')}\n"
+        f"{source.name}: {quantity(len(found.counted), 'run')} in "
+        f"{quantity(len(found.groups), 'setting')}\n"
     )
     print(tables.plain(tables.table(found.groups, shown)), "", *report.differences(found), sep="\n")
     print(

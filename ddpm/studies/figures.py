@@ -12,7 +12,7 @@ import math
 
 from PIL import Image
 
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 from ddpm.data import decode
 from ddpm.studies.runs import ASKED, FEWEST, LEARNED, is_training
 from ddpm.studies.statistics import label, lines_along, numeric_axes
@@ -406,7 +406,7 @@ def likelihood(text):
 def save(figure, path):
     """Write a figure as a png or pdf that depends on nothing but what it shows."""
     kind = path.suffix.removeprefix(".")
-    with written_beside(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format=kind, metadata=dict.fromkeys(TIMELESS[kind]))
 
 

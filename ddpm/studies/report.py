@@ -4,7 +4,7 @@ markdown, plain text.
 
 from collections import Counter
 
-from ddpm.common.registry import counted
+from ddpm.common.registry import quantity
 from ddpm.studies import runs as studies_runs
 from ddpm.studies import statistics
 from ddpm.studies import tables as layout
@@ -17,7 +17,7 @@ from ddpm.studies.statistics import label
 def said(gap, metric):
     """A difference in a sentence."""
     pair = f"{gap.better.name} from {gap.worse.name}"
-    few = counted(gap.seeds, "seed")
+    few = quantity(gap.seeds, "seed")
     by = layout.amount(gap.by, gap.half).partition(" ")[0]
     if gap.half is None:
         return (
@@ -166,7 +166,7 @@ def protocol(found, record):
     )
     axes = listed([f"`{axis}`" for axis in found.axes] or ["nothing"])
     yield (
-        f"{counted(len(runs), 'run')}: {counted(len(groups), 'setting')} of {axes}, "
+        f"{quantity(len(runs), 'run')}: {quantity(len(groups), 'setting')} of {axes}, "
         f"{layout.repeats(groups)} {repeated} each, by the commands below."
     )
     if studies_runs.is_training(runs):
@@ -211,7 +211,7 @@ def code_of(runs):
 def mixed_code(runs):
     """A sentence that warns of runs which different code made: lines, mostly none."""
     if len(codes := code_of(runs)) > 1:
-        made = listed([f"{code} ({counted(count, 'run')})" for code, count in codes.items()])
+        made = listed([f"{code} ({quantity(count, 'run')})" for code, count in codes.items()])
         yield f"The runs were made by different code, so a difference may come from that: {made}."
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ddpm import data
 from ddpm.common import errors
-from ddpm.common.files import held, written_beside
+from ddpm.common.files import atomic_write, lock_folder
 from ddpm.config import files
 from ddpm.experiment import build, cost
 from ddpm.runtime.signals import tell
@@ -45,7 +45,7 @@ ONE_RUN = {
 }
 ENDS = {
     errors.FAILED: "failed",
-    errors.MISTAKE: "refused",
+    errors.USAGE_ERROR: "refused",
     errors.DIVERGED: "diverged",
     errors.INTERRUPTED: "interrupted",
 }
@@ -169,7 +169,7 @@ class Record:
             "code": code,
             "result": result,
         }
-        with written_beside(self.path) as part:
+        with atomic_write(self.path) as part:
             part.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n")
 
     def finished(self, trial):
@@ -388,7 +388,7 @@ def sweep(study, folder, parallel=1, count=None, seed=0):
 
     Raises ValueError for a point that cannot be run, and where another process holds the folder.
     """
-    with held(folder):
+    with lock_folder(folder):
         record = Record(folder)
         children = Children(study, folder, parallel)
         points = search.chosen(study, count, seed, record)

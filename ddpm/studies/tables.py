@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ddpm.common.registry import counted
+from ddpm.common.registry import quantity
 from ddpm.studies import runs as studies_runs
 from ddpm.studies import statistics
 from ddpm.studies.runs import ASKED, FRECHET, KERNEL, LEARNED, LOSSES, PERFECT, RETIRED, Run, keys
@@ -118,7 +118,7 @@ def seeds(group):
 def repeats(groups):
     """How many seeds the groups have, `5 seeds` or `4 to 5 seeds`."""
     counts = sorted({seeds(group) for group in groups})
-    return f"{f'{counts[0]} to ' if counts[1:] else ''}{counted(counts[-1], 'seed')}"
+    return f"{f'{counts[0]} to ' if counts[1:] else ''}{quantity(counts[-1], 'seed')}"
 
 
 def table(groups, columns):

@@ -10,7 +10,7 @@ from collections import deque
 
 from tqdm import tqdm
 
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 from ddpm.tracking import rows
 
 
@@ -65,7 +65,7 @@ class Rows(Sink):
         kept = [] if start_step is None else rows.rows_of(path, start_step)
         self.last = kept[-1]["step"] if kept else None
         if len(kept) < len(lines):
-            with written_beside(path) as part:
+            with atomic_write(path) as part:
                 part.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step, row, images):

@@ -120,8 +120,8 @@ class Tracker:
             except Exception as problem:
                 self.say_once(
                     sink,
-                    f"{sink.name} is incomplete from here: {errors.in_short(problem)}; training "
-                    "goes on",
+                    f"{sink.name} is incomplete from here: {errors.one_line_with_type(problem)}; "
+                    "training goes on",
                 )
             else:
                 if behind and not sink.waiting:
@@ -245,7 +245,8 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
             tracker.state["wandb_id"] = run_id
         except Exception as problem:
             tracker.say(
-                f"W&B is off in this run: {errors.in_short(problem)}; metrics.jsonl has every row"
+                f"W&B is off in this run: {errors.one_line_with_type(problem)}; metrics.jsonl has "
+                "every row"
             )
     return tracker
 

@@ -175,8 +175,8 @@ class Wandb(files.Sink):
     def _fail(self, problem):
         if not self.failed and not self.leaving.is_set():
             self.news.append(
-                f"W&B is interrupted: {common_errors.in_short(problem)}; training goes on, and "
-                "metrics.jsonl has every row"
+                f"W&B is interrupted: {common_errors.one_line_with_type(problem)}; training goes "
+                "on, and metrics.jsonl has every row"
             )
         run = self.run
         self.run = None
@@ -213,8 +213,8 @@ class Wandb(files.Sink):
                 if self.leaving.is_set():
                     raise
                 self.news.append(
-                    f"W&B is not online: {common_errors.in_short(problem)}; this run is logged "
-                    "offline"
+                    f"W&B is not online: {common_errors.one_line_with_type(problem)}; this run is "
+                    "logged offline"
                 )
         if run is None:
             held = None if held is None else min(held, last)
@@ -302,7 +302,8 @@ class Wandb(files.Sink):
                 raise
             if not self.blind:
                 self.news.append(
-                    f"W&B lacks pictures, from step {step} on: {common_errors.in_short(problem)}"
+                    f"W&B lacks pictures, from step {step} on: "
+                    f"{common_errors.one_line_with_type(problem)}"
                 )
             self.blind = True
             self.run.log({"train/step": step, **row}, step=step, commit=True)

@@ -24,7 +24,7 @@ import safetensors
 import torch
 
 from ddpm.common import safe_load
-from ddpm.common.files import expanded, make_folder, written_beside
+from ddpm.common.files import atomic_write, expand_user, make_folder
 
 FORMAT = 1
 NAME = re.compile(r"step_(\d{8,})(\.keep)?\.pt")
@@ -44,7 +44,7 @@ def save(folder, step, config_json, parts, keep=2, milestone=False, well=math.in
     content = {"format": FORMAT, "step": step, "config": config_json, "parts": states}
     for torn in path.parent.glob("*.part"):  # of a process that was killed while it saved
         torn.unlink()
-    with written_beside(path) as part, open(part, "wb") as file:
+    with atomic_write(path) as part, open(part, "wb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # which hides that the disk is full
@@ -78,8 +78,8 @@ def load(path, tensors=True):
     state).
 
     Without `tensors` their bytes are not checked, which takes reading all of the file: for words
-    and numbers alone. Raises Damaged for a file that is, ValueError, one line, for one that is not
-    ours.
+    and numbers alone. Raises CorruptFile for a file that is, ValueError, one line, for one that is
+    not ours.
     """
     content = safe_load.read(path, tensors)
     try:
@@ -103,8 +103,8 @@ def describes_itself(content):
 
 
 def newest(folder, tensors=True):
-    """(what `load` reads from the newest checkpoint of a run folder that is whole, [the Damaged of
-    those after it]).
+    """(what `load` reads from the newest checkpoint of a run folder that is whole, [the CorruptFile
+    of those after it]).
 
     `tensors` is as for `load`. (None, []) where there is none yet; raises ValueError where all are
     damaged.
@@ -114,7 +114,7 @@ def newest(folder, tensors=True):
     for _, path in reversed(found):
         try:
             return load(path, tensors), damaged
-        except safe_load.Damaged as error:
+        except safe_load.CorruptFile as error:
             damaged.append(error)
         except FileNotFoundError:  # another rank has set it aside
             pass
@@ -129,7 +129,7 @@ def chosen(run_or_file):
 
     Raises ValueError where there is none, and for a file or folder that has weights only.
     """
-    path = expanded(run_or_file)
+    path = expand_user(run_or_file)
     if not path.exists():
         raise ValueError(
             f"train.resume_from: {os.path.abspath(path)} is not found; {continuable(path)}"
@@ -176,16 +176,16 @@ def take_over(home, folder, step):
     folder = make_folder(folder)
     kept = [path for at, path in snapshots(home) if at <= step] + [home / "metrics.jsonl"]
     for path in home.glob("best*.safetensors"):
-        with contextlib.suppress(safe_load.Damaged):
+        with contextlib.suppress(safe_load.CorruptFile):
             kept += [path] if header(path)["step"] <= step else []
     for path in kept:
         if path.is_file():
-            with written_beside(folder / path.relative_to(home)) as part:
+            with atomic_write(folder / path.relative_to(home)) as part:
                 shutil.copyfile(path, part)
 
 
 def none_whole(damaged):
-    """The ValueError for a run folder whose files are all Damaged."""
+    """The ValueError for a run folder whose files are all CorruptFile."""
     one = damaged[0]
     return ValueError(
         f"no checkpoint in {one.path.parent} is whole, {one.path.name} for one is damaged "
@@ -194,7 +194,9 @@ def none_whole(damaged):
 
 
 def set_aside(damaged):
-    """Give a Damaged checkpoint another name, under which nothing looks for it; returns that."""
+    """Give a CorruptFile checkpoint another name, under which nothing looks for it; returns
+    that.
+    """
     numbers = itertools.chain([""], itertools.count(2))
     place = next(
         place
@@ -300,7 +302,7 @@ def files_of(run_or_file):
     """The files of weights that a run folder or a file name means, the newest first; raises
     ValueError where there is none.
     """
-    path = expanded(run_or_file)
+    path = expand_user(run_or_file)
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -319,7 +321,7 @@ def files_of(run_or_file):
     if final.is_file():
         try:
             found.append((header(final)["step"], final))  # a prolonged run has newer checkpoints
-        except safe_load.Damaged:
+        except safe_load.CorruptFile:
             found.append((math.inf, final))
     if not found:
         raise ValueError(
@@ -331,7 +333,7 @@ def files_of(run_or_file):
 
 
 def header(path):
-    """The dict of `step`, `config` and more in a file that `export` wrote; raises Damaged for a
+    """The dict of `step`, `config` and more in a file that `export` wrote; raises CorruptFile for a
     damaged or foreign one.
     """
     try:
@@ -340,9 +342,9 @@ def header(path):
         about = json.loads(text) if len(text) <= safe_load.LONGEST else {}
         ours = describes_itself(about)
     except (OSError, safetensors.SafetensorError) as error:
-        raise safe_load.Damaged(path, error) from None
+        raise safe_load.CorruptFile(path, error) from None
     except (KeyError, ValueError, TypeError, RecursionError):
         ours = False
     if not ours:
-        raise safe_load.Damaged(path, "it has no header of ddpm's")
+        raise safe_load.CorruptFile(path, "it has no header of ddpm's")
     return about

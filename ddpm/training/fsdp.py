@@ -18,11 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.utils import get_total_norm
 
-from ddpm.training.network import StepNetwork
+from ddpm.training.network import TrainNetwork
 
 
-class ShardedNetwork(StepNetwork):
-    """A StepNetwork whose `net` has tensors only inside `whole()`: between, it is on "meta", and
+class ShardedNetwork(TrainNetwork):
+    """A TrainNetwork whose `net` has tensors only inside `whole()`: between, it is on "meta", and
     `learner`, a twin, has rows.
 
     The optimiser and averages work on the rows as plain tensors, to which they do the same as to

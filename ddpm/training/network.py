@@ -15,7 +15,7 @@ from ddpm.runtime import compile, device
 LEARNING = {"options": {"fallback_random": True}}
 
 
-class StepNetwork:
+class TrainNetwork:
     """The network as the training step sees it: autocast around it, gradients averaged over ranks,
     float32 out.
 

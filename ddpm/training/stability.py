@@ -10,7 +10,7 @@ FORGET = 0.998  # of the largest loss and norm, a step
 YOUNG = 100  # steps in which nothing is usual yet, and that the mean loss is about
 
 
-class Guard:
+class StabilityMonitor:
     """Judges each step by its loss and its gradient's norm, on the device so that none waits; a
     checkpoint part.
 

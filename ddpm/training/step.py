@@ -17,7 +17,7 @@ import torch
 from ddpm.common import pixels as common_pixels
 from ddpm.common import rng
 from ddpm.data import augment
-from ddpm.runtime.out_of_memory import NoRoom
+from ddpm.runtime.out_of_memory import BatchDoesNotFit
 
 LOGGED = "loss", "count", "steps"  # what Meters sums from one log to the next
 PER_RANK = "loss", "count", "since"  # and what each rank sums for itself
@@ -95,7 +95,7 @@ class Step:
         """Learn from this rank's share of the effective batch, images and labels in the order of
         the places.
 
-        Raises NoRoom where memory runs out with one image at a time.
+        Raises BatchDoesNotFit where memory runs out with one image at a time.
         """
         while not self.rehearsed:
             self._rehearse_together(batch)
@@ -219,7 +219,7 @@ class Step:
             if fitted:
                 return found
             if self.machine.world > 1:  # the others wait in the middle of an exchange
-                raise NoRoom(
+                raise BatchDoesNotFit(
                     f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images "
                     f"at a time; --config.train.gradient_accumulation_steps={2 * len(self.parts)} "
                     "halves them"
@@ -259,15 +259,15 @@ class Step:
             self.optimizer.step()
 
     def _cut_further(self):
-        """Halve the micro-batches, or as near as divides the batch. Raises NoRoom where they are
-        single images.
+        """Halve the micro-batches, or as near as divides the batch. Raises BatchDoesNotFit where
+        they are single images.
         """
         count = len(self.parts)
         more = next(
             (n for n in range(2 * count, len(self.places) + 1) if len(self.places) % n == 0), None
         )
         if more is None and count == len(self.places):
-            raise NoRoom("out of memory with one image at a time")
+            raise BatchDoesNotFit("out of memory with one image at a time")
         self.cut(more or len(self.places))
         self.say(
             f"out of memory with {len(self.places) // count} images at a time; continuing with "

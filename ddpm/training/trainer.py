@@ -115,7 +115,7 @@ class Run:
     parts: dict[str, Any]
     stored: dict[str, EMA]  # the power-function averages, by the names of their parts
     notes: list[str]  # what a person should read first
-    damaged: list[safe_load.Damaged]  # newer checkpoints than that of `start`
+    damaged: list[safe_load.CorruptFile]  # newer checkpoints than that of `start`
     tracker_state: dict | None  # what the tracker left in the checkpoint
     source: Path | None = None  # the checkpoint of another folder at which this one begins
     tracker: Any = None

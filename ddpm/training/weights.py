@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
 from ddpm.common import safe_load
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 from ddpm.training import checkpoint
 
 
@@ -23,7 +23,7 @@ def export(path, weights, step, config_json, **more):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     about = {"format": checkpoint.FORMAT, "step": step, "config": config_json} | more
     about["crc32"] = safe_load.checksum(about, tensors)
-    with written_beside(path) as part:  # about is one key, for several have no order
+    with atomic_write(path) as part:  # about is one key, for several have no order
         # its save_file hides it from other users
         part.write_bytes(serialized(tensors, metadata={"ddpm": json.dumps(about)}))
 
@@ -81,7 +81,7 @@ def load_weights(run_or_file):
     for file in files:
         try:
             path, step, *found = weights_in(file)
-        except safe_load.Damaged as error:
+        except safe_load.CorruptFile as error:
             damaged.append(error)
             continue
         # the first rank of a machine tells
@@ -95,8 +95,8 @@ def load_weights(run_or_file):
 
 
 def weights_in(path):
-    """What `load_weights` returns, of a file; raises Damaged for one that is, ValueError for one
-    that is not ours.
+    """What `load_weights` returns, of a file; raises CorruptFile for one that is, ValueError for
+    one that is not ours.
     """
     if path.suffix != ".safetensors":
         content = checkpoint.load(path)
@@ -118,15 +118,15 @@ def shadow(path, content, part):
 
 
 def exported(path):
-    """(header, name -> tensor on the host) of a file that `export` wrote; raises Damaged where its
-    checksum does not fit.
+    """(header, name -> tensor on the host) of a file that `export` wrote; raises CorruptFile where
+    its checksum does not fit.
 
     A file of before there were checksums has none.
     """
     about = checkpoint.header(path)
     tensors = load_file(path)
     if about.pop("crc32", None) not in (None, safe_load.checksum(about, tensors)):
-        raise safe_load.Damaged(path, "it does not fit its checksum")
+        raise safe_load.CorruptFile(path, "it does not fit its checksum")
     return about, tensors
 
 
@@ -134,5 +134,5 @@ def has_final(folder, step):
     """True where the final weights of a run folder are whole, and of that step."""
     try:
         return exported(Path(folder, "final.safetensors"))[0]["step"] == step
-    except safe_load.Damaged:
+    except safe_load.CorruptFile:
         return False

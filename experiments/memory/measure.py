@@ -18,7 +18,7 @@ from textwrap import fill
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 from ddpm.config import defaults, files
 from ddpm.experiment import build
 from ddpm.experiment import memory as experiment_memory
@@ -178,7 +178,7 @@ def measure(names, device, out):
             else {"mib": round(measured(given, machine, levels) / 2**20, 1), **at, "machine": place}
         )
         kept[key(row)] = row
-        with written_beside(out / "results.json") as part:
+        with atomic_write(out / "results.json") as part:
             part.write_text("[\n" + ",\n".join(map(json.dumps, kept.values())) + "\n]\n")
         print("  ".join(cells(row)), flush=True)
 

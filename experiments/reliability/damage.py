@@ -81,7 +81,7 @@ def rotten(folder, times, seed):
             while True:
                 contents[path] = (cut, flipped)[number // 2 % 2](path.read_bytes(), rng)
                 path.write_bytes(contents[path])
-                with contextlib.suppress(safe_load.Damaged):
+                with contextlib.suppress(safe_load.CorruptFile):
                     checkpoint.load(path)
                     continue
                 break

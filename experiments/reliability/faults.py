@@ -64,7 +64,7 @@ def as_door(work):
             return work()
         except (ValueError, OSError) as error:
             print(f"error: {errors.one_line(error)}")
-            return errors.MISTAKE
+            return errors.USAGE_ERROR
 
     return door
 

@@ -319,7 +319,7 @@ def image(suffix, edits, head, folder):
 
 
 def rows(edits, folder):
-    """Damaged rows of metrics.jsonl: those that are whole are kept, none is past the step, and
+    """CorruptFile rows of metrics.jsonl: those that are whole are kept, none is past the step, and
     the next can be written.
     """
     (folder / "metrics.jsonl").write_bytes(mutated(ROWS, edits))
@@ -334,7 +334,7 @@ def rows(edits, folder):
 
 
 def compared(edits, said, folder):
-    """Damaged rows, or rows that say nonsense, among the runs of `ddpm.compare`: it reads them,
+    """CorruptFile rows, or rows that say nonsense, among the runs of `ddpm.compare`: it reads them,
     or leaves out what it names.
     """
     lines = [json.dumps(row | said.get(at, {})) for at, row in enumerate(CURVE)]

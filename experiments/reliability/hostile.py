@@ -467,7 +467,7 @@ def caches(folder, times, seed):
     try:
         for name, text in configs(folder / "harm").items():
             (folder / "told.json").write_text(text)
-            with common_files.remembered("told") as told:
+            with common_files.cached_json("told") as told:
                 done += 1
                 if not isinstance(told, dict):
                     lost.append(f"what is remembered, {name}")

@@ -29,7 +29,7 @@ import torch
 from faults import Fault, Found
 
 import tracking
-from ddpm.common.files import written_beside
+from ddpm.common.files import atomic_write
 from ddpm.studies.archive import commit, this_machine
 from ddpm.studies.tables import markdown
 
@@ -252,7 +252,7 @@ def do(names, short, out, again):
             "torch": torch.__version__,
             "machine": this_machine(),
         }
-        with written_beside(path) as part:
+        with atomic_write(path) as part:
             part.write_text(
                 json.dumps({name: kept[name] for name in FAULTS if name in kept}, indent=1) + "\n"
             )

@@ -26,7 +26,7 @@ from PIL import Image, ImageFont
 
 from ddpm import convert, doctor
 from ddpm.common import files, pixels, progress
-from ddpm.common.registry import counted
+from ddpm.common.registry import quantity
 from ddpm.config import defaults
 from ddpm.config import files as config_files
 from ddpm.data import contact_sheet, source
@@ -542,9 +542,9 @@ def test_a_folder_that_is_written_whole_or_not_at_all(mine, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == [theirs]
     shutil.rmtree(theirs)
     for number in (1, 2):
-        with files.folder_written_beside(tmp_path / "kept") as folder:
+        with files.atomic_folder(tmp_path / "kept") as folder:
             (folder / f"{number}").touch()
-    with pytest.raises(KeyboardInterrupt), files.folder_written_beside(tmp_path / "kept") as folder:
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(tmp_path / "kept") as folder:
         stopped()
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
         "kept",
@@ -643,7 +643,7 @@ def test_one_of_a_thing_is_named_as_one(tmp_path):
     ) and "1 of 1 image can be" in next(doctor.lines_of(report))
     with pytest.raises(ValueError, match="choose one of cat, dog"):
         source.class_numbers(("owl",), ("cat", "dog"))
-    assert counted(1, "image") == "1 image" and counted(1200, "image") == "1,200 images"
+    assert quantity(1, "image") == "1 image" and quantity(1200, "image") == "1,200 images"
     ignored = (ROOT / ".gitignore").read_text().splitlines()
     told = re.findall(r"--out=([\w-]+)", (ROOT / "README.md").read_text())
     assert "doctor" in told and all(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import ddpm
-from ddpm.common.files import held
+from ddpm.common.files import lock_folder
 from ddpm.evaluate import evaluate, four_digits
 from ddpm.generate import generate_images
 from ddpm.main import train_experiment
@@ -400,7 +400,7 @@ def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):
-    with held(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         code, out, err = door(
             "main", f"--config={ROOT}/configs/digits.py", f"--workdir={tmp_path}/run", cwd=tmp_path
         )

@@ -130,8 +130,8 @@ def test_nobody_waits_for_the_comparing(tmp_path, monkeypatch):
 
     def groups(given):
         names = (
-            [path.name for path in (files.home() / "alike").glob("*.lock")]
-            if (files.home() / "alike").exists()
+            [path.name for path in (files.cache_dir() / "alike").glob("*.lock")]
+            if (files.cache_dir() / "alike").exists()
             else []
         )
         name = f"alike/{data_source.fingerprint(os.path.realpath(folder))}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpm.common.files import held, sync, written_beside
+from ddpm.common.files import atomic_write, fsync, lock_folder
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -20,7 +20,7 @@ def names(folder):
 
 def test_the_file_and_its_folders_appear_when_the_block_ends(tmp_path):
     path = tmp_path / "a" / "b" / "file.txt"
-    with written_beside(path) as part:
+    with atomic_write(path) as part:
         assert part.parent == path.parent and part != path
         part.write_text("new")
         assert not path.exists()
@@ -31,7 +31,7 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old, whole")
     with open(path) as reader:
-        with written_beside(str(path)) as part:
+        with atomic_write(str(path)) as part:
             for piece in ("new, ", "also ", "whole"):
                 with open(part, "a") as file:
                     file.write(piece)
@@ -44,14 +44,14 @@ def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
 def test_the_old_file_stays_when_the_block_raises(tmp_path, problem):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(problem), written_beside(path) as part:
+    with pytest.raises(problem), atomic_write(path) as part:
         part.write_text("half")
         raise problem
     assert path.read_text() == "old" and names(tmp_path) == ["file.txt"]
 
 
 def test_nothing_is_left_of_a_new_file_when_the_block_raises(tmp_path):
-    with pytest.raises(RuntimeError), written_beside(tmp_path / "file.txt") as part:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "file.txt") as part:
         part.write_text("half")
         raise RuntimeError
     assert names(tmp_path) == []
@@ -59,7 +59,7 @@ def test_nothing_is_left_of_a_new_file_when_the_block_raises(tmp_path):
 
 def test_what_a_killed_process_left_behind_does_no_harm(tmp_path):
     (tmp_path / "file.txt.part").write_text("torn, and longer than what is written now")
-    with written_beside(tmp_path / "file.txt") as part:
+    with atomic_write(tmp_path / "file.txt") as part:
         part.write_text("new")
     assert (tmp_path / "file.txt").read_text() == "new" and names(tmp_path) == ["file.txt"]
 
@@ -85,7 +85,7 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", noting_fsync)
     monkeypatch.setattr(os, "replace", noting_replace)
-    with written_beside(tmp_path / "run" / "file.txt") as part:
+    with atomic_write(tmp_path / "run" / "file.txt") as part:
         part.write_text("new")
     assert events == ["file.txt.part", "renamed", "run"]
 
@@ -93,7 +93,7 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("below", ["file.txt", "deeper/file.txt"])
 def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path, below):
     (tmp_path / "runs").write_text("not a folder")
-    with pytest.raises(ValueError) as caught, written_beside(tmp_path / "runs" / below):
+    with pytest.raises(ValueError) as caught, atomic_write(tmp_path / "runs" / below):
         raise AssertionError("the block must not run")
     line = str(caught.value)
     assert "a file is in the way" in line and str(tmp_path / "runs") in line and "\n" not in line
@@ -101,13 +101,13 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path, below):
 
 def test_sync_takes_files_and_folders(tmp_path):
     (tmp_path / "file").write_text("x")
-    sync(tmp_path / "file")
-    sync(tmp_path)
+    fsync(tmp_path / "file")
+    fsync(tmp_path)
 
 
 def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
     folder = tmp_path / "runs" / "a"
-    with held(folder):
+    with lock_folder(folder):
         command = [
             sys.executable,
             "-c",
@@ -119,9 +119,9 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
         )
         assert done.returncode == 1 and "is in use by another process; wait for it" in done.stderr
     assert not (tmp_path / "runs").exists()  # nothing came into it
-    with held(folder):
+    with lock_folder(folder):
         (folder / "file").touch()
-    with held(folder):
+    with lock_folder(folder):
         pass
     assert (folder / "file").exists()
 
@@ -136,10 +136,13 @@ def test_where_folders_cannot_be_locked_a_file_in_them_is(tmp_path, monkeypatch)
         flock(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", of_nfs)
-    with held(tmp_path / "a"):
-        with pytest.raises(ValueError, match="is in use by another process"), held(tmp_path / "a"):
+    with lock_folder(tmp_path / "a"):
+        with (
+            pytest.raises(ValueError, match="is in use by another process"),
+            lock_folder(tmp_path / "a"),
+        ):
             raise AssertionError("the block must not run")
     assert names(tmp_path) == []
-    with held(tmp_path / "a"):
+    with lock_folder(tmp_path / "a"):
         (tmp_path / "a" / "file").touch()
     assert names(tmp_path / "a") == [".lock", "file"]

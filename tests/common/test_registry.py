@@ -39,11 +39,11 @@ def complaint(function, *arguments):
 
 
 def test_the_messages_of_the_design():
-    assert complaint(registry.choose, "schedule", SCHEDULES, "cosin") == (
+    assert complaint(registry.resolve, "schedule", SCHEDULES, "cosin") == (
         "unknown schedule 'cosin' (did you mean 'cosine'?); choose one of linear, cosine, "
         "quadratic, sigmoid"
     )
-    assert complaint(registry.choose, "schedule", SCHEDULES, "sigmoid(tua=0.5)") == (
+    assert complaint(registry.resolve, "schedule", SCHEDULES, "sigmoid(tua=0.5)") == (
         "schedule 'sigmoid' has no argument 'tua'; it accepts start, end, tau"
     )
 
@@ -136,25 +136,25 @@ def test_what_is_not_text_is_refused(given):
 
 
 def test_choose_sets_the_knobs_and_leaves_the_rest_to_the_caller():
-    assert registry.choose("schedule", SCHEDULES, "linear")(10) == ("linear", 10)
-    assert registry.choose("schedule", SCHEDULES, "sigmoid(tau=0.5, start=-2.0)")(10) == (
+    assert registry.resolve("schedule", SCHEDULES, "linear")(10) == ("linear", 10)
+    assert registry.resolve("schedule", SCHEDULES, "sigmoid(tau=0.5, start=-2.0)")(10) == (
         "sigmoid",
         10,
         -2.0,
         3.0,
         0.5,
     )
-    assert registry.choose("source", SOURCES, "folder(path='x', flip=True, colour=(1, 2, 3))")(
+    assert registry.resolve("source", SOURCES, "folder(path='x', flip=True, colour=(1, 2, 3))")(
         8
     ) == (8, "x", None, 10, True, (1, 2, 3), "fast")
 
 
 def test_whole_numbers_serve_for_floats_and_bools_for_nothing_else():
-    assert registry.choose("schedule", SCHEDULES, "sigmoid(tau=2)")(10)[-1] == 2
-    assert complaint(registry.choose, "schedule", SCHEDULES, "sigmoid(tau=True)") == (
+    assert registry.resolve("schedule", SCHEDULES, "sigmoid(tau=2)")(10)[-1] == 2
+    assert complaint(registry.resolve, "schedule", SCHEDULES, "sigmoid(tau=True)") == (
         "schedule 'sigmoid' takes tau as float, such as 1.0; got True"
     )
-    assert complaint(registry.choose, "source", SOURCES, "folder(path='x', limit=True)") == (
+    assert complaint(registry.resolve, "source", SOURCES, "folder(path='x', limit=True)") == (
         "source 'folder' takes limit as int, such as 10; got True"
     )
 
@@ -171,25 +171,25 @@ def test_whole_numbers_serve_for_floats_and_bools_for_nothing_else():
     ],
 )
 def test_a_value_has_the_type_of_the_default(argument, wanted):
-    line = complaint(registry.choose, "source", SOURCES, f"folder(path='x', {argument})")
+    line = complaint(registry.resolve, "source", SOURCES, f"folder(path='x', {argument})")
     assert line == f"source 'folder' takes {argument.split('=')[0]} as {wanted}"
 
 
 def test_a_default_of_none_says_nothing_about_the_type():
     for value in ("'cats'", "3", "None", "(1,)"):
-        registry.choose("source", SOURCES, f"folder(path='x', only={value})")
+        registry.resolve("source", SOURCES, f"folder(path='x', only={value})")
 
 
 def test_missing_and_unknown_knobs():
     assert (
-        complaint(registry.choose, "source", SOURCES, "folder")
+        complaint(registry.resolve, "source", SOURCES, "folder")
         == "source 'folder' needs path; write folder(path=...)"
     )
-    assert complaint(registry.choose, "schedule", SCHEDULES, "linear(tau=1.0)") == (
+    assert complaint(registry.resolve, "schedule", SCHEDULES, "linear(tau=1.0)") == (
         "schedule 'linear' has no argument 'tau'; it takes none"
     )
     # what stands before the knobs belongs to the caller
-    assert complaint(registry.choose, "schedule", SCHEDULES, "cosine(timesteps=5)") == (
+    assert complaint(registry.resolve, "schedule", SCHEDULES, "cosine(timesteps=5)") == (
         "schedule 'cosine' has no argument 'timesteps'; it accepts s"
     )
 

@@ -946,7 +946,7 @@ def within(text, folder):
 def test_a_mistake_is_one_line_and_exit_code_2(place, answers):
     said, files, _ = answers
     code, out, err = said[place]
-    assert code == errors.MISTAKE, err
+    assert code == errors.USAGE_ERROR, err
     assert err.startswith("error: ") and err.endswith("\n") and len(err.splitlines()) == 1, err
     assert within(MISTAKES[place][1], files) in err
     assert "Traceback" not in err + out

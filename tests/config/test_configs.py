@@ -91,7 +91,7 @@ def test_the_readme_documents_every_entry_as_it_can_be_written():
         if knob in ("data.source", "evaluate.sampler", "evaluate.spacing"):
             continue
         for text in documented[knob]:
-            registry.choose(knob, table, text)
+            registry.resolve(knob, table, text)
         assert {registry.parse(text)[0] for text in documented[knob]} == set(table), knob
     assert set(documented["diffusion.variance"]) == set(VARIANCES)
     for heading, entries in (("--edit", list(EDITS)), ("evaluate.likelihood", ["bound", "flow"])):

@@ -64,8 +64,8 @@ def test_photos_are_read_where_there_are_no_semaphores(photos, tmp_path, monkeyp
     )
     assert run(given, tmp_path / "run")
     assert any("eval/fd_digits" in row for row in rows(tmp_path / "run"))
-    assert list((files.home() / "decoded").glob("*.u8")) and list(
-        (files.home() / "files").glob("*.json")
+    assert list((files.cache_dir() / "decoded").glob("*.u8")) and list(
+        (files.cache_dir() / "files").glob("*.json")
     )
 
 

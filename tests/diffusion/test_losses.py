@@ -15,7 +15,7 @@ from scipy.integrate import quad
 from torch.distributions import Normal, kl_divergence
 
 from ddpm.common import rng
-from ddpm.common.registry import choose
+from ddpm.common.registry import resolve
 from ddpm.config import files
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.ddpm import DDPM
@@ -268,7 +268,7 @@ def test_uncertainty_learns_the_logarithm_of_the_error():
 
 def draws(name, n, noise, batch_size=64):
     """t of many batches, at addresses as in training."""
-    times = choose("time distribution", TIMES, name)
+    times = resolve("time distribution", TIMES, name)
     places = range(batch_size)
     uniforms = [partial(rng.uniform, 0, "t", step) for step in range(n // batch_size)]
     return torch.cat([times(noise, places, batch_size, uniform)[0] for uniform in uniforms])
@@ -303,7 +303,7 @@ def test_stratified_has_one_image_in_each_stretch_and_antithetic_comes_in_pairs(
 @pytest.mark.parametrize("name", TIMES)
 def test_micro_batches_and_ranks_draw_the_times_of_the_whole_batch(name):
     noise = process(timesteps=30)
-    chosen = choose("time distribution", TIMES, name)
+    chosen = resolve("time distribution", TIMES, name)
     times = chosen(noise) if name == "importance" else chosen
     uniform = partial(rng.uniform, 3, "t", 7)
     whole, _ = times(noise, range(8), 8, uniform)

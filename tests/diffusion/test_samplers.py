@@ -32,7 +32,7 @@ def test_a_walk_yields_every_step_and_stays_finite(sampler, steps, name):
     denoise = denoiser(Tiny(), predict="eps", clip=True)
     levels = process(name, 10).levels(steps)
     walk = list(
-        registry.choose("sampler", SAMPLERS, sampler)(denoise, noises()(0), levels, noises())
+        registry.resolve("sampler", SAMPLERS, sampler)(denoise, noises()(0), levels, noises())
     )
     assert len(walk) == steps and all(x.shape == SHAPE and torch.isfinite(x).all() for x in walk)
     # on the step to CLEAN no noise is added: the sample is the estimate of x0
@@ -110,7 +110,7 @@ def test_stochastic_samplers_reproduce_mean_and_variance(sampler):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     x = last(
-        registry.choose("sampler", SAMPLERS, sampler)(
+        registry.resolve("sampler", SAMPLERS, sampler)(
             gaussian, latent(levels[0], noise(0)), levels, noise
         )
     )
@@ -196,4 +196,4 @@ def test_mistakes_name_the_remedy():
     with pytest.raises(ValueError, match="choose one of small, large"):
         last(ddpm(gaussian, noises()(0), levels, noises(), variance="medium"))
     with pytest.raises(ValueError, match="choose one of .*ddim"):
-        registry.choose("sampler", SAMPLERS, "ddimm")
+        registry.resolve("sampler", SAMPLERS, "ddimm")

@@ -183,7 +183,7 @@ def test_each_size_of_batch_has_a_graph_of_fixed_shapes(monkeypatch):
 
 def network_with(compiler, monkeypatch):
     monkeypatch.setattr(compile, "COMPILER", compiler)
-    net = training_network.StepNetwork(
+    net = training_network.TrainNetwork(
         torch.nn.Bilinear(3, 2, 4), device.Machine(torch.device("cpu"), torch.float32)
     )
     net.compiled()

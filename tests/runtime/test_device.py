@@ -16,7 +16,7 @@ from torch import distributed, nn
 from ddpm.runtime import device as runtime_device
 from ddpm.runtime import ranks as runtime_ranks
 from ddpm.runtime.device import AMP, Machine, amp_dtype
-from ddpm.training.network import StepNetwork
+from ddpm.training.network import TrainNetwork
 
 CPU = torch.device("cpu")
 BATCH = 8
@@ -44,7 +44,7 @@ def gradients(machine, micro_batches):
     t = torch.rand(BATCH)
     target = torch.randn(BATCH, 3, 6, 6)
     plain = Net()
-    net = StepNetwork(plain, machine)
+    net = TrainNetwork(plain, machine)
     mine = torch.arange(BATCH)[machine.share(BATCH)].chunk(micro_batches)
     for micro, places in enumerate(mine):
         with net.accumulating(more=micro + 1 < micro_batches):
@@ -212,7 +212,7 @@ def test_amp_on_the_cpu(amp, dtype, reason):
     net = Net()
     inside = []
     net.enter.register_forward_hook(lambda module, given, out: inside.append(out.dtype))
-    out = StepNetwork(net, machine)(torch.randn(2, 3, 6, 6), torch.rand(2))
+    out = TrainNetwork(net, machine)(torch.randn(2, 3, 6, 6), torch.rand(2))
     assert inside == [dtype] and out.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
 

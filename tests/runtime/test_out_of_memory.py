@@ -20,7 +20,7 @@ from ddpm.experiment import step as experiment_step
 from ddpm.main import finish
 from ddpm.models.unet import UNet
 from ddpm.runtime import device
-from ddpm.runtime.out_of_memory import NoRoom, Room, ran_out
+from ddpm.runtime.out_of_memory import BatchDoesNotFit, Room, ran_out
 from ddpm.sampling import draw
 from ddpm.training.trainer import train
 from support.runs import rows, run, tiny
@@ -144,7 +144,7 @@ def test_other_errors_and_a_single_image_end_the_work():
     with pytest.raises(RuntimeError, match="shapes differ"):
         list(Room().in_batches("drawing", range(4), 2, broken))
     with pytest.raises(
-        NoRoom, match=r"out of memory drawing a single image \(.*can't allocate memory"
+        BatchDoesNotFit, match=r"out of memory drawing a single image \(.*can't allocate memory"
     ):
         list(
             Room(lambda text: None).in_batches(

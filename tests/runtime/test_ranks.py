@@ -135,7 +135,7 @@ def test_where_one_rank_has_no_room_all_cut_alike(folder, seen, said):
             for key, value in other.items()
         }
         assert row == same  # validated four at a time and not two, which rounds otherwise
-    assert seen["no room"] == [["NoRoom", "out of memory with one image at a time"]] * 2
+    assert seen["no room"] == [["BatchDoesNotFit", "out of memory with one image at a time"]] * 2
 
 
 @pytest.mark.parametrize("name", ["sharded", "two, then four sharded"])

@@ -275,7 +275,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     path.write_text(path.read_text().replace("config.seed", "config.sede"))
     process = door(tmp_path)
     said, errors = process.communicate(timeout=120)
-    assert (process.returncode, said) == (common_errors.MISTAKE, "")
+    assert (process.returncode, said) == (common_errors.USAGE_ERROR, "")
     assert errors.startswith(
         f"error: {path}: unknown parameter 'config.sede' (did you mean 'config.seed'?)"
     )

@@ -77,7 +77,7 @@ VARIANTS = [
 
 
 def sampler(text):
-    return registry.choose("sampler", SAMPLERS, text)
+    return registry.resolve("sampler", SAMPLERS, text)
 
 
 def pure(timesteps):

@@ -41,7 +41,7 @@ def test_weights_without_a_checksum_are_read(tmp_path):
     for name in ("old", "new"):
         found, tensors = training_weights.exported(tmp_path / f"{name}.safetensors")
         assert found == about and equal(tensors, WEIGHTS)
-    with pytest.raises(safe_load.Damaged, match="does not fit its checksum"):
+    with pytest.raises(safe_load.CorruptFile, match="does not fit its checksum"):
         (tmp_path / "old.safetensors").write_bytes(
             save(WEIGHTS, {"ddpm": json.dumps(about | {"crc32": 1})})
         )
@@ -96,7 +96,7 @@ def test_data_are_compared_without_reading_the_weights(tmp_path):
     assert words() == "images were 7, are 1797"
     damaged("/data/0")
     assert words() == "images were 7, are 1797"
-    with pytest.raises(safe_load.Damaged, match="/data/0 does not fit its checksum"):
+    with pytest.raises(safe_load.CorruptFile, match="/data/0 does not fit its checksum"):
         checkpoint.load(checkpoint.checkpoints(tmp_path)[-1][1])
     damaged("/data.pkl")
     assert words() == "images were 5, are 1797"
@@ -160,7 +160,7 @@ def test_damage_is_said_in_plain_words(content, said, tmp_path):
             archive.writestr("arr_0.npy", b"numbers")
     else:
         (tmp_path / "file.pt").write_bytes(content)
-    with pytest.raises(safe_load.Damaged, match=re.escape(f"({said})")):
+    with pytest.raises(safe_load.CorruptFile, match=re.escape(f"({said})")):
         checkpoint.load(tmp_path / "file.pt")
 
 
@@ -176,7 +176,7 @@ def test_what_may_go_is_told(tmp_path):
     newest = checkpoint.checkpoints(tmp_path)[-1][1]
     for number in ("", "2"):
         newest.write_bytes(b"PK\3\4 torn")
-        with pytest.raises(safe_load.Damaged) as caught:
+        with pytest.raises(safe_load.CorruptFile) as caught:
             checkpoint.load(newest)
         assert checkpoint.set_aside(caught.value) == newest.with_name(
             f"step_00000003.keep.pt.damaged{number}"

@@ -144,7 +144,7 @@ def test_knobs_out_of_range(name, rate, knobs, message):
 
 
 def test_specs_reach_the_knobs():
-    adam = registry.choose("optimizer", OPTIMIZERS, "adam(betas=(0, 0.99), eps=1e-6)")
+    adam = registry.resolve("optimizer", OPTIMIZERS, "adam(betas=(0, 0.99), eps=1e-6)")
     group = adam(network().parameters(), 3e-4).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
         3e-4,
@@ -152,16 +152,16 @@ def test_specs_reach_the_knobs():
         1e-6,
         0.0,
     )
-    decay = registry.choose("learning-rate decay", DECAYS, "cosine(length=100, floor=0.1)")
+    decay = registry.resolve("learning-rate decay", DECAYS, "cosine(length=100, floor=0.1)")
     assert decay(0) == 1.0 and decay(100) == 0.1
     with pytest.raises(ValueError, match=r"write cosine\(length=...\)"):
-        registry.choose("learning-rate decay", DECAYS, "cosine")
+        registry.resolve("learning-rate decay", DECAYS, "cosine")
     with pytest.raises(ValueError, match="it takes none"):
-        registry.choose("learning-rate decay", DECAYS, "constant(length=3)")
+        registry.resolve("learning-rate decay", DECAYS, "constant(length=3)")
 
 
 def decay(text):
-    return registry.choose("learning-rate decay", DECAYS, text)
+    return registry.resolve("learning-rate decay", DECAYS, text)
 
 
 def test_decays_by_hand():

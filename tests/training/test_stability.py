@@ -14,7 +14,7 @@ from ddpm.main import train_experiment
 from ddpm.models.unet import UNet
 from ddpm.runtime import device
 from ddpm.training import checkpoint, weights
-from ddpm.training.stability import FORGET, YOUNG, Guard
+from ddpm.training.stability import FORGET, YOUNG, StabilityMonitor
 from support.runs import equal, final_state, rows, tiny
 from support.wandb_logs import segments
 
@@ -49,7 +49,7 @@ def healthy(count):
 
 @pytest.fixture
 def guard():
-    return Guard(30.0, device.start())
+    return StabilityMonitor(30.0, device.start())
 
 
 def test_a_healthy_course_is_left_alone(guard):
@@ -93,13 +93,13 @@ def test_a_loss_that_creeps_up_is_trouble(guard):
 
 def test_a_young_run_and_one_without_a_threshold_have_no_spikes(guard):
     assert not any(skipped for skipped, _ in judged(guard, [1.0] * (YOUNG - 1) + [1e6]))
-    off = Guard(0.0, device.start())
+    off = StabilityMonitor(0.0, device.start())
     assert judged(off, [1.0] * 300 + [1e20, float("nan")])[-2:] == [(False, False), (True, False)]
     assert off.trouble(50) is None and pytest.approx(0.5, abs=0.01) == FORGET**350
 
 
 def test_a_guard_goes_on_where_it_was():
-    whole, first, second = (Guard(30.0, device.start()) for _ in range(3))
+    whole, first, second = (StabilityMonitor(30.0, device.start()) for _ in range(3))
     course = healthy(150) + [1e5] * 3 + healthy(20)
     judged(whole, course)
     judged(first, course[:151])
