@@ -133,7 +133,7 @@ def make_place(folder, format, machine):
     """Make the folder of a drawing, and remove the numbered pictures of an earlier one where the
     format numbers them too.
     """
-    with machine.together():
+    with machine.raise_on_all_ranks():
         make_folder(folder)
         if machine.main and format not in SINGLE and (removed := remove_drawing(folder)):
             print(f"removed {quantity(removed, 'image')} of an earlier drawing from {folder}")
@@ -148,7 +148,7 @@ def written(write, out, batches, format, count, machine, alone):
     try:
         paths = write(out, batches) if machine.main or not alone else []
         deque(batches, maxlen=0)  # of a rank that writes nothing: it draws its share
-        return list(itertools.chain(*machine.exchange(paths)))
+        return list(itertools.chain(*machine.all_gather(paths)))
     except KeyboardInterrupt:
         kept = 0 if format in SINGLE else len(recorded(out))
         whole = f"{kept} of {quantity(count, 'image')} {'is' if kept == 1 else 'are'} in {out}"

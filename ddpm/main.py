@@ -48,7 +48,7 @@ def train_experiment(given, folder):
                     wish,
                     given.train.cudnn_benchmark,
                 )
-            with wish.abandonable(), machine.together():
+            with wish.abandonable(), machine.raise_on_all_ranks():
                 build.check(given)
                 files.check_continues(given, folder)
                 if machine.main:
@@ -58,7 +58,7 @@ def train_experiment(given, folder):
             why = ""
             while code == AGAIN:
                 with wish.abandonable():
-                    with machine.together():
+                    with machine.raise_on_all_ranks():
                         run = trainer.run(
                             given, folder, machine, rollbacks, announced if machine.main else silent
                         )
@@ -85,10 +85,10 @@ def train_experiment(given, folder):
                 if code == errors.FAILED and machine.world > 1:
                     ranks.abandon(code)
                 # the first to leave may have the others killed, while rank 0 closes its tracker
-                machine.exchange(None)
+                machine.barrier()
                 del run
                 gc.collect()
-                machine.release()
+                machine.empty_cache()
             return code
     except Interrupted:  # before the first step
         more = "; give more hours" if wish.late else ": nothing to save, the same command goes on"
@@ -193,7 +193,7 @@ def failed(run, words):
     did.
     """
     mine = words if run.machine.world == 1 else f"rank {run.machine.rank}: {words}"
-    cause = run.machine.cause(mine)
+    cause = run.machine.report_failure(mine)
     run.tracker.say(f"failed: {cause}")
     if cause == mine and not run.machine.main:  # whose tracker is silent
         print(f"failed: {mine}", file=sys.stderr, flush=True)

@@ -82,7 +82,7 @@ class Likelihood:
         """
 
         def u(k):
-            return self.machine.put(rng.uniform(0, "likelihood time", k, batch))
+            return self.machine.to_device(rng.uniform(0, "likelihood time", k, batch))
 
         def noise(k):
             return self.noise("noise", k, batch, x0)
@@ -103,11 +103,13 @@ class Likelihood:
         return (
             None
             if self.labels is None
-            else self.machine.put(torch.tensor([self.labels[index] for index in batch]))
+            else self.machine.to_device(torch.tensor([self.labels[index] for index in batch]))
         )
 
     def noise(self, purpose, k, batch, like):
-        return self.machine.put(rng.normal(0, f"likelihood {purpose}", k, batch, like.shape[1:]))
+        return self.machine.to_device(
+            rng.normal(0, f"likelihood {purpose}", k, batch, like.shape[1:])
+        )
 
     def mean(self, measure, times):
         """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images, of which
@@ -118,12 +120,12 @@ class Likelihood:
 
         def of(batch):
             return (
-                measure(pixels.encode(self.machine.put(self.dataset.batch(batch))), batch)
+                measure(pixels.encode(self.machine.to_device(self.dataset.batch(batch))), batch)
                 .double()
                 .cpu()
             )
 
-        mine = self.indices[self.machine.share(len(self.indices))]
+        mine = self.indices[self.machine.rank_slice(len(self.indices))]
         found = []
         with Progress(
             "measuring bits/dim", len(mine), self.batch_size, times, shown=self.machine.main

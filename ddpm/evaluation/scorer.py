@@ -83,7 +83,7 @@ class Scorer:
         """
         if self.machine.main:
             found = evaluation_reference.reference(self.extractor, self.dataset)
-        self.machine.agree("the reference is in the cache")
+        self.machine.barrier()
         return (
             found
             if self.machine.main
@@ -96,7 +96,7 @@ class Scorer:
         rank.
         """
         n = len(self.seeds)
-        return self.machine.agree(
+        return self.machine.broadcast(
             measures.perfect(self.reference, n, self.extractor) if self.machine.main else None
         )
 

@@ -51,7 +51,7 @@ def load(run_or_file, device=None, **knobs):
     machine = runtime_device.start(
         section.amp, section.deterministic, device, cudnn_benchmark=section.cudnn_benchmark
     )
-    net = net.to(machine.device, memory_format=machine.layout(config.data.image_size))
+    net = net.to(machine.device, memory_format=machine.memory_format(config.data.image_size))
     return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net)
 
 

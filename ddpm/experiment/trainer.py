@@ -110,13 +110,13 @@ def batches(config, images, indices, machine, seed, start, total):
     and labels int64 [b].
     """
     size = config.train.batch_size
-    share = machine.share(config.train.batch_size)
+    share = machine.rank_slice(config.train.batch_size)
     order = (
         indices[data_order.batch_indices(seed, len(indices), step, size)[share]]
         for step in range(start, total)
     )
     workers = min(config.data.num_workers, os.cpu_count() or 1)
-    return machine.ahead(
+    return machine.prefetch(
         loader.loader(images, order, workers, pin_memory=machine.device.type == "cuda")
     )
 

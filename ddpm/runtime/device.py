@@ -27,8 +27,8 @@ class Machine:
     """`device`, autocast type `dtype` (float32 means off), `rank` of `world`; `notes` say why, a
     line each.
 
-    `hosts` is the group in which ranks exchange what lies on the host, without going through the
-    card. `wish` knows whether this process is asked to stop, `room` what fits into memory.
+    `cpu_group` is the group in which ranks exchange what lies on the host, without going through
+    the card. `wish` knows whether this process is asked to stop, `room` what fits into memory.
     """
 
     device: torch.device
@@ -36,7 +36,7 @@ class Machine:
     rank: int = 0
     world: int = 1
     notes: list = field(default_factory=list)
-    hosts: distributed.ProcessGroup | None = None
+    cpu_group: distributed.ProcessGroup | None = None
     wish: Wish = field(default_factory=Wish, compare=False)
     room: Room = field(default_factory=Room, compare=False)
 
@@ -45,7 +45,7 @@ class Machine:
         """True on the one rank that writes files and tracks."""
         return self.rank == 0
 
-    def put(self, tensor):
+    def to_device(self, tensor):
         """The tensor on this device; the host does not wait for a copy to a card."""
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             # a copy from other memory waits for what the card is doing
@@ -60,7 +60,7 @@ class Machine:
         """A GradScaler that scales for float16 and does nothing otherwise."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def share(self, n):
+    def rank_slice(self, n):
         """The slice of n things that is this rank's, contiguous and in rank order."""
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
@@ -70,7 +70,7 @@ class Machine:
             distributed.all_reduce(tensor)
         return tensor
 
-    def exchange(self, value, left=False):
+    def all_gather(self, value, left=False):
         """What each rank says, in rank order. Raises Interrupted on all ranks where one has
         `left` the work they share.
         """
@@ -78,7 +78,7 @@ class Machine:
             return [value]
         said = [None] * self.world
         with self.wish.whole():
-            distributed.all_gather_object(said, (left, value), group=self.hosts)
+            distributed.all_gather_object(said, (left, value), group=self.cpu_group)
             if any(gone for gone, _ in said):
                 raise Interrupted(told=True)
         return [value for _, value in said]
@@ -89,7 +89,7 @@ class Machine:
         """
         if self.world > 1 and not interrupted.told:
             with contextlib.suppress(Interrupted):
-                self.exchange(None, left=True)
+                self.all_gather(None, left=True)
 
     def waiting(self):
         """The context of waiting for a batch: alone it may be abandoned; several ranks stop
@@ -97,16 +97,20 @@ class Machine:
         """
         return self.wish.abandonable() if self.world == 1 else contextlib.nullcontext()
 
+    def barrier(self):
+        """Wait for all ranks."""
+        self.all_gather(None)
+
     def gather(self, tensor):
         """The ranks' host tensors [n_i, ...] joined in rank order, on every rank."""
-        return tensor if self.world == 1 else torch.cat(self.exchange(tensor))
+        return tensor if self.world == 1 else torch.cat(self.all_gather(tensor))
 
-    def agree(self, value):
+    def broadcast(self, value):
         """What rank 0 says: for decisions that hang on a clock or a file."""
-        return self.exchange(value)[0]
+        return self.all_gather(value)[0]
 
     @contextlib.contextmanager
-    def together(self):
+    def raise_on_all_ranks(self):
         """A block without exchange between ranks, which all leave well or none does.
 
         Where a ValueError or OSError is raised on some of them, rank 0 raises the first one's, and
@@ -119,7 +123,7 @@ class Machine:
             if self.world == 1:
                 raise
             refused = error
-        said = self.exchange(refused and str(refused))
+        said = self.all_gather(refused and str(refused))
         first = next((rank for rank, words in enumerate(said) if words is not None), None)
         if first is None:
             return
@@ -127,7 +131,7 @@ class Machine:
             sys.exit(2)
         raise refused if first == 0 else ValueError(f"rank {first}: {said[first]}")
 
-    def cause(self, words):
+    def report_failure(self, words):
         """Leave word of why this rank fails; returns the words of the first that failed, which
         is why the others do.
         """
@@ -146,7 +150,7 @@ class Machine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def layout(self, side):
+    def memory_format(self, side):
         """The memory format in which a network draws images of so many pixels a side fastest,
         where it was measured.
         """
@@ -156,7 +160,7 @@ class Machine:
             else torch.contiguous_format
         )
 
-    def ahead(self, batches):
+    def prefetch(self, batches):
         """The same batches (images, labels); on a card, the images are copied there while those
         before are worked on.
         """
@@ -164,7 +168,7 @@ class Machine:
             prefetch.fetched_ahead(batches, self.device) if self.device.type == "cuda" else batches
         )
 
-    def release(self):
+    def empty_cache(self):
         """Give back what the card's allocator holds and nothing uses."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -320,10 +324,10 @@ def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchma
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    hosts = None
+    cpu_group = None
     if world > 1:
         if not distributed.is_initialized():
             ranks.join("nccl" if chosen.type == "cuda" else "gloo")
-        hosts = distributed.new_group(backend="gloo", timeout=ranks.PATIENCE)
+        cpu_group = distributed.new_group(backend="gloo", timeout=ranks.PATIENCE)
     notes += busy_cores(chosen)
-    return Machine(chosen, dtype, rank, world, notes, hosts, wish or Wish())
+    return Machine(chosen, dtype, rank, world, notes, cpu_group, wish or Wish())

@@ -81,11 +81,13 @@ def edited(edit, pictures, mask, count, machine):
 
     def walk(sampler, denoiser, levels, noise, seeds):
         given = [
-            repeat(machine.put(common_pixels.encode(pixels)), "c h w -> b c h w", b=len(seeds))
+            repeat(
+                machine.to_device(common_pixels.encode(pixels)), "c h w -> b c h w", b=len(seeds)
+            )
             for pixels in pictures
         ]
-        places = machine.put(torch.tensor(seeds, dtype=torch.float64) / max(count - 1, 1))
-        area = None if mask is None else rearrange(machine.put(mask), "h w -> 1 1 h w")
+        places = machine.to_device(torch.tensor(seeds, dtype=torch.float64) / max(count - 1, 1))
+        area = None if mask is None else rearrange(machine.to_device(mask), "h w -> 1 1 h w")
         yield from edit.walk(
             sampler, denoiser, levels, noise, editing.Given(tuple(given), area, places)
         )
@@ -104,7 +106,7 @@ def trajectory(
     """
 
     def noise(k):
-        return machine.put(rng.normal(recipe.seed, "sample", k, seeds, shape))
+        return machine.to_device(rng.normal(recipe.seed, "sample", k, seeds, shape))
 
     def autocast(net):
         def ask(x, t, y=None):
@@ -116,7 +118,7 @@ def trajectory(
         return ask
 
     y = (
-        machine.put(torch.tensor([recipe.labels[k % len(recipe.labels)] for k in seeds]))
+        machine.to_device(torch.tensor([recipe.labels[k % len(recipe.labels)] for k in seeds]))
         if recipe.labels
         else None
     )
@@ -148,7 +150,7 @@ def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=No
     w), `guide` as above, `times` the number of network evaluations of a `walk` that is not
     `afresh`.
     """
-    mine = list(seeds)[machine.share(len(seeds))]
+    mine = list(seeds)[machine.rank_slice(len(seeds))]
     with progress(model, recipe, len(mine), recipe.batch_size, machine, times) as shown:
 
         def last(batch):

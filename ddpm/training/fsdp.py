@@ -75,7 +75,7 @@ class ShardedNetwork(TrainNetwork):
 
     @contextlib.contextmanager
     def whole(self):
-        self.machine.exchange(None)  # none has left, who would be waited for
+        self.machine.barrier()  # none has left, who would be waited for
         self.net.load_state_dict(self.each(brought, self.state_dict()), assign=True)
         self.asked = self.net
         try:
@@ -89,7 +89,7 @@ class ShardedNetwork(TrainNetwork):
             tensor = brought(rows, like)
             return tensor.cpu() if self.machine.main else None
 
-        self.machine.exchange(None)
+        self.machine.barrier()
         return self.each(on_host, state)
 
     def part(self, part):

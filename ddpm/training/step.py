@@ -66,7 +66,7 @@ class Step:
         self.learning_rate = learning_rate
         self.gradient_clip = gradient_clip
         self.flip = (
-            partial(augment.flip, put=machine.put) if flip else lambda batch, *address: batch
+            partial(augment.flip, put=machine.to_device) if flip else lambda batch, *address: batch
         )
         self.augment = (
             partial(self._augmented, augmentation)
@@ -77,11 +77,13 @@ class Step:
             (lambda labels, *address: None)
             if label_dropout is None
             else (
-                lambda labels, *address: machine.put(augment.drop(labels, label_dropout, *address))
+                lambda labels, *address: machine.to_device(
+                    augment.drop(labels, label_dropout, *address)
+                )
             )
         )
         self.condition = self._conditioned if diffusion.self_condition else lambda *address: None
-        self.places = range(batch_size)[machine.share(batch_size)]
+        self.places = range(batch_size)[machine.rank_slice(batch_size)]
         self.batch_size = batch_size
         self.say = print
         self.cut(micro_batches)
@@ -208,7 +210,7 @@ class Step:
         one of them had no room.
         """
         fitted, _ = self.machine.room.fits(partial(self.rehearse, batch))
-        self.rehearsed = all(self.machine.exchange(fitted))
+        self.rehearsed = all(self.machine.all_gather(fitted))
         if not self.rehearsed:
             self._cut_further()
 
@@ -277,12 +279,16 @@ class Step:
 
     def _learn(self, step, micro, places, pixels, labels):
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
-        x0 = common_pixels.encode(self.flip(self.machine.put(pixels), self.seed, step, places))
+        x0 = common_pixels.encode(
+            self.flip(self.machine.to_device(pixels), self.seed, step, places)
+        )
         x0, augmentation = self.augment(x0, step, places)
         times = partial(self._times, step)
         t, importance = self.objective.times(self.diffusion.process, places, self.batch_size, times)
-        t = self.machine.put(t)
-        noise = self.machine.put(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
+        t = self.machine.to_device(t)
+        noise = self.machine.to_device(
+            rng.normal(self.seed, "train noise", step, places, x0.shape[1:])
+        )
         y = self.label(labels, self.seed, step, places)
         losses = self.diffusion.losses(x0, t, noise, y, self.condition(step, places), augmentation)
         weighted = losses if importance is None else losses * importance
@@ -301,14 +307,16 @@ class Step:
         losses there.
         """
         numbers = rng.uniform(self.seed, "train time", step, places)
-        return self.machine.put(numbers) if self.objective.watches else numbers
+        return self.machine.to_device(numbers) if self.objective.watches else numbers
 
     def _conditioned(self, step, places):
-        return self.machine.put(rng.uniform(self.seed, "train self-condition", step, places) < 0.5)
+        return self.machine.to_device(
+            rng.uniform(self.seed, "train self-condition", step, places) < 0.5
+        )
 
     def _augmented(self, probability, x0, step, places):
         numbers = rng.normal(self.seed, "augment", step, places, (augment.NUMBERS,))
-        return augment.augment(x0, self.machine.put(numbers), probability)
+        return augment.augment(x0, self.machine.to_device(numbers), probability)
 
 
 def note_output(outputs, name, layer, given, out):

@@ -217,7 +217,7 @@ class Run:
         """
         if self.machine.main:
             checkpoint.cut(self.folder, diverged.well)
-        self.machine.agree("it is cut")
+        self.machine.barrier()
         step, _ = (checkpoint.checkpoints(self.folder) or [(0, None)])[-1]
         return (
             f"from {f'step {step}' if step else 'the start'} on in another order, at "
@@ -338,7 +338,7 @@ class Run:
         """Do, of a finished run, what a kill in its last save has left undone, and make final
         weights anew that are damaged.
         """
-        if not self.machine.agree(training_weights.has_final(self.folder, self.start)):
+        if not self.machine.broadcast(training_weights.has_final(self.folder, self.start)):
             self.export("final.safetensors", self.start)
         if self.machine.main:
             checkpoint.prune(self.folder, well=self.step.guard.well.item())
@@ -429,7 +429,7 @@ def events(run, done):
             run.draw_grid(done)
         if "evaluate" in now:
             run.evaluate(done)
-        run.machine.exchange(None)  # none has left
+        run.machine.barrier()  # none has left
         if last:
             run.export("final.safetensors", done)
         if "snapshot" in now:
@@ -465,7 +465,7 @@ def train(run):
                     run.say_first_loss(done)
 
                 due = {name for name, every in run.every.items() if every.due(done)}
-                said = machine.exchange((due, wish.asked))
+                said = machine.all_gather((due, wish.asked))
                 due = said[0][0]
                 # only rank 0's clock counts, and anyone's wish
                 asked = any(asked for _, asked in said)

@@ -36,7 +36,7 @@ class Validation:
     def loss(self):
         self.net.eval()
         total = torch.zeros(2, dtype=torch.float64)
-        mine = range(len(self.indices))[self.machine.share(len(self.indices))]
+        mine = range(len(self.indices))[self.machine.rank_slice(len(self.indices))]
         for places, loss in self.machine.room.in_batches(
             "validating", mine, self.batch_size, self._loss_of
         ):
@@ -47,11 +47,11 @@ class Validation:
     def _loss_of(self, places):
         """The sum of the losses of the images at some places, float64 on the host."""
         x0 = pixels.encode(
-            self.machine.put(self.dataset.batch([self.indices[place] for place in places]))
+            self.machine.to_device(self.dataset.batch([self.indices[place] for place in places]))
         )
         noise = rng.normal(0, "validation noise", 0, places, x0.shape[1:])
-        y = None if self.labels is None else self.machine.put(self.labels[list(places)])
+        y = None if self.labels is None else self.machine.to_device(self.labels[list(places)])
         losses = self.diffusion.losses(
-            x0, self.machine.put(self.times[list(places)]), self.machine.put(noise), y
+            x0, self.machine.to_device(self.times[list(places)]), self.machine.to_device(noise), y
         )
         return losses.double().sum().cpu()

@@ -45,7 +45,7 @@ def gradients(machine, micro_batches):
     target = torch.randn(BATCH, 3, 6, 6)
     plain = Net()
     net = TrainNetwork(plain, machine)
-    mine = torch.arange(BATCH)[machine.share(BATCH)].chunk(micro_batches)
+    mine = torch.arange(BATCH)[machine.rank_slice(BATCH)].chunk(micro_batches)
     for micro, places in enumerate(mine):
         with net.accumulating(more=micro + 1 < micro_batches):
             loss = (net(x[places], t[places]) - target[places]).square().mean()
@@ -64,22 +64,22 @@ def as_one_of_two(folder):
         "notes": machine.notes,
         "main": machine.main,
         "world": machine.world,
-        "share": range(7)[machine.share(7)],
-        "backend of hosts": distributed.get_backend(machine.hosts),
+        "share": range(7)[machine.rank_slice(7)],
+        "backend of hosts": distributed.get_backend(machine.cpu_group),
         "sum": machine.sum(torch.tensor([1.0, 10.0]) * (rank + 1)),
         "sum of doubles": machine.sum(torch.tensor([1 / 3], dtype=torch.float64)),
         "gather uneven": machine.gather(torch.full((rank + 1, 2), rank, dtype=torch.uint8)),
         "gather where rank 0 has none": machine.gather(torch.arange(3 * rank).view(-1, 3)),
-        "gather shares of 1": machine.gather(torch.arange(1)[machine.share(1)]),
-        "agree on a set": machine.agree({"log", "save"} if rank == 0 else set()),
-        "agree on nothing": machine.agree(None if rank == 0 else 5),
+        "gather shares of 1": machine.gather(torch.arange(1)[machine.rank_slice(1)]),
+        "agree on a set": machine.broadcast({"log", "save"} if rank == 0 else set()),
+        "agree on nothing": machine.broadcast(None if rank == 0 else 5),
         "gradients": gradients(machine, 1),
         "accumulated": gradients(machine, 2),
         "names": list(Net().state_dict()) == list(gradients(machine, 1)),
     }
     # a second start in one process joins the ranks that are there
     again = runtime_device.start("off", device="cpu")
-    seen["agree after another start"] = again.agree(rank)
+    seen["agree after another start"] = again.broadcast(rank)
     torch.save(seen, Path(folder, f"{rank}.pt"))
     runtime_ranks.stop()
     runtime_ranks.stop()  # having left is no error
@@ -176,12 +176,12 @@ def test_shares_are_a_partition_in_rank_order(n, world):
 def test_alone_every_collective_is_the_identity():
     machine = Machine(CPU, torch.float32)
     x = torch.arange(6.0).view(2, 3)
-    assert machine.main and machine.share(5) == slice(0, 5)
+    assert machine.main and machine.rank_slice(5) == slice(0, 5)
     assert (
         machine.sum(x) is x
         and machine.gather(x) is x
-        and machine.agree(x) is x
-        and machine.put(x) is x
+        and machine.broadcast(x) is x
+        and machine.to_device(x) is x
     )
     assert set(machine.memory()) == {"memory/rss_gib"}
 

@@ -67,7 +67,7 @@ def test_batches_come_ahead_to_the_card_whole_and_in_order():
     order = torch.randint(len(source), (30, 8), generator=torch.Generator().manual_seed(0)).tolist()
     busy = torch.rand(2048, 2048, device=machine.device)
     found = []
-    ahead = machine.ahead(loader.loader(source, order, pin_memory=True))
+    ahead = machine.prefetch(loader.loader(source, order, pin_memory=True))
     for (images, labels), (pixels, others) in zip(ahead, loader.loader(source, order), strict=True):
         assert images.device == machine.device and torch.equal(labels, others)
         busy = busy @ busy / 1024
