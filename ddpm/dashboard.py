@@ -121,7 +121,7 @@ def workspace(entity, project, sweep, runs):
     from wandb_workspaces import expr
 
     class Column(reports.ParallelCoordinatesPlotColumn):
-        """A knob in parallel coordinates; the package takes the dots in our names for nested
+        """An option in parallel coordinates; the package takes the dots in our names for nested
         dicts.
         """
 

@@ -351,13 +351,13 @@ def asked(arguments):
         config, _, _ = config_flags.given_config()
     if len(arguments) > 1:
         raise ValueError(f"did not expect {arguments[1]!r}; give one folder")
-    name, knobs = registry.parse(config.data.source)
+    name, options = registry.parse(config.data.source)
     if not arguments and name != "folder":
         raise ValueError(
             "the doctor looks at folders of files, and config.data.source is "
             f"{config.data.source!r}; write python -m ddpm.doctor data/cats"
         )
-    path = arguments[0] if arguments else knobs["path"]
+    path = arguments[0] if arguments else options["path"]
     return (
         path,
         given.image_size or config.data.image_size,

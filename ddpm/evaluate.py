@@ -38,17 +38,17 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
     line, for a missing checkpoint, data or extractor, for nothing to measure, for a folder that
     holds something else, and for a sample.spacing that would not be used.
     """
-    knobs = config_flags.options(options, "evaluate")
-    made = load.load(checkpoint, device, **knobs)
+    options = config_flags.options(options, "evaluate")
+    made = load.load(checkpoint, device, **options)
     if (
-        knobs.get("sample.spacing")
-        and knobs.get("evaluate.spacing") is None
+        options.get("sample.spacing")
+        and options.get("evaluate.spacing") is None
         and made.config.evaluate.spacing != "auto"
     ):
         raise ValueError(
             f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
-            f"{made.config.evaluate.spacing!r}; give evaluate.spacing={knobs['sample.spacing']!r} "
-            "in its place"
+            f"{made.config.evaluate.spacing!r}; give "
+            f"evaluate.spacing={options['sample.spacing']!r} in its place"
         )
     if workdir is None:
         numbers, _, _ = measure(made, checkpoint)

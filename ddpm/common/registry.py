@@ -1,7 +1,7 @@
-"""Names that carry arguments: `"sigmoid(tau=0.5)"` picks an entry of a table and sets its knobs.
+"""Names that carry arguments: `"sigmoid(tau=0.5)"` picks an entry of a table and sets its options.
 
 Every axis of the bench (schedules, samplers, datasets, ...) is a literal dict of functions. The
-knobs of an entry are its keyword-only arguments; what stands before them is filled in by the
+options of an entry are its keyword-only arguments; what stands before them is filled in by the
 caller. So one text can sit in a config field, on the command line or in a sweep, and is checked
 against the function's own signature.
 """
@@ -72,20 +72,20 @@ def check_choice(kind, given, allowed):
 
 
 def resolve(kind, table, text):
-    """Return the table's entry that `text` names, as a partial with its knobs set.
+    """Return the table's entry that `text` names, as a partial with its options set.
 
-    Knobs are the entry's keyword-only parameters. Raises ValueError for an unknown name, an unknown
-    or missing knob, or a value of another type than the knob's default.
+    Options are the entry's keyword-only parameters. Raises ValueError for an unknown name, an
+    unknown or missing option, or a value of another type than the option's default.
     """
     name, arguments = parse(text)
     entry = table[check_choice(kind, name, list(table))]
     parameters = inspect.signature(entry).parameters.values()
-    knobs = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     for key, value in arguments.items():
-        if key not in knobs:
-            accepts = f"it accepts {', '.join(knobs)}" if knobs else "it takes none"
+        if key not in options:
+            accepts = f"it accepts {', '.join(options)}" if options else "it takes none"
             raise ValueError(f"{kind} {name!r} has no argument {key!r}; {accepts}")
-        default = knobs[key]
+        default = options[key]
         known = default is not inspect.Parameter.empty and default is not None
         number = isinstance(value, int) and not isinstance(value, bool) and type(default) is float
         if known and not number and type(value) is not type(default):
@@ -95,7 +95,7 @@ def resolve(kind, table, text):
             )
     missing = [
         key
-        for key, default in knobs.items()
+        for key, default in options.items()
         if default is inspect.Parameter.empty and key not in arguments
     ]
     if missing:

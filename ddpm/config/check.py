@@ -118,99 +118,101 @@ def check(config):
     Nothing is allocated; what only the network knows about its arguments is checked when `build`
     makes it.
     """
-    knobs = defaults.flatten(config)
+    options = defaults.flatten(config)
     for key, default in defaults.flatten(defaults.base()).items():
-        if type(knobs[key]) is not type(default):
-            raise ValueError(f"config.{key} is {knobs[key]!r}; it takes {KINDS[type(default)]}")
-    check_ranges(knobs)
+        if type(options[key]) is not type(default):
+            raise ValueError(f"config.{key} is {options[key]!r}; it takes {KINDS[type(default)]}")
+    check_ranges(options)
     for key, allowed in CHOICES.items():
-        check_choice(f"config.{key}", knobs[key], list(allowed))
-    if "/" in knobs["data.source"] and "(" not in knobs["data.source"]:
+        check_choice(f"config.{key}", options[key], list(allowed))
+    if "/" in options["data.source"] and "(" not in options["data.source"]:
         raise ValueError(
-            f"config.data.source is {knobs['data.source']!r}; for a folder of images write "
-            f'"folder(path={knobs["data.source"]!r})"'
+            f"config.data.source is {options['data.source']!r}; for a folder of images write "
+            f'"folder(path={options["data.source"]!r})"'
         )
     for key, table in SPECS.items():
-        if key in ("evaluate.sampler", "evaluate.spacing") and knobs[key] == "auto":
+        if key in ("evaluate.sampler", "evaluate.spacing") and options[key] == "auto":
             continue
         with about(key):
-            check_renamed(key, knobs[key])
-            chosen = resolve(f"config.{key}", table, knobs[key])
+            check_renamed(key, options[key])
+            chosen = resolve(f"config.{key}", table, options[key])
             if table is SAMPLERS:
                 # which refuses what it cannot do
-                evaluations(chosen, REHEARSAL, knobs["diffusion.variance"] == "learned")
+                evaluations(chosen, REHEARSAL, options["diffusion.variance"] == "learned")
     for key, (low, high) in INTEGER_TUPLES.items():
-        if len(knobs[key]) > 64 or not all(
-            type(item) is int and low <= item <= high for item in knobs[key]
+        if len(options[key]) > 64 or not all(
+            type(item) is int and low <= item <= high for item in options[key]
         ):
             raise ValueError(
-                f"config.{key} is {knobs[key]}; it takes whole numbers between {low} and {high}, "
+                f"config.{key} is {options[key]}; it takes whole numbers between {low} and {high}, "
                 "such as (1, 2, 2)"
             )
     for key, (low, high, example) in FRACTION_TUPLES.items():
-        if not all(type(item) is float and low <= item <= high for item in knobs[key]):
+        if not all(type(item) is float and low <= item <= high for item in options[key]):
             raise ValueError(
-                f"config.{key} is {knobs[key]}; it takes numbers between {low} and {high}, such "
+                f"config.{key} is {options[key]}; it takes numbers between {low} and {high}, such "
                 f"as {example}"
             )
-        if len({*knobs[key], knobs["ema.decay"]}) <= len(knobs[key]):
+        if len({*options[key], options["ema.decay"]}) <= len(options[key]):
             raise ValueError(
-                f"config.{key} is {knobs[key]} beside ema.decay {knobs['ema.decay']}; give each "
-                "number once"
+                f"config.{key} is {options[key]} beside ema.decay {options['ema.decay']}; give "
+                "each number once"
             )
-    if len(knobs["data.matte"]) != 3:
+    if len(options["data.matte"]) != 3:
         raise ValueError(
-            f"config.data.matte is {knobs['data.matte']}; it takes red, green and blue, such as "
+            f"config.data.matte is {options['data.matte']}; it takes red, green and blue, such as "
             "(255, 255, 255)"
         )
-    if not knobs["model.channel_mult"]:
+    if not options["model.channel_mult"]:
         raise ValueError(
             "config.model.channel_mult is empty; it takes a factor for each level, such as (1, 2, "
             "2)"
         )
-    if not all(type(tag) is str for tag in knobs["wandb.tags"]):
+    if not all(type(tag) is str for tag in options["wandb.tags"]):
         raise ValueError(
-            f"config.wandb.tags is {knobs['wandb.tags']}; it takes words, such as ('cats', 'small')"
+            f"config.wandb.tags is {options['wandb.tags']}; it takes words, such as ('cats', "
+            "'small')"
         )
-    check_classes(knobs)
-    check_sharded(knobs)
+    check_classes(options)
+    check_sharded(options)
     for key in LENGTHS:
         with about(key):
-            durations.parse_duration(knobs[key], times=False)
-    if not durations.parse_duration(knobs["train.length"])[0]:
+            durations.parse_duration(options[key], times=False)
+    if not durations.parse_duration(options["train.length"])[0]:
         raise ValueError(
-            f"config.train.length is {knobs['train.length']!r}; it takes more than nothing, such "
+            f"config.train.length is {options['train.length']!r}; it takes more than nothing, such "
             "as '1 step'"
         )
     with about("train.learning_rate_decay"):
-        name, arguments = parse(knobs["train.learning_rate_decay"])
+        name, arguments = parse(options["train.learning_rate_decay"])
         if "length" in arguments:
             arguments["length"] = durations.steps_of(arguments["length"], 1, 1)
         DECAYS[name](0, **arguments)
     for key in config["every"]:
-        if (key, knobs[f"every.{key}"]) != ("evaluate", "auto"):
+        if (key, options[f"every.{key}"]) != ("evaluate", "auto"):
             with about(f"every.{key}"):
-                durations.Every(knobs[f"every.{key}"], 1, 1)
-    check_budget(knobs)
-    if knobs["ema.profiles"] and durations.Every(knobs["every.snapshot"], 1, 1).never:
+                durations.Every(options[f"every.{key}"], 1, 1)
+    check_budget(options)
+    if options["ema.profiles"] and durations.Every(options["every.snapshot"], 1, 1).never:
         raise ValueError(
-            f"config.ema.profiles is {knobs['ema.profiles']}, but never stored; set "
+            f"config.ema.profiles is {options['ema.profiles']}, but never stored; set "
             "config.every.snapshot, such as '500 steps'"
         )
-    if knobs["train.deterministic"] and knobs["train.cudnn_benchmark"] == "on":
+    if options["train.deterministic"] and options["train.cudnn_benchmark"] == "on":
         raise ValueError(
             "config.train.deterministic is True and config.train.cudnn_benchmark is 'on', which "
             "takes whichever convolution was faster this time; set train.cudnn_benchmark=auto, or "
             "train.deterministic=False"
         )
-    if knobs["train.init_from"] and knobs["train.resume_from"]:
+    if options["train.init_from"] and options["train.resume_from"]:
         raise ValueError(
-            f"config.train.init_from is {knobs['train.init_from']!r} and config.train.resume_from "
-            f"{knobs['train.resume_from']!r}; choose init_from to start from weights alone, or "
-            "resume_from to continue with the optimizer, the averages and the step"
+            f"config.train.init_from is {options['train.init_from']!r} and "
+            f"config.train.resume_from {options['train.resume_from']!r}; choose init_from to "
+            "start from weights alone, or resume_from to continue with the optimizer, the "
+            "averages and the step"
         )
-    size = knobs["train.batch_size"]
-    parts = knobs["train.gradient_accumulation_steps"]
+    size = options["train.batch_size"]
+    parts = options["train.gradient_accumulation_steps"]
     if size % parts:
         raise ValueError(
             f"config.train.batch_size {size} cannot be cut into {parts} equal micro-batches; "
@@ -220,30 +222,32 @@ def check(config):
         process = Process(
             *get_schedule(
                 *(
-                    knobs[f"diffusion.{key}"]
+                    options[f"diffusion.{key}"]
                     for key in ("beta_schedule", "timesteps", "zero_terminal_snr")
                 )
             )
         )
-    usual = knobs["sample.spacing"]
-    measured = knobs["evaluate.spacing"]
+    usual = options["sample.spacing"]
+    measured = options["evaluate.spacing"]
     named = ("sample", usual) if measured == "auto" else ("evaluate", measured)
     for key, (section, spacing) in (("sample.steps", ("sample", usual)), ("evaluate.steps", named)):
-        if knobs[key] > knobs["diffusion.timesteps"]:
+        if options[key] > options["diffusion.timesteps"]:
             raise ValueError(
-                f"config.{key} is {knobs[key]} with only {knobs['diffusion.timesteps']} "
-                f"timesteps; use {knobs['diffusion.timesteps']} or fewer"
+                f"config.{key} is {options[key]} with only {options['diffusion.timesteps']} "
+                f"timesteps; use {options['diffusion.timesteps']} or fewer"
             )
         with about(f"{section}.spacing"):
-            process.levels(knobs[key] or knobs["sample.steps"], spacing)
+            process.levels(options[key] or options["sample.steps"], spacing)
 
 
-def check_ranges(knobs):
-    """Raise a ValueError for a number among some knobs that lies out of its range."""
-    for key in [key for key in RANGES if key in knobs]:
+def check_ranges(options):
+    """Raise a ValueError for a number among some options that lies out of its range."""
+    for key in [key for key in RANGES if key in options]:
         low, high = RANGES[key]
-        if not low <= knobs[key] <= high:
-            raise ValueError(f"config.{key} is {knobs[key]}; it must lie between {low} and {high}")
+        if not low <= options[key] <= high:
+            raise ValueError(
+                f"config.{key} is {options[key]}; it must lie between {low} and {high}"
+            )
 
 
 def check_renamed(key, value):
@@ -256,16 +260,16 @@ def check_renamed(key, value):
             )
 
 
-def check_sharded(knobs):
+def check_sharded(options):
     """Raise a ValueError for what a network that ranks share out cannot be."""
-    if not knobs["train.fully_shard"]:
+    if not options["train.fully_shard"]:
         return
     for key in ("train.compile", "train.channels_last"):
-        if knobs[key]:
+        if options[key]:
             raise ValueError(
                 f"config.train.fully_shard and config.{key} are both True; choose one of them"
             )
-    if parse(knobs["model.name"])[0] == "unet_edm2":
+    if parse(options["model.name"])[0] == "unet_edm2":
         raise ValueError(
             "config.train.fully_shard cannot be True with config.model.name 'unet_edm2', whose "
             "layers write into their weights while they compute; choose another network, or "
@@ -273,12 +277,12 @@ def check_sharded(knobs):
         )
 
 
-def check_budget(knobs):
+def check_budget(options):
     """Raise a ValueError for what leaves the budget of evaluations nothing to choose a number of
     images by.
     """
-    count = knobs["evaluate.num_samples"]
-    often = knobs["every.evaluate"]
+    count = options["evaluate.num_samples"]
+    often = options["every.evaluate"]
     if 0 < count < extractors.FEWEST:
         raise ValueError(
             f"config.evaluate.num_samples is {count}; it takes {extractors.FEWEST} or more, or 0 "
@@ -291,36 +295,36 @@ def check_budget(knobs):
             f"config.every.evaluate is {often!r}, and no budget can tell how often that will be; "
             "give evaluate.num_samples too, such as 10000"
         )
-    if not knobs["evaluate.budget"]:
+    if not options["evaluate.budget"]:
         raise ValueError(
             f"config.every.evaluate is {often!r}, and evaluate.budget 0 allows no image; give "
             "evaluate.num_samples, such as 10000, or a budget, such as 0.05"
         )
 
 
-def check_classes(knobs):
+def check_classes(options):
     """Raise a ValueError for what cannot be of guidance, and of classes as far as they are known
     yet.
     """
-    learned = knobs["data.class_labels"]
-    classes = knobs["data.classes"]
+    learned = options["data.class_labels"]
+    classes = options["data.classes"]
     for key in ("data.classes", "sample.classes", "evaluate.classes"):
         if not all(
-            type(one) is str or type(one) is int and key != "data.classes" for one in knobs[key]
+            type(one) is str or type(one) is int and key != "data.classes" for one in options[key]
         ):
             raise ValueError(
-                f"config.{key} is {knobs[key]}; it takes the names of classes, such as ('cat', "
+                f"config.{key} is {options[key]}; it takes the names of classes, such as ('cat', "
                 "'dog')"
             )
-        if knobs[key] and not learned:
+        if options[key] and not learned:
             raise ValueError(
-                f"config.{key} is {knobs[key]}, and the network knows no classes; leave it out, "
+                f"config.{key} is {options[key]}, and the network knows no classes; leave it out, "
                 "or train with data.class_labels=True"
             )
         if classes:
             with about(key):
-                source.class_numbers(knobs[key], classes)
-    between = knobs["sample.guidance_interval"]
+                source.class_numbers(options[key], classes)
+    between = options["sample.guidance_interval"]
     if between != () and not (
         len(between) == 2
         and all(type(one) in (int, float) for one in between)
@@ -330,16 +334,16 @@ def check_classes(knobs):
             f"config.sample.guidance_interval is {between}; it takes two noise levels "
             "sigma/alpha, the lower first, such as (0.2, 5.0), or () for all"
         )
-    if knobs["sample.guidance"] == 1 or knobs["sample.guide"]:
+    if options["sample.guidance"] == 1 or options["sample.guide"]:
         return
-    given = f"config.sample.guidance is {knobs['sample.guidance']}, and the network"
+    given = f"config.sample.guidance is {options['sample.guidance']}, and the network"
     otherwise = "name a weaker run as sample.guide, or set sample.guidance=1"
     if not learned:
         raise ValueError(
             f"{given} knows no classes to be guided by; train with data.class_labels=True, "
             f"{otherwise}"
         )
-    if not knobs["train.label_dropout"]:
+    if not options["train.label_dropout"]:
         raise ValueError(
             f"{given} has never done without its label; train with train.label_dropout=0.1, "
             f"{otherwise}"
@@ -348,7 +352,7 @@ def check_classes(knobs):
 
 @contextlib.contextmanager
 def about(key):
-    """A ValueError raised inside names the knob that it is about."""
+    """A ValueError raised inside names the option that it is about."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The knobs of a run: `base()` shows them all, and it is the only place with defaults.
+"""The options of a run: `base()` shows them all, and it is the only place with defaults.
 
 A config file offers `get_config(variant=None)`, which returns `base()` and the lines that differ.
 Here configs are also checked, frozen, written as JSON and named.
@@ -10,7 +10,7 @@ from ddpm.common.registry import check_choice
 
 
 def base():
-    """A new ConfigDict, locked, with every knob, its default, unit and choices."""
+    """A new ConfigDict, locked, with every option, its default, unit and choices."""
     return ConfigDict(
         {
             "seed": 0,  # every random number of the training is an address below it
@@ -99,7 +99,7 @@ def base():
                 "batch_size": 64,  # images an optimiser step, over all micro-batches and ranks
                 # micro-batches the batch is cut into: less memory, same numbers but for dropout
                 "gradient_accumulation_steps": 1,
-                # adamw, adam; knobs betas, eps, weight_decay
+                # adamw, adam; options betas, eps, weight_decay
                 "optimizer": "adamw(weight_decay=0.0)",
                 "learning_rate": 2e-4,
                 "warmup": "500 steps",  # the rate rises linearly from 0
@@ -234,7 +234,7 @@ def base():
 
 
 def with_variant(config, variant, variants):
-    """Set the knobs of a config file's variant, `variants[variant]` as `{"model.model_channels":
+    """Set the options of a config file's variant, `variants[variant]` as `{"model.model_channels":
     64}`; None sets nothing.
 
     Raises ValueError for a variant that the file does not have.
@@ -252,7 +252,7 @@ PLACE = "data.source"  # of which a checkpoint keeps the content: that decides w
 
 
 def flatten(config, prefix=""):
-    """The knobs as a flat dict `{"train.batch_size": 64, ...}`."""
+    """The options as a flat dict `{"train.batch_size": 64, ...}`."""
     flat = {}
     for key, value in config.items():
         nested = hasattr(value, "items")

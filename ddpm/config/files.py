@@ -43,8 +43,8 @@ def to_json(config):
 
 
 def from_json(text):
-    """The frozen config that a run folder or a checkpoint carries; knobs it does not know yet take
-    their defaults, or what they were before they were knobs.
+    """The frozen config that a run folder or a checkpoint carries; options it does not know yet
+    take their defaults, or what they were before they were options.
 
     Names that meant something else in its format are translated. It is data and never run. Raises
     ValueError for what is not such a config.
@@ -53,7 +53,7 @@ def from_json(text):
         saved = json.loads(text if len(text) <= safe_load.LONGEST else "")
         version = saved.pop("format", 1)
         _ = saved.pop("code", None)
-        knobs = defaults.flatten(saved)
+        options = defaults.flatten(saved)
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise ValueError(
             "the saved config is not a JSON object; the file is damaged or not one of ours"
@@ -64,14 +64,14 @@ def from_json(text):
             "use the version of ddpm that wrote it"
         )
     for key, before, name, reused in defaults.RENAMED:
-        if (reused is None or version < reused) and isinstance(knobs.get(key), str):
-            knobs[key] = re.sub(rf"^\s*{before}\b", name, knobs[key])
+        if (reused is None or version < reused) and isinstance(options.get(key), str):
+            options[key] = re.sub(rf"^\s*{before}\b", name, options[key])
     config = defaults.base()
     known = defaults.flatten(config)
-    for key, value in knobs.items():
+    for key, value in options.items():
         if key not in known:
             raise ValueError(
-                f"the saved config has a knob {key!r} that this version does not know"
+                f"the saved config has an option {key!r} that this version does not know"
                 f"{suggest(key, list(known))}; use the version of ddpm that wrote it"
             )
         kind = type(known[key])
@@ -88,7 +88,7 @@ def from_json(text):
                 f"the saved config has {value!r} for {key}; it takes {check.KINDS[kind]}"
             )
         config.update_from_flattened_dict({key: value})
-    for key in BEFORE.keys() - knobs.keys():
+    for key in BEFORE.keys() - options.keys():
         config.update_from_flattened_dict({key: BEFORE[key](config)})
     if version < 2 and same_groups(config):
         # as configs are written now, so that a run goes on by the same command
@@ -108,7 +108,7 @@ def same_groups(config):
     return model.norm_num_groups == 32 and (wide or parse(model.name)[0] != "unet")
 
 
-BEFORE = {  # what a knob that a saved config lacks meant, where that is not its default
+BEFORE = {  # what an option that a saved config lacks meant, where that is not its default
     "model.augmentation_place": lambda config: "after" if config.data.augment else "before",
     "model.norm_num_groups": lambda config: 32,
     "model.noise_embedding": lambda config: (
@@ -128,15 +128,15 @@ def read(path):
         return from_json(file.read(safe_load.LONGEST + 1))
 
 
-def changed(config, knobs):
-    """A frozen copy with other values for some knobs, `{"sample.steps": 25}`; None leaves a knob as
-    it is.
+def changed(config, options):
+    """A frozen copy with other values for some options, `{"sample.steps": 25}`; None leaves an
+    option as it is.
 
     Raises ValueError where the result cannot be run.
     """
     copy = ConfigDict(config.to_dict()).lock()
     copy.update_from_flattened_dict(
-        {key: value for key, value in knobs.items() if value is not None}
+        {key: value for key, value in options.items() if value is not None}
     )
     check.check(copy)
     return defaults.freeze(copy)
@@ -146,10 +146,10 @@ def tracked(config):
     """The config as W&B shows it: flat, under the names that a sweep's parameters have, and with
     its format.
     """
-    knobs = {"format": FORMAT} | defaults.flatten(config)
+    options = {"format": FORMAT} | defaults.flatten(config)
     return {
         f"config.{key}": list(value) if isinstance(value, tuple) else value
-        for key, value in knobs.items()
+        for key, value in options.items()
     }
 
 
@@ -177,7 +177,7 @@ def code_in(folder):
 
 
 def check_continues(config, folder):
-    """Raise a ValueError that names the knobs in which a config contradicts the run that the
+    """Raise a ValueError that names the options in which a config contradicts the run that the
     folder holds already.
     """
     path = Path(folder, "config.json")
@@ -229,12 +229,12 @@ def check_measures(config, folder):
 
 
 def is_free(key):
-    """True for a knob that may change between two starts of one run."""
+    """True for an option that may change between two starts of one run."""
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
 
 
 def contradicted(saved, given):
-    """The knobs in which `given` differs from the config of the run it wants to continue, which
+    """The options in which `given` differs from the config of the run it wants to continue, which
     knows where it began.
     """
     old = defaults.flatten(saved)
@@ -250,7 +250,7 @@ def contradicted(saved, given):
 
 
 def contradictions(saved, given):
-    """Lines naming the knobs in which `given` differs from the config of the run it wants to
+    """Lines naming the options in which `given` differs from the config of the run it wants to
     continue.
     """
     old = defaults.flatten(saved)
@@ -259,13 +259,13 @@ def contradictions(saved, given):
 
 
 def as_flags(config, keys):
-    """The words of a command line that set some knobs to what a config has."""
-    knobs = defaults.flatten(config)
-    return shlex.join(f"--config.{key}={knobs[key]}" for key in keys)
+    """The words of a command line that set some options to what a config has."""
+    options = defaults.flatten(config)
+    return shlex.join(f"--config.{key}={options[key]}" for key in keys)
 
 
 def run_name(file, overrides):
-    """A run's name from its config file (`configs/cats128.py:small`) and the knobs set on the
+    """A run's name from its config file (`configs/cats128.py:small`) and the options set on the
     command line.
 
     What a folder's name cannot hold becomes `_`, or is cut; a checksum then keeps two runs from

@@ -324,7 +324,7 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
     `takes` says what arguments without a flag are, for a door that has them. Raises ValueError for
     a mistake in the command line, or in the config file that it names.
     """
-    check_knobs_exist(argv)
+    check_options_exist(argv)
     logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
     try:
         rest = values(argv)
@@ -350,7 +350,7 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
     named = flag is not None and not flag.using_default_value
     if takes and len(rest) == 1 and not named:
         raise ValueError(f"nothing given; write {takes}")
-    # no config, or knobs over that of a checkpoint
+    # no config, or options over that of a checkpoint
     if flag is None or flag.default is not None or takes and not named:
         return rest
     if flag.using_default_value or not flag.config_filename:
@@ -361,7 +361,7 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
     if not path.is_file():
         raise ValueError(no_config_file(path))
     try:
-        knobs = set(flatten(flag.value))
+        options = set(flatten(flag.value))
         known = set(flatten(base()))
     except AttributeError:
         raise ValueError(
@@ -369,18 +369,18 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
         ) from None
     except OSError as error:  # kept back by ml_collections until the config is looked at
         raise ValueError(f"{path}: {errors.one_line(error.__cause__ or error)}") from error
-    if knobs != known:
+    if options != known:
         fault = (
-            f"lacks {min(known - knobs)}"
-            if known - knobs
-            else f"has an unknown knob {min(knobs - known)}"
+            f"lacks {min(known - options)}"
+            if known - options
+            else f"has an unknown option {min(options - known)}"
         )
         raise ValueError(f"{path} {fault}; begin get_config with `config = base()`")
     return rest
 
 
-def check_knobs_exist(argv):
-    """Raise a ValueError for the first `--config.section.leaf` that is no knob."""
+def check_options_exist(argv):
+    """Raise a ValueError for the first `--config.section.leaf` that is no option."""
     known = list(flatten(base()))
     for argument in argv[1:]:
         match = re.match(r"--?(?:no)?config\.([^=]+)", argument)
@@ -388,18 +388,18 @@ def check_knobs_exist(argv):
             inside = [key for key in known if key.startswith(match[1] + ".")]
             if inside:
                 raise ValueError(
-                    f"config.{match[1]} is a section; set one of its knobs, such as "
+                    f"config.{match[1]} is a section; set one of its options, such as "
                     f"--config.{inside[0]}"
                 )
             raise ValueError(
-                f"there is no knob config.{match[1]}{suggest(match[1], known)}; "
+                f"there is no option config.{match[1]}{suggest(match[1], known)}; "
                 "base() in ddpm/config/defaults.py shows them all"
             )
 
 
 def explained(error):
     """What an error of flag parsing says: with the line, if the config file raised it, and with
-    the type a knob takes.
+    the type an option takes.
     """
     causes = [error]
     while causes[-1].__context__:
@@ -442,9 +442,12 @@ def explained(error):
         return no_config_file(missing[1])
     if "has no attribute 'get_config'" in str(error):
         return "the config file has no function get_config; configs/digits.py shows one"
-    knob = re.match(r"flag --config\.([\w.]+)=([^:]*)", str(error))
-    if knob:
-        return f"config.{knob[1]} is {knob[2]!r}; it takes {KINDS[type(flatten(base())[knob[1]])]}"
+    option = re.match(r"flag --config\.([\w.]+)=([^:]*)", str(error))
+    if option:
+        return (
+            f"config.{option[1]} is {option[2]!r}; it takes "
+            f"{KINDS[type(flatten(base())[option[1]])]}"
+        )
     return errors.one_line(error)
 
 
@@ -457,7 +460,7 @@ def no_config_file(path):
 
 
 def plainly(said):
-    """What ml_collections says of a knob that a config file sets, without its own words."""
+    """What ml_collections says of an option that a config file sets, without its own words."""
     if field := re.match(
         r"Could not override field '(\w+)'.*?\. (.*) is of original type .* "
         r"to type <class '(\w+)'>",
@@ -467,7 +470,7 @@ def plainly(said):
         return f"{field[1]} cannot be {field[2]!r}; it takes {kinds.get(field[3], field[3])}"
     return re.sub(
         r" and cannot be added.*?\.( Other fields present: .*?\}\S*)?(?= Did you mean|$)",
-        "; base() in ddpm/config/defaults.py shows every knob.",
+        "; base() in ddpm/config/defaults.py shows every option.",
         said,
     )
 

@@ -16,7 +16,7 @@ def open_source(text, image_size, channels=3, matte=WHITE):
 
     Images come as [channels, image_size, image_size]; transparency is laid over the colour `matte`
     (r, g, b), or kept as alpha by 2 and 4 channels. Raises ValueError for an unknown source, a
-    wrong knob, or data that is not there.
+    wrong option, or data that is not there.
     """
     registry.check_choice("number of channels", channels, list(MODES))
     if not (
@@ -51,7 +51,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return image.flip(-1) if self.augment and torch.rand(()) < 0.5 else image
 
 
-# name -> f(image_size, channels, matte, **knobs) -> Source
+# name -> f(image_size, channels, matte, **options) -> Source
 SOURCES = {
     "digits": digits.digits,
     "folder": folder.folder,

@@ -95,14 +95,14 @@ def open_torchvision(name, root, split):
     from torchvision import datasets  # a second of start-up that other sources need not pay
 
     make = getattr(datasets, name)
-    knobs = inspect.signature(make).parameters
+    options = inspect.signature(make).parameters
     arguments = {"root": str(root)}
-    if "train" in knobs:
+    if "train" in options:
         arguments["train"] = (
             registry.check_choice(f"split of {name}", split or "train", ["train", "test"])
             == "train"
         )
-    elif split and "split" not in knobs:
+    elif split and "split" not in options:
         raise ValueError(f"torchvision set {name!r} has no splits; leave split={split!r} away")
     elif split:
         arguments["split"] = split

@@ -146,7 +146,7 @@ def slerp(a, b, share):
 
 
 def inpaint(*, jump_length=10, resamplings=10):
-    """What is under the mask is painted anew, the rest stays. Raises ValueError for knobs below
+    """What is under the mask is painted anew, the rest stays. Raises ValueError for options below
     1.
     """
     if jump_length < 1 or resamplings < 1:
@@ -223,7 +223,7 @@ def refuse_noise(sampler):
 
 
 def inner(sampler):
-    """The function of samplers.py in a sampler with its knobs set."""
+    """The function of samplers.py in a sampler with its options set."""
     return getattr(sampler, "func", sampler)
 
 

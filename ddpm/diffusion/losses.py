@@ -2,8 +2,8 @@
 drawn.
 
     error, loss, weight [b] float32; t [b] int64; a level (t, alpha, sigma) of float64 [b, 1, 1, 1]
-    weighting(error, level, target, *, knobs) -> loss [b], of the mean squared error on the target
-    times(process, places, batch_size, u, *, knobs) -> (t, importance), for the images at `places`
+    weighting(error, level, target, *, options) -> loss [b], of the mean squared error on the target
+    times(process, places, batch_size, u, *, options) -> (t, importance), for the images at `places`
     of an effective batch;
     u(indices) gives a number in [0, 1) for each index; importance is [b] or None, and what the loss
     is multiplied by
@@ -21,7 +21,7 @@ from ddpm.diffusion import timesteps, weightings
 
 
 class Objective(nn.Module):
-    """Names become what is minimised: `loss` with its knob, a weighting and a distribution of
+    """Names become what is minimised: `loss` with its option, a weighting and a distribution of
     times; a checkpoint part.
 
     `loss` is one of LOSSES: the weighted mean squared error, that plus a share of the bound by

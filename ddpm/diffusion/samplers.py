@@ -1,6 +1,6 @@
 """Samplers: generators that walk an image from noise to clean, yielding it after every step.
 
-    sampler(denoise, x, levels, noise, *, knobs) -> iterator of x [b, c, h, w], the last of
+    sampler(denoise, x, levels, noise, *, options) -> iterator of x [b, c, h, w], the last of
     which is the sample
     denoise(x, level) -> (x0, eps), and a third where the variance is learned; levels from noisy to
     CLEAN, as of Process.levels
@@ -89,9 +89,9 @@ def heun(denoise, x, levels, noise, *, churn=0.0, s_min=0.0, s_max=math.inf, s_n
     """Heun's second-order method with noise thrown in (Karras et al. 2022, algorithm 2): two
     evaluations a step, then one.
 
-    The knobs are their S_churn, S_min, S_max and S_noise. Noise is raised to that of the first
+    The options are their S_churn, S_min, S_max and S_noise. Noise is raised to that of the first
     level at most. A step on which sigma/alpha falls a hundredfold is Euler's: the one to CLEAN, as
-    there, and one from pure noise or nearly. Raises ValueError for knobs below 0, and s_min above
+    there, and one from pure noise or nearly. Raises ValueError for options below 0, and s_min above
     s_max.
     """
     if not (0 <= churn < math.inf and 0 <= s_min <= s_max and 0 <= s_noise < math.inf):
@@ -264,7 +264,7 @@ def integrate(x, t, s, estimates, eta=0.0, published=False):
 
 
 def evaluations(sampler, levels, learned=False):
-    """Return how often a sampler asks for an estimate on its way through levels; knobs and
+    """Return how often a sampler asks for an estimate on its way through levels; options and
     errors as of `asked`.
     """
     return len(asked(sampler, levels, learned))
@@ -274,7 +274,7 @@ def asked(sampler, levels, learned=False):
     """Return the levels at which a sampler asks for an estimate on its way through levels, by
     walking it on next to nothing.
 
-    `learned` says whether the network tells a variance. Raises ValueError for knobs that the
+    `learned` says whether the network tells a variance. Raises ValueError for options that the
     sampler refuses.
     """
     at = []

@@ -1,8 +1,8 @@
 """Noise schedules: how fast an image drowns in noise.
 
-A schedule is `f(timesteps, *, knobs) -> (alpha, sigma)`, float64 [T] on the host, with x_t = alpha
-x0 + sigma eps for t = 0 .. T-1. The beta family of Ho et al. 2020, q(x_t | x_{t-1}) = N(sqrt(1 -
-beta_t) x_{t-1}, beta_t), is brought to this form by `tables`.
+A schedule is `f(timesteps, *, options) -> (alpha, sigma)`, float64 [T] on the host, with x_t =
+alpha x0 + sigma eps for t = 0 .. T-1. The beta family of Ho et al. 2020, q(x_t | x_{t-1}) =
+N(sqrt(1 - beta_t) x_{t-1}, beta_t), is brought to this form by `tables`.
 """
 
 import math
@@ -131,7 +131,7 @@ def get_schedule(name, timesteps, zero_terminal=False):
     `"sigmoid(tau=0.5)"`.
 
     `zero_terminal` rescales them by `zero_terminal_snr`. Raises ValueError for an unknown name or
-    knob, T outside 1 .. 10,000, or knobs under which noise does not grow.
+    option, T outside 1 .. 10,000, or options under which noise does not grow.
     """
     schedule = registry.resolve("schedule", SCHEDULES, name)
     if (

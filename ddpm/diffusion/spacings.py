@@ -1,6 +1,6 @@
 """Spacings: at which times a sampler stops on its way from noise to clean.
 
-spacing(process, steps, *, knobs) -> `steps` falling times in [0, T-1], which may be fractional
+spacing(process, steps, *, options) -> `steps` falling times in [0, T-1], which may be fractional
 """
 
 import math

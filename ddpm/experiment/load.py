@@ -26,22 +26,23 @@ class Loaded(NamedTuple):
     net: torch.nn.Module
 
 
-def load(run_or_file, device=None, **knobs):
+def load(run_or_file, device=None, **options):
     """Rebuild what a checkpoint describes; of the newest run of runs/, which is said, where none is
     given.
 
-    `knobs` that are not None take the place of those in the checkpoint's config, `{"sample.steps":
-    25}`. Raises ValueError for a missing, damaged or foreign file, and for knobs that cannot be.
+    `options` that are not None take the place of those in the checkpoint's config,
+    `{"sample.steps": 25}`. Raises ValueError for a missing, damaged or foreign file, and for
+    options that cannot be.
     """
     if run_or_file is None:
         run_or_file = checkpoint.newest_run()
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of a machine tells
             print(f"no checkpoint given: taking the newest run, {run_or_file}", flush=True)
     path, step, text, weights = training_weights.load_weights(run_or_file)
-    config = cost.settled(files.changed(files.from_json(text), knobs))
+    config = cost.settled(files.changed(files.from_json(text), options))
     if (name := weights_name(config)) != "EMA":
         step, weights = chosen_weights(path, step, config)
-    if knobs.get("sample.guide") and config.sample.guidance == 1:
+    if options.get("sample.guide") and config.sample.guidance == 1:
         raise ValueError(
             f"the guide {config.sample.guide} is not asked where guidance is 1; give such as "
             "--guidance=2 too"

@@ -111,18 +111,18 @@ def savings(config, machine, levels=0):
     alone = account(config, machine.dtype, 1, levels)
     found = []
     now = alone.total
-    for knob, value in (
+    for option, value in (
         ("train.activation_checkpointing", "all"),
         ("train.amp", "bf16"),
         ("model.model_channels", config.model.model_channels // 2),
         ("data.image_size", config.data.image_size // 2),
     ):
-        dtype = torch.bfloat16 if knob == "train.amp" else machine.dtype
+        dtype = torch.bfloat16 if option == "train.amp" else machine.dtype
         with contextlib.suppress(ValueError):  # of a network that cannot be so
-            other = files.changed(config, {knob: value})
+            other = files.changed(config, {option: value})
             build.check(other)
             saved = now - account(other, dtype, 1, 99 if value == "all" else levels).total
-            found.append((saved, f"--config.{knob}={value} (saves {saved / 2**20:,.1f} MiB)"))
+            found.append((saved, f"--config.{option}={value} (saves {saved / 2**20:,.1f} MiB)"))
     with contextlib.suppress(ValueError):
         other = files.changed(config, {"train.fully_shard": True})
         saved = on_each(config, alone, machine.world) - on_each(other, alone, machine.world)

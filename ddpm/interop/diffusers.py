@@ -30,9 +30,9 @@ from ddpm.interop.weight_names import (
     UNET,
     allow,
     factors,
-    fields_as_knobs,
-    knobs_as_fields,
+    fields_as_options,
     names,
+    options_as_fields,
 )
 from ddpm.models.layers import AttentionBlock
 from ddpm.training import weights as training_weights
@@ -57,21 +57,23 @@ def from_diffusers(folder, labels):
         raise ValueError(
             f"there is no {other}; put there the noise that the network was trained with"
         )
-    knobs = (
-        fields_as_knobs(path, unet, UNET)
-        | shape_as_knobs(path, unet)
-        | fields_as_knobs(other, scheduler, SCHEDULER)
+    options = (
+        fields_as_options(path, unet, UNET)
+        | shape_as_options(path, unet)
+        | fields_as_options(other, scheduler, SCHEDULER)
     )
-    check.check_ranges(knobs)  # before anything is as long as they say
-    learned = knobs["diffusion.variance"] == "learned"
-    channels = knobs["data.channels"]
-    knobs["diffusion.loss"] = "hybrid" if learned else "mse"
+    check.check_ranges(options)  # before anything is as long as they say
+    learned = options["diffusion.variance"] == "learned"
+    channels = options["data.channels"]
+    options["diffusion.loss"] = "hybrid" if learned else "mse"
     allow(path, "out_channels", unet.get("out_channels", 3), [channels * (1 + learned)])
-    knobs["diffusion.beta_schedule"] = our_schedule(other, scheduler, knobs["diffusion.timesteps"])
+    options["diffusion.beta_schedule"] = our_schedule(
+        other, scheduler, options["diffusion.timesteps"]
+    )
     rows = unet.get("num_class_embeds")
     counted = rows is None or type(rows) is int and 0 < rows <= MOST_CLASSES
     allow(path, "num_class_embeds", rows, [rows] if counted else [None, f"1 to {MOST_CLASSES}"])
-    named, no_label = label_knobs(path, rows, labels, unet.get(OUR_CLASSES, ()))
+    named, no_label = label_options(path, rows, labels, unet.get(OUR_CLASSES, ()))
     stored = [
         file
         for suffix in (".safetensors", ".bin")
@@ -89,15 +91,15 @@ def from_diffusers(folder, labels):
     return as_ours(
         stored[0],
         tensors,
-        knobs | named,
+        options | named,
         DIFFUSERS,
         unet.get("flip_sin_to_cos", True),
         no_label=no_label,
     )
 
 
-def shape_as_knobs(path, unet):
-    """The knobs for what stands in several fields of a UNet2DModel's config."""
+def shape_as_options(path, unet):
+    """The options for what stands in several fields of a UNet2DModel's config."""
     for field in unet:
         allow(
             path,
@@ -164,8 +166,8 @@ def our_schedule(path, scheduler, steps):
     )
 
 
-def label_knobs(path, rows, labels, names=()):
-    """The knobs for the classes of a network with so many `rows` of labels, or none, and its row
+def label_options(path, rows, labels, names=()):
+    """The options for the classes of a network with so many `rows` of labels, or none, and its row
     for no label, or None.
 
     `labels` are the flags that were given, of "classes" and "no_label"; `names` are those that came
@@ -201,21 +203,21 @@ def label_knobs(path, rows, labels, names=()):
     return known | ({"train.label_dropout": 0.0} if no_label is None else {}), no_label
 
 
-def as_ours(path, tensors, knobs, dialect, cosines_first, legacy=False, no_label=None):
-    """Return base() with `knobs`, and their tensors under our names and in our order.
+def as_ours(path, tensors, options, dialect, cosines_first, legacy=False, no_label=None):
+    """Return base() with `options`, and their tensors under our names and in our order.
 
     Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head
     by head; what they look up for the label `no_label` is here the zero that is added without one.
     """
-    steps = knobs["diffusion.timesteps"]
+    steps = options["diffusion.timesteps"]
     unknown = "folder(path='the images it was trained on')"
-    knobs = knobs | {
+    options = options | {
         "data.source": unknown,
         "sample.sampler": "ddpm",
         "sample.steps": steps,
         "evaluate.steps": min(50, steps),
     }
-    config = files.changed(defaults.freeze(defaults.base()), knobs)
+    config = files.changed(defaults.freeze(defaults.base()), options)
     build.check(config)
     with torch.device("meta"):
         net = build.network(config)
@@ -290,14 +292,16 @@ def to_diffusers(source, out):
 
 def their_unet(path, config, net):
     """The fields of a UNet2DModel's config for a network of ours."""
-    knobs = defaults.flatten(config)
+    options = defaults.flatten(config)
     usual = defaults.flatten(defaults.base())
     # trained over
-    carried = {knob for _, knob, _ in UNET.values()}.union(
+    carried = {option for _, option, _ in UNET.values()}.union(
         *SHAPE.values(), ("model.initialization",)
     )
-    for knob in [knob for knob in knobs if knob.startswith("model.") and knob not in carried]:
-        allow(path, f"config.{knob}", knobs[knob], [usual[knob]])
+    for option in [
+        option for option in options if option.startswith("model.") and option not in carried
+    ]:
+        allow(path, f"config.{option}", options[option], [usual[option]])
     model = config.model
     if config.diffusion.timesteps != 1000:
         allow(
@@ -338,7 +342,7 @@ def their_unet(path, config, net):
         else {}
     )
     return (
-        knobs_as_fields(path, knobs, UNET)
+        options_as_fields(path, options, UNET)
         | labels
         | {
             "out_channels": net.head[2].out_channels,
@@ -361,7 +365,7 @@ def their_scheduler(path, config):
     variance = parse(config.sample.sampler)[1].get("variance", config.diffusion.variance)
     spacing = config.sample.spacing
     # how to draw is anyone's choice, so this is never refused
-    fields = knobs_as_fields(
+    fields = options_as_fields(
         path,
         defaults.flatten(config)
         | {

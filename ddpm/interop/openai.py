@@ -27,7 +27,9 @@ def from_openai(path, tensors, given, labels):
         tensors["input_blocks.0.0.weight"].shape[:2],
         tensors["time_embed.0.weight"].shape[1],
     )
-    named, no_label = diffusers.label_knobs(path, len(tensors.get("label_emb.weight", ())), labels)
+    named, no_label = diffusers.label_options(
+        path, len(tensors.get("label_emb.weight", ())), labels
+    )
     learned = (
         allow(
             path,

@@ -51,10 +51,10 @@ def names(net, blocks, dialect):
                 )
 
 
-def fields_as_knobs(path, fields, table):
-    """Our knobs for those fields of a diffusers config that a table has."""
-    knobs = {}
-    for field, (usual, knob, values) in table.items():
+def fields_as_options(path, fields, table):
+    """Our options for those fields of a diffusers config that a table has."""
+    options = {}
+    for field, (usual, option, values) in table.items():
         value = fields.get(field, usual)
         if isinstance(values, type):
             allow(
@@ -63,20 +63,20 @@ def fields_as_knobs(path, fields, table):
                 value,
                 [value] if isinstance(value, (values, int)) else [f"a {values.__name__}"],
             )
-        knobs[knob] = (
+        options[option] = (
             values(value) if isinstance(values, type) else values[allow(path, field, value, values)]
         )
-    return {knob: value for knob, value in knobs.items() if knob}
+    return {option: value for option, value in options.items() if option}
 
 
-def knobs_as_fields(path, knobs, table):
-    """The fields of a diffusers config for our knobs."""
+def options_as_fields(path, options, table):
+    """The fields of a diffusers config for our options."""
     fields = {}
-    for field, (_, knob, values) in table.items():
+    for field, (_, option, values) in table.items():
         if isinstance(values, type):
-            fields[field] = knobs[knob]
+            fields[field] = options[option]
         else:
-            ours = knob and allow(path, f"config.{knob}", knobs[knob], values.values())
+            ours = option and allow(path, f"config.{option}", options[option], values.values())
             fields[field] = next(there for there, here in values.items() if here == ours)
     return fields
 
@@ -148,7 +148,7 @@ OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.
 OLD_PART = "|".join(map(re.escape, OLD))
 STORED = "diffusion_pytorch_model"
 
-# a field of UNet2DModel: what it is if left out, our knob, {its values: ours} or the type of a
+# a field of UNet2DModel: what it is if left out, our option, {its values: ours} or the type of a
 # value that is the same
 UNET = {
     "_class_name": (None, None, {"UNet2DModel": None}),
@@ -175,7 +175,7 @@ UNET = {
     "class_embed_type": (None, None, {None: None}),
     "num_train_timesteps": (None, None, {None: None}),  # of a learned time embedding
 }
-SHAPE = {  # its other fields, which are read together, and the knobs that they make
+SHAPE = {  # its other fields, which are read together, and the options that they make
     "block_out_channels": ("model.model_channels", "model.channel_mult"),
     "down_block_types": ("model.attention_resolutions", "model.resblock_updown"),
     "up_block_types": (),

@@ -1,6 +1,6 @@
 """The table of architectures: name -> constructor of a `net(x, t, y) -> out`.
 
-Its keyword-only arguments are the knobs of its name, "dit(size='S')"; of the others it gets those
+Its keyword-only arguments are the options of its name, "dit(size='S')"; of the others it gets those
 that the config's section `model` has.
 """
 

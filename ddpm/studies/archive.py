@@ -93,7 +93,7 @@ def of_study(path, given=None, out=None):
     reference = setting(wanted, next(iter(points.values())), wanted.axes) if points else None
     for run in runs:
         if run.name == next(iter(points), None):
-            reference |= {axis: run.knobs[axis] for axis in more}
+            reference |= {axis: run.options[axis] for axis in more}
     metric = wanted.metric[0] if wanted.metric and wanted.metric[1] == "minimize" else None
     question = " ".join(wanted.description.split()) or f"How do the runs of {wanted.name} compare?"
     measured = wanted.values("checkpoint") if "checkpoint" in wanted.parameters else []
@@ -133,11 +133,11 @@ writes this report from what is kept of the runs, and `results.csv` comes out th
 
 def setting(wanted, point, axes):
     """Where a study's point lies on some axes, {axis: value}, in the values that its runs have
-    among their knobs.
+    among their options.
     """
-    knobs = defaults.flatten(wanted.config(point))
+    options = defaults.flatten(wanted.config(point))
     return {
-        axis: file_name(wanted, point[axis]) if axis == studies_runs.FILE else knobs[axis]
+        axis: file_name(wanted, point[axis]) if axis == studies_runs.FILE else options[axis]
         for axis in axes
     }
 
@@ -152,7 +152,7 @@ def file_name(wanted, file):
 
 
 def with_file(wanted, points, run):
-    """A run of a study that varies the config file, with that file's name among its knobs.
+    """A run of a study that varies the config file, with that file's name among its options.
 
     It is told by the run's name, else by the config. Raises ValueError where no file of the study
     makes it.
@@ -160,7 +160,7 @@ def with_file(wanted, points, run):
     file = points[run.name][studies_runs.FILE] if run.name in points else None
     for candidate in wanted.values(studies_runs.FILE) if file is None else ():
         point = {
-            name: run.knobs[name.removeprefix("config.")]
+            name: run.options[name.removeprefix("config.")]
             for name in wanted.parameters
             if name != studies_runs.FILE
         }
@@ -169,14 +169,20 @@ def with_file(wanted, points, run):
             for name, value in point.items()
         }
         given = defaults.flatten(wanted.config(point | {studies_runs.FILE: candidate}))
-        if all(run.knobs[knob] == given[knob] for knob in given if studies_runs.is_related(knob)):
+        if all(
+            run.options[option] == given[option]
+            for option in given
+            if studies_runs.is_related(option)
+        ):
             file = candidate
     if file is None:
         raise ValueError(
             f"{run.folder} is of another study: no config file of this one makes its config; move "
             "it away"
         )
-    return dataclasses.replace(run, knobs=run.knobs | {studies_runs.FILE: file_name(wanted, file)})
+    return dataclasses.replace(
+        run, options=run.options | {studies_runs.FILE: file_name(wanted, file)}
+    )
 
 
 def apart(wanted, runs):
@@ -197,7 +203,7 @@ def apart(wanted, runs):
     trainings = defaultdict(list)
     for run in known:
         trainings[
-            tuple(run.knobs[option] for option in (*wanted.axes, *axes, *studies_runs.UNITS))
+            tuple(run.options[option] for option in (*wanted.axes, *axes, *studies_runs.UNITS))
         ].append(run)
 
     def suffices(values):
@@ -217,7 +223,7 @@ def apart(wanted, runs):
         if suffices(values)
     )
     return [*axes, axis], [
-        dataclasses.replace(run, knobs=run.knobs | {axis: values[run.name]}) for run in runs
+        dataclasses.replace(run, options=run.options | {axis: values[run.name]}) for run in runs
     ]
 
 
@@ -246,7 +252,7 @@ def missing(wanted, points, runs):
     places = {name: setting(wanted, point, axes) for name, point in points.items()}
     free = dict(places)
     for run in sorted(runs, key=lambda run: run.name not in places) if points else ():
-        own = {axis: run.knobs[axis] for axis in axes}
+        own = {axis: run.options[axis] for axis in axes}
         there = [places[run.name]] if run.name in places else list(places.values())
         for axis in axes:
             if own[axis] not in (values := sorted({place[axis] for place in there}, key=str)):
@@ -318,7 +324,7 @@ def source_of(arguments, runs, out, downloads):
 
 @functools.cache
 def network_parameters(shape):
-    """The number of parameters of the network that these knobs describe."""
+    """The number of parameters of the network that these options describe."""
     described = config_files.changed(defaults.freeze(defaults.base()), dict(shape))
     with torch.device("meta"):
         net = build.network(described)
@@ -329,14 +335,14 @@ def parameters(run):
     """The number of parameters of a run's network."""
     return network_parameters(
         tuple(
-            (knob, value)
-            for knob, value in run.knobs.items()
-            if knob.startswith("model.") or knob in SHAPES
+            (option, value)
+            for option, value in run.options.items()
+            if option.startswith("model.") or option in SHAPES
         )
     )
 
 
-SHAPES = (  # knobs outside of the section `model` that give the network its size
+SHAPES = (  # options outside of the section `model` that give the network its size
     "data.image_size",
     "data.channels",
     "data.class_labels",

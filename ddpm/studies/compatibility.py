@@ -21,8 +21,8 @@ MADE = [
         r"by (?P<evaluations>\d+) evaluations",
     )
 ]
-# parts in which numbers may differ where a knob is an axis; other data or another extractor never
-# compare
+# parts in which numbers may differ where an option is an axis; other data or another extractor
+# never compare
 ON_PURPOSE = {
     "samples": {"evaluate.num_samples"},
     "weights": {"sample.ema"},
@@ -38,20 +38,20 @@ ON_PURPOSE = {
 
 
 def check_same(runs, axes):
-    """Raise a ValueError that names a run, and the knob in which it differs from the others of
+    """Raise a ValueError that names a run, and the option in which it differs from the others of
     its config file, if no axis.
     """
     files = defaultdict(list)
     for run in runs:
-        files[run.knobs.get(studies_runs.FILE)].append(run)
+        files[run.options.get(studies_runs.FILE)].append(run)
     for alike in files.values():
-        for knob in studies_runs.varied(alike):
-            if knob not in axes:
-                usual = Counter(run.knobs[knob] for run in alike).most_common(1)[0][0]
-                other = next(run for run in alike if run.knobs[knob] != usual)
+        for option in studies_runs.varied(alike):
+            if option not in axes:
+                usual = Counter(run.options[option] for run in alike).most_common(1)[0][0]
+                other = next(run for run in alike if run.options[option] != usual)
                 raise ValueError(
-                    f"{other.folder} is of another study: config.{knob} is {other.knobs[knob]!r} "
-                    f"there and {usual!r} elsewhere; move it away"
+                    f"{other.folder} is of another study: config.{option} is "
+                    f"{other.options[option]!r} there and {usual!r} elsewhere; move it away"
                 )
 
 

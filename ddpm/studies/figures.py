@@ -148,7 +148,7 @@ def banded(group):
     """True where a group has the seeds that an interval takes: that of two would be wider than
     the axis, and cross itself.
     """
-    return len({run.knobs[group.unit] for run in group.runs}) >= FEWEST
+    return len({run.options[group.unit] for run in group.runs}) >= FEWEST
 
 
 def counts_compute(groups):
@@ -233,27 +233,29 @@ def settings(groups, metric):
 
 
 @style()
-def along(groups, metric, knob):
+def along(groups, metric, option):
     """The metric against a numeric axis, a line for each setting of the other axes: mean and 95
     % interval over seeds.
     """
-    counted = counts_evaluations(groups, knob)
+    counted = counts_evaluations(groups, option)
 
     def place(group):
         """Where a group lies: for steps, at its network evaluations, if all have counted them."""
-        return group.final(ASKED)[0] if counted else group.setting[knob]
+        return group.final(ASKED)[0] if counted else group.setting[option]
 
     figure, axes = canvas(width=0.7 * WIDTH, height=3)
     axis = axes[0][0]
     means = []
     values = sorted({place(group) for group in groups})
     at, kind = position(values)
-    lines = list(itertools.islice(lines_along(groups, knob).values(), MOST))
+    lines = list(itertools.islice(lines_along(groups, option).values(), MOST))
     for number, line in enumerate(lines):
         points = [group.final(metric) for group in line]
         means += [mean for mean, _ in points]
         others = ", ".join(
-            words for key, words in zip(line[0].setting, line[0].labels, strict=True) if key != knob
+            words
+            for key, words in zip(line[0].setting, line[0].labels, strict=True)
+            if key != option
         )
         x = beside(
             [at(place(group)) for group in line],
@@ -277,18 +279,18 @@ def along(groups, metric, knob):
     axis.set_xticks([at(value) for value in values], spaced(values, at, kind))
     axis.set_xticks([], minor=True)
     scale(axis, "y", means)
-    axis.set_xlabel(EVALUATIONS if counted else AXES.get(knob, knob))
+    axis.set_xlabel(EVALUATIONS if counted else AXES.get(option, option))
     axis.set_ylabel(label(metric))
     if len(groups[0].setting) > 1:
         axis.legend()
     return figure
 
 
-def counts_evaluations(groups, knob):
+def counts_evaluations(groups, option):
     """Whether a numeric axis is one of steps, of which all runs have counted the network
     evaluations.
     """
-    return knob in STEPS and all(run.final(ASKED) for group in groups for run in group.runs)
+    return option in STEPS and all(run.final(ASKED) for group in groups for run in group.runs)
 
 
 STEPS = ("evaluate.steps", "sample.steps")
@@ -339,7 +341,7 @@ def samples(groups, seed):
         (group.short, run.grid)
         for group in groups
         for run in group.runs
-        if run.knobs[group.unit] == seed and run.grid
+        if run.options[group.unit] == seed and run.grid
     ]
     columns = balanced(len(grids), 4)
     rows = math.ceil(len(grids) / columns)
@@ -428,16 +430,16 @@ def draw(found):
     best = f" of the {len(few)} best settings of {len(drawn)}" if few is not drawn else ""
     named = label(metric)
     made = []
-    for knob in numeric_axes(drawn):
-        leaf = knob.rpartition(".")[2]
+    for option in numeric_axes(drawn):
+        leaf = option.rpartition(".")[2]
         several = len(drawn[0].setting) > 1
-        axis = EVALUATIONS if counts_evaluations(drawn, knob) else f"`{knob}`"
+        axis = EVALUATIONS if counts_evaluations(drawn, option) else f"`{option}`"
         made.append(
             (
                 f"along_{leaf}.pdf",
                 f"{named} against {axis}: mean and 95 % interval over seeds"
                 f"{', drawn side by side' * several}.",
-                along(drawn, metric, knob),
+                along(drawn, metric, option),
             )
         )
     if not made:
@@ -468,7 +470,7 @@ def draw(found):
             )
         )
     shared = set.intersection(
-        *({run.knobs[group.unit] for run in group.runs if run.grid} for group in few)
+        *({run.options[group.unit] for run in group.runs if run.grid} for group in few)
     )
     if shared:
         made.append(
@@ -484,20 +486,20 @@ def draw(found):
 
 def grid_caption(groups, seed, best):
     """How the grids were made that stand side by side."""
-    runs = [run for group in groups for run in group.runs if run.knobs[group.unit] == seed]
-    knobs = runs[0].knobs
+    runs = [run for group in groups for run in group.runs if run.options[group.unit] == seed]
+    options = runs[0].options
     step = int(runs[0].grid.stem.rpartition("_")[2])
     section = "sample" if is_training(runs) else "evaluate"
-    spacing = "sample.spacing" if knobs["evaluate.spacing"] == "auto" else f"{section}.spacing"
+    spacing = "sample.spacing" if options["evaluate.spacing"] == "auto" else f"{section}.spacing"
     forms = {f"{section}.sampler": "{}", f"{section}.steps": "{} steps", spacing: "{} spacing"}
     how = [
-        form.format(knobs[key])
+        form.format(options[key])
         for key, form in forms.items()
-        if len({run.knobs[key] for run in runs}) == 1
+        if len({run.options[key] for run in runs}) == 1
     ]
     latents = (
-        f"images 0 to {knobs['sample.num_images'] - 1} from the same latents (seed "
-        f"{knobs['sample.seed']})"
+        f"images 0 to {options['sample.num_images'] - 1} from the same latents (seed "
+        f"{options['sample.seed']})"
     )
     return (
         f"Samples{best}, seed {seed}, after {step} steps: {latents}, averaged weights, "

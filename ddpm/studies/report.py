@@ -74,7 +74,7 @@ def answer(found):
     if metric in LOSSES and found.unlike:
         return (
             f"Cannot tell: no distance was measured, and the {label(metric)} is another quantity "
-            f"for each {listed([f'`{knob}`' for knob in found.unlike])}."
+            f"for each {listed([f'`{option}`' for option in found.unlike])}."
         )
     if not any(gap.p is not None for gap in found.gaps):
         return (
@@ -126,8 +126,8 @@ def trends(found):
         for line in lines.values():
             others = ", ".join(
                 words
-                for knob, words in zip(line[0].setting, line[0].labels, strict=True)
-                if knob != axis
+                for option, words in zip(line[0].setting, line[0].labels, strict=True)
+                if option != axis
             )
             values = ", ".join(statistics.shown(group.setting[axis]) for group in line)
             means = " → ".join(
@@ -158,7 +158,7 @@ def listed(words):
 
 def protocol(found, record):
     """How the numbers were made, sentence by sentence."""
-    knobs = found.counted[0].knobs
+    options = found.counted[0].options
     groups = found.groups
     runs = found.counted
     repeated = (
@@ -176,7 +176,7 @@ def protocol(found, record):
             "data.source": "of {}",
             "data.image_size": "at {} pixels",
         }
-        fixed = [form.format(knobs[key]) for key, form in about.items() if key not in found.axes]
+        fixed = [form.format(options[key]) for key, form in about.items() if key not in found.axes]
         yield f"Trained for {' '.join(fixed)}."
     if ways := found.ways:
         last = {part: value for way in ways for part, value in way.items()}
@@ -227,7 +227,7 @@ def perfect(runs):
 
 def limits(found):
     """What a comparison does not show, sentence by sentence, from its facts."""
-    knobs = found.counted[0].knobs
+    options = found.counted[0].options
     if found.visible:
         first, alone, count = found.visible
         yield (
@@ -256,7 +256,7 @@ def limits(found):
         "data.image_size": "size ({} pixels)",
         "train.length": "length of training ({})",
     }
-    if fixed := [form.format(knobs[key]) for key, form in about.items() if key not in found.axes]:
+    if fixed := [form.format(options[key]) for key, form in about.items() if key not in found.axes]:
         yield f"One {listed(fixed)}: elsewhere the settings may come in another order."
     if ways := found.ways:
         how = {
@@ -286,7 +286,7 @@ def limits(found):
     )
     if found.unlike:
         yield (
-            f"Losses under different {listed([f'`{knob}`' for knob in found.unlike])} are "
+            f"Losses under different {listed([f'`{option}`' for option in found.unlike])} are "
             "different quantities: they show the course of a training, not which is better."
         )
     if layout.flatters(found.counted, found.metric):

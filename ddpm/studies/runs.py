@@ -1,7 +1,7 @@
 """Run folders become results: settings averaged over seeds, with intervals, and the differences
 larger than the noise.
 
-    setting  what the runs of a group share, {"diffusion.beta_schedule": "cosine"}; its knobs are
+    setting  what the runs of a group share, {"diffusion.beta_schedule": "cosine"}; its options are
              the axes of the study
     unit     what is repeated to see the noise: the training seed, or the sampling seed where there
              is one training only
@@ -32,7 +32,7 @@ RETIRED = "_floor"
 LOSSES = ("val/loss_ema", "val/loss")
 LEARNED = "train/loss"
 ASKED = "eval/evaluations"
-QUANTITY = (  # knobs that decide what the validation loss is a mean of
+QUANTITY = (  # options that decide what the validation loss is a mean of
     "diffusion.timesteps",
     "diffusion.beta_schedule",
     "diffusion.zero_terminal_snr",
@@ -57,10 +57,10 @@ LABELS = {
     ASKED: "network evaluations",
     "eval/bits_per_dim_flow": "bits/dim (flow)",
 }
-# the axis of a study that varies the config file itself; its runs have it among their knobs
+# the axis of a study that varies the config file itself; its runs have it among their options
 FILE = "config"
 UNITS = ("seed", "sample.seed")
-UNRELATED = (  # knobs that do not touch what is compared
+UNRELATED = (  # options that do not touch what is compared
     "wandb.",
     "every.log",
     "every.sample",
@@ -81,7 +81,7 @@ MEASURING = "a study of ddpm.evaluate, as experiments/samplers.yaml does"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds: flat knobs, rows of metrics.jsonl, the last grid drawn, and why it
+    """What a run folder holds: flat options, rows of metrics.jsonl, the last grid drawn, and why it
     does not count, if so.
 
     `code` has the commits that ran it, in order, and is empty where they were not recorded.
@@ -89,7 +89,7 @@ class Run:
 
     name: str
     folder: Path
-    knobs: dict
+    options: dict
     rows: list
     grid: Path | None = None
     fault: str = ""
@@ -140,7 +140,7 @@ def read(folder):
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no config.json in it")
     try:
-        knobs = defaults.flatten(files.changed(files.read(path), {}))  # and so checked
+        options = defaults.flatten(files.changed(files.read(path), {}))  # and so checked
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     log = folder / "metrics.jsonl"
@@ -155,7 +155,13 @@ def read(folder):
     )
     grids = sorted(path for path in folder.glob("samples/step_*.png") if path.stem[5:].isdecimal())
     return Run(
-        folder.name, folder, knobs, rows, grids[-1] if grids else None, fault, files.code_in(folder)
+        folder.name,
+        folder,
+        options,
+        rows,
+        grids[-1] if grids else None,
+        fault,
+        files.code_in(folder),
     )
 
 
@@ -178,7 +184,9 @@ def cut_short(run):
         if step in images and epoch > 1 / HUGE
     ]
     total = durations.steps_of(
-        run.knobs["train.length"], run.knobs["train.batch_size"], round(sizes[-1]) if sizes else 1
+        run.options["train.length"],
+        run.options["train.batch_size"],
+        round(sizes[-1]) if sizes else 1,
     )
     last = run.rows[-1]["step"]
     return (
@@ -205,16 +213,16 @@ def distinct(runs, axes):
     told = []
     for run in runs:
         options = [
-            (knob, value)
-            for knob, value in run.knobs.items()
-            if knob in UNITS or knob in axes or is_related(knob, training)
+            (option, value)
+            for option, value in run.options.items()
+            if option in UNITS or option in axes or is_related(option, training)
         ]
         point = (*options, *(text for key in PROTOCOLS for text in run.made(key)))
         other = run if run.fault else first.setdefault(point, run)
         told.append(
             run
             if other is run
-            else replace(run, fault=f"repeats {other.name}, with the same knobs and seeds")
+            else replace(run, fault=f"repeats {other.name}, with the same options and seeds")
         )
     return told
 
@@ -255,21 +263,21 @@ def main_metric(runs, wanted=None):
 # settings
 
 
-def is_related(knob, training=True):
-    """True for a knob that may change what is compared; how trainings are measured is judged by
+def is_related(option, training=True):
+    """True for an option that may change what is compared; how trainings are measured is judged by
     `check_made`.
     """
     ignored = UNRELATED + (("evaluate.",) if training else ())
-    return knob not in UNITS and not any(
-        knob == name or name.endswith(".") and knob.startswith(name) for name in ignored
+    return option not in UNITS and not any(
+        option == name or name.endswith(".") and option.startswith(name) for name in ignored
     )
 
 
 def varied(runs):
-    """The knobs in which runs differ, seeds and what does not matter apart."""
+    """The options in which runs differ, seeds and what does not matter apart."""
     training = is_training(runs)
     return [
-        knob
-        for knob in runs[0].knobs
-        if is_related(knob, training) and len({run.knobs[knob] for run in runs}) > 1
+        option
+        for option in runs[0].options
+        if is_related(option, training) and len({run.options[option] for run in runs}) > 1
     ]

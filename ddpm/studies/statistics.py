@@ -36,7 +36,7 @@ class Group:
     @property
     def labels(self):
         """The setting in words: names speak for themselves, other values are preceded by their
-        knob's.
+        option's.
         """
         leaves = Counter(axis.rpartition(".")[2] for axis in self.setting)
 
@@ -59,7 +59,7 @@ class Group:
         for run in self.runs:
             value = number(run)
             if value is not None:
-                found[run.knobs[self.unit]].append(value)
+                found[run.options[self.unit]].append(value)
         return {unit: statistics.fmean(values) for unit, values in sorted(found.items())}
 
     def final(self, key):
@@ -91,7 +91,7 @@ def label(key):
 
 
 def shown(value):
-    """A knob's value as people write it."""
+    """An option's value as people write it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -101,15 +101,15 @@ def grouped(runs, axes, reference=None):
     """The groups of runs, sorted by their settings: numbers rising; words too, but those of the
     reference first.
     """
-    trainings = {run.knobs["seed"] for run in runs}
+    trainings = {run.options["seed"] for run in runs}
     unit = (
         "sample.seed"
-        if len(trainings) == 1 and len({run.knobs["sample.seed"] for run in runs}) > 1
+        if len(trainings) == 1 and len({run.options["sample.seed"] for run in runs}) > 1
         else "seed"
     )
     members = defaultdict(list)
     for run in runs:
-        members[tuple(run.knobs[axis] for axis in axes)].append(run)
+        members[tuple(run.options[axis] for axis in axes)].append(run)
 
     def place(values):
         return [
@@ -142,12 +142,14 @@ def numeric_axes(groups):
 
 
 def lines_along(groups, axis):
-    """Groups that differ in a numeric axis alone, in its order: {the other knobs' values:
+    """Groups that differ in a numeric axis alone, in its order: {the other options' values:
     [group, ...]}.
     """
     lines = defaultdict(list)
     for group in sorted(groups, key=lambda group: group.setting[axis]):
-        lines[tuple(value for knob, value in group.setting.items() if knob != axis)].append(group)
+        lines[tuple(value for option, value in group.setting.items() if option != axis)].append(
+            group
+        )
     return dict(lines)
 
 
@@ -328,16 +330,20 @@ class Comparison:
 
     @property
     def unlike(self):
-        """The varied knobs under which a loss is not the same quantity: other noise levels,
+        """The varied options under which a loss is not the same quantity: other noise levels,
         targets or images.
         """
-        return [knob for knob in studies_runs.varied(self.counted) if knob in studies_runs.QUANTITY]
+        return [
+            option
+            for option in studies_runs.varied(self.counted)
+            if option in studies_runs.QUANTITY
+        ]
 
 
 def compare(runs, axes=None, wanted=None, reference=None):
     """Compare runs by a wanted metric, or by the one they have.
 
-    `axes` are the knobs that vary on purpose, by default all; `reference` is the setting that
+    `axes` are the options that vary on purpose, by default all; `reference` is the setting that
     others are measured by. Raises ValueError for runs that do not belong together, and where none
     is finished.
     """

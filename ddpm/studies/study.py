@@ -1,7 +1,7 @@
 """A study is one YAML file, a W&B sweep: what varies, how it is chosen, and the command that makes
 a run of each choice.
 
-Parameters are named as flags: a knob, `config.diffusion.beta_schedule`; the config file itself,
+Parameters are named as flags: an option, `config.diffusion.beta_schedule`; the config file itself,
 `config`; and where the command starts ddpm.evaluate, `checkpoint`, and `ema` for
 `config.sample.ema`. A point is `{parameter: value}` with a value for each.
 """
@@ -42,7 +42,7 @@ KEYS = (
 COMMAND = '["${env}", "${interpreter}", "-m", "ddpm.main", "--config=configs/digits.py", "${args}"]'
 # W&B's other forms of ${args} are none that a door reads
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
-# by the program: the parameter that is no knob
+# by the program: the parameter that is no option
 OWN = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}
 # vary to show the noise; what else tells checkpoints apart,
 REPEATS = ("config.seed", "config.sample.seed", "checkpoint")
@@ -60,7 +60,7 @@ GRIDS = {
         for leaf in ("sampler", "steps", "classes")
     },
 }
-SHORT = {("ddpm.evaluate", "ema"): "config.sample.ema"}  # a flag that is a knob
+SHORT = {("ddpm.evaluate", "ema"): "config.sample.ema"}  # a flag that is an option
 MANY = 200
 # points of a grid: up to MANY each is tried before the first runs, beyond that each value
 MOST = 10_000
@@ -99,7 +99,7 @@ class Study:
 
     @property
     def axes(self):
-        """What is compared: the parameters that vary, as knobs (`diffusion.beta_schedule`), but
+        """What is compared: the parameters that vary, as options (`diffusion.beta_schedule`), but
         for those that repeat a run.
         """
         return [name.removeprefix("config.") for name in self.varied if name not in REPEATS]
@@ -153,12 +153,12 @@ class Study:
         if self.program == "ddpm.main":
             words = self.command_of(point)
             return config_of(words[words.index(self.program) + 1 :])[0]
-        knobs = {
+        options = {
             name.removeprefix("config."): tuple(value) if isinstance(value, list) else value
             for name, value in point.items()
             if name != "checkpoint"
         }
-        return files.changed(defaults.freeze(defaults.base()), knobs)
+        return files.changed(defaults.freeze(defaults.base()), options)
 
     def label(self, name, value):
         """A value as a word that a folder's name can hold, and that no other value of the
@@ -178,9 +178,9 @@ class Study:
         leaves = Counter(key.rpartition(".")[2] for key in KNOBS)
         parts = []
         for name, value in sorted(point.items()):
-            knob = name.removeprefix("config.")
+            option = name.removeprefix("config.")
             leaf = name.rpartition(".")[2]
-            key = "" if name in OWN.values() else f"{leaf if leaves[leaf] == 1 else knob}="
+            key = "" if name in OWN.values() else f"{leaf if leaves[leaf] == 1 else option}="
             parts += (
                 [] if self.parameters[name][0] == "constant" else [key + self.label(name, value)]
             )
@@ -340,12 +340,12 @@ def distribution(program, name, said):
     if isinstance(said, dict) and "parameters" in said:
         raise ValueError(
             f"{name} holds nested parameters, which reach a run as one word; write "
-            "config.SECTION.KNOB in full"
+            "config.SECTION.OPTION in full"
         )
     if name not in known:
         raise ValueError(
             f"unknown parameter {name!r}{suggest(name, known)}; {program} takes {OWN[program]} and "
-            "config.SECTION.KNOB, base() in ddpm/config/defaults.py shows them all"
+            "config.SECTION.OPTION, base() in ddpm/config/defaults.py shows them all"
         )
     if not isinstance(said, dict):
         raise ValueError(

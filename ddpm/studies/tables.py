@@ -112,7 +112,7 @@ def digits(value):
 
 
 def seeds(group):
-    return len({run.knobs[group.unit] for run in group.runs})
+    return len({run.options[group.unit] for run in group.runs})
 
 
 def repeats(groups):

@@ -42,13 +42,13 @@ def keep_wandb(run, folder):
     config.json.
     """
     folder.mkdir()
-    knobs = {
+    options = {
         key.removeprefix("config."): value
         for key, value in run.config.items()
         if key.startswith("config.")
     }
-    if knobs:
-        text = json.dumps(knobs)
+    if options:
+        text = json.dumps(options)
         try:
             files.write(files.from_json(text), folder, run.config.get("code"))
         except ValueError:  # told by `runs.read`, as of any other run that is broken

@@ -11,8 +11,8 @@ import math
 import torch
 
 
-def _check_knobs(learning_rate, betas, eps, weight_decay):
-    """Raise ValueError for a knob of Adam out of its range."""
+def _check_options(learning_rate, betas, eps, weight_decay):
+    """Raise ValueError for an option of Adam out of its range."""
     for name, number in (
         ("learning_rate", learning_rate),
         ("eps", eps),
@@ -30,19 +30,19 @@ def adamw(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_dec
     """AdamW (Loshchilov and Hutter 2019): Adam whose weight decay stands beside the gradient, not
     in it.
 
-    Raises ValueError for knobs out of range.
+    Raises ValueError for options out of range.
     """
-    _check_knobs(learning_rate, betas, eps, weight_decay)
+    _check_options(learning_rate, betas, eps, weight_decay)
     return torch.optim.AdamW(
         parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True
     )
 
 
 def adam(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """Adam (Kingma and Ba 2015), with weight decay in the gradient. Raises ValueError for knobs
+    """Adam (Kingma and Ba 2015), with weight decay in the gradient. Raises ValueError for options
     out of range.
     """
-    _check_knobs(learning_rate, betas, eps, weight_decay)
+    _check_options(learning_rate, betas, eps, weight_decay)
     return torch.optim.Adam(
         parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True
     )

@@ -88,7 +88,7 @@ class Run:
 
     folder: Path
     config_json: str
-    filled: dict  # knobs that the config left open, by name, with what they became
+    filled: dict  # options that the config left open, by name, with what they became
     machine: Machine
     recomputed: int  # levels of the network whose activations are not kept
     start: int

@@ -31,7 +31,7 @@ from ddpm.studies.tables import markdown
 
 HERE = Path(__file__).parent
 TYPES = {"cpu": ("off", "bf16"), "cuda": ("off", "bf16", "fp16")}  # train.amp by device
-CASES = {  # name: knobs over base()
+CASES = {  # name: options over base()
     "digits": {
         "data.image_size": 16,
         "model.model_channels": 32,

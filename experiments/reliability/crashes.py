@@ -34,14 +34,14 @@ class Alone(NamedTuple):
 
 
 @functools.cache
-def alone(**knobs):
-    """The Alone of `small(**knobs)`, trained once in this process for all faults."""
+def alone(**options):
+    """The Alone of `small(**options)`, trained once in this process for all faults."""
     folder = Path(tempfile.mkdtemp(prefix="ddpm-alone-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
     def counting():
         calls = {name: arm(None) for name, arm in POINTS.items()}
-        code = training(small(**knobs), folder / "run")()
+        code = training(small(**options), folder / "run")()
         (folder / "calls").write_text(json.dumps({name: count() for name, count in calls.items()}))
         return code
 
@@ -78,9 +78,9 @@ def at_any_time(folder, times, seed):
             return Found(done, lost, f"a run takes {whole.seconds:.1f} s")
 
 
-def inside(point, also=lambda run: [], **knobs):
-    """A fault: kills at one of the POINTS of a training of `small(**knobs)`; `also(run)` says what
-    else has been lost.
+def inside(point, also=lambda run: [], **options):
+    """A fault: kills at one of the POINTS of a training of `small(**options)`; `also(run)` says
+    what else has been lost.
 
     A run is killed at a call that is drawn among those that it has left, goes on, is killed again
     ... and comes to its end.
@@ -90,8 +90,8 @@ def inside(point, also=lambda run: [], **knobs):
         rng = np.random.default_rng(seed)
         done = 0
         lost = []
-        given = small(**knobs)
-        whole = alone(**knobs)
+        given = small(**options)
+        whole = alone(**options)
         for number in itertools.count():
             run = folder / f"run {number}"
             left = whole.calls[point]
@@ -159,7 +159,7 @@ def half(home, attribute, file):
 
 
 def photos(folder):
-    """Knobs of a training on photos, which are decoded into a cache of this folder's."""
+    """Options of a training on photos, which are decoded into a cache of this folder's."""
     place = folder / "photos"
     if not place.exists():
         place.mkdir()

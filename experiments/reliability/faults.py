@@ -42,9 +42,9 @@ class Fault(NamedTuple):
     short: int  # and in the tests, where all of it takes a few seconds; 0 where it takes longer
 
 
-def small(**knobs):
+def small(**options):
     """A config of 30 steps that logs, validates, draws, saves and keeps a milestone on its way."""
-    return tiny(**dict(train__length="30 steps", every__milestone="20 steps") | knobs)
+    return tiny(**dict(train__length="30 steps", every__milestone="20 steps") | options)
 
 
 def training(given, folder):

@@ -108,7 +108,7 @@ TUPLES = {
     "sample.classes": st.lists(st.sampled_from(["3", 3, "cat", 99, -1]), max_size=2),
     "evaluate.classes": st.lists(st.sampled_from(["3", 3, "cat", 99]), max_size=2),
 }
-OTHER = {  # knobs that name files, or decide how long it takes
+OTHER = {  # options that name files, or decide how long it takes
     "train.length": st.sampled_from(["1 step", "2 steps", "9 images", "0.01 epochs", "0 steps"])
     | WORDS.filter(lambda text: "e9" not in text),
     "train.compile": st.just(False),
@@ -170,7 +170,7 @@ def spec_of(table):
 
 
 def values(key, default):
-    """What a knob is set to."""
+    """What an option is set to."""
     if key in OTHER:
         return OTHER[key]
     if key in TUPLES:
@@ -217,14 +217,14 @@ def get_config():
 """
 
 
-def train_or_refuse(knobs, folder):
+def train_or_refuse(options, folder):
     """Give a config to the door that trains: True where it trained, False where it was refused
     in one line with a remedy.
     """
     (folder / "tiny.py").write_text(FILE)
     words = [
         f"--config={folder / 'tiny.py'}",
-        *(f"--config.{key}={value}" for key, value in knobs.items()),
+        *(f"--config.{key}={value}" for key, value in options.items()),
     ]
     with (
         contextlib.chdir(folder) if hasattr(contextlib, "chdir") else contextlib.nullcontext(),
@@ -515,7 +515,7 @@ ONE_LINE = "it is used, or refused in one line that says what to do"
 FAULTS = {  # the short form is tests/test_fuzz.py
     "nonsense in configs": Fault(
         fuzz("configs"),
-        "up to six knobs at once, each right, wrong or contradicting, drawn by hypothesis",
+        "up to six options at once, each right, wrong or contradicting, drawn by hypothesis",
         "two steps are trained, or one line says what to do",
         1000,
         0,

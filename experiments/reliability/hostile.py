@@ -123,11 +123,11 @@ def safetensors_of(header, content=b""):
     return struct.pack("<Q", len(header)) + header + content
 
 
-def with_knob(key, value):
-    knobs = json.loads(config_files.to_json(small()))
+def with_option(key, value):
+    options = json.loads(config_files.to_json(small()))
     section, _, leaf = key.partition(".")
-    knobs[section][leaf] = value
-    return json.dumps(knobs)
+    options[section][leaf] = value
+    return json.dumps(options)
 
 
 def configs(mark):
@@ -136,27 +136,27 @@ def configs(mark):
     """
     code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
     return {
-        "code as a source": with_knob("data.source", code),
-        "code as a schedule": with_knob("diffusion.beta_schedule", code),
-        "code in an argument": with_knob("diffusion.predict", f"edm(sigma_data={code})"),
-        "code as a network": with_knob("model.name", f"dit(size={code})"),
-        "code as a sampler": with_knob("sample.sampler", code),
-        "10^9 channels": with_knob("model.model_channels", 10**9),
-        "10^12 timesteps": with_knob("diffusion.timesteps", 10**12),
-        "10^400 timesteps": with_knob("diffusion.timesteps", 10**400),
-        "a rate of 10^400": with_knob("train.learning_rate", 10**400),
-        "10^9 blocks": with_knob("model.name", "dit(depth=1000000000)"),
-        "a width of 10^12": with_knob("model.name", "dit(width=1000000000000)"),
-        "10^9 blocks a level": with_knob("model.num_res_blocks", 10**9),
-        "10^6 levels": with_knob("model.channel_mult", [1] * 10**6),
-        "10^9 pixels": with_knob("data.image_size", 10**9),
-        "10^9 heads": with_knob("model.num_heads", 10**9),
-        "sections of 10^12": with_knob("sample.spacing", "sections(counts=(1000000000000,))"),
+        "code as a source": with_option("data.source", code),
+        "code as a schedule": with_option("diffusion.beta_schedule", code),
+        "code in an argument": with_option("diffusion.predict", f"edm(sigma_data={code})"),
+        "code as a network": with_option("model.name", f"dit(size={code})"),
+        "code as a sampler": with_option("sample.sampler", code),
+        "10^9 channels": with_option("model.model_channels", 10**9),
+        "10^12 timesteps": with_option("diffusion.timesteps", 10**12),
+        "10^400 timesteps": with_option("diffusion.timesteps", 10**400),
+        "a rate of 10^400": with_option("train.learning_rate", 10**400),
+        "10^9 blocks": with_option("model.name", "dit(depth=1000000000)"),
+        "a width of 10^12": with_option("model.name", "dit(width=1000000000000)"),
+        "10^9 blocks a level": with_option("model.num_res_blocks", 10**9),
+        "10^6 levels": with_option("model.channel_mult", [1] * 10**6),
+        "10^9 pixels": with_option("data.image_size", 10**9),
+        "10^9 heads": with_option("model.num_heads", 10**9),
+        "sections of 10^12": with_option("sample.spacing", "sections(counts=(1000000000000,))"),
         "nested 10^6 deep": "[" * 10**6,
         "objects nested 10^5 deep": '{"a":' * 10**5,
         "8 MB": '{"seed": ' + " " * 2**23 + "0}",
-        "another type": with_knob("model", 3),
-        "an unknown knob": with_knob("model.hook", code),
+        "another type": with_option("model", 3),
+        "an unknown option": with_option("model.hook", code),
         "a number of 10^6 digits": '{"seed": ' + "9" * 10**6 + "}",
     }
 

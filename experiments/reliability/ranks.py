@@ -18,7 +18,7 @@ from support.runs import rows
 WORLD = 2  # ranks, where they do not come and go
 
 
-def agent(work, ranks=WORLD, nodes=(1, 1), endpoint="localhost:0", restarts=100, **knobs):
+def agent(work, ranks=WORLD, nodes=(1, 1), endpoint="localhost:0", restarts=100, **options):
     """`work` for `forked`: what torchrun does on a node, with ranks that are forked; a node that
     it waits for has a second.
     """
@@ -32,7 +32,7 @@ def agent(work, ranks=WORLD, nodes=(1, 1), endpoint="localhost:0", restarts=100,
         monitor_interval=0.05,
         rdzv_configs={"last_call_timeout": 1},
         start_method="fork",
-        **knobs,
+        **options,
     )
 
     def run():

@@ -167,7 +167,7 @@ class Readings:
         self.thread.join()
 
 
-def knobs(words):
+def options(words):
     return [f"--config.{word}" for word in words]
 
 
@@ -178,7 +178,7 @@ def training(folder, name):
         name,
         "ddpm.main",
         f"--config={ROOT / 'configs' / 'digits.py'}",
-        *knobs([*SIZE, *LONG, source]),
+        *options([*SIZE, *LONG, source]),
         f"--workdir={folder / name}",
     )
 
@@ -274,7 +274,7 @@ def soak(folder, minutes, seed):
                 "-m",
                 "ddpm.main",
                 f"--config={ROOT / 'configs' / 'digits.py'}",
-                *knobs(SIZE),
+                *options(SIZE),
                 "${args}",
             ]
         )

@@ -35,7 +35,7 @@ from ddpm.studies.archive import commit, this_machine
 from ddpm.studies.report import listed
 
 HERE = Path(__file__).parent
-# name: config, variant, knobs, batch on a CPU, batch on a card, dim and dim_mults of the peer's
+# name: config, variant, options, batch on a CPU, batch on a card, dim and dim_mults of the peer's
 # Unet, steps a turn
 TASKS = {
     "digits 16x16x1": ("digits", None, {}, 64, 64, 32, (1, 2, 2), 4),
@@ -75,10 +75,10 @@ def task_of(name, folder, tasks):
     """The Task of a name, float32 and eager, with images of noise: a step takes as long as on
     any others.
     """
-    file, variant, knobs, on_cpu, on_card, dim, dim_mults, _ = tasks[name]
+    file, variant, options, on_cpu, on_card, dim, dim_mults, _ = tasks[name]
     found = spec_from_file_location(file, HERE.parents[1] / "configs" / f"{file}.py")
     found.loader.exec_module(module := module_from_spec(found))
-    given = files.changed(defaults.freeze(module.get_config(variant)), knobs)
+    given = files.changed(defaults.freeze(module.get_config(variant)), options)
     shape = build.image_shape(given)
     size = on_card if torch.cuda.is_available() else on_cpu
     pixels = torch.randint(

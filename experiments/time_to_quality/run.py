@@ -54,7 +54,7 @@ QUIET = {
 class Size(NamedTuple):
     """How much is done."""
 
-    knobs: dict  # of our config
+    options: dict  # of our config
     lengths: tuple  # steps of our runs, each a whole one
     whole: int  # steps of the recipe as shipped, for the first seed
     seeds: tuple
@@ -102,7 +102,7 @@ def ours(size, seed, steps):
     given = files.changed(
         defaults.freeze(module.get_config()),
         QUIET
-        | size.knobs
+        | size.options
         | {
             "seed": seed,
             "train.length": f"{steps} steps",

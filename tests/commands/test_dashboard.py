@@ -54,12 +54,12 @@ def door(*words, command=DOOR, **environment):
 def project(server):
     """A server with a project of three runs, two of them of a study."""
     server.sweeps["s1"] = Sweep("s1", "digits", STUDY)
-    for name, schedule, knobs in (
+    for name, schedule, options in (
         ("a", "linear", {}),
         ("b", "cosine", {}),
         ("c", "linear", {"model.dropout": 0.5}),
     ):
-        given = tiny(**{"diffusion.beta_schedule": schedule, "seed": ord(name)} | knobs)
+        given = tiny(**{"diffusion.beta_schedule": schedule, "seed": ord(name)} | options)
         run = server.runs[name] = Run(
             name, "digits", "s1" if name != "c" else None, state="finished"
         )

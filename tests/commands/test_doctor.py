@@ -211,7 +211,7 @@ def test_a_training_says_what_the_doctor_says(folder, tmp_path):
     fraction = next(
         f for f in np.arange(0.05, 0.9, 0.02) if report_on(folder, fraction=f)["across"]
     )
-    knobs = dict(
+    options = dict(
         data__source=f"folder(path={str(folder)!r})",
         data__channels=3,
         data__image_size=16,
@@ -220,7 +220,7 @@ def test_a_training_says_what_the_doctor_says(folder, tmp_path):
         train__batch_size=4,
         train__length="1 steps",
     )
-    assert run(tiny(evaluate__extractor="none", **knobs), tmp_path / "run")
+    assert run(tiny(evaluate__extractor="none", **options), tmp_path / "run")
     log = (tmp_path / "run" / "training.log").read_text()
     assert (
         f"look at them with python -m ddpm.doctor {folder}: 2 in 1 group of near-duplicates" in log

@@ -222,7 +222,7 @@ def test_a_gpu_that_is_not_known_has_all_that_may_be_meant(name, near):
 
 
 def test_the_door():
-    small = [f"--config.model.{knob}" for knob in ("model_channels=8", "num_res_blocks=1")]
+    small = [f"--config.model.{option}" for option in ("model_channels=8", "num_res_blocks=1")]
     code, out, _ = door(
         "--config=configs/digits.py",
         *small,

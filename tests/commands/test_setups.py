@@ -446,7 +446,7 @@ def moved(tmp_path_factory):
     return folder
 
 
-def labelled(path, **knobs):
+def labelled(path, **options):
     """A tiny config that learns the classes of a folder."""
     return tiny(
         **{
@@ -459,7 +459,7 @@ def labelled(path, **knobs):
             "evaluate__likelihood_evaluations": 4,
             "every__save": "2 steps",
         }
-        | knobs
+        | options
     )
 
 

@@ -135,7 +135,7 @@ def test_what_is_not_text_is_refused(given):
     assert complaint(registry.parse, given) == f"cannot read {given!r}; {HINT}"
 
 
-def test_choose_sets_the_knobs_and_leaves_the_rest_to_the_caller():
+def test_choose_sets_the_options_and_leaves_the_rest_to_the_caller():
     assert registry.resolve("schedule", SCHEDULES, "linear")(10) == ("linear", 10)
     assert registry.resolve("schedule", SCHEDULES, "sigmoid(tau=0.5, start=-2.0)")(10) == (
         "sigmoid",
@@ -180,7 +180,7 @@ def test_a_default_of_none_says_nothing_about_the_type():
         registry.resolve("source", SOURCES, f"folder(path='x', only={value})")
 
 
-def test_missing_and_unknown_knobs():
+def test_missing_and_unknown_options():
     assert (
         complaint(registry.resolve, "source", SOURCES, "folder")
         == "source 'folder' needs path; write folder(path=...)"
@@ -188,7 +188,7 @@ def test_missing_and_unknown_knobs():
     assert complaint(registry.resolve, "schedule", SCHEDULES, "linear(tau=1.0)") == (
         "schedule 'linear' has no argument 'tau'; it takes none"
     )
-    # what stands before the knobs belongs to the caller
+    # what stands before the options belongs to the caller
     assert complaint(registry.resolve, "schedule", SCHEDULES, "cosine(timesteps=5)") == (
         "schedule 'cosine' has no argument 'timesteps'; it accepts s"
     )

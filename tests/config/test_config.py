@@ -1,4 +1,4 @@
-"""Every knob is checked, configs survive JSON, runs are named apart, and a mistake on the
+"""Every option is checked, configs survive JSON, runs are named apart, and a mistake on the
 command line is one line.
 """
 
@@ -56,18 +56,18 @@ def complaint(function, *arguments):
     return line
 
 
-def with_knobs(**knobs):
-    """base() with some knobs set, unchecked; `__` stands for the dot."""
+def with_options(**options):
+    """base() with some options set, unchecked; `__` stands for the dot."""
     given = base()
     given.update_from_flattened_dict(
-        {key.replace("__", "."): value for key, value in knobs.items()}
+        {key.replace("__", "."): value for key, value in options.items()}
     )
     return given
 
 
 def refusal(key, value):
     """What `check` says of one bad value."""
-    return complaint(check, with_knobs(**{key: value}))
+    return complaint(check, with_options(**{key: value}))
 
 
 def test_the_defaults_pass_and_nobody_shares_them():
@@ -95,8 +95,8 @@ def test_a_new_config_has_the_sections_of_the_design_and_is_locked():
         base().lenght = "5 steps"
 
 
-def test_every_knob_is_checked_in_one_way():
-    """A new knob belongs into one of the tables, or is text that may be anything."""
+def test_every_option_is_checked_in_one_way():
+    """A new option belongs into one of the tables, or is text that may be anything."""
     tables = (
         config_check.RANGES,
         config_check.CHOICES,
@@ -128,10 +128,10 @@ def test_numbers_out_of_range(key):
             refusal(key, value) == f"config.{key} is {value}; it must lie between {low} and {high}"
         )
     for value in (kind(low), kind(high)):
-        given = with_knobs(**{key: value})
+        given = with_options(**{key: value})
         try:
             check(given)
-        except ValueError as error:  # a limit may contradict another knob, but it is in range
+        except ValueError as error:  # a limit may contradict another option, but it is in range
             assert "must lie between" not in str(error)
 
 
@@ -141,7 +141,7 @@ def test_names_that_are_no_choice(key):
     value = 2 if key == "data.channels" else "no such name"
     assert refusal(key, value) == f"unknown config.{key} {value!r}; choose one of {allowed}"
     for choice in config_check.CHOICES[key]:
-        check(with_knobs(**{key: choice}))
+        check(with_options(**{key: choice}))
 
 
 @pytest.mark.parametrize("key", config_check.SPECS)
@@ -208,7 +208,7 @@ def test_needed_arguments():
         refusal("data.source", "folder")
         == "config.data.source 'folder' needs path; write folder(path=...)"
     )
-    check(with_knobs(train__learning_rate_decay="cosine(length='0.5 epochs', floor=0.1)"))
+    check(with_options(train__learning_rate_decay="cosine(length='0.5 epochs', floor=0.1)"))
 
 
 @pytest.mark.parametrize("key", config_check.LENGTHS)
@@ -217,16 +217,16 @@ def test_lengths(key):
         assert refusal(key, text) == f"config.{key}: cannot read the duration {text!r}{DURATION}"
     assert refusal(key, "10 minutes").endswith("(a length in minutes could not be repeated)")
     for text in ("1 step", "0.5 epochs", "2e6 images"):
-        check(with_knobs(**{key: text}))
+        check(with_options(**{key: text}))
 
 
 def test_a_training_has_a_length_and_needs_no_warmup():
     assert refusal("train.length", "0 epochs").startswith(
         "config.train.length is '0 epochs'; it takes more than nothing"
     )
-    check(with_knobs(train__warmup="0 steps"))
+    check(with_options(train__warmup="0 steps"))
     # a warm-up may be longer than the run
-    check(with_knobs(train__length="12 steps", train__warmup="500 steps"))
+    check(with_options(train__length="12 steps", train__warmup="500 steps"))
 
 
 @pytest.mark.parametrize("key", [key for key in KNOBS if key.startswith("every.")])
@@ -238,7 +238,7 @@ def test_intervals(key):
             and "hours, such as '500 steps'" in line
         )
     for text in ("0 steps", "1000 steps, 10 minutes", "1.5 epochs"):
-        check(with_knobs(**{key: text}, evaluate__num_samples=1000))
+        check(with_options(**{key: text}, evaluate__num_samples=1000))
 
 
 @pytest.mark.parametrize("key", config_check.INTEGER_TUPLES)
@@ -261,11 +261,11 @@ def test_tuples_of_whole_numbers(key):
 def test_tuples_of_the_wrong_length():
     assert "takes red, green and blue" in refusal("data.matte", (255, 255))
     assert refusal("model.channel_mult", ()).startswith("config.model.channel_mult is empty; ")
-    check(with_knobs(model__attention_resolutions=()))
+    check(with_options(model__attention_resolutions=()))
 
 
 def test_tags_are_words():
-    check(with_knobs(wandb__tags=("cats", "small")))
+    check(with_options(wandb__tags=("cats", "small")))
     assert (
         refusal("wandb.tags", ("cats", 5))
         == "config.wandb.tags is ('cats', 5); it takes words, such as ('cats', 'small')"
@@ -286,14 +286,14 @@ def test_what_ml_collections_lets_through_is_of_the_wrong_type_still(key, value)
 
 def test_contradicting_fields():
     assert complaint(
-        check, with_knobs(train__batch_size=64, train__gradient_accumulation_steps=5)
+        check, with_options(train__batch_size=64, train__gradient_accumulation_steps=5)
     ) == (
         "config.train.batch_size 64 cannot be cut into 5 equal micro-batches; choose "
         "gradient_accumulation_steps among the divisors of 64"
     )
     for section in ("sample", "evaluate"):
         other = {"sample": "evaluate", "evaluate": "sample"}[section]
-        given = with_knobs(
+        given = with_options(
             **{"diffusion.timesteps": 20, f"{section}.steps": 21, f"{other}.steps": 20}
         )
         assert complaint(check, given) == (
@@ -305,8 +305,8 @@ def test_contradicting_fields():
 
 
 def odd():
-    """A config in which every knob is unlike its default and hard on JSON where it can be."""
-    given = with_knobs(
+    """A config in which every option is unlike its default and hard on JSON where it can be."""
+    given = with_options(
         seed=2**63 - 1,
         data__source="folder(path='data/\"cats\"\\n é')",
         data__flip=True,
@@ -341,7 +341,7 @@ def test_a_saved_config_of_an_older_version_takes_the_defaults():
     saved = json.loads(to_json(base()))
     del saved["sample"]["spacing"], saved["wandb"]
     saved["train"]["batch_size"] = 7
-    assert from_json(json.dumps(saved)) == freeze(with_knobs(train__batch_size=7))
+    assert from_json(json.dumps(saved)) == freeze(with_options(train__batch_size=7))
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_a_renamed_value_goes_on_in_saved_configs_and_is_explained_in_given_ones
         assert back.model.name == new and back.wandb.notes == "unet_mp"
         check(back)
     for old in ("unet_mp", "unet_mp()"):
-        assert complaint(check, with_knobs(model__name=old)) == (
+        assert complaint(check, with_options(model__name=old)) == (
             f"config.model.name is {old!r}, which is called 'unet_edm2' now; write "
             "--config.model.name=unet_edm2"
         )
@@ -393,20 +393,20 @@ def test_a_saved_config_of_an_unknown_format(version):
 
 
 def test_a_run_of_before_goes_on_under_the_new_name_alone(tmp_path):
-    old = json.loads(to_json(with_knobs(diffusion__weighting="sigmoid")))
+    old = json.loads(to_json(with_options(diffusion__weighting="sigmoid")))
     del old["format"]
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert complaint(
-        config_files.check_continues, with_knobs(diffusion__weighting="sigmoid"), tmp_path
+        config_files.check_continues, with_options(diffusion__weighting="sigmoid"), tmp_path
     ) == (
         f"{tmp_path} holds a run with another config (diffusion.weighting: 'sigmoid_eps' there, "
         "'sigmoid' here); give another --workdir or, to continue it, add "
         "--config.diffusion.weighting=sigmoid_eps"
     )
-    config_files.check_continues(with_knobs(diffusion__weighting="sigmoid_eps"), tmp_path)
+    config_files.check_continues(with_options(diffusion__weighting="sigmoid_eps"), tmp_path)
     with pytest.raises(ValueError, match="holds another run"):
-        config_files.check_measures(with_knobs(diffusion__weighting="sigmoid"), tmp_path)
-    config_files.check_measures(with_knobs(diffusion__weighting="sigmoid_eps"), tmp_path)
+        config_files.check_measures(with_options(diffusion__weighting="sigmoid"), tmp_path)
+    config_files.check_measures(with_options(diffusion__weighting="sigmoid_eps"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -421,26 +421,26 @@ def test_what_is_no_json_object(text):
 
 
 @pytest.mark.parametrize(
-    "knob, line",
+    "option, line",
     [
         (
             {"train": {"lenght": "5 steps"}},
-            "knob 'train.lenght' that this version does not know (did you mean 'train.length'?)",
+            "option 'train.lenght' that this version does not know (did you mean 'train.length'?)",
         ),
-        ({"train": 5}, "knob 'train' that this version does not know"),
+        ({"train": 5}, "option 'train' that this version does not know"),
         (
             {"train": {"length": {"steps": 5}}},
-            "knob 'train.length.steps' that this version does not know",
+            "option 'train.length.steps' that this version does not know",
         ),
-        ({"__class__": {"x": 1}}, "knob '__class__.x' that this version does not know"),
+        ({"__class__": {"x": 1}}, "option '__class__.x' that this version does not know"),
     ],
 )
-def test_a_saved_config_with_an_unknown_knob(knob, line):
-    assert complaint(from_json, json.dumps(knob)).startswith(f"the saved config has a {line}")
+def test_a_saved_config_with_an_unknown_option(option, line):
+    assert complaint(from_json, json.dumps(option)).startswith(f"the saved config has a {line}")
 
 
 @pytest.mark.parametrize(
-    "knob, line",
+    "option, line",
     [
         ({"train": {"batch_size": "64"}}, "'64' for train.batch_size; it takes a whole number"),
         ({"train": {"batch_size": 64.0}}, "64.0 for train.batch_size; it takes a whole number"),
@@ -456,8 +456,8 @@ def test_a_saved_config_with_an_unknown_knob(knob, line):
         ({"seed": None}, "None for seed; it takes a whole number"),
     ],
 )
-def test_a_saved_config_with_a_value_of_another_type(knob, line):
-    assert complaint(from_json, json.dumps(knob)) == f"the saved config has {line}"
+def test_a_saved_config_with_a_value_of_another_type(option, line):
+    assert complaint(from_json, json.dumps(option)) == f"the saved config has {line}"
 
 
 def test_a_whole_number_serves_for_a_number():
@@ -513,14 +513,14 @@ def test_what_is_free_is_what_touches_no_number_of_a_step(key):
     assert config_files.is_free(key) == free
 
 
-def test_contradictions_name_the_knobs():
+def test_contradictions_name_the_options():
     saved = freeze(base())
     assert config_files.contradictions(saved, freeze(base())) == []
-    free = with_knobs(
+    free = with_options(
         train__length="9 steps", every__log="1 step", wandb__mode="offline", data__num_workers=3
     )
     assert config_files.contradictions(saved, free) == []
-    given = with_knobs(train__length="9 steps", train__batch_size=32, model__channel_mult=(1, 2))
+    given = with_options(train__length="9 steps", train__batch_size=32, model__channel_mult=(1, 2))
     assert config_files.contradictions(saved, given) == [
         "model.channel_mult: (1, 2, 2) there, (1, 2) here",
         "train.batch_size: 64 there, 32 here",
@@ -532,8 +532,8 @@ def test_check_continues(tmp_path):
     config_files.check_continues(base(), folder)  # nothing there yet
     config_files.write(base(), folder)
     assert (folder / "config.json").read_text() == to_json(base()) + "\n"
-    config_files.check_continues(with_knobs(train__length="9 steps"), folder)
-    assert complaint(config_files.check_continues, with_knobs(train__batch_size=32), folder) == (
+    config_files.check_continues(with_options(train__length="9 steps"), folder)
+    assert complaint(config_files.check_continues, with_options(train__batch_size=32), folder) == (
         f"{folder} holds a run with another config (train.batch_size: 64 there, 32 here); give "
         "another --workdir or, to continue it, add --config.train.batch_size=64"
     )
@@ -655,7 +655,7 @@ def test_variants_that_look_alike_are_told_apart():
     assert len(names) == 4
 
 
-def test_a_free_knob_changes_no_name_even_of_a_hashed_one():
+def test_a_free_option_changes_no_name_even_of_a_hashed_one():
     """Or a longer length would begin a new run instead of prolonging the old one."""
     overrides = {"data.source": "folder(path='data/my cats')"}
     assert config_files.run_name("x.py", overrides) == config_files.run_name(
@@ -755,7 +755,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     ),
     (
         ["--config=(more.py)"],
-        "(more.py) has an unknown knob train.colour; begin get_config with `config = base()`",
+        "(more.py) has an unknown option train.colour; begin get_config with `config = base()`",
     ),
     (
         [f"--config={ROOT}/configs/edm_cifar10.py:foo"],
@@ -767,19 +767,19 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     ),
     (
         [DIGITS, "--config.train.lenght=5 steps"],
-        "there is no knob config.train.lenght (did you mean 'train.length'?); ",
+        "there is no option config.train.lenght (did you mean 'train.length'?); ",
     ),
     (
         [DIGITS, "--config.trian.length=5 steps"],
-        "there is no knob config.trian.length (did you mean 'train.length'?); ",
+        "there is no option config.trian.length (did you mean 'train.length'?); ",
     ),
     (
         [DIGITS, "--config.nonsense=5"],
-        "there is no knob config.nonsense; base() in ddpm/config/defaults.py shows them all",
+        "there is no option config.nonsense; base() in ddpm/config/defaults.py shows them all",
     ),
     (
         [DIGITS, "--config.train=5"],
-        "config.train is a section; set one of its knobs, such as --config.train.",
+        "config.train is a section; set one of its options, such as --config.train.",
     ),
     (
         [DIGITS, "--config.train.batch_size=64.5"],
@@ -997,11 +997,11 @@ def test_groups_of_a_config_from_before_make_the_same_network(changes, groups):
     """Files of format 1 say 32 groups, or are older than the option; a run goes on by the same
     command where 0 is the same.
     """
-    knobs = defaults.flatten(config_files.changed(defaults.freeze(defaults.base()), changes)) | {
+    options = defaults.flatten(config_files.changed(defaults.freeze(defaults.base()), changes)) | {
         "model.norm_num_groups": 32
     }
     nested = {}
-    for key, value in knobs.items():
+    for key, value in options.items():
         section, _, leaf = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[leaf] = value
     for lacking in (False, True):

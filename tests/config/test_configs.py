@@ -44,8 +44,8 @@ def test_every_config_trains_at_tiny_size(path, variant, tmp_path):
     }
     levels = len(given.model.channel_mult)
     size = 32 if 32 % 2 ** (levels - 1) == 0 else 2**levels
-    name, knobs = parse(given.model.name)
-    patch = f"depth=2, width=16, heads=2, patch_size={knobs.get('patch_size', 2)}"
+    name, options = parse(given.model.name)
+    patch = f"depth=2, width=16, heads=2, patch_size={options.get('patch_size', 2)}"
     run(
         files.changed(
             given,
@@ -76,23 +76,23 @@ def test_an_unknown_variant_is_refused(path):
 
 def test_the_readme_documents_every_entry_as_it_can_be_written():
     documented = {}
-    knob = ""
+    option = ""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for line in readme.partition("### What can be compared")[2].splitlines():
         if line.startswith("#"):
             break
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if len(cells) == 4:
-            knob = cells[0].strip("`") or knob
-            documented.setdefault(knob, []).extend(re.findall(r"`([^`]+)`", cells[1]))
+            option = cells[0].strip("`") or option
+            documented.setdefault(option, []).extend(re.findall(r"`([^`]+)`", cells[1]))
             assert cells[3], f"{cells[1]} has no paper"
-    for knob, table in check.SPECS.items():
+    for option, table in check.SPECS.items():
         # described elsewhere; as those of sample
-        if knob in ("data.source", "evaluate.sampler", "evaluate.spacing"):
+        if option in ("data.source", "evaluate.sampler", "evaluate.spacing"):
             continue
-        for text in documented[knob]:
-            registry.resolve(knob, table, text)
-        assert {registry.parse(text)[0] for text in documented[knob]} == set(table), knob
+        for text in documented[option]:
+            registry.resolve(option, table, text)
+        assert {registry.parse(text)[0] for text in documented[option]} == set(table), option
     assert set(documented["diffusion.variance"]) == set(VARIANCES)
     for heading, entries in (("--edit", list(EDITS)), ("evaluate.likelihood", ["bound", "flow"])):
         lines = re.search(rf"^\| `{heading}` .*\n\|[-|]+\n((?:\|.*\n)+)", readme, re.MULTILINE)[
@@ -109,7 +109,7 @@ def test_the_tables_are_whole():
 
 
 @pytest.mark.parametrize(
-    "knobs, remedy",
+    "options, remedy",
     [
         (dict(data__image_size=20, model__attention_resolutions=(10,)), "digits are 8x8"),
         (dict(model__channel_mult=(1, 2, 2, 2, 2, 2, 2)), "cannot be halved"),
@@ -141,9 +141,9 @@ def test_the_tables_are_whole():
         (dict(data__source="folder(path='/no/such/folder')"), "/no/such/folder"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_written(knobs, remedy, tmp_path):
+def test_contradictions_are_refused_before_anything_is_written(options, remedy, tmp_path):
     with pytest.raises(ValueError, match=remedy) as caught:
-        run(tiny(**knobs), tmp_path / "run")
+        run(tiny(**options), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -183,7 +183,7 @@ def test_the_dit_spends_what_the_unet_spends(name, within):
     assert abs(dit / unet - 1) < within
 
 
-def test_a_network_gets_the_knobs_that_it_names():
+def test_a_network_gets_the_options_that_it_names():
     given = tiny(
         model__name="dit(depth=2, width=16, heads=2)",
         model__dropout=0.25,

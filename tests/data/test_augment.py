@@ -204,10 +204,10 @@ def test_a_checkpoint_of_before_is_told_of_augmentation_as_it_was():
 
 
 def test_a_training_is_continued_and_cut_into_micro_batches(tmp_path):
-    knobs = dict(data__augment=0.5, train__length="6 steps")
-    run(tiny(**knobs), tmp_path / "whole")
-    run(tiny(**knobs | dict(train__length="3 steps")), tmp_path / "parts")
-    run(tiny(**knobs), tmp_path / "parts")
+    options = dict(data__augment=0.5, train__length="6 steps")
+    run(tiny(**options), tmp_path / "whole")
+    run(tiny(**options | dict(train__length="3 steps")), tmp_path / "parts")
+    run(tiny(**options), tmp_path / "parts")
     whole, parts = (
         torch.load(tmp_path / name / "checkpoints" / "step_00000006.pt", weights_only=True)[
             "parts"
@@ -216,6 +216,6 @@ def test_a_training_is_continued_and_cut_into_micro_batches(tmp_path):
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert whole["augmentation_embedding.weight"].abs().sum() > 0
-    run(tiny(**knobs, train__gradient_accumulation_steps=4), tmp_path / "cut")
+    run(tiny(**options, train__gradient_accumulation_steps=4), tmp_path / "cut")
     one, four = (rows(tmp_path / name)[-1]["train/loss"] for name in ("whole", "cut"))
     assert one == pytest.approx(four, rel=1e-4)  # float32 sums in another order, over six steps

@@ -264,7 +264,7 @@ def test_an_image_that_cannot_be_had_is_no_fault_of_the_cache(photos, tmp_path):
 
 
 def test_a_training_learns_the_same_from_rows(photos, tmp_path):
-    knobs = dict(
+    options = dict(
         data__source=f"folder(path={str(photos)!r})",
         data__channels=3,
         train__batch_size=4,
@@ -273,7 +273,7 @@ def test_a_training_learns_the_same_from_rows(photos, tmp_path):
         data__num_workers=1,
     )
     for where in ("none", str(tmp_path / "cache")):
-        assert run(tiny(**knobs, data__cache=where), tmp_path / f"run-{where == 'none'}")
+        assert run(tiny(**options, data__cache=where), tmp_path / f"run-{where == 'none'}")
     losses = [
         [row["train/loss"] for row in rows(tmp_path / f"run-{plain}") if "train/loss" in row]
         for plain in (True, False)

@@ -24,11 +24,11 @@ from support.runs import run, tiny
 DIGITS = tuple(map(str, range(10)))
 
 
-def learning(**knobs):
+def learning(**options):
     """A tiny training that learns classes; in a norm of one channel a group, labels and times
     would have no effect.
     """
-    return tiny(**{"data__class_labels": True, "model__norm_num_groups": 4} | knobs)
+    return tiny(**{"data__class_labels": True, "model__norm_num_groups": 4} | options)
 
 
 def pictures(folder, classes=("white", "black"), copies=4):
@@ -81,9 +81,9 @@ def two(tmp_path_factory):
     return folder / "run"
 
 
-def brightness(folder, **knobs):
+def brightness(folder, **options):
     """The mean of each drawn picture, 0 to 1."""
-    paths = generate_images(folder, 4, folder / "drawn", "cpu", format="png", **knobs)
+    paths = generate_images(folder, 4, folder / "drawn", "cpu", format="png", **options)
     return [np.asarray(Image.open(path)).mean() / 255 for path in paths]
 
 
@@ -178,8 +178,8 @@ def test_another_training_guides(trained, unlabelled, tmp_path):
     classes.
     """
 
-    def drawn(folder, **knobs):
-        given = {f"sample.{knob}": value for knob, value in knobs.items()}
+    def drawn(folder, **options):
+        given = {f"sample.{option}": value for option, value in options.items()}
         paths = generate_images(folder, 4, tmp_path / "out", "cpu", **given)
         return [np.asarray(Image.open(path)).astype(int) for path in paths]
 
@@ -228,7 +228,7 @@ def test_classes_and_guidance_at_the_doors(trained, tmp_path):
         "generate", f"--checkpoint={trained}", "--guidance_interval=5,x", cwd=tmp_path
     )
     assert code == 2 and len(err) == 1 and "takes two noise levels" in err[0], err
-    for knobs, said in [
+    for options, said in [
         (
             {"sample.classes": ("3", "11")},
             r"unknown class '11' .*; choose one of 0, 1, 2, 3, 4 and 5 more, or a number from 0",
@@ -239,7 +239,7 @@ def test_classes_and_guidance_at_the_doors(trained, tmp_path):
         ),
     ]:
         with pytest.raises(ValueError, match=said):
-            generate_images(trained, 1, tmp_path / "b", "cpu", **knobs)
+            generate_images(trained, 1, tmp_path / "b", "cpu", **options)
 
 
 def test_the_measure_of_some_classes_is_against_those(trained):
@@ -251,7 +251,7 @@ def test_the_measure_of_some_classes_is_against_those(trained):
 
 
 @pytest.mark.parametrize(
-    "knobs, said",
+    "options, said",
     [
         (
             dict(sample__guidance=2.0),
@@ -274,9 +274,9 @@ def test_the_measure_of_some_classes_is_against_those(trained):
         (dict(data__class_labels=True, data__classes=(1, 2)), "takes the names of classes"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_written(knobs, said, tmp_path):
+def test_contradictions_are_refused_before_anything_is_written(options, said, tmp_path):
     with pytest.raises(ValueError, match=said) as caught:
-        run(tiny(**knobs), tmp_path / "run")
+        run(tiny(**options), tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 

@@ -73,8 +73,8 @@ def write(streaming, photos, out, **options):
     return out
 
 
-def opened(knobs, size=16, channels=3):
-    return data.open_source(f"streaming({knobs})", size, channels)
+def opened(options, size=16, channels=3):
+    return data.open_source(f"streaming({options})", size, channels)
 
 
 def folder_of(photos, size=16, channels=3):
@@ -174,7 +174,7 @@ def test_columns_may_hold_images_in_other_ways(streaming, photos, tmp_path):
     # JPEG, reduced while decoding as from a file
     found = opened(f"path={str(tmp_path / 'shards')!r}, image='b'", 40)
     assert all(torch.equal(one, found[k]) for k, one in enumerate(files))
-    for knobs, message in (
+    for options, message in (
         ("image='y'", "column 'y' of sample 0 .* is no image"),
         ("image='x'", "have no column 'x'"),
         ("image='a', label='label'", "no column 'label'.* of a, b, c, d, e, y, z"),
@@ -182,7 +182,7 @@ def test_columns_may_hold_images_in_other_ways(streaming, photos, tmp_path):
         ("", "no column 'image'"),
     ):
         with pytest.raises(ValueError, match=message):
-            opened(f"path={str(tmp_path / 'shards')!r}{', ' if knobs else ''}{knobs}")
+            opened(f"path={str(tmp_path / 'shards')!r}{', ' if options else ''}{options}")
 
 
 def test_shards_come_from_elsewhere_and_go_again(streaming, photos, tmp_path):
@@ -215,13 +215,13 @@ def test_shards_come_from_elsewhere_and_go_again(streaming, photos, tmp_path):
             assert sum(shard.stat().st_size for shard in there.glob("shard*")) <= most
         assert len(list(there.glob("shard*"))) < count
         assert len(list(out.glob("shard*"))) == count
-    for knobs, message in (
+    for options, message in (
         (f"remote={str(out)!r}, cache_limit='much'", "cannot read cache_limit='much'"),
         (f"remote={str(out)!r}, cache_limit='30kb'", "below four shards"),
         ("cache_limit='1gb'", "only copy"),
     ):
         with pytest.raises(ValueError, match=message):
-            opened(f"path={str(there)!r}, {knobs}")
+            opened(f"path={str(there)!r}, {options}")
 
 
 READER = """
@@ -229,7 +229,7 @@ import sys
 sys.path[:0] = [{tests!r}, {tests!r} + '/..']
 from test_shards import opened
 import numpy as np
-found = opened({knobs!r})
+found = opened({options!r})
 print(sum(int(found[index].sum()) for index in np.random.default_rng({seed}).permutation(50)))
 """
 
@@ -240,8 +240,8 @@ def test_processes_share_a_folder_and_may_be_killed_in_it(streaming, photos, tmp
     expected = sum(int(folder_of(photos)[index].sum()) for index in range(50))
 
     def reader(seed):
-        knobs = f"path={str(there)!r}, remote={str(out)!r}, cache_limit='170000'"
-        code = READER.format(tests=os.path.dirname(__file__), knobs=knobs, seed=seed)
+        options = f"path={str(there)!r}, remote={str(out)!r}, cache_limit='170000'"
+        code = READER.format(tests=os.path.dirname(__file__), options=options, seed=seed)
         return subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
@@ -257,9 +257,9 @@ def test_processes_share_a_folder_and_may_be_killed_in_it(streaming, photos, tmp
 def test_what_is_no_set_or_damaged_is_said_on_one_line(streaming, photos, tmp_path):
     out = write(streaming, photos, tmp_path / "shards", hashes=["sha1"])
 
-    def refused(knobs):
+    def refused(options):
         with pytest.raises(ValueError) as caught:
-            found = opened(knobs)
+            found = opened(options)
             [found[index] for index in range(50)]
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -300,7 +300,7 @@ def test_what_is_no_set_or_damaged_is_said_on_one_line(streaming, photos, tmp_pa
 def test_a_training_on_shards_goes_on_to_the_bit(streaming, photos, tmp_path):
     out = write(streaming, photos, tmp_path / "remote", compression="zstd", hashes=["sha1"])
 
-    def given(where, length="9 steps", **knobs):
+    def given(where, length="9 steps", **options):
         source = (
             f"streaming(path={str(tmp_path / where)!r}, remote={str(out)!r}, label='label', "
             "cache_limit='170000')"
@@ -312,7 +312,7 @@ def test_a_training_on_shards_goes_on_to_the_bit(streaming, photos, tmp_path):
             data__class_labels=True,
             train__length=length,
             evaluate__extractor="none",
-            **knobs,
+            **options,
         )
 
     assert run(given("whole"), tmp_path / "run-whole")
@@ -337,7 +337,7 @@ def test_a_training_on_shards_goes_on_to_the_bit(streaming, photos, tmp_path):
 
 def test_a_cache_is_made_where_it_is_asked_for(streaming, photos, tmp_path):
     source = f"streaming(path={str(write(streaming, photos, tmp_path / 'shards'))!r})"
-    knobs = dict(data__source=source, data__channels=3, data__image_size=16)
-    assert not build.dataset(tiny(**knobs)).in_memory
-    cached = build.dataset(tiny(**knobs, data__cache=str(tmp_path / "cache")))
+    options = dict(data__source=source, data__channels=3, data__image_size=16)
+    assert not build.dataset(tiny(**options)).in_memory
+    cached = build.dataset(tiny(**options, data__cache=str(tmp_path / "cache")))
     assert cached.in_memory and torch.equal(cached.batch([3, 40]), folder_of(photos).batch([3, 40]))

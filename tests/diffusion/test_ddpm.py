@@ -220,7 +220,7 @@ def test_sample_draws_from_torch_when_no_noise_is_given():
     assert torch.equal(first, model.sample(SHAPE)) and not torch.equal(first, model.sample(SHAPE))
 
 
-def test_a_knob_of_the_sampler_beats_the_variance_of_the_model():
+def test_a_option_of_the_sampler_beats_the_variance_of_the_model():
     large = DDPM(Tiny(), timesteps=10, variance="large")
     small = DDPM(Tiny(), timesteps=10, variance="small")
     assert torch.equal(
@@ -250,7 +250,7 @@ def test_pure_noise_is_refused_for_eps_and_accepted_for_others(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "knobs, remedy",
+    "options, remedy",
     [
         (dict(beta_schedule="cosin"), "did you mean 'cosine'"),
         (dict(timesteps=0), "from 1 to 10000"),
@@ -258,14 +258,14 @@ def test_pure_noise_is_refused_for_eps_and_accepted_for_others(monkeypatch):
         (dict(variance="medium"), "choose one of small, large"),
     ],
 )
-def test_mistakes_name_the_remedy(knobs, remedy):
+def test_mistakes_name_the_remedy(options, remedy):
     with pytest.raises(ValueError, match=remedy) as mistake:
-        DDPM(Tiny(), **knobs)
+        DDPM(Tiny(), **options)
     assert "\n" not in str(mistake.value)
 
 
 @pytest.mark.parametrize(
-    "knobs, remedy",
+    "options, remedy",
     [
         (dict(steps=11), "1 to 10"),
         (dict(steps=0), "1 to 10"),
@@ -273,6 +273,6 @@ def test_mistakes_name_the_remedy(knobs, remedy):
         (dict(sampler="ddim(eta=2.0)"), "from 0 .* to 1"),
     ],
 )
-def test_mistakes_in_sampling_name_the_remedy(knobs, remedy):
+def test_mistakes_in_sampling_name_the_remedy(options, remedy):
     with pytest.raises(ValueError, match=remedy):
-        DDPM(Tiny(), timesteps=10).sample(SHAPE, **knobs)
+        DDPM(Tiny(), timesteps=10).sample(SHAPE, **options)

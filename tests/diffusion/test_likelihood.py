@@ -51,16 +51,16 @@ class Exact(torch.nn.Module):
         )
 
 
-def exact(path="linear", timesteps=20, mix=None, **knobs):
+def exact(path="linear", timesteps=20, mix=None, **options):
     """The DDPM around it."""
     if mix is not None:
-        knobs |= {"variance": "learned", "loss": "hybrid"}
+        options |= {"variance": "learned", "loss": "hybrid"}
     model = DDPM(
         Exact(mix),
         timesteps,
         predict="x0",
         clip=False,
-        **{"beta_schedule": path} | PATHS[path] | knobs,
+        **{"beta_schedule": path} | PATHS[path] | options,
     )
     model.net.noise = model.process
     return model
@@ -89,15 +89,15 @@ def test_the_prior_is_what_is_left_of_an_image_where_sampling_starts(path):
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"variance": "small"}, {"variance": "large"}, {"mix": 0.3}], ids=str
+    "options", [{"variance": "small"}, {"variance": "large"}, {"mix": 0.3}], ids=str
 )
 @pytest.mark.parametrize("path", PATHS)
-def test_every_term_is_its_closed_form(path, knobs):
-    model = exact(path, **knobs)
+def test_every_term_is_its_closed_form(path, options):
+    model = exact(path, **options)
     x0 = PIXELS[::16]
     # a term is quadratic in the noise: the mean over -1 and 1 is that over all noise
     ours = sum(whole(model, x0, sign * torch.ones_like(x0)).kl for sign in (-1, 1)).double() / 2
-    share = {"small": 0.0, "large": 1.0}.get(knobs.get("variance"), knobs.get("mix"))
+    share = {"small": 0.0, "large": 1.0}.get(options.get("variance"), options.get("mix"))
     for t in range(1, model.process.timesteps):
         alpha, sigma = (table[t].item() for table in (model.process.alpha, model.process.sigma))
         before = model.process.sigma[t - 1].item()
@@ -115,10 +115,10 @@ def test_every_term_is_its_closed_form(path, knobs):
         torch.testing.assert_close(ours[:, t - 1], kl.flatten() / math.log(2), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("knobs", [{}, {"mix": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mix": 0.3}], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_the_reconstruction_is_the_mass_on_the_pixel(path, knobs):
-    model = exact(path, **knobs)
+def test_the_reconstruction_is_the_mass_on_the_pixel(path, options):
+    model = exact(path, **options)
     eps = 0.7
     first, second = (model.process.level(t) for t in (0, 1))
     x_t = first.alpha * PIXELS + first.sigma * eps
@@ -126,7 +126,7 @@ def test_the_reconstruction_is_the_mass_on_the_pixel(path, knobs):
     mean = MEAN + gain * (x_t - first.alpha * MEAN)
     large = second.sigma**2 - (second.alpha / first.alpha) ** 2 * first.sigma**2
     small = large * first.sigma**2 / second.sigma**2  # that of t = 1, as at t = 0 the true one is 0
-    share = knobs.get("mix", 0.0)
+    share = options.get("mix", 0.0)
     normal = Normal(mean, (small ** (1 - share) * first.sigma ** (2 * share)) ** 0.5)
     upper = normal.cdf(PIXELS + 1 / 255)
     lower = normal.cdf(PIXELS - 1 / 255)

@@ -386,8 +386,8 @@ class Two(torch.nn.Module):
         return torch.cat([self.mean * x, self.variance * torch.ones_like(x)], dim=1)
 
 
-def gradients(**knobs):
-    model = DDPM(Two(), timesteps=20, beta_schedule="cosine", **knobs)
+def gradients(**options):
+    model = DDPM(Two(), timesteps=20, beta_schedule="cosine", **options)
     x0 = images(6, 1, 4, 4).clamp(-1, 1).float()
     noise = images(6, 1, 4, 4, seed=1).float()
     model.losses(x0, torch.tensor([0, 1, 5, 9, 15, 19]), noise).mean().backward()
@@ -481,7 +481,7 @@ def test_what_the_objective_learns_is_saved_and_continued_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         LEARNING,
         dict(diffusion__self_condition=True),
@@ -489,10 +489,10 @@ def test_what_the_objective_learns_is_saved_and_continued_bit_for_bit(tmp_path):
     ],
     ids=["learning", "self_condition", "learned"],
 )
-def test_micro_batches_change_nothing_but_rounding(knobs, tmp_path):
+def test_micro_batches_change_nothing_but_rounding(options, tmp_path):
     for parts in (1, 4):
         run(
-            tiny(**knobs, train__length="4 steps", train__gradient_accumulation_steps=parts),
+            tiny(**options, train__length="4 steps", train__gradient_accumulation_steps=parts),
             tmp_path / str(parts),
         )
     one, four = (rows(tmp_path / parts)[-1]["train/loss"] for parts in ("1", "4"))
@@ -500,7 +500,7 @@ def test_micro_batches_change_nothing_but_rounding(knobs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "knobs, remedy",
+    "options, remedy",
     [
         (dict(diffusion__variance="learned"), "set diffusion.loss=hybrid or vlb"),
         (dict(diffusion__loss="hybrid"), "set diffusion.variance=learned"),
@@ -516,9 +516,9 @@ def test_micro_batches_change_nothing_but_rounding(knobs, tmp_path):
         (dict(sample__sampler="ddpm(variance='learned')"), "learned no variance"),
     ],
 )
-def test_contradictions_are_refused_with_the_remedy(knobs, remedy):
+def test_contradictions_are_refused_with_the_remedy(options, remedy):
     with pytest.raises(ValueError, match=remedy) as mistake:
-        build.check(tiny(**knobs))
+        build.check(tiny(**options))
     assert "\n" not in str(mistake.value)
 
 
@@ -556,5 +556,5 @@ def test_weights_and_runs_of_before_keep_the_sigmoid_they_learned_under(tmp_path
         )
     )
     assert len(kept) == 9 and {
-        runs.read(folder).knobs["diffusion.weighting"] for folder in kept
+        runs.read(folder).options["diffusion.weighting"] for folder in kept
     } == {"sigmoid_eps"}

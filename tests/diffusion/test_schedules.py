@@ -115,12 +115,12 @@ def test_cosine_alpha_bar_is_a_squared_cosine():
     assert get_beta_schedule("cosine", 1000)[-1] == 0.999
 
 
-@pytest.mark.parametrize("knobs", [{}, {"tau": 0.5}, {"start": 0.0, "end": 3.0, "tau": 0.7}])
-def test_sigmoid_alpha_bar_is_a_rescaled_logistic(knobs):
+@pytest.mark.parametrize("options", [{}, {"tau": 0.5}, {"start": 0.0, "end": 3.0, "tau": 0.7}])
+def test_sigmoid_alpha_bar_is_a_rescaled_logistic(options):
     start, end, tau = (
-        knobs.get(key, default) for key, default in [("start", -3.0), ("end", 3.0), ("tau", 1.0)]
+        options.get(key, default) for key, default in [("start", -3.0), ("end", 3.0), ("tau", 1.0)]
     )
-    alpha, _ = SCHEDULES["sigmoid"](1000, **knobs)
+    alpha, _ = SCHEDULES["sigmoid"](1000, **options)
     u = torch.arange(1, 1000, dtype=torch.float64) / 1000
     low, high = torch.sigmoid(torch.tensor([start, end], dtype=torch.float64) / tau)
     expected = (high - torch.sigmoid((u * (end - start) + start) / tau)) / (high - low)
@@ -158,7 +158,7 @@ def test_agreement_with_diffusers(ours, theirs):
     torch.testing.assert_close(alpha_bar.float(), reference.alphas_cumprod, rtol=1e-4, atol=0)
 
 
-def test_a_name_may_carry_its_knobs():
+def test_a_name_may_carry_its_options():
     assert torch.equal(
         get_schedule("sigmoid(tau=0.5)", 50)[0], SCHEDULES["sigmoid"](50, tau=0.5)[0]
     )

@@ -92,11 +92,11 @@ def operations():
     return experiment_cost.operations(tiny())
 
 
-def chosen(**knobs):
+def chosen(**options):
     """A config, the operations of its network, and how it is evaluated where it learns from
     1,000 images.
     """
-    given = tiny(**OPEN | {"diffusion__timesteps": 1000} | knobs)
+    given = tiny(**OPEN | {"diffusion__timesteps": 1000} | options)
     return given, operations(), experiment_cost.evaluated(given, 1000, operations())
 
 
@@ -105,7 +105,7 @@ def chosen(**knobs):
     "length", ["40 steps", "300 steps", "3000 steps", "17 epochs", "500 epochs"]
 )
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {},
         {"sample__sampler": "ddpm", "sample__steps": 40},
@@ -114,8 +114,8 @@ def chosen(**knobs):
     ],
     ids=str,
 )
-def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, knobs):
-    given, asked, found = chosen(evaluate__budget=share, train__length=length, **knobs)
+def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, options):
+    given, asked, found = chosen(evaluate__budget=share, train__length=length, **options)
     steps = durations.steps_of(length, given.train.batch_size, 1000)
     every = durations.Every(found.interval, given.train.batch_size, 1000)
     times = sum(
@@ -146,7 +146,7 @@ def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, kno
         )
 
 
-def test_explicit_knobs_win_over_the_budget():
+def test_explicit_options_win_over_the_budget():
     given, _, found = chosen(
         every__evaluate="3 steps", evaluate__budget=0.001, train__length="12 steps"
     )
@@ -182,12 +182,12 @@ def test_explicit_knobs_win_over_the_budget():
 
 
 def test_nothing_is_measured_where_nothing_is_wanted():
-    for knobs in (
+    for options in (
         {"evaluate__budget": 0.0},
         {"every__evaluate": "0 steps"},
         {"evaluate__extractor": "none"},
     ):
-        _, _, found = chosen(train__length="100000 steps", **knobs)
+        _, _, found = chosen(train__length="100000 steps", **options)
         assert (found.interval, found.share) == ("0 steps", 0) and found.words.startswith(
             "no evaluation, as "
         )
@@ -200,13 +200,13 @@ def test_nothing_is_measured_where_nothing_is_wanted():
 
 def test_a_spacing_that_knows_one_number_of_steps_keeps_it():
     sections = "sections(counts=(30, 2))"
-    for knobs, way in (
+    for options, way in (
         ({}, ("dpmpp", 20, "karras")),
         ({"evaluate__spacing": sections}, ("ddim", 32, sections)),
         ({"evaluate__sampler": "heun"}, ("heun", 32, "auto")),
     ):
         _, _, found = chosen(
-            sample__spacing=sections, sample__steps=32, train__length="150000 steps", **knobs
+            sample__spacing=sections, sample__steps=32, train__length="150000 steps", **options
         )
         section = found.config.evaluate
         assert found.share and (section.sampler, section.steps, section.spacing) == way
@@ -214,7 +214,7 @@ def test_a_spacing_that_knows_one_number_of_steps_keeps_it():
 
 def test_the_fast_sampler_brings_a_spacing_and_the_usual_one_does_not():
     quick = {"sample__sampler": "ddpm", "sample__steps": 40, "train__length": "60000 steps"}
-    for knobs, spacing in (
+    for options, spacing in (
         (quick, "karras"),
         (quick | {"sample__spacing": "trailing"}, "karras"),
         (quick | {"evaluate__spacing": "quadratic"}, "quadratic"),
@@ -222,7 +222,7 @@ def test_the_fast_sampler_brings_a_spacing_and_the_usual_one_does_not():
         (quick | {"evaluate__budget": 0.0}, "auto"),
         (quick | {"train__length": "9000000 steps"}, "auto"),
     ):
-        given, _, found = chosen(**knobs)
+        given, _, found = chosen(**options)
         assert found.config.evaluate.spacing == spacing and found.config.sample == given.sample
         # what ddpm.evaluate draws by afterwards
         assert experiment_cost.settled(found.config) == found.config
@@ -234,7 +234,7 @@ def test_a_run_keeps_the_spacing_that_it_is_measured_in(tmp_path):
     """Also one whose checkpoints are from before there was a choice, and say nothing of
     evaluate.spacing.
     """
-    knobs = OPEN | {
+    options = OPEN | {
         "sample__sampler": "heun",
         "sample__steps": 20,
         "every__sample": "0 steps",
@@ -246,7 +246,7 @@ def test_a_run_keeps_the_spacing_that_it_is_measured_in(tmp_path):
     for folder, often in ((before, "0 steps"), (new, "auto")):
         for length in ("24 steps", "30 steps"):
             given = tiny(
-                **knobs
+                **options
                 | {
                     "train__length": length,
                     "evaluate__budget": 1.0,
@@ -288,7 +288,7 @@ def test_few_timesteps_are_all_taken():
 
 
 @pytest.mark.parametrize(
-    "knobs, line",
+    "options, line",
     [
         ({"evaluate__budget": 1.5}, "config.evaluate.budget is 1.5; it must lie between 0 and 1"),
         (
@@ -310,9 +310,9 @@ def test_few_timesteps_are_all_taken():
         ({"sample__sampler": "auto"}, "unknown config.sample.sampler 'auto'"),
     ],
 )
-def test_contradictions_are_one_line(knobs, line):
+def test_contradictions_are_one_line(options, line):
     with pytest.raises(ValueError) as error:
-        tiny(**OPEN | knobs)
+        tiny(**OPEN | options)
     assert str(error.value).startswith(line) and "\n" not in str(error.value)
 
 
@@ -343,7 +343,7 @@ def counted(work):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {},
         {"diffusion__self_condition": True},
@@ -353,13 +353,13 @@ def counted(work):
     ],
     ids=str,
 )
-def test_what_is_counted_is_what_is_computed(knobs, tmp_path):
+def test_what_is_counted_is_what_is_computed(options, tmp_path):
     """A real step, a real drawing through the extractor, and real bits a dimension."""
     given = tiny(
         evaluate__likelihood="both",
         evaluate__likelihood_images=3,
         evaluate__likelihood_evaluations=8,
-        **knobs,
+        **options,
     )
     made = trainer.run(given, tmp_path, device.start())
     asked = experiment_cost.operations(given)

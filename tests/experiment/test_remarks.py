@@ -271,7 +271,7 @@ def test_cheap_evaluations_are_measured_without_a_word_and_in_percent():
 # lengths
 
 
-def remarks(images=1000, **knobs):
+def remarks(images=1000, **options):
     given = dict(
         train__length="200 steps",
         train__warmup="10 steps",
@@ -282,11 +282,11 @@ def remarks(images=1000, **knobs):
         every__milestone="0 steps",
         train__batch_size=8,
     )
-    return trainer.length_remarks(tiny(**given | knobs), images)
+    return trainer.length_remarks(tiny(**given | options), images)
 
 
 @pytest.mark.parametrize(
-    "knobs, said",
+    "options, said",
     [
         (
             {"train__warmup": "5000 steps", "train__learning_rate": 2e-4},
@@ -344,8 +344,8 @@ def remarks(images=1000, **knobs):
         ),
     ],
 )
-def test_what_does_not_fit_the_length_of_the_training_is_said(knobs, said):
-    lines = remarks(**knobs)
+def test_what_does_not_fit_the_length_of_the_training_is_said(options, said):
+    lines = remarks(**options)
     assert len(lines) == 1 and said in lines[0], lines
 
 
@@ -367,7 +367,7 @@ def test_a_rate_that_never_arrives_is_told_as_the_optimizer_gets_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {},
         {"train__warmup": "100 steps"},
@@ -380,8 +380,8 @@ def test_a_rate_that_never_arrives_is_told_as_the_optimizer_gets_it(tmp_path):
         {"every__evaluate": "auto"},
     ],
 )
-def test_what_fits_is_not_remarked_on(knobs):
-    assert remarks(**knobs) == []
+def test_what_fits_is_not_remarked_on(options):
+    assert remarks(**options) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

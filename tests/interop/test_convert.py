@@ -226,18 +226,18 @@ def test_a_label_that_means_none_is_ours_without_one(tmp_path, no_label):
 def test_a_converted_network_draws_its_classes(tmp_path):
     folder = saved(tmp_path / "theirs", SMALL | dict(num_class_embeds=6), num_train_timesteps=4)
     path = convert.convert(folder, tmp_path / "ours")
-    knobs = {"sample.steps": 2, "sample.seed": 0, "sample.batch_size": 1}
+    options = {"sample.steps": 2, "sample.seed": 0, "sample.batch_size": 1}
     folders = {}
     for chosen in (("3", "5"), ("3",), ("5",)):
         folders[chosen] = tmp_path / "".join(chosen)
-        generate_images(path, 2, folders[chosen], "cpu", **knobs | {"sample.classes": chosen})
+        generate_images(path, 2, folders[chosen], "cpu", **options | {"sample.classes": chosen})
     pixels = {
         chosen: [file.read_bytes() for file in sorted(folder.glob("*.png"))]
         for chosen, folder in folders.items()
     }
     assert pixels["3", "5"] == [pixels["3",][0], pixels["5",][1]] and pixels["3",] != pixels["5",]
     with pytest.raises(ValueError, match="unknown class '6'"):
-        generate_images(path, 2, tmp_path / "out", "cpu", **knobs | {"sample.classes": ("6",)})
+        generate_images(path, 2, tmp_path / "out", "cpu", **options | {"sample.classes": ("6",)})
 
 
 SCHEDULERS = {
@@ -263,11 +263,11 @@ def test_schedules_there_and_back(tmp_path, given, name, predict):
         rescale_betas_zero_snr=predict == "v_prediction",
     )
     fields = dict(DDPMScheduler(**given).config)
-    knobs = weight_names.fields_as_knobs(
+    options = weight_names.fields_as_options(
         tmp_path, fields | {"_class_name": "DDPMScheduler"}, weight_names.SCHEDULER
     )
-    assert diffusers.our_schedule(tmp_path, fields, knobs["diffusion.timesteps"]) == name
-    made = tiny(**knobs | {"diffusion.beta_schedule": name})
+    assert diffusers.our_schedule(tmp_path, fields, options["diffusion.timesteps"]) == name
+    made = tiny(**options | {"diffusion.beta_schedule": name})
     assert made.diffusion.variance == "large" and made.diffusion.zero_terminal_snr == (
         predict == "v_prediction"
     )
@@ -408,7 +408,7 @@ def test_a_learned_variance_goes_out_and_comes_back(tmp_path):
 
 
 def test_what_their_process_cannot_be_is_refused(tmp_path):
-    for knobs, said in (
+    for options, said in (
         (
             dict(diffusion__beta_schedule="flow", diffusion__predict="v"),
             "diffusion.beta_schedule is 'flow'",
@@ -419,7 +419,10 @@ def test_what_their_process_cannot_be_is_refused(tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         run(
             tiny(
-                model__norm_num_groups=8, train__length="1 steps", train__warmup="0 steps", **knobs
+                model__norm_num_groups=8,
+                train__length="1 steps",
+                train__warmup="0 steps",
+                **options,
             ),
             folder,
         )
@@ -1035,7 +1038,7 @@ def test_openais_that_do_not_fit_are_one_line(tmp_path, change, flags, message):
 
 
 @pytest.mark.parametrize(
-    "knobs, message",
+    "options, message",
     [
         (
             dict(model__norm_num_groups=32),
@@ -1060,8 +1063,8 @@ def test_openais_that_do_not_fit_are_one_line(tmp_path, change, flags, message):
         (dict(model__res_blocks_per_level=(1, 2)), "config.model.res_blocks_per_level is (1, 2)"),
     ],
 )
-def test_ours_that_do_not_fit_are_one_line(tmp_path, knobs, message):
-    made = tiny(**knobs)
+def test_ours_that_do_not_fit_are_one_line(tmp_path, options, message):
+    made = tiny(**options)
     training_weights.export(
         tmp_path / "ours.safetensors", build.network(made).state_dict(), 0, files.to_json(made)
     )

@@ -90,10 +90,10 @@ def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeyp
     """As for a batch of another size, after memory ran out: here the second half of the run is
     cut into single images.
     """
-    knobs = GIVEN | dict(model__dropout=0.0)  # whose masks depend on how the batch is cut
-    run(tiny(**knobs), tmp_path / "plain")
+    options = GIVEN | dict(model__dropout=0.0)  # whose masks depend on how the batch is cut
+    run(tiny(**options), tmp_path / "plain")
     torch.compiler.reset()  # or torch 2.7 goes on from what the tests before it have compiled
-    given = tiny(**knobs, train__compile=True)
+    given = tiny(**options, train__compile=True)
     compiled = iter([True])
 
     def once(graph, inputs):
@@ -232,8 +232,8 @@ def test_a_failure_of_the_gpu_is_not_the_compilers(error, monkeypatch):
         drawing(torch.ones(2, 3), torch.ones(2, 2))
 
 
-def drawn(run_folder, out, **knobs):
-    generate_images(run_folder, 5, out, device="cpu", **knobs)  # in batches of 4 and 1
+def drawn(run_folder, out, **options):
+    generate_images(run_folder, 5, out, device="cpu", **options)  # in batches of 4 and 1
     return np.stack([np.asarray(Image.open(path), dtype=int) for path in sorted(out.glob("*.png"))])
 
 

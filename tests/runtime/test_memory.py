@@ -23,7 +23,7 @@ WIDE = dict(model__model_channels=32, train__batch_size=16, diffusion__timesteps
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {},
         {"model__name": "dit(depth=3, width=64, heads=2)"},
@@ -39,14 +39,14 @@ WIDE = dict(model__model_channels=32, train__batch_size=16, diffusion__timesteps
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("levels", [0, 99])
-def test_the_account_of_a_step_is_what_the_profiler_sees(knobs, dtype, levels):
+def test_the_account_of_a_step_is_what_the_profiler_sees(options, dtype, levels):
     able = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if not able and not knobs.get("model__name", "").startswith("dit"):
+    if not able and not options.get("model__name", "").startswith("dit"):
         pytest.skip(
             "this CPU unfolds images for its convolutions in bfloat16, nine times as large, as no "
             "card does"
         )
-    given = tiny(**WIDE | knobs)
+    given = tiny(**WIDE | options)
     images = given.train.batch_size // given.train.gradient_accumulation_steps
     found = memory.account(given, dtype, images, levels)
     machine = device.Machine(torch.device("cpu"), dtype)
@@ -100,9 +100,9 @@ def test_levels_that_are_computed_twice_change_no_number(name, tolerance, tmp_pa
     """Dropout too: the same masks are drawn again. unet_edm2 norms its weights at each pass,
     once more up to rounding.
     """
-    knobs = dict(model__name=name, model__dropout=0.3)
+    options = dict(model__name=name, model__dropout=0.3)
     for wanted in ("none", "all"):
-        assert run(tiny(**knobs, train__activation_checkpointing=wanted), tmp_path / wanted)
+        assert run(tiny(**options, train__activation_checkpointing=wanted), tmp_path / wanted)
     losses = [
         [row["train/loss"] for row in rows(tmp_path / wanted) if "train/loss" in row]
         for wanted in ("none", "all")

@@ -201,15 +201,15 @@ def test_measuring_goes_on_with_the_same_numbers(trained):
     """Distances and bits/dim; of the digits' features, whose network is not ours to hook, errors
     come from the allocator.
     """
-    knobs = {
+    options = {
         "evaluate.num_samples": 16,
         "evaluate.likelihood": "both",
         "evaluate.likelihood_images": 6,
         "evaluate.likelihood_evaluations": 8,
     }
-    expected = evaluate.evaluate(trained, "cpu", **knobs, **{"evaluate.batch_size": 2})
+    expected = evaluate.evaluate(trained, "cpu", **options, **{"evaluate.batch_size": 2})
     with crowded(3) as asked:
-        found = evaluate.evaluate(trained, "cpu", **knobs, **{"evaluate.batch_size": 5})
+        found = evaluate.evaluate(trained, "cpu", **options, **{"evaluate.batch_size": 5})
     assert max(asked) == 5 and "eval/bits_per_dim_flow" in found and "eval/fd_digits" in found
     assert same_numbers(found, expected)
 

@@ -178,7 +178,7 @@ def test_only_rank_0_writes_and_tracks(folder, said):
 def test_a_mistake_is_one_line_on_one_rank(folder, seen, said):
     for name, words in (
         ("no such cut", "batch_size 6 cannot be cut into 4 ranks"),
-        ("no such knob", "no knob config.train"),
+        ("no such option", "no option config.train"),
     ):
         assert seen[name] == [2, 2, 2, 2]
         assert (
@@ -213,12 +213,12 @@ def test_torchrun_starts_again_after_sigkill_and_nothing_differs(folder, seen):
 
 
 @pytest.mark.parametrize(
-    "knob, value",
+    "option, value",
     [("train.compile", True), ("train.channels_last", True), ("model.name", "unet_edm2")],
 )
-def test_what_cannot_be_shared_out_is_refused(knob, value):
-    with pytest.raises(ValueError, match=f"config.train.fully_shard .* config.{knob} ") as caught:
-        tiny(**{"train__fully_shard": True, knob.replace(".", "__"): value})
+def test_what_cannot_be_shared_out_is_refused(option, value):
+    with pytest.raises(ValueError, match=f"config.train.fully_shard .* config.{option} ") as caught:
+        tiny(**{"train__fully_shard": True, option.replace(".", "__"): value})
     assert "\n" not in str(caught.value) and "choose" in str(caught.value)
 
 

@@ -92,8 +92,8 @@ def test_stopped_in_every_event_and_continued_to_the_same_bits(tmp_path):
     ]
 
 
-def command(folder, **knobs):
-    given = dict(tiny(**knobs).items())
+def command(folder, **options):
+    given = dict(tiny(**options).items())
     flags = [
         f"--config.{key}={value}"
         for key, value in trainer.configs.flatten(given).items()

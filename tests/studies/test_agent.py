@@ -80,7 +80,7 @@ class Desk:
         self.set_length(8)
 
     def set_length(self, steps):
-        """How long runs that begin or go on from now train: a knob that may change while a run
+        """How long runs that begin or go on from now train: an option that may change while a run
         goes on.
         """
         (self.folder / "tiny.py").write_text(CONFIG_FILE.replace("LENGTH", str(steps)))
@@ -200,7 +200,7 @@ def test_rows_on_the_server_are_those_on_disk(desk, study):
         assert numbers(one.history) == rows
 
 
-def test_a_config_has_one_column_for_each_knob(desk, study):
+def test_a_config_has_one_column_for_each_option(desk, study):
     for one in desk.runs_of(study):
         saved = config_files.from_json((desk.folder_of(one) / "config.json").read_text())
         assert one.config == config_files.tracked(saved) | {
@@ -290,9 +290,9 @@ def test_one_command_reports_a_study_that_agents_ran(desk, study):
             studies_runs.read(folder)
             for folder in (desk.folder_of(one), *desk.folder.glob(f"asked/runs/*-{one.id}"))
         )
-        assert (kept.name, kept.knobs, kept.rows, kept.grid.name) == (
+        assert (kept.name, kept.options, kept.rows, kept.grid.name) == (
             mine.name,
-            mine.knobs,
+            mine.options,
             mine.rows,
             mine.grid.name,
         )

@@ -343,7 +343,7 @@ def test_a_run_that_repeats_another_and_a_measurement_among_trainings_are_left_o
     )
     found = statistics.compare(runs)
     assert {run.name: run.fault for run in found.runs if run.fault} == {
-        "twin": "repeats cosine-1, with the same knobs and seeds",
+        "twin": "repeats cosine-1, with the same options and seeds",
         "measured": "measures a checkpoint, and others are trainings: compare those by themselves",
     }
     assert [len(group.runs) for group in found.groups] == [3, 3]
@@ -712,23 +712,23 @@ def test_a_study_over_how_trainings_are_measured(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "knob, values",
+    "option, values",
     [
         ("data.num_workers", (0, 2)),
         ("evaluate.budget", (0.1, 0.2)),
         ("every.log", ("1 steps", "2 steps")),
     ],
 )
-def test_what_a_study_varies_is_never_ignored(tmp_path, knob, values):
+def test_what_a_study_varies_is_never_ignored(tmp_path, option, values):
     rows = [DONE | {"eval/fid": 1.0}]
     runs = [
-        written(tmp_path, f"{value}-{seed}", {knob.replace(".", "__"): value, "seed": seed}, rows)
+        written(tmp_path, f"{value}-{seed}", {option.replace(".", "__"): value, "seed": seed}, rows)
         for value in values
         for seed in range(3)
     ]
-    found = statistics.compare(runs, axes=[knob])
+    found = statistics.compare(runs, axes=[option])
     assert [(group.setting, len(group.runs)) for group in found.groups] == [
-        ({knob: value}, 3) for value in values
+        ({option: value}, 3) for value in values
     ]
 
 
@@ -770,7 +770,7 @@ def test_folders_without_a_study(here, capsys):
 
 
 def test_a_study_that_varies_the_config_file(here):
-    """Its settings have the variants' names, though the runs differ in other knobs."""
+    """Its settings have the variants' names, though the runs differ in other options."""
     text = STUDY.replace(
         "config.diffusion.beta_schedule: {{values: [linear, cosine]}}",
         "config: {{values: [{config}, '{config}:wide']}}",
@@ -915,7 +915,7 @@ def test_runs_on_a_server(here, server):
     assert "Answer: There is one setting" in door("compare", "me/ddpm", "--out=report")
     (kept,) = map(studies_runs.read, Path("report", "runs").iterdir())
     mine = studies_runs.read("runs/mine")
-    assert kept.knobs == mine.knobs and kept.rows == mine.rows and kept.name.startswith("mine-")
+    assert kept.options == mine.options and kept.rows == mine.rows and kept.name.startswith("mine-")
     assert np.array_equal(*(np.asarray(Image.open(run.grid)) for run in (kept, mine)))
 
 

@@ -376,7 +376,7 @@ def test_bayes_runs_what_it_chose_and_goes_on_with_more(tmp_path, capsys):
     for name, kept in runs.items():
         run = studies_runs.read(folder / name)
         assert kept["result"] == run.final("val/loss_ema") is not None
-        assert run.knobs["train.learning_rate"] == kept["point"]["config.train.learning_rate"]
+        assert run.options["train.learning_rate"] == kept["point"]["config.train.learning_rate"]
 
 
 def test_bayes_takes_failed_runs_as_the_worst(searched, tmp_path):

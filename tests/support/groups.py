@@ -118,12 +118,12 @@ def digest(tensors):
     return hashed.hexdigest()
 
 
-def trained(folder, **knobs):
-    """Train RUN with other knobs in a folder, or go on with it; the fingerprints of the weights
+def trained(folder, **options):
+    """Train RUN with other options in a folder, or go on with it; the fingerprints of the weights
     and of their average.
     """
     given = tiny(
-        **{key.replace(".", "__"): value for key, value in defaults.flatten(RUN).items()} | knobs
+        **{key.replace(".", "__"): value for key, value in defaults.flatten(RUN).items()} | options
     )
     made = trainer.run(given, folder, device.start())
     trainer.track(given, made)
@@ -196,19 +196,19 @@ def files(checkpoint, folder):
     return [[str(Path(path).relative_to(folder)) for path in paths] for paths in found]
 
 
-def door(*knobs):
+def door(*options):
     """Train as the command does; ends with its exit code."""
     flags = [
         f"--config={ROOT}/configs/digits.py",
         "--workdir=run",
         "--config.wandb.mode=disabled",
-        *knobs,
+        *options,
     ]
     sys.argv[:] = [
         "ddpm.main",
         *(
-            f"--config.{knob}" if "=" in knob and not knob.startswith("--") else knob
-            for knob in flags
+            f"--config.{option}" if "=" in option and not option.startswith("--") else option
+            for option in flags
         ),
     ]
     runpy.run_module("ddpm.main", run_name="__main__", alter_sys=True)
@@ -290,11 +290,11 @@ def main_of(folder):
     def group(name, world, work, **environment):
         groups[name] = forked(world, work, folder / "said" / name, **environment)
 
-    def resumed(name, world, start, **knobs):
+    def resumed(name, world, start, **options):
         """Go on from the checkpoint in the middle of a run."""
         shutil.copytree(folder / start, folder / name)
         (folder / name / "checkpoints" / "step_00000006.pt").unlink()
-        group(name, world, lambda rank: trained(folder / name, **knobs))
+        group(name, world, lambda rank: trained(folder / name, **options))
 
     # here: what is imported on the way, all others have
     groups["one"] = [{"answer": trained(folder / "one"), "said": ""}]
@@ -331,7 +331,7 @@ def main_of(folder):
     cut.mkdir()
     os.chdir(cut)
     group("no such cut", 4, lambda rank: door("train.batch_size=6"))
-    group("no such knob", 4, lambda rank: door("train.batchsize=8"))
+    group("no such option", 4, lambda rank: door("train.batchsize=8"))
     group("no data", 2, lambda rank: with_data_on_rank_0_alone(rank, folder / "no data"))
     group("data go", 2, lambda rank: until_data_go(rank, folder / "data go"))
     group("killed", 1, lambda rank: torchrun(folder / "killed"))

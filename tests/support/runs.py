@@ -39,11 +39,11 @@ TINY = {
 }
 
 
-def tiny(**knobs):
-    """A config that trains in a second; knobs are given with two underscores for the dot:
+def tiny(**options):
+    """A config that trains in a second; options are given with two underscores for the dot:
     `train__length="3 steps"`.
     """
-    given = {key.replace("__", "."): value for key, value in knobs.items()}
+    given = {key.replace("__", "."): value for key, value in options.items()}
     return files.changed(defaults.freeze(defaults.base()), TINY | given)
 
 
@@ -99,10 +99,10 @@ def assert_same_run(a, b, grid):
 DONE = {"step": 12, "train/loss": 1.0, "progress/images": 96, "progress/epoch": 1.0}
 
 
-def written(folder, name, knobs, rows):
+def written(folder, name, options, rows):
     """A run folder with these rows of metrics."""
     folder = Path(folder, name)
     folder.mkdir(parents=True)
-    files.write(tiny(**knobs), folder)
+    files.write(tiny(**options), folder)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return studies_runs.read(folder)

@@ -137,7 +137,7 @@ def test_a_signal_while_wandb_waits_for_a_silent_server(server, tmp_path, at, nu
     """
     server.fault = FAULTS["silent"]
     length = 12 if code == 0 else 100_000
-    knobs = {
+    options = {
         "model.model_channels": 8,
         "train.batch_size": 8,
         "train.length": f"{length} steps",
@@ -152,7 +152,7 @@ def test_a_signal_while_wandb_waits_for_a_silent_server(server, tmp_path, at, nu
         "ddpm.main",
         f"--config={troubled.ROOT}/configs/digits.py",
         f"--workdir={tmp_path}/run",
-        *(f"--config.{key}={value}" for key, value in knobs.items()),
+        *(f"--config.{key}={value}" for key, value in options.items()),
     ]
     environment = os.environ | server.login | {"PYTHONPATH": str(troubled.ROOT)}
     with subprocess.Popen(

@@ -39,11 +39,11 @@ def same(first, second):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_fused_is_the_same_mathematics(name, memory_format):
-    knobs = dict(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    options = dict(betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
     ours = network().to(memory_format=memory_format)
     theirs = network()
-    fused = OPTIMIZERS[name](ours.parameters(), 1e-2, **knobs)
-    plain = UNFUSED[name](theirs.parameters(), 1e-2, **knobs)
+    fused = OPTIMIZERS[name](ours.parameters(), 1e-2, **options)
+    plain = UNFUSED[name](theirs.parameters(), 1e-2, **options)
     assert fused.defaults["fused"] is True
     for step in range(10):
         for model, optimizer in ((ours, fused), (theirs, plain)):
@@ -122,7 +122,7 @@ def test_state_round_trip_continues_bitwise():
 
 
 @pytest.mark.parametrize(
-    "rate, knobs, message",
+    "rate, options, message",
     [
         (-1.0, {}, "learning_rate is -1.0; use a finite number from 0 up"),
         (math.nan, {}, "learning_rate is nan; use"),
@@ -137,13 +137,13 @@ def test_state_round_trip_continues_bitwise():
     ],
 )
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_knobs_out_of_range(name, rate, knobs, message):
+def test_options_out_of_range(name, rate, options, message):
     with pytest.raises(ValueError) as error:
-        OPTIMIZERS[name](network().parameters(), rate, **knobs)
+        OPTIMIZERS[name](network().parameters(), rate, **options)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_specs_reach_the_knobs():
+def test_specs_reach_the_options():
     adam = registry.resolve("optimizer", OPTIMIZERS, "adam(betas=(0, 0.99), eps=1e-6)")
     group = adam(network().parameters(), 3e-4).param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (

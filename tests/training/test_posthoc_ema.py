@@ -271,7 +271,7 @@ def test_runs_without_them_say_what_to_do(trained, tmp_path):
         experiment_load.load(tmp_path / "alone.safetensors", **{"sample.ema": 0.5})
     with pytest.raises(ValueError, match="leave it at 0, and give --ema to generate"):
         run(tiny(sample__ema=0.1), tmp_path / "trained")
-    for knobs, said in [
+    for options, said in [
         ({"ema__profiles": (0.1,)}, "never stored; set config.every.snapshot"),
         ({"ema__more": (0.1,)}, r"takes numbers between 0.3 and .*, such as \(0.999, 0.9995\)"),
         (
@@ -283,7 +283,7 @@ def test_runs_without_them_say_what_to_do(trained, tmp_path):
         ({"ema__more": (1,)}, "takes numbers"),
     ]:
         with pytest.raises(ValueError, match=said):
-            tiny(**knobs)
+            tiny(**options)
 
 
 def test_one_training_serves_a_study_of_averages(trained, tmp_path):
@@ -307,12 +307,12 @@ def test_one_training_serves_a_study_of_averages(trained, tmp_path):
     )
     assert "--config.sample.ema=0.07" in asked.command_of(asked.grid()[0])
     for point in asked.grid():
-        knobs = {
+        options = {
             name.removeprefix("config."): value
             for name, value in point.items()
             if name != "checkpoint"
         }
-        evaluate(trained, "cpu", tmp_path / "runs" / asked.run_name(point), **knobs)
+        evaluate(trained, "cpu", tmp_path / "runs" / asked.run_name(point), **options)
     found = archive.of_study(path, given=tmp_path / "runs")
     made = [row["eval/made"] for run in found.runs for row in run.rows]
     assert sum("of the EMA sigma_rel 0.07 weights" in text for text in made) == 2
@@ -321,19 +321,19 @@ def test_one_training_serves_a_study_of_averages(trained, tmp_path):
     assert [group.setting for group in groups] == [
         {"sample.ema": number} for number in (0.07, 0.1, 0.5)
     ]
-    knobs = json.loads((tmp_path / "runs" / "ema=0.1-sample.seed=1" / "config.json").read_text())
-    assert knobs["sample"]["ema"] == 0.1
+    options = json.loads((tmp_path / "runs" / "ema=0.1-sample.seed=1" / "config.json").read_text())
+    assert options["sample"]["ema"] == 0.1
     with pytest.raises(ValueError, match="of another study: config.sample.ema is"):
         archive.results.compare(found.runs, [])
 
 
 def test_a_config_from_before_has_none(trained):
     text = json.loads(files.to_json(tiny()))
-    for section, knob in (
+    for section, option in (
         ("ema", "more"),
         ("ema", "profiles"),
         ("sample", "ema"),
         ("every", "snapshot"),
     ):
-        del text[section][knob]
+        del text[section][option]
     assert files.from_json(json.dumps(text)) == tiny()

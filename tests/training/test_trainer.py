@@ -273,15 +273,15 @@ def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
         ("model__norm_num_groups", 4, "0"),
         ("diffusion__rescale_timesteps", True, "False"),
     ]
-    for knob, value, theirs in cases:
-        key = knob.replace("__", ".")
+    for option, value, theirs in cases:
+        key = option.replace("__", ".")
         said = (
             f"was trained with {key} {theirs}, not {value}; to begin from it add "
             f"--config.{key}={theirs}"
         )
         with pytest.raises(ValueError, match=said):
             trainer.run(
-                tiny(train__init_from=str(tmp_path / "a"), **{knob: value}),
+                tiny(train__init_from=str(tmp_path / "a"), **{option: value}),
                 tmp_path / "c",
                 device.start(),
             )
@@ -292,7 +292,7 @@ def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
     )
 
 
-def test_another_config_in_the_same_folder_is_refused_with_the_knobs_named(tmp_path):
+def test_another_config_in_the_same_folder_is_refused_with_the_options_named(tmp_path):
     run(tiny(), tmp_path)
     with pytest.raises(ValueError, match=r"train\.learning_rate: 0\.001 there, 0\.002 here"):
         files.check_continues(tiny(train__learning_rate=2e-3), tmp_path)
