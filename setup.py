@@ -1,4 +1,4 @@
-"""Packaging of `ddpm`; console use is `python -m ddpm.main` and its sister doors."""
+"""Packaging of `ddpm`; console use is `python -m ddpm.main` and its sister commands."""
 
 from setuptools import find_packages, setup
 

@@ -40,6 +40,6 @@ if __name__ == "__main__":
         None,
         "Class of the machine that ran the runs, '2 CPU cores'; by default this one's.",
     )
-    config_flags.run_door(
+    config_flags.run_command(
         main, takes="experiments/NAME.yaml, run folders, or a W&B path such as entity/project/sweep"
     )

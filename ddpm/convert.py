@@ -120,7 +120,7 @@ if __name__ == "__main__":
     )
     for flag, (define, example) in interop_openai.FLAGS.items():
         define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")
-    config_flags.run_door(
+    config_flags.run_command(
         main,
         takes="a diffusers folder, a file of OpenAI's weights, or a run folder or checkpoint of "
         "ddpm",

@@ -181,4 +181,4 @@ def workspace(entity, project, sweep, runs):
 
 
 if __name__ == "__main__":
-    config_flags.run_door(main)
+    config_flags.run_command(main)

@@ -397,6 +397,6 @@ if __name__ == "__main__":
     )
     flags.DEFINE_boolean("strict", False, "Exit with 1 for a warning too.")
     flags.adopt_module_key_flags(config_flags)
-    config_flags.run_door(
+    config_flags.run_command(
         main, takes="a folder of images such as data/cats, or --config=configs/cats128.py"
     )

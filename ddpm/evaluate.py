@@ -151,4 +151,4 @@ if __name__ == "__main__":
         "Folder that becomes a run with these numbers; by default they are only printed.",
     )
     flags.adopt_module_key_flags(config_flags)
-    config_flags.run_door(main)
+    config_flags.run_command(main)

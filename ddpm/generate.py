@@ -270,4 +270,4 @@ if __name__ == "__main__":
         "transparent elsewhere.",
     )
     flags.adopt_module_key_flags(config_flags)
-    config_flags.run_door(main)
+    config_flags.run_command(main)

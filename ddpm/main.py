@@ -202,4 +202,4 @@ def failed(run, words):
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(config_flags)
-    config_flags.run_door(main)
+    config_flags.run_command(main)

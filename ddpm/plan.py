@@ -380,4 +380,4 @@ if __name__ == "__main__":
         lower_bound=1,
     )
     flags.adopt_module_key_flags(config_flags)
-    config_flags.run_door(main)
+    config_flags.run_command(main)

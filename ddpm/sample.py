@@ -61,4 +61,4 @@ if __name__ == "__main__":
     flags.DEFINE_alias("num_samples", "num_images")
     flags.DEFINE_string("out", "samples.png", "The picture: png, jpg or webp.")
     flags.adopt_module_key_flags(config_flags)
-    config_flags.run_door(main)
+    config_flags.run_command(main)

@@ -38,4 +38,4 @@ if __name__ == "__main__":
         lower_bound=1,
     )
     flags.DEFINE_integer("seed", 0, "Seed of what random and bayes choose.", lower_bound=0)
-    config_flags.run_door(main, takes="experiments/NAME.yaml")
+    config_flags.run_command(main, takes="experiments/NAME.yaml")

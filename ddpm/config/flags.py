@@ -1,4 +1,4 @@
-"""Command lines of the doors: flags become configs, and a user's mistake becomes one line and an
+"""Command lines of the commands: flags become configs, and a user's mistake becomes one line and an
 exit code.
 """
 
@@ -318,11 +318,11 @@ def show_help(argv):
 
 
 def read_flags(argv, values=flags.FLAGS, takes=None):
-    """Read a door's command line into absl's flags, refuse what it does not say clearly, and return
-    [program, *arguments].
+    """Read a command's command line into absl's flags, refuse what it does not say clearly, and
+    return [program, *arguments].
 
-    `takes` says what arguments without a flag are, for a door that has them. Raises ValueError for
-    a mistake in the command line, or in the config file that it names.
+    `takes` says what arguments without a flag are, for a command that has them. Raises ValueError
+    for a mistake in the command line, or in the config file that it names.
     """
     check_options_exist(argv)
     logging.set_verbosity(logging.ERROR)  # ml_collections warns of what is refused below
@@ -542,8 +542,8 @@ def name_a_home():
         os.environ["HOME"] = "/"
 
 
-def run_door(main, takes=None):
-    """Run a door: `main()` after the flags are read, its return value the exit code;
+def run_command(main, takes=None):
+    """Run a command: `main()` after the flags are read, its return value the exit code;
     `main(arguments)` if it takes any.
 
     A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit

@@ -40,7 +40,7 @@ KEYS = (
     "early_terminate",
 )
 COMMAND = '["${env}", "${interpreter}", "-m", "ddpm.main", "--config=configs/digits.py", "${args}"]'
-# W&B's other forms of ${args} are none that a door reads
+# W&B's other forms of ${args} are none that a command reads
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
 # by the program: the parameter that is no option
 OWN = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}

@@ -485,4 +485,4 @@ def train(run):
 
 
 if __name__ == "__main__":
-    sys.exit("error: the door that trains is `python -m ddpm.main --config=configs/digits.py`")
+    sys.exit("error: the command that trains is `python -m ddpm.main --config=configs/digits.py`")

@@ -1,7 +1,7 @@
 """What the faults stand on: a training of two seconds, children that can be killed, and what is
 told of them.
 
-The training is the tests' own (tests/support/runs.py), run by the door's function. Children are
+The training is the tests' own (tests/support/runs.py), run by the command's function. Children are
 forked from a process that has imported everything, so that a kill costs a second and not the start
 of torch.
 """
@@ -48,25 +48,25 @@ def small(**options):
 
 
 def training(given, folder):
-    """`work` for `forked`: train a config in a folder as the door does, and end with its exit
+    """`work` for `forked`: train a config in a folder as the command does, and end with its exit
     code.
     """
-    return as_door(lambda: main.train_experiment(given, folder))
+    return as_command(lambda: main.train_experiment(given, folder))
 
 
-def as_door(work):
+def as_command(work):
     """The same work, with a user's mistake as one line and exit code 2, as `command.run_door`
     has it.
     """
 
-    def door():
+    def command():
         try:
             return work()
         except (ValueError, OSError) as error:
             print(f"error: {errors.one_line(error)}")
             return errors.USAGE_ERROR
 
-    return door
+    return command
 
 
 def forked(work, log, kill_after=None, limit=600, by=signal.SIGKILL):

@@ -218,7 +218,7 @@ def get_config():
 
 
 def train_or_refuse(options, folder):
-    """Give a config to the door that trains: True where it trained, False where it was refused
+    """Give a config to the command that trains: True where it trained, False where it was refused
     in one line with a remedy.
     """
     (folder / "tiny.py").write_text(FILE)

@@ -1,4 +1,4 @@
-"""Files that mean harm, at every door that takes one: each is refused in one line, runs nothing
+"""Files that mean harm, at every command that takes one: each is refused in one line, runs nothing
 and takes no memory.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from crashes import alone
-from faults import Found, as_door, forked, last_line, small, training
+from faults import Found, as_command, forked, last_line, small, training
 from safetensors.torch import save
 
 from ddpm import convert, data
@@ -28,8 +28,8 @@ from ddpm.evaluation import extractors, reference
 from ddpm.generate import generate_images
 from ddpm.sample import sample_from_checkpoint
 
-# bytes that a door may take beyond what it holds already; what the files claim is a thousand times
-# as much
+# bytes that a command may take beyond what it holds already; what the files claim is a thousand
+# times as much
 ROOM = 2**30
 HUGE = 2**50
 
@@ -100,7 +100,7 @@ def tar(names):
 
 
 def checkpoint_of(text, shadow=None):
-    """The pickle of a checkpoint with a config, which any door would read."""
+    """The pickle of a checkpoint with a config, which any command would read."""
     weights = {"head.weight": tensor((4,), (1,), 4)} if shadow is None else shadow
     parts = {
         name: {} for name in ("net", "optimizer", "scaler", "meters", "best", "data", "tracker")
@@ -352,8 +352,8 @@ def resumed(path, folder):
     return training(small(), run)()
 
 
-def doors(folder, trained):
-    """Every door that takes a file: name -> (f(path), the suffixes that it takes)."""
+def commands(folder, trained):
+    """Every command that takes a file: name -> (f(path), the suffixes that it takes)."""
     out = folder / "out"
     both = (".pt", ".safetensors")
     return {
@@ -378,7 +378,7 @@ def doors(folder, trained):
 
 
 def refused(folder, times, seed):
-    """A third of the files at all doors, in a child that may take a GiB more than it has;
+    """A third of the files at all commands, in a child that may take a GiB more than it has;
     another third in the next turn.
     """
     done = 0
@@ -398,13 +398,13 @@ def refused(folder, times, seed):
             (paths[-1][1] / place).parent.mkdir(parents=True, exist_ok=True)
             (paths[-1][1] / place).write_bytes(content)
     for turn in range(times):
-        for door, (enter, suffixes) in doors(folder, trained).items():
+        for command, (enter, suffixes) in commands(folder, trained).items():
             given = [
                 (name, path)
                 for name, path in paths[turn % 3 :: 3]
                 if path.suffix in suffixes
                 # which has a config of its own
-                and not (name.startswith("config: ") and door.startswith("main"))
+                and not (name.startswith("config: ") and command.startswith("main"))
             ]
             log = folder / "said"
 
@@ -413,18 +413,18 @@ def refused(folder, times, seed):
                 resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, held + ROOM))
                 for name, path in given:  # noqa: B023
                     print(f"@ {name}", flush=True)
-                    print(f"= {as_door(lambda: enter(path))()}", flush=True)  # noqa: B023
+                    print(f"= {as_command(lambda: enter(path))()}", flush=True)  # noqa: B023
 
             log.unlink(missing_ok=True)
             code = forked(all_of_them, log)
             if code:
-                lost.append(f"{door}: exit code {code}, {last_line(log)}")
+                lost.append(f"{command}: exit code {code}, {last_line(log)}")
             answers = log.read_text().split("@ ")[1:]
             for (name, _), answer in zip(given, answers, strict=False):
                 said = answer.strip().splitlines()[1:]
                 done += 1
                 if said[-1:] != ["= 2"] or len(said) != 2 or not said[0].startswith("error: "):
-                    lost.append(f"{door} of {name}: {' / '.join(said)[-300:]}")
+                    lost.append(f"{command} of {name}: {' / '.join(said)[-300:]}")
     if found := [
         *folder.rglob("harm*"),
         *(path for path in (folder / "out").rglob("*") if path.is_file()),
@@ -433,8 +433,8 @@ def refused(folder, times, seed):
     return Found(
         done,
         lost,
-        f"{len(paths)} files at {len(doors(folder, trained))} doors, with at most 1 GiB of memory "
-        "more",
+        f"{len(paths)} files at {len(commands(folder, trained))} commands, with at most 1 GiB of "
+        "memory more",
     )
 
 

@@ -122,8 +122,8 @@ FAULTS = {
     "hostile files": Fault(
         hostile.refused,
         "checkpoints, exported weights, diffusers folders and configs inside them that are made "
-        "to run code, to leave their folder or to claim terabytes, at every door that takes one, "
-        "which may take 1 GiB more than before",
+        "to run code, to leave their folder or to claim terabytes, at every command that takes "
+        "one, which may take 1 GiB more than before",
         "one line, exit code 2, no code is run, no file is made",
         3,
         1,

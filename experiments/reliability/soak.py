@@ -1,11 +1,11 @@
 """An hour of trainings, kills, restarts, evaluations and sweeps: does anything grow? `python
 experiments/reliability/soak.py`.
 
-Two trainings of one config run side by side, by the doors that users call. One, `steady`, is never
-disturbed; the other, `killed`, is stopped at random moments, by SIGKILL and SIGTERM in turn, and
-the same command goes on with it; between its lives it is measured and drawn from, and a sweep runs.
-Memory, open files, threads and processes are read all the while. At the end both must hold the same
-weights wherever both kept a milestone, and nothing that was started may still be there.
+Two trainings of one config run side by side, by the commands that users call. One, `steady`, is
+never disturbed; the other, `killed`, is stopped at random moments, by SIGKILL and SIGTERM in turn,
+and the same command goes on with it; between its lives it is measured and drawn from, and a sweep
+runs. Memory, open files, threads and processes are read all the while. At the end both must hold
+the same weights wherever both kept a milestone, and nothing that was started may still be there.
 
 Writes soak.json and soak.csv, and from them soak.md and soak.png (`--report` does the latter
 alone). Needs `pip install -e '.[test]'` and Linux. Exit code 1 where anything was lost or left
@@ -81,7 +81,7 @@ SETTLED = 1 / 6  # of the time: until then caches fill
 
 
 class Watched:
-    """A door that runs in a session of its own, so that what it leaves behind is found."""
+    """A command that runs in a session of its own, so that what it leaves behind is found."""
 
     def __init__(self, folder, name, *words):
         self.name = name
@@ -222,19 +222,19 @@ def life(folder, readings, draw, number, longest):
 
 
 def leftovers(ended, patience=30):
-    """How many processes of doors that have ended are still there after `patience` seconds."""
+    """How many processes of commands that have ended are still there after `patience` seconds."""
     until = time.monotonic() + patience
     while (left := sum((one.left() for one in ended), [])) and time.monotonic() < until:
         time.sleep(0.5)
     return len(left)
 
 
-def door(folder, name, *words):
-    """Run a door to its end: its exit code, and what it left behind."""
+def command(folder, name, *words):
+    """Run a command to its end: its exit code, and what it left behind."""
     one = Watched(folder, name, *words)
     code = one.wait()
     return {
-        "door": name,
+        "command": name,
         "code": code,
         "seconds": round(time.monotonic() - one.born, 1),
         "left": leftovers([one]),
@@ -284,17 +284,17 @@ def soak(folder, minutes, seed):
     draw = random.Random(seed)
     readings = Readings(every=min(5, minutes))
     lives = []
-    doors = []
+    commands = []
     lying = [lying_about(folder)]
     steady = readings.watched["steady"] = training(folder, "steady")
     while time.monotonic() < until or not lives:
         lives.append(life(folder, readings, draw, len(lives), longest))
         if checkpoint.checkpoints(folder / "killed"):
-            doors.append(
-                door(folder, "evaluate", "ddpm.evaluate", f"--checkpoint={folder / 'killed'}")
+            commands.append(
+                command(folder, "evaluate", "ddpm.evaluate", f"--checkpoint={folder / 'killed'}")
             )
-            doors.append(
-                door(
+            commands.append(
+                command(
                     folder,
                     "generate",
                     "ddpm.generate",
@@ -306,11 +306,11 @@ def soak(folder, minutes, seed):
             )
         if len(lives) % 4 == 1:
             runs = folder / f"sweep{len(lives)}"
-            doors.append(
-                door(folder, "sweep", "ddpm.sweep", f"{folder / 'sweep.yaml'}", f"--runs={runs}")
+            commands.append(
+                command(folder, "sweep", "ddpm.sweep", f"{folder / 'sweep.yaml'}", f"--runs={runs}")
             )
         lying.append(lying_about(folder))
-        print(lives[-1], doors[-3:], lying[-1], flush=True)
+        print(lives[-1], commands[-3:], lying[-1], flush=True)
     readings.stop()
     steady.process.send_signal(signal.SIGTERM)
     code = steady.wait()
@@ -321,7 +321,7 @@ def soak(folder, minutes, seed):
         "minutes": minutes,
         "seed": seed,
         "lives": lives,
-        "doors": doors,
+        "commands": commands,
         "lying": lying,
         "steady": {"code": code, "step": last_row(folder / "steady"), "left": leftovers([steady])},
         "rows_missing": missing_rows(folder / "killed"),
@@ -427,17 +427,17 @@ def faults(found, rows):
     tenth more than it did at first.
     """
     lives = found["lives"]
-    doors = found["doors"]
+    commands = found["commands"]
     lying = found["lying"]
     wrong = [
         f"life {one['life']} ended with {one['code']}"
         for one in lives
         if one["code"] != (-signal.SIGKILL if one["signal"] == "SIGKILL" else os.EX_TEMPFAIL)
     ]
-    wrong += [f"{one['door']} ended with {one['code']}" for one in doors if one["code"]]
+    wrong += [f"{one['command']} ended with {one['code']}" for one in commands if one["code"]]
     wrong += [
         f"{one['left']} processes were left"
-        for one in (*lives, *doors, found["steady"])
+        for one in (*lives, *commands, found["steady"])
         if one["left"]
     ]
     wrong += [f"the steady run ended with {found['steady']['code']}"] * (
@@ -473,7 +473,7 @@ def outcome(codes):
 def words(found, rows):
     """The report in Markdown."""
     lives = found["lives"]
-    doors = found["doors"]
+    commands = found["commands"]
     wrong = faults(found, rows)
     table = [
         [
@@ -500,7 +500,7 @@ def words(found, rows):
     lines = [
         f"`killed` had {len(lives)} lives ({outcome([one['code'] for one in lives])}) and came to "
         f"step {lives[-1]['step']:,}; `steady` came to {found['steady']['step']:,}.",
-        f"Between them {outcome_of_doors(doors)}.",
+        f"Between them {outcome_of_commands(commands)}.",
         f"{found['milestones_same']} milestones of both hold the same weights, averages and "
         f"optimiser to the bit, {found['milestones_other']} do not; rows of metrics.jsonl missing "
         f"or twice: {len(found['rows_missing'])}.",
@@ -563,15 +563,15 @@ def at_age(rows, life):
     return mine[0] if mine else None
 
 
-def outcome_of_doors(doors):
-    names = dict.fromkeys(one["door"] for one in doors)
+def outcome_of_commands(commands):
+    names = dict.fromkeys(one["command"] for one in commands)
     return (
         "; ".join(
-            f"`ddpm.{name}` ran {sum(one['door'] == name for one in doors)} times "
-            f"({outcome([one['code'] for one in doors if one['door'] == name])})"
+            f"`ddpm.{name}` ran {sum(one['command'] == name for one in commands)} times "
+            f"({outcome([one['code'] for one in commands if one['command'] == name])})"
             for name in names
         )
-        or "no door ran"
+        or "no command ran"
     )
 
 

@@ -1,4 +1,4 @@
-"""The doors as a person uses them: train, draw, look, measure."""
+"""The commands as a person uses them: train, draw, look, measure."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from ddpm.main import train_experiment
 from ddpm.sample import sample_from_checkpoint
 from ddpm.sampling import formats
 from ddpm.training import checkpoint
-from support.commands import ROOT, door
+from support.commands import ROOT, run_ddpm
 from support.runs import rows, run, tiny
 
 
@@ -41,7 +41,7 @@ def test_the_main_job_at_a_few_steps_then_again(tmp_path):
         "--config.evaluate.num_samples=16",
         "--config.evaluate.steps=2",
     ]
-    code, out, err = door("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
+    code, out, err = run_ddpm("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == "digits-model_channels=16-sample.steps=2"
@@ -52,7 +52,7 @@ def test_the_main_job_at_a_few_steps_then_again(tmp_path):
     assert json.loads((folder / "config.json").read_text())["model"]["model_channels"] == 16
     (left := folder / "checkpoints" / "step_00000001.pt").touch()  # as by a kill in its deletion
     (folder / "checkpoints" / "step_00000002.pt").touch()
-    code, out, err = door("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
+    code, out, err = run_ddpm("main", f"--config={ROOT}/configs/digits.py", *few, cwd=tmp_path)
     assert code == 0 and "is finished: 12 steps" in out[-1] and not left.exists()
 
 
@@ -156,7 +156,7 @@ def test_torchrun_on_two_ranks_trains_as_one_process_does(tmp_path):
         "--config.evaluate.likelihood_images=5",
         "--config.evaluate.likelihood_evaluations=8",
     ]
-    assert door("main", *flags, f"--workdir={tmp_path}/one", cwd=tmp_path)[0] == 0
+    assert run_ddpm("main", *flags, f"--workdir={tmp_path}/one", cwd=tmp_path)[0] == 0
     launch = [
         sys.executable,
         "-m",
@@ -314,7 +314,7 @@ def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
         ),
         ("evaluate", [f"--checkpoint={trained}", "--steps=1000"], "with only 20 timesteps"),
     ]:
-        code, out, err = door(name, *flags, cwd=tmp_path)
+        code, out, err = run_ddpm(name, *flags, cwd=tmp_path)
         assert code == 2 and len(err) == 1 and remedy in err[0], (name, err)
     assert not list(tmp_path.iterdir())
 
@@ -357,7 +357,7 @@ def test_final_weights_that_are_gone_or_damaged_are_made_anew(trained, tmp_path,
 
 
 def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
-    code, out, err = door(
+    code, out, err = run_ddpm(
         "evaluate",
         f"--checkpoint={trained}",
         f"--workdir={tmp_path}/run",
@@ -401,7 +401,7 @@ def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
 
 def test_two_trainings_do_not_share_a_folder(tmp_path):
     with lock_folder(tmp_path / "run"):
-        code, out, err = door(
+        code, out, err = run_ddpm(
             "main", f"--config={ROOT}/configs/digits.py", f"--workdir={tmp_path}/run", cwd=tmp_path
         )
     assert code == 2 and len(err) == 1 and "is in use by another process" in err[0]
@@ -414,7 +414,7 @@ def test_a_place_that_cannot_be_written_is_one_line(trained, tmp_path):
         ("generate", [f"--checkpoint={trained}", "--out=/proc/images"]),
         ("sample", [f"--checkpoint={trained}", "--out=/proc/images/grid.png"]),
     ]:
-        code, out, err = door(name, *flags, cwd=tmp_path)
+        code, out, err = run_ddpm(name, *flags, cwd=tmp_path)
         assert (
             code == 2
             and len(err) == 1
@@ -443,7 +443,7 @@ def test_a_full_disk_is_said_in_a_line_and_keeps_the_checkpoint_before(tmp_path)
         "--config.every.validate=0 steps",
         "--config.wandb.mode=disabled",
     ]
-    assert door("main", *flags, "--config.train.length=2 steps", cwd=tmp_path)[0] == 0
+    assert run_ddpm("main", *flags, "--config.train.length=2 steps", cwd=tmp_path)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.pt")}
     longer = ["--config.train.length=4 steps", "--config.every.save=3 steps"]
     command = [sys.executable, "-c", FULL_DISK, "ddpm.main", *flags, *longer]
@@ -456,4 +456,4 @@ def test_a_full_disk_is_said_in_a_line_and_keeps_the_checkpoint_before(tmp_path)
         in done.stdout
     )
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.pt*")}
-    assert door("main", *flags, *longer, cwd=tmp_path)[0] == 0
+    assert run_ddpm("main", *flags, *longer, cwd=tmp_path)[0] == 0

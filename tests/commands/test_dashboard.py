@@ -1,4 +1,4 @@
-"""The dashboard door: what it sends to a loopback server, and what it says where it cannot send
+"""The dashboard command: what it sends to a loopback server, and what it says where it cannot send
 anything.
 """
 
@@ -40,7 +40,7 @@ parameters:
 """
 
 
-def door(*words, command=DOOR, **environment):
+def run_ddpm(*words, command=DOOR, **environment):
     done = subprocess.run(
         [*command, *words],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
@@ -95,7 +95,7 @@ def lines(panels):
 
 
 def test_a_study_has_its_workspace(project):
-    code, out, err = door("--project=me/digits", "--sweep=s1", **project.login)
+    code, out, err = run_ddpm("--project=me/digits", "--sweep=s1", **project.login)
     assert (code, err) == (0, "")
     view, runs, panels = sent(project)
     assert (view["entityName"], view["projectName"], view["type"]) == (
@@ -185,14 +185,14 @@ def test_a_project_without_evaluations_shows_where_they_will_be():
     ],
 )
 def test_a_mistake_is_one_line(project, words, command, login, said):
-    code, out, err = door(*words, command=command, **project.login if login else {})
+    code, out, err = run_ddpm(*words, command=command, **project.login if login else {})
     assert (code, out, err.count("\n")) == (2, "", 1) and said in err
     assert not project.views
 
 
 def test_an_unreachable_server_is_one_line():
     before = time.monotonic()
-    code, out, err = door(
+    code, out, err = run_ddpm(
         "--project=me/digits", WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40
     )
     # W&B gives up after 20 s; the rest is for a loaded machine

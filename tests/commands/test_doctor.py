@@ -45,7 +45,7 @@ def report_on(root, size=32, fraction=0.1):
     return doctor.diagnose(root, size, fraction)
 
 
-def door(*words, cwd):
+def run_ddpm(*words, cwd):
     command = [sys.executable, "-m", "ddpm.doctor", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -228,8 +228,8 @@ def test_a_training_says_what_the_doctor_says(folder, tmp_path):
     assert "1 held-out image has a near-duplicate that is learned from" in log
 
 
-def test_the_door_and_its_exit_codes(folder, tmp_path):
-    code, out, err = door(folder, "--image_size=64", "--out=out", cwd=tmp_path)
+def test_the_command_and_its_exit_codes(folder, tmp_path):
+    code, out, err = run_ddpm(folder, "--image_size=64", "--out=out", cwd=tmp_path)
     assert code == 1 and not err and "16 of 16 images can be learned from at 64x64" in out
     assert "not fit: 16 images are too few" in out
     assert len(out.splitlines()) < 40 and max(map(len, out.splitlines())) < 200
@@ -243,10 +243,10 @@ def test_the_door_and_its_exit_codes(folder, tmp_path):
         ([folder, "--image_size=1000000"], "1000000 is not an integer in the range [1, 4096]"),
         ([f"--config={ROOT}/configs/digits.py"], "the doctor looks at folders of files"),
     ):
-        code, out, err = door(*words, cwd=tmp_path)
+        code, out, err = run_ddpm(*words, cwd=tmp_path)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
     shutil.copytree(folder, tmp_path / "data" / "cats")
-    code, out, err = door(config, cwd=tmp_path)
+    code, out, err = run_ddpm(config, cwd=tmp_path)
     assert code == 1 and "left out: too small  16" in out
 
 

@@ -22,7 +22,7 @@ from support.runs import tiny
 GIB = memory.GIB
 
 
-def door(*arguments):
+def run_ddpm(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "ddpm.plan", *arguments], capture_output=True, text=True
     )
@@ -221,9 +221,9 @@ def test_a_gpu_that_is_not_known_has_all_that_may_be_meant(name, near):
     )
 
 
-def test_the_door():
+def test_the_command():
     small = [f"--config.model.{option}" for option in ("model_channels=8", "num_res_blocks=1")]
-    code, out, _ = door(
+    code, out, _ = run_ddpm(
         "--config=configs/digits.py",
         *small,
         "--config.train.length=3 epochs",
@@ -303,5 +303,5 @@ def test_snapshots_take_disk():
     ],
 )
 def test_bad_input_is_one_line(flags, message):
-    code, out, err = door(*flags)
+    code, out, err = run_ddpm(*flags)
     assert code == 2 and out == "" and len(err) == 1 and message in err[0]

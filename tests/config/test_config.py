@@ -880,7 +880,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
 
 
 def meet(cases):
-    """Run the door on each command line of `cases`, each in a fork of this process, which has
+    """Run the command on each command line of `cases`, each in a fork of this process, which has
     paid for the imports already.
     """
     answers = []
@@ -893,7 +893,7 @@ def meet(cases):
             sys.argv = ["ddpm/main.py", *arguments]
             code = 99
             try:
-                flags.run_door(main.main)
+                flags.run_command(main.main)
             except SystemExit as leaving:
                 code = leaving.code or 0
             finally:

@@ -18,7 +18,7 @@ from ddpm.runtime import device
 from ddpm.sampling import draw
 from ddpm.studies import compatibility
 from ddpm.training import checkpoint
-from support.commands import door
+from support.commands import run_ddpm
 from support.runs import run, tiny
 
 DIGITS = tuple(map(str, range(10)))
@@ -204,8 +204,8 @@ def test_another_training_guides(trained, unlabelled, tmp_path):
         drawn(trained, guide=str(weak))
 
 
-def test_classes_and_guidance_at_the_doors(trained, tmp_path):
-    code, out, err = door(
+def test_classes_and_guidance_at_the_commands(trained, tmp_path):
+    code, out, err = run_ddpm(
         "generate",
         f"--checkpoint={trained}",
         "--classes=3,5",
@@ -224,7 +224,7 @@ def test_classes_and_guidance_at_the_doors(trained, tmp_path):
     assert out[0].endswith(
         f"; {3 + sum(0.2 < level.ratio <= 5 for level in levels)} network evaluations an image"
     )
-    code, out, err = door(
+    code, out, err = run_ddpm(
         "generate", f"--checkpoint={trained}", "--guidance_interval=5,x", cwd=tmp_path
     )
     assert code == 2 and len(err) == 1 and "takes two noise levels" in err[0], err

@@ -50,7 +50,7 @@ print(after.ru_maxrss - before.ru_maxrss, after.ru_utime + after.ru_stime - befo
 
 
 def test_files_made_to_do_harm_are_refused_in_little_time_and_memory(tmp_path):
-    """By training's scan, the doctor with its sheet, and the doors that take pictures: all of
+    """By training's scan, the doctor with its sheet, and the commands that take pictures: all of
     them, one after the other.
     """
     made = attacks()
@@ -78,7 +78,7 @@ def test_files_made_to_do_harm_are_refused_in_little_time_and_memory(tmp_path):
     assert int(memory) < 2**20 and float(seconds) < 60
 
 
-def test_pictures_in_shards_and_at_the_doors_are_refused_too(tmp_path):
+def test_pictures_in_shards_and_at_the_commands_are_refused_too(tmp_path):
     bomb = attacks()["size.png"][0]
     with pytest.raises(ValueError, match="is no image that can be read"):
         streaming.fetch_sample(Samples({"image": bomb}), "image", 16, 3, decode.WHITE, 0)

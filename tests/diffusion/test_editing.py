@@ -1,4 +1,4 @@
-"""Edits: against diffusers, closed forms and exact identities, and through the door."""
+"""Edits: against diffusers, closed forms and exact identities, and through the command."""
 
 import math
 from functools import partial
@@ -27,7 +27,7 @@ from ddpm.diffusion.process import CLEAN, latent
 from ddpm.diffusion.samplers import ddim, ddpm
 from ddpm.experiment import build, drawing
 from ddpm.generate import edit_images, generate_images, masked_words
-from support.commands import door
+from support.commands import run_ddpm
 from support.oracles import (
     FLOAT32_TABLES,
     MEAN,
@@ -444,10 +444,10 @@ def read(path):
     return np.asarray(Image.open(path))
 
 
-def test_inpainting_through_the_door(trained, tmp_path):
+def test_inpainting_through_the_command(trained, tmp_path):
     pixels = picture(tmp_path / "image.png", 16, 16)
     mask_file(tmp_path / "mask.png", 32, 32)
-    code, out, err = door(
+    code, out, err = run_ddpm(
         "generate",
         f"--checkpoint={trained}",
         "--edit=inpaint(jump_length=4, resamplings=2)",
@@ -520,7 +520,7 @@ def test_an_edit_is_the_same_image_however_many_are_drawn(trained, tmp_path):
     assert all(np.array_equal(read(a), read(b)) for a, b in zip(few[:2], many, strict=False))
 
 
-def test_strength_through_the_door_is_the_picture_or_plain_sampling(trained, tmp_path):
+def test_strength_through_the_command_is_the_picture_or_plain_sampling(trained, tmp_path):
     photo = picture(tmp_path / "image.png", 50, 40)
     Image.fromarray(photo).save(tmp_path / "image.png")
     kept = edit_images(
@@ -537,12 +537,12 @@ def test_strength_through_the_door_is_the_picture_or_plain_sampling(trained, tmp
         assert np.array_equal(read(ours), read(theirs))
 
 
-def test_inversion_and_interpolation_through_the_door(trained, tmp_path):
+def test_inversion_and_interpolation_through_the_command(trained, tmp_path):
     for k in range(2):
         picture(tmp_path / f"{k}.png", 16, 16, seed=k)
     alone = edit_images(trained, "invert", tmp_path / "0.png", tmp_path / "alone", format="grid")
     assert [path.name for path in alone] == ["grid.png"] and read(alone[0]).shape == (20, 38)
-    code, out, err = door(
+    code, out, err = run_ddpm(
         "generate",
         f"--checkpoint={trained}",
         "--edit=interpolate",
@@ -613,7 +613,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
         with pytest.raises(ValueError) as mistake:
             if "edit" not in flags:
                 raise ValueError(
-                    door("generate", f"--checkpoint={trained}", *given, cwd=tmp_path)[2][0]
+                    run_ddpm("generate", f"--checkpoint={trained}", *given, cwd=tmp_path)[2][0]
                 )
             edit_images(
                 trained,

@@ -288,7 +288,7 @@ LIKELIHOOD = dict(
 )
 
 
-def test_bits_are_tracked_repeated_by_the_door_and_add_up(tmp_path, monkeypatch, capsys):
+def test_bits_are_tracked_repeated_by_the_command_and_add_up(tmp_path, monkeypatch, capsys):
     run(tiny(**LIKELIHOOD, diffusion__variance="learned", diffusion__loss="hybrid"), tmp_path)
     logged = rows(tmp_path)[-1]
     terms = {

@@ -734,17 +734,17 @@ def test_the_order_of_heads_matters(tmp_path):
 # mistakes
 
 
-def door(*arguments, cwd):
-    """Run the door as a command: its exit code, and what it said."""
+def run_ddpm(*arguments, cwd):
+    """Run the command as a command: its exit code, and what it said."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "ddpm.convert", *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
-def test_the_door(tmp_path):
+def test_the_command(tmp_path):
     torch.save(OpenAI(classes=2).weights, tmp_path / "model.pt")
-    code, out, err = door("model.pt", "--out=ours.safetensors", cwd=tmp_path)
+    code, out, err = run_ddpm("model.pt", "--out=ours.safetensors", cwd=tmp_path)
     assert (
         code == 2
         and out == ""
@@ -755,7 +755,7 @@ def test_the_door(tmp_path):
             "--num_head_channels=64, --use_new_attention_order=False\n"
         )
     )
-    code, out, err = door(
+    code, out, err = run_ddpm(
         "model.pt",
         "--out=ours.safetensors",
         "--image_size=8",

@@ -290,7 +290,7 @@ def test_without_room_for_one_image_a_training_says_where(tmp_path):
     assert "what helps, by what it saves: --config." in line
 
 
-def test_a_door_without_room_is_one_line(trained, tmp_path):
+def test_a_command_without_room_is_one_line(trained, tmp_path):
     """In a process of its own, each layer of which asks for more memory than there is."""
     code = (
         "import runpy, sys, torch\n"

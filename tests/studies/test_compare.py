@@ -521,8 +521,10 @@ def test_runs_elsewhere(here, capsys):
     (here / "runs").rename("elsewhere")
     compare("experiments/schedules.yaml", runs="elsewhere")
     readme = (here / "experiments/schedules/README.md").read_text()
-    for door in ("sweep", "compare"):
-        assert f"    python -m ddpm.{door} experiments/schedules.yaml --runs=elsewhere\n" in readme
+    for run_ddpm in ("sweep", "compare"):
+        assert (
+            f"    python -m ddpm.{run_ddpm} experiments/schedules.yaml --runs=elsewhere\n" in readme
+        )
     assert "makes the runs in `elsewhere/schedules`" in readme
     compare("experiments/schedules.yaml", runs="elsewhere/schedules")
     assert "--runs" not in (here / "experiments/schedules/README.md").read_text()
@@ -871,8 +873,8 @@ def test_checkpoints_of_one_training_are_settings(here, trained):
     ]
 
 
-def test_the_door(here):
-    def door(*arguments):
+def test_the_command(here):
+    def run_ddpm(*arguments):
         done = subprocess.run(
             [sys.executable, "-m", "ddpm.compare", *arguments],
             capture_output=True,
@@ -881,9 +883,9 @@ def test_the_door(here):
         )
         return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
-    code, out, _ = door("experiments/schedules.yaml")
+    code, out, _ = run_ddpm("experiments/schedules.yaml")
     assert code == 0 and "Answer: " in out and "results.csv" in out
-    code, out, _ = door("--help")
+    code, out, _ = run_ddpm("--help")
     said = " ".join(out.split())
     assert (
         code == 0
@@ -892,7 +894,7 @@ def test_the_door(here):
     )
     shutil.rmtree(here / "runs")
     shutil.rmtree(here / "experiments" / "schedules")
-    code, _, err = door("experiments/schedules.yaml")
+    code, _, err = run_ddpm("experiments/schedules.yaml")
     assert code == 2 and err == [
         "error: runs/schedules has no runs yet; python -m ddpm.sweep experiments/schedules.yaml "
         "makes them, and --runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"
@@ -905,14 +907,14 @@ def test_runs_on_a_server(here, server):
     """
     environment = os.environ | server.login | {"PYTHONPATH": str(ROOT)}
 
-    def door(name, *arguments):
+    def run_ddpm(name, *arguments):
         command = [sys.executable, "-m", f"ddpm.{name}", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    door("main", "--config=tiny.py", "--config.wandb.mode=online", "--workdir=runs/mine")
-    assert "Answer: There is one setting" in door("compare", "me/ddpm", "--out=report")
+    run_ddpm("main", "--config=tiny.py", "--config.wandb.mode=online", "--workdir=runs/mine")
+    assert "Answer: There is one setting" in run_ddpm("compare", "me/ddpm", "--out=report")
     (kept,) = map(studies_runs.read, Path("report", "runs").iterdir())
     mine = studies_runs.read("runs/mine")
     assert kept.options == mine.options and kept.rows == mine.rows and kept.name.startswith("mine-")

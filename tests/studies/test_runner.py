@@ -61,7 +61,7 @@ def study(folder, parameters, **said):
     return read(path)
 
 
-def door(folder, *flags, **options):
+def run_ddpm(folder, *flags, **options):
     """`python -m ddpm.sweep` on that study as a process."""
     words = [
         sys.executable,
@@ -245,7 +245,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path):
     )
     folder = asked.folder(tmp_path / "runs")
     rows = asked.folder(tmp_path / "runs") / "seed=7" / "metrics.jsonl"
-    process = door(tmp_path)
+    process = run_ddpm(tmp_path)
     deadline = time.monotonic() + 120  # seconds, on a busy machine
     while not (rows.exists() and rows.read_text().count("\n") > 2):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -273,14 +273,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     study(tmp_path, {"config.seed": {"values": [0]}})
     path = tmp_path / "asked.yaml"
     path.write_text(path.read_text().replace("config.seed", "config.sede"))
-    process = door(tmp_path)
+    process = run_ddpm(tmp_path)
     said, errors = process.communicate(timeout=120)
     assert (process.returncode, said) == (common_errors.USAGE_ERROR, "")
     assert errors.startswith(
         f"error: {path}: unknown parameter 'config.sede' (did you mean 'config.seed'?)"
     )
     assert errors.count("\n") == 1 and not (tmp_path / "runs").exists()
-    said, _ = door(tmp_path, "--help").communicate(timeout=120)
+    said, _ = run_ddpm(tmp_path, "--help").communicate(timeout=120)
     assert "Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted" in " ".join(
         said.split()
     )

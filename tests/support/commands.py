@@ -8,8 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def door(name, *flags, cwd):
-    """Run a door as a command; its output lines and exit code."""
+def run_ddpm(name, *flags, cwd):
+    """Run a command as a command; its output lines and exit code."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", f"ddpm.{name}", *flags]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)

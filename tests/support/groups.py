@@ -196,7 +196,7 @@ def files(checkpoint, folder):
     return [[str(Path(path).relative_to(folder)) for path in paths] for paths in found]
 
 
-def door(*options):
+def run_ddpm(*options):
     """Train as the command does; ends with its exit code."""
     flags = [
         f"--config={ROOT}/configs/digits.py",
@@ -228,7 +228,7 @@ def with_data_on_rank_0_alone(rank, folder):
     os.chdir(folder / str(rank))
     if rank == 0:
         photos()
-    door("data.source=folder(path='photos')", "data.channels=3")
+    run_ddpm("data.source=folder(path='photos')", "data.channels=3")
 
 
 def until_data_go(rank, folder):
@@ -330,8 +330,8 @@ def main_of(folder):
     cut = folder / "cut"
     cut.mkdir()
     os.chdir(cut)
-    group("no such cut", 4, lambda rank: door("train.batch_size=6"))
-    group("no such option", 4, lambda rank: door("train.batchsize=8"))
+    group("no such cut", 4, lambda rank: run_ddpm("train.batch_size=6"))
+    group("no such option", 4, lambda rank: run_ddpm("train.batchsize=8"))
     group("no data", 2, lambda rank: with_data_on_rank_0_alone(rank, folder / "no data"))
     group("data go", 2, lambda rank: until_data_go(rank, folder / "data go"))
     group("killed", 1, lambda rank: torchrun(folder / "killed"))

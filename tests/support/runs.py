@@ -48,7 +48,7 @@ def tiny(**options):
 
 
 def run(given, folder):
-    """Train a config in a folder, or go on with it, as the door does; returns True if it came to
+    """Train a config in a folder, or go on with it, as the command does; returns True if it came to
     its end.
     """
     build.check(given)
