@@ -1,4 +1,4 @@
-"""A folder of cat photos at 128 pixels: the recipe for one card with 8 GB, and smaller variants for
+"""A folder of cat photos at 128 pixels: the recipe for one GPU with 8 GB, and smaller variants for
 less.
 
 `--config=configs/cats128.py:small` picks a variant. The photos lie in data/cats; other places by

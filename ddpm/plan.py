@@ -23,7 +23,7 @@ from ddpm.data import source
 from ddpm.experiment import build, cost, trainer
 from ddpm.experiment import memory as experiment_memory
 from ddpm.runtime import memory
-from ddpm.runtime.gpus import CARDS, known, meant
+from ddpm.runtime.gpus import GPUS, known, meant
 from ddpm.studies.tables import amount, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,7 +44,7 @@ USUAL = (
 
 class Memory(NamedTuple):
     """How one arithmetic, with so many levels recomputed, takes memory: at the config's
-    micro-batch, and at most on a card.
+    micro-batch, and at most on a GPU.
     """
 
     types: str
@@ -55,7 +55,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(config, images, vram):
-    """A `Memory` for each size of number, without and with activation checkpointing, on a card
+    """A `Memory` for each size of number, without and with activation checkpointing, on a GPU
     of `vram` bytes.
     """
     with torch.device("meta"):
@@ -73,19 +73,19 @@ def memory_of(config, images, vram):
                 )
 
 
-def hours(images, flops, card, dtype, mfu, cards=1, batch_size=1, weights=0, kernels=0):
-    """Hours for so many images on one card or several, and the images a second.
+def hours(images, flops, gpu, dtype, mfu, num_gpus=1, batch_size=1, weights=0, kernels=0):
+    """Hours for so many images on one GPU or several, and the images a second.
 
-    A step takes no less than the launches of its `kernels`. Several cards exchange gradients of
+    A step takes no less than the launches of its `kernels`. Several GPUs exchange gradients of
     `weights` bytes after every step, around a ring (2 (n - 1) / n of them through each link), and
     nothing of that is taken to be hidden behind computation.
     """
-    computed = max(batch_size / cards * flops / (mfu * card.peak(dtype)), kernels * LAUNCH)
-    step = computed + 2 * (cards - 1) / cards * weights / (card.link * 1e9)
+    computed = max(batch_size / num_gpus * flops / (mfu * gpu.peak(dtype)), kernels * LAUNCH)
+    step = computed + 2 * (num_gpus - 1) / num_gpus * weights / (gpu.link * 1e9)
     return images / batch_size * step / 3600, batch_size / step
 
 
-def plan(config, vram, mfu, cards, gpus=USUAL):
+def plan(config, vram, mfu, num_gpus, gpus=USUAL):
     """Yield the plan as lines, with a row for each of `gpus`, or for `all`.
 
     Raises ValueError, one line, for a config that cannot be run and for a GPU that is not known.
@@ -106,9 +106,9 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
     )
 
     yield (
-        f"memory of a training step on one card, GiB, {images} images at a time (a batch of "
+        f"memory of a training step on one GPU, GiB, {images} images at a time (a batch of "
         f"{section.batch_size} in {section.gradient_accumulation_steps} parts); most images at a "
-        f"time on a card of {vram:g} GiB"
+        f"time on a GPU of {vram:g} GiB"
     )
     sharded = None
     with contextlib.suppress(ValueError):  # of a network that cannot be
@@ -127,15 +127,15 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
             "activations",
             "workspace",
             "sum",
-            "card has",
+            "GPU has",
             "most images",
-            f"of {cards} sharded",
+            f"of {num_gpus} sharded",
         ]
     ]
     for found in memory_of(config, images, vram * GIB):
         each = sharded
         if sharded:
-            total = experiment_memory.on_each(sharded, found.account, cards)
+            total = experiment_memory.on_each(sharded, found.account, num_gpus)
             each = f"{memory.with_margin(total) / GIB:.2f}"
         parts = (*found.account.parts, found.account.total, memory.with_margin(found.account.total))
         rows.append(
@@ -159,14 +159,14 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
     yield (
         plain(rows)
         + "\n'gradients' are those that live at the peak: none at the end of the forward pass of "
-        "a batch in one part;\n'card has' is the sum, a tenth and half a GiB: kernels' own "
+        "a batch in one part;\n'GPU has' is the sum, a tenth and half a GiB: kernels' own "
         "workspace and gaps are not counted;\n"
-        f"the last column is what each of {cards} cards has by train.fully_shard, {images} images "
-        "at a time on each\n"
+        f"the last column is what each of {num_gpus} GPUs has by train.fully_shard, {images} "
+        "images at a time on each\n"
     )
     if fewest:
         yield (
-            "faster in bf16 or fp16 on such a card, in fewer parts: "
+            "faster in bf16 or fp16 on such a GPU, in fewer parts: "
             f"--config.train.gradient_accumulation_steps={fewest}\n"
         )
 
@@ -177,7 +177,7 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
         f"launches each of the {kernels:,} kernels of a step in {LAUNCH * 1e6:g} microseconds: "
         f"{section.length} are {total * section.batch_size:,} images{among}"
     )
-    equal = cards * section.gradient_accumulation_steps
+    equal = num_gpus * section.gradient_accumulation_steps
     together = math.ceil(section.batch_size / equal) * equal
     rows = [
         [
@@ -186,19 +186,19 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
             "type",
             "images/s",
             "training",
-            f"images/s, {cards} GPUs",
+            f"images/s, {num_gpus} GPUs",
             "training",
             "an evaluation",
         ]
     ]
     for name in shown:
-        card = CARDS[name]
-        kind = chosen(section.amp, card)
+        gpu = GPUS[name]
+        kind = chosen(section.amp, gpu)
         rates = [
             hours(
                 total * section.batch_size,
                 flops,
-                card,
+                gpu,
                 DTYPES[kind],
                 mfu,
                 n,
@@ -206,23 +206,23 @@ def plan(config, vram, mfu, cards, gpus=USUAL):
                 4 * weights,
                 kernels,
             )
-            for n, batch in ((1, section.batch_size), (cards, together))
+            for n, batch in ((1, section.batch_size), (num_gpus, together))
         ]
-        measured = evaluated.operations / (mfu * card.peak(DTYPES[kind])) / 3600
+        measured = evaluated.operations / (mfu * gpu.peak(DTYPES[kind])) / 3600
         rows.append(
             [
                 name,
-                str(card.gib),
+                str(gpu.gib),
                 kind,
                 *(words for spent, rate in rates for words in (amount(rate), spell(spent))),
                 spell(measured),
             ]
         )
-    yield plain(rows) + f"\nother GPUs: --gpus=all, or by name, --gpus='{list(CARDS)[0]}'"
+    yield plain(rows) + f"\nother GPUs: --gpus=all, or by name, --gpus='{list(GPUS)[0]}'"
     if together != section.batch_size:
         yield (
-            f"on {cards} cards a batch of {section.batch_size} cannot be cut into {cards} ranks x "
-            f"{section.gradient_accumulation_steps} parts: those columns are for "
+            f"on {num_gpus} GPUs a batch of {section.batch_size} cannot be cut into {num_gpus} "
+            f"ranks x {section.gradient_accumulation_steps} parts: those columns are for "
             f"--config.train.batch_size={together}"
         )
     yield (
@@ -271,11 +271,11 @@ def listed(gpus):
     raises ValueError for others.
     """
     if gpus == "all":
-        return list(CARDS)
+        return list(GPUS)
     names = [name.strip() for name in gpus.split(",")]
     for name in names:
         if not known(name):
-            near = " or ".join(f"{card!r} ({CARDS[card].gib:g} GiB)" for card in meant(name))
+            near = " or ".join(f"{gpu!r} ({GPUS[gpu].gib:g} GiB)" for gpu in meant(name))
             question = f" (did you mean {near}?)" if near else ""
             raise ValueError(
                 f"unknown GPU {name!r}{question}; --gpus=all shows those that are known"
@@ -283,10 +283,10 @@ def listed(gpus):
     return [known(name) for name in names]
 
 
-def chosen(amp, card):
-    """The arithmetic of a run on a card, as `train.amp` says."""
+def chosen(amp, gpu):
+    """The arithmetic of a run on a GPU, as `train.amp` says."""
     if amp == "auto":
-        return "bf16" if card.bf16 else "fp16"
+        return "bf16" if gpu.bf16 else "fp16"
     return "fp32" if amp == "off" else amp
 
 
@@ -350,7 +350,7 @@ def main():
     given, words = with_classes(config_flags.given_config()[0], values.classes)
     if words:
         print(words, flush=True)
-    for lines in plan(given, values.vram, values.mfu, values.cards, values.gpus):
+    for lines in plan(given, values.vram, values.mfu, values.num_gpus, values.gpus):
         print(lines, flush=True)
     return errors.DONE
 
@@ -358,17 +358,17 @@ def main():
 if __name__ == "__main__":
     config_flags.define_config_flag()
     flags.DEFINE_float(
-        "vram", 8.0, "Memory of the card that is asked about, in GiB.", lower_bound=0.1
+        "vram", 8.0, "Memory of the GPU that is asked about, in GiB.", lower_bound=0.1
     )
     flags.DEFINE_float(
         "mfu",
         0.4,
-        "Share of a card's published peak that is reached.",
+        "Share of a GPU's published peak that is reached.",
         lower_bound=0.001,
         upper_bound=1.0,
     )
     flags.DEFINE_integer(
-        "cards", 8, "How many cards the last columns of the hours are for.", lower_bound=1
+        "num_gpus", 8, "How many GPUs the last columns of the hours are for.", lower_bound=1
     )
     flags.DEFINE_string(
         "gpus", USUAL, "GPUs to show, by the names that torch gives them, joined by commas; or all."

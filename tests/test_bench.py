@@ -98,7 +98,7 @@ def test_throughput(tmp_path, monkeypatch):
     ratio = row["seconds"][0] / found["steps"][0]["seconds"][0]
     assert f"diffusers takes {ratio:.2f} (" in " ".join(text.split())
 
-    found["made"]["peaks"] = {"float32": 1e12}  # as on a card that is known
+    found["made"]["peaks"] = {"float32": 1e12}  # as on a GPU that is known
     (tmp_path / "results.json").write_text(json.dumps(found))
     data.main(["--toy", f"--out={tmp_path}"])
     found_data = json.loads((tmp_path / "data.json").read_text())
@@ -128,7 +128,7 @@ def test_throughput(tmp_path, monkeypatch):
 
 
 @among_peers
-@pytest.mark.filterwarnings("ignore:'pin_memory'")  # of the peer's loader, without a card
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # of the peer's loader, without a GPU
 def test_time_to_quality(tmp_path):
     bench = module_of(EXPERIMENTS / "time_to_quality" / "run.py")
     bench.main(["--toy", f"--out={tmp_path}"])

@@ -22,7 +22,7 @@ reliability = module_of(RELIABILITY / "run.py")
 def test_nothing_is_lost(name, tmp_path):
     if torch.cuda.is_initialized():
         pytest.skip(
-            "a process that uses a card cannot be forked; python experiments/reliability/run.py can"
+            "a process that uses a GPU cannot be forked; python experiments/reliability/run.py can"
         )
     fault = reliability.FAULTS[name]
     found = fault.do(tmp_path, fault.short, 0)

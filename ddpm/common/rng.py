@@ -4,7 +4,7 @@ Every random number of a run is read at a place named by (seed, purpose, step, i
 counter-based generator Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"):
 key = (seed, purpose), counter = (0, index, step, 0). Nothing is advanced, so nothing has to be
 saved: resuming, splitting a batch over ranks or micro-batches, or drawing image 17 alone gives the
-same bits. Numbers are drawn on the host, so a card draws what the CPU draws.
+same bits. Numbers are drawn on the host, so a GPU draws what the CPU draws.
 """
 
 import zlib

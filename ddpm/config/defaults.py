@@ -113,18 +113,18 @@ def base():
                 # rate; 0 stops
                 "rollback": 0.5,
                 "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
-                "deterministic": False,  # on a card, bitwise repeatable and slower
+                "deterministic": False,  # on a GPU, bitwise repeatable and slower
                 # on a GPU, cuDNN tries its convolutions and takes the fastest: auto (on), on, off
                 "cudnn_benchmark": "auto",
                 # torch.compile: a minute or more at the start, then fewer kernels; rounds
                 # differently
                 "compile": False,
-                # memory format of convolutions: may pay in half precision on a card; rounds
+                # memory format of convolutions: may pay in half precision on a GPU; rounds
                 # differently
                 "channels_last": False,
-                # levels computed twice to save memory: none, all, auto (as the card needs)
+                # levels computed twice to save memory: none, all, auto (as the GPU needs)
                 "activation_checkpointing": "auto",
-                # cards: each keeps a part of weights, averages, optimiser: for what fits no single
+                # GPUs: each keeps a part of weights, averages, optimiser: for what fits no single
                 # one
                 "fully_shard": False,
                 # share of class labels dropped, for guidance: the network learns to do without too
@@ -169,7 +169,7 @@ def base():
                 "guide": "",
                 "num_images": 64,  # in the grids drawn while training
                 "batch_size": 64,  # images drawn at once
-                # torch.compile and, on a card, CUDA graphs: for many images, as the first wait a
+                # torch.compile and, on a GPU, CUDA graphs: for many images, as the first wait a
                 # minute or more
                 "compile": False,
                 # weights after training: 0 is ema.decay's, from 0.3 another of ema.more, below a

@@ -161,7 +161,7 @@ def define_checkpoint_flags(section):
         None,
         "Run folder, or a .pt or .safetensors file in one; by default the newest in runs/.",
     )
-    flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the card if there is one.")
+    flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the GPU if there is one.")
     for name, (_, define, words) in SECTIONS[section].items():
         define(name, None, words)
     BEHIND.update({option: name for name, option in names_of(section).items()})

@@ -50,7 +50,7 @@ def scorer(config, images, machine):
 
 
 def at_a_time(config, machine):
-    """The most images that a training has on a card at once: a micro-batch."""
+    """The most images that a training has on a GPU at once: a micro-batch."""
     return max(
         config.train.batch_size // (machine.world * config.train.gradient_accumulation_steps), 1
     )

@@ -15,7 +15,7 @@ from ddpm.training.network import TrainNetwork
 
 
 def account(config, dtype, images, levels=0):
-    """The memory of a step of a config on one card, by part: `images` at a time, `levels` of the
+    """The memory of a step of a config on one GPU, by part: `images` at a time, `levels` of the
     network recomputed.
 
     Nothing is allocated or computed. Gradients are accumulated where the config does so.
@@ -45,7 +45,7 @@ def account(config, dtype, images, levels=0):
 
 
 def on_each(config, found, ranks):
-    """The bytes on each of so many cards, where `found` is the account of the same micro-batch
+    """The bytes on each of so many GPUs, where `found` is the account of the same micro-batch
     on one alone.
     """
     if ranks == 1:
@@ -64,7 +64,7 @@ def on_each(config, found, ranks):
 def recomputed(config, net, machine, note):
     """How many levels of a network keep no activations; `note(text)` is told why.
 
-    `auto` is as few as fit into what is free on the card beside a training step, and none on a CPU.
+    `auto` is as few as fit into what is free on the GPU beside a training step, and none on a CPU.
     """
     wanted = config.train.activation_checkpointing
     free = machine.free()
@@ -96,7 +96,7 @@ def recomputed(config, net, machine, note):
         why = (
             ""
             if wanted == "none"
-            else ", no card"
+            else ", no GPU"
             if free is None
             else (f": {needed(0) / memory.GIB:.1f} GiB of {free / memory.GIB:.1f} that are free")
         )

@@ -260,7 +260,7 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
             + (
                 "that takes minutes on a CPU"
                 if machine.free() is None
-                else "what that saves on a card is yet to be measured"
+                else "what that saves on a GPU is yet to be measured"
             )
         )
     notes.append(
@@ -270,11 +270,11 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
         + (
             "is slower to learn in on a CPU"
             if machine.free() is None
-            else "is yet to be measured on a card"
+            else "is yet to be measured on a GPU"
         )
     )
     if machine.free() is not None and not machine.peak():
-        notes.append("speed/mfu is not tracked, as ddpm.cards lacks this card")
+        notes.append("speed/mfu is not tracked, as ddpm.GPUs lacks this GPU")
     if not every["evaluate"].never and config.evaluate.extractor != "none":
         say(f"loading the feature extractor {build.extractor_name(config)}")
     scorer = training_scorer(config, every["evaluate"], images, machine, notes)

@@ -9,12 +9,12 @@ from ddpm.runtime.out_of_memory import ran_out
 
 COMPILER = "inductor"  # torch's own
 GRAPHS = 64  # that it makes of one network, at most
-# on a card CUDA graphs, in which an answer is overwritten by the next
+# on a GPU CUDA graphs, in which an answer is overwritten by the next
 DRAWING = {"mode": "reduce-overhead"}
 
 
 class Compiled:
-    """A network net(x, t, y) asked often, without gradients: through torch.compile and, on a card,
+    """A network net(x, t, y) asked often, without gradients: through torch.compile and, on a GPU,
     CUDA graphs.
 
     The first question takes the time of compiling it, which `say(text)` is told. Where that fails,

@@ -1,6 +1,6 @@
 """Where a run computes: device, number type and rank, decided once and printed with the reason.
 
-Everything that differs between a laptop, a card and eight cards stands here; elsewhere there is no
+Everything that differs between a laptop, a GPU and eight GPUs stands here; elsewhere there is no
 device string, no autocast and no torch.distributed. One process is a world of one, for which every
 collective is the identity.
 """
@@ -28,7 +28,7 @@ class Machine:
     line each.
 
     `cpu_group` is the group in which ranks exchange what lies on the host, without going through
-    the card. `wish` knows whether this process is asked to stop, `room` what fits into memory.
+    the GPU. `wish` knows whether this process is asked to stop, `room` what fits into memory.
     """
 
     device: torch.device
@@ -46,9 +46,9 @@ class Machine:
         return self.rank == 0
 
     def to_device(self, tensor):
-        """The tensor on this device; the host does not wait for a copy to a card."""
+        """The tensor on this device; the host does not wait for a copy to a GPU."""
         if self.device.type == "cuda" and tensor.device.type == "cpu":
-            # a copy from other memory waits for what the card is doing
+            # a copy from other memory waits for what the GPU is doing
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
@@ -146,7 +146,7 @@ class Machine:
         return words
 
     def wait(self):
-        """Let a card come to the end of what it was given to do."""
+        """Let a GPU come to the end of what it was given to do."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -161,7 +161,7 @@ class Machine:
         )
 
     def prefetch(self, batches):
-        """The same batches (images, labels); on a card, the images are copied there while those
+        """The same batches (images, labels); on a GPU, the images are copied there while those
         before are worked on.
         """
         return (
@@ -169,23 +169,23 @@ class Machine:
         )
 
     def empty_cache(self):
-        """Give back what the card's allocator holds and nothing uses."""
+        """Give back what the GPU's allocator holds and nothing uses."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def peak(self):
-        """The operations a second, at most, of all ranks' cards together; 0 on a CPU and on
-        cards that ddpm.cards lacks.
+        """The operations a second, at most, of all ranks' GPUs together; 0 on a CPU and on
+        GPUs that ddpm.GPUs lacks.
         """
-        card = (
-            gpus.card_of(torch.cuda.get_device_name(self.device))
+        gpu = (
+            gpus.gpu_of(torch.cuda.get_device_name(self.device))
             if self.device.type == "cuda"
             else None
         )
-        return card.peak(self.dtype) * self.world if card else 0
+        return gpu.peak(self.dtype) * self.world if gpu else 0
 
     def free(self):
-        """The bytes that are free on the card; None on a CPU, where other things decide how much
+        """The bytes that are free on the GPU; None on a CPU, where other things decide how much
         a process may have.
         """
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
@@ -236,10 +236,10 @@ def amp_dtype(amp, device):
             amp
         ], "asked for by train.amp"
     if device.type != "cuda":
-        return torch.float32, "no card"
+        return torch.float32, "no GPU"
     if computes_bf16(device):
-        return torch.bfloat16, "the card computes bf16, which needs no loss scaling"
-    return torch.float16, "the card has no bf16; losses are scaled"
+        return torch.bfloat16, "the GPU computes bf16, which needs no loss scaling"
+    return torch.float16, "the GPU has no bf16; losses are scaled"
 
 
 def computes_bf16(device):
@@ -282,7 +282,7 @@ def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchma
     """Decide device, type and rank, and set torch up for them; under torchrun, join the other
     ranks.
 
-    `device` is a torch device string for those who must choose; by default the card of this rank,
+    `device` is a torch device string for those who must choose; by default the GPU of this rank,
     else the CPU. `wish` hears what asks this process to stop. `cudnn_benchmark`, one of BENCHMARK,
     is by default on unless `deterministic`. Raises ValueError where that device does not exist
     here, and for a rank that is no number.

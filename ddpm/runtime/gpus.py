@@ -28,10 +28,10 @@ from typing import NamedTuple
 import torch
 
 
-class Card(NamedTuple):
+class GPU(NamedTuple):
     """`gib` of memory in the usual model; 10^12 operations a second at most, dense and summed in
     float32: `half` of bf16 (or fp16), `single` of float32 as TF32 where it has that; `link` GB/s
-    between cards, each way.
+    between GPUs, each way.
     """
 
     gib: float
@@ -45,12 +45,12 @@ class Card(NamedTuple):
         return 1e12 * (self.single if dtype == torch.float32 else self.half)
 
 
-def card_of(name):
-    """The card of a device's name as torch has it, `NVIDIA GeForce RTX 4070 Laptop GPU`; None
+def gpu_of(name):
+    """The GPU of a device's name as torch has it, `NVIDIA GeForce RTX 4070 Laptop GPU`; None
     for one not in the table.
     """
     found = known(name)
-    return CARDS[found] if found else None
+    return GPUS[found] if found else None
 
 
 def known(name):
@@ -58,9 +58,9 @@ def known(name):
     is not in the table.
     """
     words = {word.lower() for word in name.replace("-", " ").replace("/", " ").split()}
-    names = {card: set(card.lower().split()) for card in CARDS}
+    names = {gpu: set(gpu.lower().split()) for gpu in GPUS}
     return max(
-        (card for card, own in names.items() if own <= words and words & OTHERS <= own),
+        (gpu for gpu, own in names.items() if own <= words and words & OTHERS <= own),
         key=len,
         default=None,
     )
@@ -71,122 +71,122 @@ def meant(name, most=6):
 
     They have all of its words, or all of those of the name that is most like it.
     """
-    names = {card: set(card.lower().split()) for card in CARDS}
+    names = {gpu: set(gpu.lower().split()) for gpu in GPUS}
     words = set(name.lower().split())
     if not any(words <= own for own in names.values()):
         words = set(
             *(
                 close.split()
-                for close in difflib.get_close_matches(name.lower(), map(str.lower, CARDS), n=1)
+                for close in difflib.get_close_matches(name.lower(), map(str.lower, GPUS), n=1)
             )
         )
     return sorted(
-        (card for card, own in names.items() if words and words <= own),
-        key=lambda card: len(names[card]),
+        (gpu for gpu, own in names.items() if words and words <= own),
+        key=lambda gpu: len(names[gpu]),
     )[:most]
 
 
 # of the same number, and other speed
 OTHERS = {"ti", "super", "laptop", "max", "d", "nvl", "xt", "xtx", "gre"}
 
-CARDS = {
+GPUS = {
     # GeForce GTX 10: half precision saves memory, not time
-    "GTX 1050": Card(2, 1.9, 1.9, 16, bf16=False),
-    "GTX 1050 Ti": Card(4, 2.1, 2.1, 16, bf16=False),
-    "GTX 1060": Card(6, 4.4, 4.4, 16, bf16=False),
-    "GTX 1070": Card(8, 6.5, 6.5, 16, bf16=False),
-    "GTX 1070 Ti": Card(8, 8.2, 8.2, 16, bf16=False),
-    "GTX 1080": Card(8, 8.9, 8.9, 16, bf16=False),
-    "GTX 1080 Ti": Card(11, 11.3, 11.3, 16, bf16=False),
+    "GTX 1050": GPU(2, 1.9, 1.9, 16, bf16=False),
+    "GTX 1050 Ti": GPU(4, 2.1, 2.1, 16, bf16=False),
+    "GTX 1060": GPU(6, 4.4, 4.4, 16, bf16=False),
+    "GTX 1070": GPU(8, 6.5, 6.5, 16, bf16=False),
+    "GTX 1070 Ti": GPU(8, 8.2, 8.2, 16, bf16=False),
+    "GTX 1080": GPU(8, 8.9, 8.9, 16, bf16=False),
+    "GTX 1080 Ti": GPU(11, 11.3, 11.3, 16, bf16=False),
     # GeForce GTX 16 and RTX 20
-    "GTX 1650": Card(4, 6.0, 3.0, 16, bf16=False),
-    "GTX 1650 SUPER": Card(4, 8.8, 4.4, 16, bf16=False),
-    "GTX 1660": Card(6, 10.1, 5.0, 16, bf16=False),
-    "GTX 1660 SUPER": Card(6, 10.1, 5.0, 16, bf16=False),
-    "GTX 1660 Ti": Card(6, 10.9, 5.4, 16, bf16=False),
-    "RTX 2060": Card(6, 25.8, 6.5, 16, bf16=False),
-    "RTX 2060 SUPER": Card(8, 28.7, 7.2, 16, bf16=False),
-    "RTX 2070": Card(8, 29.9, 7.5, 16, bf16=False),
-    "RTX 2070 SUPER": Card(8, 36.2, 9.1, 16, bf16=False),
-    "RTX 2080": Card(8, 40.3, 10.1, 16, bf16=False),
-    "RTX 2080 SUPER": Card(8, 44.6, 11.2, 16, bf16=False),
-    "RTX 2080 Ti": Card(11, 53.8, 13.4, 16, bf16=False),
+    "GTX 1650": GPU(4, 6.0, 3.0, 16, bf16=False),
+    "GTX 1650 SUPER": GPU(4, 8.8, 4.4, 16, bf16=False),
+    "GTX 1660": GPU(6, 10.1, 5.0, 16, bf16=False),
+    "GTX 1660 SUPER": GPU(6, 10.1, 5.0, 16, bf16=False),
+    "GTX 1660 Ti": GPU(6, 10.9, 5.4, 16, bf16=False),
+    "RTX 2060": GPU(6, 25.8, 6.5, 16, bf16=False),
+    "RTX 2060 SUPER": GPU(8, 28.7, 7.2, 16, bf16=False),
+    "RTX 2070": GPU(8, 29.9, 7.5, 16, bf16=False),
+    "RTX 2070 SUPER": GPU(8, 36.2, 9.1, 16, bf16=False),
+    "RTX 2080": GPU(8, 40.3, 10.1, 16, bf16=False),
+    "RTX 2080 SUPER": GPU(8, 44.6, 11.2, 16, bf16=False),
+    "RTX 2080 Ti": GPU(11, 53.8, 13.4, 16, bf16=False),
     # GeForce RTX 30
-    "RTX 3050 Laptop": Card(4, 12.3, 6.1, 16),
-    "RTX 3050 Ti Laptop": Card(4, 15.2, 7.6, 32),
-    "RTX 3060 Laptop": Card(6, 26.2, 13.1, 32),
-    "RTX 3070 Laptop": Card(8, 33.2, 16.6, 32),
-    "RTX 3070 Ti Laptop": Card(8, 35.0, 17.5, 32),
-    "RTX 3080 Laptop": Card(8, 42.0, 21.0, 32),
-    "RTX 3080 Ti Laptop": Card(16, 47.2, 23.6, 32),
-    "RTX 3050": Card(8, 18.2, 9.1, 16),
-    "RTX 3060": Card(12, 25.5, 12.7, 32),
-    "RTX 3060 Ti": Card(8, 32.4, 16.2, 32),
-    "RTX 3070": Card(8, 40.6, 20.3, 32),
-    "RTX 3070 Ti": Card(8, 43.5, 21.7, 32),
-    "RTX 3080": Card(10, 59.5, 29.8, 32),
-    "RTX 3080 Ti": Card(12, 68.2, 34.1, 32),
-    "RTX 3090": Card(24, 71, 35.6, 32),
-    "RTX 3090 Ti": Card(24, 80, 40, 32),
+    "RTX 3050 Laptop": GPU(4, 12.3, 6.1, 16),
+    "RTX 3050 Ti Laptop": GPU(4, 15.2, 7.6, 32),
+    "RTX 3060 Laptop": GPU(6, 26.2, 13.1, 32),
+    "RTX 3070 Laptop": GPU(8, 33.2, 16.6, 32),
+    "RTX 3070 Ti Laptop": GPU(8, 35.0, 17.5, 32),
+    "RTX 3080 Laptop": GPU(8, 42.0, 21.0, 32),
+    "RTX 3080 Ti Laptop": GPU(16, 47.2, 23.6, 32),
+    "RTX 3050": GPU(8, 18.2, 9.1, 16),
+    "RTX 3060": GPU(12, 25.5, 12.7, 32),
+    "RTX 3060 Ti": GPU(8, 32.4, 16.2, 32),
+    "RTX 3070": GPU(8, 40.6, 20.3, 32),
+    "RTX 3070 Ti": GPU(8, 43.5, 21.7, 32),
+    "RTX 3080": GPU(10, 59.5, 29.8, 32),
+    "RTX 3080 Ti": GPU(12, 68.2, 34.1, 32),
+    "RTX 3090": GPU(24, 71, 35.6, 32),
+    "RTX 3090 Ti": GPU(24, 80, 40, 32),
     # GeForce RTX 40
-    "RTX 4050 Laptop": Card(6, 24.3, 12.1, 16),
-    "RTX 4060 Laptop": Card(8, 29.1, 14.6, 16),
-    "RTX 4070 Laptop": Card(8, 40.1, 20.0, 16),
-    "RTX 4080 Laptop": Card(12, 67.7, 33.8, 32),
-    "RTX 4090 Laptop": Card(16, 79.4, 39.7, 32),
-    "RTX 4060": Card(8, 30.2, 15.1, 16),
-    "RTX 4060 Ti": Card(8, 44.1, 22.1, 16),
-    "RTX 4070": Card(12, 58.3, 29.1, 32),
-    "RTX 4070 SUPER": Card(12, 71, 35.5, 32),
-    "RTX 4070 Ti": Card(12, 80.2, 40.1, 32),
-    "RTX 4070 Ti SUPER": Card(16, 88.2, 44.1, 32),
-    "RTX 4080": Card(16, 97.5, 48.7, 32),
-    "RTX 4080 SUPER": Card(16, 104.4, 52.2, 32),
-    "RTX 4090": Card(24, 165.2, 82.6, 32),
+    "RTX 4050 Laptop": GPU(6, 24.3, 12.1, 16),
+    "RTX 4060 Laptop": GPU(8, 29.1, 14.6, 16),
+    "RTX 4070 Laptop": GPU(8, 40.1, 20.0, 16),
+    "RTX 4080 Laptop": GPU(12, 67.7, 33.8, 32),
+    "RTX 4090 Laptop": GPU(16, 79.4, 39.7, 32),
+    "RTX 4060": GPU(8, 30.2, 15.1, 16),
+    "RTX 4060 Ti": GPU(8, 44.1, 22.1, 16),
+    "RTX 4070": GPU(12, 58.3, 29.1, 32),
+    "RTX 4070 SUPER": GPU(12, 71, 35.5, 32),
+    "RTX 4070 Ti": GPU(12, 80.2, 40.1, 32),
+    "RTX 4070 Ti SUPER": GPU(16, 88.2, 44.1, 32),
+    "RTX 4080": GPU(16, 97.5, 48.7, 32),
+    "RTX 4080 SUPER": GPU(16, 104.4, 52.2, 32),
+    "RTX 4090": GPU(24, 165.2, 82.6, 32),
     # GeForce RTX 50
-    "RTX 5050 Laptop": Card(8, 27.5, 13.7, 64),
-    "RTX 5060 Laptop": Card(8, 35.7, 17.9, 64),
-    "RTX 5070 Laptop": Card(8, 49.9, 24.9, 64),
-    "RTX 5070 Ti Laptop": Card(12, 62, 31, 64),
-    "RTX 5080 Laptop": Card(16, 83.4, 41.7, 64),
-    "RTX 5090 Laptop": Card(24, 114, 57, 64),
-    "RTX 5050": Card(8, 26.3, 13.2, 32),
-    "RTX 5060": Card(8, 38.4, 19.2, 32),
-    "RTX 5060 Ti": Card(8, 47.4, 23.7, 32),
-    "RTX 5070": Card(12, 61.7, 30.9, 64),
-    "RTX 5070 Ti": Card(16, 87.9, 43.9, 64),
-    "RTX 5080": Card(16, 112.6, 56.3, 64),
-    "RTX 5090": Card(32, 209.5, 104.8, 64),
+    "RTX 5050 Laptop": GPU(8, 27.5, 13.7, 64),
+    "RTX 5060 Laptop": GPU(8, 35.7, 17.9, 64),
+    "RTX 5070 Laptop": GPU(8, 49.9, 24.9, 64),
+    "RTX 5070 Ti Laptop": GPU(12, 62, 31, 64),
+    "RTX 5080 Laptop": GPU(16, 83.4, 41.7, 64),
+    "RTX 5090 Laptop": GPU(24, 114, 57, 64),
+    "RTX 5050": GPU(8, 26.3, 13.2, 32),
+    "RTX 5060": GPU(8, 38.4, 19.2, 32),
+    "RTX 5060 Ti": GPU(8, 47.4, 23.7, 32),
+    "RTX 5070": GPU(12, 61.7, 30.9, 64),
+    "RTX 5070 Ti": GPU(16, 87.9, 43.9, 64),
+    "RTX 5080": GPU(16, 112.6, 56.3, 64),
+    "RTX 5090": GPU(32, 209.5, 104.8, 64),
     # NVIDIA's for data centers
-    "T4": Card(16, 65, 8.1, 16, bf16=False),
-    "V100": Card(16, 125, 15.7, 150, bf16=False),
-    "L4": Card(24, 121, 60.5, 32),
-    "A100": Card(80, 312, 156, 300),
-    "H100 PCIe": Card(80, 756, 378, 64),
-    "H100": Card(80, 989, 494, 450),
-    "H200": Card(141, 989, 494, 450),
+    "T4": GPU(16, 65, 8.1, 16, bf16=False),
+    "V100": GPU(16, 125, 15.7, 150, bf16=False),
+    "L4": GPU(24, 121, 60.5, 32),
+    "A100": GPU(80, 312, 156, 300),
+    "H100 PCIe": GPU(80, 756, 378, 64),
+    "H100": GPU(80, 989, 494, 450),
+    "H200": GPU(141, 989, 494, 450),
     # AMD, as ROCm names them
-    "RX 6600": Card(8, 17.9, 8.9, 16, bf16=False),
-    "RX 6600 XT": Card(8, 21.2, 10.6, 16, bf16=False),
-    "RX 6700 XT": Card(12, 26.4, 13.2, 32, bf16=False),
-    "RX 6800": Card(16, 32.3, 16.2, 32, bf16=False),
-    "RX 6800 XT": Card(16, 41.5, 20.7, 32, bf16=False),
-    "RX 6900 XT": Card(16, 46.1, 23.0, 32, bf16=False),
-    "RX 7600": Card(8, 43.5, 21.7, 16),
-    "RX 7600 XT": Card(16, 45.1, 22.6, 16),
-    "RX 7700 XT": Card(12, 70.3, 35.2, 32),
-    "RX 7800 XT": Card(16, 74.6, 37.3, 32),
-    "RX 7900 GRE": Card(16, 92, 46, 32),
-    "RX 7900 XT": Card(20, 103, 51.6, 32),
-    "RX 7900 XTX": Card(24, 122.8, 61.4, 32),
-    "RX 9060 XT": Card(8, 103, 25.6, 64),
-    "RX 9070": Card(16, 145, 36.1, 64),
-    "RX 9070 XT": Card(16, 195, 48.7, 64),
-    "W6800": Card(32, 35.7, 17.8, 32, bf16=False),
-    "W7800": Card(32, 90.5, 45.2, 32),
-    "W7900": Card(48, 122.6, 61.3, 32),
-    "MI100": Card(32, 92.3, 46.1, 32),
-    "MI210": Card(64, 181, 45.3, 32),
-    "MI300X": Card(192, 1307, 163.4, 448),
-    "MI325X": Card(256, 1307, 163.4, 448),
+    "RX 6600": GPU(8, 17.9, 8.9, 16, bf16=False),
+    "RX 6600 XT": GPU(8, 21.2, 10.6, 16, bf16=False),
+    "RX 6700 XT": GPU(12, 26.4, 13.2, 32, bf16=False),
+    "RX 6800": GPU(16, 32.3, 16.2, 32, bf16=False),
+    "RX 6800 XT": GPU(16, 41.5, 20.7, 32, bf16=False),
+    "RX 6900 XT": GPU(16, 46.1, 23.0, 32, bf16=False),
+    "RX 7600": GPU(8, 43.5, 21.7, 16),
+    "RX 7600 XT": GPU(16, 45.1, 22.6, 16),
+    "RX 7700 XT": GPU(12, 70.3, 35.2, 32),
+    "RX 7800 XT": GPU(16, 74.6, 37.3, 32),
+    "RX 7900 GRE": GPU(16, 92, 46, 32),
+    "RX 7900 XT": GPU(20, 103, 51.6, 32),
+    "RX 7900 XTX": GPU(24, 122.8, 61.4, 32),
+    "RX 9060 XT": GPU(8, 103, 25.6, 64),
+    "RX 9070": GPU(16, 145, 36.1, 64),
+    "RX 9070 XT": GPU(16, 195, 48.7, 64),
+    "W6800": GPU(32, 35.7, 17.8, 32, bf16=False),
+    "W7800": GPU(32, 90.5, 45.2, 32),
+    "W7900": GPU(48, 122.6, 61.3, 32),
+    "MI100": GPU(32, 92.3, 46.1, 32),
+    "MI210": GPU(64, 181, 45.3, 32),
+    "MI300X": GPU(192, 1307, 163.4, 448),
+    "MI325X": GPU(256, 1307, 163.4, 448),
 }

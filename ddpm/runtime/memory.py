@@ -93,7 +93,7 @@ GIB = 2**30
 
 
 def with_margin(size):
-    """What a card must have free for a count of bytes: kernels' own workspace, and gaps between
+    """What a GPU must have free for a count of bytes: kernels' own workspace, and gaps between
     blocks, are not counted.
     """
     return size * 1.1 + 2**29

@@ -6,7 +6,7 @@ import torch
 
 
 def fetched_ahead(batches, device):
-    """Yield (images on a card, labels on the host), the copies going beside what the card
+    """Yield (images on a GPU, labels on the host), the copies going beside what the GPU
     computes, one batch ahead.
     """
     beside = torch.cuda.Stream(device)

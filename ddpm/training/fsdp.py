@@ -1,4 +1,4 @@
-"""A network too large for one card, shared out over ranks by torch's fully_shard (FSDP2), as the
+"""A network too large for one GPU, shared out over ranks by torch's fully_shard (FSDP2), as the
 training step sees it.
 
 Each rank keeps its rows of every tensor: of weights, gradients, averages and the optimiser's state.

@@ -471,7 +471,7 @@ def train(run):
                 asked = any(asked for _, asked in said)
                 if due or done == run.total:
                     run.due.names = due
-                    # steps that a card has not come to yet would be counted to the pause
+                    # steps that a GPU has not come to yet would be counted to the pause
                     machine.wait()
                 if asked:
                     raise Interrupted(told=True)

@@ -1,7 +1,7 @@
 """The planner's memory against what a real training step takes: `python
 experiments/memory/measure.py [--device=cuda]`.
 
-Minutes on a CPU or a card. Each case writes its row to results.json as it ends, in place of the one
+Minutes on a CPU or a GPU. Each case writes its row to results.json as it ends, in place of the one
 of before; README.md is made from that alone, and `--report` does no more. `--only=NAME` measures
 the networks with that in their names.
 """
@@ -124,7 +124,7 @@ def planned(given, dtype, levels):
 def computes(machine):
     """Whether this device has arithmetic in the machine's type.
 
-    A CPU without bfloat16 unfolds images for its convolutions, nine times as large, as no card
+    A CPU without bfloat16 unfolds images for its convolutions, nine times as large, as no GPU
     does.
     """
     if machine.dtype != torch.bfloat16:
@@ -210,7 +210,7 @@ def report(out):
     answer = []
     for device, words in (
         ("cpu", "that torch's profiler sees on a CPU"),
-        ("cuda", "that torch's allocator sees on a card"),
+        ("cuda", "that torch's allocator sees on a GPU"),
     ):
         if ratios := [ratio(row) for row in rows if row["device"] == device]:
             answer.append(
@@ -219,7 +219,7 @@ def report(out):
             )
     answer = (
         f"**Answer.** The plan is {listed(answer)}. "
-        f"{ANSWER}{'' if 'cuda' in {row['device'] for row in rows} else NO_CARD}"
+        f"{ANSWER}{'' if 'cuda' in {row['device'] for row in rows} else NO_GPU}"
     )
     table = [
         [
@@ -248,7 +248,7 @@ ANSWER = """Of what kernels take for themselves one thing is counted: convolutio
 pass gradient and image, into a layout of their own, as oneDNN does on a CPU and cuDNN for tensor cores. Measured is what goes
 through torch's allocator, without what libraries keep between steps; the plan's margin, a tenth and half a GiB, is for the
 rest."""
-NO_CARD = """ No card was at hand: how far it goes there is not measured."""
+NO_GPU = """ No GPU was at hand: how far it goes there is not measured."""
 TEXT = """# Memory: planned against measured
 
 **Question.** How far is the memory that `python -m ddpm.plan` counts, on tensors without numbers, from what a training step

@@ -593,7 +593,7 @@ cache, W&B offline, validation, grids and FD (digits) every few hundred steps) r
 goes on with it; after each of its lives `ddpm.evaluate` and `ddpm.generate` take its newest checkpoint, and after every fourth
 a sweep of two trainings runs. Each process has a session of its own, in which nothing may be left half a minute after its end.
 
-**What this does not show.** Cards, several ranks, days.
+**What this does not show.** GPUs, several ranks, days.
 
 By `python experiments/reliability/soak.py --seed={seed}` at commit {commit}, {machine}.
 """

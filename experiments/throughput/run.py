@@ -1,7 +1,7 @@
 """Training step and sampling beside diffusers and denoising-diffusion-pytorch: `python
 experiments/throughput/run.py`.
 
-About ten minutes on two otherwise idle CPU cores, of which it computes on one; on a card as long,
+About ten minutes on two otherwise idle CPU cores, of which it computes on one; on a GPU as long,
 with more rows. Writes results.json, and from it README.md and step.png; `--report` does the latter
 alone, and `--toy` all of it in seconds, at a size that says nothing, in a folder of its own.
 Reading images is measured by data.py beside it. Needs `pip install -e '.[bench]'`.
@@ -35,7 +35,7 @@ from ddpm.studies.archive import commit, this_machine
 from ddpm.studies.report import listed
 
 HERE = Path(__file__).parent
-# name: config, variant, options, batch on a CPU, batch on a card, dim and dim_mults of the peer's
+# name: config, variant, options, batch on a CPU, batch on a GPU, dim and dim_mults of the peer's
 # Unet, steps a turn
 TASKS = {
     "digits 16x16x1": ("digits", None, {}, 64, 64, 32, (1, 2, 2), 4),
@@ -75,12 +75,12 @@ def task_of(name, folder, tasks):
     """The Task of a name, float32 and eager, with images of noise: a step takes as long as on
     any others.
     """
-    file, variant, options, on_cpu, on_card, dim, dim_mults, _ = tasks[name]
+    file, variant, options, on_cpu, on_gpu, dim, dim_mults, _ = tasks[name]
     found = spec_from_file_location(file, HERE.parents[1] / "configs" / f"{file}.py")
     found.loader.exec_module(module := module_from_spec(found))
     given = files.changed(defaults.freeze(module.get_config(variant)), options)
     shape = build.image_shape(given)
-    size = on_card if torch.cuda.is_available() else on_cpu
+    size = on_gpu if torch.cuda.is_available() else on_cpu
     pixels = torch.randint(
         0,
         256,
@@ -186,7 +186,7 @@ def train(name, task, rounds, steps):
 
 
 def stages(name, task, steps):
-    """Where the seconds of our step go, each stage the mean of so many steps; on a card the host
+    """Where the seconds of our step go, each stage the mean of so many steps; on a GPU the host
     waits after each.
     """
     ours = Ours(task)
@@ -290,19 +290,19 @@ def measure(tasks, rounds, count, steps):
 def made():
     """How and where it was measured."""
     machine = this_machine()
-    card = torch.cuda.is_available()
-    published = gpus.card_of(machine) if card else None
+    gpu = torch.cuda.is_available()
+    published = gpus.gpu_of(machine) if gpu else None
     types = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return {
         "machine": machine,
-        "card": card,
+        "gpu": gpu,
         "threads": torch.get_num_threads(),
         "commit": commit(),
         "peaks": {name: published.peak(dtype) for name, dtype in types.items()}
         if published
         else {},
         "clock": "wall time"
-        if card or torch.get_num_threads() > 1
+        if gpu or torch.get_num_threads() > 1
         else "CPU seconds of the process",
         "versions": {
             name: version(name)

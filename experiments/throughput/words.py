@@ -271,8 +271,8 @@ def write(found, folder):
             images=first["images"],
             evaluations=first["steps"],
             smallest=first["task"],
-            waits=CARD_WAITS if made["card"] else "",
-            missing="" if made["card"] else NO_CARD,
+            waits=GPU_WAITS if made["gpu"] else "",
+            missing="" if made["gpu"] else NO_GPU,
             **made
             | {
                 "versions": ", ".join(
@@ -283,10 +283,10 @@ def write(found, folder):
     )
 
 
-NO_CARD = """ No card was at hand: the same command measures bf16 and fp16, compiled steps and the share of a card's peak
+NO_GPU = """ No GPU was at hand: the same command measures bf16 and fp16, compiled steps and the share of a GPU's peak
 on one."""
 
-CARD_WAITS = """ The host waits for the card around each stage and each call of
+GPU_WAITS = """ The host waits for the GPU around each stage and each call of
 the network, so what would overlap is counted twice."""
 
 TEXT = """# Throughput: a training step and a drawing, beside two others
@@ -332,7 +332,7 @@ drawing begins at noise and ends in pixels on the host.
 - Peak and start: memory and seconds for building the training (compiling it, where that is done) and two steps. On a CPU the
   memory is the sum of torch's allocations, as its profiler has them.
 
-**What this does not show.** Steps with a loader beside them: images lie in memory here. Several cards.{missing}
+**What this does not show.** Steps with a loader beside them: images lie in memory here. Several GPUs.{missing}
 
 By `python experiments/throughput/run.py` at commit {commit}, {versions}, {machine}, CPU threads: {threads}.
 """

@@ -15,7 +15,7 @@ from ddpm.config import defaults
 from ddpm.experiment import build, cost
 from ddpm.experiment import memory as experiment_memory
 from ddpm.runtime import memory
-from ddpm.runtime.gpus import CARDS, card_of, known
+from ddpm.runtime.gpus import GPUS, gpu_of, known
 from support.configs import FILES, module_of
 from support.runs import tiny
 
@@ -58,19 +58,19 @@ def test_cats128_fits_into_8_gib_with_its_batch_of_8():
 
 
 def test_hours_by_hand():
-    """A thousand images of 10^12 operations at half of 10^14 a second; two cards halve it, and
+    """A thousand images of 10^12 operations at half of 10^14 a second; two GPUs halve it, and
     send their gradients once.
     """
-    card = CARDS["L4"]._replace(half=100, link=10)
-    spent, rate = plan.hours(1000, 1e12, card, torch.bfloat16, 0.5)
+    gpu = GPUS["L4"]._replace(half=100, link=10)
+    spent, rate = plan.hours(1000, 1e12, gpu, torch.bfloat16, 0.5)
     assert (spent * 3600, rate) == pytest.approx((20, 50))
     spent, rate = plan.hours(
-        1000, 1e12, card, torch.bfloat16, 0.5, cards=2, batch_size=10, weights=1e9
+        1000, 1e12, gpu, torch.bfloat16, 0.5, num_gpus=2, batch_size=10, weights=1e9
     )
     assert (spent * 3600, rate) == pytest.approx((100 * (0.1 + 0.1), 10 / 0.2))
 
 
-def test_cards_are_found_by_the_names_that_torch_gives_them():
+def test_gpus_are_found_by_the_names_that_torch_gives_them():
     names = {
         "NVIDIA H200": "H200",
         "NVIDIA A100-SXM4-80GB": "A100",
@@ -82,8 +82,8 @@ def test_cards_are_found_by_the_names_that_torch_gives_them():
         "NVIDIA H100 PCIe": "H100 PCIe",
         "NVIDIA A100 80GB PCIe": "A100",
     }
-    assert {name: card_of(name) for name in names} == {
-        name: CARDS[card] for name, card in names.items()
+    assert {name: gpu_of(name) for name in names} == {
+        name: GPUS[gpu] for name, gpu in names.items()
     }
     for unknown in (
         "NVIDIA GeForce GT 1030",
@@ -97,8 +97,8 @@ def test_cards_are_found_by_the_names_that_torch_gives_them():
         "AMD Radeon Graphics",
         "NVIDIA RTX 4000 SFF Ada Generation",
     ):
-        assert card_of(unknown) is None
-    assert (CARDS["T4"].peak(torch.float16), CARDS["A100"].peak(torch.float32)) == (65e12, 156e12)
+        assert gpu_of(unknown) is None
+    assert (GPUS["T4"].peak(torch.float16), GPUS["A100"].peak(torch.float32)) == (65e12, 156e12)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_cards_are_found_by_the_names_that_torch_gives_them():
     ],
 )
 def test_gpus_that_people_own_are_in_the_table(name, gib, half, bf16):
-    card = card_of(name)
-    assert (card.gib, card.half, card.bf16) == (gib, half, bf16)
+    gpu = gpu_of(name)
+    assert (gpu.gib, gpu.half, gpu.bf16) == (gib, half, bf16)
 
 
 def test_published_rates_fit_the_architectures():
@@ -127,13 +127,13 @@ def test_published_rates_fit_the_architectures():
     shaders; a laptop's GPU does less.
     """
     times = {"GTX 10": 1, "GTX 16": 2, "RTX 20": 4, "RTX 30": 2, "RTX 40": 2, "RTX 50": 2}
-    for name, card in CARDS.items():
+    for name, gpu in GPUS.items():
         if name[:6] in times:
             # of one decimal place
-            assert card.half / card.single == pytest.approx(times[name[:6]], rel=0.025), name
-        desktop = CARDS.get(name.removesuffix(" Laptop"))
-        assert desktop is None or desktop.half > 0.95 * card.half, name
-        assert known(f"NVIDIA GeForce {name} GPU") == name and card.gib > 0 and card.link > 0
+            assert gpu.half / gpu.single == pytest.approx(times[name[:6]], rel=0.025), name
+        desktop = GPUS.get(name.removesuffix(" Laptop"))
+        assert desktop is None or desktop.half > 0.95 * gpu.half, name
+        assert known(f"NVIDIA GeForce {name} GPU") == name and gpu.gib > 0 and gpu.link > 0
 
 
 def test_small_networks_are_limited_by_their_kernels():
@@ -141,7 +141,7 @@ def test_small_networks_are_limited_by_their_kernels():
     and backward.
     """
     spent, rate = plan.hours(
-        1000, 1e3, CARDS["H100"], torch.bfloat16, 0.5, batch_size=10, kernels=1000
+        1000, 1e3, GPUS["H100"], torch.bfloat16, 0.5, batch_size=10, kernels=1000
     )
     assert (spent * 3600, rate) == pytest.approx((0.38, 10 / 0.0038))
     given = tiny()
@@ -228,20 +228,20 @@ def test_the_command():
         *small,
         "--config.train.length=3 epochs",
         "--vram=2",
-        "--cards=3",
+        "--num_gpus=3",
     )
     assert (
         code == 0
         and "4,864 images, of 1,617 in the data" in out
-        and "on a card of 2 GiB" in out
+        and "on a GPU of 2 GiB" in out
         and "3 GPUs" in out
     )
     assert (
-        "\non 3 cards a batch of 32 cannot be cut into 3 ranks x 1 parts: those columns are for "
+        "\non 3 GPUs a batch of 32 cannot be cut into 3 ranks x 1 parts: those columns are for "
         in out
     )
     assert "--config.train.batch_size=33\n" in out
-    assert all(f"\n{card} " in out for card in plan.USUAL.split(",")) and "GiB: 0.0" in out
+    assert all(f"\n{gpu} " in out for gpu in plan.USUAL.split(",")) and "GiB: 0.0" in out
     kernels = re.search("each of the ([0-9,]+) kernels", out)[1]
     rates = re.findall(r"\n.* [bf][pf]16 +([0-9,.]+) ", out)
     assert len(rates) == len(plan.USUAL.split(","))
@@ -261,7 +261,7 @@ def test_images_that_are_not_there_yet_are_taken_to_be_some(tmp_path):
     )
 
 
-def test_a_card_with_room_takes_the_batch_in_fewer_parts():
+def test_a_gpu_with_room_takes_the_batch_in_fewer_parts():
     """Of 12 images in 6 parts: at 4 at a time they fit where the planner says that 4 do, and not
     all.
     """

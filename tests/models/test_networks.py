@@ -609,7 +609,7 @@ def test_autocast_on_the_cpu(dtype, tolerance):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norms_are_kept_from_a_card_s_autocast(dtype, monkeypatch):
+def test_norms_are_kept_from_a_gpu_s_autocast(dtype, monkeypatch):
     """There it would bring group_norm to float32, input and output: it is off inside, and all is
     of the type that came in.
     """

@@ -197,7 +197,7 @@ def test_peak_memory_is_in_gib():
 @pytest.mark.parametrize(
     "amp, dtype, reason",
     [
-        ("auto", torch.float32, "no card"),
+        ("auto", torch.float32, "no GPU"),
         ("off", torch.float32, "asked for by train.amp"),
         ("bf16", torch.bfloat16, "asked for by train.amp"),
         ("fp16", torch.float16, "asked for by train.amp"),
@@ -257,7 +257,7 @@ def test_every_choice_of_amp_has_a_meaning():
     }
 
 
-def test_nothing_asked_for_is_the_card_if_there_is_one():
+def test_nothing_asked_for_is_the_gpu_if_there_is_one():
     assert runtime_device.start().device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 

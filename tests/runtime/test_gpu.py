@@ -1,4 +1,4 @@
-"""What only a card can show; skipped without one."""
+"""What only a GPU can show; skipped without one."""
 
 from pathlib import Path
 
@@ -17,12 +17,12 @@ from support.runs import equal, final_state, rows, run, tiny
 MEASURE = module_of(Path(__file__).parents[2] / "experiments" / "memory" / "measure.py")
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_a_card_learns_in_every_type(tmp_path, amp):
+def test_a_gpu_learns_in_every_type(tmp_path, amp):
     run(tiny(train__amp=amp, train__length="40 steps"), tmp_path)
     losses = [row["train/loss"] for row in rows(tmp_path) if "train/loss" in row]
     assert losses[-1] < losses[0]
@@ -30,7 +30,7 @@ def test_a_card_learns_in_every_type(tmp_path, amp):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights)
 
 
-def test_resume_on_a_card_is_bitwise_when_deterministic(tmp_path):
+def test_resume_on_a_gpu_is_bitwise_when_deterministic(tmp_path):
     """In a process of its own would be cleaner; torch's deterministic mode is switched off again
     below.
     """
@@ -44,7 +44,7 @@ def test_resume_on_a_card_is_bitwise_when_deterministic(tmp_path):
     assert equal(final_state(tmp_path / "whole"), final_state(tmp_path / "parts"))
 
 
-def test_a_step_does_not_wait_for_the_card(tmp_path):
+def test_a_step_does_not_wait_for_the_gpu(tmp_path):
     made = trainer.run(tiny(data__flip=True), tmp_path, device.start(device="cuda"))
     batches = made.batches(0)
     for step in range(3):
@@ -58,8 +58,8 @@ def test_a_step_does_not_wait_for_the_card(tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_batches_come_ahead_to_the_card_whole_and_in_order():
-    """Each is read when the card has done what it was given before, so until then its memory may
+def test_batches_come_ahead_to_the_gpu_whole_and_in_order():
+    """Each is read when the GPU has done what it was given before, so until then its memory may
     not be another's.
     """
     machine = device.start("off", device="cuda")
@@ -105,13 +105,13 @@ def test_a_compiled_network_draws_the_same_through_cuda_graphs(tmp_path, monkeyp
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @pytest.mark.parametrize("levels", [0, 99])
-def test_the_account_of_a_step_is_what_the_card_takes(amp, levels):
+def test_the_account_of_a_step_is_what_the_gpu_takes(amp, levels):
     """Within a tenth, in a step of some hundred MiB: beside that the blocks of torch's
     allocator, of up to 2 MiB, are small.
     """
     machine = device.start(amp, device="cuda")
     given = tiny(model__model_channels=32, train__batch_size=512)
     if not MEASURE.computes(machine):
-        pytest.skip("this card has no bf16")
+        pytest.skip("this GPU has no bf16")
     found = memory.account(given, machine.dtype, given.train.batch_size, levels)
     assert found.total == pytest.approx(MEASURE.measured(given, machine, levels), rel=0.1)

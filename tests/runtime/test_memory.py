@@ -44,7 +44,7 @@ def test_the_account_of_a_step_is_what_the_profiler_sees(options, dtype, levels)
     if not able and not options.get("model__name", "").startswith("dit"):
         pytest.skip(
             "this CPU unfolds images for its convolutions in bfloat16, nine times as large, as no "
-            "card does"
+            "GPU does"
         )
     given = tiny(**WIDE | options)
     images = given.train.batch_size // given.train.gradient_accumulation_steps
@@ -128,8 +128,8 @@ def test_the_state_of_the_generators_is_read_for_dropout_alone(dropout, monkeypa
 
 
 @pytest.mark.parametrize("share, levels", [(1.01, 0), (0.995, 1), (0.0, 2)])
-def test_auto_recomputes_as_few_levels_as_the_card_needs(share, levels, monkeypatch):
-    """A card of just the size that a step needs, one a little smaller, and one in which nothing
+def test_auto_recomputes_as_few_levels_as_the_gpu_needs(share, levels, monkeypatch):
+    """A GPU of just the size that a step needs, one a little smaller, and one in which nothing
     fits: then all it can.
     """
     given = tiny(**WIDE)
