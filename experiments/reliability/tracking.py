@@ -4,12 +4,14 @@ tests/support/troubled.py in a process.
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 
 from faults import Fault, Found
 
 from support import troubled
+from support.commands import PYTHONPATH
 
 ALONE = ["unshare", "-rm"]  # small disks are mounted where nobody else sees them
 KEPT = (
@@ -32,7 +34,12 @@ def trouble(*names):
             *itertools.islice(itertools.cycle(names), times),
         ]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60 * times, check=True
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60 * times,
+            check=True,
+            env=os.environ | {"PYTHONPATH": PYTHONPATH},
         )
         found = json.loads(done.stdout)
         lost = [f"{each['fault']}: {line}" for each in found for line in troubled.losses(each)]

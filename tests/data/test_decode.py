@@ -27,23 +27,23 @@ CHILD = """
 import resource, sys
 from pathlib import Path
 from ddpm import doctor
-from ddpm.data import folder as data
+from ddpm.data import decode, folder
 resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)  # beyond which memory is refused
 before = resource.getrusage(resource.RUSAGE_SELF)
-found = data.survey(sys.argv[1])
+found = folder.survey(sys.argv[1])
 for name, one in zip(found.names, found.facts):
     try:
-        pictures.decode_file(found.root / name, 32, 3)
+        decode.decode_file(found.root / name, 32, 3)
         said = ""
-    except pictures.Refused as refused:
+    except decode.Refused as refused:
         said = refused.fault
     assert said == one.fault, (name, said, one.fault)
     try:
-        pictures.open_picture(found.root / name, 32, 3)
+        decode.open_picture(found.root / name, 32, 3)
     except ValueError as error:
         assert said in str(error) and "\\n" not in str(error), error
     print(name, one.fault, sep=":")
-doctor.contact_sheet(doctor.diagnose(sys.argv[1], 32, 0.1), pictures.WHITE)
+doctor.contact_sheet(doctor.diagnose(sys.argv[1], 32, 0.1), decode.WHITE)
 after = resource.getrusage(resource.RUSAGE_SELF)
 print(after.ru_maxrss - before.ru_maxrss, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 """

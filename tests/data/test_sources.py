@@ -440,7 +440,7 @@ def test_reduced_jpeg_decoding_hardly_changes_a_photo(name, image_size, edge):
     photo.save(file, "JPEG", quality=95)
     reduced = decode.decode_file(file, image_size, 3)
     with Image.open(file) as image:
-        whole = data_folder.to_pixels(image, image_size, 3, decode.WHITE, image.size)
+        whole = decode.to_pixels(image, image_size, 3, decode.WHITE, image.size)
     error = (reduced.double() - whole.double()).square().mean()
     # Measured 44.6 to 52.2 dB. These odd heights end within a reduced pixel: taken for whole, the
     # shift leaves at most 40.6.

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from ddpm.training import checkpoint, weights
+from support.commands import PYTHONPATH
 from support.runs import equal, final_state, rows, tiny
 
 TRAINED = (
@@ -35,7 +36,8 @@ TRAINED = (
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, Path(__file__).parents[1] / "support" / "groups.py", folder]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

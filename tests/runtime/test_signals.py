@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm.common.errors import FAILED, INTERRUPTED
+from ddpm.config import defaults
 from ddpm.experiment import trainer
 from ddpm.main import finish, train_experiment
 from ddpm.runtime import device
@@ -96,8 +97,8 @@ def command(folder, **options):
     given = dict(tiny(**options).items())
     flags = [
         f"--config.{key}={value}"
-        for key, value in trainer.configs.flatten(given).items()
-        if value != trainer.configs.flatten(trainer.configs.base())[key] and value != ""
+        for key, value in defaults.flatten(given).items()
+        if value != defaults.flatten(defaults.base())[key] and value != ""
     ]
     config = Path(__file__).parents[2] / "configs" / "digits.py"
     return [sys.executable, "-m", "ddpm.main", f"--config={config}", *flags, f"--workdir={folder}"]

@@ -2,8 +2,8 @@
 
 tests/runtime/test_ranks.py looks at what they leave.
 
-`python tests/support/groups.py FOLDER` leaves there the run folders below, and seen.json: what each
-rank of each group answered, and what it said.
+`PYTHONPATH=.:tests python tests/support/groups.py FOLDER` leaves there the run folders below, and
+seen.json: what each rank of each group answered, and what it said.
 """
 
 import contextlib

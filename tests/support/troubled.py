@@ -1,4 +1,4 @@
-"""Trains a little while something is wrong with W&B: `python tests/support/troubled.py FOLDER
+"""Trains a little while something is wrong with W&B: `PYTHONPATH=.:tests python tests/support/troubled.py FOLDER
 FAULT...`, of FAULTS.
 
 The server is the stand-in. Prints a JSON list of what each came to: seconds that the longest `log`,

@@ -203,7 +203,9 @@ def test_a_run_from_the_start_keeps_no_row(tmp_path):
 TRAINING = """
 import json, os, sys, time
 from pathlib import Path
+from ddpm.tracking import rows as tracking_rows
 from ddpm.tracking import tracker as tracking
+from ddpm.tracking.wandb import held_in_folder
 folder, wandb, kill_at, cores = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 saved = json.loads((folder / "saved").read_text()) if (folder / "saved").exists() else {"step": 0, "state": None}
 tracker = tracking.open_tracker(
@@ -219,8 +221,8 @@ for step in range(saved["step"] + 1, 61):
         (folder / "part").write_text(json.dumps({"step": step, "state": tracker.state_dict()}))
         os.replace(folder / "part", folder / "saved")
     if step == kill_at:
-        rows = tracking.rows_of(folder / "metrics.jsonl", step)
-        while cores == "later" and tracking.held_in_folder(folder, tracker.state["wandb_id"], rows) == saved["step"]:
+        rows = tracking_rows.rows_of(folder / "metrics.jsonl", step)
+        while cores == "later" and held_in_folder(folder, tracker.state["wandb_id"], rows) == saved["step"]:
             time.sleep(0.1)  # until W&B's log has a row of this session
         for entry in Path("/proc").glob("[0-9]*/stat") if cores == "both" else ():
             name, _, rest = entry.read_text().partition(") ")

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from support import troubled
+from support.commands import PYTHONPATH
 from support.wandb_server import FAULTS, Run
 from support.wandb_server import server as server
 
@@ -79,7 +80,7 @@ def found(tmp_path_factory):
         capture_output=True,
         text=True,
         timeout=400,
-        env=clean | {"HOME": str(folder), "PYTHONPATH": str(troubled.ROOT)},
+        env=clean | {"HOME": str(folder), "PYTHONPATH": PYTHONPATH},
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return {each["fault"]: each for each in json.loads(done.stdout)}
@@ -116,7 +117,7 @@ def test_a_server_that_fails_while_runs_are_read_is_one_line(server, tmp_path):
         [sys.executable, "-m", "ddpm.compare", "me/p"],
         cwd=tmp_path,
         timeout=120,
-        env=os.environ | server.login | {"PYTHONPATH": str(troubled.ROOT)},
+        env=os.environ | server.login | {"PYTHONPATH": PYTHONPATH},
         text=True,
         capture_output=True,
     )
@@ -154,7 +155,7 @@ def test_a_signal_while_wandb_waits_for_a_silent_server(server, tmp_path, at, nu
         f"--workdir={tmp_path}/run",
         *(f"--config.{key}={value}" for key, value in options.items()),
     ]
-    environment = os.environ | server.login | {"PYTHONPATH": str(troubled.ROOT)}
+    environment = os.environ | server.login | {"PYTHONPATH": PYTHONPATH}
     with subprocess.Popen(
         command, env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE
     ) as process:

@@ -17,7 +17,7 @@ from ddpm.experiment import load as experiment_load
 from ddpm.experiment import trainer
 from ddpm.generate import generate_images
 from ddpm.runtime import device
-from ddpm.studies import archive, study
+from ddpm.studies import archive, statistics, study
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
 from ddpm.training.ema import EMA
@@ -317,14 +317,14 @@ def test_one_training_serves_a_study_of_averages(trained, tmp_path):
     made = [row["eval/made"] for run in found.runs for row in run.rows]
     assert sum("of the EMA sigma_rel 0.07 weights" in text for text in made) == 2
     assert sum("of the EMA decay 0.5 weights" in text for text in made) == 2
-    groups = archive.results.compare(found.runs, found.axes).groups
+    groups = statistics.compare(found.runs, found.axes).groups
     assert [group.setting for group in groups] == [
         {"sample.ema": number} for number in (0.07, 0.1, 0.5)
     ]
     options = json.loads((tmp_path / "runs" / "ema=0.1-sample.seed=1" / "config.json").read_text())
     assert options["sample"]["ema"] == 0.1
     with pytest.raises(ValueError, match="of another study: config.sample.ema is"):
-        archive.results.compare(found.runs, [])
+        statistics.compare(found.runs, [])
 
 
 def test_a_config_from_before_has_none(trained):
