@@ -261,7 +261,7 @@ def test_the_package_lists_its_commands():
     assert done.returncode == 0 and not done.stderr
     listed = re.findall(r"python -m ddpm\.(\w+) +(\S.+)", done.stdout)
     runnable = {
-        path.stem for path in (ROOT / "ddpm").glob("*.py") if "flags.run_door(" in path.read_text()
+        path.stem for path in (ROOT / "ddpm").glob("*.py") if "flags.run_command(" in path.read_text()
     }
     assert {name for name, _ in listed} == runnable and all(len(words) > 10 for _, words in listed)
     assert "train" in ddpm.__doc__ and "python -m ddpm" in ddpm.__doc__
