@@ -88,6 +88,9 @@ class Text(Sink):
         self.total_steps = total_steps
         self.waiting = self.lines.waiting
         self.began = time.monotonic()
+        self.seconds_per_step = None  # as last measured, at step `measured`
+        self.measured = start_step
+        self.working = 0.0  # seconds of the steps since `start_step`
         self.bar = tqdm(
             total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty()
         )
@@ -104,11 +107,6 @@ class Text(Sink):
             for key, value in values.items()
             if key.startswith(("val/", "eval/"))
         ]
-        left = (
-            (self.total_steps - step)
-            / max(step - self.start_step, 1)
-            * (time.monotonic() - self.began)
-        )
         line = "  ".join(
             [
                 f"step {step}/{self.total_steps} ({step / self.total_steps:.1%})",
@@ -116,7 +114,7 @@ class Text(Sink):
                 *scores,
                 *(f"{key}: {value}" for key, value in row.items() if isinstance(value, str)),
                 *(f"{key} drawn" for key in images),
-                f"eta {tqdm.format_interval(left)}",
+                f"eta {tqdm.format_interval(self.seconds_left(step, row))}",
             ]
         )
         self.tick(step)
@@ -125,6 +123,27 @@ class Text(Sink):
         else:
             self.bar.set_postfix_str(", ".join([*known[:1], *scores]))
             self.keep(line)
+
+    def seconds_left(self, step, row):
+        """Seconds to the end: the steps at the speed last measured, and pauses (drawing, measuring)
+        as long per step as since the first measurement.
+        """
+        now = time.monotonic()
+        if "speed/step_ms" in row:
+            seconds = row["speed/step_ms"] / 1000
+            if self.seconds_per_step is None:  # what was set up until here is no pause
+                self.began = now
+                self.start_step = step
+            else:
+                self.working += (step - self.measured) * seconds
+            self.seconds_per_step = seconds
+            self.measured = step
+        elapsed = now - self.began
+        done = max(step - self.start_step, 1)
+        if self.seconds_per_step is None:
+            return (self.total_steps - step) * elapsed / done
+        pauses = max(elapsed - self.working, 0) / done
+        return (self.total_steps - step) * (self.seconds_per_step + pauses)
 
     def tick(self, step):
         self.bar.update(step - self.bar.n)

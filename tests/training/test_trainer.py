@@ -15,6 +15,7 @@ from ddpm.config import files
 from ddpm.experiment import build, drawing, load, trainer
 from ddpm.main import finish
 from ddpm.runtime import device
+from ddpm.tracking import files as tracking_files
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
 from ddpm.training.trainer import Diverged, train
@@ -386,3 +387,27 @@ def test_drawing_keeps_one_image_a_step(tmp_path):
     net.register_forward_hook(count)
     list(drawing.drawer(given, net, machine)(range(2), build.grid_recipe(given)._replace(steps=20)))
     assert len(alive) == 20 and most <= 3
+
+
+def test_the_time_left_follows_the_recent_speed(tmp_path, monkeypatch):
+    """Steps of one second, then of four, and a pause of ten seconds at every tenth step."""
+    clock = [0.0]
+    monkeypatch.setattr(tracking_files.time, "monotonic", lambda: clock[0])
+    log = tracking_files.Text(tmp_path / "training.log", 0, 2400)
+
+    def left_after(steps, seconds, pause=0.0):
+        log_step = left_after.step = left_after.step + steps
+        clock[0] += steps * seconds + pause
+        return log.seconds_left(log_step, {"speed/step_ms": 1000 * seconds})
+
+    left_after.step = 0
+    clock[0] = 500.0  # compilation
+    assert left_after(10, 1.0) == 2390 * 1.0
+    for _ in range(100):
+        left_after(10, 1.0)
+    assert left_after(10, 4.0) == pytest.approx(1380 * 4.0)
+    for _ in range(100):
+        left = left_after(10, 4.0, pause=10.0)
+    pauses = 100 * 10.0 / 2010
+    assert left == pytest.approx(380 * (4.0 + pauses))
+    assert log.seconds_left(2020, {"val/loss": 1.0}) == pytest.approx(left)
