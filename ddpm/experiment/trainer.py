@@ -36,6 +36,7 @@ def length_remarks(config, dataset_size):
         if text != "auto"
     }
     return [
+        *batch_remarks(section.batch_size, dataset_size),
         *warmup_remarks(
             section, steps(section.warmup), total, experiment_step.rate(config, dataset_size)
         ),
@@ -43,6 +44,17 @@ def length_remarks(config, dataset_size):
         *average_remarks(config.ema, total),
         *interval_remarks(intervals, total),
     ]
+
+
+def batch_remarks(batch_size, dataset_size):
+    """Of a batch that has more images than there are to learn from."""
+    if batch_size > dataset_size:
+        yield (
+            f"train.batch_size is {batch_size}, more than the "
+            f"{registry.quantity(dataset_size, 'image')} to learn from, so each step learns from "
+            f"an image {batch_size / dataset_size:.2g} times on average; set "
+            f"train.batch_size={dataset_size} or less"
+        )
 
 
 def warmup_remarks(section, warmup, total, rate):
@@ -208,7 +220,7 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
         *build.unused_remarks(config),
         *build.unconditioned(net),
         f"{registry.quantity(len(learned), 'image')} to learn from, {len(held_out)} held out",
-        f"a step learns from {section.batch_size} of them, {drawing.at_a_time(config, machine)} "
+        f"a step learns from a batch of {section.batch_size}, {drawing.at_a_time(config, machine)} "
         "at a time" + (f" on each of {machine.world} ranks" if machine.world > 1 else ""),
         evaluation,
     ]

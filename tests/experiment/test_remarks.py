@@ -342,6 +342,11 @@ def remarks(images=1000, **options):
             {"every__milestone": "50 epochs"},
             "every.milestone is longer than the training of 200 steps, which keeps no milestone",
         ),
+        (
+            {"train__batch_size": 2000},
+            "train.batch_size is 2000, more than the 1,000 images to learn from, so each step "
+            "learns from an image 2 times on average; set train.batch_size=1000 or less",
+        ),
     ],
 )
 def test_what_does_not_fit_the_length_of_the_training_is_said(options, said):
