@@ -22,7 +22,7 @@ class Sink:
     def nothing(self, *arguments):
         """Other events pass."""
 
-    write = tick = say = keep = summary = close = nothing
+    write = tick = progress = say = keep = summary = close = nothing
 
 
 class Lines:
@@ -109,7 +109,7 @@ class Text(Sink):
         ]
         line = "  ".join(
             [
-                f"step {step}/{self.total_steps} ({step / self.total_steps:.1%})",
+                self.position(step),
                 *known,
                 *scores,
                 *(f"{key}: {value}" for key, value in row.items() if isinstance(value, str)),
@@ -123,6 +123,16 @@ class Text(Sink):
         else:
             self.bar.set_postfix_str(", ".join([*known[:1], *scores]))
             self.keep(line)
+
+    def position(self, step):
+        return f"step {step}/{self.total_steps} ({step / self.total_steps:.1%})"
+
+    def progress(self, step, loss):
+        left = tqdm.format_interval(self.seconds_left(step, {}))
+        if self.bar.disable:
+            self.say(f"{self.position(step)}  loss {loss:.4f}  eta {left}")
+        else:
+            self.bar.set_postfix_str(f"loss {loss:.4f}")
 
     def seconds_left(self, step, row):
         """Seconds to the end: the steps at the speed last measured, and pauses (drawing, measuring)

@@ -80,6 +80,10 @@ class Tracker:
         """Move the progress bar."""
         self._tell("tick", step)
 
+    def progress(self, step, loss):
+        """Show that the training goes on, between two rows; nothing is recorded."""
+        self._tell("progress", step, loss)
+
     def say(self, text):
         """Print a line, and keep it in training.log."""
         self._tell("say", text)

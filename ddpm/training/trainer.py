@@ -6,6 +6,7 @@
 import contextlib
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from ddpm.training.validation import Validation
 PATIENCE = 50  # more steps skipped than learned from: fp16 finds its loss scale in fewer
 SMALLEST = 1.0  # loss scale of fp16, below which gradients that overflow are wrong ones
 ROLLBACKS = 1
+QUIET_SECONDS = 60  # of training, after which a line shows that it goes on
 BEST = {"val/loss_ema": "best.safetensors", "train/loss": "best_train_loss.safetensors"}
 
 
@@ -124,6 +126,7 @@ class Run:
 
     def __post_init__(self):
         self.begun = self.saved = self.start, self.due.names
+        self.last_line = time.monotonic()
 
     @property
     def finished(self):
@@ -172,6 +175,7 @@ class Run:
 
     def log_training(self, done):
         """Log what the steps since the last log measured."""
+        self.last_line = time.monotonic()
         readings = self.meters.read()
         if skipped := int(readings["train/skipped_steps"]):
             self.tracker.say(
@@ -194,10 +198,21 @@ class Run:
 
     def say_first_loss(self, done):
         """Say the loss of the first step of this process, long before the first row."""
+        self.last_line = time.monotonic()
         loss = self.meters.read()["train/loss"]
         self.tracker.say(
             f"the first step is done: train/loss {loss:.4f} at step {done} of {self.total}"
         )
+
+    @property
+    def quiet(self):
+        """True where the last line of the training is a minute old."""
+        return time.monotonic() - self.last_line >= QUIET_SECONDS
+
+    def show_progress(self, done):
+        """Show the mean loss since the last row, which nothing records."""
+        self.last_line = time.monotonic()
+        self.tracker.progress(done, self.meters.read()["train/loss"])
 
     def check(self, done):
         """Raise Diverged where the training has gone wrong for good, which its guard and fp16's
@@ -465,16 +480,18 @@ def train(run):
                     run.say_first_loss(done)
 
                 due = {name for name, every in run.every.items() if every.due(done)}
-                said = machine.all_gather((due, wish.asked))
-                due = said[0][0]
+                said = machine.all_gather((due, run.quiet, wish.asked))
+                due, quiet, _ = said[0]
                 # only rank 0's clock counts, and anyone's wish
-                asked = any(asked for _, asked in said)
+                asked = any(asked for *_, asked in said)
                 if due or done == run.total:
                     run.due.names = due
                     # steps that a GPU has not come to yet would be counted to the pause
                     machine.wait()
                 if asked:
                     raise Interrupted(told=True)
+                if quiet and "log" not in due:
+                    run.show_progress(done)
                 if run.due.names is not None:
                     events(run, done)
                 elif done % PATIENCE == 0:

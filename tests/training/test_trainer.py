@@ -17,6 +17,7 @@ from ddpm.main import finish
 from ddpm.runtime import device
 from ddpm.tracking import files as tracking_files
 from ddpm.training import checkpoint
+from ddpm.training import trainer as training_trainer
 from ddpm.training import weights as training_weights
 from ddpm.training.trainer import Diverged, train
 from support.runs import assert_same_run, equal, final_state, rows, run, tiny
@@ -411,3 +412,18 @@ def test_the_time_left_follows_the_recent_speed(tmp_path, monkeypatch):
     pauses = 100 * 10.0 / 2010
     assert left == pytest.approx(380 * (4.0 + pauses))
     assert log.seconds_left(2020, {"val/loss": 1.0}) == pytest.approx(left)
+
+
+def test_slow_steps_are_shown_between_two_rows(tmp_path, monkeypatch, capsys):
+    """Each step counts as a minute; rows and weights stay as they are."""
+    given = tiny(train__length="6 steps", every__log="3 steps", every__sample="0 steps")
+    run(given, tmp_path / "fast")
+    assert "step 2/6" not in capsys.readouterr().out
+    monkeypatch.setattr(training_trainer, "QUIET_SECONDS", 0)
+    run(given, tmp_path / "slow")
+    lines = [line.split()[1] for line in capsys.readouterr().out.splitlines() if " eta " in line]
+    assert lines == [f"{step}/6" for step in range(1, 7)]
+    log = (tmp_path / "slow" / "training.log").read_text()
+    assert re.search(r"step 2/6 \(33\.3%\)  loss \d+\.\d{4}  eta ", log)
+    assert rows(tmp_path / "slow") == rows(tmp_path / "fast")
+    assert equal(final_state(tmp_path / "slow"), final_state(tmp_path / "fast"))
