@@ -25,6 +25,7 @@ import torch
 
 from ddpm.common import safe_load
 from ddpm.common.files import atomic_write, expand_user, make_folder
+from ddpm.common.registry import quantity
 
 FORMAT = 1
 NAME = re.compile(r"step_(\d{8,})(\.keep)?\.pt")
@@ -232,19 +233,16 @@ def spare(folder):
     """What of a run takes room and is not needed to go on, in words; nothing where that is so."""
     newest = [path for _, path in checkpoints(folder)[-1:]]
     kinds = {
-        "milestones, checkpoints/*.keep.pt": "checkpoints/*.keep.pt",
-        "damaged files": "checkpoints/*.damaged*",
-        "snapshots/": "snapshots/*",
+        "milestone": "checkpoints/*.keep.pt",
+        "damaged file": "checkpoints/*.damaged*",
+        "snapshot": "snapshots/*",
     }
-    found = {
-        words: [path.stat().st_size for path in Path(folder).glob(pattern) if path not in newest]
-        for words, pattern in kinds.items()
-    }
-    return ", ".join(
-        f"{len(sizes)} {words} ({sum(sizes) / 2**20:,.1f} MiB)"
-        for words, sizes in found.items()
-        if sizes
-    )
+    found = []
+    for kind, pattern in kinds.items():
+        sizes = [path.stat().st_size for path in Path(folder).glob(pattern) if path not in newest]
+        if sizes:
+            found.append(f"{quantity(len(sizes), kind)}, {pattern} ({sum(sizes) / 2**20:,.1f} MiB)")
+    return ", ".join(found)
 
 
 def snapshots(folder):

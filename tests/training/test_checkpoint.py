@@ -169,9 +169,11 @@ def test_what_may_go_is_told(tmp_path):
     parts = {"net": State(WEIGHTS)}
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, "{}", parts, milestone=True)
+        if step == 2:
+            assert checkpoint.spare(tmp_path) == "1 milestone, checkpoints/*.keep.pt (0.0 MiB)"
     training_weights.save_snapshot(tmp_path, 3, "{}", {"ema 0.1": WEIGHTS})
     assert checkpoint.spare(tmp_path).startswith(
-        "2 milestones, checkpoints/*.keep.pt (0.0 MiB), 1 snapshots/ ("
+        "2 milestones, checkpoints/*.keep.pt (0.0 MiB), 1 snapshot, snapshots/* ("
     )
     newest = checkpoint.checkpoints(tmp_path)[-1][1]
     for number in ("", "2"):
