@@ -7,6 +7,7 @@ also for a warning), 2 your mistake.
 """
 
 import json
+import os
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -366,13 +367,22 @@ def asked(arguments):
     )
 
 
+def check_writable(out):
+    """Make the folder of --out; raises ValueError where no file can be written to it."""
+    if not os.access(make_folder(out), os.W_OK):
+        raise ValueError(f"cannot write to {out}: permission denied; give another folder as --out")
+
+
 def main(arguments):
     """Report on the folder that the command line names; returns the exit code."""
     path, image_size, fraction, matte = asked(arguments)
+    folder.check_folder(path)
+    if out := flags.FLAGS.out:
+        check_writable(out)
     report = diagnose(path, image_size, fraction)
     print("\n".join(lines_of(report)))
-    if out := flags.FLAGS.out:
-        with atomic_write(make_folder(out) / "report.json") as part:
+    if out:
+        with atomic_write(Path(out) / "report.json") as part:
             part.write_text(json.dumps(report, indent=1) + "\n")
         with atomic_write(Path(out) / "sheet.png") as part:
             contact_sheet(report, matte).save(part, "PNG")

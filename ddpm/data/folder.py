@@ -107,11 +107,8 @@ class Survey(NamedTuple):
         return lines
 
 
-def survey(path, example="data/cats"):
-    """The Survey of a folder and its sub-folders; each file is read once and for all runs.
-
-    Raises ValueError, with an example of what to write, where there is no folder.
-    """
+def check_folder(path, example="data/cats"):
+    """The Path of a folder; raises ValueError, with an example, where there is no folder."""
     root = expand_user(str(path))
     if not root.is_dir():
         raise ValueError(
@@ -119,6 +116,15 @@ def survey(path, example="data/cats"):
             f"{'is a file' if root.exists() else 'does not exist'}; give the path of a folder "
             f"that holds images: {example}"
         )
+    return root
+
+
+def survey(path, example="data/cats"):
+    """The Survey of a folder and its sub-folders; each file is read once and for all runs.
+
+    Raises ValueError as `check_folder` does.
+    """
+    root = check_folder(path, example)
     names, others, closed = find_images(root)
     return Survey(root, names, scan_files(root, names), others, closed)
 

@@ -238,13 +238,18 @@ def test_the_command_and_its_exit_codes(folder, tmp_path):
     with Image.open(tmp_path / "out" / "sheet.png") as sheet:
         assert sheet.width > 1000 and len(sheet.convert("RGB").getcolors(2**20)) > 1000
     config = f"--config={ROOT}/configs/cats128.py"
+    (tmp_path / "README.md").touch()
     for words, message in (
         ([], "nothing given; write a folder of images"),
         ([folder, "--image_size=1000000"], "1000000 is not an integer in the range [1, 4096]"),
         ([f"--config={ROOT}/configs/digits.py"], "the doctor looks at folders of files"),
+        ([folder, "--out=README.md"], "cannot write to README.md: a file is in the way"),
+        ([folder, "--out=README.md/out"], "cannot write to README.md/out: a file is in the way"),
+        (["none", "--out=made"], "none' does not exist; give the path of a folder"),
     ):
         code, out, err = run_ddpm(*words, cwd=tmp_path)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "made").exists()
     shutil.copytree(folder, tmp_path / "data" / "cats")
     code, out, err = run_ddpm(config, cwd=tmp_path)
     assert code == 1 and "left out: too small  16" in out
