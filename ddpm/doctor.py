@@ -113,8 +113,8 @@ def verdict(report):
     """Why a folder is not fit, and what to look at first: `{"not_fit": lines, "warnings":
     lines}`.
     """
-    damaged = sum(len(report["left_out"].get(fault, ())) for fault in folder.DAMAGE)
-    not_fit, warnings = folder.fitness(report["kept"], report["files"], damaged)
+    faults = [fault for fault, names in report["left_out"].items() for _ in names]
+    not_fit, warnings = folder.fitness(report["kept"], report["files"], faults)
     if not report["files"]:
         not_fit = [folder.no_image(report["folder"], report["not_read"])]
     if report["across"]:
@@ -130,10 +130,10 @@ def verdict(report):
         )
     warnings += report["remarks"]
     if report["one_colour"]:
-        warnings.append(
-            f"{quantity(len(report['one_colour']), 'image')} of one colour will be drawn too: take "
-            "them away"
-        )
+        count = len(report["one_colour"])
+        images = "1 image is" if count == 1 else f"{count:,} images are"
+        samples = "samples like it: remove it" if count == 1 else "samples like them: remove them"
+        warnings.append(f"{images} of one colour and will lead to {samples}")
     if report["without_suffix"]:
         unnamed = quantity(len(report["without_suffix"]), "picture is", "pictures are")
         warnings.append(f"{unnamed} not read for want of a suffix of theirs: rename them")

@@ -89,19 +89,20 @@ CONVERT = "convert to JPEG or PNG"
 FAULTS = {  # why an image is left out -> what may be done about it
     "too small": "take a smaller image_size, or larger images",
     "empty": "copy or download again",
-    "no image": f"what is in it is no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
+    "not an image": f"its content is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; remove it",
     "truncated": "the end is missing; copy or download again",
     "broken": "it contradicts itself; copy or download again",
     "too large": f"shrink to {MOST_PIXELS // 10**6} million pixels at most, or beware: files are "
     "made so to do harm",
-    "without an agreed range": "save in sRGB with 8 or 16 bits a channel, and no signs",
+    "unknown value range": "save in sRGB with 8 or 16 bits a channel, and no signs",
     "unsupported": "PIL does not read this kind of its format; convert to JPEG or PNG",
     "HEIC": CONVERT,
     "JPEG XL": CONVERT,
     "AVIF": f"{CONVERT}, or pip install -U pillow",
     "JPEG2000": CONVERT,
-    "not readable": "see that it is there, that you may read it, and that memory is free",
-    "no file": "a pipe, socket or device; take it away",
+    "broken link": "the file that it points to is missing; restore that file or remove the link",
+    "not readable": "check that you may read it, and that the disk and the memory are in order",
+    "not a file": "a pipe, socket or device; remove it",
 }
 TOO_SMALL = "too small"
 # faults of pictures that other programs show
@@ -221,20 +222,20 @@ def regular(path):
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:  # no such file, no permission, links in a circle, a socket
-        raise Refused("no file" if is_strange(path) else "not readable", error.strerror) from None
+        raise Refused(missing_or_special(path), error.strerror) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise Refused("no file")
+        raise Refused("not a file")
     return open(handle, "rb")
 
 
-def is_strange(path):
-    """Whether there is something at a path that is neither a file nor a folder."""
+def missing_or_special(path):
+    """The fault, a key of FAULTS, of a path that cannot be opened."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+        return "broken link" if os.path.islink(path) else "not readable"
+    return "not readable" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "not a file"
 
 
 def refusal(error, file):
@@ -263,7 +264,7 @@ def refusal(error, file):
             return Refused("HEIC")
         known = [name for name in FORMATS if Image.OPEN[name][1](head) is True]
         if not known:
-            return Refused("no image")
+            return Refused("not an image")
         file.seek(0)
         try:
             Image.OPEN[known[0]][0](file)
@@ -497,7 +498,7 @@ def decode(image, image_size, channels, matte):
 def decoded(image, image_size, channels, matte):
     """`decode`, and what was done beside PIL's own reading, as `plain` says it."""
     if image.format not in (None, "MPO", *FORMATS):  # opened by another library
-        raise Refused("no image", f"{image.format} is not read")
+        raise Refused("not an image", f"{image.format} is not read")
     whole = image.size
     reduced = image.draft(None, (2 * image_size, 2 * image_size))
     # whose coefficients are held at full size
@@ -612,9 +613,9 @@ def plain(image):
     profile, _ = colour.of(image)
     done = [image.info["mended"]] if "mended" in image.info else []
     if image.mode == "F":
-        raise Refused("without an agreed range", "floating-point pixels")
+        raise Refused("unknown value range", "floating-point pixels")
     if 2 in tags.get(SAMPLES, ()) and tags.get(BITS) == (8,) and np.asarray(image).max() > 127:
-        raise Refused("without an agreed range", "signed pixels")
+        raise Refused("unknown value range", "signed pixels")
     if image.mode.startswith("I"):
         image, more = grey_of_8_bits(image, tags, key, profile)
         done += more
@@ -641,7 +642,7 @@ def grey_of_8_bits(image, tags, key, profile):
     bits = tags.get(BITS, (16,))[0]
     done = []
     if values.min() < 0 or values.max() > 65535:
-        raise Refused("without an agreed range", "32-bit or signed pixels")
+        raise Refused("unknown value range", "32-bit or signed pixels")
     alpha = (
         None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     )

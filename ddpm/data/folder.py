@@ -135,13 +135,15 @@ def survey(path, example="data/cats"):
 FEWEST = 300
 FEW = 3000
 ENOUGH = 30000
-DAMAGE = ("empty", "no image", "truncated", "broken", "not readable")
-MOST_DAMAGE = 0.1  # share of the files: more is a copy that went wrong
+# faults of a copy that went wrong, and the share of the files that may have them
+UNREADABLE = ("empty", "not an image", "truncated", "broken", "broken link", "not readable")
+MOST_UNREADABLE = 0.1
 
 
-def fitness(kept, files=0, damaged=0):
-    """(why images are not fit to train on, what to look at): lines, by how many are kept, and
-    how many files are damaged.
+def fitness(kept, files=0, faults=()):
+    """(reasons why a set of images is not fit to train on, warnings), lists of lines.
+
+    `kept` is the number of images among `files`; `faults` holds the fault of each file left out.
     """
     not_fit = []
     warnings = []
@@ -156,14 +158,17 @@ def fitness(kept, files=0, damaged=0):
             f"{kept:,} images are few, and some will be copied: set data.flip, data.augment=0.12 "
             "or model.dropout=0.2, and watch eval/copying"
         )
-    if damaged > MOST_DAMAGE * files:
+    unreadable = Counter((fault, fault) for fault in faults if fault in UNREADABLE)
+    count = unreadable.total()
+    if count > MOST_UNREADABLE * files:
         not_fit.append(
-            f"{damaged:,} of {registry.quantity(files, 'file is', 'files are')} damaged: bring the "
-            "folder here again"
+            f"{count:,} of {registry.quantity(files, 'file')} cannot be read as images "
+            f"({most_first(unreadable)}): copy the folder here again"
         )
-    elif damaged:
+    elif count:
         warnings.append(
-            f"{registry.quantity(damaged, 'file is', 'files are')} damaged, and left out"
+            f"{registry.quantity(count, 'file')} cannot be read as "
+            f"{'an image' if count == 1 else 'images'} ({most_first(unreadable)}): left out"
         )
     return not_fit, warnings
 
@@ -207,7 +212,7 @@ def folder(image_size, channels, matte, *, path):
         f"folder {root}: {len(kept):,} of {registry.quantity(len(names), 'image')} kept",
         *said,
     ]
-    notes += verdict(*fitness(len(kept), len(names), sum(fault in DAMAGE for fault in faults)))
+    notes += verdict(*fitness(len(kept), len(names), faults))
     notes += [f"not read: {others}"] if (others := found.strangers(but=found.unread())) else []
     notes += found.remarks(image_size)
     names = [names[i] for i in kept]

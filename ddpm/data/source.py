@@ -17,7 +17,7 @@ import torch
 from ddpm.common import registry
 
 PASSING = "not readable"  # a fault of the disk or the memory, which may be gone the next time
-SCAN = 2  # count it up when `inspect.examine` says other things of the same file
+SCAN = 3  # count it up when `inspect.examine` says other things of the same file
 
 # on a torchvision image
 Report = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))

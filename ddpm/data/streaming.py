@@ -100,7 +100,7 @@ def fetch_sample(shards, column, image_size, channels, matte, index):
         if isinstance(value, bytes):
             return decode_file(io.BytesIO(value), image_size, channels, matte)
         if not isinstance(value, (np.ndarray, Image.Image)):
-            raise Refused("no image", type(value).__name__)
+            raise Refused("not an image", type(value).__name__)
         return decode(
             Image.fromarray(value) if isinstance(value, np.ndarray) else value,
             image_size,

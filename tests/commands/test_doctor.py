@@ -91,12 +91,12 @@ def test_every_kind_is_named(folder):
     assert report["left_out"] == {
         "too small": ["tiny.webp"],
         "empty": ["zero.jpg"],
-        "no image": ["page.png"],
+        "not an image": ["page.png"],
         "truncated": ["torn.png"],
         "broken": ["header.png", "new\nline \udcff\U0001f408.jpg"],
-        "without an agreed range": ["science.tif"],
-        "not readable": ["circle.bmp", "lost.gif"],
-        "no file": ["pipe.jpg", "socket.png"],
+        "unknown value range": ["science.tif"],
+        "broken link": ["circle.bmp", "lost.gif"],
+        "not a file": ["pipe.jpg", "socket.png"],
     }
     assert report["files"] == 36 and report["kept"] == 25
     expected = {
@@ -298,6 +298,28 @@ def test_a_verdict_needs_what_it_says():
             len(doctor.verdict(fit | doubt)["warnings"]) == 1
             and not doctor.verdict(fit | doubt)["not_fit"]
         )
+
+
+def test_files_that_are_no_images_are_counted_by_what_they_are(tmp_path):
+    """Of each kind one, named alike by the doctor and in the log; nothing is called damaged."""
+    for number in range(31):
+        photo(number).save(tmp_path / f"{number:02}.png")
+    (tmp_path / "page.jpg").write_text("<html>404</html>")
+    (tmp_path / "zero.jpg").touch()
+    (tmp_path / "lost.jpg").symlink_to(tmp_path / "nowhere")
+    line = (
+        "look at: 3 files cannot be read as images (1 broken link, 1 empty, 1 not an image): "
+        "left out"
+    )
+    assert line in doctor.lines_of(report_on(tmp_path))
+    assert line in data.open_source(f"folder(path={str(tmp_path)!r})", 32, 3).notes
+    Image.new("RGB", (50, 50), "navy").save(tmp_path / "navy.png")
+    for text in (
+        "1 image is of one colour and will lead to samples like it: remove it",
+        "2 images are of one colour and will lead to samples like them: remove them",
+    ):
+        assert text in report_on(tmp_path)["warnings"]
+        Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_files_made_to_do_harm_are_refused_in_little_time_and_memory(tmp_path):
     os.mkfifo(tmp_path / "pipe.gif")
     (tmp_path / "zero.jpg").symlink_to("/dev/zero")
     expected = {name: fault for name, (_, fault) in made.items()}
-    expected |= {"sparse.png": "too large", "pipe.gif": "no file", "zero.jpg": "no file"}
+    expected |= {"sparse.png": "too large", "pipe.gif": "not a file", "zero.jpg": "not a file"}
     child = subprocess.run(
         [sys.executable, "-c", CHILD, tmp_path],
         capture_output=True,
@@ -90,8 +90,8 @@ def test_pictures_in_shards_and_at_the_commands_are_refused_too(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for name, fault in (
         ("bomb.png", "too large"),
-        ("pipe.png", "no file"),
-        ("", "no file|not readable"),
+        ("pipe.png", "not a file"),
+        ("", "not a file|not readable"),
     ):
         with pytest.raises(ValueError, match=rf"cannot read .* as a picture \(({fault})"):
             drawing.pictures(tiny(), [tmp_path / name])

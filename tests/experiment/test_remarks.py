@@ -434,9 +434,9 @@ def test_what_the_doctor_says_of_a_folder_s_size_reaches_the_log(tmp_path, count
     ]
     found = [note for note in notes if note.startswith(("not fit: ", "look at: "))]
     damaged = (
-        "not fit: 1 of 2 files are damaged: bring the folder here again"
+        "not fit: 1 of 2 files cannot be read as images (1 broken): copy the folder here again"
         if count == 1
-        else ("look at: 1 file is damaged, and left out")
+        else "look at: 1 file cannot be read as an image (1 broken): left out"
     )
     assert damaged in found and set(found) <= set(lines)
     assert [note for note in found if said and note.startswith(said)] == [

@@ -150,11 +150,11 @@ def attacks():
         "size.bmp": (bmp[:18] + struct.pack("<ii", 100_000, 100_000) + bmp[26:], "too large"),
         "script.png": (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) = quit\n",
-            "no image",
+            "not an image",
         ),
         "layers.jpg": (
             b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 9, 9, 8, 3) + bytes(300),
-            "no image",
+            "not an image",
         ),
         # behind the picture, as phones put it
         "film.jpg": (jpeg + b"\xff\xda\xff\xe1\0\x08Exif\0\0" * 500, ""),
