@@ -1,6 +1,7 @@
 """`python -m ddpm` lists the commands, each with the first sentence of its module."""
 
 import ast
+import signal
 from pathlib import Path
 
 COMMANDS = (
@@ -25,4 +26,5 @@ def listing():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader such as `head` may go away
     print("Commands, each with --help:", *listing(), sep="\n")

@@ -18,6 +18,7 @@ DONE = 0
 FAILED = 1
 USAGE_ERROR = 2
 DIVERGED = 3
+NO_READER = 141  # the reader of stdout has gone, as a shell reports SIGPIPE
 INTERRUPTED = GOES_ON
 
 

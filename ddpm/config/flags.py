@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import select
 import sys
 import textwrap
 import traceback
@@ -532,6 +533,21 @@ def open_streams():
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def stdout_has_no_reader():
+    """True where the process that read stdout has gone, as after `| head -1`."""
+    watch = select.poll()
+    watch.register(1, 0)  # an empty mask reports errors alone
+    return bool(watch.poll(0))
+
+
+def flush_stdout():
+    """Write what stdout holds, or drop it where nobody reads: Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def name_a_home():
     """Give a process that has no home folder one, as containers do: W&B, torch and matplotlib
     cannot do without.
@@ -549,7 +565,8 @@ def run_command(main, takes=None):
     A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit
     code 2; DDPM_TRACEBACK=1 shows where it was raised. Memory that runs out is one line and exit
     code 1. So is Ctrl-C or SIGTERM, whose code is 130, or 75 where the same command goes on; a
-    second one ends the process at once. Warnings of the package are lines on stderr.
+    second one ends the process at once. Where the reader of stdout goes away, as `head` does, the
+    command ends without a word. Warnings of the package are lines on stderr.
     """
     open_streams()
     name_a_home()
@@ -559,10 +576,12 @@ def run_command(main, takes=None):
         try:
             show_help(argv)
             return read_flags(argv, takes=takes)
-        except ValueError as error:
+        except (ValueError, BrokenPipeError) as error:
             mistake(error)
 
     def mistake(error):
+        if isinstance(error, BrokenPipeError) and stdout_has_no_reader():
+            sys.exit(errors.NO_READER)
         if os.environ.get("DDPM_TRACEBACK"):
             traceback.print_exc()
         fail(errors.USAGE_ERROR, as_typed(errors.one_line(error)))
@@ -591,3 +610,5 @@ def run_command(main, takes=None):
             app.run(run, flags_parser=read)
         except KeyboardInterrupt as error:
             interrupted(error)
+        finally:
+            flush_stdout()

@@ -261,10 +261,37 @@ def test_the_package_lists_its_commands():
     assert done.returncode == 0 and not done.stderr
     listed = re.findall(r"python -m ddpm\.(\w+) +(\S.+)", done.stdout)
     runnable = {
-        path.stem for path in (ROOT / "ddpm").glob("*.py") if "flags.run_command(" in path.read_text()
+        path.stem
+        for path in (ROOT / "ddpm").glob("*.py")
+        if "flags.run_command(" in path.read_text()
     }
     assert {name for name, _ in listed} == runnable and all(len(words) > 10 for _, words in listed)
     assert "train" in ddpm.__doc__ and "python -m ddpm" in ddpm.__doc__
+
+
+@pytest.mark.parametrize(
+    "words, codes",
+    [
+        (["ddpm.plan", f"--config={ROOT}/configs/digits.py"], {141}),
+        (["ddpm.doctor", "--helpfull"], {0, 141}),
+        (["ddpm"], {0, -signal.SIGPIPE}),
+    ],
+    ids=["plan", "help", "list"],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(words, codes, unbuffered):
+    """As `python -m ddpm.plan ... | head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert done.returncode in codes and not done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
