@@ -93,14 +93,19 @@ def edit_images(
     cannot make the edit.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
-    made = get_edit(edit)
-    paths = [images] if isinstance(images, (str, Path)) else list(images)
+    made = edit_named(edit)
+    paths = list(images) if isinstance(images, (list, tuple)) else [images]
+    for path in paths:
+        if not isinstance(path, (str, Path)):
+            raise ValueError(
+                f"images has a {type(path).__name__}; give the path of a picture, or a list of them"
+            )
     count = edit_count(edit, made, paths, mask, num_images)
     folder = folder_of(out, format, only=format != "grid")
     name, _, trained, machine, net = load.load(
         checkpoint, device, **config_flags.options(options, "sample")
     )
-    pictures, area = drawing.pictures(trained, paths, mask)
+    pictures, area, notes = drawing.pictures(trained, paths, mask)
     recipe = build.edit_recipe(trained)
     times = cost.evaluations(trained, recipe, made)
     make_place(folder, format, machine)
@@ -108,6 +113,7 @@ def edit_images(
         f"{edit}: {quantity(count, 'image')} from {name}: {recipe}; {times} network evaluations an "
         "image",
         trained,
+        *notes,
         *masked_words(mask, area),
     )
     film = format == "gif"
@@ -127,6 +133,15 @@ def edit_images(
         # between two images: in a row
         save_image_grid(torch.stack(cells), grid, nrow=len(cells) if others else None)
     return list(dict.fromkeys([*files, grid]))
+
+
+def edit_named(text):
+    """The Edit of a name such as `"sdedit(strength=0.6)"`; a ValueError names the edit."""
+    try:
+        return get_edit(text)
+    except ValueError as error:
+        named = "edit" in str(error)
+        raise ValueError(str(error) if named else f"edit {text!r}: {error}") from None
 
 
 def make_place(folder, format, machine):

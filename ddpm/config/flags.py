@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import math
+import numbers
 import os
 import re
 import select
@@ -253,8 +254,8 @@ def also_called(**names):
 
 def check_count(num_images):
     """Raise a ValueError for a number of images that cannot be drawn."""
-    if num_images < 1:
-        raise ValueError(f"num_images is {num_images}; give 1 or more")
+    if not isinstance(num_images, numbers.Integral) or num_images < 1:
+        raise ValueError(f"num_images is {num_images!r}; it takes a whole number, 1 or more")
 
 
 TYPES = {

@@ -133,8 +133,8 @@ SHARED = (  # what a guide's config has in common with that of the network it gu
 
 
 def pictures(config, paths, mask=None):
-    """The pictures at `paths`, uint8 [c, h, w] each, as a config's training data are, and the mask,
-    bool [h, w], or None.
+    """(pictures, mask, notes): the files at `paths` as uint8 [c, h, w], prepared as the training
+    data are; the mask as bool [h, w], or None; lines on pictures that had to be enlarged.
 
     The mask is True where its picture is white; what is transparent there is not masked. Raises
     ValueError for a file that cannot be read, and a mask that does not lie over the first picture
@@ -144,8 +144,16 @@ def pictures(config, paths, mask=None):
     read = [
         open_picture(path, section.image_size, section.channels, section.matte) for path in paths
     ]
+    pictures = [pixels for pixels, _ in read]
+    target = section.image_size
+    notes = [
+        f"{path} has {width}x{height} pixels and is enlarged: the network's images have "
+        f"{target}x{target}"
+        for path, (_, (width, height)) in zip(paths, read, strict=True)
+        if min(width, height) < target
+    ]
     if mask is None:
-        return [pixels for pixels, _ in read], None
+        return pictures, None, notes
     (grey,), (width, height) = open_picture(mask, section.image_size, 1, BLACK)
     if (width, height) != read[0][1] and not (width == height and len(set(read[0][1])) == 1):
         raise ValueError(
@@ -159,4 +167,4 @@ def pictures(config, paths, mask=None):
             "square that the network sees; give one that is white there, and black or transparent "
             "elsewhere"
         )
-    return [pixels for pixels, _ in read], area
+    return pictures, area, notes

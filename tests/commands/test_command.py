@@ -254,6 +254,36 @@ def test_a_wrong_argument_is_one_line_and_nothing_is_drawn(given, said, mine, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_pictures_and_counts_of_another_type_are_one_line(mine, tmp_path):
+    photo = ROOT / "experiments/quickstart/samples.png"
+    for images in (Image.open(photo), [Image.open(photo)]):
+        with pytest.raises(ValueError, match="images has a PngImageFile; give the path of a pict"):
+            edit_images(mine, "sdedit(strength=0.5)", images, out=tmp_path / "out")
+    for function, *arguments in (
+        (generate_images, mine),
+        (sample_from_checkpoint, mine, tmp_path / "grid.png"),
+        (edit_images, mine, "sdedit", photo),
+    ):
+        with pytest.raises(ValueError, match="num_images is '3'; it takes a whole number, 1 or mo"):
+            function(*arguments, num_images="3")
+    with pytest.raises(
+        ValueError, match=r"edit 'sdedit\(strength=6\)': strength 6 is out of range"
+    ):
+        edit_images(mine, "sdedit(strength=6)", photo)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_edit_says_that_it_enlarges_a_picture(mine, tmp_path, capsys):
+    Image.new("L", (24, 10)).save(tmp_path / "small.png")
+    Image.new("L", (24, 16)).save(tmp_path / "large.png")
+    said = [
+        capture(capsys, edit_images, mine, "invert", tmp_path / name, tmp_path / "out", steps=2)
+        for name in ("small.png", "large.png")
+    ]
+    assert "small.png has 24x10 pixels and is enlarged: the network's images have 16x16" in said[0]
+    assert "enlarged" not in said[1]
+
+
 @pytest.mark.parametrize(
     "line, expected", [(" ".join(words), expected) for words, expected in MESSAGES]
 )

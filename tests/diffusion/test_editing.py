@@ -495,7 +495,7 @@ def test_what_is_transparent_in_a_mask_is_not_masked(tmp_path, mode, kind):
             tmp_path / f"mask.{kind}",
             **({"lossless": True, "exact": True} if kind == "webp" else {}),
         )
-    _, area = drawing.pictures(tiny(), [tmp_path / "image.png"], tmp_path / f"mask.{kind}")
+    _, area, _ = drawing.pictures(tiny(), [tmp_path / "image.png"], tmp_path / f"mask.{kind}")
     assert np.array_equal(area.numpy(), right)
     assert masked_words("mask", area) == ["painting 25.0% of the picture"]
     assert masked_words("mask", area | True)[0].startswith(
