@@ -135,7 +135,7 @@ def test_nobody_waits_for_the_comparing(tmp_path, monkeypatch):
             else []
         )
         name = f"alike/{data_source.fingerprint(os.path.realpath(folder))}"
-        code = f"from ddpm.common import files\nwith files.remembered({name!r}): print('in')"
+        code = f"from ddpm.common import files\nwith files.cached_json({name!r}): print('in')"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
         )

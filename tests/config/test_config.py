@@ -436,7 +436,7 @@ def test_what_is_no_json_object(text):
     ],
 )
 def test_a_saved_config_with_an_unknown_option(option, line):
-    assert complaint(from_json, json.dumps(option)).startswith(f"the saved config has a {line}")
+    assert complaint(from_json, json.dumps(option)).startswith(f"the saved config has an {line}")
 
 
 @pytest.mark.parametrize(

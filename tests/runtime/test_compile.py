@@ -271,5 +271,5 @@ def test_larger_images_are_drawn_in_the_format_that_is_faster_on_a_cpu(tmp_path,
     faster = drawn(tmp_path / "run", tmp_path / "a")
     weight = load.load(tmp_path / "run", "cpu").net.stem.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
-    monkeypatch.setattr(device.Machine, "layout", lambda self, side: torch.contiguous_format)
+    monkeypatch.setattr(device.Machine, "memory_format", lambda self, side: torch.contiguous_format)
     assert abs(faster - drawn(tmp_path / "run", tmp_path / "b")).max() <= 1

@@ -168,7 +168,9 @@ def test_accumulation_changes_nothing_in_one_process():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 64, 1797])
 def test_shares_are_a_partition_in_rank_order(n, world):
-    shares = [range(n)[Machine(CPU, torch.float32, rank, world).share(n)] for rank in range(world)]
+    shares = [
+        range(n)[Machine(CPU, torch.float32, rank, world).rank_slice(n)] for rank in range(world)
+    ]
     assert [item for share in shares for item in share] == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -91,7 +91,7 @@ class FakeMachine(device.Machine):
 
     gpu: FakeGPU = None
 
-    def put(self, tensor):
+    def to_device(self, tensor):
         with self.gpu.watch(False):  # the machine's own pins the memory first
             return tensor.to(self.device, non_blocking=True)
 
