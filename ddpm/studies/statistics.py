@@ -224,25 +224,22 @@ def difference(first, second, metric):
 
 
 def paired_p(gaps):
-    """The two-sided p of the t-test that the mean of the gaps is 0."""
-    from scipy.stats import t
+    """The two-sided p of the paired t-test whose differences are `gaps`."""
+    from scipy.stats import ttest_1samp
 
-    mean = statistics.fmean(gaps)
-    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
-    if error == 0:
-        return float(mean == 0)
-    return float(2 * t.sf(abs(mean) / error, len(gaps) - 1))
+    if statistics.pstdev(gaps) == 0:
+        return float(statistics.fmean(gaps) == 0)
+    return float(ttest_1samp(gaps, 0).pvalue)
 
 
 def holm(ps):
-    """p-values corrected for their number (Holm 1979): the chance of one false alarm in all of
-    them stays at the level.
+    """p-values corrected for their number (Holm 1979), which bounds the chance of any false
+    alarm.
     """
-    corrected = [None] * len(ps)
-    highest = 0.0
-    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        highest = corrected[index] = min(1.0, max(highest, (len(ps) - rank) * ps[index]))
-    return corrected
+    order = sorted(range(len(ps)), key=ps.__getitem__)
+    scaled = [min(1.0, (len(ps) - rank) * ps[index]) for rank, index in enumerate(order)]
+    corrected = dict(zip(order, itertools.accumulate(scaled, max), strict=True))
+    return [corrected[index] for index in range(len(ps))]
 
 
 def pairs(groups, reference=None):

@@ -1,7 +1,8 @@
 """The tables of a report: columns, CSV and markdown."""
 
+import csv as csv_format
+import io
 import math
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -86,25 +87,20 @@ def csv(groups, columns):
     """
     heads = [*groups[0].setting, "seeds"]
     for column in columns:
-        heads += [
-            column.name,
-            *([f"{column.name} low", f"{column.name} high"] if column.spread else []),
-        ]
+        ends = ("", " low", " high") if column.spread else ("",)
+        heads += [column.name + end for end in ends]
     lines = [heads]
     for group in groups:
         cells = [*map(statistics.shown, group.setting.values()), str(seeds(group))]
         for column in columns:
             values = group.values(column.number).values()
             mean, half = interval(values) if values else (None, None)
-            cells.append(digits(mean))
-            if column.spread:
-                cells += ["", ""] if half is None else [digits(mean - half), digits(mean + half)]
+            low, high = (None, None) if half is None else (mean - half, mean + half)
+            cells += map(digits, (mean, low, high) if column.spread else (mean,))
         lines.append(cells)
-    return "".join(",".join(map(quoted, line)) + "\n" for line in lines)
-
-
-def quoted(cell):
-    return '"' + cell.replace('"', '""') + '"' if re.search('[",\n]', cell) else cell
+    text = io.StringIO()
+    csv_format.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
 
 
 def digits(value):
