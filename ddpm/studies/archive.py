@@ -101,7 +101,7 @@ def of_study(path, given=None, out=None):
         path=path,
         runs=parent,
         made=made if parent else f"runs/{wanted.name}",
-        first=f" It measures {report.listed(measured)}, which must be trained before."
+        first=f" It measures {report.listed(measured)}, which must be trained first."
         if measured
         else "",
     )
@@ -122,13 +122,13 @@ def of_study(path, given=None, out=None):
 AGAIN = """    python -m ddpm.sweep {path}{runs}
     python -m ddpm.compare {path}{runs}
 
-The first makes the runs in `{made}`, two at a time with `--parallel=2`.{first} The second writes this report from them; where
-they are not there, as in a fresh clone, from what is kept below `runs/` beside this file, and `results.csv` comes out the same,
-byte for byte."""  # noqa: E501
+The first command makes the runs in `{made}`; `--parallel=2` makes two at a time.{first} The second
+writes this report from them or, where they are missing as in a fresh clone, from the copies below
+`runs/` next to this file. `results.csv` comes out the same, byte for byte."""
 
 AGAIN_FROM_KEPT = """    python -m ddpm.compare {out}/runs --out={out}
 
-writes this report from what is kept of the runs, and `results.csv` comes out the same, byte for byte."""  # noqa: E501
+writes this report from the copies of the runs; `results.csv` comes out the same, byte for byte."""
 
 
 def setting(wanted, point, axes):
@@ -469,13 +469,12 @@ def compare(*arguments, runs=None, out=None, machine=None):
         f"{source.name}: {quantity(len(found.counted), 'run')} in "
         f"{quantity(len(found.groups), 'setting')}\n"
     )
-    print(tables.plain(tables.table(found.groups, shown)), "", *report.differences(found), sep="\n")
-    print(
-        *(f"left out: {line}" for line in left_out(source, found)),
-        *report.mixed_code(found.counted),
-        f"\nAnswer: {report.answer_and_trends(found)}",
-        sep="\n",
-    )
+    print(tables.plain(tables.table(found.groups, shown)))
+    if found.tested:
+        print("", tables.plain(report.verdicts(found)), sep="\n")
+    for line in left_out(source, found):
+        print(f"left out: {line}")
+    print(*report.mixed_code(found.counted), f"\nAnswer: {report.answer(found)}", sep="\n")
     print(
         f"{source.out}: {', '.join(files)}"
         if files

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from ddpm.studies import compatibility
 from ddpm.studies import runs as studies_runs
 
+VARIED = "varied"
 LONGEST_NAME = 60  # of a setting in a figure: letters that fit beside its dots
 
 
@@ -304,9 +305,22 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
     @property
-    def ways(self):
-        """How the distances of each run were made, in parts."""
-        return [compatibility.made(text) for run in self.counted for text in run.made("eval/made")]
+    def protocol(self):
+        """The parts of how the distances were measured, `VARIED` for one in which runs differ."""
+        texts = [text for run in self.counted for text in run.made("eval/made")]
+        ways = [compatibility.made(text) for text in texts]
+        merged = {}
+        for way in ways:
+            merged |= way
+        for part, value in merged.items():
+            if any(way.get(part) != value for way in ways):
+                merged[part] = VARIED
+        return merged
+
+    @property
+    def tested(self):
+        """True where any two settings share the seeds that a test takes."""
+        return any(gap.p is not None for gap in self.gaps)
 
     @property
     def visible(self):

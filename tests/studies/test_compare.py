@@ -148,15 +148,12 @@ def test_limits_count_the_correction(tmp_path):
     )
     half = np.median([gap.half for gap in found.gaps])
     more = half * scipy.stats.t.ppf(1 - 0.025 / 3, 4) / scipy.stats.t.ppf(0.975, 4)
-    said = next(report.limits(found))
-    assert (
-        f"below about {more:.2g} would mostly have stayed unseen. That counts the correction for "
-        "3 comparisons" in said
+    assert next(report.limits(found)).endswith(
+        f"below about {more:.2g} (for the clearest of 3 comparisons; {half:.2g} for a single one)."
     )
-    assert said.endswith(f"a single comparison, uncorrected, {half:.2g}.")
     found = statistics.compare(arms(tmp_path / "two", {"cosine": 5.0, "linear": 6.0}, 5))
     assert next(report.limits(found)).endswith(
-        f"below about {found.gaps[0].half:.2g} would mostly have stayed unseen."
+        f"a difference in FD (digits) below about {found.gaps[0].half:.2g}."
     )
 
 
@@ -187,7 +184,7 @@ def test_a_perfect_generator_stands_in_the_protocol_and_the_old_floor_nowhere(tm
             "would get copying 0.500 ± 0.023 and FD (digits) 0.178 ± 0.054 (± standard "
             "deviation of one evaluation)"
         )
-        assert (perfect in text, "copies: not measured, as fewer than 19" in text) == (
+        assert (perfect in text, "copies: not measured, because fewer than 19" in text) == (
             name == "new",
         ) * 2
         heads = tables.csv(found.groups, columns).partition("\n")[0].split(",")
@@ -215,12 +212,13 @@ def test_a_difference_larger_than_the_noise_is_said_and_one_within_it_is_not(tmp
     can see what is there.
     """
     found = statistics.compare(arms(tmp_path, {"cosine": 5.0, "linear": 6.0, "sigmoid": 5.1}, 5))
-    words = report.differences(found)
-    assert [line.partition(":")[0] for line in words] == [
-        "cosine is better than linear",
-        "cannot tell cosine from sigmoid",
-        "sigmoid is better than linear",
+    heads, *rows = report.verdicts(found)
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("cosine", "linear", "better"),
+        ("cosine", "sigmoid", "cannot tell"),
+        ("sigmoid", "linear", "better"),
     ]
+    assert heads[2:6] == ["FD (digits) lower by", "95 % interval", "lower in", "p (Holm)"]
     ps = []
     for gap in found.gaps:
         ones, others = (
@@ -232,26 +230,28 @@ def test_a_difference_larger_than_the_noise_is_said_and_one_within_it_is_not(tmp
         )
         ps.append(expected.pvalue)
     assert [gap.p for gap in found.gaps] == pytest.approx(statistics.holm(ps))
-    assert (
-        "in 5 of 5 seeds" in words[0]
-        and "lies within the noise" in words[1]
-        and "5 seeds" in words[1]
-    )
+    assert rows[0][4] == "5 of 5 seeds" and rows[1][4].endswith(" of 5 seeds")
+    for gap, row in zip(found.gaps, rows, strict=True):
+        low, high = map(float, row[3].split(" to "))
+        # two digits of the half-width are written
+        assert (low, high) == pytest.approx(
+            (gap.by - gap.half, gap.by + gap.half), abs=gap.half / 10
+        )
     answer = report.answer(found)
     assert (
         answer.startswith("cosine has the lowest mean, FD (digits) 7.0")
         and "better than linear" in answer
     )
-    assert "cannot be told from sigmoid" in answer
+    assert "cannot be told apart from sigmoid" in answer
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_with_few_seeds_it_cannot_tell(tmp_path, seeds):
     found = statistics.compare(arms(tmp_path, {"cosine": 5.0, "linear": 60.0}, seeds))
     assert not any(gap.clear for gap in found.gaps)
-    assert report.answer(found).startswith(f"Cannot tell: {seeds} seed") and report.differences(
-        found
-    ) == [report.answer(found)]
+    assert report.answer(found).startswith(f"Cannot tell: {seeds} seed")
+    (_, row) = report.verdicts(found)
+    assert row[3] == row[5] == "-" and row[6] == "cannot tell: fewer than 3 seeds"
 
 
 def test_a_name_too_long_for_a_figure_is_its_row_of_the_table(tmp_path):
@@ -303,23 +303,24 @@ def test_which_settings_are_compared(tmp_path):
     }
 
 
-def test_the_weakest_comparison_and_the_trend_are_said(tmp_path):
+def test_the_best_setting_and_its_weakest_comparison_are_in_the_report(tmp_path):
     three = statistics.compare(
         arms(tmp_path / "three", {"cosine": 5.0, "linear": 9.0, "sigmoid": 6.0}, 5)
     )
     weakest = max(gap.p for gap in three.gaps if gap.better.name == "cosine")
     assert weakest == max(gap.p for gap in three.gaps if gap.worse.name == "sigmoid")
-    assert (
-        f"better than linear and sigmoid (least certain against sigmoid, {report.p_of(weakest)} "
-        "after correction, 5 seeds" in report.answer(three)
-    )
+    ps = {(row[0], row[1]): row[5] for row in report.verdicts(three)}
+    assert ps["cosine", "sigmoid"] == report.p_of(weakest)
+    assert report.answer(three).startswith("cosine is best: FD (digits) ")
+    assert report.answer(three).endswith(", better than linear and sigmoid (5 seeds per setting).")
     decays = statistics.compare(
         arms(tmp_path / "decays", {0.99: 1, 0.9: 2, 0.999: 30}, 3, "ema__decay")
     )
-    means = " → ".join(f"{group.final('eval/fd_digits')[0]:.1f}" for group in decays.groups)
-    assert report.answer_and_trends(decays).endswith(
-        f". FD (digits) along decay 0.9, 0.99, 0.999: {means}."
-    )
+    columns = [column for column in tables.columns(decays.groups, lambda run: 1) if column.table]
+    rows = tables.table(decays.groups, columns[:1])
+    assert [row[0] for row in rows] == ["decay", "0.9", "0.99", "0.999"]
+    for row, group in zip(rows[1:], decays.groups, strict=True):
+        assert row[2] == tables.amount(*group.final("eval/fd_digits"))
 
 
 def test_a_run_that_repeats_another_and_a_measurement_among_trainings_are_left_out(tmp_path):
@@ -432,7 +433,7 @@ def test_losses_of_different_schedules_decide_nothing(tmp_path):
     found = statistics.compare(runs)
     assert (
         found.metric == "val/loss_ema"
-        and "is another quantity for each `diffusion.beta_schedule`" in report.answer(found)
+        and "is a different quantity for each `diffusion.beta_schedule`" in report.answer(found)
     )
 
 
@@ -795,7 +796,8 @@ def test_a_study_that_varies_the_config_file(here):
     }
     found = compare("experiments/widths.yaml")
     assert [group.name for group in found.groups] == ["tiny", "wide"] and len(found.counted) == 6
-    assert report.differences(found) == ["cannot tell tiny from wide: the same in each of 3 seeds"]
+    (_, row) = report.verdicts(found)
+    assert {row[0], row[1]} == {"tiny", "wide"} and row[6] == "cannot tell: equal in every seed"
 
 
 def test_measurements_against_the_number_of_steps(here, trained, capsys):
@@ -810,7 +812,7 @@ def test_measurements_against_the_number_of_steps(here, trained, capsys):
     assert found.axes == ["evaluate.steps"] and [
         group.setting["evaluate.steps"] for group in found.groups
     ] == [1, 2, 4]
-    assert report.answer(found).startswith("Cannot tell: 1 seed a setting do not show the noise")
+    assert report.answer(found).startswith("Cannot tell: 1 seed per setting")
     assert Path("report", "along_steps.png").is_file() and not Path("report", "curves.png").exists()
     text = Path("report", "README.md").read_text()
     assert "FD (digits) against network evaluations an image" in text  # of which the axis tells too
@@ -914,7 +916,7 @@ def test_runs_on_a_server(here, server):
         return done.stdout
 
     run_ddpm("main", "--config=tiny.py", "--config.wandb.mode=online", "--workdir=runs/mine")
-    assert "Answer: There is one setting" in run_ddpm("compare", "me/ddpm", "--out=report")
+    assert "Answer: There is only one setting" in run_ddpm("compare", "me/ddpm", "--out=report")
     (kept,) = map(studies_runs.read, Path("report", "runs").iterdir())
     mine = studies_runs.read("runs/mine")
     assert kept.options == mine.options and kept.rows == mine.rows and kept.name.startswith("mine-")
