@@ -94,7 +94,7 @@ def measure(made, run_or_file, shown=0):
     images = build.dataset(made.config)
     score = drawing.scorer(made.config, images, made.machine)
     likelihood = drawing.likelihood(made.config, made.net, images, made.machine)
-    if not (how := "; ".join(filter(None, [score.made, likelihood.made]))):
+    if not (how := "; ".join(filter(None, [score.protocol, likelihood.protocol]))):
         raise ValueError(
             "nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set "
             "one of them"

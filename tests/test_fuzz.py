@@ -19,7 +19,7 @@ CORPUS = [  # what was not, once
     # a flag that does not exist, in absl's words
     ("studies", [[("repeat", 0.0, 36), ("repeat", 0.9375, 17)]]),
     # in a line of 24,000 characters
-    ("compared rows", [[], {2: {"eval/made": "d, 1 steps, " * 2000}}]),
+    ("compared rows", [[], {2: {"eval/protocol": "d, 1 steps, " * 2000}}]),
 ]
 TIMES = {
     "configs": 8,

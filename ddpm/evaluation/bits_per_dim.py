@@ -46,7 +46,7 @@ class Likelihood:
         process = model.process
         self.edges = likelihood.stretches(process, evaluations)
         self.levels = process.levels(min(evaluations // 4 + 1, process.timesteps), "karras")[:-1]
-        self.made = (
+        self.protocol = (
             f"bits/dim of {len(indices)} {whose} images of {dataset.fingerprint[:12]}"
             f"{'' if labels is None else ', given their labels,'} under the {weights} weights, by "
             f"{evaluations} evaluations"
@@ -74,7 +74,7 @@ class Likelihood:
             files = {"likelihood.csv": self.curve(prior, [reconstruction, *kl])}
         if "flow" in found:
             numbers["eval/bits_per_dim_flow"] = found["flow"].item()
-        return numbers | {"eval/bits_per_dim_made": self.made}, files
+        return numbers | {"eval/bits_per_dim_protocol": self.protocol}, files
 
     def bound(self, x0, batch):
         """The terms of the bound of images x0 at the indices `batch`: prior, reconstruction and

@@ -24,8 +24,8 @@ class Scorer:
     extractor.
 
     `learned` and `held_out` are the indices of the images that the network was trained on, and was
-    not; of each those are used whose features the reference keeps. `evaluations` is how often the
-    network is asked for an image.
+    not; of each those are used whose features the reference keeps. `nfe` is the number of function
+    evaluations per image.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Scorer:
         recipe,
         num_samples,
         weights,
-        evaluations,
+        nfe,
         machine,
     ):
         self.extractor = extractor
@@ -49,13 +49,13 @@ class Scorer:
         )  # the image behind each row of the reference
         self.learned, self.held_out = map(self.rows, (learned, held_out))
         self.seeds = range(num_samples)
-        self.evaluations = evaluations
+        self.nfe = nfe
         fewer = (
             f", by {len(self.places)} of them except for the Frechet distance"
             if len(self.places) < len(dataset)
             else ""
         )
-        self.made = (
+        self.protocol = (
             f"{extractor.name}; {num_samples} samples of the {weights} weights in "
             f"{str(machine.dtype)[6:]}; {recipe}; against {len(dataset)} images "
             f"{dataset.fingerprint[:12]}{fewer}"
@@ -110,7 +110,7 @@ class Scorer:
         """Draw and measure; returns the same on every rank.
 
         First the numbers: distances, closeness to the training images, what a perfect generator
-        gets, and `eval/made`, which says how. Then pictures uint8 [b, c, h, w]: `eval/nearest` has
+        gets, and `eval/protocol`, which says how. Then pictures uint8 [b, c, h, w]: `eval/nearest` has
         the first drawn images, each before the training image nearest to it.
         """
         first = []
@@ -122,7 +122,7 @@ class Scorer:
         numbers = (
             measures.compare(drawn, self.reference, self.extractor)
             | self.perfect
-            | {"evaluations": self.evaluations}
+            | {"nfe": self.nfe}
         )
 
         distances, which = measures.nearest(drawn, self.reference.features[self.learned])
@@ -133,7 +133,7 @@ class Scorer:
         )
         pairs = torch.stack([first, originals], dim=1).flatten(0, 1)
         return {f"eval/{name}": value for name, value in numbers.items()} | {
-            "eval/made": self.made
+            "eval/protocol": self.protocol
         }, {"eval/nearest": pairs}
 
     def watched(self, batches, first):
@@ -167,7 +167,7 @@ def copies(numbers, picture):
 class Nothing:
     """Stands where nothing is to be measured; nothing is drawn for it."""
 
-    made = ""
+    protocol = ""
     notes = ()
 
     def __call__(self, *arguments):

@@ -290,7 +290,7 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
     if not every["evaluate"].never and config.evaluate.extractor != "none":
         say(f"loading the feature extractor {build.extractor_name(config)}")
     scorer = training_scorer(config, every["evaluate"], images, machine, notes)
-    if not scorer.made:
+    if not scorer.protocol:
         operations = 0 if every["evaluate"].never else cost.likelihood_operations(config, asked)
     if content is not None:
         checkpoint.restore(content["parts"], parts)

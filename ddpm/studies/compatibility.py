@@ -56,9 +56,9 @@ def check_same(runs, axes):
 
 
 def made(text):
-    """The parts of an `eval/made`, {"extractor": "digits-e5b6c631", "samples": "1797", ...}."""
+    """The parts of an `eval/protocol`, {"extractor": "digits-e5b6c631", "samples": "1797", ...}."""
     matches = filter(None, (form.fullmatch(text) for form in MADE))
-    parts = next((match.groupdict() for match in matches), {"eval/made": text})
+    parts = next((match.groupdict() for match in matches), {"eval/protocol": text})
     return {part: value for part, value in parts.items() if value is not None}
 
 
@@ -69,7 +69,7 @@ def check_made(runs, axes):
     What the axes vary may differ, and the seed.
     """
     for key in studies_runs.PROTOCOLS:
-        check_ways([(run.name, made(text)) for run in runs for text in run.made(key)], axes)
+        check_ways([(run.name, made(text)) for run in runs for text in run.protocols(key)], axes)
 
 
 def check_ways(ways, axes):

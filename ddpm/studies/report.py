@@ -134,7 +134,9 @@ def protocol(found, record):
         yield f"Fixed: {', '.join(fixed(found))}."
     if parts := found.protocol:
         yield f"Distances: {', '.join(f'{part} {value}' for part, value in parts.items())}."
-    if ways := sorted({text for run in runs for text in run.made("eval/bits_per_dim_made")}):
+    if ways := sorted(
+        {text for run in runs for text in run.protocols("eval/bits_per_dim_protocol")}
+    ):
         yield f"Likelihood: {listed(ways)}."
     if known := list(perfect(runs)):
         yield (

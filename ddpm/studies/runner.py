@@ -89,7 +89,7 @@ def check_comparable(study, points):
 
 
 def measurements(trainings):
-    """Yield (name, parts of its `eval/made`) for each training of {name: config} that will be
+    """Yield (name, parts of its `eval/protocol`) for each training of {name: config} that will be
     measured.
 
     Data are opened where the parts depend on them; a training whose data are not there yet is left

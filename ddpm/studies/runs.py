@@ -31,7 +31,7 @@ PERFECT = "_perfect", "_perfect_sd"
 RETIRED = "_floor"
 LOSSES = ("val/loss_ema", "val/loss")
 LEARNED = "train/loss"
-ASKED = "eval/evaluations"
+ASKED = "eval/nfe"
 QUANTITY = (  # options that decide what the validation loss is a mean of
     "diffusion.timesteps",
     "diffusion.beta_schedule",
@@ -75,7 +75,12 @@ UNRELATED = (  # options that do not touch what is compared
     "evaluate.batch_size",
     "evaluate.inception_weights",
 )
-PROTOCOLS = ("eval/made", "eval/bits_per_dim_made")
+PROTOCOLS = ("eval/protocol", "eval/bits_per_dim_protocol")
+RENAMED_KEYS = {  # tracked keys of runs made before 2026-11-28: their names today
+    "eval/made": "eval/protocol",
+    "eval/bits_per_dim_made": "eval/bits_per_dim_protocol",
+    "eval/evaluations": "eval/nfe",
+}
 MEASURING = "a study of ddpm.evaluate, as experiments/samplers.yaml does"
 
 
@@ -115,8 +120,8 @@ class Run:
         values = [value for _, value in self.points(key)]
         return statistics.median(values) if values else None
 
-    def made(self, key):
-        """How the numbers were made that a key such as `eval/made` is about, once each way."""
+    def protocols(self, key):
+        """The distinct texts under a key such as `eval/protocol`, in order."""
         return list(dict.fromkeys(str(row[key]) for row in self.rows if row.get(key)))
 
     def petaflop(self, step):
@@ -145,7 +150,10 @@ def read(folder):
         raise ValueError(f"{path}: {error}") from None
     log = folder / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
-    rows = list(itertools.takewhile(lambda row: row is not None, map(whole_row, lines)))
+    rows = [
+        {RENAMED_KEYS.get(key, key): value for key, value in row.items()}
+        for row in itertools.takewhile(lambda row: row is not None, map(whole_row, lines))
+    ]
     fault = (
         f"metrics.jsonl is torn after {len(rows)} rows"
         if len(rows) < len(lines)
@@ -217,7 +225,7 @@ def distinct(runs, axes):
             for option, value in run.options.items()
             if option in UNITS or option in axes or is_related(option, training)
         ]
-        point = (*options, *(text for key in PROTOCOLS for text in run.made(key)))
+        point = (*options, *(text for key in PROTOCOLS for text in run.protocols(key)))
         other = run if run.fault else first.setdefault(point, run)
         told.append(
             run

@@ -307,7 +307,7 @@ class Comparison:
     @property
     def protocol(self):
         """The parts of how the distances were measured, `VARIED` for one in which runs differ."""
-        texts = [text for run in self.counted for text in run.made("eval/made")]
+        texts = [text for run in self.counted for text in run.protocols("eval/protocol")]
         ways = [compatibility.made(text) for text in texts]
         merged = {}
         for way in ways:

@@ -213,7 +213,7 @@ def test_an_argument_of_a_function_is_the_flag_of_that_name(answers, mine, tmp_p
     assert [path.name for path in again] == ["000000.png", "grid.png"] and all(
         path.is_file() for path in again
     )
-    found = evaluate(mine, num_images=16, steps=3, spacing="trailing", seed=5)["eval/made"]
+    found = evaluate(mine, num_images=16, steps=3, spacing="trailing", seed=5)["eval/protocol"]
     assert "16 samples" in found and "3 steps, trailing spacing, seed 5" in found
 
 

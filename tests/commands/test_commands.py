@@ -126,7 +126,9 @@ def test_fid_while_training_and_after(tmp_path, inception_file):
         "eval/fid_perfect",
         "eval/fid_perfect_sd",
     } <= set(logged)
-    assert logged["eval/made"].startswith("inception-") and "16 samples" in logged["eval/made"]
+    assert (
+        logged["eval/protocol"].startswith("inception-") and "16 samples" in logged["eval/protocol"]
+    )
     assert evaluate(tmp_path / "run")["eval/fid"] == pytest.approx(logged["eval/fid"], rel=1e-6)
 
 
@@ -318,7 +320,7 @@ def test_evaluate_repeats_the_number_of_the_training(tmp_path, capsys):
     said = capsys.readouterr().out
     # recorded by a hash
     assert "against 1797 images of digits; bits/dim of 2 held-out images of digits under" in said
-    assert again["eval/made"] == logged["eval/made"]
+    assert again["eval/protocol"] == logged["eval/protocol"]
     assert again["eval/fd_digits"] == pytest.approx(logged["eval/fd_digits"], rel=1e-6)
 
 
@@ -404,8 +406,8 @@ def test_a_measurement_can_be_a_run_of_its_own(trained, tmp_path):
     (row,) = rows(tmp_path / "run")
     assert (
         row["step"] == 12
-        and "20 samples" in row["eval/made"]
-        and ", 3 steps, trailing spacing" in row["eval/made"]
+        and "20 samples" in row["eval/protocol"]
+        and ", 3 steps, trailing spacing" in row["eval/protocol"]
     )
     assert ["eval/fd_digits", f"{row['eval/fd_digits']:.4g}"] in [line.split() for line in out]
     grid = (tmp_path / "run" / "samples" / "step_00000012.png").read_bytes()

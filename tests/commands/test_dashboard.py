@@ -71,7 +71,7 @@ def project(server):
             # the floor of an older run
             "eval/fd_digits_floor": 0.5,
             "eval/copying": 0.5,
-            "eval/made": "so",
+            "eval/protocol": "so",
         }
     return server
 

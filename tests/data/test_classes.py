@@ -155,7 +155,7 @@ def test_grids_show_the_classes_in_turn_and_measurements_those_of_the_data(train
     few = np.bincount(measured.labels[:500], minlength=10)
     assert few.min() > 20  # 500 draws of one in ten: 50, with a standard deviation of 7
     row = evaluate(trained, "cpu")
-    assert row["eval/made"].split(";")[2].endswith("classes as in the data")
+    assert row["eval/protocol"].split(";")[2].endswith("classes as in the data")
 
 
 def test_each_label_draws_its_picture(two):
@@ -244,7 +244,7 @@ def test_classes_and_guidance_at_the_commands(trained, tmp_path):
 
 def test_the_measure_of_some_classes_is_against_those(trained):
     numbers = evaluate(trained, "cpu", **{"evaluate.classes": ("3", 5), "sample.guidance": 2.0})
-    made = compatibility.made(numbers["eval/made"])
+    made = compatibility.made(numbers["eval/protocol"])
     labels = build.dataset(tiny()).labels
     assert made["images"] == str(sum(label in (3, 5) for label in labels))
     assert made["guidance"] == "2.0" and made["classes"] == "3, 5" and made["seed"] == "0"
@@ -340,5 +340,5 @@ def test_validation_and_likelihood_are_told_the_labels(tmp_path):
     before = measured()
     torch.nn.init.zeros_(net.class_embedding.weight)
     assert all(now != then for now, then in zip(measured(), before, strict=True))
-    assert "given their labels" in made.likelihood()[0]["eval/bits_per_dim_made"]
+    assert "given their labels" in made.likelihood()[0]["eval/bits_per_dim_protocol"]
     assert json.loads(made.config_json)["data"]["classes"] == list(DIGITS)

@@ -296,7 +296,7 @@ def test_bits_are_tracked_repeated_by_the_command_and_add_up(tmp_path, monkeypat
     }
     assert sum(terms.values()) == pytest.approx(logged["eval/bits_per_dim"], rel=1e-9)
     assert math.isfinite(logged["eval/bits_per_dim_flow"]) and "eval/fd_digits" not in logged
-    assert logged["eval/bits_per_dim_made"].startswith("bits/dim of 5 held-out images of ")
+    assert logged["eval/bits_per_dim_protocol"].startswith("bits/dim of 5 held-out images of ")
     curve = list(csv.DictReader((tmp_path / "likelihood.csv").open()))
     assert [row["term"] for row in curve] == ["reconstruction", *["kl"] * 7, "prior"]
     assert all(
@@ -350,7 +350,7 @@ def test_without_held_out_images_it_says_whose_bits_they_are(tmp_path):
     )
     logged = rows(tmp_path)[-1]
     assert (
-        "5 training images" in logged["eval/bits_per_dim_made"]
+        "5 training images" in logged["eval/bits_per_dim_protocol"]
         and "eval/bits_per_dim_flow" not in logged
     )
     assert logged["eval/bits_per_dim_prior"] == 0
@@ -359,7 +359,10 @@ def test_without_held_out_images_it_says_whose_bits_they_are(tmp_path):
 def test_bits_made_in_different_ways_do_not_compare():
     def measured(made):
         return runs.Run(
-            "a", None, {}, [{"step": 1, "eval/bits_per_dim": 3.0, "eval/bits_per_dim_made": made}]
+            "a",
+            None,
+            {},
+            [{"step": 1, "eval/bits_per_dim": 3.0, "eval/bits_per_dim_protocol": made}],
         )
 
     text = "bits/dim of {} held-out images of 0123456789ab under the EMA weights, by {} evaluations".format

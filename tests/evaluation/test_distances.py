@@ -693,7 +693,7 @@ def test_a_small_folder_shows_what_is_copied(digits, tmp_path):
     for key in ("fd_digits", "copying", "copies"):
         assert numbers[f"eval/{key}_perfect_sd"] > 0 and numbers[f"eval/{key}_perfect"] > 0
     assert (
-        numbers["eval/made"].endswith(f"against 64 images {images.fingerprint[:12]}")
+        numbers["eval/protocol"].endswith(f"against 64 images {images.fingerprint[:12]}")
         and not score.notes
     )
 
@@ -723,13 +723,13 @@ def test_a_scorer_says_what_its_numbers_rest_on(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation_reference, "MOST", 20)
     images = build.dataset(given)
     score = experiment_drawing.scorer(given, images, device.start())
-    assert score.made.endswith(
+    assert score.protocol.endswith(
         f"against 60 images {images.fingerprint[:12]}, by 20 of them except for the Frechet "
         "distance"
     )
     assert (
-        compatibility.made(score.made)["images"] == "60"
-        and compatibility.made(score.made)["kept"] == "20"
+        compatibility.made(score.protocol)["images"] == "60"
+        and compatibility.made(score.protocol)["kept"] == "20"
     )
     pixels = torch.stack([images[k] for k in range(16)])
     numbers, _ = score(lambda seeds, recipe: iter([(seeds, pixels)]))

@@ -255,7 +255,8 @@ def test_a_run_keeps_the_spacing_that_it_is_measured_in(tmp_path):
             )
             assert run(given, folder)
     made = [
-        [row["eval/made"] for row in rows(folder) if "eval/made" in row] for folder in (before, new)
+        [row["eval/protocol"] for row in rows(folder) if "eval/protocol" in row]
+        for folder in (before, new)
     ]
     assert len(made[0]) == 1 and "dpmpp, 20 steps, linear spacing" in made[0][0]
     assert len(made[1]) > 1 and all("dpmpp, 20 steps, karras spacing" in text for text in made[1])
@@ -264,9 +265,9 @@ def test_a_run_keeps_the_spacing_that_it_is_measured_in(tmp_path):
         "karras",
     ]
 
-    assert "karras spacing" in evaluate(new)["eval/made"]
-    assert "trailing spacing" in evaluate(new, **{"evaluate.spacing": "trailing"})["eval/made"]
-    assert "trailing spacing" in evaluate(before, **{"sample.spacing": "trailing"})["eval/made"]
+    assert "karras spacing" in evaluate(new)["eval/protocol"]
+    assert "trailing spacing" in evaluate(new, **{"evaluate.spacing": "trailing"})["eval/protocol"]
+    assert "trailing spacing" in evaluate(before, **{"sample.spacing": "trailing"})["eval/protocol"]
     with pytest.raises(
         ValueError,
         match="^sample.spacing is given, .* evaluate.spacing 'karras'; give evaluate.spacing='tr",
@@ -385,7 +386,7 @@ def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):
     assert [row["step"] for row in measured] == [3, 6, 9, 12]
     assert all(row["eval/share"] == pytest.approx(share) for row in measured)
     assert all(
-        "; 16 samples of the EMA weights in float32; ddim, 3 steps" in row["eval/made"]
+        "; 16 samples of the EMA weights in float32; ddim, 3 steps" in row["eval/protocol"]
         for row in measured
     )
     log = (tmp_path / "training.log").read_text()
@@ -400,7 +401,7 @@ def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):
         "auto",
     )
     again = evaluate(tmp_path)  # which needs no budget
-    assert again["eval/made"] == measured[-1]["eval/made"]
+    assert again["eval/protocol"] == measured[-1]["eval/protocol"]
     # of weights that went to a file
     assert again["eval/fd_digits"] == pytest.approx(measured[-1]["eval/fd_digits"], rel=1e-4)
 

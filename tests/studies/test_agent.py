@@ -224,7 +224,7 @@ def test_a_summary_has_the_last_of_every_number(desk, study):
             "train/learning_rate",
             "val/loss",
             "val/loss_ema",
-            "eval/made",
+            "eval/protocol",
             "eval/fd_digits",
             "speed/images_per_second",
             "memory/rss_gib",

@@ -88,7 +88,7 @@ def arms(folder, levels, seeds, axis="diffusion__beta_schedule"):
     for number, (value, level) in enumerate(levels.items()):
         noise = np.random.default_rng(number).normal(0, 0.1, seeds)
         for seed in range(seeds):
-            row = DONE | {"eval/made": made, "eval/fd_digits": level + seed + noise[seed]}
+            row = DONE | {"eval/protocol": made, "eval/fd_digits": level + seed + noise[seed]}
             runs.append(written(folder, f"{value}-{seed}", {axis: value, "seed": seed}, [row]))
     return runs
 
@@ -199,11 +199,14 @@ def test_distances_of_which_some_rest_on_fewer_images_do_not_mix_with_those_that
 ):
     """Until 2026-11 all numbers of a large data set rested on 50,000 of its images."""
     runs = arms(tmp_path, {"cosine": 5.0, "linear": 6.0}, 3)
-    assert compatibility.made(runs[0].rows[0]["eval/made"])["images"] == "9"
-    other = runs[0].rows[0]["eval/made"] + ", by 5 of them except for the Frechet distance"
+    assert compatibility.made(runs[0].rows[0]["eval/protocol"])["images"] == "9"
+    other = runs[0].rows[0]["eval/protocol"] + ", by 5 of them except for the Frechet distance"
     with pytest.raises(ValueError, match="kept is 5 in .*; something else in "):
         statistics.compare(
-            [dataclasses.replace(runs[0], rows=[runs[0].rows[0] | {"eval/made": other}]), *runs[1:]]
+            [
+                dataclasses.replace(runs[0], rows=[runs[0].rows[0] | {"eval/protocol": other}]),
+                *runs[1:],
+            ]
         )
 
 
@@ -577,7 +580,7 @@ def test_what_is_missing_or_broken_is_named_and_left_out(here, capsys):
     ],
 )
 def test_rows_of_strangers_are_left_out_or_read(said, fault, tmp_path):
-    row = DONE | {"eval/fid": 1.0, "eval/made": "a"}
+    row = DONE | {"eval/fid": 1.0, "eval/protocol": "a"}
     for seed in range(3):
         written(tmp_path, f"mine-{seed}", {"seed": seed}, [row])
     theirs = written(
@@ -616,6 +619,24 @@ def test_samples_of_strangers_are_left_out_of_the_figure(tmp_path):
     assert thin.images[0].get_array().shape == (2400, 1, 3)
 
 
+def test_rows_of_older_runs_are_read_under_the_keys_of_today(tmp_path):
+    old = {
+        "eval/made": "a",
+        "eval/bits_per_dim_made": "b",
+        "eval/evaluations": 7.0,
+        "eval/fid": 1.0,
+    }
+    run = written(tmp_path, "old", {}, [DONE | old])
+    new = {
+        "eval/protocol": "a",
+        "eval/bits_per_dim_protocol": "b",
+        "eval/nfe": 7.0,
+        "eval/fid": 1.0,
+    }
+    assert run.rows == [DONE | new]
+    assert run.protocols("eval/protocol") == ["a"] and run.final("eval/nfe") == 7
+
+
 class Foreign:
     """A run of a W&B server that means harm, as its public API gives it."""
 
@@ -651,12 +672,15 @@ def test_a_server_names_no_file_outside_its_folder(path, step, tmp_path, capsys)
 def test_how_a_number_was_made_is_told_by_words(tmp_path):
     for number, made in enumerate(("a", 5)):
         written(
-            tmp_path, str(number), {"seed": number}, [DONE | {"eval/fid": 1.0, "eval/made": made}]
+            tmp_path,
+            str(number),
+            {"seed": number},
+            [DONE | {"eval/fid": 1.0, "eval/protocol": made}],
         )
-    with pytest.raises(ValueError, match="do not compare: eval/made is a in 0; 5 in 1"):
+    with pytest.raises(ValueError, match="do not compare: eval/protocol is a in 0; 5 in 1"):
         compare(str(tmp_path))
     nearly = "a; 1 samples of the b weights in c; " + "d, 1 steps, " * 9000
-    assert compatibility.made(nearly) == {"eval/made": nearly}
+    assert compatibility.made(nearly) == {"eval/protocol": nearly}
 
 
 def test_numbers_made_in_different_ways_are_refused(here):
@@ -701,7 +725,7 @@ def test_a_study_over_how_trainings_are_measured(tmp_path, monkeypatch):
         not any(run.fault for run in found.runs)
         and "## Left out" not in Path("report/README.md").read_text()
     )
-    ways = [run.made("eval/made")[-1] for run in found.counted]
+    ways = [run.protocols("eval/protocol")[-1] for run in found.counted]
     assert (
         "2 steps" in ways[0]
         and "5 steps" in ways[1]

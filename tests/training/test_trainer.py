@@ -189,7 +189,7 @@ def test_what_a_run_leaves_in_its_folder(tmp_path):
         "progress/images",
         "progress/petaflop",
         "eval/fd_digits",
-        "eval/made",
+        "eval/protocol",
         "eval/copying",
         "eval/copies",
     }
