@@ -15,7 +15,7 @@ from ddpm.common import errors
 from ddpm.common.files import lock_folder
 from ddpm.config import files as config_files
 from ddpm.config import flags as config_flags
-from ddpm.evaluation.scorer import copies, keep
+from ddpm.evaluation.scorer import copying_warning, write_texts
 from ddpm.experiment import build, drawing, load
 from ddpm.sampling.draw import joined
 from ddpm.studies import figures
@@ -55,7 +55,7 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
         print(
             "".join(
                 f"{line}\n"
-                for line in copies(numbers, "--workdir=DIR keeps a picture that shows it")
+                for line in copying_warning(numbers, "--workdir=DIR keeps a picture that shows it")
             ),
             end="",
         )
@@ -67,10 +67,12 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
         tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)
         tracker.log(made.step, numbers)
         show(workdir, tracker, made.step, pictures)
-        for line in copies(numbers, f"look at {grid_file(workdir, 'eval/nearest', made.step)}"):
+        for line in copying_warning(
+            numbers, f"look at {grid_file(workdir, 'eval/nearest', made.step)}"
+        ):
             tracker.say(line)
         if made.machine.main:
-            keep(workdir, files)
+            write_texts(workdir, files)
             picture(workdir, files)
         tracker.close()
     return numbers

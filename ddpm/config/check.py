@@ -283,10 +283,10 @@ def check_budget(options):
     """
     count = options["evaluate.num_samples"]
     often = options["every.evaluate"]
-    if 0 < count < extractors.FEWEST:
+    if 0 < count < extractors.MIN_IMAGES:
         raise ValueError(
-            f"config.evaluate.num_samples is {count}; it takes {extractors.FEWEST} or more, or 0 "
-            "for as many as evaluate.budget allows"
+            f"config.evaluate.num_samples is {count}; it takes {extractors.MIN_IMAGES} or more, or "
+            "0 for as many as evaluate.budget allows"
         )
     if count or often == "auto" or (every := durations.Every(often, 1, 1)).never:
         return

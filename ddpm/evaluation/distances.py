@@ -81,7 +81,7 @@ def compare(generated, reference, extractor, seed=0):
 
     real = reference.features
     # below the count, or its 100 subsets are all the same
-    size = min(extractors.SUBSET, enough(len(generated), len(real)) - 1)
+    size = min(extractors.KID_SUBSET, smallest_count(len(generated), len(real)) - 1)
     kernel = kid_features_to_metric(
         generated, real, kid_subset_size=size, rng_seed=seed, verbose=False
     )
@@ -141,7 +141,7 @@ def copying(drawn, held_out):
     return found
 
 
-def perfect(reference, n, extractor):
+def perfect_generator(reference, n, extractor):
     """The Frechet distance that a perfect generator gets at `n` samples, `{"fid_perfect": mean,
     "fid_perfect_sd": ...}`.
 
@@ -156,14 +156,14 @@ def perfect(reference, n, extractor):
         try:
             mean, deviation = map(float, known[f"{n} samples"])
         except (KeyError, TypeError, ValueError):
-            mean, deviation = known[f"{n} samples"] = chance(reference, n)
+            mean, deviation = known[f"{n} samples"] = fid_of_reference_resample(reference, n)
     return {
         f"{extractor.metric_names[0]}_perfect": mean,
         f"{extractor.metric_names[0]}_perfect_sd": deviation,
     }
 
 
-def chance(reference, n):
+def fid_of_reference_resample(reference, n):
     """The Frechet distance between `n` images and as many as the real ones are, both drawn from
     these: its mean, its deviation.
 
@@ -172,7 +172,7 @@ def chance(reference, n):
     distance be about half: that of a generator which knows them by heart.
     """
     real = reference.features
-    enough(n, len(real))
+    smallest_count(n, len(real))
 
     def drawn(draw, side, count):
         places = rng.generator(0, f"perfect {side}", draw).integers(len(real), size=count)
@@ -186,12 +186,12 @@ def chance(reference, n):
     return statistics.fmean(distances), statistics.stdev(distances)
 
 
-def enough(*counts):
+def smallest_count(*counts):
     """The least of the counts of images; raises ValueError where that is too few to compare."""
-    if min(counts) < extractors.FEWEST:
+    if min(counts) < extractors.MIN_IMAGES:
         raise ValueError(
-            f"{min(counts)} images are too few to compare; measure at least {extractors.FEWEST}, "
-            "better 1000 or more"
+            f"{min(counts)} images are too few to compare; measure at least "
+            f"{extractors.MIN_IMAGES}, better 1000 or more"
         )
     return min(counts)
 

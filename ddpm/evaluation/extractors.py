@@ -31,9 +31,9 @@ from ddpm.common.pixels import encode
 from ddpm.runtime.device import exact
 from ddpm.runtime.out_of_memory import Room
 
-FEWEST = 4  # precision and recall look at the third neighbour
+MIN_IMAGES = 4  # precision and recall look at the third neighbour
 CHUNK = 64  # images in the extractor at once; Inception needs about 10 MB of activations for each
-SUBSET = 1000  # images in each of the kernel distance's 100 subsets, where there are more
+KID_SUBSET = 1000  # images in each of the kernel distance's 100 subsets, where there are more
 
 INCEPTION_HASH = "6726825d"
 INCEPTION = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"

@@ -15,7 +15,7 @@ from ddpm.common.files import atomic_write
 from ddpm.data import cache
 from ddpm.evaluation import distances, extractors
 
-MOST = 50_000  # reference images whose features are kept: 400 MB of Inception's
+MAX_FEATURES = 50_000  # reference images whose features are kept: 400 MB of Inception's
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     try:
         path = Path(cache_dir or files.cache_dir()) / f"{name}.safetensors"
         if path.exists():
-            return kept_in(path, extractor, name)
+            return load_features(path, extractor, name)
     except (SafetensorError, OSError, ValueError) as error:
         extractors.LOG.warning("features %s cannot be read (%s); computing them again", name, error)
     count = len(dataset)
@@ -77,7 +77,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             kept.append(features[[index in chosen for index in part]])
     made = Reference(torch.cat(kept), moments, name)
     try:
-        keep(made, Path(cache_dir or files.cache_dir()) / f"{name}.safetensors")
+        save_features(made, Path(cache_dir or files.cache_dir()) / f"{name}.safetensors")
     except (OSError, ValueError) as error:
         extractors.LOG.warning(
             "features cannot be kept (%s); the next run computes them again", error
@@ -89,11 +89,11 @@ def reference_indices(n):
     """Which of n images have their features kept in the reference: all, or 50,000 at even
     distances.
     """
-    count = min(n, MOST)
+    count = min(n, MAX_FEATURES)
     return [i * n // count for i in range(count)]
 
 
-def kept_in(path, extractor, name):
+def load_features(path, extractor, name):
     """The Reference that `keep` wrote; raises ValueError where it is none of the extractor's, or
     another than was written.
     """
@@ -118,7 +118,7 @@ def kept_in(path, extractor, name):
     )
 
 
-def keep(reference, path):
+def save_features(reference, path):
     """Write a Reference to a safetensors file, renamed into place: the runs of a sweep fill one
     cache at one time.
     """

@@ -78,7 +78,7 @@ class Scorer:
 
     @cached_property
     def reference(self):
-        """The metrics.Reference of the real images, computed by one rank and read from the cache
+        """The Reference of the real images, computed by one rank and read from the cache
         by the others.
         """
         if self.machine.main:
@@ -97,7 +97,9 @@ class Scorer:
         """
         n = len(self.seeds)
         return self.machine.broadcast(
-            measures.perfect(self.reference, n, self.extractor) if self.machine.main else None
+            measures.perfect_generator(self.reference, n, self.extractor)
+            if self.machine.main
+            else None
         )
 
     @cached_property
@@ -110,8 +112,8 @@ class Scorer:
         """Draw and measure; returns the same on every rank.
 
         First the numbers: distances, closeness to the training images, what a perfect generator
-        gets, and `eval/protocol`, which says how. Then pictures uint8 [b, c, h, w]: `eval/nearest` has
-        the first drawn images, each before the training image nearest to it.
+        gets, and `eval/protocol`, which says how. Then pictures uint8 [b, c, h, w]: `eval/nearest`
+        has the first drawn images, each before the training image nearest to it.
         """
         first = []
         drawn = extractors.extract(
@@ -143,7 +145,7 @@ class Scorer:
             yield pixels
 
 
-def copies(numbers, picture):
+def copying_warning(numbers, picture):
     """A line that says that samples are copies, where the numbers of an evaluation show it, and
     which picture does; or none.
 
@@ -164,7 +166,7 @@ def copies(numbers, picture):
     )
 
 
-class Nothing:
+class NullScorer:
     """Stands where nothing is to be measured; nothing is drawn for it."""
 
     protocol = ""
@@ -174,7 +176,7 @@ class Nothing:
         return {}, {}
 
 
-def keep(folder, files):
+def write_texts(folder, files):
     """Write texts by their names into a folder."""
     for name, text in files.items():
         with atomic_write(Path(folder, name)) as part:

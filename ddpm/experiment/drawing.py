@@ -21,15 +21,15 @@ def scorer(config, images, machine):
     it measures.
     """
     if config.evaluate.extractor == "none":
-        return evaluation_scorer.Nothing()
+        return evaluation_scorer.NullScorer()
     config = build.with_classes(config, build.class_names(config, images))
     learned, held_out = build.split(config, images)
     if wanted := source.class_numbers(config.evaluate.classes, config.data.classes):
         kept = np.flatnonzero(np.isin(images.labels, wanted))
-        if len(kept) < extractors.FEWEST:
+        if len(kept) < extractors.MIN_IMAGES:
             raise ValueError(
                 f"config.evaluate.classes {config.evaluate.classes} has {len(kept)} images, too "
-                f"few to compare; choose classes with {extractors.FEWEST} or more"
+                f"few to compare; choose classes with {extractors.MIN_IMAGES} or more"
             )
         images, learned, held_out = (
             source.part(images, kept),
@@ -64,7 +64,7 @@ def likelihood(config, net, images, machine):
     """
     section, (learned, held_out) = config.evaluate, build.split(config, images)
     if section.likelihood == "none":
-        return evaluation_scorer.Nothing()
+        return evaluation_scorer.NullScorer()
     whose, indices = ("held-out", held_out) if len(held_out) else ("training", learned)
     indices = order.thinned(indices, section.likelihood_images)
     return bits_per_dim.Likelihood(

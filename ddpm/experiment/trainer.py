@@ -140,7 +140,7 @@ def training_scorer(config, every, images, machine, notes):
     Raises ValueError for a file of weights that is named in the config and cannot be used.
     """
     if every.never:
-        return evaluation_scorer.Nothing()
+        return evaluation_scorer.NullScorer()
     try:
         scorer = drawing.scorer(config, images, machine)
         notes += scorer.notes
@@ -149,7 +149,7 @@ def training_scorer(config, every, images, machine, notes):
         if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
             raise
         notes.append(f"going on without evaluation: {error}")
-        return evaluation_scorer.Nothing()
+        return evaluation_scorer.NullScorer()
 
 
 def run(config, folder, machine, rollbacks=0, say=lambda text: None):

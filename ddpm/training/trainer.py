@@ -14,7 +14,7 @@ from typing import Any
 
 from ddpm.common import pixels, safe_load
 from ddpm.common.durations import Every, in_words
-from ddpm.evaluation.scorer import copies, keep
+from ddpm.evaluation.scorer import copying_warning, write_texts
 from ddpm.runtime.device import Machine
 from ddpm.runtime.signals import Interrupted
 from ddpm.sampling import draw as sampling_draw
@@ -331,8 +331,10 @@ class Run:
             )
             self.tracker.log(done, numbers | bits | cost | self.speed.progress(done))
             show(self.folder, self.tracker, done, pictures)
-            keep(self.folder, files)
-            for line in copies(numbers, f"look at {grid_file(self.folder, 'eval/nearest', done)}"):
+            write_texts(self.folder, files)
+            for line in copying_warning(
+                numbers, f"look at {grid_file(self.folder, 'eval/nearest', done)}"
+            ):
                 self.tracker.say(line)
 
     def export(self, name, done, best=None):

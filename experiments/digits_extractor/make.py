@@ -217,8 +217,8 @@ def measure(extractor, digits, labels):
     table["one class missing, least"] = min(missing)
     table["one class missing, mean"] = sum(missing) / len(missing)
     for n in (500, 1000, 1797):
-        table[f"perfect generator, {n}"], table[f"perfect generator, {n}, sd"] = distances.chance(
-            reference.Reference.of(real), n
+        table[f"perfect generator, {n}"], table[f"perfect generator, {n}, sd"] = (
+            distances.fid_of_reference_resample(reference.Reference.of(real), n)
         )
     return table
 

@@ -219,7 +219,9 @@ def test_a_perfect_generator_of_a_gaussian_in_closed_form(n, m):
     drawn alone the second case would be half.
     """
     d = 16
-    mean, deviation = distances.chance(evaluation_reference.Reference.of(normal(m, d)), n)
+    mean, deviation = distances.fid_of_reference_resample(
+        evaluation_reference.Reference.of(normal(m, d)), n
+    )
     assert mean == pytest.approx((d + d * (d + 1) / 4) * (1 / n + 1 / m), rel=0.1)
     # d squares of normals with weight 1, and d (d + 1) / 2 with weight 1/2: each has a variance of
     # twice its weight squared
@@ -240,7 +242,9 @@ def test_a_perfect_generator_of_the_digits_scores_as_digits_that_were_never_seen
         apart.append(distances.frechet(real[order[:898]], real[order[898:]]))
         if k % 20 == 0:
             told.append(
-                distances.chance(evaluation_reference.Reference.of(real[order[898:]]), 898)[0]
+                distances.fid_of_reference_resample(
+                    evaluation_reference.Reference.of(real[order[898:]]), 898
+                )[0]
             )
     # and each half stands for all digits with an error of its own, about a tenth of 0.23
     assert np.mean(told) == pytest.approx(np.mean(apart), abs=0.05)
@@ -252,20 +256,22 @@ def test_what_a_perfect_generator_gets_falls_with_the_count_and_is_remembered(
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path))
     reference = evaluation_reference.Reference.of(real, "f00d-digits")
     found = [
-        distances.perfect(reference, n, extractor)["fd_digits_perfect"]
+        distances.perfect_generator(reference, n, extractor)["fd_digits_perfect"]
         for n in (250, 500, 1000, 1797)
     ]
     # against the 0.04 of README until 2026-11
     assert found == sorted(found, reverse=True) and found[-1] > 0.1
     monkeypatch.setattr(
-        distances, "chance", lambda *arguments: pytest.fail("it was computed again")
+        distances,
+        "fid_of_reference_resample",
+        lambda *arguments: pytest.fail("it was computed again"),
     )
-    assert distances.perfect(reference, 500, extractor)["fd_digits_perfect"] == found[1]
+    assert distances.perfect_generator(reference, 500, extractor)["fd_digits_perfect"] == found[1]
     monkeypatch.undo()
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path))
     (path,) = tmp_path.glob("*.json")
     path.write_text('{"500 samples": ["?", 1]}')
-    assert distances.perfect(reference, 500, extractor)["fd_digits_perfect"] == found[1]
+    assert distances.perfect_generator(reference, 500, extractor)["fd_digits_perfect"] == found[1]
 
 
 def test_too_few_images_is_one_line(extractor, real):
@@ -273,8 +279,8 @@ def test_too_few_images_is_one_line(extractor, real):
     all_of_them = evaluation_reference.Reference.of(real)
     for measure in (
         lambda: distances.compare(real[:3], all_of_them, extractor),
-        lambda: distances.perfect(all_of_them, 3, extractor),
-        lambda: distances.perfect(few, 10, extractor),
+        lambda: distances.perfect_generator(all_of_them, 3, extractor),
+        lambda: distances.perfect_generator(few, 10, extractor),
     ):
         with pytest.raises(
             ValueError, match="^3 images are too few to compare; measure at least 4[^\n]*$"
@@ -376,7 +382,7 @@ def test_scoring_disturbs_no_generator(digits, inception_file, tmp_path):
     extractor = extractors.EXTRACTORS["digits"](CPU, "")
     real = evaluation_reference.reference(extractor, Pictures(digits[:50]), tmp_path)
     distances.compare(real.features[:20], real, extractor)
-    distances.perfect(real, 20, extractor)
+    distances.perfect_generator(real, 20, extractor)
     assert states() == before
 
 
@@ -547,7 +553,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(extractor, digits, tmp_p
 def test_a_large_reference_keeps_the_moments_of_all_and_the_features_of_some(
     extractor, digits, real, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluation_reference, "MOST", 10)
+    monkeypatch.setattr(evaluation_reference, "MAX_FEATURES", 10)
     pictures = Pictures(digits[:205])
     found = evaluation_reference.reference(extractor, pictures, tmp_path, batch_size=30)
     places = [i * 205 // 10 for i in range(10)]  # a folder sorted by class keeps all classes
@@ -720,7 +726,7 @@ def test_a_scorer_says_what_its_numbers_rest_on(digits, tmp_path, monkeypatch):
         "eval/copies is not measured: that takes 19 held-out images, and there are 18; raise "
         "data.validation_fraction in a new run"
     ]
-    monkeypatch.setattr(evaluation_reference, "MOST", 20)
+    monkeypatch.setattr(evaluation_reference, "MAX_FEATURES", 20)
     images = build.dataset(given)
     score = experiment_drawing.scorer(given, images, device.start())
     assert score.protocol.endswith(

@@ -179,17 +179,20 @@ def test_samples_that_are_no_copies_are_not_called_so():
     )
     for one, other in zip(drawn, unseen, strict=True):
         numbers = {f"eval/{name}": value for name, value in distances.copying(one, other).items()}
-        assert scorer.copies(numbers, "") == []
+        assert scorer.copying_warning(numbers, "") == []
     nearer = {
         f"eval/{name}": value
         for name, value in distances.copying(drawn[0] * 0.7, unseen[0]).items()
     }
-    assert len(scorer.copies(nearer, "here")) == 1 and scorer.copies({}, "here") == []
+    assert (
+        len(scorer.copying_warning(nearer, "here")) == 1
+        and scorer.copying_warning({}, "here") == []
+    )
     few = {
         f"eval/{name}": value
         for name, value in distances.copying(torch.zeros(64), torch.ones(1)).items()
     }
-    assert scorer.copies(few, "here") == []  # one held-out image proves nothing
+    assert scorer.copying_warning(few, "here") == []  # one held-out image proves nothing
 
 
 def test_without_held_out_images_it_is_said_what_is_not_known():

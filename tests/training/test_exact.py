@@ -188,10 +188,10 @@ def test_features_of_another_device_or_precision_are_not_taken(tmp_path):
         tmp_path / f"{dataset.fingerprint}-{extractor.name}-{gpu.computed}.safetensors",
     ]
     for path in others:
-        reference.keep(reference.Reference.of(wrong), path)
+        reference.save_features(reference.Reference.of(wrong), path)
     found = reference.reference(extractor, dataset, tmp_path)
     assert not torch.equal(found.features, wrong) and gpu.computed != extractor.computed
     (mine,) = set(tmp_path.iterdir()) - set(others)
     assert mine.name.endswith("-cpu-float32.safetensors")
     assert torch.equal(reference.reference(extractor, dataset, tmp_path).features, found.features)
-    assert torch.equal(reference.kept_in(others[0], extractor, "").features, wrong)
+    assert torch.equal(reference.load_features(others[0], extractor, "").features, wrong)
