@@ -110,7 +110,7 @@ def measured(runs):
     return [
         [key, *({f"{key}_perfect"} & logged)]
         for key in sorted(logged or DISTANCES)
-        if not key.endswith((*studies_runs.PERFECT, studies_runs.RETIRED))
+        if not key.endswith((*studies_runs.PERFECT, studies_runs.OLD_FLOOR))
     ]
 
 

@@ -10,7 +10,7 @@ from absl import flags
 
 from ddpm.config import flags as config_flags
 from ddpm.studies import runner
-from ddpm.studies.study import read
+from ddpm.studies.study import read_study
 
 
 def main(arguments):
@@ -18,7 +18,7 @@ def main(arguments):
     given = flags.FLAGS
     if len(arguments) > 1:
         raise ValueError(f"one study at a time; leave out {arguments[1]}")
-    study = read(arguments[0])
+    study = read_study(arguments[0])
     count = given.count or study.run_cap
     if count is None and study.method != "grid":
         raise ValueError(

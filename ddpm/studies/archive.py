@@ -49,19 +49,19 @@ def read_below(parent):
     absent = []
     for folder in folders:
         try:
-            runs.append(studies_runs.read(folder))
+            runs.append(studies_runs.read_run(folder))
         except ValueError as error:
             absent.append(f"{folder.name}: {str(error).removeprefix(str(folder)).lstrip(' :/')}")
     return folders, runs, absent
 
 
-def of_study(path, given=None, out=None):
+def study_source(path, given=None, out=None):
     """The runs of a study, in a given folder or where they belong, and those missing from its grid
     by name.
 
     Raises ValueError where there are none.
     """
-    wanted = study.read(path)
+    wanted = study.read_study(path)
     home = wanted.path.with_suffix("")
     made = wanted.folder(given) if given else wanted.folder()
     parent = f" --runs={given}" if given and made.is_dir() else ""
@@ -79,18 +79,18 @@ def of_study(path, given=None, out=None):
         else {}
     )
     runs = (
-        [with_file(wanted, points, run) for run in runs]
-        if studies_runs.FILE in wanted.axes
+        [with_config_file(wanted, points, run) for run in runs]
+        if studies_runs.CONFIG_AXIS in wanted.axes
         else runs
     )
-    more, runs = apart(wanted, runs) if "checkpoint" in wanted.varied else ([], runs)
+    more, runs = checkpoint_axes(wanted, runs) if "checkpoint" in wanted.varied else ([], runs)
     axes = wanted.axes + more
     absent += [
         f"{name}: no run"
-        for name in missing(wanted, points, runs)
+        for name in missing_runs(wanted, points, runs)
         if name not in {folder.name for folder in folders}
     ]
-    reference = setting(wanted, next(iter(points.values())), wanted.axes) if points else None
+    reference = setting_of(wanted, next(iter(points.values())), wanted.axes) if points else None
     for run in runs:
         if run.name == next(iter(points), None):
             reference |= {axis: run.options[axis] for axis in more}
@@ -131,44 +131,46 @@ AGAIN_FROM_KEPT = """    python -m ddpm.compare {out}/runs --out={out}
 writes this report from the copies of the runs; `results.csv` comes out the same, byte for byte."""
 
 
-def setting(wanted, point, axes):
+def setting_of(wanted, point, axes):
     """Where a study's point lies on some axes, {axis: value}, in the values that its runs have
     among their options.
     """
     options = defaults.flatten(wanted.config(point))
     return {
-        axis: file_name(wanted, point[axis]) if axis == studies_runs.FILE else options[axis]
+        axis: config_file_name(wanted, point[axis])
+        if axis == studies_runs.CONFIG_AXIS
+        else options[axis]
         for axis in axes
     }
 
 
-def file_name(wanted, file):
+def config_file_name(wanted, file):
     """What tells one config file of a study from the others: where all are one file, its
     variant, else the whole name.
     """
-    if len({other.partition(":")[0] for other in wanted.values(studies_runs.FILE)}) > 1:
-        return wanted.label(studies_runs.FILE, file)
+    if len({other.partition(":")[0] for other in wanted.values(studies_runs.CONFIG_AXIS)}) > 1:
+        return wanted.label(studies_runs.CONFIG_AXIS, file)
     return file.partition(":")[2] or Path(file).stem
 
 
-def with_file(wanted, points, run):
+def with_config_file(wanted, points, run):
     """A run of a study that varies the config file, with that file's name among its options.
 
     It is told by the run's name, else by the config. Raises ValueError where no file of the study
     makes it.
     """
-    file = points[run.name][studies_runs.FILE] if run.name in points else None
-    for candidate in wanted.values(studies_runs.FILE) if file is None else ():
+    file = points[run.name][studies_runs.CONFIG_AXIS] if run.name in points else None
+    for candidate in wanted.values(studies_runs.CONFIG_AXIS) if file is None else ():
         point = {
             name: run.options[name.removeprefix("config.")]
             for name in wanted.parameters
-            if name != studies_runs.FILE
+            if name != studies_runs.CONFIG_AXIS
         }
         point = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in point.items()
         }
-        given = defaults.flatten(wanted.config(point | {studies_runs.FILE: candidate}))
+        given = defaults.flatten(wanted.config(point | {studies_runs.CONFIG_AXIS: candidate}))
         if all(
             run.options[option] == given[option]
             for option in given
@@ -181,11 +183,11 @@ def with_file(wanted, points, run):
             "it away"
         )
     return dataclasses.replace(
-        run, options=run.options | {studies_runs.FILE: file_name(wanted, file)}
+        run, options=run.options | {studies_runs.CONFIG_AXIS: config_file_name(wanted, file)}
     )
 
 
-def apart(wanted, runs):
+def checkpoint_axes(wanted, runs):
     """What tells the checkpoints of a study apart: a list of axes, and the runs with a value on
     each.
 
@@ -239,7 +241,7 @@ def checkpoint_of(wanted, name):
     )
 
 
-def missing(wanted, points, runs):
+def missing_runs(wanted, points, runs):
     """The names of the points of a grid that have no run. Raises ValueError for a run that lies
     at no point.
     """
@@ -247,9 +249,9 @@ def missing(wanted, points, runs):
     axes = [
         axis
         for axis in known
-        if axis in wanted.axes or axis not in ("checkpoint", studies_runs.FILE)
+        if axis in wanted.axes or axis not in ("checkpoint", studies_runs.CONFIG_AXIS)
     ]
-    places = {name: setting(wanted, point, axes) for name, point in points.items()}
+    places = {name: setting_of(wanted, point, axes) for name, point in points.items()}
     free = dict(places)
     for run in sorted(runs, key=lambda run: run.name not in places) if points else ():
         own = {axis: run.options[axis] for axis in axes}
@@ -269,7 +271,7 @@ def missing(wanted, points, runs):
     return list(free)
 
 
-def of_folders(folders):
+def read_folders(folders):
     """The runs in these folders, or in the folders below them. Raises ValueError where one holds
     none.
     """
@@ -284,7 +286,7 @@ def of_folders(folders):
             raise ValueError(f"there is no run folder {folder}")
         if (folder / "config.json").is_file() or not any(folder.glob("*/config.json")):
             found.append(folder)
-            runs.append(studies_runs.read(folder))
+            runs.append(studies_runs.read_run(folder))
         else:
             inside = read_below(folder)
             for all_of_them, some in zip((found, runs, absent), inside, strict=True):
@@ -303,12 +305,12 @@ def source_of(arguments, runs, out, downloads):
         if runs and wandb_io.is_remote(runs):
             wandb_io.download(runs, downloads)
             runs = downloads
-        return of_study(arguments[0], runs, out)
+        return study_source(arguments[0], runs, out)
     if len(arguments) == 1 and wandb_io.is_remote(arguments[0]):
         wandb_io.download(arguments[0], downloads)
         found = read_below(downloads)
     else:
-        found = of_folders(arguments)
+        found = read_folders(arguments)
     if not found[1]:
         raise ValueError(f"{arguments[0]} has no run that can be read ({'; '.join(found[2][:3])})")
     out = Path(out) if out else None
@@ -386,7 +388,7 @@ def this_machine():
     )
 
 
-def keep(folders, out):
+def archive_runs(folders, out):
     """Copy what the report is made from to `out`/runs: each run's config, metrics and last grid."""
     with atomic_folder(out / "runs") as part:
         for folder in folders:
@@ -403,7 +405,7 @@ def keep(folders, out):
                     shutil.copyfile(path, copy / path.relative_to(folder))
 
 
-def write(source, found, columns, machine=None):
+def write_report(source, found, columns, machine=None):
     """Write the report; returns the names of its files. Raises ValueError before it writes over
     what is not a report's.
     """
@@ -437,7 +439,7 @@ def write(source, found, columns, machine=None):
             part.write_text(text)
     for name, figure in files:
         figures.save(figure, out / name)
-    keep(source.folders, out)
+    archive_runs(source.folders, out)
     return [*texts, *sorted(str(name) for name, _ in files)]
 
 
@@ -448,7 +450,7 @@ def left_out(source, found):
 
 def compare(*arguments, runs=None, out=None, machine=None):
     """Compare what the arguments name, print the result and write the report; returns the
-    `results.Comparison`.
+    `statistics.Comparison`.
 
     `runs` is where the runs of a study lie, a folder or a W&B path, `out` the folder of the report,
     `machine` the class of machine that ran them. Raises ValueError, one line, where there is
@@ -458,7 +460,7 @@ def compare(*arguments, runs=None, out=None, machine=None):
         source = source_of(arguments, runs, out, downloads)
         found = statistics.compare(source.runs, source.axes, source.metric, source.reference)
         columns = tables.columns(found.groups, parameters)
-        files = write(source, found, columns, machine) if source.out else []
+        files = write_report(source, found, columns, machine) if source.out else []
     chief = ("val/loss_ema", found.metric, f"best {found.metric}")
     shown = [
         column

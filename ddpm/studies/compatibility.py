@@ -5,8 +5,8 @@ from collections import Counter, defaultdict
 
 from ddpm.studies import runs as studies_runs
 
-# as ddpm.score writes it, of distances and of bits/dim: few parts are `.+`,
-MADE = [
+# as evaluation.scorer writes it, of distances and of bits/dim: few parts are `.+`,
+PROTOCOL_FORMS = [
     re.compile(text)
     for text in (
         # or a text that is nearly one would take hours
@@ -23,7 +23,7 @@ MADE = [
 ]
 # parts in which numbers may differ where an option is an axis; other data or another extractor
 # never compare
-ON_PURPOSE = {
+VARIED_BY = {
     "samples": {"evaluate.num_samples"},
     "weights": {"sample.ema"},
     "arithmetic": {"train.amp"},
@@ -37,13 +37,13 @@ ON_PURPOSE = {
 }
 
 
-def check_same(runs, axes):
+def check_same_options(runs, axes):
     """Raise a ValueError that names a run, and the option in which it differs from the others of
     its config file, if no axis.
     """
     files = defaultdict(list)
     for run in runs:
-        files[run.options.get(studies_runs.FILE)].append(run)
+        files[run.options.get(studies_runs.CONFIG_AXIS)].append(run)
     for alike in files.values():
         for option in studies_runs.varied(alike):
             if option not in axes:
@@ -55,24 +55,26 @@ def check_same(runs, axes):
                 )
 
 
-def made(text):
+def parse_protocol(text):
     """The parts of an `eval/protocol`, {"extractor": "digits-e5b6c631", "samples": "1797", ...}."""
-    matches = filter(None, (form.fullmatch(text) for form in MADE))
+    matches = filter(None, (form.fullmatch(text) for form in PROTOCOL_FORMS))
     parts = next((match.groupdict() for match in matches), {"eval/protocol": text})
     return {part: value for part, value in parts.items() if value is not None}
 
 
-def check_made(runs, axes):
+def check_same_protocol(runs, axes):
     """Raise a ValueError that names the part and the runs where distances, or bits/dim, were made
     in different ways.
 
     What the axes vary may differ, and the seed.
     """
     for key in studies_runs.PROTOCOLS:
-        check_ways([(run.name, made(text)) for run in runs for text in run.protocols(key)], axes)
+        check_same_parts(
+            [(run.name, parse_protocol(text)) for run in runs for text in run.protocols(key)], axes
+        )
 
 
-def check_ways(ways, axes):
+def check_same_parts(ways, axes):
     """Raise a ValueError where the parts of (name, parts) differ, but for what the axes vary and
     the seed.
     """
@@ -80,7 +82,7 @@ def check_ways(ways, axes):
         found = defaultdict(list)
         for name, way in ways:
             found[way.get(part, "something else")].append(name)
-        if len(found) > 1 and part != "seed" and not ON_PURPOSE.get(part, set()) & {*axes}:
+        if len(found) > 1 and part != "seed" and not VARIED_BY.get(part, set()) & {*axes}:
             who = "; ".join(
                 f"{value[:200]} in {names[0]}"
                 + (f" and {len(names) - 1} more" if names[1:] else "")
@@ -89,7 +91,7 @@ def check_ways(ways, axes):
             option = next(
                 (
                     option
-                    for option in sorted(ON_PURPOSE.get(part, ()))
+                    for option in sorted(VARIED_BY.get(part, ()))
                     if option.startswith("evaluate.")
                 ),
                 None,
@@ -97,5 +99,5 @@ def check_ways(ways, axes):
             remedy = f"give all runs the same config.{option}" if option else "leave runs out"
             raise ValueError(
                 f"numbers made in different ways do not compare: {part} is {who}; {remedy}, or "
-                f"measure their checkpoints in {studies_runs.MEASURING}"
+                f"measure their checkpoints in {studies_runs.MEASURE_STUDY}"
             )

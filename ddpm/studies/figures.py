@@ -14,7 +14,7 @@ from PIL import Image
 
 from ddpm.common.files import atomic_write
 from ddpm.data import decode
-from ddpm.studies.runs import ASKED, FEWEST, LEARNED, is_training
+from ddpm.studies.runs import MIN_SEEDS, NFE, TRAIN_LOSS, is_training
 from ddpm.studies.statistics import label, lines_along, numeric_axes
 
 COLOURS = (  # Okabe and Ito 2008, and two of Tol 2021
@@ -42,7 +42,7 @@ DASHES = (
     (0, (10, 2, 2, 2)),
 )
 MARKERS = "osD^vPX*hp"
-MOST = len(COLOURS)  # lines or grids in one figure
+MAX_LINES = len(COLOURS)  # lines or grids in one figure
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -89,8 +89,8 @@ def canvas(rows=1, columns=1, width=WIDTH, height=2.6, **shared):
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def look(number):
-    return {"color": COLOURS[number % MOST], "linestyle": DASHES[number % MOST]}
+def line_style(number):
+    return {"color": COLOURS[number % MAX_LINES], "linestyle": DASHES[number % MAX_LINES]}
 
 
 @style()
@@ -118,19 +118,19 @@ def curves(groups, keys):
                     x,
                     mean,
                     label=group.short,
-                    marker=MARKERS[number % MOST] if len(x) < 12 else None,
-                    **look(number),
+                    marker=MARKERS[number % MAX_LINES] if len(x) < 12 else None,
+                    **line_style(number),
                 )
-                if points and banded(group):
+                if points and has_band(group):
                     low, high = (
                         [point[2] + side * point[3] for point in points] for side in (-1, 1)
                     )
                     axis.fill_between(
-                        x, low, high, color=COLOURS[number % MOST], alpha=0.15, linewidth=0
+                        x, low, high, color=COLOURS[number % MAX_LINES], alpha=0.15, linewidth=0
                     )
         scale(row[0], "y", means)
         row[0].set_ylabel(label(key))
-    lettered(axes)
+    label_panels(axes)
     axes[-1][0].set_xlabel("training steps")
     axes[-1][0].set_xlim(left=0)
     if compute:
@@ -140,15 +140,17 @@ def curves(groups, keys):
         axes[-1][1].set_xlim(left=0)
     handles, names = axes[0][0].get_legend_handles_labels()
     most = max(1, 110 // (8 + max(map(len, names))))
-    figure.legend(handles, names, loc="outside upper center", ncols=balanced(len(names), most))
+    figure.legend(
+        handles, names, loc="outside upper center", ncols=balanced_columns(len(names), most)
+    )
     return figure
 
 
-def banded(group):
+def has_band(group):
     """True where a group has the seeds that an interval takes: that of two would be wider than
     the axis, and cross itself.
     """
-    return len({run.options[group.unit] for run in group.runs}) >= FEWEST
+    return len({run.options[group.unit] for run in group.runs}) >= MIN_SEEDS
 
 
 def counts_compute(groups):
@@ -156,7 +158,7 @@ def counts_compute(groups):
     return all(run.petaflop(1) is not None for group in groups for run in group.runs)
 
 
-def lettered(axes):
+def label_panels(axes):
     """Name panels (a), (b) ..., where there are several."""
     panels = list(itertools.chain(*axes))
     for letter, axis in zip("abcdefgh", panels if len(panels) > 1 else [], strict=False):
@@ -183,7 +185,7 @@ def scale(axis, which, values):
     ticks.set_minor_formatter(NullFormatter())
 
 
-def balanced(count, most):
+def balanced_columns(count, most):
     """The number of columns, at most `most`, that leaves the rows of `count` things about
     equally long.
     """
@@ -237,18 +239,18 @@ def along(groups, metric, option):
     """The metric against a numeric axis, a line for each setting of the other axes: mean and 95
     % interval over seeds.
     """
-    counted = counts_evaluations(groups, option)
+    counted = counts_nfe(groups, option)
 
     def place(group):
         """Where a group lies: for steps, at its network evaluations, if all have counted them."""
-        return group.final(ASKED)[0] if counted else group.setting[option]
+        return group.final(NFE)[0] if counted else group.setting[option]
 
     figure, axes = canvas(width=0.7 * WIDTH, height=3)
     axis = axes[0][0]
     means = []
     values = sorted({place(group) for group in groups})
     at, kind = position(values)
-    lines = list(itertools.islice(lines_along(groups, option).values(), MOST))
+    lines = list(itertools.islice(lines_along(groups, option).values(), MAX_LINES))
     for number, line in enumerate(lines):
         points = [group.final(metric) for group in line]
         means += [mean for mean, _ in points]
@@ -257,7 +259,7 @@ def along(groups, metric, option):
             for key, words in zip(line[0].setting, line[0].labels, strict=True)
             if key != option
         )
-        x = beside(
+        x = offset_line(
             [at(place(group)) for group in line],
             (number + 0.5) / len(lines) - 0.5,
             len(lines),
@@ -268,15 +270,15 @@ def along(groups, metric, option):
             [mean for mean, _ in points],
             [half or 0 for _, half in points],
             label=others,
-            marker=MARKERS[number % MOST],
+            marker=MARKERS[number % MAX_LINES],
             capsize=2.5,
-            **look(number),
+            **line_style(number),
         )
     if kind != "linear":
         axis.set_xscale("log")
     if kind == "towards one":
         axis.invert_xaxis()
-    axis.set_xticks([at(value) for value in values], spaced(values, at, kind))
+    axis.set_xticks([at(value) for value in values], spaced_labels(values, at, kind))
     axis.set_xticks([], minor=True)
     scale(axis, "y", means)
     axis.set_xlabel(EVALUATIONS if counted else AXES.get(option, option))
@@ -286,11 +288,11 @@ def along(groups, metric, option):
     return figure
 
 
-def counts_evaluations(groups, option):
+def counts_nfe(groups, option):
     """Whether a numeric axis is one of steps, of which all runs have counted the network
     evaluations.
     """
-    return option in STEPS and all(run.final(ASKED) for group in groups for run in group.runs)
+    return option in STEPS and all(run.final(NFE) for group in groups for run in group.runs)
 
 
 STEPS = ("evaluate.steps", "sample.steps")
@@ -311,7 +313,7 @@ def position(values):
     return (lambda value: value), "log" if values[0] > 0 else "linear"
 
 
-def beside(x, share, count, kind):
+def offset_line(x, share, count, kind):
     """Move the points of one of `count` lines to the side, from -0.5 to 0.5, so that their
     intervals can be told apart.
     """
@@ -320,7 +322,7 @@ def beside(x, share, count, kind):
     return [value + shift if kind == "linear" else value * math.exp(shift) for value in x]
 
 
-def spaced(values, at, kind):
+def spaced_labels(values, at, kind):
     """Labels of values on an axis, empty where they would run into the one before."""
     places = [at(value) if kind == "linear" else math.log(at(value)) for value in values]
     labels = []
@@ -343,7 +345,7 @@ def samples(groups, seed):
         for run in group.runs
         if run.options[group.unit] == seed and run.grid
     ]
-    columns = balanced(len(grids), 4)
+    columns = balanced_columns(len(grids), 4)
     rows = math.ceil(len(grids) / columns)
     figure, axes = canvas(rows, columns, height=rows * (WIDTH / columns + 0.3))
     figure.get_layout_engine().set(h_pad=0.08)  # inches above the titles
@@ -376,7 +378,7 @@ def likelihood(text):
     bits = [float(term["bits_per_dim"]) for term in terms]
     edges = [first for first, _ in spans] + [spans[-1][1]]
     figure, axes = canvas(1, 2, height=2.8, sharex=True)
-    lettered(axes)
+    label_panels(axes)
     ((each, summed),) = axes
     each.stairs(
         [value / (end - first) for value, (first, end) in zip(bits, spans, strict=False)],
@@ -388,7 +390,7 @@ def likelihood(text):
         xscale="log", yscale="log", xlabel="t, counted from 1", ylabel="bits/dim for one step t"
     )
     left = list(itertools.accumulate(reversed(bits)))[::-1]
-    summed.plot(edges, left, **look(0))
+    summed.plot(edges, left, **line_style(0))
     summed.plot(edges[-1], bits[-1], MARKERS[0], color=COLOURS[1], label=f"prior, {bits[-1]:.2g}")
     summed.plot(
         edges[0],
@@ -424,8 +426,8 @@ def draw(found):
     drawn = found.groups
     few = (
         drawn
-        if len(drawn) <= MOST
-        else sorted(drawn, key=lambda group: group.final(metric)[0])[:MOST]
+        if len(drawn) <= MAX_LINES
+        else sorted(drawn, key=lambda group: group.final(metric)[0])[:MAX_LINES]
     )
     best = f" of the {len(few)} best settings of {len(drawn)}" if few is not drawn else ""
     named = label(metric)
@@ -433,7 +435,7 @@ def draw(found):
     for option in numeric_axes(drawn):
         leaf = option.rpartition(".")[2]
         several = len(drawn[0].setting) > 1
-        axis = EVALUATIONS if counts_evaluations(drawn, option) else f"`{option}`"
+        axis = EVALUATIONS if counts_nfe(drawn, option) else f"`{option}`"
         made.append(
             (
                 f"along_{leaf}.pdf",
@@ -452,14 +454,14 @@ def draw(found):
         )
     curved = [
         key
-        for key in dict.fromkeys((metric, "val/loss_ema", LEARNED))
+        for key in dict.fromkeys((metric, "val/loss_ema", TRAIN_LOSS))
         if any(len(run.points(key)) > 1 for run in found.counted)
     ]
     if curved:
         band = (
             "95 % interval as a band"
-            if all(map(banded, few))
-            else f"95 % interval as a band from {FEWEST} seeds on"
+            if all(map(has_band, few))
+            else f"95 % interval as a band from {MIN_SEEDS} seeds on"
         )
         against = " and training compute (right)" if counts_compute(few) else ""
         made.append(

@@ -6,7 +6,7 @@ from ddpm.common.registry import quantity
 from ddpm.studies import runs as studies_runs
 from ddpm.studies import statistics
 from ddpm.studies import tables as layout
-from ddpm.studies.runs import FEWEST, FRECHET, LEARNED, LOSSES, PERFECT, keys
+from ddpm.studies.runs import FRECHET, LOSSES, MIN_SEEDS, PERFECT, TRAIN_LOSS, keys
 from ddpm.studies.statistics import label
 
 # verdicts
@@ -33,7 +33,7 @@ def verdicts(found):
 def verdict(gap):
     """`better`, or `cannot tell` with the reason where the interval does not show it."""
     if gap.half is None:
-        return f"cannot tell: fewer than {FEWEST} seeds"
+        return f"cannot tell: fewer than {MIN_SEEDS} seeds"
     if gap.by == gap.half == 0:
         return "cannot tell: equal in every seed"
     if gap.clear:
@@ -58,18 +58,18 @@ def answer(found):
             f"Cannot tell: no distance was measured, and the {label(found.metric)} is a different "
             f"quantity for each {listed_options(found.unlike)}."
         )
-    enough = min(FEWEST, max(map(layout.seeds, groups)))
+    enough = min(MIN_SEEDS, max(map(layout.count_seeds, groups)))
     best = min(
-        (group for group in groups if layout.seeds(group) >= enough),
+        (group for group in groups if layout.count_seeds(group) >= enough),
         key=lambda group: group.final(found.metric)[0],
     )
     reached = f"{label(found.metric)} {layout.amount(*best.final(found.metric))}"
-    over = f"{layout.repeats(groups)} per setting"
+    over = f"{layout.seeds_in_words(groups)} per setting"
     if len(groups) == 1:
         return f"There is only one setting, so nothing is compared: {reached}, {over}."
     lowest = f"{best.name} has the lowest mean, {reached}"
     if not found.tested:
-        few = f"Cannot tell: {over}, and the noise shows only from {FEWEST} seeds on."
+        few = f"Cannot tell: {over}, and the noise shows only from {MIN_SEEDS} seeds on."
         return f"{few} {lowest}."
     beaten = [gap.worse.name for gap in found.gaps if gap.clear and gap.better is best]
     close = []
@@ -127,8 +127,8 @@ def protocol(found, record):
         repeated = "of the sampling, from one training,"
     yield (
         f"{quantity(len(runs), 'run')}: {quantity(len(found.groups), 'setting')} of "
-        f"{listed_options(found.axes or ['nothing'])}, {layout.repeats(found.groups)} {repeated} "
-        "each."
+        f"{listed_options(found.axes or ['nothing'])}, {layout.seeds_in_words(found.groups)} "
+        f"{repeated} each."
     )
     if studies_runs.is_training(runs) and fixed(found):
         yield f"Fixed: {', '.join(fixed(found))}."
@@ -175,9 +175,9 @@ def perfect(runs):
 def limits(found):
     """Yield sentences on what a comparison does not show."""
     metric = label(found.metric)
-    seeds = f"{layout.repeats(found.groups)} per setting"
+    seeds = f"{layout.seeds_in_words(found.groups)} per setting"
     if not found.visible:
-        yield f"{seeds} do not show the noise: at least {FEWEST} do, and no difference is certain."
+        yield f"{seeds} do not show the noise; tests start at {MIN_SEEDS} seeds."
     else:
         first, alone, count = found.visible
         several = ""
@@ -209,7 +209,7 @@ def limits(found):
             f"Losses under different {listed_options(found.unlike)} are different quantities: they "
             "show the course of a training, and do not say which setting is better."
         )
-    if layout.flatters(found.counted, found.metric):
+    if layout.best_differs(found.counted, found.metric):
         yield (
             "Best values are the lowest of several measurements of a run, so they flatter; the "
             "verdicts compare last values."
@@ -234,8 +234,8 @@ Whether two settings differ is decided by the paired tests below; overlapping in
 decide it."""
 
 MEANINGS = {
-    LEARNED: "training loss: the mean over the last logged steps, on images, times and noise drawn "
-    "there; the validation loss, on fixed ones, rises above it where a network overfits.",
+    TRAIN_LOSS: "training loss: the mean over the last logged steps, on images, times and noise "
+    "drawn there; the validation loss, on fixed ones, rises above it where a network overfits.",
     "eval/copying": "copying: the probability that a drawn image lies nearer to a training image "
     "than a held-out one does; 0.5 for a perfect generator, 1 for one that copies.",
     "eval/copies": "copies: the share of drawn images that lie nearer to a training image than all "

@@ -81,14 +81,14 @@ def check_comparable(study, points):
     """Raise a ValueError where trainings would be measured in ways that do not compare, as the
     report would at the end.
     """
-    ways = dict(measurements({study.run_name(point): study.config(point) for point in points}))
+    ways = dict(planned_protocols({study.run_name(point): study.config(point) for point in points}))
     try:
-        compatibility.check_ways(list(ways.items()), study.axes)
+        compatibility.check_same_parts(list(ways.items()), study.axes)
     except ValueError as error:
         raise ValueError(f"{study.path}: {error}") from None
 
 
-def measurements(trainings):
+def planned_protocols(trainings):
     """Yield (name, parts of its `eval/protocol`) for each training of {name: config} that will be
     measured.
 
@@ -183,7 +183,7 @@ class Record:
         return same and (self.folder / trial.name / "metrics.jsonl").is_file()
 
 
-class Children:
+class RunPool:
     """The processes of the runs. SIGINT, SIGTERM and SIGUSR1 ask them to save and end, the
     second time they end at once.
     """
@@ -191,7 +191,7 @@ class Children:
     def __init__(self, study, folder, parallel):
         self.folder = folder
         self.processes = set()
-        self.asked = 0
+        self.stop_requests = 0
         self.places = list(range(parallel))  # lines of the terminal without a progress bar
         cores = (
             len(os.sched_getaffinity(0))
@@ -204,23 +204,23 @@ class Children:
             "OMP_NUM_THREADS": str(max(1, cores // parallel)),
         } | inherited
 
-    def ask(self, *_):
-        self.asked += 1
+    def stop(self, *_):
+        self.stop_requests += 1
         tell("stopping: the runs save and end; press Ctrl-C again to end them without saving")
         for process in list(self.processes):
-            process.terminate() if self.asked == 1 else process.kill()
+            process.terminate() if self.stop_requests == 1 else process.kill()
 
     @contextlib.contextmanager
     def stoppable(self):
         """The signals, and an error in the block, reach the processes."""
         before = {
-            number: signal.signal(number, self.ask)
+            number: signal.signal(number, self.stop)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         }
         try:
             yield
         except BaseException:
-            self.ask()
+            self.stop()
             raise
         finally:
             for number, handler in before.items():
@@ -258,7 +258,7 @@ class Children:
             ) as process,
         ):
             self.processes.add(process)
-            if self.asked:  # before this process was known
+            if self.stop_requests:  # before this process was known
                 process.terminate()
             for line in process.stdout:
                 kept.write(line)
@@ -290,65 +290,65 @@ def result_of(run, metric):
 class Sweep:
     """What is begun, and how it ends, told line by line."""
 
-    def __init__(self, study, folder, total, record, children):
+    def __init__(self, study, folder, total, record, pool):
         self.study = study
         self.folder = folder
         self.total = total
         self.record = record
-        self.children = children
+        self.pool = pool
         self.numbers = {}
         self.before = 0
         self.done = 0
         self.failed = []
         self.began = time.monotonic()
 
-    def begins(self, trial):
+    def start(self, trial):
         """True where a trial is to be run now."""
         if trial.name in self.numbers:  # bayes and random choose a point twice where there are few
             return False
         self.numbers[trial.name] = len(self.numbers) + 1
         if self.record.finished(trial):
-            self.before += self.left_by(trial) is not None
+            self.before += self.finished_run(trial) is not None
             return False
         self.record.put(trial)
-        self.tell(trial, "started")
+        self.report(trial, "started")
         return True
 
-    def left_by(self, trial):
+    def finished_run(self, trial):
         """The run that a trial came to its end with; None, which is told, where its files are
         damaged.
         """
         folder = self.folder / trial.name
         try:
-            run = studies_runs.read(folder)
+            run = studies_runs.read_run(folder)
             damage = run.fault
         except ValueError as error:
             damage = error
         if not damage:
             return run
         self.failed.append(trial.name)
-        self.tell(
+        self.report(
             trial,
             f"came to its end, but {damage}; delete {folder}, and the same command makes it again",
         )
         return None
 
-    def ends(self, trial, code, seconds, last):
+    def finish(self, trial, code, seconds, last):
         """Keep and tell how a trial ended."""
         after = f"after {tqdm.format_interval(seconds)}"
         if code == errors.DONE:
-            if run := self.left_by(trial):
+            if run := self.finished_run(trial):
                 result = result_of(run, self.study.metric)
                 self.record.put(trial, code, result)
                 self.done += 1
                 shown = "missing" if result is None else f"{result:.4g}"
-                self.tell(
+                self.report(
                     trial,
                     f"done {after}"
                     + (f", {self.study.metric[0]} {shown}" if self.study.metric else ""),
                 )
-        elif self.children.asked:
-            self.tell(trial, f"interrupted {after}")
+        elif self.pool.stop_requests:
+            self.report(trial, f"interrupted {after}")
         else:
             self.record.put(trial, code)
             self.failed.append(trial.name)
@@ -357,13 +357,13 @@ class Sweep:
                 if code < 0
                 else f"{ENDS.get(code, 'failed')} (exit code {code})"
             )
-            self.tell(
+            self.report(
                 trial, f"{how} {after}: {last}; all it said is in {self.folder / trial.name}.log"
             )
 
     def summary(self):
         """Tell what is done and what is not; returns the exit code."""
-        total = self.total if self.children.asked else len(self.numbers)
+        total = self.total if self.pool.stop_requests else len(self.numbers)
         took = tqdm.format_interval(time.monotonic() - self.began)
         say(
             f"{self.study.name}: {self.before + self.done} of {total} runs are done, "
@@ -371,7 +371,7 @@ class Sweep:
         )
         for name in self.failed:
             say(f"not done: {name}")
-        if self.children.asked:
+        if self.pool.stop_requests:
             say("interrupted; run the same command to continue")
             return errors.INTERRUPTED
         runs = [] if self.folder == self.study.folder() else [f"--runs={self.folder.parent}"]
@@ -379,44 +379,46 @@ class Sweep:
         say("the same command tries again" if self.failed else f"report: {report}")
         return errors.FAILED if self.failed else errors.DONE
 
-    def tell(self, trial, what):
+    def report(self, trial, what):
         say(f"[{self.numbers[trial.name]}/{self.total}] {trial.name}: {what}")
 
 
 def sweep(study, folder, parallel=1, count=None, seed=0):
-    """Run what is not finished of a study in a folder, and return the exit code.
+    """Make the runs of a study that are not finished, in a folder; returns the exit code.
 
-    Raises ValueError for a point that cannot be run, and where another process holds the folder.
+    Raises ValueError for a point that cannot run, and where another process uses the folder.
     """
     with lock_folder(folder):
         record = Record(folder)
-        children = Children(study, folder, parallel)
-        points = search.chosen(study, count, seed, record)
-        told = Sweep(
-            study, folder, count if study.method == "bayes" else len(points), record, children
-        )
+        pool = RunPool(study, folder, parallel)
+        points = search.choose_points(study, count, seed, record)
+        bayes = study.method == "bayes"  # chooses each point when it is due
+        progress = Sweep(study, folder, count if bayes else len(points), record, pool)
         trials = (trial_of(study, point) for point in points)
-        if study.method != "bayes":
-            trials = iter(list(trials))  # each is checked before the first is run
+        if not bayes:
+            trials = iter(list(trials))  # checks each before the first runs
         if study.program == "ddpm.main":
-            check_comparable(study, study.probes() if study.method == "bayes" else points)
-        say(f"{study.name}: {told.total} runs by {study.method}, {parallel} at a time, in {folder}")
+            check_comparable(study, study.probes() if bayes else points)
+        say(
+            f"{study.name}: {progress.total} runs by {study.method}, {parallel} at a time, in "
+            f"{folder}"
+        )
         if study.early_terminate:
             say("early_terminate is for W&B's server; here every run goes to its end")
         running = {}
-        with ThreadPoolExecutor(parallel) as pool, children.stoppable():
+        with ThreadPoolExecutor(parallel) as threads, pool.stoppable():
             while True:
-                trial = (
-                    next(trials, None) if len(running) < parallel and not children.asked else None
-                )
-                if trial and told.begins(trial):
-                    running[pool.submit(children.run, trial)] = trial
-                elif running and not trial:
+                free = len(running) < parallel and not pool.stop_requests
+                trial = next(trials, None) if free else None
+                if trial:
+                    if progress.start(trial):
+                        running[threads.submit(pool.run, trial)] = trial
+                elif running:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        told.ends(running.pop(future), *future.result())
-                elif not trial:
+                        progress.finish(running.pop(future), *future.result())
+                else:
                     break
-    return told.summary()
+    return progress.summary()
 
 
 def say(text):

@@ -20,19 +20,19 @@ from ddpm.common import durations
 from ddpm.config import defaults, files
 from ddpm.tracking.rows import whole_row
 
-FEWEST = 3  # seeds: of two differences the spread is hardly known
-HUGE = 1e100
-MANY = 4  # words on an axis that are all compared with each other
+MIN_SEEDS = 3  # seeds: of two differences the spread is hardly known
+LARGEST_NUMBER = 1e100
+ALL_PAIRS_UP_TO = 4  # words on an axis that are all compared with each other
 FRECHET = re.compile(r"eval/(fid|fd_(?!\w+_(perfect|floor))\w+)")
 KERNEL = re.compile(r"eval/(kid|kd_\w+)")
 # what a perfect generator gets: the mean, and the standard deviation of one evaluation
 PERFECT = "_perfect", "_perfect_sd"
 # its place until 2026-11: half of it, of a generator that knows the real images by heart
-RETIRED = "_floor"
+OLD_FLOOR = "_floor"
 LOSSES = ("val/loss_ema", "val/loss")
-LEARNED = "train/loss"
-ASKED = "eval/nfe"
-QUANTITY = (  # options that decide what the validation loss is a mean of
+TRAIN_LOSS = "train/loss"
+NFE = "eval/nfe"
+LOSS_OPTIONS = (  # options that decide what the validation loss is a mean of
     "diffusion.timesteps",
     "diffusion.beta_schedule",
     "diffusion.zero_terminal_snr",
@@ -50,15 +50,15 @@ QUANTITY = (  # options that decide what the validation loss is a mean of
 LABELS = {
     "val/loss_ema": "validation loss",
     "val/loss": "validation loss, raw weights",
-    LEARNED: "training loss, raw weights",
+    TRAIN_LOSS: "training loss, raw weights",
     "eval/copying": "copying",
     "eval/copies": "copies",
     "eval/bits_per_dim": "bits/dim",
-    ASKED: "network evaluations",
+    NFE: "network evaluations",
     "eval/bits_per_dim_flow": "bits/dim (flow)",
 }
 # the axis of a study that varies the config file itself; its runs have it among their options
-FILE = "config"
+CONFIG_AXIS = "config"
 UNITS = ("seed", "sample.seed")
 UNRELATED = (  # options that do not touch what is compared
     "wandb.",
@@ -81,7 +81,7 @@ RENAMED_KEYS = {  # tracked keys of runs made before 2026-11-28: their names tod
     "eval/bits_per_dim_made": "eval/bits_per_dim_protocol",
     "eval/evaluations": "eval/nfe",
 }
-MEASURING = "a study of ddpm.evaluate, as experiments/samplers.yaml does"
+MEASURE_STUDY = "a study of ddpm.evaluate, as experiments/samplers.yaml does"
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class Run:
 
 
 def finite(value):
-    return isinstance(value, (int, float)) and abs(value) < HUGE
+    return isinstance(value, (int, float)) and abs(value) < LARGEST_NUMBER
 
 
-def read(folder):
+def read_run(folder):
     """The run in a folder, up to the first row that is not whole. Raises ValueError where there
     is no config to be read.
     """
@@ -175,10 +175,10 @@ def read(folder):
 
 def is_training(runs):
     """True where any of the runs is a training, False where all only measured a checkpoint."""
-    return any(LEARNED in row for run in runs for row in run.rows)
+    return any(TRAIN_LOSS in row for run in runs for row in run.rows)
 
 
-def cut_short(run):
+def why_unfinished(run):
     """Why a run is no finished training: where it ends, and where it should have; nothing if it
     is one.
     """
@@ -189,7 +189,7 @@ def cut_short(run):
     sizes = [
         images[step] / epoch
         for step, epoch in epochs.items()
-        if step in images and epoch > 1 / HUGE
+        if step in images and epoch > 1 / LARGEST_NUMBER
     ]
     total = durations.steps_of(
         run.options["train.length"],
@@ -204,15 +204,16 @@ def cut_short(run):
     )
 
 
-def finished(runs):
+def mark_unfinished(runs):
     """The runs, those that came to no end marked with a fault."""
     training = is_training(runs)
     return [
-        replace(run, fault=cut_short(run)) if training and not run.fault else run for run in runs
+        replace(run, fault=why_unfinished(run)) if training and not run.fault else run
+        for run in runs
     ]
 
 
-def distinct(runs, axes):
+def mark_repeats(runs, axes):
     """The runs, those marked with a fault that repeat one before them: in options, in seeds and
     in how they were measured.
     """
@@ -235,7 +236,7 @@ def distinct(runs, axes):
     return told
 
 
-def measured(runs, metric):
+def mark_unmeasured(runs, metric):
     """The runs, those that lack the last value of the metric marked with a fault."""
 
     def fault(run):
@@ -273,7 +274,7 @@ def main_metric(runs, wanted=None):
 
 def is_related(option, training=True):
     """True for an option that may change what is compared; how trainings are measured is judged by
-    `check_made`.
+    `check_same_protocol`.
     """
     ignored = UNRELATED + (("evaluate.",) if training else ())
     return option not in UNITS and not any(

@@ -5,17 +5,17 @@ import contextlib
 from ddpm.common import rng
 
 
-def chosen(study, count, seed, record):
+def choose_points(study, count, seed, record):
     """The points of a study, at most `count`; those of bayes are chosen when they are asked for."""
     if study.method == "grid":
         return study.grid()[:count]
     if study.method == "random":
         points = [study.draw(rng.generator(seed, "sweep", k)) for k in range(count)]
         return list({study.run_name(point): point for point in points}.values())
-    return bayes(study, count, seed, record)
+    return bayes_points(study, count, seed, record)
 
 
-def bayes(study, count, seed, record):
+def bayes_points(study, count, seed, record):
     """The points in the record, then others by optuna's TPE (Bergstra et al. 2011), which learns
     from what is recorded by then.
 

@@ -44,12 +44,14 @@ class Group:
         def words(axis, value):
             leaf = axis.rpartition(".")[2]
             speaks = (
-                axis == studies_runs.FILE
+                axis == studies_runs.CONFIG_AXIS
                 or isinstance(value, str)
                 and re.match(r"[a-z_]\w*($|\()", value)
             )
             return (
-                shown(value) if speaks else f"{axis if leaves[leaf] > 1 else leaf} {shown(value)}"
+                option_text(value)
+                if speaks
+                else f"{axis if leaves[leaf] > 1 else leaf} {option_text(value)}"
             )
 
         return [words(axis, value) for axis, value in self.setting.items()]
@@ -91,14 +93,14 @@ def label(key):
     return f"{kind.upper()} ({extractor})" if extractor else kind.upper()
 
 
-def shown(value):
+def option_text(value):
     """An option's value as people write it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def grouped(runs, axes, reference=None):
+def group_runs(runs, axes, reference=None):
     """The groups of runs, sorted by their settings: numbers rising; words too, but those of the
     reference first.
     """
@@ -114,7 +116,7 @@ def grouped(runs, axes, reference=None):
 
     def place(values):
         return [
-            (value != (reference or {}).get(axis), shown(value))
+            (value != (reference or {}).get(axis), option_text(value))
             if isinstance(value, (str, tuple))
             else (False, value)
             for axis, value in zip(axes, values, strict=True)
@@ -164,10 +166,10 @@ def interval(values):
     values = list(values)
     mean = statistics.fmean(values)
     n = len(values)
-    return mean, student(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return mean, t_critical(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
-def student(freedom, among=1):
+def t_critical(freedom, among=1):
     """What Student's t must reach to be significant at 5 %, two-sided, as the first by Holm's
     rule `among` so many tests.
     """
@@ -212,7 +214,7 @@ def difference(first, second, metric):
     if statistics.fmean(gaps) < 0:
         first, second, gaps = second, first, [-gap for gap in gaps]
     mean, half = interval(gaps)
-    few = len(gaps) < studies_runs.FEWEST
+    few = len(gaps) < studies_runs.MIN_SEEDS
     return Difference(
         first,
         second,
@@ -243,7 +245,7 @@ def holm(ps):
     return [corrected[index] for index in range(len(ps))]
 
 
-def pairs(groups, reference=None):
+def compared_pairs(groups, reference=None):
     """Which groups are compared: those that differ in one axis, since every comparison more costs
     certainty in the others.
 
@@ -256,7 +258,7 @@ def pairs(groups, reference=None):
     for first, second in itertools.combinations(groups, 2):
         differing = [axis for axis in first.setting if first.setting[axis] != second.setting[axis]]
         if len(differing) == 1 and (axis := differing[0]) not in numeric:
-            many = len({group.setting[axis] for group in groups}) > studies_runs.MANY
+            many = len({group.setting[axis] for group in groups}) > studies_runs.ALL_PAIRS_UP_TO
             if not (many and reference) or reference[axis] in (
                 first.setting[axis],
                 second.setting[axis],
@@ -281,7 +283,7 @@ def differences(groups, metric, reference=None):
     """
     found = [
         gap
-        for first, second in pairs(groups, reference)
+        for first, second in compared_pairs(groups, reference)
         if (gap := difference(first, second, metric))
     ]
     corrected = iter(holm([gap.p for gap in found if gap.p is not None]))
@@ -308,7 +310,7 @@ class Comparison:
     def protocol(self):
         """The parts of how the distances were measured, `VARIED` for one in which runs differ."""
         texts = [text for run in self.counted for text in run.protocols("eval/protocol")]
-        ways = [compatibility.made(text) for text in texts]
+        ways = [compatibility.parse_protocol(text) for text in texts]
         merged = {}
         for way in ways:
             merged |= way
@@ -332,7 +334,9 @@ class Comparison:
         """
         shown = [gap for gap in self.gaps if gap.half]
         count = sum(gap.p is not None for gap in self.gaps)
-        first = [gap.half * student(gap.seeds - 1, count) / student(gap.seeds - 1) for gap in shown]
+        first = [
+            gap.half * t_critical(gap.seeds - 1, count) / t_critical(gap.seeds - 1) for gap in shown
+        ]
         return (
             (statistics.median(first), statistics.median(gap.half for gap in shown), count)
             if shown
@@ -347,7 +351,7 @@ class Comparison:
         return [
             option
             for option in studies_runs.varied(self.counted)
-            if option in studies_runs.QUANTITY
+            if option in studies_runs.LOSS_OPTIONS
         ]
 
 
@@ -358,20 +362,20 @@ def compare(runs, axes=None, wanted=None, reference=None):
     others are measured by. Raises ValueError for runs that do not belong together, and where none
     is finished.
     """
-    runs = studies_runs.finished(runs)
+    runs = studies_runs.mark_unfinished(runs)
     axes = studies_runs.varied(runs) if axes is None else list(axes)
-    compatibility.check_same(runs, axes)
-    runs = studies_runs.distinct(runs, axes)
+    compatibility.check_same_options(runs, axes)
+    runs = studies_runs.mark_repeats(runs, axes)
     whole = [run for run in runs if not run.fault]
     if whole:
-        compatibility.check_made(whole, axes)
-        runs = studies_runs.measured(runs, metric := studies_runs.main_metric(whole, wanted))
+        compatibility.check_same_protocol(whole, axes)
+        runs = studies_runs.mark_unmeasured(runs, metric := studies_runs.main_metric(whole, wanted))
     counted = [run for run in runs if not run.fault]
     if not counted:
         faults = "; ".join(f"{run.name}: {run.fault}" for run in runs[:3])
         raise ValueError(
             f"none of {len(runs)} runs is finished ({faults}{' ...' * (len(runs) > 3)})"
         )
-    found = Comparison(runs, axes, grouped(counted, axes, reference), metric, [])
+    found = Comparison(runs, axes, group_runs(counted, axes, reference), metric, [])
     alike = metric not in studies_runs.LOSSES or not found.unlike
     return replace(found, gaps=differences(found.groups, metric, reference)) if alike else found

@@ -23,9 +23,9 @@ from ddpm.common.registry import check_choice, suggest
 from ddpm.config import check as config_check
 from ddpm.config import defaults, files
 from ddpm.config.flags import config_of
-from ddpm.studies.runs import MEASURING
+from ddpm.studies.runs import MEASURE_STUDY
 
-KNOBS = defaults.flatten(defaults.base())
+OPTIONS = defaults.flatten(defaults.base())
 KEYS = (
     "method",
     "metric",
@@ -43,13 +43,13 @@ COMMAND = '["${env}", "${interpreter}", "-m", "ddpm.main", "--config=configs/dig
 # W&B's other forms of ${args} are none that a command reads
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")
 # by the program: the parameter that is no option
-OWN = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}
+PROGRAMS = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}
 # vary to show the noise; what else tells checkpoints apart,
 REPEATS = ("config.seed", "config.sample.seed", "checkpoint")
-# their runs know: `archive.apart`
+# their runs know: `archive.checkpoint_axes`
 # by program: parameters that decide how grids are drawn, and the one that decides how runs are
 # measured
-GRIDS = {
+MEASURED_BY = {
     "ddpm.main": {
         f"config.sample.{leaf}": f"config.evaluate.{leaf}"
         for leaf in ("sampler", "steps", "spacing", "classes")
@@ -61,9 +61,9 @@ GRIDS = {
     },
 }
 SHORT = {("ddpm.evaluate", "ema"): "config.sample.ema"}  # a flag that is an option
-MANY = 200
+TRY_ALL_UP_TO = 200
 # points of a grid: up to MANY each is tried before the first runs, beyond that each value
-MOST = 10_000
+MAX_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ class Study:
                     f"{name} has no end of values; for a grid give values, or whole numbers as "
                     "min and max"
                 )
-        if math.prod(map(len, lists.values())) > MOST:
+        if math.prod(map(len, lists.values())) > MAX_POINTS:
             raise ValueError(
-                f"the grid has more than {MOST} points; give fewer values, or use method random"
+                f"the grid has more than {MAX_POINTS} points; give fewer values, or use method "
+                "random"
             )
         return [
             dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())
@@ -167,20 +168,20 @@ class Study:
         alike = [
             other
             for other in self.parameters[name][1].get("values", [])
-            if word(name, other) == word(name, value)
+            if folder_word(name, other) == folder_word(name, value)
         ]
-        return word(name, value) + (
+        return folder_word(name, value) + (
             f"-{zlib.crc32(str(value).encode()):08x}" if len(alike) > 1 else ""
         )
 
     def run_name(self, point):
         """The name of a point's folder: what was chosen, `beta_schedule=cosine-seed=0`."""
-        leaves = Counter(key.rpartition(".")[2] for key in KNOBS)
+        leaves = Counter(key.rpartition(".")[2] for key in OPTIONS)
         parts = []
         for name, value in sorted(point.items()):
             option = name.removeprefix("config.")
             leaf = name.rpartition(".")[2]
-            key = "" if name in OWN.values() else f"{leaf if leaves[leaf] == 1 else option}="
+            key = "" if name in PROGRAMS.values() else f"{leaf if leaves[leaf] == 1 else option}="
             parts += (
                 [] if self.parameters[name][0] == "constant" else [key + self.label(name, value)]
             )
@@ -192,9 +193,9 @@ class Study:
         folder, and for a parameter that varies and does not decide how the runs are measured.
         """
         for name in self.varied:
-            if decides := GRIDS[self.program].get(name):
+            if decides := MEASURED_BY[self.program].get(name):
                 once = (
-                    f", or train once and vary it in {MEASURING}"
+                    f", or train once and vary it in {MEASURE_STUDY}"
                     if self.program == "ddpm.main"
                     else ""
                 )
@@ -207,7 +208,7 @@ class Study:
         for name in names:
             if names[name] > 1:
                 raise ValueError(f"two points are both named {name}; is a value given twice?")
-        for point in points if 0 < len(points) <= MANY else self.probes():
+        for point in points if 0 < len(points) <= TRY_ALL_UP_TO else self.probes():
             self.config(point)
 
     def probes(self):
@@ -223,7 +224,7 @@ class Study:
         ]
 
 
-class Plain(yaml.SafeLoader):
+class NoAliasLoader(yaml.SafeLoader):
     """YAML in which everything stands once: by aliases (`*name`) a few lines can unfold to more
     than the memory holds.
     """
@@ -237,7 +238,7 @@ class Plain(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read(path):
+def read_study(path):
     """The study in a file; raises ValueError, one line, for whatever is wrong in it."""
     path = Path(path)
     if not path.is_file():
@@ -246,7 +247,7 @@ def read(path):
             "experiments/schedules.yaml"
         )
     try:
-        study = understood(path, Plain(path.read_text()).get_single_data())
+        study = parse_study(path, NoAliasLoader(path.read_text()).get_single_data())
         study.check()
     except RecursionError:
         raise ValueError(
@@ -267,7 +268,7 @@ def read(path):
     return study
 
 
-def understood(path, given):
+def parse_study(path, given):
     """The Study that a file's content says, its values not yet checked; raises ValueError for
     what says none.
     """
@@ -289,13 +290,13 @@ def understood(path, given):
             raise ValueError(
                 "command gives --workdir; leave it out, since each run has a folder of its own"
             )
-    program = next((word for word in command if word in OWN), None)
+    program = next((word for word in command if word in PROGRAMS), None)
     if program is None or command.count("${args}") != 1:
         raise ValueError(
             f"command starts ddpm.main or ddpm.evaluate with ${{args}} among its words, such as "
             f"{COMMAND}"
         )
-    own = OWN[program]
+    own = PROGRAMS[program]
     if (own in given["parameters"]) == any(
         word.startswith(f"--{own}=") for word in map(str, command)
     ):
@@ -318,7 +319,7 @@ def understood(path, given):
         path,
         check_choice("method", given["method"], ("grid", "random", "bayes")),
         {
-            SHORT.get((program, name), name): distribution(
+            SHORT.get((program, name), name): parse_distribution(
                 program, SHORT.get((program, name), name), said
             )
             for name, said in given["parameters"].items()
@@ -332,11 +333,11 @@ def understood(path, given):
     )
 
 
-def distribution(program, name, said):
+def parse_distribution(program, name, said):
     """(Distribution, its arguments) of a parameter from what the file says of it; raises
     ValueError for what is none.
     """
-    known = [OWN[program], *(f"config.{key}" for key in KNOBS)]
+    known = [PROGRAMS[program], *(f"config.{key}" for key in OPTIONS)]
     if isinstance(said, dict) and "parameters" in said:
         raise ValueError(
             f"{name} holds nested parameters, which reach a run as one word; write "
@@ -344,8 +345,9 @@ def distribution(program, name, said):
         )
     if name not in known:
         raise ValueError(
-            f"unknown parameter {name!r}{suggest(name, known)}; {program} takes {OWN[program]} and "
-            "config.SECTION.OPTION, base() in ddpm/config/defaults.py shows them all"
+            f"unknown parameter {name!r}{suggest(name, known)}; {program} takes "
+            f"{PROGRAMS[program]} and config.SECTION.OPTION; base() in ddpm/config/defaults.py "
+            "shows them all"
         )
     if not isinstance(said, dict):
         raise ValueError(
@@ -394,7 +396,7 @@ def check_type(name, value):
     """Raise a ValueError for a value of another type than the parameter takes, as YAML makes
     them unasked.
     """
-    default = KNOBS.get(name.removeprefix("config."), "")
+    default = OPTIONS.get(name.removeprefix("config."), "")
     takes = {bool: bool, int: int, float: (int, float), str: str, tuple: (list, str)}[type(default)]
     if not isinstance(value, takes) or isinstance(value, bool) != isinstance(default, bool):
         hint = {
@@ -404,7 +406,7 @@ def check_type(name, value):
         raise ValueError(f"{name} is {value!r}; it takes {config_check.KINDS[type(default)]}{hint}")
 
 
-def word(name, value):
+def folder_word(name, value):
     """A value without what a folder's name cannot hold; of a config file or a checkpoint, its
     own name.
     """
@@ -416,7 +418,7 @@ def word(name, value):
     ).strip("_-")
 
 
-def rounded(value, q):
+def quantize(value, q):
     """The multiple of `q` nearest to a value, a whole number if `q` is."""
     return round(value / q) * q if isinstance(q, int) else float(f"{round(value / q) * q:.12g}")
 
@@ -435,15 +437,15 @@ DISTRIBUTIONS = {  # W&B's names and defaults
     ],
     "int_uniform": lambda random, *, min, max: int(random.integers(min, max, endpoint=True)),
     "uniform": lambda random, *, min, max: random.uniform(min, max),
-    "q_uniform": lambda random, *, min, max, q=1: rounded(random.uniform(min, max), q),
+    "q_uniform": lambda random, *, min, max, q=1: quantize(random.uniform(min, max), q),
     "log_uniform_values": lambda random, *, min, max: log_uniform(random, min, max),
-    "q_log_uniform_values": lambda random, *, min, max, q=1: rounded(
+    "q_log_uniform_values": lambda random, *, min, max, q=1: quantize(
         log_uniform(random, min, max), q
     ),
     "normal": lambda random, *, mu=0.0, sigma=1.0: random.normal(mu, sigma),
-    "q_normal": lambda random, *, mu=0.0, sigma=1.0, q=1: rounded(random.normal(mu, sigma), q),
+    "q_normal": lambda random, *, mu=0.0, sigma=1.0, q=1: quantize(random.normal(mu, sigma), q),
     "log_normal": lambda random, *, mu=0.0, sigma=1.0: math.exp(random.normal(mu, sigma)),
-    "q_log_normal": lambda random, *, mu=0.0, sigma=1.0, q=1: rounded(
+    "q_log_normal": lambda random, *, mu=0.0, sigma=1.0, q=1: quantize(
         math.exp(random.normal(mu, sigma)), q
     ),
 }

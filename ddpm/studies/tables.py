@@ -9,7 +9,17 @@ from typing import NamedTuple
 from ddpm.common.registry import quantity
 from ddpm.studies import runs as studies_runs
 from ddpm.studies import statistics
-from ddpm.studies.runs import ASKED, FRECHET, KERNEL, LEARNED, LOSSES, PERFECT, RETIRED, Run, keys
+from ddpm.studies.runs import (
+    FRECHET,
+    KERNEL,
+    LOSSES,
+    NFE,
+    OLD_FLOOR,
+    PERFECT,
+    TRAIN_LOSS,
+    Run,
+    keys,
+)
 from ddpm.studies.statistics import interval, label
 
 
@@ -29,29 +39,29 @@ def columns(groups, parameters):
     """The columns that these groups can fill; `parameters` counts those of a run's network."""
     runs = [run for group in groups for run in group.runs]
     distances = keys(runs, FRECHET) + keys(runs, KERNEL)
-    losses = [key for key in (*LOSSES, LEARNED) if key in keys(runs)]
+    losses = [key for key in (*LOSSES, TRAIN_LOSS) if key in keys(runs)]
     memory = "memory/vram_peak_gib" if "memory/vram_peak_gib" in keys(runs) else "memory/rss_gib"
     found = []
     for table, group in (("distances", distances), ("losses", losses)):
         for key in group:
             found.append(Column(key, label(key), lambda run, key=key: run.final(key), table))
             # in the csv always, to be seen if it differs
-            if key != LEARNED and any(len(run.points(key)) > 1 for run in runs):
+            if key != TRAIN_LOSS and any(len(run.points(key)) > 1 for run in runs):
                 found.append(
                     Column(
                         f"best {key}",
                         f"best {label(key)}",
                         lambda run, key=key: run.best(key),
-                        table if flatters(runs, key) else "",
+                        table if best_differs(runs, key) else "",
                     )
                 )
     for key in keys(runs, "eval/.*"):
-        if key not in distances and not key.endswith(RETIRED):
+        if key not in distances and not key.endswith(OLD_FLOOR):
             known = key in studies_runs.LABELS and (
-                key != ASKED or len({run.final(key) for run in runs}) > 1
+                key != NFE or len({run.final(key) for run in runs}) > 1
             )
             shown = "distances" if known else ""
-            spread = not key.endswith(PERFECT) and key != ASKED
+            spread = not key.endswith(PERFECT) and key != NFE
             found.append(
                 Column(key, label(key), lambda run, key=key: run.final(key), shown, spread)
             )
@@ -76,7 +86,7 @@ def columns(groups, parameters):
     return [column for column in found if any(group.values(column.number) for group in groups)]
 
 
-def flatters(runs, key):
+def best_differs(runs, key):
     """True where the best value of a run is not its last."""
     return any(run.best(key) != run.final(key) for run in runs)
 
@@ -91,7 +101,7 @@ def csv(groups, columns):
         heads += [column.name + end for end in ends]
     lines = [heads]
     for group in groups:
-        cells = [*map(statistics.shown, group.setting.values()), str(seeds(group))]
+        cells = [*map(statistics.option_text, group.setting.values()), str(count_seeds(group))]
         for column in columns:
             values = group.values(column.number).values()
             mean, half = interval(values) if values else (None, None)
@@ -107,13 +117,13 @@ def digits(value):
     return "" if value is None else f"{value:.6g}"
 
 
-def seeds(group):
+def count_seeds(group):
     return len({run.options[group.unit] for run in group.runs})
 
 
-def repeats(groups):
+def seeds_in_words(groups):
     """How many seeds the groups have, `5 seeds` or `4 to 5 seeds`."""
-    counts = sorted({seeds(group) for group in groups})
+    counts = sorted({count_seeds(group) for group in groups})
     return f"{f'{counts[0]} to ' if counts[1:] else ''}{quantity(counts[-1], 'seed')}"
 
 
@@ -132,8 +142,8 @@ def table(groups, columns):
         rows.append(
             [str(group.row)] * numbered
             + [
-                *map(statistics.shown, group.setting.values()),
-                str(seeds(group)),
+                *map(statistics.option_text, group.setting.values()),
+                str(count_seeds(group)),
                 *(cell(group.values(column.number).values(), column.spread) for column in columns),
             ]
         )

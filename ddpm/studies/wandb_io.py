@@ -24,7 +24,7 @@ def download(path, folder):
         found = api.sweep(path).runs if path.count("/") == 2 else api.runs(path)
         for run in found:
             name = re.sub("[^A-Za-z0-9_.=+-]+", "_", run.name).removesuffix(f"-{run.id}")
-            keep_wandb(
+            write_run_folder(
                 run,
                 Path(folder, f"{name}-{run.id}"),
             )
@@ -37,7 +37,7 @@ def download(path, folder):
         raise ValueError(f"{path} has no runs of ddpm yet")
 
 
-def keep_wandb(run, folder):
+def write_run_folder(run, folder):
     """Write a run of W&B's public API as a run folder; one that is not of ddpm stays without a
     config.json.
     """

@@ -360,7 +360,7 @@ def yaml(edits, folder):
     """A damaged study is read, or refused in one line."""
     (folder / "study.yaml").write_bytes(mutated(STUDY, edits))
     try:
-        study.read(folder / "study.yaml")
+        study.read_study(folder / "study.yaml")
         return True
     except ValueError as error:
         return not one_line_with_remedy(errors.one_line(error))

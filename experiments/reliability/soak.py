@@ -413,7 +413,7 @@ def curves(rows):
             [row["seconds"] / 60 for row in mine],
             [row[key] for row in mine],
             label=key.replace("_", " "),
-            **figures.look(number),
+            **figures.line_style(number),
         )
     memory.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, None))
     counts.set(xlabel="minutes", ylabel="of steady and its children", ylim=(0, None))

@@ -264,7 +264,7 @@ def write_digits(folder):
 def how(size):
     """What the report says of how it was made."""
     extractor, reference = measure()
-    perfect, deviation = distances.chance(reference, size.samples)
+    perfect, deviation = distances.fid_of_reference_resample(reference, size.samples)
     given = defaults.freeze(defaults.base())
     return {
         "commit": commit(),
@@ -344,12 +344,12 @@ def curves(rows, made):
         [one["fd_digits"] for one in theirs.values()],
         marker=figures.MARKERS[1],
         label="denoising-diffusion-pytorch, one run",
-        **figures.look(1),
+        **figures.line_style(1),
     )
     axis.plot(
         *([averaged(runs, key) for runs in mine.values()] for key in ("cpu_seconds", "fd_digits")),
         label=f"{OURS}, mean of runs of each length",
-        **figures.look(0),
+        **figures.line_style(0),
     )
     every = [one for runs in mine.values() for one in runs]
     axis.plot(

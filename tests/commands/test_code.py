@@ -99,7 +99,7 @@ def test_a_run_records_every_code_that_trained_it(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(tracker, "commit", lambda: "76423dd with changes 01234567")
     assert run(tiny(**given, train__length="4 steps", train__resume_from=str(folder)), elsewhere)
-    assert runs.read(elsewhere).code == ("0494cba", "76423dd with changes 01234567")
+    assert runs.read_run(elsewhere).code == ("0494cba", "76423dd with changes 01234567")
     monkeypatch.setattr(tracker, "commit", lambda: "")  # no git: what was recorded stays
     assert (
         run(tiny(**given, train__length="5 steps"), elsewhere)

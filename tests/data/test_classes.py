@@ -244,7 +244,7 @@ def test_classes_and_guidance_at_the_commands(trained, tmp_path):
 
 def test_the_measure_of_some_classes_is_against_those(trained):
     numbers = evaluate(trained, "cpu", **{"evaluate.classes": ("3", 5), "sample.guidance": 2.0})
-    made = compatibility.made(numbers["eval/protocol"])
+    made = compatibility.parse_protocol(numbers["eval/protocol"])
     labels = build.dataset(tiny()).labels
     assert made["images"] == str(sum(label in (3, 5) for label in labels))
     assert made["guidance"] == "2.0" and made["classes"] == "3, 5" and made["seed"] == "0"

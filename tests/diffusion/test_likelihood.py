@@ -366,13 +366,13 @@ def test_bits_made_in_different_ways_do_not_compare():
         )
 
     text = "bits/dim of {} held-out images of 0123456789ab under the EMA weights, by {} evaluations".format
-    compatibility.check_made([measured(text(9, 100)), measured(text(9, 100))], [])
+    compatibility.check_same_protocol([measured(text(9, 100)), measured(text(9, 100))], [])
     with pytest.raises(ValueError, match="likelihood_images is 9 .* in a; 8 .* in a"):
-        compatibility.check_made([measured(text(9, 100)), measured(text(8, 100))], [])
+        compatibility.check_same_protocol([measured(text(9, 100)), measured(text(8, 100))], [])
     with pytest.raises(ValueError, match="evaluations is 100 in a; 40 in a"):
-        compatibility.check_made(
+        compatibility.check_same_protocol(
             [measured(text(9, 100)), measured(text(9, 40))], ["diffusion.timesteps"]
         )
-    compatibility.check_made(
+    compatibility.check_same_protocol(
         [measured(text(9, 100)), measured(text(9, 40))], ["evaluate.likelihood_evaluations"]
     )

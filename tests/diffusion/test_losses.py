@@ -556,5 +556,5 @@ def test_weights_and_runs_of_before_keep_the_sigmoid_they_learned_under(tmp_path
         )
     )
     assert len(kept) == 9 and {
-        runs.read(folder).options["diffusion.weighting"] for folder in kept
+        runs.read_run(folder).options["diffusion.weighting"] for folder in kept
     } == {"sigmoid_eps"}

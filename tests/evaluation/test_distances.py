@@ -734,8 +734,8 @@ def test_a_scorer_says_what_its_numbers_rest_on(digits, tmp_path, monkeypatch):
         "distance"
     )
     assert (
-        compatibility.made(score.protocol)["images"] == "60"
-        and compatibility.made(score.protocol)["kept"] == "20"
+        compatibility.parse_protocol(score.protocol)["images"] == "60"
+        and compatibility.parse_protocol(score.protocol)["kept"] == "20"
     )
     pixels = torch.stack([images[k] for k in range(16)])
     numbers, _ = score(lambda seeds, recipe: iter([(seeds, pixels)]))

@@ -287,7 +287,7 @@ def test_one_command_reports_a_study_that_agents_ran(desk, study):
     assert (desk.folder / "asked" / "samples.png").is_file()
     for one in desk.runs_of(study):
         mine, kept = (
-            studies_runs.read(folder)
+            studies_runs.read_run(folder)
             for folder in (desk.folder_of(one), *desk.folder.glob(f"asked/runs/*-{one.id}"))
         )
         assert (kept.name, kept.options, kept.rows, kept.grid.name) == (

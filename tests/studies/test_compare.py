@@ -25,7 +25,7 @@ from ddpm.studies import compatibility, figures, report, statistics, tables
 from ddpm.studies import runs as studies_runs
 from ddpm.studies import study as studies_study
 from ddpm.studies.archive import compare
-from ddpm.studies.wandb_io import keep_wandb
+from ddpm.studies.wandb_io import write_run_folder
 from support.runs import DONE, TINY, run, written
 from support.wandb_server import Run, Sweep
 from support.wandb_server import server as server
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     (home / "experiments" / "schedules.yaml").write_text(STUDY.format(config=home / "tiny.py"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_CACHE", str(home / "cache"))
-        wanted = studies_study.read(home / "experiments" / "schedules.yaml")
+        wanted = studies_study.read_study(home / "experiments" / "schedules.yaml")
         for point in wanted.grid():
             assert run(wanted.config(point), home / wanted.folder() / wanted.run_name(point))
     return home
@@ -199,7 +199,7 @@ def test_distances_of_which_some_rest_on_fewer_images_do_not_mix_with_those_that
 ):
     """Until 2026-11 all numbers of a large data set rested on 50,000 of its images."""
     runs = arms(tmp_path, {"cosine": 5.0, "linear": 6.0}, 3)
-    assert compatibility.made(runs[0].rows[0]["eval/protocol"])["images"] == "9"
+    assert compatibility.parse_protocol(runs[0].rows[0]["eval/protocol"])["images"] == "9"
     other = runs[0].rows[0]["eval/protocol"] + ", by 5 of them except for the Frechet distance"
     with pytest.raises(ValueError, match="kept is 5 in .*; something else in "):
         statistics.compare(
@@ -404,15 +404,15 @@ def test_curves_have_bands_where_seeds_show_the_noise(tmp_path, seeds):
     ]
     found = statistics.compare(runs)
     bands = [len(axis.collections) for axis in figures.curves(found.groups, ["eval/fid"]).axes]
-    assert set(bands) == {2 if seeds >= studies_runs.FEWEST else 0}
+    assert set(bands) == {2 if seeds >= studies_runs.MIN_SEEDS else 0}
     (caption,) = (words for name, words, _ in figures.draw(found) if name == "curves.pdf")
-    assert ("from 3 seeds on" in caption) is (seeds < studies_runs.FEWEST)
+    assert ("from 3 seeds on" in caption) is (seeds < studies_runs.MIN_SEEDS)
 
 
 def test_titles_of_samples_keep_off_the_edge(tmp_path):
     run = written(tmp_path, "a", {}, [DONE | {"eval/fid": 1.0}])
     Image.new("L", (40, 40)).save(tmp_path / "step_00000012.png")
-    group = statistics.grouped(
+    group = statistics.group_runs(
         [dataclasses.replace(run, grid=tmp_path / "step_00000012.png")], ["seed"]
     )
     figure = figures.samples(group, 0)
@@ -663,7 +663,7 @@ class Foreign:
     ],
 )
 def test_a_server_names_no_file_outside_its_folder(path, step, tmp_path, capsys):
-    keep_wandb(Foreign(path, step), tmp_path / "run")
+    write_run_folder(Foreign(path, step), tmp_path / "run")
     assert capsys.readouterr().out.startswith(
         "left out: the samples of run, which W&B does not keep at "
     )
@@ -680,7 +680,7 @@ def test_how_a_number_was_made_is_told_by_words(tmp_path):
     with pytest.raises(ValueError, match="do not compare: eval/protocol is a in 0; 5 in 1"):
         compare(str(tmp_path))
     nearly = "a; 1 samples of the b weights in c; " + "d, 1 steps, " * 9000
-    assert compatibility.made(nearly) == {"eval/protocol": nearly}
+    assert compatibility.parse_protocol(nearly) == {"eval/protocol": nearly}
 
 
 def test_numbers_made_in_different_ways_are_refused(here):
@@ -713,7 +713,7 @@ def test_a_study_over_how_trainings_are_measured(tmp_path, monkeypatch):
         "config.evaluate.steps: {{values: [2, 5]}}",
     ).replace("[0, 1, 2]", "[3]")
     Path("steps.yaml").write_text(text.format(config="tiny.py"))
-    wanted = studies_study.read("steps.yaml")
+    wanted = studies_study.read_study("steps.yaml")
     for point in wanted.grid():
         assert run(wanted.config(point), wanted.folder() / wanted.run_name(point))
     found = compare("steps.yaml", out="report")
@@ -803,7 +803,7 @@ def test_a_study_that_varies_the_config_file(here):
         "config: {{values: [{config}, '{config}:wide']}}",
     ).replace('"--config={config}", ', "")
     (here / "experiments" / "widths.yaml").write_text(text.format(config=here / "tiny.py"))
-    wanted = studies_study.read("experiments/widths.yaml")
+    wanted = studies_study.read_study("experiments/widths.yaml")
     for name, channels in (("tiny", 8), ("tiny-wide", 16)):
         for seed in range(3):
             # one has not the sweep's name
@@ -870,7 +870,7 @@ def test_checkpoints_of_one_training_are_settings(here, trained):
                 }
             )
         )
-        wanted = studies_study.read(name)
+        wanted = studies_study.read_study(name)
         for point in wanted.grid():
             folder = wanted.folder() / wanted.run_name(point)
             evaluate(trained / point["checkpoint"], workdir=folder)
@@ -941,8 +941,8 @@ def test_runs_on_a_server(here, server):
 
     run_ddpm("main", "--config=tiny.py", "--config.wandb.mode=online", "--workdir=runs/mine")
     assert "Answer: There is only one setting" in run_ddpm("compare", "me/ddpm", "--out=report")
-    (kept,) = map(studies_runs.read, Path("report", "runs").iterdir())
-    mine = studies_runs.read("runs/mine")
+    (kept,) = map(studies_runs.read_run, Path("report", "runs").iterdir())
+    mine = studies_runs.read_run("runs/mine")
     assert kept.options == mine.options and kept.rows == mine.rows and kept.name.startswith("mine-")
     assert np.array_equal(*(np.asarray(Image.open(run.grid)) for run in (kept, mine)))
 

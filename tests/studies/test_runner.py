@@ -20,16 +20,16 @@ from ddpm.common import errors as common_errors
 from ddpm.config import files
 from ddpm.studies import runs as studies_runs
 from ddpm.studies.runner import (
-    Children,
     Record,
+    RunPool,
     Trial,
     check_comparable,
     result_of,
     sweep,
     trial_of,
 )
-from ddpm.studies.search import bayes, chosen
-from ddpm.studies.study import read
+from ddpm.studies.search import bayes_points, choose_points
+from ddpm.studies.study import read_study
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [
@@ -58,7 +58,7 @@ def study(folder, parameters, **said):
     constants = {name: {"value": value} for name, value in TINY.items()}
     said = {"method": "grid", "command": TRAIN, "metric": {"name": "val/loss_ema"}} | said
     path.write_text(yaml.safe_dump(said | {"parameters": constants | parameters}))
-    return read(path)
+    return read_study(path)
 
 
 def run_ddpm(folder, *flags, **options):
@@ -305,7 +305,7 @@ def test_a_checkpoint_to_measure_has_to_be_there(tmp_path):
         )
     )
     with pytest.raises(ValueError, match="runs/nowhere is neither a file nor a run folder"):
-        sweep(read(path), tmp_path / "runs")
+        sweep(read_study(path), tmp_path / "runs")
 
 
 RATE = {"distribution": "log_uniform_values", "min": 1.0e-5, "max": 1.0e-1}
@@ -313,11 +313,14 @@ RATE = {"distribution": "log_uniform_values", "min": 1.0e-5, "max": 1.0e-1}
 
 def test_random_draws_repeat(tmp_path):
     asked = study(tmp_path, {"config.train.learning_rate": RATE}, method="random")
-    points = chosen(asked, 5, 0, None)
-    assert chosen(asked, 3, 0, None) == points[:3] and chosen(asked, 5, 1, None)[0] != points[0]
+    points = choose_points(asked, 5, 0, None)
+    assert (
+        choose_points(asked, 3, 0, None) == points[:3]
+        and choose_points(asked, 5, 1, None)[0] != points[0]
+    )
     assert all(1e-5 <= point["config.train.learning_rate"] <= 1e-1 for point in points)
     few = study(tmp_path, {"config.seed": {"values": [0, 1]}}, method="random")
-    assert len(chosen(few, 20, 0, None)) == 2  # each point once
+    assert len(choose_points(few, 20, 0, None)) == 2  # each point once
 
 
 def played(asked, folder, count, seed=0):
@@ -327,7 +330,7 @@ def played(asked, folder, count, seed=0):
     folder.mkdir(exist_ok=True)
     record = Record(folder)
     results = []
-    for point in bayes(asked, count, seed, record):
+    for point in bayes_points(asked, count, seed, record):
         results.append(
             abs(math.log10(point["config.train.learning_rate"]) + 3)
             + 2 * (point["config.diffusion.beta_schedule"] == "linear")
@@ -368,13 +371,13 @@ def test_bayes_runs_what_it_chose_and_goes_on_with_more(tmp_path, capsys):
     folder = asked.folder(tmp_path / "runs")
     assert sweep(asked, folder, count=1) == common_errors.DONE
     first = Record(folder).runs
-    expected = list(bayes(asked, 2, 0, Record(folder)))
+    expected = list(bayes_points(asked, 2, 0, Record(folder)))
     assert sweep(asked, folder, count=2) == common_errors.DONE
     assert "2 of 2 runs are done, 1 of them before" in capsys.readouterr().out
     runs = Record(folder).runs
     assert first.items() < runs.items() and [kept["point"] for kept in runs.values()] == expected
     for name, kept in runs.items():
-        run = studies_runs.read(folder / name)
+        run = studies_runs.read_run(folder / name)
         assert kept["result"] == run.final("val/loss_ema") is not None
         assert run.options["train.learning_rate"] == kept["point"]["config.train.learning_rate"]
 
@@ -391,7 +394,7 @@ def test_bayes_takes_failed_runs_as_the_worst(searched, tmp_path):
         record.put(
             trial, *((common_errors.DONE, -rate) if rate < 1e-3 else (common_errors.DIVERGED, None))
         )
-    chosen_next = list(bayes(searched, 25, 0, record))[-1]
+    chosen_next = list(bayes_points(searched, 25, 0, record))[-1]
     assert chosen_next["config.train.learning_rate"] < 1e-2
 
 
@@ -423,12 +426,12 @@ def test_runs_share_cores_and_a_group(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     asked = study(tmp_path, {"config.seed": {"values": [0]}})
     cores = len(os.sched_getaffinity(0))
-    assert Children(asked, tmp_path, 1).environment["OMP_NUM_THREADS"] == str(cores)
-    assert Children(asked, tmp_path, 2 * cores).environment["OMP_NUM_THREADS"] == "1"
-    assert Children(asked, tmp_path, 1).environment["WANDB_RUN_GROUP"] == "asked"
+    assert RunPool(asked, tmp_path, 1).environment["OMP_NUM_THREADS"] == str(cores)
+    assert RunPool(asked, tmp_path, 2 * cores).environment["OMP_NUM_THREADS"] == "1"
+    assert RunPool(asked, tmp_path, 1).environment["WANDB_RUN_GROUP"] == "asked"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
-    assert {"OMP_NUM_THREADS": "3", "WANDB_RUN_GROUP": "mine"}.items() <= Children(
+    assert {"OMP_NUM_THREADS": "3", "WANDB_RUN_GROUP": "mine"}.items() <= RunPool(
         asked, tmp_path, 1
     ).environment.items()
 

@@ -8,7 +8,7 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from ddpm.common import rng
-from ddpm.studies.study import DISTRIBUTIONS, read
+from ddpm.studies.study import DISTRIBUTIONS, read_study
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [
@@ -31,7 +31,7 @@ def study(tmp_path):
         path.write_text(
             yaml.safe_dump({"method": "grid", "command": TRAIN, "parameters": parameters} | said)
         )
-        return read(path)
+        return read_study(path)
 
     return make
 
@@ -51,15 +51,15 @@ def here(monkeypatch):
     ],
 )
 def test_committed_studies(here, name, axes, seeds, runs):
-    study = read(f"experiments/{name}.yaml")
+    study = read_study(f"experiments/{name}.yaml")
     assert (study.name, study.axes, len(study.grid())) == (name, axes, runs)
     assert len(study.values("checkpoint" if name == "samplers" else "config.seed")) == seeds
     assert study.description and study.metric == ("eval/fd_digits", "minimize")
 
 
 def test_samplers_measures_runs_of_schedules(here):
-    schedules = read("experiments/schedules.yaml")
-    samplers = read("experiments/samplers.yaml")
+    schedules = read_study("experiments/schedules.yaml")
+    samplers = read_study("experiments/samplers.yaml")
     folders = {str(schedules.folder() / schedules.run_name(point)) for point in schedules.grid()}
     assert set(samplers.values("checkpoint")) <= folders
 
@@ -304,7 +304,7 @@ def test_mistakes_around_them_are_one_line(study, said, line):
 
 def test_a_file_that_is_none(tmp_path):
     with pytest.raises(ValueError, match="there is no study"):
-        read(tmp_path / "nowhere.yaml")
+        read_study(tmp_path / "nowhere.yaml")
     wrong = {
         "method: [grid\nparameters: {": "asked.yaml, line 2",
         "a word": "method is missing",
@@ -313,7 +313,7 @@ def test_a_file_that_is_none(tmp_path):
     for text, said in wrong.items():
         (tmp_path / "asked.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):
-            read(tmp_path / "asked.yaml")
+            read_study(tmp_path / "asked.yaml")
 
 
 def test_a_file_that_would_fill_the_memory(tmp_path):
@@ -333,7 +333,7 @@ def test_a_file_that_would_fill_the_memory(tmp_path):
     }.items():
         (tmp_path / "asked.yaml").write_text(text)
         with pytest.raises(ValueError, match=said) as error:
-            read(tmp_path / "asked.yaml")
+            read_study(tmp_path / "asked.yaml")
         assert "\n" not in str(error.value)
 
 

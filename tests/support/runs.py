@@ -105,4 +105,4 @@ def written(folder, name, options, rows):
     folder.mkdir(parents=True)
     files.write(tiny(**options), folder)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return studies_runs.read(folder)
+    return studies_runs.read_run(folder)
