@@ -1,6 +1,12 @@
-"""Packaging of `ddpm`; console use is `python -m ddpm.main` and its sister commands."""
+"""Packaging of `ddpm`: its requirements, and the program `ddpm` of ddpm/__main__.py."""
+
+import re
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+INIT = Path(__file__).with_name("ddpm") / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text(), re.MULTILINE)[1]
 
 STUDY = [  # to run, compare and show studies
     "matplotlib>=3.8",
@@ -19,11 +25,12 @@ BENCH = [  # what the benchmarks stand beside
 
 setup(
     name="ddpm",
-    version="0.1.0",
+    version=VERSION,
     description="An experiment-tracked workbench for denoising diffusion models of images",
     python_requires=">=3.10",
     packages=find_packages(include=["ddpm", "ddpm.*"]),
     package_data={"ddpm.evaluation": ["assets/*"]},
+    entry_points={"console_scripts": ["ddpm = ddpm.__main__:main"]},
     install_requires=[
         "torch>=2.7",
         "torchvision>=0.22",

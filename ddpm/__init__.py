@@ -1,12 +1,14 @@
 """A research workbench for denoising diffusion models of images: train, draw, measure and compare.
 
-Commands are started as `python -m ddpm.NAME`; `python -m ddpm` lists them. From Python,
+The program `ddpm`, or `python -m ddpm`, lists the commands; each is a module too. From Python,
 `ddpm.main.train_experiment` trains, `ddpm.generate.generate_images` and `edit_images` draw,
 `ddpm.evaluate.evaluate` measures, and `ddpm.compare.compare` compares.
 """
 
 import importlib
 import sys
+
+__version__ = "0.2.0"
 
 PUBLIC = {  # imported when first used: torch takes seconds
     "UNet": "ddpm.models.unet",

@@ -397,9 +397,11 @@ def started(*words, cwd, wrapper=("-m",)):
     )
 
 
-@pytest.mark.parametrize("name, code", [("plan", 130), ("main", 75)])
-def test_a_command_is_interrupted_while_it_imports(name, code, tmp_path):
-    process = started(f"ddpm.{name}", "--config=none.py", cwd=tmp_path)
+@pytest.mark.parametrize(
+    "words, code", [(["ddpm.plan"], 130), (["ddpm.main"], 75), (["ddpm", "train"], 75)]
+)
+def test_a_command_is_interrupted_while_it_imports(words, code, tmp_path):
+    process = started(*words, "--config=none.py", cwd=tmp_path)
     while b"torch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import ddpm
 from ddpm.common.files import lock_folder
 from ddpm.evaluate import evaluate, four_digits
 from ddpm.generate import generate_images
@@ -256,19 +254,6 @@ def test_sample_draws_the_grid_that_generate_draws(trained, tmp_path):
     assert np.array_equal(
         np.asarray(Image.open(tmp_path / "grid.png")), np.asarray(Image.open(drawn))
     )
-
-
-def test_the_package_lists_its_commands():
-    done = subprocess.run([sys.executable, "-m", "ddpm"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr
-    listed = re.findall(r"python -m ddpm\.(\w+) +(\S.+)", done.stdout)
-    runnable = {
-        path.stem
-        for path in (ROOT / "ddpm").glob("*.py")
-        if "flags.run_command(" in path.read_text()
-    }
-    assert {name for name, _ in listed} == runnable and all(len(words) > 10 for _, words in listed)
-    assert "train" in ddpm.__doc__ and "python -m ddpm" in ddpm.__doc__
 
 
 @pytest.mark.parametrize(
