@@ -35,6 +35,7 @@ from ddpm.generate import edit_images, generate_images, wrote
 from ddpm.main import train_experiment
 from ddpm.sample import sample_from_checkpoint
 from ddpm.training import checkpoint
+from support.documents import DOCUMENTS, commands
 from support.runs import run, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -615,6 +616,20 @@ def test_help_fits_two_screens_and_says_where_all_options_are(answers):
     )
 
 
+def test_the_documents_give_flags_that_exist(answers):
+    said, _ = answers
+    for document, name, arguments in commands():
+        for argument in arguments:
+            flag = re.match(r"--(\w+)", argument)
+            if flag and not name.endswith(".py") and flag[1] not in ("help", "helpfull"):
+                text = said[f"{'main' if name == 'train' else name} --help"][1]
+                assert f"--{flag[1]}  (" in text or flag[1] == "config" in text, (
+                    document,
+                    name,
+                    argument,
+                )
+
+
 def test_a_training_names_its_config_in_a_line(tmp_path, capsys):
     assert train_experiment(tiny(train__length="1 step"), tmp_path / "run") == 0
     out = capsys.readouterr().out
@@ -679,10 +694,10 @@ def test_one_of_a_thing_is_named_as_one(tmp_path):
         source.class_numbers(("owl",), ("cat", "dog"))
     assert quantity(1, "image") == "1 image" and quantity(1200, "image") == "1,200 images"
     ignored = (ROOT / ".gitignore").read_text().splitlines()
-    told = re.findall(r"--out=([\w-]+)", (ROOT / "README.md").read_text())
-    assert "doctor" in told and all(
-        f"/{name}/" in ignored for name in told if name not in ("DIR", "runs")
-    ), told
+    documents = "".join(document.read_text() for document in DOCUMENTS)
+    told = re.findall(r"--out=([\w-]+)", documents)
+    assert {"doctor", "samples", "cats128-pipeline"} <= set(told)
+    assert all(f"/{name}/" in ignored for name in told if name not in ("DIR", "runs")), told
 
 
 def test_a_second_ctrl_c_ends_at_once_and_what_nohup_ignores_stays_ignored():

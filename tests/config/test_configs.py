@@ -23,6 +23,7 @@ from ddpm.sampling import formats
 from support.configs import FILES, module_of
 from support.runs import TINY, rows, run, tiny
 
+ROOT = Path(__file__).parents[2]
 RECIPES = [
     (path, variant)
     for path in FILES
@@ -74,11 +75,11 @@ def test_an_unknown_variant_is_refused(path):
         module_of(path).get_config("no_such_variant")
 
 
-def test_the_readme_documents_every_entry_as_it_can_be_written():
+def test_the_documents_have_every_entry_as_it_can_be_written():
     documented = {}
     option = ""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for line in readme.partition("### What can be compared")[2].splitlines():
+    readme = (ROOT / "configs" / "README.md").read_text()
+    for line in readme.partition("## What can be compared\n")[2].splitlines():
         if line.startswith("#"):
             break
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
@@ -94,10 +95,13 @@ def test_the_readme_documents_every_entry_as_it_can_be_written():
             registry.resolve(option, table, text)
         assert {registry.parse(text)[0] for text in documented[option]} == set(table), option
     assert set(documented["diffusion.variance"]) == set(VARIANCES)
-    for heading, entries in (("--edit", list(EDITS)), ("evaluate.likelihood", ["bound", "flow"])):
-        lines = re.search(rf"^\| `{heading}` .*\n\|[-|]+\n((?:\|.*\n)+)", readme, re.MULTILINE)[
-            1
-        ].splitlines()
+    for file, heading, entries in (
+        ("docs/sampling.md", "--edit", list(EDITS)),
+        ("experiments/README.md", "evaluate.likelihood", ["bound", "flow"]),
+    ):
+        text = (ROOT / file).read_text()
+        table = re.search(rf"^\| `{heading}` .*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+        lines = table[1].splitlines()
         assert [registry.parse(line.split("`")[1])[0] for line in lines] == entries
         assert all(re.search(r" 20\d\d\b", line) for line in lines), heading  # the year of a paper
 

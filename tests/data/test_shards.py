@@ -63,7 +63,7 @@ def photos(tmp_path):
 
 
 def write(streaming, photos, out, **options):
-    """What the README says, with small shards."""
+    """What docs/data.md says, with small shards."""
     files = sorted(path for path in photos.rglob("*.*"))
     with streaming.MDSWriter(
         out=str(out), columns={"image": "bytes", "label": "str"}, size_limit=20_000, **options
@@ -109,8 +109,9 @@ def test_shards_hold_the_images_of_the_folder_in_any_order(
             ]
 
 
-def test_the_readme_writes_shards_that_can_be_read(streaming, photos, tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n([^`]*MDSWriter[^`]*)```", (ROOT / "README.md").read_text())
+def test_the_document_writes_shards_that_can_be_read(streaming, photos, tmp_path, monkeypatch):
+    document = (ROOT / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*MDSWriter[^`]*)```", document)
     (tmp_path / "data").mkdir()
     photos.rename(tmp_path / "data" / "cats")
     monkeypatch.chdir(tmp_path)

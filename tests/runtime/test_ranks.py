@@ -237,8 +237,10 @@ FAKES = {  # of Slurm, on one node of two tasks; and of the training, which save
 
 
 def test_the_slurm_script_saves_when_told_and_queues_itself_again(tmp_path):
-    readme = Path(__file__).parents[2] / "README.md"
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", readme.read_text(), re.DOTALL)
+    document = Path(__file__).parents[2] / "docs" / "many_gpus.md"
+    (script,) = re.findall(
+        r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", document.read_text(), re.DOTALL
+    )
     for name, lines in FAKES.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
         (tmp_path / name).chmod(0o755)
