@@ -4,9 +4,10 @@ less.
 `--config=configs/cats128.py:small` picks a variant. The photos lie in data/cats; other places by
 `--config.data.source="folder(path='...')"`.
 
-Planned by ddpm.plan, not measured on a GPU: in bf16, two images at a time, it takes 6.4 GiB, and so
-fits into 8 GB (RTX 4070 Laptop). With 12 GB (RTX 4070) all eight fit at a time, which is faster:
---config.train.gradient_accumulation_steps=1.
+Estimated by ddpm.plan, not measured on a GPU: in bf16, two images at a time need 6.33 GiB and fit
+into 8 GB. Four at a time need 7.64 GiB and fit if nothing else uses the GPU, not even a display:
+--config.train.gradient_accumulation_steps=2. With 12 GB all eight fit at a time (9.44 GiB):
+--config.train.gradient_accumulation_steps=1. Fewer parts are faster.
 """
 
 from ddpm.config.defaults import base, with_variant
