@@ -22,7 +22,7 @@ from ddpm.config import flags as config_flags
 from ddpm.config.check import RANGES
 from ddpm.config.defaults import base
 from ddpm.data import decode, duplicates, folder, inspect, order, source
-from ddpm.data.contact_sheet import COLUMNS, Cell, sheet
+from ddpm.data.contact_sheet import COLUMNS, Cell, draw_sheet
 from ddpm.sampling import formats
 
 IMBALANCE = 10  # times as many images in the largest class as in the smallest
@@ -35,7 +35,7 @@ def diagnose(path, image_size, fraction):
 
     Raises ValueError where there is no such folder.
     """
-    found = folder.survey(path)
+    found = folder.scan_folder(path)
     faults = found.faults(image_size)
     kept = [number for number, fault in enumerate(faults) if not fault]
     names = [found.names[k] for k in kept]
@@ -48,11 +48,11 @@ def diagnose(path, image_size, fraction):
         name: 1 - min(one.width, one.height) / max(one.width, one.height)
         for name, one in zip(names, facts, strict=True)
     }
-    unread = found.unread()
+    unread = found.unreadable_pictures()
     unnamed = {
         name: form
-        for name in found.others
-        if name not in unread and (form := inspect.format_in(found.root / name))
+        for name in found.other_names
+        if name not in unread and (form := inspect.format_of(found.root / name))
     }
     alike = duplicates.near_duplicates(found.root, facts)
     held_out = order.split(len(kept), fraction, 0)[1]
@@ -82,8 +82,8 @@ def diagnose(path, image_size, fraction):
             if fault in faults
         },
         "near_duplicates": [[names[k] for k in group] for group in alike],
-        "across": duplicates.across(alike, held_out),
-        "one_colour": named(lambda _, one: one.blank),
+        "across": duplicates.split_leakage(alike, held_out),
+        "one_colour": named(lambda _, one: one.one_colour),
         "turned": named(lambda _, one: one.orientation != 1),
         "transparent": named(lambda _, one: one.transparent),
         "cmyk": named(lambda _, one: one.mode == "CMYK"),
@@ -98,11 +98,11 @@ def diagnose(path, image_size, fraction):
             name: one.profile for name, one in zip(names, facts, strict=True) if one.profile
         },
         "unread_profile": named(lambda _, one: one.unread_profile),
-        "dark": found.dark(image_size),
+        "dark": found.dark_images(image_size),
         "unread": unread,
         "remarks": found.remarks(image_size),
-        "not_read": found.strangers(),
-        "no_pictures": found.strangers(but={*unread, *unnamed}),
+        "not_read": found.other_files(),
+        "no_pictures": found.other_files(but={*unread, *unnamed}),
         "cropped_away": dict(sorted(lost.items(), key=lambda item: -item[1])),
         "classes": {name: counts[number] for number, name in enumerate(classes)} if classes else {},
     }
@@ -116,7 +116,7 @@ def verdict(report):
     faults = [fault for fault, names in report["left_out"].items() for _ in names]
     not_fit, warnings = folder.fitness(report["kept"], report["files"], faults)
     if not report["files"]:
-        not_fit = [folder.no_image(report["folder"], report["not_read"])]
+        not_fit = [folder.no_images_message(report["folder"], report["not_read"])]
     if report["across"]:
         warnings.append(
             f"{report['across']:,} of {len(report['held_out']):,} held-out images have a "
@@ -146,11 +146,11 @@ def verdict(report):
     return {"not_fit": not_fit, "warnings": warnings}
 
 
-def lines_of(report):
+def report_lines(report):
     """The report in one screen of text."""
 
     def some(found, most=3):
-        return f"{len(found):,}: {source.shortened(list(found), most)}" if found else ""
+        return f"{len(found):,}: {source.shorten(list(found), most)}" if found else ""
 
     advice = folder.verdict(report["not_fit"], report["warnings"])
     if not report["files"]:
@@ -177,7 +177,7 @@ def lines_of(report):
             (
                 "cropped away",
                 f"{statistics.median(lost.values()):.0%} of the pixels in the median, at most "
-                f"{lost[worst]:.0%}: {source.shortened([worst])}",
+                f"{lost[worst]:.0%}: {source.shorten([worst])}",
             )
         )
     left_out = {fault: list(names) for fault, names in report["left_out"].items()}
@@ -194,7 +194,7 @@ def lines_of(report):
             (
                 "near-duplicates",
                 f"{sum(map(len, groups)):,} images in {quantity(len(groups), 'group')}, such as "
-                f"{source.shortened(groups[0], 3)}",
+                f"{source.shorten(groups[0], 3)}",
             )
         )
     misnamed = [f"{name} ({form})" for name, form in report["misnamed"].items()]
@@ -221,7 +221,7 @@ def lines_of(report):
         (
             "classes",
             f"{len(report['classes'])}: "
-            + source.shortened(
+            + source.shorten(
                 [
                     f"{name} ({count:,})"
                     for name, count in sorted(report["classes"].items(), key=lambda item: -item[1])
@@ -235,7 +235,7 @@ def lines_of(report):
     size = report["image_size"]
     files = quantity(report["files"], "image")
     yield (
-        f"{source.shortened([report['folder']])}: {report['kept']:,} of {files} can be learned "
+        f"{source.shorten([report['folder']])}: {report['kept']:,} of {files} can be learned "
         f"from at {size}x{size}, {len(report['held_out']):,} of them held out\n"
     )
     width = 2 + max(len(name) for name, _ in rows)
@@ -245,12 +245,12 @@ def lines_of(report):
     if not report["not_fit"]:
         enough = (
             "enough that copies are rare"
-            if report["kept"] >= folder.ENOUGH
+            if report["kept"] >= folder.MANY_IMAGES
             else "enough to begin with"
         )
         yield (
             f"fit to train on: {report['kept']:,} images are {enough}"
-            if report["kept"] >= folder.FEW
+            if report["kept"] >= folder.FEW_IMAGES
             else "fit to train on"
         )
 
@@ -269,17 +269,17 @@ def contact_sheet(report, matte):
             picture = pixels.picture(
                 formats.channels_last(decode.decode_file(root / name, size, 3, matte)[None])[0]
             )
-        except decode.Refused as refused:
+        except decode.UnreadableImage as refused:
             picture = refused.fault
-        return Cell(picture, source.shortened([name]) if caption is None else caption, colour)
+        return Cell(picture, source.shorten([name]) if caption is None else caption, colour)
 
     def cut(name, share):
-        return Cell(cropped(root / name), f"{share:.0%}  {source.shortened([name])}")
+        return Cell(show_crop(root / name), f"{share:.0%}  {source.shorten([name])}")
 
     twins = [
         seen(
             name,
-            f"{'held out: ' if name in held_out else ''}{source.shortened([name])}",
+            f"{'held out: ' if name in held_out else ''}{source.shorten([name])}",
             COLOURS[k % len(COLOURS)],
         )
         for k, group in enumerate(report["near_duplicates"][:most])
@@ -294,18 +294,21 @@ def contact_sheet(report, matte):
     ]
     unlike = [name for name in dict.fromkeys(unlike) if name not in left_out]
     outside = [
-        Cell(fault, source.shortened([name])) if fault != decode.TOO_SMALL else seen(name)
+        Cell(fault, source.shorten([name])) if fault != decode.TOO_SMALL else seen(name)
         for fault, names in report["left_out"].items()
         for name in names[:COLUMNS]
     ]
     worst = [
         cut(name, share) for name, share in list(report["cropped_away"].items())[:COLUMNS] if share
     ]
-    return sheet(
-        f"{source.shortened([report['folder']])}: {quantity(report['kept'], 'image')} at "
+    return draw_sheet(
+        f"{source.shorten([report['folder']])}: {quantity(report['kept'], 'image')} at "
         f"{size}x{size}",
         [
-            ("As training sees them", [seen(name, "") for name in thinned(kept, 4 * COLUMNS)]),
+            (
+                "As training sees them",
+                [seen(name, "") for name in evenly_spaced(kept, 4 * COLUMNS)],
+            ),
             (
                 f"Near-duplicates: {quantity(len(report['near_duplicates']), 'group')}, a colour "
                 "each",
@@ -322,18 +325,18 @@ def contact_sheet(report, matte):
     )
 
 
-def thinned(names, most):
+def evenly_spaced(names, most):
     """So many of the names, evenly from first to last."""
-    return [names[k] for k in order.thinned(range(len(names)), most)] if names else []
+    return [names[k] for k in order.evenly_spaced(range(len(names)), most)] if names else []
 
 
-def cropped(path):
+def show_crop(path):
     """A whole picture, small, its parts dimmed that the square crop leaves out; the fault in a
     word where it cannot be read.
     """
     try:
-        picture = decode.whole(path, 224)
-    except decode.Refused as refused:
+        picture = decode.open_thumbnail(path, 224)
+    except decode.UnreadableImage as refused:
         return refused.fault
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
@@ -343,7 +346,7 @@ def cropped(path):
     return dimmed
 
 
-def asked(arguments):
+def parse_arguments(arguments):
     """(path, image size, held-out fraction, matte) that the command line asks about."""
     given = flags.FLAGS
     config = base()
@@ -375,12 +378,12 @@ def check_writable(out):
 
 def main(arguments):
     """Report on the folder that the command line names; returns the exit code."""
-    path, image_size, fraction, matte = asked(arguments)
+    path, image_size, fraction, matte = parse_arguments(arguments)
     folder.check_folder(path)
     if out := flags.FLAGS.out:
         check_writable(out)
     report = diagnose(path, image_size, fraction)
-    print("\n".join(lines_of(report)))
+    print("\n".join(report_lines(report)))
     if out:
         with atomic_write(Path(out) / "report.json") as part:
             part.write_text(json.dumps(report, indent=1) + "\n")

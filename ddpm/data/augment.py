@@ -16,8 +16,10 @@ from einops import rearrange
 
 from ddpm.common import rng
 
-NUMBERS = 14  # six coins, and eight that say how
-TOLD = 9  # mirrored, upside down, log2 of the size, turned (2), log2 of the stretch (2), moved (2)
+NUM_RANDOM = 14  # six coins, and eight that say how
+NUM_CONDITIONS = (
+    9  # mirrored, upside down, log2 of the size, turned (2), log2 of the stretch (2), moved (2)
+)
 
 
 def augment(x, numbers, probability):
@@ -99,7 +101,7 @@ def flip(batch, seed, step, indices, put=lambda tensor: tensor):
     return torch.where(rearrange(mirrored, "b -> b 1 1 1"), batch.flip(-1), batch)
 
 
-def drop(labels, share, seed, step, indices):
+def drop_labels(labels, share, seed, step, indices):
     """Drop each of the labels [b] with probability `share`: it becomes -1, at the address (seed,
     "label drop", step, index).
 

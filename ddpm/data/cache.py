@@ -22,7 +22,7 @@ from ddpm.common import files
 from ddpm.common.files import expand_user, fsync, make_folder
 
 
-def decoded(source, folder=None):
+def cache_decoded(source, folder=None):
     """The same source, its images read from a file in `folder`, by default below `home()`; the file
     is made if it is not there.
 
@@ -39,18 +39,18 @@ def decoded(source, folder=None):
         folder = expand_user(folder) if given else files.cache_dir() / folder
         path = folder / f"{source.fingerprint}.u8"
         # a file that is there needs no lock, which another user's cache may refuse
-        if not is_whole(path, size):
+        if not is_complete(path, size):
             make_folder(folder) if given else files.cache_folder(folder.name)
             with files.file_lock(path.with_suffix(".lock"), "it decodes the same images"):
-                if not is_whole(path, size):
+                if not is_complete(path, size):
                     if size > most * (free := shutil.disk_usage(folder).free):
                         raise OSError(
                             f"{size / 2**30:.1f} GiB are more than {most:.0%} of the "
                             f"{free / 2**30:.1f} free; name another folder as data.cache"
                         )
-                    build(source, path, size)
-        if fits := size <= memory() / 2:
-            read_through(path)
+                    decode_all(source, path, size)
+        if fits := size <= memory_bytes() / 2:
+            warm_page_cache(path)
     except Undecodable:
         raise
     except (OSError, ValueError) as error:
@@ -65,11 +65,11 @@ def decoded(source, folder=None):
         f"decoded images: {path}, {size / 2**20:,.1f} MiB, "
         f"{'in memory' if fits else 'more than half of the memory'}"
     )
-    rows = Rows(path, (len(source), *source.image_shape))
+    rows = MappedRows(path, (len(source), *source.image_shape))
     return replace(source, fetch=rows, in_memory=fits, notes=(*source.notes, note))
 
 
-def is_whole(path, size):
+def is_complete(path, size):
     """Whether a file of decoded images is there, complete, and may be read."""
     return os.access(path, os.R_OK) and path.stat().st_size == size
 
@@ -78,7 +78,7 @@ class Undecodable(ValueError):
     """An image of a source cannot be had: no fault of the folder that was to keep it."""
 
 
-def memory():
+def memory_bytes():
     """How many bytes of memory this machine has, or the container that it is."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
@@ -86,14 +86,14 @@ def memory():
     return found
 
 
-def read_through(path):
+def warm_page_cache(path):
     with open(path, "rb", buffering=0) as file:
         piece = bytearray(2**24)
         while file.readinto(piece):
             pass
 
 
-def build(source, path, size):
+def decode_all(source, path, size):
     """Decode all images of a source, `size` bytes, in threads into a file, whole or not at all."""
     part = path.with_suffix(".part")  # of a build that was killed too: the lock is ours
     try:
@@ -110,7 +110,7 @@ def build(source, path, size):
             except Exception as error:
                 raise Undecodable(" ".join(str(error).split())) from error
 
-        in_threads(decode, range(len(source)), "decoding images")
+        map_in_threads(decode, range(len(source)), "decoding images")
         rows.flush()
         fsync(part)
         os.replace(part, path)
@@ -119,7 +119,7 @@ def build(source, path, size):
 
 
 @contextlib.contextmanager
-def threads(count=None):
+def thread_pool(count=None):
     """An executor of threads, one for each core by default; where the block ends early, what they
     have not begun is dropped.
 
@@ -133,12 +133,12 @@ def threads(count=None):
         pool.shutdown(cancel_futures=True)
 
 
-def in_threads(work, items, title):
+def map_in_threads(work, items, title):
     """`[work(item) for item in items]`, in threads, with a progress bar on a terminal."""
     done = []
-    parts = [items[k : k + PART] for k in range(0, len(items), PART)]
+    parts = [items[k : k + ITEMS_PER_TASK] for k in range(0, len(items), ITEMS_PER_TASK)]
     with (
-        threads() as pool,
+        thread_pool() as pool,
         tqdm(desc=title, total=len(items), leave=False, disable=None, unit=" images") as bar,
     ):
         for part in pool.map(lambda part: [work(item) for item in part], parts):
@@ -147,10 +147,10 @@ def in_threads(work, items, title):
     return done
 
 
-PART = 8  # items that a thread takes at a time
+ITEMS_PER_TASK = 8  # items that a thread takes at a time
 
 
-class Rows:
+class MappedRows:
     """`rows(index)` is the image at an index from a file of shape [n, c, h, w], `rows(indices)` a
     batch at an array of them.
 

@@ -16,15 +16,15 @@ import numpy as np
 from PIL import Image, ImageCms
 
 # levels by which a profile may move a colour and still be sRGB: what rounded tables of it differ by
-SAME = 2
-MOST_PROFILE = 2**23  # bytes; printers' profiles have 0.5 to 4 MiB
+SRGB_TOLERANCE = 2
+MAX_PROFILE_BYTES = 2**23  # bytes; printers' profiles have 0.5 to 4 MiB
 BLACK_POINT_COMPENSATION = 0x2000  # littleCMS's
 SRGB = ImageCms.createProfile("sRGB")
 # colour space of a profile -> the mode of the pictures that it describes
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
-class Unsupported(ValueError):
+class UnsupportedColour(ValueError):
     """Colours that are well defined, and that no one here can bring to sRGB."""
 
 
@@ -48,7 +48,7 @@ class Profile:
             colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
         else:
             colours = levels[None]
-        self.is_srgb = self.space != "CMYK" and self.moves(colours) <= SAME
+        self.is_srgb = self.space != "CMYK" and self.moves(colours) <= SRGB_TOLERANCE
 
     def transform(self, mode, into):
         """littleCMS's transform from pictures of a mode to sRGB ones of another; for CMYK it
@@ -91,7 +91,7 @@ class Profile:
 
 
 @lru_cache(maxsize=16)
-def profile(content):
+def read_profile(content):
     """The Profile in some bytes, or None where they are none."""
     try:
         return Profile(content)
@@ -103,20 +103,20 @@ def is_grey(mode):
     return mode[:1] in ("1", "L", "I") and mode != "LAB"
 
 
-def of(image):
+def profile_of(image):
     """(the Profile that a PIL image is to be converted from, or None; whether it has one that
     cannot be used).
     """
     content = image.info.get("icc_profile")
     if not content:
         return None, False
-    found = profile(bytes(content)) if len(content) <= MOST_PROFILE else None
+    found = read_profile(bytes(content)) if len(content) <= MAX_PROFILE_BYTES else None
     if not (found and found.describes(image.mode)):
         return None, True
     return None if found.is_srgb else found, False
 
 
-def converted(image, found):
+def to_srgb(image, found):
     """A PIL image of 8 bits, described by a Profile, in sRGB: L, LA, RGB or RGBA."""
     if is_grey(image.mode):
         values = image.convert("LA" if image.has_transparency_data else "L")
@@ -231,7 +231,7 @@ def from_cicp(primaries, transfer, full):
     Unsupported for HDR.
     """
     if transfer in HDR or not full:
-        raise Unsupported(
+        raise UnsupportedColour(
             f"{HDR[transfer]}, whose white is not sRGB's"
             if transfer in HDR
             else "levels of 16 to 235"

@@ -30,11 +30,11 @@ class Cell(NamedTuple):
     colour: str = ""
 
 
-def sheet(title, sections):
+def draw_sheet(title, sections):
     """The PIL image of a sheet: `sections` are (heading, cells), of which those without cells
     are passed over.
     """
-    large, middle, small = map(font_of, (22, 15, 11))
+    large, middle, small = map(load_font, (22, 15, 11))
     sections = [(heading, cells) for heading, cells in sections if cells]
     step = CELL + GAP
     heights = [44 + -(-len(cells) // COLUMNS) * (step + row_below(cells)) for _, cells in sections]
@@ -42,10 +42,12 @@ def sheet(title, sections):
         "RGB", (2 * MARGIN + COLUMNS * step - GAP, 2 * MARGIN + 30 + sum(heights)), GROUND
     )
     pen = ImageDraw.Draw(page)
-    pen.text((MARGIN, MARGIN), fitted(title, large, page.width - 2 * MARGIN), INK, large)
+    pen.text((MARGIN, MARGIN), ellipsize(title, large, page.width - 2 * MARGIN), INK, large)
     top = MARGIN + 30
     for (heading, cells), height in zip(sections, heights, strict=True):
-        pen.text((MARGIN, top + 16), fitted(heading, middle, page.width - 2 * MARGIN), INK, middle)
+        pen.text(
+            (MARGIN, top + 16), ellipsize(heading, middle, page.width - 2 * MARGIN), INK, middle
+        )
         for number, cell in enumerate(cells):
             row, column = divmod(number, COLUMNS)
             left = MARGIN + column * step
@@ -54,7 +56,7 @@ def sheet(title, sections):
                 pen.rectangle((left, upper, left + CELL - 1, upper + CELL - 1), "#F2F2F2")
                 pen.text(
                     (left + CELL / 2, upper + CELL / 2),
-                    fitted(cell.picture, small, CELL),
+                    ellipsize(cell.picture, small, CELL),
                     PALE,
                     small,
                     anchor="mm",
@@ -70,7 +72,7 @@ def sheet(title, sections):
                 pen.rectangle(
                     (left, upper + CELL + 2, left + CELL - 1, upper + CELL + 4), cell.colour
                 )
-            pen.text((left, upper + CELL + 7), fitted(cell.caption, small, CELL), PALE, small)
+            pen.text((left, upper + CELL + 7), ellipsize(cell.caption, small, CELL), PALE, small)
         top += height
     return page
 
@@ -81,7 +83,7 @@ def row_below(cells):
 
 
 @cache
-def font_of(size):
+def load_font(size):
     """DejaVu Sans, which knows many scripts, where matplotlib is installed; else Pillow's own,
     which knows the Latin one.
     """
@@ -93,7 +95,7 @@ def font_of(size):
 
 
 @cache
-def has(font, letter):
+def has_glyph(font, letter):
     """Whether a font draws a letter, and not the box that stands for one it lacks."""
     # half a surrogate pair, which no font can be asked for, among them
     if not letter.isprintable():
@@ -109,23 +111,23 @@ def legible(text, font):
     """
 
     def drawn(letter):
-        if has(font, letter) and not unicodedata.combining(letter):
+        if has_glyph(font, letter) and not unicodedata.combining(letter):
             return letter
         plain = "".join(
             part
             for part in unicodedata.normalize("NFKD", letter)
             if not unicodedata.combining(part)
         )
-        return plain if all(has(font, part) for part in plain) else ascii(letter)[1:-1]
+        return plain if all(has_glyph(font, part) for part in plain) else ascii(letter)[1:-1]
 
     return "".join(map(drawn, unicodedata.normalize("NFC", text)))
 
 
-def fitted(text, font, width):
+def ellipsize(text, font, width):
     """The text, its middle left out where it is wider than that: names differ at both ends."""
     text = legible(text, font)
     kept = len(text)
-    gap = "…" if has(font, "…") else "..."
+    gap = "…" if has_glyph(font, "…") else "..."
     shown = text
     while kept > 2 and font.getlength(shown) > width:
         kept -= 1

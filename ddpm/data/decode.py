@@ -50,15 +50,20 @@ SUFFIXES = {
     ".jpf": "JPEG2000",
     ".jpx": "JPEG2000",
 }
-RAW = "camera raw"
-UNREAD = {".heic": "HEIC", ".heif": "HEIC", ".hif": "HEIC", ".jxl": "JPEG XL"} | dict.fromkeys(
+CAMERA_RAW = "camera raw"
+UNREADABLE_SUFFIXES = {
+    ".heic": "HEIC",
+    ".heif": "HEIC",
+    ".hif": "HEIC",
+    ".jxl": "JPEG XL",
+} | dict.fromkeys(
     # suffixes of pictures that PIL lacks
     (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
-    RAW,
+    CAMERA_RAW,
 )
 
 
-def readable(form):
+def is_readable_format(form):
     """Whether this PIL reads a format: AVIF it has only learned of late, and JPEG 2000 it may be
     built without.
     """
@@ -72,18 +77,20 @@ def readable(form):
 
 
 # No other is tried: PIL's readers of EPS, PSD, FITS ... never see a file.
-FORMATS = tuple(filter(readable, dict.fromkeys(SUFFIXES.values())))
+FORMATS = tuple(filter(is_readable_format, dict.fromkeys(SUFFIXES.values())))
 
 # More than nearly any camera makes. PIL takes 4 bytes a pixel, and four times that for a moment
 # where there is transparency.
-MOST_PIXELS = 2**27
-MOST_BYTES = 2**29  # of a file: MOST_PIXELS of RGB and a quarter more, uncompressed
+MAX_PIXELS = 2**27
+MAX_BYTES = 2**29  # of a file: MAX_PIXELS of RGB and a quarter more, uncompressed
 # chunks and blocks, each of which costs microseconds: what it takes for MOST_BYTES in pieces of 8
 # KiB
-MOST_PARTS = 2**16
-MOST_VALUES = 2**18  # numbers in one tag of a TIFF: each becomes an object of Python's
-MOST_SCANS = 100  # of a JPEG, each a pass over the whole image: encoders make about ten
-MOST_EXIF = 16  # segments of 64 KiB of a JPEG that PIL joins and reads as the tags of a TIFF
+MAX_PARTS = 2**16
+MAX_TAG_VALUES = 2**18  # numbers in one tag of a TIFF: each becomes an object of Python's
+MAX_SCANS = 100  # of a JPEG, each a pass over the whole image: encoders make about ten
+MAX_EXIF_SEGMENTS = (
+    16  # segments of 64 KiB of a JPEG that PIL joins and reads as the tags of a TIFF
+)
 
 CONVERT = "convert to JPEG or PNG"
 FAULTS = {  # why an image is left out -> what may be done about it
@@ -92,7 +99,7 @@ FAULTS = {  # why an image is left out -> what may be done about it
     "not an image": f"its content is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}; remove it",
     "truncated": "the end is missing; copy or download again",
     "broken": "it contradicts itself; copy or download again",
-    "too large": f"shrink to {MOST_PIXELS // 10**6} million pixels at most, or beware: files are "
+    "too large": f"shrink to {MAX_PIXELS // 10**6} million pixels at most, or beware: files are "
     "made so to do harm",
     "unknown value range": "save in sRGB with 8 or 16 bits a channel, and no signs",
     "unsupported": "PIL does not read this kind of its format; convert to JPEG or PNG",
@@ -106,9 +113,9 @@ FAULTS = {  # why an image is left out -> what may be done about it
 }
 TOO_SMALL = "too small"
 # faults of pictures that other programs show
-CONVERTIBLE = ("unsupported", "HEIC", "JPEG XL", "AVIF", "JPEG2000", RAW)
+CONVERTIBLE_FAULTS = ("unsupported", "HEIC", "JPEG XL", "AVIF", "JPEG2000", CAMERA_RAW)
 
-Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2  # PIL warns at this number, and raises at twice as many
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # PIL warns at this number, and raises at twice as many
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 # PIL warns on stderr of oddities in files that it reads all the same; what is left out stands in a
 # source's notes.
@@ -119,7 +126,7 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 
 
-class Refused(ValueError):
+class UnreadableImage(ValueError):
     """An image that is not read: `fault` is a key of FAULTS, and the text says more where there
     is more.
     """
@@ -129,7 +136,7 @@ class Refused(ValueError):
         self.fault = fault
 
 
-class Facts(NamedTuple):
+class ImageInfo(NamedTuple):
     """What a scan says of one image file; of one that is left out only its `fault`."""
 
     fault: str = ""
@@ -141,22 +148,22 @@ class Facts(NamedTuple):
     orientation: int = 1  # EXIF's: 1 is upright
     transparent: bool = False
     animated: bool = False
-    blank: bool = False  # of one colour
-    trace: str = ""  # what `likeness` compares, as text
+    one_colour: bool = False
+    signature: str = ""  # of `duplicates.signature`, in base 85
     profile: str = ""  # the name of what was converted to sRGB; empty for sRGB
     unread_profile: bool = False  # there is one, and it cannot be used
-    reach: int = 0  # the largest value of one with more than 8 bits a channel, of 65535
+    max_value: int = 0  # the largest value of one with more than 8 bits a channel, of 65535
     # what was done that PIL alone would not, such as a conversion to sRGB: pixels that once were
     # others
-    done: str = ""
+    conversions: str = ""
 
     @property
-    def likeness(self):
-        """The trace as `likeness` takes it, int8 [2, waves]."""
-        return np.frombuffer(base64.b85decode(self.trace), np.int8).reshape(2, -1)
+    def signature_vectors(self):
+        """The signature as `duplicates` compares it, int8 [2, 64]."""
+        return np.frombuffer(base64.b85decode(self.signature), np.int8).reshape(2, -1)
 
 
-class Room:
+class PixelBudget:
     """Lets threads decode side by side as long as they hold no more than so many pixels
     together, or one of them alone.
     """
@@ -179,35 +186,38 @@ class Room:
                 self.changed.notify_all()
 
 
-ROOM = Room(MOST_PIXELS)
+PIXEL_BUDGET = PixelBudget(MAX_PIXELS)
 
 
 @contextlib.contextmanager
-def opened(file):
-    """The PIL image in a file (path or open file), its pixels not decoded yet; raises Refused,
-    also for errors in the block.
+def open_image(file):
+    """The PIL image in a file (path or open file), pixels not decoded yet.
+
+    Raises UnreadableImage, also for errors of PIL inside the block.
     """
-    with contextlib.nullcontext(file) if hasattr(file, "read") else regular(file) as file:
+    with contextlib.nullcontext(file) if hasattr(file, "read") else open_regular_file(file) as file:
         try:
-            check(file)
-            source, said = pared(file)
+            check_limits(file)
+            source, said = prepare_for_pil(file)
             with Image.open(source, formats=FORMATS) as image:
                 image.info |= said
                 yield image
-        except Refused:
+        except UnreadableImage:
             raise
         except Exception as error:
             # PIL raises OSError, SyntaxError, struct.error, ValueError, DecompressionBombError ...
-            if is_ours(error):
+            if is_our_fault(error):
                 raise
-            raise refusal(error, file) from error
+            raise to_unreadable(error, file) from error
 
 
-def is_ours(error):
+def is_our_fault(error):
     """Whether what was raised while a file was read is a fault of this program, not of the file:
     PIL had no part in it.
     """
-    if isinstance(error, (Refused, OSError, EOFError, MemoryError, colour.Unsupported)):
+    if isinstance(
+        error, (UnreadableImage, OSError, EOFError, MemoryError, colour.UnsupportedColour)
+    ):
         return False
     modules = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
@@ -215,17 +225,17 @@ def is_ours(error):
     return not any(name.split(".")[0] == "PIL" for name in modules)
 
 
-def regular(path):
-    """A file opened to be read, without waiting for the other end of a pipe; raises Refused
+def open_regular_file(path):
+    """A file opened to be read, without waiting for the other end of a pipe; raises UnreadableImage
     where it is no regular file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:  # no such file, no permission, links in a circle, a socket
-        raise Refused(missing_or_special(path), error.strerror) from None
+        raise UnreadableImage(missing_or_special(path), error.strerror) from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise Refused("not a file")
+        raise UnreadableImage("not a file")
     return open(handle, "rb")
 
 
@@ -238,72 +248,70 @@ def missing_or_special(path):
     return "not readable" if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "not a file"
 
 
-def refusal(error, file):
-    """The Refused for what was raised while an open file was read."""
+def to_unreadable(error, file):
+    """The UnreadableImage for what was raised while an open file was read."""
     said = " ".join(str(error).split())[:200]
-    if isinstance(error, colour.Unsupported):
-        return Refused("unsupported", said)
+    if isinstance(error, colour.UnsupportedColour):
+        return UnreadableImage("unsupported", said)
     if isinstance(error, MemoryError):
-        return Refused("not readable", "memory is full")
+        return UnreadableImage("not readable", "memory is full")
     if (
         isinstance(error, Image.DecompressionBombError)
         or "too large" in said
         or "Too much memory" in said
     ):
-        return Refused("too large", said)
+        return UnreadableImage("too large", said)
     if isinstance(error, EOFError) or "truncated" in said.lower():
-        return Refused("truncated", said)
+        return UnreadableImage("truncated", said)
     # that of a place that is none
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        return Refused("not readable", error.strerror)
+        return UnreadableImage("not readable", error.strerror)
     if isinstance(error, UnidentifiedImageError):
         file.seek(0)
         head = file.read(16)
         # a HEIF of some kind; AVIF is one, and PIL has tried that
         if head[4:12] in (b"ftypmif1", b"ftypmsf1"):
-            return Refused("HEIC")
+            return UnreadableImage("HEIC")
         known = [name for name in FORMATS if Image.OPEN[name][1](head) is True]
         if not known:
-            return Refused("not an image")
+            return UnreadableImage("not an image")
         file.seek(0)
         try:
             Image.OPEN[known[0]][0](file)
         except Exception as more:  # what PIL found, which it does not pass on
             said = " ".join(str(more).split())[:200]
-        return Refused(
+        return UnreadableImage(
             "unsupported" if UNSUPPORTED.search(said) else "broken", f"its header: {said}"
         )
-    return Refused(
+    return UnreadableImage(
         "unsupported" if UNSUPPORTED.search(said) else "broken", f"{type(error).__name__} {said}"
     )
 
 
-def check(file):
-    """Raise Refused for an open file whose size or structure would cost PIL memory or time that
-    no picture is worth.
-    """
+def check_limits(file):
+    """Raise UnreadableImage for an open file whose size or structure may exhaust memory or time."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not size:
-        raise Refused("empty")
-    if size > MOST_BYTES:
-        raise Refused("too large", f"{size:,} bytes")
+        raise UnreadableImage("empty")
+    if size > MAX_BYTES:
+        raise UnreadableImage("too large", f"{size:,} bytes")
     head = file.read(16)
-    if (form := foreign(head)) and form not in FORMATS:
-        raise Refused(form)
+    if (form := format_by_magic(head)) and form not in FORMATS:
+        raise UnreadableImage(form)
     for starts, walk in WALKS:
         if head.startswith(starts) or head[4:8] in starts:
             # the end: PIL tells whether that is too early
             with contextlib.suppress(struct.error, IndexError):
                 for count, _ in enumerate(walk(file, size)):
-                    if count > MOST_PARTS:
-                        raise Refused("too large", f"more than {MOST_PARTS:,} parts")
+                    if count > MAX_PARTS:
+                        raise UnreadableImage("too large", f"more than {MAX_PARTS:,} parts")
     if head.startswith(b"RIFF") and size < struct.unpack("<I", head[4:8])[0] + 8:
-        raise Refused("truncated")
+        raise UnreadableImage("truncated")
     file.seek(0)
 
 
-def foreign(head):
+def format_by_magic(head):
     """The format of the first 16 bytes of a file, if it is one that PIL lacks or may lack."""
     if head[4:8] == b"ftyp":
         return BRANDS.get(head[8:12], "")
@@ -354,8 +362,9 @@ def gif_blocks(file, size):
 
 
 def tiff_tags(file, size):
-    """The tags of a TIFF's first picture; raises Refused for tags of too many values, and for
-    tiles that are too large.
+    """Yield at each tag of a TIFF's first image.
+
+    Raises UnreadableImage for a tag with too many values and for tiles that are too large.
     """
     file.seek(0)
     head = file.read(16)
@@ -377,8 +386,8 @@ def tiff_tags(file, size):
             order + ("HHQQ" if big else "HHII"), file.read(20 if big else 12)
         )
         # bytes stay bytes; PIL passes over the rest
-        if kind not in (1, 2, 7) and count > MOST_VALUES and count <= size:
-            raise Refused("too large", f"{count:,} values in tag {tag}")
+        if kind not in (1, 2, 7) and count > MAX_TAG_VALUES and count <= size:
+            raise UnreadableImage("too large", f"{count:,} values in tag {tag}")
         if tag in sides:
             short = kind == 3 and order == ">"
             sides[tag] = (
@@ -386,13 +395,14 @@ def tiff_tags(file, size):
                 if short
                 else value[0] & (0xFFFF if kind == 3 else -1)
             )
-    if sides[322] * sides[323] > MOST_PIXELS:
-        raise Refused("too large", f"tiles of {sides[322]}x{sides[323]} pixels")
+    if sides[322] * sides[323] > MAX_PIXELS:
+        raise UnreadableImage("too large", f"tiles of {sides[322]}x{sides[323]} pixels")
 
 
 def jpeg_segments(file, size):
-    """The segments of a JPEG's first picture, behind which phones put films; raises Refused for
-    too many scans.
+    """Yield at each segment of a JPEG's first image; phones append videos after it.
+
+    Raises UnreadableImage for too many scans or EXIF segments.
     """
     file.seek(0)
     content = file.read()
@@ -407,9 +417,9 @@ def jpeg_segments(file, size):
             continue
         scans += kind == 0xDA
         exif += kind == 0xE1 and content[place + 4 : place + 10] == b"Exif\0\0"
-        if scans > MOST_SCANS or exif > MOST_EXIF:
-            raise Refused(
-                "too large", f"more than {MOST_SCANS} scans, or {MOST_EXIF} blocks of EXIF"
+        if scans > MAX_SCANS or exif > MAX_EXIF_SEGMENTS:
+            raise UnreadableImage(
+                "too large", f"more than {MAX_SCANS} scans, or {MAX_EXIF_SEGMENTS} blocks of EXIF"
             )
         place += 2 + struct.unpack(">H", content[place + 2 : place + 4])[0]
         if kind == 0xDA:  # behind it stand pixels, in which no marker can be but that of a restart
@@ -428,7 +438,7 @@ WALKS = (
 NESTED = {b"jp2h": 8, b"meta": 12, b"iprp": 8, b"ipco": 8}
 
 
-def pared(file):
+def prepare_for_pil(file):
     """(the open file as PIL is to see it, entries for the info of PIL's image), which PIL does
     not give.
     """
@@ -437,7 +447,7 @@ def pared(file):
     head = file.read(12)
     try:
         if head.startswith(png.SIGNATURE):
-            return png.pared(file, size)
+            return png.prepare_for_pil(file, size)
         if head[4:8] in (b"ftyp", b"jP  "):
             return file, {"icc_profile": profile_in_boxes(file, size)}
         return file, {"icc_profile": profile_in_bmp(file)} if head.startswith(b"BM") else {}
@@ -450,7 +460,7 @@ def profile_in_bmp(file):
     file.seek(14)
     head = file.read(124).ljust(124, b"\0")
     length, kind, place, size = (struct.unpack_from("<I", head, at)[0] for at in (0, 56, 112, 116))
-    if length != 124 or kind != 0x4D424544 or size > colour.MOST_PROFILE:
+    if length != 124 or kind != 0x4D424544 or size > colour.MAX_PROFILE_BYTES:
         return None
     file.seek(14 + place)
     return file.read(size)
@@ -465,7 +475,7 @@ def profile_in_boxes(file, size):
         for kind, place, length in boxes(file, size):
             if kind == b"colr":
                 file.seek(place)
-                content = file.read(min(length, colour.MOST_PROFILE))
+                content = file.read(min(length, colour.MAX_PROFILE_BYTES))
                 if content[:4] in (b"prof", b"rICC"):
                     return content[4:]
                 if content[:1] == b"\2":  # JPEG 2000's
@@ -479,9 +489,9 @@ def decode_file(file, image_size, channels, matte=WHITE):
     """Read an image file (path or open file) upright, its first frame, as uint8 [channels,
     image_size, image_size].
 
-    Raises Refused, a ValueError.
+    Raises UnreadableImage, a ValueError.
     """
-    with opened(file) as image:
+    with open_image(file) as image:
         return decode(image, image_size, channels, matte)
 
 
@@ -498,29 +508,29 @@ def decode(image, image_size, channels, matte):
 def decoded(image, image_size, channels, matte):
     """`decode`, and what was done beside PIL's own reading, as `plain` says it."""
     if image.format not in (None, "MPO", *FORMATS):  # opened by another library
-        raise Refused("not an image", f"{image.format} is not read")
+        raise UnreadableImage("not an image", f"{image.format} is not read")
     whole = image.size
     reduced = image.draft(None, (2 * image_size, 2 * image_size))
     # whose coefficients are held at full size
     width, height = whole if image.info.get("progressive") else image.size
-    with ROOM.take(width * height):
+    with PIXEL_BUDGET.take(width * height):
         image.load()
         extent = reduced[1][2:] if reduced else image.size
         orientation = orientation_of(image)
-        image, done = plain(image)
+        image, done = to_srgb_8bit(image)
         return to_pixels(image, image_size, channels, matte, extent, orientation), done
 
 
-def whole(path, side):
+def open_thumbnail(path, side):
     """The picture in a file, upright, RGB and no larger than a square of that side; raises
-    Refused.
+    UnreadableImage.
     """
-    with opened(path) as image:
+    with open_image(path) as image:
         image.draft(None, (2 * side, 2 * side))
-        with ROOM.take(image.width * image.height):
+        with PIXEL_BUDGET.take(image.width * image.height):
             image.load()
             orientation = orientation_of(image)
-            image = in_mode(image, 3, WHITE)
+            image = to_mode(image, 3, WHITE)
             image.thumbnail((side, side))
     return image.transpose(TURNS[orientation]) if TURNS[orientation] is not None else image
 
@@ -530,17 +540,17 @@ def orientation_of(image):
     wrong be passed over.
     """
     try:
-        if len(image.info.get("exif") or b"") > MOST_EXIF * 2**16:
+        if len(image.info.get("exif") or b"") > MAX_EXIF_SEGMENTS * 2**16:
             return 1
         found = image.getexif().get(ORIENTATION, 1)
         return found if found in TURNS else 1
     except Exception as error:  # a broken EXIF block does not make a picture unreadable
-        if is_ours(error):
+        if is_our_fault(error):
             raise
         return 1
 
 
-def upright(size, orientation):
+def upright_size(size, orientation):
     """(width, height) of a picture when it is turned upright."""
     return size[::-1] if orientation >= 5 else size
 
@@ -557,10 +567,12 @@ def open_picture(path, image_size, channels, matte=WHITE):
             f"there is no picture {os.path.abspath(path)!r}; give the path of an image file"
         )
     try:
-        with opened(path) as image:
+        with open_image(path) as image:
             size = image.size
-            return decode(image, image_size, channels, matte), upright(size, orientation_of(image))
-    except Refused as error:
+            return decode(image, image_size, channels, matte), upright_size(
+                size, orientation_of(image)
+            )
+    except UnreadableImage as error:
         raise ValueError(
             f"cannot read {os.path.abspath(path)!r} as a picture ({error}); give another file, "
             f"one of {', '.join(SUFFIXES)}"
@@ -581,7 +593,7 @@ def to_pixels(image, image_size, channels, matte, extent, orientation=1):
         left = int(left)
         top = int(top)
     box = (left, top, left + side, top + side)
-    image = in_mode(image, channels, matte).resize(
+    image = to_mode(image, channels, matte).resize(
         (image_size, image_size), Image.Resampling.BICUBIC, box=box
     )
     image = image.transpose(TURNS[orientation]) if TURNS.get(orientation) is not None else image
@@ -589,11 +601,11 @@ def to_pixels(image, image_size, channels, matte, extent, orientation=1):
     return rearrange(pixels, "h w -> 1 h w" if channels == 1 else "h w c -> c h w").contiguous()
 
 
-def in_mode(image, channels, matte):
+def to_mode(image, channels, matte):
     """The PIL image in the mode of that many channels, in sRGB; transparency laid over `matte`
     or kept.
     """
-    image, _ = plain(image)
+    image, _ = to_srgb_8bit(image)
     if channels in (1, 3) and image.has_transparency_data:
         ground = Image.new("RGBA", image.size, (*matte, 255))
         ground.alpha_composite(image.convert("RGBA"))
@@ -601,23 +613,23 @@ def in_mode(image, channels, matte):
     return image.convert(MODES[channels])
 
 
-def plain(image):
+def to_srgb_8bit(image):
     """(the PIL image in sRGB with 8 bits a channel, what was done for it that PIL alone does not
     do, in words).
 
-    An image that is so already comes back as it is, with "". Raises Refused for values without an
-    agreed range.
+    An image that is so already comes back as it is, with "". Raises UnreadableImage for values of
+    an unknown range.
     """
     tags = getattr(image, "tag_v2", {})
     key = image.info.get("transparency")
-    profile, _ = colour.of(image)
+    profile, _ = colour.profile_of(image)
     done = [image.info["mended"]] if "mended" in image.info else []
     if image.mode == "F":
-        raise Refused("unknown value range", "floating-point pixels")
+        raise UnreadableImage("unknown value range", "floating-point pixels")
     if 2 in tags.get(SAMPLES, ()) and tags.get(BITS) == (8,) and np.asarray(image).max() > 127:
-        raise Refused("unknown value range", "signed pixels")
+        raise UnreadableImage("unknown value range", "signed pixels")
     if image.mode.startswith("I"):
-        image, more = grey_of_8_bits(image, tags, key, profile)
+        image, more = to_8bit_grey(image, tags, key, profile)
         done += more
     elif image.mode == "1" and key is not None:
         image = image.convert("L")
@@ -627,12 +639,12 @@ def plain(image):
         image = image.convert("RGB")
         done.append("transparency everywhere")
     if profile:
-        image = colour.converted(image, profile) if "icc_profile" in image.info else image
+        image = colour.to_srgb(image, profile) if "icc_profile" in image.info else image
         done.append(profile.name)
     return image, ", ".join(done)
 
 
-def grey_of_8_bits(image, tags, key, profile):
+def to_8bit_grey(image, tags, key, profile):
     """(the image of mode L or LA of a deeper grey one, what was done beside dividing by 257); `key`
     is a transparent level.
 
@@ -642,7 +654,7 @@ def grey_of_8_bits(image, tags, key, profile):
     bits = tags.get(BITS, (16,))[0]
     done = []
     if values.min() < 0 or values.max() > 65535:
-        raise Refused("unknown value range", "32-bit or signed pixels")
+        raise UnreadableImage("unknown value range", "32-bit or signed pixels")
     alpha = (
         None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     )
@@ -662,7 +674,7 @@ def grey_of_8_bits(image, tags, key, profile):
     return grey, done
 
 
-def is_deep(image):
+def exceeds_8_bits(image):
     """Whether a PIL image that is not loaded yet has more than 8 bits a channel, or signs."""
     form = [
         str(part)
@@ -677,7 +689,7 @@ def is_deep(image):
     )
 
 
-def reach_of(image):
+def largest_value(image):
     """The largest value in a PIL image of more than 8 bits a channel, of 65535; of colours PIL
     has kept the upper 8 bits.
     """
@@ -704,7 +716,9 @@ SIGNATURES = (
     (b"\xff\x4f\xff\x51", "JPEG2000"),
 )
 MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # JPEG's
-BLANK = 2  # levels by which a picture of one colour may differ from itself: what JPEG makes of it
+ONE_COLOUR_RANGE = (
+    2  # levels by which a picture of one colour may differ from itself: what JPEG makes of it
+)
 
 TURNS = {
     1: None,

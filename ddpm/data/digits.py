@@ -32,7 +32,7 @@ def digits(image_size, channels, matte):
     if channels != colours:
         pixels = torch.cat([pixels, torch.full_like(grey, 255)], dim=1)
     return source.Source(
-        fetch=partial(source.take, pixels.numpy()),
+        fetch=partial(source.row, pixels.numpy()),
         length=len(pixels),
         image_shape=tuple(pixels.shape[1:]),
         fingerprint=source.fingerprint(

@@ -26,15 +26,15 @@ def near_duplicates(root, facts):
 
     What has the same bytes is compared once, and what is of one colour is like nothing.
     """
-    content = source.fingerprint([(one.digest, one.trace) for one in facts], ALIKE)
+    content = source.fingerprint([(one.digest, one.signature) for one in facts], SIMILARITY)
     name = f"alike/{source.fingerprint(os.path.realpath(root))}"
     known = files.read_cached_json(name)
     if known.get("content") != content:
         same = {}
         for number, one in enumerate(facts):
             same.setdefault(one.digest, []).append(number)
-        firsts = [numbers[0] for numbers in same.values() if not facts[numbers[0]].blank]
-        near = groups(np.array([facts[number].likeness for number in firsts]))
+        firsts = [numbers[0] for numbers in same.values() if not facts[numbers[0]].one_colour]
+        near = group_similar(np.array([facts[number].signature_vectors for number in firsts]))
         joined = [
             [number for k in group for number in same[facts[firsts[k]].digest]] for group in near
         ]
@@ -48,7 +48,7 @@ def near_duplicates(root, facts):
     return tuple(map(tuple, known["groups"]))
 
 
-def across(alike, held_out):
+def split_leakage(alike, held_out):
     """How many of the held-out images have a near-duplicate that is learned from."""
     held_out = set(map(int, held_out))
     return sum(len(held) for group in alike if len(held := held_out & set(group)) < len(group))
@@ -59,31 +59,31 @@ MARGIN = 2  # pixels that the inner part leaves on each side, 4 %
 FREQUENCIES = 8  # on each axis
 # length of the waves of a clear sky, whose direction is noise; those of a photograph are 20,000 to
 # 300,000 long
-PLAIN = 5000.0
+FLAT = 5000.0
 # Of 408 photographs and parts of them, and 81,026 pairs of different ones: at 0.9 no pair, and of
 # copies that were mirrored, halved, saved as JPEG of quality 30 or cropped by up to 5 % on each
 # side 98 % and more; at 0.85 two pairs.
-ALIKE = 0.9
+SIMILARITY = 0.9
 # ways of sorting: of 100,000 pictures a pair at ALIKE is missed by all of them once in a hundred,
 # at 0.95 never
 TABLES = 20
 GROUP = 512  # traces that are compared with each other in one of them, on average
 ROWS = 256  # pictures that are compared with others at once
-MOST_PRODUCTS = 2**24  # numbers that come of it: 64 MiB
+MAX_PRODUCTS = 2**24  # numbers that come of it: 64 MiB
 
 
-def trace(grey):
+def signature(grey):
     """The trace int8 [2, FREQUENCIES ** 2] of a grey picture [SIDE, SIDE]."""
-    parts = [waves(grey), waves(grey[MARGIN:-MARGIN, MARGIN:-MARGIN])]
+    parts = [low_frequencies(grey), low_frequencies(grey[MARGIN:-MARGIN, MARGIN:-MARGIN])]
     return np.stack(
         [
-            np.round(127 * part / np.hypot(np.linalg.norm(part), PLAIN)).astype(np.int8)
+            np.round(127 * part / np.hypot(np.linalg.norm(part), FLAT)).astype(np.int8)
             for part in parts
         ]
     )
 
 
-def waves(grey):
+def low_frequencies(grey):
     """The lowest cosine waves in a square picture, without its mean; photographs have less of a
     wave the shorter it is.
     """
@@ -93,7 +93,7 @@ def waves(grey):
     return (basis @ grey @ basis.T * np.hypot(waves, waves.T)).ravel()
 
 
-def groups(traces):
+def group_similar(traces):
     """Groups of two or more pictures that are alike, or are both alike to a third: sorted lists of
     numbers.
 
@@ -115,15 +115,15 @@ def groups(traces):
     with tqdm(
         total=count, desc="comparing images", leave=False, disable=None, unit=" images", delay=1
     ) as bar:
-        tables = list_tables(views, count)
+        tables = hash_tables(views, count)
         bar.total = count * len(tables)
         for table in tables:
             for members in table():
-                compare(views, members, found, bar)
+                join_similar(views, members, found, bar)
     return found.groups()
 
 
-def list_tables(views, count):
+def hash_tables(views, count):
     """Functions that sort the views of so many pictures into arrays of their numbers, those that
     are to be compared.
     """
@@ -135,19 +135,19 @@ def list_tables(views, count):
     directions = [
         generator.standard_normal((FREQUENCIES**2, planes), dtype=np.float32) for _ in range(TABLES)
     ]
-    tables = [partial(sorted_by_side, views, each) for each in directions]
+    tables = [partial(split_by_side, views, each) for each in directions]
     comparisons = sum(len(members) * np.count_nonzero(members < count) for members in tables[0]())
     return tables if TABLES * comparisons < count * len(views) else everything
 
 
-def sorted_by_side(views, directions):
+def split_by_side(views, directions):
     """The numbers of views in arrays of those that lie on the same side of each plane."""
     keys = (views @ directions > 0) @ (1 << np.arange(directions.shape[1]))
     order = np.argsort(keys, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
 
 
-def compare(views, members, found, bar):
+def join_similar(views, members, found, bar):
     """Join in the Partition `found` the pictures among `members` one of whose views is like the
     other one, as it is.
 
@@ -166,9 +166,9 @@ def compare(views, members, found, bar):
                 others = members[found.labels[members % count] != label]
                 chosen = found.labels[asking] == label
         if len(others):
-            chosen &= chosen.cumsum() <= max(1, min(ROWS, MOST_PRODUCTS // len(others)))
+            chosen &= chosen.cumsum() <= max(1, min(ROWS, MAX_PRODUCTS // len(others)))
             rows = asking[chosen]
-            alike = views[rows] @ views[others].T >= ALIKE
+            alike = views[rows] @ views[others].T >= SIMILARITY
             if others is members:
                 # each is like itself
                 alike[np.arange(len(rows)), np.searchsorted(members, rows)] = False

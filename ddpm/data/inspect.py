@@ -8,44 +8,49 @@ from einops import reduce
 from ddpm.data import colour, decode, duplicates
 
 
-def examine(path):
-    """The Facts of an image file, which is read and decoded once."""
+def inspect_image(path):
+    """The ImageInfo of an image file, which is read and decoded once."""
     try:
-        with decode.regular(path) as file:
-            with decode.opened(file) as image:
+        with decode.open_regular_file(path) as file:
+            with decode.open_image(file) as image:
                 form = image.format
                 mode = image.mode
                 size = image.size
                 animated = is_animated(image)
-                deep = decode.is_deep(image)
+                deep = decode.exceeds_8_bits(image)
                 transparent = image.has_transparency_data
                 pixels, done = decode.decoded(
                     image, duplicates.SIDE, 4 if transparent else 3, decode.WHITE
                 )
-                orientation, (profile, unread) = decode.orientation_of(image), colour.of(image)
-                reach = decode.reach_of(image) if deep else 0
+                orientation, (profile, unread) = (
+                    decode.orientation_of(image),
+                    colour.profile_of(image),
+                )
+                reach = decode.largest_value(image) if deep else 0
             digest = digest_of(file)
-    except decode.Refused as refused:
-        return decode.Facts(refused.fault)
+    except decode.UnreadableImage as refused:
+        return decode.ImageInfo(refused.fault)
     except OSError:  # of a disk, or of a file that went away meanwhile
-        return decode.Facts("not readable")
+        return decode.ImageInfo("not readable")
     if transparent:
         alpha = pixels[3:].float() / 255
         transparent = bool((alpha < 1).any())
         pixels = (pixels[:3] * alpha + 255 * (1 - alpha)).round()
     low = reduce(pixels.float(), "c h w -> c", "min")
     high = reduce(pixels.float(), "c h w -> c", "max")
-    blank = bool((high - low <= decode.BLANK).all())
+    blank = bool((high - low <= decode.ONE_COLOUR_RANGE).all())
     trace = (
         ""
         if blank
-        else base64.b85encode(duplicates.trace(pixels.float().mean(0).numpy()).tobytes()).decode()
+        else base64.b85encode(
+            duplicates.signature(pixels.float().mean(0).numpy()).tobytes()
+        ).decode()
     )
     form = "JPEG" if form == "MPO" else form
-    return decode.Facts(
+    return decode.ImageInfo(
         "",
         digest,
-        *decode.upright(size, orientation),
+        *decode.upright_size(size, orientation),
         form,
         mode,
         orientation,
@@ -69,7 +74,7 @@ def is_animated(image):
             image.info.get("frames", 0) > 1 or bool(getattr(image, "is_animated", False))
         )
     except Exception as error:  # whatever is behind the first frame is not read
-        if decode.is_ours(error):
+        if decode.is_our_fault(error):
             raise
         return False
 
@@ -83,10 +88,10 @@ def digest_of(file):
     return digest.hexdigest()
 
 
-def format_in(path):
+def format_of(path):
     """The format of the picture in a file, by its header; empty where there is none."""
     try:
-        with decode.opened(path) as image:
+        with decode.open_image(path) as image:
             return image.format
-    except decode.Refused:
+    except decode.UnreadableImage:
         return ""

@@ -30,21 +30,21 @@ def loader(source, batches, num_workers=0, pin_memory=False):
     What is in memory needs no workers: they would only carry it from process to process.
     """
     num_workers = 0 if source.in_memory else num_workers
-    running = load(source, batches, num_workers, pin_memory)
+    running = iterate(source, batches, num_workers, pin_memory)
     # workers that ignore SIGTERM would hold up the end of a process that left a loader standing
     if num_workers:
         atexit.register(close_if_alive, weakref.ref(running))
     return running
 
 
-def load(source, batches, num_workers, pin_memory):
+def iterate(source, batches, num_workers, pin_memory):
     yield from torch.utils.data.DataLoader(
         Batches(source),
         sampler=batches,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),
     )
 
@@ -55,7 +55,7 @@ def close_if_alive(reference):
         running.close()
 
 
-def leave_signals_to_the_trainer(worker):
+def ignore_stop_signals(worker):
     """Let a worker outlive Ctrl-C and a scheduler's SIGTERM or SIGUSR1, which reach the whole
     group: the trainer saves first.
 

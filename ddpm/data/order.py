@@ -25,7 +25,7 @@ def split(n, fraction, seed):
     return np.sort(shuffled[held:]), np.sort(shuffled[:held])
 
 
-def thinned(indices, most):
+def evenly_spaced(indices, most):
     """At most so many of the indices, evenly from first to last: of a folder sorted by class,
     all classes.
     """

@@ -14,15 +14,15 @@ import zlib
 from ddpm.data import colour
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MOST_TEXT = 2**20  # bytes, as many as PIL unpacks
-TEXTS = {b"tEXt", b"zTXt", b"iTXt"}
-SHORTEST = {b"\0": 2, b"\2": 6}  # bytes of a tRNS, by IHDR's kind of picture
-FACTS = {b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"}
+MAX_TEXT_BYTES = 2**20  # bytes, as many as PIL unpacks
+TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt"}
+MIN_TRNS_BYTES = {b"\0": 2, b"\2": 6}  # bytes of a tRNS, by IHDR's kind of picture
+COLOUR_CHUNKS = {b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"}
 # Chunks that are not critical and yet looked at, of up to so many bytes. Those of the frames behind
 # the first are not.
-OPTIONAL = (
-    dict.fromkeys(TEXTS, MOST_TEXT)
-    | dict.fromkeys(FACTS, colour.MOST_PROFILE)
+MAX_OPTIONAL_BYTES = (
+    dict.fromkeys(TEXT_CHUNKS, MAX_TEXT_BYTES)
+    | dict.fromkeys(COLOUR_CHUNKS, colour.MAX_PROFILE_BYTES)
     | dict.fromkeys((b"tRNS", b"eXIf", b"acTL"), 2**20)
 )
 
@@ -40,7 +40,7 @@ def chunks(file, size):
         place += 12 + length
 
 
-def pared(file, size):
+def prepare_for_pil(file, size):
     """(a file for PIL, entries for the info of PIL's image) of an open PNG; raises
     colour.Unsupported for what PIL misreads.
     """
@@ -49,7 +49,7 @@ def pared(file, size):
     with contextlib.suppress(struct.error):  # PIL says that the end is too early
         for kind, place, length in chunks(file, size):
             optional = kind.isalpha() and kind[:1].islower()
-            if optional and length > OPTIONAL.get(kind, -1):
+            if optional and length > MAX_OPTIONAL_BYTES.get(kind, -1):
                 continue
             file.seek(place)
             chunk = file.read(12 + length)
@@ -58,15 +58,15 @@ def pared(file, size):
             if optional and zlib.crc32(kind + content).to_bytes(4, "big") != checksum:
                 continue
             if kind == b"CgBI":
-                raise colour.Unsupported("a PNG of Apple's own kind")
+                raise colour.UnsupportedColour("a PNG of Apple's own kind")
             found.setdefault(kind, content if kind != b"IDAT" else b"")
             if (
-                kind in FACTS
+                kind in COLOUR_CHUNKS
                 or kind == b"acTL"
-                or kind in TEXTS
+                or kind in TEXT_CHUNKS
                 and not tells_orientation(kind, content)
                 or kind == b"tRNS"
-                and len(content) < SHORTEST.get(found.get(b"IHDR", b"")[9:10], 0)
+                and len(content) < MIN_TRNS_BYTES.get(found.get(b"IHDR", b"")[9:10], 0)
             ):
                 continue
             pieces.append(chunk)
@@ -90,10 +90,10 @@ def tells_orientation(kind, content):
     else:
         packed = kind == b"zTXt"
         text = text[1:]
-    return not packed or inflated(text, MOST_TEXT) is not None
+    return not packed or inflate(text, MAX_TEXT_BYTES) is not None
 
 
-def inflated(content, most):
+def inflate(content, most):
     """What zlib packed; None where it is damaged, or longer than `most` bytes."""
     unpacking = zlib.decompressobj()
     with contextlib.suppress(zlib.error):
@@ -135,8 +135,8 @@ def profile_of(found):
     if b"iCCP" in found:
         packed = found[b"iCCP"].partition(b"\0")[2]
         # which is no profile
-        profile = (packed[:1] == b"\0" and inflated(packed[1:], colour.MOST_PROFILE)) or b"?"
-    if b"sRGB" in found and not (profile and colour.profile(profile)):
+        profile = (packed[:1] == b"\0" and inflate(packed[1:], colour.MAX_PROFILE_BYTES)) or b"?"
+    if b"sRGB" in found and not (profile and colour.read_profile(profile)):
         return None
     if profile:
         return profile

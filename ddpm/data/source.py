@@ -16,21 +16,24 @@ import torch
 
 from ddpm.common import registry
 
-PASSING = "not readable"  # a fault of the disk or the memory, which may be gone the next time
-SCAN = 3  # count it up when `inspect.examine` says other things of the same file
+TRANSIENT_FAULT = (
+    "not readable"  # a fault of the disk or the memory, which may be gone the next time
+)
+SCAN_VERSION = 3  # count it up when `inspect.inspect_image` says other things of the same file
 
 # on a torchvision image
-Report = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))
+ItemInfo = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A dataset: `source[i]` is a uint8 tensor [c, h, w] and always the same one.
+    """A dataset: `source[i]` is a uint8 tensor [c, h, w], always the same for the same i.
 
-    `labels` holds a class number per image or is None, `classes` their names or None; `fingerprint`
-    (sha256 in hex) is the same wherever the content, size and preprocessing are; `notes` are lines
-    for the log; `alike` are groups of indices of near-duplicates, where they were looked for. Where
-    the images are `in_memory`, `fetch` takes an array of indices too, for a batch.
+    fetch: index -> image; with `in_memory` also an array of indices -> batch
+    fingerprint: sha256 in hex of content, image size and preprocessing
+    labels, classes: a class number per image and the names of the classes, or None
+    notes: lines for the log
+    near_duplicates: groups of indices, where the source looks for them
     """
 
     fetch: Callable
@@ -41,7 +44,7 @@ class Source:
     classes: list | None = None
     notes: tuple = ()
     in_memory: bool = False
-    alike: tuple = ()
+    near_duplicates: tuple = ()
 
     def __len__(self):
         return self.length
@@ -62,19 +65,19 @@ class Source:
         )
 
 
-def left_out(names, faults):
+def left_out_lines(names, faults):
     """One line per fault: how many images have it, and all of them by name."""
     found = {}
     for name, fault in zip(names, faults, strict=True):
         if fault:
             found.setdefault(fault, []).append(name)
     return [
-        f"left out {len(names)} {fault}: {shortened(names, len(names))}"
+        f"left out {len(names)} {fault}: {shorten(names, len(names))}"
         for fault, names in sorted(found.items())
     ]
 
 
-def shortened(names, most=5):
+def shorten(names, most=5):
     """The first few names and how many more there are, on one line and safe to print on any
     terminal.
     """
@@ -87,14 +90,14 @@ def fingerprint(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def take(pixels, index):
+def row(pixels, index):
     """A copy of the image at an index of an array [n, c, h, w], or of a batch at an array of
     indices.
     """
     return torch.from_numpy(pixels.take(index, axis=0))
 
 
-def address(make):
+def download_address(make):
     """Where a torchvision set comes from: the first web address that its class names, else its
     page in the manual.
     """
@@ -142,31 +145,31 @@ def class_numbers(wanted, classes):
         if str(one) not in known:
             raise ValueError(
                 f"unknown class {one!r}{registry.suggest(one, classes)}; choose one of "
-                f"{shortened(list(classes))}, or a number from 0 to {len(classes) - 1}"
+                f"{shorten(list(classes))}, or a number from 0 to {len(classes) - 1}"
             )
     return [known[str(one)] for one in wanted]
 
 
-def part(source, indices):
+def subset(source, indices):
     """The source of some of a source's images."""
     indices = [int(index) for index in indices]
     return replace(
         source,
-        fetch=partial(fetch_part, source.fetch, indices),
+        fetch=partial(fetch_subset, source.fetch, indices),
         length=len(indices),
         notes=(),
         in_memory=False,
-        alike=(),
+        near_duplicates=(),
         labels=[source.labels[index] for index in indices] if source.labels else None,
         fingerprint=fingerprint("part", source.fingerprint, indices),
     )
 
 
-def fetch_part(fetch, indices, index):
+def fetch_subset(fetch, indices, index):
     return fetch(indices[index])
 
 
-class Same:
+class DatasetCheck:
     """What must not change of the data at `source` while a run goes on: a checkpoint part that
     is compared, not loaded.
     """
@@ -205,4 +208,4 @@ class Same:
 
 def in_words(fact):
     """A number, or a list of names in brackets."""
-    return f"({shortened(list(fact), 20)})" if isinstance(fact, (list, tuple)) else fact
+    return f"({shorten(list(fact), 20)})" if isinstance(fact, (list, tuple)) else fact

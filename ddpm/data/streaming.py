@@ -9,7 +9,7 @@ from PIL import Image
 from ddpm.common import files, registry
 from ddpm.data import cache, folder, source
 from ddpm.data import decode as data_decode
-from ddpm.data.decode import Refused, decode, decode_file
+from ddpm.data.decode import UnreadableImage, decode, decode_file
 
 
 def streaming(
@@ -45,7 +45,7 @@ def streaming(
         fingerprint=source.fingerprint(
             "streaming",
             data_decode.PREPROCESSING,
-            folder.SRGB,
+            folder.CONVERSION_VERSION,
             shape,
             matte,
             image,
@@ -68,7 +68,7 @@ def labels_of(shards, column):
     """
     with files.cached_json(f"labels/{source.fingerprint(shards.digest, column)}") as known:
         if "labels" not in known:
-            found = cache.in_threads(
+            found = cache.map_in_threads(
                 lambda index: shards[index][column], range(len(shards)), f"reading {column!r}"
             )
             known["labels"] = [
@@ -100,7 +100,7 @@ def fetch_sample(shards, column, image_size, channels, matte, index):
         if isinstance(value, bytes):
             return decode_file(io.BytesIO(value), image_size, channels, matte)
         if not isinstance(value, (np.ndarray, Image.Image)):
-            raise Refused("not an image", type(value).__name__)
+            raise UnreadableImage("not an image", type(value).__name__)
         return decode(
             Image.fromarray(value) if isinstance(value, np.ndarray) else value,
             image_size,
@@ -108,7 +108,7 @@ def fetch_sample(shards, column, image_size, channels, matte, index):
             matte,
         )
     except Exception as error:
-        if data_decode.is_ours(error):
+        if data_decode.is_our_fault(error):
             raise
         raise ValueError(
             f"column {column!r} of sample {index} in {shards.folder} is no image that can be read "

@@ -24,18 +24,20 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
     and where a download is not possible.
     """
     found = open_torchvision(name, expand_user(root), split)
-    reports = cache.in_threads(
-        partial(examine_item, found, image_size), range(len(found)), f"reading {name}"
+    reports = cache.map_in_threads(
+        partial(inspect_item, found, image_size), range(len(found)), f"reading {name}"
     )
     classes = class_names(found, reports)
-    chosen = pick(name, reports, classes, only) if only else list(range(len(reports)))
+    chosen = indices_of_class(name, reports, classes, only) if only else list(range(len(reports)))
     # a set of small images, such as MNIST at 32 pixels
     if all(reports[i].fault == TOO_SMALL for i in chosen):
         kept = chosen
         faults = [f"all images are below {image_size} pixels and are enlarged"]
     else:
         kept = [i for i in chosen if not reports[i].fault]
-        faults = source.left_out([f"image {i}" for i in chosen], [reports[i].fault for i in chosen])
+        faults = source.left_out_lines(
+            [f"image {i}" for i in chosen], [reports[i].fault for i in chosen]
+        )
     if not kept:
         raise ValueError(
             f"no image of torchvision set {name!r} can be used: {'; '.join(faults)}; load it afresh"
@@ -63,19 +65,19 @@ def torchvision_set(image_size, channels, matte, *, name, root="data", split="",
     )
 
 
-def examine_item(found, image_size, index):
+def inspect_item(found, image_size, index):
     """Read and hash one image of a torchvision set."""
     try:
         image, target = found[index]
         content = f"{image.mode} {image.size}".encode() + image.tobytes()
-        _, done = decode.plain(image)
-        content += f" {folder.SRGB} {done}".encode() if done else b""
+        _, done = decode.to_srgb_8bit(image)
+        content += f" {folder.CONVERSION_VERSION} {done}".encode() if done else b""
     except Exception as error:
-        if decode.is_ours(error):
+        if decode.is_our_fault(error):
             raise
-        return source.Report(fault="broken")
+        return source.ItemInfo(fault="broken")
     category, *species = target if isinstance(target, tuple) else (target,)
-    return source.Report(
+    return source.ItemInfo(
         digest=hashlib.sha256(content).hexdigest(),
         fault=TOO_SMALL if min(image.size) < image_size else "",
         label=int(category) if isinstance(category, (int, np.integer)) else -1,
@@ -91,7 +93,7 @@ def fetch_item(found, kept, image_size, channels, matte, index):
 
 def open_torchvision(name, root, split):
     """The torchvision set `name` as it lies below `root`, else downloaded to there."""
-    registry.check_choice("torchvision set", name, list(TORCHVISION))
+    registry.check_choice("torchvision set", name, list(FOLDERS))
     from torchvision import datasets  # a second of start-up that other sources need not pay
 
     make = getattr(datasets, name)
@@ -113,19 +115,19 @@ def open_torchvision(name, root, split):
     except (RuntimeError, OSError):  # not there, or not whole
         if not source.DOWNLOADS.get():
             raise ValueError(
-                f"torchvision set {name!r} is not in {str(root / TORCHVISION[name])!r}"
+                f"torchvision set {name!r} is not in {str(root / FOLDERS[name])!r}"
             ) from None
     try:
         return make(**arguments, download=True)
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        place = Path(os.path.abspath(root), TORCHVISION[name])
+        place = Path(os.path.abspath(root), FOLDERS[name])
         with contextlib.suppress(OSError):
             root.rmdir()  # which the attempt may have made; not if anything is in it
         raise ValueError(
             f"torchvision set {name!r} is not in {str(place)!r} and cannot be downloaded "
-            f"({cause}); download {source.address(make)} elsewhere and put its files there, or "
-            "run once where there is a network"
+            f"({cause}); download {source.download_address(make)} elsewhere and put its files "
+            "there, or run once where there is a network"
         ) from None
 
 
@@ -140,7 +142,7 @@ def class_names(found, reports):
     )
 
 
-def pick(name, reports, classes, only):
+def indices_of_class(name, reports, classes, only):
     """The indices of the images whose class, or species, is called `only`, in any case; 'cats'
     is 'cat'.
     """
@@ -159,7 +161,7 @@ def pick(name, reports, classes, only):
 PETS = ("cat", "dog")  # OxfordIIITPet's binary category, in its order
 
 # torchvision class -> the folder below `root` where it looks for its files.
-TORCHVISION = {
+FOLDERS = {
     "CIFAR10": "cifar-10-batches-py",
     "CIFAR100": "cifar-100-python",
     "MNIST": "MNIST/raw",

@@ -69,7 +69,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
         "delay": 2,
         "disable": None,
     }
-    with cache.threads(8) as pool:
+    with cache.thread_pool(8) as pool:
         for first in tqdm(range(0, count, batch_size), **shown):
             part = range(first, min(first + batch_size, count))
             features = extractor(torch.stack(list(pool.map(dataset.__getitem__, part))))

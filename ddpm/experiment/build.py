@@ -45,7 +45,7 @@ def network(config):
         "in_channels": channels_in(config),
         "out_channels": config.data.channels * (1 + (config.diffusion.variance == "learned")),
         "num_classes": len(config.data.classes) or None,
-        "augmentation": augment.TOLD if config.data.augment else 0,
+        "augmentation": augment.NUM_CONDITIONS if config.data.augment else 0,
         "num_head_channels": config.model.num_head_channels or None,
     }
     if given["noise_embedding"] == "auto":
@@ -118,7 +118,7 @@ def dataset(config):
     direct = images.in_memory or registry.parse(section.source)[0] == "streaming"
     if section.cache == "none" or section.cache == "auto" and direct:
         return images
-    return cache.decoded(images, None if section.cache == "auto" else section.cache)
+    return cache.cache_decoded(images, None if section.cache == "auto" else section.cache)
 
 
 def split(config, images):
@@ -144,8 +144,8 @@ def class_names(config, images):
         )
     if given and given != tuple(images.classes):
         raise ValueError(
-            f"{config.data.source} has the classes {data_source.shortened(images.classes)}, and "
-            f"the config has {data_source.shortened(list(given))}; bring those images back, say "
+            f"{config.data.source} has the classes {data_source.shorten(images.classes)}, and "
+            f"the config has {data_source.shorten(list(given))}; bring those images back, say "
             "where they are by --config.data.source, or begin a new run without data.classes"
         )
     return tuple(images.classes)
@@ -154,7 +154,7 @@ def class_names(config, images):
 def same_data(config, images):
     """The checkpoint part that says which images a config learns from, wherever they lie."""
     classes = class_names(config, images)
-    return data_source.Same(
+    return data_source.DatasetCheck(
         config.data.source,
         images=len(images),
         fingerprint=images.fingerprint,

@@ -32,7 +32,7 @@ def scorer(config, images, machine):
                 f"few to compare; choose classes with {extractors.MIN_IMAGES} or more"
             )
         images, learned, held_out = (
-            source.part(images, kept),
+            source.subset(images, kept),
             *(np.flatnonzero(np.isin(kept, x)) for x in (learned, held_out)),
         )
     how = build.evaluation_recipe(config, images)
@@ -66,7 +66,7 @@ def likelihood(config, net, images, machine):
     if section.likelihood == "none":
         return evaluation_scorer.NullScorer()
     whose, indices = ("held-out", held_out) if len(held_out) else ("training", learned)
-    indices = order.thinned(indices, section.likelihood_images)
+    indices = order.evenly_spaced(indices, section.likelihood_images)
     return bits_per_dim.Likelihood(
         images,
         indices,

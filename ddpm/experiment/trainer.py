@@ -225,7 +225,7 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
         evaluation,
     ]
     notes += length_remarks(config, len(learned))
-    if twins := duplicates.across(images.alike, held_out):
+    if twins := duplicates.split_leakage(images.near_duplicates, held_out):
         notes.append(
             f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is "
             "learned from: val/loss and eval/copying flatter"

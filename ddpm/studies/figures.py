@@ -354,8 +354,8 @@ def samples(groups, seed):
     for axis, (name, path) in zip(itertools.chain(*axes), grids, strict=False):
         axis.set_title(name)
         try:
-            picture = decode.whole(path, 2 * SHARP)
-        except decode.Refused as refused:
+            picture = decode.open_thumbnail(path, 2 * SHARP)
+        except decode.UnreadableImage as refused:
             axis.text(
                 0.5, 0.5, f"{path.name} is left out:\n{refused.fault}", ha="center", va="center"
             )

@@ -78,7 +78,7 @@ class Step:
             if label_dropout is None
             else (
                 lambda labels, *address: machine.to_device(
-                    augment.drop(labels, label_dropout, *address)
+                    augment.drop_labels(labels, label_dropout, *address)
                 )
             )
         )
@@ -315,7 +315,7 @@ class Step:
         )
 
     def _augmented(self, probability, x0, step, places):
-        numbers = rng.normal(self.seed, "augment", step, places, (augment.NUMBERS,))
+        numbers = rng.normal(self.seed, "augment", step, places, (augment.NUM_RANDOM,))
         return augment.augment(x0, self.machine.to_device(numbers), probability)
 
 

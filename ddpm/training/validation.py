@@ -19,7 +19,7 @@ class Validation:
     def __init__(
         self, dataset, indices, net, diffusion, machine, batch_size, labels=None, most=1024
     ):
-        indices = data_order.thinned(indices, most)
+        indices = data_order.evenly_spaced(indices, most)
         order = rng.permutation(0, "validation time", 0, len(indices))
         self.times = torch.from_numpy(
             (order + 0.5) * diffusion.process.timesteps / max(len(indices), 1)

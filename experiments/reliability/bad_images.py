@@ -79,7 +79,7 @@ def among_good_ones(folder, times, seed):
         evaluate__extractor="none",
     )
     begun = time.monotonic()
-    found = data_folder.survey(photos)
+    found = data_folder.scan_folder(photos)
     spent = time.monotonic() - begun
     faults = found.faults(16)
     lost = [
@@ -135,7 +135,7 @@ def while_read(folder, times, seed):
     finally:
         done.set()
         thread.join()
-    found = data_folder.survey(folder)
+    found = data_folder.scan_folder(folder)
     for name, fault in zip(found.names, found.faults(16), strict=True):
         whole = (folder / name).is_file() and (
             name == "0.png" or (folder / name).read_bytes() == content

@@ -447,7 +447,7 @@ def caches(folder, times, seed):
     digits = data.open_source("digits", 16, 1)
     logging.getLogger("ddpm.evaluation").setLevel(logging.ERROR)  # which tells of each
     extractor = extractors.EXTRACTORS["digits"]("cpu")
-    part = source.part(digits, range(64))
+    part = source.subset(digits, range(64))
     right = reference.reference(extractor, part, folder / "right").features
     (place,) = (folder / "right").glob("*.safetensors")
     flips = [

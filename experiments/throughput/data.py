@@ -107,9 +107,7 @@ def folder_loader(folder, size, workers, seed):
 
 def own(source):
     """The source with its images copied into an array of this process."""
-    return replace(
-        source, fetch=partial(data_source.take, source.batch(range(len(source))).numpy())
-    )
+    return replace(source, fetch=partial(data_source.row, source.batch(range(len(source))).numpy()))
 
 
 def measure(photos=PHOTOS, sizes=SIZES, workers=WORKERS, rounds=ROUNDS, seconds=SECONDS):
@@ -142,9 +140,10 @@ def compare(folder, size, work, workers, rounds, seconds):
         return found
 
     plain = timed("look through", lambda: data.open_source(f"folder(path={str(folder)!r})", size))
-    timed("decode", lambda: cache.decoded(plain))
+    timed("decode", lambda: cache.cache_decoded(plain))
     ours = timed(
-        "open again", lambda: cache.decoded(data.open_source(f"folder(path={str(folder)!r})", size))
+        "open again",
+        lambda: cache.cache_decoded(data.open_source(f"folder(path={str(folder)!r})", size)),
     )
     assert ours.in_memory
     ways = {

@@ -657,31 +657,35 @@ def test_names_in_any_script_are_legible_on_a_contact_sheet(monkeypatch):
     ]
     dejavu = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
     plain = ImageFont.load_default(11)
-    for font, file in ((contact_sheet.font_of(11), dejavu), (plain, BytesIO(plain.font_bytes))):
+    for font, file in ((contact_sheet.load_font(11), dejavu), (plain, BytesIO(plain.font_bytes))):
         known = TTFont(file).getBestCmap()
         for letter in map(chr, range(0x20, 0x500)):
             if letter.isprintable() and not unicodedata.combining(letter):
-                assert contact_sheet.has(font, letter) == (ord(letter) in known), hex(ord(letter))
+                assert contact_sheet.has_glyph(font, letter) == (ord(letter) in known), hex(
+                    ord(letter)
+                )
         for name in names:
-            assert all(ord(letter) in known for letter in contact_sheet.fitted(name, font, 112)), (
-                name
-            )
-            assert font.getlength(contact_sheet.fitted(name, font, 112)) <= 112
-    assert contact_sheet.legible("Fleurs été вода", contact_sheet.font_of(11)) == "Fleurs été вода"
-    assert contact_sheet.legible("猫", contact_sheet.font_of(11)) == "\\u732b"
+            assert all(
+                ord(letter) in known for letter in contact_sheet.ellipsize(name, font, 112)
+            ), name
+            assert font.getlength(contact_sheet.ellipsize(name, font, 112)) <= 112
     assert (
-        contact_sheet.sheet(
+        contact_sheet.legible("Fleurs été вода", contact_sheet.load_font(11)) == "Fleurs été вода"
+    )
+    assert contact_sheet.legible("猫", contact_sheet.load_font(11)) == "\\u732b"
+    assert (
+        contact_sheet.draw_sheet(
             "été\udcff", [("\n猫", [contact_sheet.Cell("№", name) for name in names])]
         ).width
         > 1000
     )
-    contact_sheet.font_of.cache_clear()
+    contact_sheet.load_font.cache_clear()
     # as without matplotlib
     monkeypatch.setattr(contact_sheet.importlib.util, "find_spec", lambda name: None)
     try:
-        assert contact_sheet.font_of(11).getname() == ImageFont.load_default(11).getname()
+        assert contact_sheet.load_font(11).getname() == ImageFont.load_default(11).getname()
     finally:
-        contact_sheet.font_of.cache_clear()
+        contact_sheet.load_font.cache_clear()
 
 
 def test_one_of_a_thing_is_named_as_one(tmp_path):
@@ -689,7 +693,7 @@ def test_one_of_a_thing_is_named_as_one(tmp_path):
     report = doctor.diagnose(tmp_path, 32, 0.1)
     assert report["not_fit"][0].startswith(
         "1 image is too few: "
-    ) and "1 of 1 image can be" in next(doctor.lines_of(report))
+    ) and "1 of 1 image can be" in next(doctor.report_lines(report))
     with pytest.raises(ValueError, match="choose one of cat, dog"):
         source.class_numbers(("owl",), ("cat", "dog"))
     assert quantity(1, "image") == "1 image" and quantity(1200, "image") == "1,200 images"

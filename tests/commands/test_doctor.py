@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_image
 from ddpm import data, doctor
 from ddpm.data import decode, duplicates
 from ddpm.data import source as data_source
-from ddpm.data.contact_sheet import CELL, MARGIN, Cell, sheet
+from ddpm.data.contact_sheet import CELL, MARGIN, Cell, draw_sheet
 from support.runs import run, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -115,12 +115,12 @@ def test_every_kind_is_named(folder):
     assert report["shorter_side"] == {"least": 20, "median": 72, "most": 72}
     source = data.open_source(f"folder(path={str(folder)!r})", 32, 3)
     assert len(source) == report["kept"] and set(source.notes[1:9]) == {
-        f"left out {len(names)} {fault}: {data_source.shortened(names, 9)}"
+        f"left out {len(names)} {fault}: {data_source.shorten(names, 9)}"
         for fault, names in report["left_out"].items()
     }
     assert all(
         "\n" not in line and line.isprintable()
-        for line in doctor.lines_of(report)
+        for line in doctor.report_lines(report)
         if line.strip("\n") == line
     )
 
@@ -135,7 +135,9 @@ def test_a_picture_is_in_the_one_row_that_says_what_to_do(folder):
     (folder / "notes.txt").write_text("not an image")
     report = report_on(folder)
     rows = [
-        line for line in doctor.lines_of(report) if not line.startswith(("look at: ", "not fit: "))
+        line
+        for line in doctor.report_lines(report)
+        if not line.startswith(("look at: ", "not fit: "))
     ]
     names = {
         "phone.heic": "left out: HEIC",
@@ -199,9 +201,11 @@ def test_near_duplicates_of_many_are_found_without_comparing_all():
     units[500:1000, 0] = 0.93 * units[:500, 0] + (1 - 0.93**2) ** 0.5 * other / np.linalg.norm(
         other, axis=1, keepdims=True
     )
-    found = {tuple(group) for group in duplicates.groups(np.round(127 * units).astype(np.int8))}
+    found = {
+        tuple(group) for group in duplicates.group_similar(np.round(127 * units).astype(np.int8))
+    }
     assert len(found & {(k, k + 500) for k in range(500)}) >= 495 and len(found) <= 500
-    assert duplicates.groups(np.zeros((0, 2, 64), np.int8)) == []
+    assert duplicates.group_similar(np.zeros((0, 2, 64), np.int8)) == []
 
 
 def test_a_training_says_what_the_doctor_says(folder, tmp_path):
@@ -257,7 +261,7 @@ def test_the_command_and_its_exit_codes(folder, tmp_path):
 
 def test_a_white_picture_is_seen_on_a_sheet():
     white, (left, upper) = Image.new("RGB", (40, 20), "white"), (MARGIN, MARGIN + 30 + 44)
-    page = sheet("cats", [("of one colour", [Cell(white)])])
+    page = draw_sheet("cats", [("of one colour", [Cell(white)])])
     cell = np.asarray(
         page.crop((left - 1, upper - 1, left + CELL + 1, upper + CELL + 1)).convert("L")
     )
@@ -311,7 +315,7 @@ def test_files_that_are_no_images_are_counted_by_what_they_are(tmp_path):
         "look at: 3 files cannot be read as images (1 broken link, 1 empty, 1 not an image): "
         "left out"
     )
-    assert line in doctor.lines_of(report_on(tmp_path))
+    assert line in doctor.report_lines(report_on(tmp_path))
     assert line in data.open_source(f"folder(path={str(tmp_path)!r})", 32, 3).notes
     Image.new("RGB", (50, 50), "navy").save(tmp_path / "navy.png")
     for text in (
@@ -331,5 +335,5 @@ def test_a_folder_without_an_image_is_not_fit_and_has_a_sheet(content, tmp_path)
     report = report_on(tmp_path)
     said = "0 images are too few" if report["files"] else f"no image in {str(tmp_path)!r} (found "
     assert report["kept"] == 0 and said in report["not_fit"][0]
-    assert len(lines := list(doctor.lines_of(report))) == 1 or report["files"], lines
+    assert len(lines := list(doctor.report_lines(report))) == 1 or report["files"], lines
     assert doctor.contact_sheet(report, decode.WHITE).width > 1000

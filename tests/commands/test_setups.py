@@ -78,7 +78,7 @@ def compared_each_with_each(given):
     signs = np.where(np.arange(8) % 2, -1, 1)
     mirrored = (units.reshape(-1, 2, 8, 8) * signs).reshape(units.shape)
     alike = sum(
-        (units[:, 0] @ view.T >= duplicates.ALIKE).astype(int)
+        (units[:, 0] @ view.T >= duplicates.SIMILARITY).astype(int)
         for view in (units[:, 0], units[:, 1], mirrored[:, 0], mirrored[:, 1])
     )
     count, labels = connected_components(alike, directed=False)
@@ -100,9 +100,9 @@ def test_near_duplicates_are_those_of_comparing_each_with_each(seed):
         + spread * generator.standard_normal((count, 2, 64))
     )
     given[::7] = given[::7] * 0.93
-    assert duplicates.groups(given) == compared_each_with_each(given)
+    assert duplicates.group_similar(given) == compared_each_with_each(given)
     if seed:
-        assert 20 < sum(map(len, duplicates.groups(given))) < count  # neither all nor none
+        assert 20 < sum(map(len, duplicates.group_similar(given))) < count  # neither all nor none
 
 
 def test_thousands_of_a_kind_cost_no_more_than_different_ones():
@@ -114,7 +114,7 @@ def test_thousands_of_a_kind_cost_no_more_than_different_ones():
     seconds = []
     for given, groups in ((different, []), (frames, [list(range(3000))])):
         begun = time.process_time()
-        assert duplicates.groups(given) == groups
+        assert duplicates.group_similar(given) == groups
         seconds.append(time.process_time() - begun)
     assert seconds[1] < 2 * seconds[0] + 0.5, seconds  # was 81 s for the frames
 
@@ -125,8 +125,8 @@ def test_nobody_waits_for_the_comparing(tmp_path, monkeypatch):
     """
     folder = photos(tmp_path / "photos", 4)
     begun = []
-    found = data_folder.survey(folder)
-    plain = duplicates.groups
+    found = data_folder.scan_folder(folder)
+    plain = duplicates.group_similar
 
     def groups(given):
         names = (
@@ -142,7 +142,7 @@ def test_nobody_waits_for_the_comparing(tmp_path, monkeypatch):
         begun.append((names, done))
         return plain(given)
 
-    monkeypatch.setattr(duplicates, "groups", groups)
+    monkeypatch.setattr(duplicates, "group_similar", groups)
     assert (
         duplicates.near_duplicates(folder, found.facts)
         == duplicates.near_duplicates(folder, found.facts)
@@ -195,7 +195,7 @@ def test_users_of_a_group_share_a_cache(public, monkeypatch):
 
     def use(folder):
         source = data.open_source(source_of(folder), 16, 3)
-        found = cache.decoded(source)
+        found = cache.cache_decoded(source)
         reference = evaluation_reference.reference(extractor, found)
         return [
             found.notes[-1],
@@ -500,7 +500,7 @@ def test_a_path_that_is_not_found_is_whole_and_with_what_to_change(
     with pytest.raises(ValueError, match=f"there is no picture '{tmp_path}/cat.png'"):
         edit_images(moved / "run", "sdedit", "cat.png", tmp_path / "out", device="cpu")
     with pytest.raises(ValueError, match=f"image folder '{tmp_path}/pets' does not exist"):
-        data_folder.survey("pets")
+        data_folder.scan_folder("pets")
     shutil.copytree(moved / "animals", tmp_path / "pets")
     assert (
         evaluate(moved / "run", "cpu")["eval/bits_per_dim"] > 0
@@ -532,7 +532,7 @@ def test_other_classes_are_told_by_their_names(moved, tmp_path):
                 device.start(),
             )
         assert f"(cat, dog), are {names} in folder(" in str(told.value)
-    same = data_source.Same(
+    same = data_source.DatasetCheck(
         "streaming(path='x')", images=3, fingerprint="a", classes=("0", "1", "2")
     )
     with pytest.raises(

@@ -241,7 +241,9 @@ def traits(given):
             weight.normal_(generator=generator)
         x = torch.randn(2, 1, 16, 16, generator=generator)
         told = (
-            [None, torch.randn(2, augment.TOLD, generator=generator)] if given.data.augment else []
+            [None, torch.randn(2, augment.NUM_CONDITIONS, generator=generator)]
+            if given.data.augment
+            else []
         )
         return repr(net), new, net.eval()(x, torch.tensor([-0.5, 300.0]), *told)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ddpm.common import rng
 from ddpm.config import files
-from ddpm.data.augment import NUMBERS, TOLD, augment
+from ddpm.data.augment import NUM_CONDITIONS, NUM_RANDOM, augment
 from ddpm.experiment import load
 from ddpm.models.dit import Block, DiT
 from ddpm.models.layers import ResidualBlock
@@ -26,7 +26,7 @@ def images(*shape):
 
 def numbers(coin, **how):
     """Numbers that toss one coin alone; the quantiles that say how stand at 6 to 13."""
-    given = torch.full((2, NUMBERS), 9.0)
+    given = torch.full((2, NUM_RANDOM), 9.0)
     if coin != NEVER:
         given[:, coin] = -9.0
     for place, value in how.items():
@@ -44,7 +44,7 @@ SAME = dict(rtol=0, atol=1e-5)  # float32 coordinates of an 8-pixel grid
 
 def test_nothing_is_nothing_bit_for_bit():
     x, told = changed(X, NEVER)
-    assert torch.equal(x, X) and (told == 0).all() and told.shape == (2, TOLD)
+    assert torch.equal(x, X) and (told == 0).all() and told.shape == (2, NUM_CONDITIONS)
     for probability in (0.0, 0.5):
         # the coin fell, and the mirror stayed
         assert torch.equal(augment(X, numbers(MIRROR, n6=1.0), probability)[0], X)
@@ -104,7 +104,7 @@ def test_turning_a_wide_image_keeps_its_circles_round():
 
 def test_each_is_done_as_often_as_asked():
     x = images(4000, 1, 4, 4)
-    _, told = augment(x, rng.normal(0, "augment", 0, range(4000), (NUMBERS,)), 0.3)
+    _, told = augment(x, rng.normal(0, "augment", 0, range(4000), (NUM_RANDOM,)), 0.3)
     rates = (told != 0).float().mean(0)
     # a mirror is as likely to be left as to be turned; the first is always up
     share = torch.tensor([0.5, 0.15, *[0.3] * 7])
@@ -115,8 +115,8 @@ def test_each_is_done_as_often_as_asked():
 @pytest.mark.parametrize(
     "net",
     [
-        UNet(8, 3, 3, 8, (1, 2), 1, (), use_scale_shift_norm=True, augmentation=TOLD),
-        DiT(8, 3, 3, augmentation=TOLD, depth=1, width=16, heads=2),
+        UNet(8, 3, 3, 8, (1, 2), 1, (), use_scale_shift_norm=True, augmentation=NUM_CONDITIONS),
+        DiT(8, 3, 3, augmentation=NUM_CONDITIONS, depth=1, width=16, heads=2),
     ],
 )
 def test_nothing_told_is_zeros_told_and_something_is_heard(net):
@@ -125,22 +125,24 @@ def test_nothing_told_is_zeros_told_and_something_is_heard(net):
             parameter, std=0.2, generator=torch.Generator().manual_seed(parameter.numel())
         )
     t = torch.tensor([3.0, 900.0])
-    assert torch.equal(net(X, t), net(X, t, None, torch.zeros(2, TOLD)))
-    assert (net(X, t) - net(X, t, None, torch.ones(2, TOLD))).abs().max() > 1e-3
+    assert torch.equal(net(X, t), net(X, t, None, torch.zeros(2, NUM_CONDITIONS)))
+    assert (net(X, t) - net(X, t, None, torch.ones(2, NUM_CONDITIONS))).abs().max() > 1e-3
 
 
 def test_networks_that_were_not_made_for_it_say_so():
     with pytest.raises(ValueError, match="cannot be told of augmentation"):
-        UNet(8, 3, 3, 8, (1, 2), 1, ())(X, torch.zeros(2), None, torch.ones(2, TOLD))
+        UNet(8, 3, 3, 8, (1, 2), 1, ())(X, torch.zeros(2), None, torch.ones(2, NUM_CONDITIONS))
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
 @pytest.mark.parametrize(
     "make",
     [
-        lambda **how: UNet(8, 3, 3, 12, (1, 2), 1, (), num_classes=4, augmentation=TOLD, **how),
+        lambda **how: UNet(
+            8, 3, 3, 12, (1, 2), 1, (), num_classes=4, augmentation=NUM_CONDITIONS, **how
+        ),
         lambda **how: DiT(
-            8, 3, 3, num_classes=4, augmentation=TOLD, depth=1, width=12, heads=1, **how
+            8, 3, 3, num_classes=4, augmentation=NUM_CONDITIONS, depth=1, width=12, heads=1, **how
         ),
     ],
 )
@@ -158,7 +160,7 @@ def test_what_is_told_enters_before_the_layers_of_the_time_as_in_edm(make, place
     net.time_embedding.register_forward_hook(lambda layers, given, out: sines.append(given[0]))
     t = torch.tensor([3.0, 500.0])
     y = torch.tensor([1, 3])
-    told = torch.randn(2, TOLD)
+    told = torch.randn(2, NUM_CONDITIONS)
     net(X, t, y)
     net(X, t, y, told)
     layers = net.time_embedding
@@ -186,7 +188,7 @@ def test_a_checkpoint_of_before_is_told_of_augmentation_as_it_was():
     assert made.config.model.augmentation_place == "after"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1, 8, 8, generator=generator)
-    told = torch.randn(2, TOLD, generator=generator)
+    told = torch.randn(2, NUM_CONDITIONS, generator=generator)
     with torch.no_grad():
         out, untold = (
             made.net.eval()(x, torch.tensor([3.0, 17.0]), torch.tensor([1, 7]), *one)

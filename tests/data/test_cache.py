@@ -72,8 +72,10 @@ def test_photos_are_read_where_there_are_no_semaphores(photos, tmp_path, monkeyp
 def test_work_in_threads_keeps_its_order_and_ends_at_a_fault():
     """What has not begun is dropped: thousands of items would take minutes."""
     begun = time.monotonic()
-    assert cache.in_threads(lambda k: k * k, range(1001), "squares") == [k * k for k in range(1001)]
-    assert cache.in_threads(str, [], "nothing") == []
+    assert cache.map_in_threads(lambda k: k * k, range(1001), "squares") == [
+        k * k for k in range(1001)
+    ]
+    assert cache.map_in_threads(str, [], "nothing") == []
 
     def work(k):
         time.sleep(0.01)
@@ -81,8 +83,8 @@ def test_work_in_threads_keeps_its_order_and_ends_at_a_fault():
             raise ValueError("three")
 
     with pytest.raises(ValueError, match="three"):
-        cache.in_threads(work, range(20_000), "work")
-    with pytest.raises(KeyboardInterrupt), cache.threads(2) as pool:
+        cache.map_in_threads(work, range(20_000), "work")
+    with pytest.raises(KeyboardInterrupt), cache.thread_pool(2) as pool:
         for _ in range(20_000):
             pool.submit(time.sleep, 0.01)
         raise KeyboardInterrupt
@@ -105,7 +107,7 @@ def test_rows_are_the_images_and_are_decoded_once(photos, tmp_path):
     source = opened(photos)
     log = tmp_path / "log"
     for _ in range(2):
-        found = cache.decoded(watched(source, log), tmp_path / "cache")
+        found = cache.cache_decoded(watched(source, log), tmp_path / "cache")
         for copy in (found, pickle.loads(pickle.dumps(found))):
             assert all(torch.equal(copy[index], source[index]) for index in range(len(source)))
         assert sorted(map(int, log.read_text().split())) == list(range(12))
@@ -113,7 +115,7 @@ def test_rows_are_the_images_and_are_decoded_once(photos, tmp_path):
     found[0].zero_()  # a copy: the file is nobody's to change
     assert torch.equal(found[0], source[0]) and found.notes[-1].startswith("decoded images: ")
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".lock", ".u8"]
-    cache.decoded(watched(opened(photos, 8), log), tmp_path / "cache")
+    cache.cache_decoded(watched(opened(photos, 8), log), tmp_path / "cache")
     assert len(log.read_text().split()) == 24  # of another size: another file
 
 
@@ -123,7 +125,7 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}, {tests!r} + '/..']
 from ddpm.data import cache
 from test_cache import opened, watched
-found = cache.decoded(watched(opened({photos!r}), {log!r}, {seconds}), {folder!r})
+found = cache.cache_decoded(watched(opened({photos!r}), {log!r}, {seconds}), {folder!r})
 print(found[11].sum().item())
 """
 
@@ -156,7 +158,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_counts(photos, tmp_path):
     process.wait()
     assert not list((tmp_path / "cache").glob("*.u8"))
     source = opened(photos)
-    found = cache.decoded(source, tmp_path / "cache")
+    found = cache.cache_decoded(source, tmp_path / "cache")
     assert all(torch.equal(found[index], source[index]) for index in range(12))
     assert not list((tmp_path / "cache").glob("*.part"))
 
@@ -165,7 +167,7 @@ def test_a_disk_without_room_is_told_and_done_without(photos, tmp_path, monkeypa
     source = opened(photos)
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "cache"):
-        found = cache.decoded(source, folder)
+        found = cache.cache_decoded(source, folder)
         assert ("images are decoded at each use" in found.notes[-1]) is (folder.name == "file")
         assert torch.equal(found[3], source[3])
     size = 12 * 3 * 16 * 16
@@ -179,7 +181,7 @@ def test_a_disk_without_room_is_told_and_done_without(photos, tmp_path, monkeypa
         monkeypatch.setattr(
             cache.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
         )
-        found = cache.decoded(source, folder)
+        found = cache.cache_decoded(source, folder)
         assert (
             "free; name another folder as data.cache" in found.notes[-1]
         ) is not fits and torch.equal(found[3], source[3])
@@ -223,8 +225,8 @@ def test_what_fits_is_in_memory_and_read_in_whole_batches(photos, tmp_path, monk
     source = opened(photos)
     size = 12 * 3 * 16 * 16
     for memory, fits in ((2 * size, True), (2 * size - 1, False)):
-        monkeypatch.setattr(cache, "memory", lambda memory=memory: memory)
-        found = cache.decoded(source, tmp_path / "cache")
+        monkeypatch.setattr(cache, "memory_bytes", lambda memory=memory: memory)
+        found = cache.cache_decoded(source, tmp_path / "cache")
         assert found.in_memory is fits and ("in memory" in found.notes[-1]) is fits
         indices = np.array([5, 0, 11, 5])
         assert torch.equal(found.batch(indices), torch.stack([source[index] for index in indices]))
@@ -234,7 +236,7 @@ def test_what_fits_is_in_memory_and_read_in_whole_batches(photos, tmp_path, monk
         assert len(multiprocessing.active_children()) == (not fits)
         assert torch.equal(pixels, source.batch(indices)) and labels.tolist() == [-1] * 4
         assert torch.equal(next(running)[0], source.batch([1, 2])) and next(running, None) is None
-    part = data_source.part(found, [3, 4])
+    part = data_source.subset(found, [3, 4])
     assert torch.equal(part.batch([1, 0]), source.batch([4, 3]))
 
 
@@ -248,7 +250,7 @@ def test_a_disk_that_turns_out_full_is_told_too(photos, tmp_path, monkeypatch):
         pytest.skip("mounting a small disk needs root")
     try:
         monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**9))
-        found = cache.decoded(opened(photos), small / "cache")  # 9,216 bytes
+        found = cache.cache_decoded(opened(photos), small / "cache")  # 9,216 bytes
         assert "decoded at each use" in found.notes[-1] and "No space left" in found.notes[-1]
         assert not list(small.glob("cache/*.part"))
     finally:
@@ -259,7 +261,7 @@ def test_an_image_that_cannot_be_had_is_no_fault_of_the_cache(photos, tmp_path):
     source = opened(photos)
     (photos / "7.png").write_bytes((photos / "7.png").read_bytes()[:200])
     with pytest.raises(cache.Undecodable, match="7.png could be read before, and now is truncated"):
-        cache.decoded(source, tmp_path / "cache")
+        cache.cache_decoded(source, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.[up]*"))
 
 
@@ -284,4 +286,4 @@ def test_a_training_learns_the_same_from_rows(photos, tmp_path):
     )
     assert len(list((tmp_path / "cache").glob("*.u8"))) == 1
     # the digits are in memory
-    assert not isinstance(build.dataset(tiny(data__cache="auto")).fetch, cache.Rows)
+    assert not isinstance(build.dataset(tiny(data__cache="auto")).fetch, cache.MappedRows)

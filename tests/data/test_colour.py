@@ -332,8 +332,8 @@ def test_what_is_srgb_or_says_nothing_keeps_its_bytes(tmp_path):
     for number, content in enumerate(contents):
         assert np.array_equal(decoded(content), pixels)
         (tmp_path / f"{number}.png").write_bytes(content)
-        facts = inspect.examine(tmp_path / f"{number}.png")
-        assert not (facts.profile or facts.unread_profile or facts.done)
+        facts = inspect.inspect_image(tmp_path / f"{number}.png")
+        assert not (facts.profile or facts.unread_profile or facts.conversions)
     before = data_source.fingerprint(
         "folder",
         decode.PREPROCESSING,
@@ -341,7 +341,7 @@ def test_what_is_srgb_or_says_nothing_keeps_its_bytes(tmp_path):
         3,
         decode.WHITE,
         sorted(f"{n}.png" for n in range(5)),
-        [inspect.examine(tmp_path / f"{n}.png").digest for n in range(5)],
+        [inspect.inspect_image(tmp_path / f"{n}.png").digest for n in range(5)],
     )
     # so runs of before go on
     assert data.open_source(f"folder(path={str(tmp_path)!r})", 16).fingerprint == before
@@ -425,7 +425,7 @@ def test_profiles_that_pil_does_not_pass_on_are_found():
         plain = decoded(file)
         wide = file.replace(b"colrnclx\0\1", b"colrnclx\0\x0c")
         assert wide != file and close(decoded(wide), to_srgb(plain, *space))
-        with pytest.raises(decode.Refused, match="unsupported: PQ"):
+        with pytest.raises(decode.UnreadableImage, match="unsupported: PQ"):
             decoded(file.replace(b"colrnclx\0\1\0\x0d", b"colrnclx\0\x09\0\x10"))
     head = (
         struct.pack("<IiiHHIIiiII", 124, SIDE, -SIDE, 1, 24, 0, 0, 0, 0, 0, 0)
@@ -464,7 +464,7 @@ def test_profiles_of_numbers_are_right(white, red, green, blue, gamma):
 
 @pytest.mark.parametrize("transfer, word", [(16, "PQ"), (18, "HLG")])
 def test_hdr_is_left_out_by_name(transfer, word):
-    with pytest.raises(decode.Refused, match=f"unsupported: {word}"):
+    with pytest.raises(decode.UnreadableImage, match=f"unsupported: {word}"):
         decoded(png(photo(), chunk(b"cICP", bytes([9, transfer, 0, 1]))))
 
 
@@ -509,11 +509,13 @@ def test_texts_of_png_neither_cost_nor_break_a_picture():
         film + chunk(b"fcTL", struct.pack(">IIIIIHHBB", 7, SIDE, SIDE, 0, 0, 1, 1, 0, 0)),
     ):
         assert np.array_equal(decoded(png(pixels, rare)), pixels)
-    with decode.opened(io.BytesIO(png(pixels, film))) as image:
+    with decode.open_image(io.BytesIO(png(pixels, film))) as image:
         assert inspect.is_animated(image)
     header = png(pixels)
     broken = header.replace(b"IHDR\0\0\0\x40", b"IHDR\0\0\1\x40")
-    with pytest.raises(decode.Refused, match="broken"):  # what the picture needs must be right
+    with pytest.raises(
+        decode.UnreadableImage, match="broken"
+    ):  # what the picture needs must be right
         decoded(broken)
 
 
@@ -537,7 +539,7 @@ def test_the_transparent_colour_of_every_depth(depth, tmp_path):
     found = decoded(content, 2, width)
     assert np.array_equal(found[..., 1], np.where(values == key, 0, 255))
     (tmp_path / "a.png").write_bytes(content)
-    assert bool(inspect.examine(tmp_path / "a.png").done) == (depth != 8)
+    assert bool(inspect.inspect_image(tmp_path / "a.png").conversions) == (depth != 8)
     assert np.abs(found[..., 0] - values * (255 / most)).max() <= 0.5
     if depth >= 8:
         rgb = np.stack([values, values[::-1], values.T], axis=2)
@@ -568,12 +570,12 @@ def test_twelve_bits_are_scaled_and_what_is_unsupported_is_called_so():
     found = decoded(content, 1)
     assert np.abs(found - values * (255 / 4095)).max() <= 0.5
     for content in (tiff(packed, ">", 8, t256=SIDE, t258=12), tiff(packed, "<", 8, t262=32844)):
-        with pytest.raises(decode.Refused) as refused:
+        with pytest.raises(decode.UnreadableImage) as refused:
             decoded(content, 1)
         assert (
             refused.value.fault == "unsupported" and "JPEG or PNG" in decode.FAULTS["unsupported"]
         )
-    with pytest.raises(decode.Refused, match="signed"):
+    with pytest.raises(decode.UnreadableImage, match="signed"):
         decoded(tiff((photo()[..., 0].astype(int) - 128).astype(np.uint8), "<", 8, t339=2), 1)
 
 
@@ -662,7 +664,7 @@ def test_what_fills_little_of_its_range_is_said_by_the_doctor_and_in_the_log(tmp
     )
     assert any(
         row.startswith("dark 16 bits") and "scan.png (up to 4080)" in row
-        for row in doctor.lines_of(report | {"dark": {"scan.png": 4080}})
+        for row in doctor.report_lines(report | {"dark": {"scan.png": 4080}})
     )
 
 
@@ -677,16 +679,16 @@ def test_the_doctor_has_rows_for_profiles(tmp_path):
         "ink.jpg",
         "torn.png",
     ]
-    rows = {row.split("  ")[0]: row for row in doctor.lines_of(report)}
+    rows = {row.split("  ")[0]: row for row in doctor.report_lines(report)}
     assert (
         "wide.jpg (test); converted to sRGB" in rows["colour profile"]
         and "taken for sRGB" in rows["unread profile"]
     )
     assert np.array_equal(decoded((tmp_path / "torn.png").read_bytes()), photo())
-    kept = data_folder.survey(tmp_path)
-    marked = [one.done for one in kept.facts]
+    kept = data_folder.scan_folder(tmp_path)
+    marked = [one.conversions for one in kept.facts]
     assert marked == ["", "", "", "test"] and [
-        data_folder.content_of(one) == one.digest for one in kept.facts
+        data_folder.content_id(one) == one.digest for one in kept.facts
     ] == [True] * 3 + [False]
 
 
@@ -696,7 +698,7 @@ def test_a_fault_of_ours_is_raised_and_no_damage_of_files(tmp_path, monkeypatch)
     monkeypatch.delattr(Image.Image, "has_transparency_data")
     for read in (
         lambda: decode.decode_file(tmp_path / "a.png", 16, 3),
-        lambda: inspect.examine(tmp_path / "a.png"),
+        lambda: inspect.inspect_image(tmp_path / "a.png"),
         lambda: doctor.diagnose(tmp_path, 16, 0),
     ):
         with pytest.raises(AttributeError, match="has_transparency_data"):

@@ -30,12 +30,12 @@ from ddpm import doctor
 from ddpm.data import decode, folder
 resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)  # beyond which memory is refused
 before = resource.getrusage(resource.RUSAGE_SELF)
-found = folder.survey(sys.argv[1])
+found = folder.scan_folder(sys.argv[1])
 for name, one in zip(found.names, found.facts):
     try:
         decode.decode_file(found.root / name, 32, 3)
         said = ""
-    except decode.Refused as refused:
+    except decode.UnreadableImage as refused:
         said = refused.fault
     assert said == one.fault, (name, said, one.fault)
     try:
@@ -124,7 +124,7 @@ def test_a_file_that_changes_or_goes_after_the_scan_is_one_line(tmp_path):
 
 
 def test_large_pictures_wait_for_each_other():
-    room = decode.Room(10)
+    room = decode.PixelBudget(10)
     most = 10
     inside = [0]
     peak = [0]
@@ -151,7 +151,7 @@ def test_large_pictures_wait_for_each_other():
 
 def test_limits_are_where_they_say():
     assert (
-        Image.MAX_IMAGE_PIXELS * 2 == decode.MOST_PIXELS
+        Image.MAX_IMAGE_PIXELS * 2 == decode.MAX_PIXELS
         and not decode.ImageFile.LOAD_TRUNCATED_IMAGES
     )
     # 134 million pixels
@@ -160,5 +160,5 @@ def test_limits_are_where_they_say():
         8,
         8,
     )
-    with pytest.raises(decode.Refused, match="too large"):
+    with pytest.raises(decode.UnreadableImage, match="too large"):
         decode.decode_file(io.BytesIO(saved("PNG", (11586, 11586), "1")), 8, 1)

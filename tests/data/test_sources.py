@@ -576,7 +576,7 @@ def test_torchvision_pets_restricted_to_cats(tmp_path):
 
 
 def test_every_torchvision_name_is_a_set_with_a_root_and_a_download():
-    for name in torchvision_sets.TORCHVISION:
+    for name in torchvision_sets.FOLDERS:
         assert issubclass(getattr(torchvision.datasets, name), torchvision.datasets.VisionDataset)
 
 

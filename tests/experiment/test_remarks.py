@@ -433,7 +433,7 @@ def test_what_the_doctor_says_of_a_folder_s_size_reaches_the_log(tmp_path, count
     notes = data.open_source(f"folder(path={str(folder)!r})", 8, 1).notes
     report = doctor.diagnose(folder, 8, 0.0)
     lines = [
-        line for line in doctor.lines_of(report) if line.startswith(("not fit: ", "look at: "))
+        line for line in doctor.report_lines(report) if line.startswith(("not fit: ", "look at: "))
     ]
     found = [note for note in notes if note.startswith(("not fit: ", "look at: "))]
     damaged = (

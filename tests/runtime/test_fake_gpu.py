@@ -161,7 +161,7 @@ def test_images_are_augmented_at_any_shape():
     with FakeGPU() as gpu, gpu.watch():
         x, told = augment.augment(
             torch.randn(2, 3, 8, 16, device="cuda"),
-            torch.randn(2, augment.NUMBERS, device="cuda"),
+            torch.randn(2, augment.NUM_RANDOM, device="cuda"),
             0.5,
         )
     assert x.shape == (2, 3, 8, 16) and told.device.type == "cuda"
