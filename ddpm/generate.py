@@ -58,7 +58,7 @@ def generate_images(
     if format == "gif":
         how = draw.frames  # a picture a step, of all images at once
     drawn = drawing.drawer(trained, net, machine, how)(range(num_images), recipe)
-    make_place(folder, format, machine)
+    make_place(out, folder, format, machine)
     say(
         f"drawing {quantity(num_images, 'image')} from {name}: {recipe}; {times} network "
         "evaluations an image",
@@ -108,7 +108,7 @@ def edit_images(
     pictures, area, notes = drawing.pictures(trained, paths, mask)
     recipe = build.edit_recipe(trained)
     times = cost.evaluations(trained, recipe, made)
-    make_place(folder, format, machine)
+    make_place(out, folder, format, machine)
     say(
         f"{edit}: {quantity(count, 'image')} from {name}: {recipe}; {times} network evaluations an "
         "image",
@@ -144,13 +144,16 @@ def edit_named(text):
         raise ValueError(str(error) if named else f"edit {text!r}: {error}") from None
 
 
-def make_place(folder, format, machine):
-    """Make the folder of a drawing, and remove the numbered pictures of an earlier one where the
-    format numbers them too.
+def make_place(out, folder, format, machine):
+    """Make the folder of a drawing, and remove the numbered pictures of an earlier one; beside a
+    file that `out` names they stay.
     """
     with machine.raise_on_all_ranks():
         make_folder(folder)
-        if machine.main and format not in SINGLE and (removed := remove_drawing(folder)):
+        removed = 0
+        if machine.main and Path(out) == folder:
+            removed = remove_drawing(folder, others_stay=format in SINGLE)
+        if removed:
             print(f"removed {quantity(removed, 'image')} of an earlier drawing from {folder}")
 
 

@@ -121,8 +121,7 @@ def check_picture(path):
     suffix = Path(path).suffix.lower()
     if suffix not in PICTURES:
         raise ValueError(
-            f"cannot save a picture as {Path(path).name!r}; use one of the suffixes "
-            f"{', '.join(PICTURES)}"
+            f"cannot save a picture as {str(path)!r}; use one of the suffixes {', '.join(PICTURES)}"
         )
     return suffix
 
@@ -168,17 +167,17 @@ def recorded(folder):
     return known
 
 
-def remove_drawing(folder):
+def remove_drawing(folder, others_stay=False):
     """Remove the numbered pictures that an earlier drawing wrote into a folder; returns how many.
 
-    Nothing is removed where the folder holds one that its record does not know byte for byte: that
-    is a ValueError.
+    Numbered pictures that the record does not know byte for byte are a ValueError, and nothing is
+    removed; with `others_stay` they stay, and the rest is removed.
     """
     known = recorded(folder)
-    found = sorted(path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name))
-    if others := [
-        path.name for path in found if not path.is_file() or (path.name, digest(path)) not in known
-    ]:
+    numbered = sorted(path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name))
+    found = [path for path in numbered if path.is_file() and (path.name, digest(path)) in known]
+    others = [path.name for path in numbered if path not in found]
+    if others and not others_stay:
         raise ValueError(
             f"{folder} holds numbered pictures that no drawing is known to have written as they "
             f"are ({len(others)}, such as {others[0]}); move them away, or give another --out"

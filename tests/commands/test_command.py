@@ -350,7 +350,13 @@ def test_a_drawing_leaves_no_picture_of_another_in_its_folder(mine, tmp_path, ca
             generate_images(mine, 1, out, steps=2)
         assert before == {path: path.read_bytes() for path in out.iterdir()}
         (out / name).unlink()
-    generate_images(mine, 1, out, format="grid", steps=2)
+    generate_images(mine, 3, out, steps=2)
+    generate_images(mine, 1, out / "beside.png", format="grid", steps=2)
+    assert len(list(out.glob("0*.png"))) == 3
+    Image.new("L", (16, 16)).save(out / "0000123.png")
+    said = capture(capsys, generate_images, mine, 1, out, format="grid", steps=2)
+    assert "removed 3 images of an earlier drawing" in said
+    assert [path.name for path in out.glob("0*.png")] == ["0000123.png"]
     with pytest.raises(
         ValueError,
         match="a.npz is named like a file, and --format=png writes a folder; .*--format=npz",
