@@ -306,8 +306,13 @@ def length(config):
             words = f", of {size:,} in the data"
         except ValueError as error:
             size = ASSUMED
-            words = f", as if there were {ASSUMED:,} in the data ({error})"
+            words = f", with {ASSUMED:,} images assumed, as the data are not here ({cause(error)})"
     return durations.steps_of(section.length, section.batch_size, size), size, words
+
+
+def cause(error):
+    """What an error says is wrong, without the remedy after it."""
+    return str(error).partition(";")[0]
 
 
 def at_hand(config):
@@ -337,8 +342,8 @@ def with_classes(config, count=None):
         except ValueError as error:
             count = CLASSES
             words = (
-                f"as if there were {CLASSES:,} classes in the data ({error}); --classes=10 "
-                "says how many\n"
+                f"{CLASSES:,} classes are assumed, as the data are not here ({cause(error)}); "
+                "--classes=10 says how many\n"
             )
     names = list(names | dict.fromkeys(map(str, range(count))))[: max(count, len(names))]
     return changed(config, {"data.classes": tuple(names)}), words

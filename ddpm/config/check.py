@@ -318,8 +318,8 @@ def check_classes(options):
             )
         if options[key] and not learned:
             raise ValueError(
-                f"config.{key} is {options[key]}, and the network knows no classes; leave it out, "
-                "or train with data.class_labels=True"
+                f"config.{key} is {','.join(map(str, options[key]))}, and the network knows no "
+                "classes; leave it out, or train with data.class_labels=True"
             )
         if classes:
             with about(key):

@@ -444,13 +444,26 @@ def explained(error):
         return no_config_file(missing[1])
     if "has no attribute 'get_config'" in str(error):
         return "the config file has no function get_config; configs/digits.py shows one"
-    option = re.match(r"flag --config\.([\w.]+)=([^:]*)", str(error))
-    if option:
+    option = re.match(r"flag --(config\.)?([\w.]+)=([^:]*): ", str(error))
+    if option and option[1]:
         return (
-            f"config.{option[1]} is {option[2]!r}; it takes "
-            f"{KINDS[type(flatten(base())[option[1]])]}"
+            f"config.{option[2]} is {option[3]!r}; it takes "
+            f"{KINDS[type(flatten(base())[option[2]])]}"
         )
+    if option and option[2] in flags.FLAGS:
+        return f"--{option[2]} is {option[3]!r}; it takes {flag_values(flags.FLAGS[option[2]])}"
     return errors.one_line(error)
+
+
+def flag_values(flag):
+    """The values that an absl flag takes, in words: `a whole number from 1 to 4096`."""
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    kind = kinds.get(flag.flag_type(), "text")
+    low = getattr(flag.parser, "lower_bound", None)
+    high = getattr(flag.parser, "upper_bound", None)
+    if low is None:
+        return kind
+    return f"{kind}, {low} or more" if high is None else f"{kind} from {low} to {high}"
 
 
 def no_config_file(path):

@@ -143,10 +143,15 @@ def chosen_weights(path, step, config):
     found = [item for item in checkpoint.snapshots(folder) if item[0] <= step]
     if chosen > posthoc_ema.WIDEST or not found:
         decays = ", ".join(map(str, (section.decay, *section.more)))
+        others = (
+            f", and {len(found)} snapshots for any sigma_rel up to 0.288; choose one of those, or"
+            if found
+            else ";"
+        )
         raise ValueError(
-            f"{folder} has no {weights_name(config)} weights; it has the decays {decays} and "
-            f"{len(found)} snapshots for any sigma_rel up to 0.288. Choose one of those, or train "
-            "with config.ema.more, or with config.ema.profiles and config.every.snapshot"
+            f"{folder} has no weights averaged with {weights_name(config)}. It has EMA decay "
+            f"{decays}{others} train with config.ema.more for another decay, or with "
+            "config.ema.profiles and config.every.snapshot for a sigma_rel"
         )
     stored = [
         (at, width, partial(training_weights.load_snapshot, snapshot, part_name(width)))

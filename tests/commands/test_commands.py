@@ -324,7 +324,7 @@ def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
         (
             "sample",
             [f"--checkpoint={trained}", "--ema=0.7"],
-            "has no EMA decay 0.7 weights; it has the decays 0.9",
+            "has no weights averaged with EMA decay 0.7. It has EMA decay 0.9; train",
         ),
         ("evaluate", [f"--checkpoint={trained}", "--steps=1000"], "with only 20 timesteps"),
     ]:

@@ -245,7 +245,11 @@ def test_the_command_and_its_exit_codes(folder, tmp_path):
     (tmp_path / "README.md").touch()
     for words, message in (
         ([], "nothing given; write a folder of images"),
-        ([folder, "--image_size=1000000"], "1000000 is not an integer in the range [1, 4096]"),
+        (
+            [folder, "--image_size=1000000"],
+            "--image_size is '1000000'; it takes a whole number from 1 to 4096",
+        ),
+        ([folder, "--image_size=abc"], "--image_size is 'abc'; it takes a whole number from 1 to"),
         ([f"--config={ROOT}/configs/digits.py"], "the doctor looks at folders of files"),
         ([folder, "--out=README.md"], "cannot write to README.md: a file is in the way"),
         ([folder, "--out=README.md/out"], "cannot write to README.md/out: a file is in the way"),

@@ -177,7 +177,7 @@ def test_class_conditional_configs_are_planned_without_their_data(
     assert some.data.classes == ("0", "1", "2", "3", "4", "5", "6") and not words
     assumed, words = plan.with_classes(given)
     assert len(assumed.data.classes) == 1000 and words.startswith(
-        "as if there were 1,000 classes in the data ("
+        "1,000 classes are assumed, as the data are not here ("
     )
     with torch.device("meta"):
         assert sum(one.numel() for one in build.network(assumed).parameters()) > least
@@ -256,8 +256,8 @@ def test_images_that_are_not_there_yet_are_taken_to_be_some(tmp_path):
         tiny(data__source=f"folder(path='{tmp_path}/none')", train__length="8 epochs")
     )
     assert (steps, images) == (10_000, 10_000) and words.startswith(
-        f", as if there were 10,000 in the data (image folder '{tmp_path}/none' does not exist; "
-        "give"
+        f", with 10,000 images assumed, as the data are not here (image folder '{tmp_path}/none' "
+        "does not exist)"
     )
 
 
@@ -289,7 +289,8 @@ def test_snapshots_take_disk():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--config=configs/digits.py", "--vram=0"], "--vram"),
+        (["--config=configs/digits.py", "--vram=-3"], "--vram is '-3'; it takes a number, 0.1 or"),
+        (["--config=configs/digits.py", "--vram=x"], "--vram is 'x'; it takes a number, 0.1 or"),
         (["--config=configs/digits.py", "--mfu=nan"], "flag --mfu=nan: give a finite number"),
         (
             ["--config=configs/digits.py", "--gpus=RTX 4071"],

@@ -238,8 +238,8 @@ def test_any_average_can_be_loaded(trained):
     [
         (
             0.7,
-            "has no EMA decay 0.7 weights; it has the decays 0.9, 0.5, 0.99 and 4 snapshots for "
-            "any sigma_rel up to 0.288",
+            "has no weights averaged with EMA decay 0.7. It has EMA decay 0.9, 0.5, 0.99, and 4 "
+            "snapshots for any sigma_rel up to 0.288; choose one of those, or train with",
         ),
         (0.01, "sigma_rel 0.01 cannot be made from 4 snapshots of 0.05, 0.1"),
         (1.5, "config.sample.ema is 1.5; it must lie between"),
@@ -260,7 +260,7 @@ def test_runs_without_them_say_what_to_do(trained, tmp_path):
     run(tiny(train__length="1 steps"), tmp_path / "plain")
     with pytest.raises(
         ValueError,
-        match=r"no EMA sigma_rel 0.1 weights; .*decays 0.9 and 0 snapshots.*config.ema.profiles",
+        match=r"averaged with EMA sigma_rel 0.1\. It has EMA decay 0.9; train .*config.ema.profiles",
     ):
         experiment_load.load(tmp_path / "plain", **{"sample.ema": 0.1})
     (tmp_path / "alone.safetensors").write_bytes((trained / "final.safetensors").read_bytes())
