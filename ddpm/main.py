@@ -20,7 +20,7 @@ from ddpm.config import flags as config_flags
 from ddpm.experiment import build, memory, trainer
 from ddpm.runtime import device, ranks
 from ddpm.runtime.out_of_memory import BatchDoesNotFit, ran_out
-from ddpm.runtime.signals import Interrupted, Wish
+from ddpm.runtime.signals import StopRequest, StopTraining
 from ddpm.training import checkpoint
 from ddpm.training.trainer import Diverged, train
 
@@ -37,18 +37,18 @@ def train_experiment(given, folder):
 
     Raises ValueError, one line, for what cannot be run, before anything is written.
     """
-    wish = Wish(given.train.max_hours)
+    stop = StopRequest(given.train.max_hours)
     try:
-        with wish.heard(), contextlib.ExitStack() as kept:
-            with wish.abandonable():
+        with stop.install_handlers(), contextlib.ExitStack() as kept:
+            with stop.interruptible():
                 machine = device.start(
                     given.train.amp,
                     given.train.deterministic,
                     None,
-                    wish,
+                    stop,
                     given.train.cudnn_benchmark,
                 )
-            with wish.abandonable(), machine.raise_on_all_ranks():
+            with stop.interruptible(), machine.raise_on_all_ranks():
                 build.check(given)
                 files.check_continues(given, folder)
                 if machine.main:
@@ -57,7 +57,7 @@ def train_experiment(given, folder):
             rollbacks = 0
             why = ""
             while code == AGAIN:
-                with wish.abandonable():
+                with stop.interruptible():
                     with machine.raise_on_all_ranks():
                         run = trainer.run(
                             given, folder, machine, rollbacks, announced if machine.main else silent
@@ -90,10 +90,14 @@ def train_experiment(given, folder):
                 gc.collect()
                 machine.empty_cache()
             return code
-    except Interrupted:  # before the first step
-        more = "; give more hours" if wish.late else ": nothing to save, the same command goes on"
-        print(f"stopped before the first step, {wish}{more}", file=sys.stderr, flush=True)
-        return errors.FAILED if wish.late else errors.INTERRUPTED
+    except StopTraining:  # before the first step
+        more = (
+            "; give more hours"
+            if stop.time_limit_reached
+            else ": nothing to save, the same command goes on"
+        )
+        print(f"stopped before the first step, {stop}{more}", file=sys.stderr, flush=True)
+        return errors.FAILED if stop.time_limit_reached else errors.INTERRUPTED
     finally:
         ranks.stop()
 
@@ -128,18 +132,18 @@ def finish(run):
             run.tracker.say(
                 f"done; draw images with: python -m ddpm.generate --checkpoint={run.folder}"
             )
-        elif run.machine.wish.late and run.saved == run.begun:
+        elif run.machine.stop.time_limit_reached and run.saved == run.begun:
             # or a scheduler would begin it again for ever
             step, due = run.saved
             todo = f"the rest of step {step} ({', '.join(sorted(due))})" if due else "a step"
             run.tracker.say(
-                f"failed: {run.machine.wish}, and that is too little for {todo}; give more hours, "
+                f"failed: {run.machine.stop}, and that is too little for {todo}; give more hours, "
                 "or smaller evaluations"
             )
         else:
             code = errors.INTERRUPTED
             run.tracker.say(
-                f"stopped, {run.machine.wish}, and saved at step {run.saved[0]}; run the same "
+                f"stopped, {run.machine.stop}, and saved at step {run.saved[0]}; run the same "
                 "command to continue"
             )
     except Diverged as error:
@@ -183,7 +187,7 @@ def finish(run):
             traceback.print_exc()
     finally:
         run.tracker.close(
-            errors.DONE if code == AGAIN else code, hurry=lambda: run.machine.wish.asked
+            errors.DONE if code == AGAIN else code, hurry=lambda: run.machine.stop.requested
         )
     return code
 

@@ -6,6 +6,8 @@ import weakref
 
 import torch
 
+POLL_SECONDS = 1  # of waiting for a batch, after which a request to stop is looked at
+
 
 class Batches(torch.utils.data.Dataset):
     """A source by lists of indices: uint8 [b, c, h, w] and labels int64 [b], -1 where there are
@@ -22,31 +24,46 @@ class Batches(torch.utils.data.Dataset):
         )
 
 
-def loader(source, batches, num_workers=0, pin_memory=False):
+def loader(source, batches, num_workers=0, pin_memory=False, check=lambda: None):
     """Iterate once over an iterable of index lists: (uint8 [b, c, h, w], int64 labels [b], -1 where
     there are none).
 
     The batches are the same for any number of workers, and torch's global generator is left alone.
-    What is in memory needs no workers: they would only carry it from process to process.
+    What is in memory needs no workers: they would only carry it from process to process. `check()`
+    is called before each batch and while workers prepare it; it may raise to end the waiting.
     """
     num_workers = 0 if source.in_memory else num_workers
-    running = iterate(source, batches, num_workers, pin_memory)
+    running = iterate(source, batches, num_workers, pin_memory, check)
     # workers that ignore SIGTERM would hold up the end of a process that left a loader standing
     if num_workers:
         atexit.register(close_if_alive, weakref.ref(running))
     return running
 
 
-def iterate(source, batches, num_workers, pin_memory):
-    yield from torch.utils.data.DataLoader(
-        Batches(source),
-        sampler=batches,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_stop_signals,
-        generator=torch.Generator(),
+def iterate(source, batches, num_workers, pin_memory, check):
+    running = iter(
+        torch.utils.data.DataLoader(
+            Batches(source),
+            sampler=batches,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            timeout=POLL_SECONDS if num_workers else 0,
+            worker_init_fn=ignore_stop_signals,
+            generator=torch.Generator(),
+        )
     )
+    while True:
+        check()
+        try:
+            batch = next(running)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+        else:
+            yield batch
 
 
 def close_if_alive(reference):

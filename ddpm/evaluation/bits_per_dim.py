@@ -130,7 +130,10 @@ class Likelihood:
         with Progress(
             "measuring bits/dim", len(mine), self.batch_size, times, shown=self.machine.main
         ) as shown:
-            hook = self.model.net.register_forward_hook(shown.evaluated)
+            hooks = [
+                self.model.net.register_forward_pre_hook(lambda *_: self.machine.stop.check()),
+                self.model.net.register_forward_hook(shown.evaluated),
+            ]
             try:
                 for batch, bits in self.machine.room.in_batches(
                     "measuring bits/dim of", mine, self.batch_size, of
@@ -138,7 +141,8 @@ class Likelihood:
                     found.append(bits)
                     shown.finished(len(batch))
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
         return self.machine.gather(torch.cat(found or [torch.empty(0)])).mean(0)
 
     def curve(self, prior, terms):

@@ -95,12 +95,12 @@ class Scorer:
         """The Frechet distance that a perfect generator gets at as many samples, computed by one
         rank.
         """
-        n = len(self.seeds)
-        return self.machine.broadcast(
-            measures.perfect_generator(self.reference, n, self.extractor)
-            if self.machine.main
-            else None
-        )
+        reference = self.reference
+        found = None
+        if self.machine.main:
+            with self.machine.stop.interruptible():
+                found = measures.perfect_generator(reference, len(self.seeds), self.extractor)
+        return self.machine.broadcast(found)
 
     @cached_property
     def unseen(self):
@@ -121,13 +121,11 @@ class Scorer:
         )
         drawn = self.machine.gather(drawn)
         first = self.machine.gather(torch.cat(first or [torch.empty(0, dtype=torch.uint8)]))
-        numbers = (
-            measures.compare(drawn, self.reference, self.extractor)
-            | self.perfect
-            | {"nfe": self.nfe}
-        )
-
-        distances, which = measures.nearest(drawn, self.reference.features[self.learned])
+        reference = self.reference
+        with self.machine.stop.interruptible():  # minutes in other libraries, with Inception
+            numbers = measures.compare(drawn, reference, self.extractor)
+            distances, which = measures.nearest(drawn, reference.features[self.learned])
+        numbers |= self.perfect | {"nfe": self.nfe}
         if len(self.held_out):
             numbers |= measures.copying(distances, self.unseen)
         originals = torch.stack(

@@ -129,7 +129,9 @@ def batches(config, images, indices, machine, seed, start, total):
     )
     workers = min(config.data.num_workers, os.cpu_count() or 1)
     return machine.prefetch(
-        loader.loader(images, order, workers, pin_memory=machine.device.type == "cuda")
+        loader.loader(
+            images, order, workers, machine.device.type == "cuda", check=machine.check_stop
+        )
     )
 
 

@@ -16,7 +16,7 @@ import torch.distributed as distributed
 
 from ddpm.runtime import gpus, prefetch, ranks
 from ddpm.runtime.out_of_memory import Room
-from ddpm.runtime.signals import Interrupted, Wish
+from ddpm.runtime.signals import StopRequest, StopTraining
 
 AMP = ("auto", "off", "bf16", "fp16")
 BENCHMARK = ("auto", "on", "off")
@@ -28,7 +28,7 @@ class Machine:
     line each.
 
     `cpu_group` is the group in which ranks exchange what lies on the host, without going through
-    the GPU. `wish` knows whether this process is asked to stop, `room` what fits into memory.
+    the GPU. `stop` is the request to stop this process, `room` knows what fits into memory.
     """
 
     device: torch.device
@@ -37,8 +37,11 @@ class Machine:
     world: int = 1
     notes: list = field(default_factory=list)
     cpu_group: distributed.ProcessGroup | None = None
-    wish: Wish = field(default_factory=Wish, compare=False)
+    stop: StopRequest = field(default_factory=StopRequest, compare=False)
     room: Room = field(default_factory=Room, compare=False)
+
+    def __post_init__(self):
+        self.room.check = self.stop.check
 
     @property
     def main(self):
@@ -70,32 +73,31 @@ class Machine:
             distributed.all_reduce(tensor)
         return tensor
 
-    def all_gather(self, value, left=False):
-        """What each rank says, in rank order. Raises Interrupted on all ranks where one has
-        `left` the work they share.
+    def all_gather(self, value, leaving=False):
+        """The values of all ranks, in rank order.
+
+        Raises StopTraining on all ranks where one of them is `leaving` the work that they share.
         """
         if self.world == 1:
             return [value]
-        said = [None] * self.world
-        with self.wish.whole():
-            distributed.all_gather_object(said, (left, value), group=self.cpu_group)
-            if any(gone for gone, _ in said):
-                raise Interrupted(told=True)
-        return [value for _, value in said]
+        gathered = [None] * self.world
+        distributed.all_gather_object(gathered, (leaving, value), group=self.cpu_group)
+        if any(leaves for leaves, _ in gathered):
+            raise StopTraining(agreed=True)
+        return [value for _, value in gathered]
 
-    def leave(self, interrupted):
-        """Come together with the others after Interrupted: they hear of it when they exchange
-        something next.
-        """
-        if self.world > 1 and not interrupted.told:
-            with contextlib.suppress(Interrupted):
-                self.all_gather(None, left=True)
+    def leave(self, stopped):
+        """Let the other ranks know of a StopTraining: they raise it at their next collective."""
+        if self.world > 1 and not stopped.agreed:
+            with contextlib.suppress(StopTraining):
+                self.all_gather(None, leaving=True)
 
-    def waiting(self):
-        """The context of waiting for a batch: alone it may be abandoned; several ranks stop
+    def check_stop(self):
+        """Raise StopTraining if a stop is requested and this process is alone: several ranks stop
         after the same step.
         """
-        return self.wish.abandonable() if self.world == 1 else contextlib.nullcontext()
+        if self.world == 1:
+            self.stop.check()
 
     def barrier(self):
         """Wait for all ranks."""
@@ -278,12 +280,12 @@ def busy_cores(device):
     ]
 
 
-def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchmark="auto"):
+def start(amp="auto", deterministic=False, device=None, stop=None, cudnn_benchmark="auto"):
     """Decide device, type and rank, and set torch up for them; under torchrun, join the other
     ranks.
 
     `device` is a torch device string for those who must choose; by default the GPU of this rank,
-    else the CPU. `wish` hears what asks this process to stop. `cudnn_benchmark`, one of BENCHMARK,
+    else the CPU. `stop` is the StopRequest of this process. `cudnn_benchmark`, one of BENCHMARK,
     is by default on unless `deterministic`. Raises ValueError where that device does not exist
     here, and for a rank that is no number.
     """
@@ -330,4 +332,4 @@ def start(amp="auto", deterministic=False, device=None, wish=None, cudnn_benchma
             ranks.join("nccl" if chosen.type == "cuda" else "gloo")
         cpu_group = distributed.new_group(backend="gloo", timeout=ranks.PATIENCE)
     notes += busy_cores(chosen)
-    return Machine(chosen, dtype, rank, world, notes, cpu_group, wish or Wish())
+    return Machine(chosen, dtype, rank, world, notes, cpu_group, stop or StopRequest())

@@ -50,10 +50,13 @@ def nearly_full():
 class Room:
     """Tries work that may run out of memory. `say(text)` is told of each cut, and a kind of work
     that was cut stays so.
+
+    `check()` is called before each batch and may raise, to stop.
     """
 
     def __init__(self, say=print):
         self.say = say
+        self.check = lambda: None
         self.most = {}
 
     def fits(self, work):
@@ -80,6 +83,7 @@ class Room:
         """
         start = 0
         while start < len(items):
+            self.check()
             batch = items[start : start + min(size, self.most.get(doing, size))]
             fitted, found = self.fits(partial(work, batch))
             if fitted:

@@ -1,10 +1,9 @@
-"""Being asked to stop: a signal, or hours that are nearly over, become a wish that is granted where
-leaving costs nothing.
+"""Requests to stop: a signal, or a time limit that is nearly reached.
 
-What can be done again (a drawing, a measurement, the wait for a batch) runs inside `abandonable()`
-and ends at once; a step and a save are seen to their end. Commands other than the training end by
-KeyboardInterrupt inside `interruptible()`; before that, while a command imports, `ddpm/__init__.py`
-has a signal end the process with one line.
+A training looks at its StopRequest between batches, network evaluations of a drawing and batches of
+a measurement, and then saves; a step and a save are never cut off. Other commands end by
+KeyboardInterrupt inside `interruptible()`; while a command still imports, `ddpm/__init__.py` lets a
+signal end the process with one line.
 """
 
 import contextlib
@@ -86,110 +85,97 @@ def interruptible():
             signal.signal(number, handler)
 
 
-class Interrupted(BaseException):
-    """Work that may be abandoned is abandoned, as the process is asked to stop; `told` where the
-    other ranks know it.
-    """
+class StopTraining(BaseException):
+    """Raised where a training looks at its StopRequest; `agreed` if the other ranks stop too."""
 
-    def __init__(self, told=False):
+    def __init__(self, agreed=False):
         super().__init__()
-        self.told = told
+        self.agreed = agreed
 
 
-class Wish:
-    """Whether this process is asked to stop: `by` is the signal's number, or None.
+class StopRequest:
+    """Whether this process is requested to stop, by a signal or because `hours` are nearly over.
 
-    With `hours` above 0 it asks itself, so long before that many hours after its start that what it
-    sees to its end, as far as seen, fits in twice.
+    With `hours` above 0 the request comes early enough before that many hours after the start of
+    the process to finish twice the longest `reserve_time()` section until then.
     """
 
     def __init__(self, hours=0.0):
         self.hours = hours
-        self.by = None
+        self.signal = None
         self.longest = 0.0
-        self.leaving = False
+        self.raises = False
 
     @property
-    def asked(self):
-        return self.by is not None
+    def requested(self):
+        return self.signal is not None
 
     @property
-    def late(self):
-        """True where it is the hours that are over."""
-        return self.by == signal.SIGALRM
+    def time_limit_reached(self):
+        return self.signal == signal.SIGALRM
 
     def __str__(self):
-        if self.late:
+        if self.time_limit_reached:
             return f"as train.max_hours={self.hours:g} is nearly over"
-        return f"by {NAMES.get(self.by) or signal.Signals(self.by).name}"
+        return f"by {NAMES.get(self.signal) or signal.Signals(self.signal).name}"
+
+    def check(self):
+        """Raise StopTraining if a stop is requested: called between units of work that can be done
+        again (a batch, a network evaluation).
+        """
+        if self.requested:
+            raise StopTraining
 
     @contextlib.contextmanager
-    def heard(self):
-        """Inside, signals become the wish, but for those that are ignored, as by nohup; a second
-        Ctrl-C does not wait.
+    def install_handlers(self):
+        """Inside, signals request the stop, except those that are ignored, as under nohup; a second
+        Ctrl-C raises KeyboardInterrupt.
         """
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        before = {number: signal.signal(number, self._ask) for number in heard}
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._request) for number in numbers}
         self._set_alarm()
         try:
             yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if before[signal.SIGALRM] != self._ask:  # the outermost
+            if before[signal.SIGALRM] != self._request:  # the outermost
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextlib.contextmanager
-    def abandonable(self):
-        """What runs inside ends with Interrupted, between any two of Python's instructions, when
-        the wish comes or is there.
+    def interruptible(self):
+        """Inside, a request raises StopTraining at once, at any point: for minutes of work that
+        saves nothing and cannot call `check()` (the start of a training, other libraries' code).
         """
-        with self._leaving(True):
-            self._grant()
+        self.check()
+        self.raises = True
+        try:
             yield
-        if self.asked:  # an exception in a finaliser is lost
-            raise Interrupted
+        finally:
+            self.raises = False
+        self.check()  # an exception that is raised in a finaliser is lost
 
     @contextlib.contextmanager
-    def whole(self):
-        """What runs inside is seen to its end, even inside what is abandonable."""
-        with self._leaving(False):
-            yield
-        self._grant()
-
-    @contextlib.contextmanager
-    def allowed_for(self):
-        """The alarm leaves room for what takes as long as what runs inside."""
+    def reserve_time(self):
+        """Measure a section that the time limit must not cut off, such as a step or a save."""
         began = time.monotonic()
         yield
         if (seconds := time.monotonic() - began) > self.longest:
             self.longest = seconds
             self._set_alarm()
 
-    @contextlib.contextmanager
-    def _leaving(self, may):
-        before = self.leaving
-        self.leaving = may
-        try:
-            yield
-        finally:
-            self.leaving = before
-
-    def _ask(self, number, _):
-        if self.asked and number == signal.SIGINT:
+    def _request(self, number, _):
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.asked:
-            self.by = number
+        if not self.requested:
+            self.signal = number
             tell(f"stopping, {self}: saving first")
-            self._grant()
-
-    def _grant(self):
-        if self.asked and self.leaving:
-            self.leaving = False  # what unwinds is seen to its end
-            raise Interrupted
+            if self.raises:
+                self.raises = False
+                raise StopTraining
 
     def _set_alarm(self):
-        if self.hours and not self.asked:
+        if self.hours and not self.requested:
             limit = 3600 * self.hours
             end = BEGAN + limit - min(SLACK * limit, MOST_SLACK) - 2 * self.longest
             signal.setitimer(signal.ITIMER_REAL, max(end - time.monotonic(), 0.001))

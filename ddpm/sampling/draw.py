@@ -110,6 +110,7 @@ def trajectory(
 
     def autocast(net):
         def ask(x, t, y=None):
+            machine.stop.check()
             with machine.autocast():
                 out = net(x, t, y).float()
             evaluated()

@@ -16,7 +16,7 @@ from ddpm.common import pixels, safe_load
 from ddpm.common.durations import Every, in_words
 from ddpm.evaluation.scorer import copying_warning, write_texts
 from ddpm.runtime.device import Machine
-from ddpm.runtime.signals import Interrupted
+from ddpm.runtime.signals import StopTraining
 from ddpm.sampling import draw as sampling_draw
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
@@ -156,8 +156,7 @@ class Run:
         for note in self.notes:
             tracker.say(note)
         if self.source:  # which may be gone the next time
-            with self.machine.wish.whole():
-                self.save(self.start)
+            self.save(self.start)
 
     def whole(self):
         """The context in which the plain network has the weights."""
@@ -275,9 +274,9 @@ class Run:
 
     def validate(self, done):
         """Log the validation loss of the weights and of their average; returns the latter."""
-        with self.whole(), self.machine.wish.abandonable():
+        with self.whole():
             loss = self.validation.loss()
-        with self.averaged(), self.machine.wish.abandonable():
+        with self.averaged():
             averaged = self.validation.loss()
         self.tracker.log(
             done, {"val/loss": loss, "val/loss_ema": averaged} | self.speed.progress(done)
@@ -289,7 +288,7 @@ class Run:
         tracker.
         """
         seeds, recipe = self.grid
-        with self.averaged(), self.machine.wish.abandonable():
+        with self.averaged():
             drawn = self.machine.gather(sampling_draw.joined(self.draw(seeds, recipe)))
         if self.machine.main:
             show(self.folder, self.tracker, done, {"samples": drawn})
@@ -322,7 +321,7 @@ class Run:
         """
         watch = Stopwatch()
         self.remark_on_cost(done)
-        with self.averaged(), self.machine.wish.abandonable():
+        with self.averaged():
             numbers, pictures = self.score(self.draw)
             bits, files = self.likelihood()
         if (numbers or bits) and self.machine.main:
@@ -370,7 +369,7 @@ class Run:
 
     def save(self, done, milestone=False):
         """Save everything to continue, once the rows up to here are on disk."""
-        with self.machine.wish.allowed_for():
+        with self.machine.stop.reserve_time():
             self.tracker.flush()
             for part in self.parts.values():
                 if hasattr(part, "collect"):  # ranks share it out
@@ -386,11 +385,11 @@ class Run:
                 )
         self.saved = done, self.due.names
 
-    def stop(self, done, interrupted):
+    def stop(self, done, stopped):
         """Leave together with the other ranks, and save if that is not done: events that are not
         over come first next time.
         """
-        self.machine.leave(interrupted)
+        self.machine.leave(stopped)
         if self.due.names is not None:
             self.tracker.forget(done)
         if self.saved != (done, self.due.names):
@@ -414,22 +413,9 @@ def show(folder, tracker, done, pictures):
         tracker.log(done, {}, {key: pixels.make_grid(drawn, nrow)})
 
 
-def awaited(batches, machine):
-    """The same batches, the wait for which ends at once where a process that is alone is asked
-    to stop.
-    """
-    batches = iter(batches)
-    while True:
-        with machine.waiting():
-            batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
-
-
 def events(run, done):
-    """What is due after `done` steps, and at the end all that is wanted at all. May end with
-    Interrupted.
+    """What is due after `done` steps, and at the end all that is wanted at all. May raise
+    StopTraining.
     """
     wanted = {name for name, every in run.every.items() if not every.never}
     due = run.due.names or set()
@@ -467,14 +453,12 @@ def train(run):
     """
     done = run.start
     machine = run.machine
-    with machine.wish.heard() as wish:
+    with machine.stop.install_handlers() as stop:
         try:
             if run.due.names is not None:
                 events(run, done)
-            for step, batch in enumerate(
-                run.speed.timed(awaited(run.batches(run.start), machine)), run.start
-            ):
-                with wish.allowed_for():
+            for step, batch in enumerate(run.speed.timed(run.batches(run.start)), run.start):
+                with stop.reserve_time():
                     run.step(step, batch)
                 done = step + 1
                 run.tracker.tick(done)
@@ -482,24 +466,24 @@ def train(run):
                     run.say_first_loss(done)
 
                 due = {name for name, every in run.every.items() if every.due(done)}
-                said = machine.all_gather((due, run.quiet, wish.asked))
+                said = machine.all_gather((due, run.quiet, stop.requested))
                 due, quiet, _ = said[0]
-                # only rank 0's clock counts, and anyone's wish
-                asked = any(asked for *_, asked in said)
+                # only rank 0's clock counts, and a request to any rank
+                requested = any(requested for *_, requested in said)
                 if due or done == run.total:
                     run.due.names = due
                     # steps that a GPU has not come to yet would be counted to the pause
                     machine.wait()
-                if asked:
-                    raise Interrupted(told=True)
+                if requested:
+                    raise StopTraining(agreed=True)
                 if quiet and "log" not in due:
                     run.show_progress(done)
                 if run.due.names is not None:
                     events(run, done)
                 elif done % PATIENCE == 0:
                     run.check(done)
-        except Interrupted as interrupted:
-            run.stop(done, interrupted)
+        except StopTraining as stopped:
+            run.stop(done, stopped)
     return done == run.total and run.due.names is None
 
 

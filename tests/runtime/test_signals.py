@@ -5,17 +5,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddpm.common.errors import FAILED, INTERRUPTED
 from ddpm.config import defaults
+from ddpm.data import loader
 from ddpm.experiment import trainer
 from ddpm.main import finish, train_experiment
 from ddpm.runtime import device
-from ddpm.runtime.signals import BEGAN, SLACK, Interrupted, Wish
+from ddpm.runtime.signals import BEGAN, SLACK, StopRequest, StopTraining
 from ddpm.training import checkpoint
 from support.runs import assert_same_run, rows, run, tiny
 
@@ -140,11 +143,11 @@ def test_the_hours_end_in_time_and_hours_that_cannot_suffice_are_a_failure(tmp_p
 
     def within(seconds):
         hours = (time.monotonic() + seconds - BEGAN) / (1 - SLACK) / 3600
-        made = trainer.run(given, tmp_path, device.start(wish=Wish(hours)))
+        made = trainer.run(given, tmp_path, device.start(stop=StopRequest(hours)))
         trainer.track(given, made)
         return finish(made)
 
-    with Wish().heard():  # the tests' own process keeps its handlers
+    with StopRequest().install_handlers():  # the tests' own process keeps its handlers
         assert within(8) == INTERRUPTED
         assert checkpoint.checkpoints(tmp_path)[-1][0] == 1
         assert within(2) == FAILED  # or a scheduler would repeat it for ever
@@ -227,24 +230,70 @@ def test_two_ranks_leave_together(tmp_path):
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Wish().heard() as wish:
+        with StopRequest().install_handlers() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
-        assert not wish.asked and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_what_is_whole_is_not_abandoned_and_the_wish_is_granted_after_it():
-    wish = Wish()
+def test_a_request_is_noted_until_it_is_looked_at():
+    stop = StopRequest()
     seen = []
-    with wish.heard():
-        with pytest.raises(Interrupted), wish.abandonable():
-            with wish.whole():
-                os.kill(os.getpid(), signal.SIGTERM)
-                seen.append("whole")
-            seen.append("never")
-        with pytest.raises(Interrupted), wish.abandonable():  # and nothing is begun any more
+    with stop.install_handlers():
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append("uninterrupted")
+        with pytest.raises(StopTraining):
+            stop.check()
+        with pytest.raises(StopTraining), stop.interruptible():  # nothing is begun any more
             seen.append("never")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert seen == ["whole"] and str(wish) == "by SIGTERM" and not wish.late
+    assert seen == ["uninterrupted"] and str(stop) == "by SIGTERM" and not stop.time_limit_reached
+
+
+def test_a_request_ends_what_is_interruptible_at_once():
+    stop = StopRequest()
+    seen = []
+    with stop.install_handlers():
+        with pytest.raises(StopTraining), stop.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            seen.append("never")
+        os.kill(os.getpid(), signal.SIGHUP)  # what follows is no longer interruptible
+        seen.append("after")
+    assert seen == ["after"] and str(stop) == "by SIGTERM"
+
+
+class Stuck:
+    """A source whose second image takes minutes."""
+
+    in_memory = False
+    labels = None
+
+    def batch(self, indices):
+        if 1 in indices:
+            time.sleep(300)
+        return torch.zeros(len(indices), 1, 2, 2, dtype=torch.uint8)
+
+
+def test_the_wait_for_workers_ends_within_seconds():
+    stop = StopRequest()
+    batches = loader.loader(Stuck(), [[0], [1]], num_workers=1, check=stop.check)
+    next(batches)
+    with stop.install_handlers():
+        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(StopTraining):
+            next(batches)
+    assert time.monotonic() - began < 20  # 1.5 on an idle machine
+
+
+def test_a_slow_batch_arrives_after_several_polls(monkeypatch):
+    monkeypatch.setattr(loader, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.5)))
+    checks = []
+    batches = loader.loader(Stuck(), [[0], [1], [2]], 1, check=lambda: checks.append(1))
+    assert [len(images) for images, _ in batches] == [1, 1, 1]
+    assert len(checks) > 4
