@@ -1,9 +1,8 @@
-"""The transformer of Peebles and Xie 2023, "Scalable Diffusion Models with Transformers" (DiT):
-`net(x, t, y) -> out`.
+"""DiT (Peebles & Xie 2023, "Scalable Diffusion Models with Transformers"): `net(x, t, y) -> out`.
 
-x [b, c, h, w] in [-1, 1]; t [b], float or integer, in units of training timesteps; y [b] int64
-class labels or None; tokens [b, n, d], one a patch, row by row; emb [b, d], the embedding of time
-and class; out [b, out_channels, h, w].
+x [b, c, h, w] in [-1, 1]; t [b], float or integer, in training timesteps
+y [b] int64 class labels or None; out [b, out_channels, h, w]
+tokens [b, n, d], one a patch, row by row; emb [b, d], the embedding of time and class
 """
 
 from math import gcd, lcm
@@ -15,25 +14,22 @@ from torch import nn
 
 from ddpm.common.registry import check_choice
 from ddpm.models.layers import (
-    add_augmentation,
-    add_class,
-    augmentation_embedding,
+    ConditionedNetwork,
+    check_counts,
     check_multiple,
     linear,
     query_key_norms,
     timestep_embedding,
 )
 
+# limits beyond any network, so that a number in a file cannot fill the memory
 LARGEST = 65536
-# beyond any network: a number that came with somebody's file may not fill the memory
 DEEPEST = 1024
-FREQUENCIES = 256  # sines and cosines that a time is told apart by, at any width
+FREQUENCIES = 256  # sines and cosines of the time, at any width
 
 
 def positions(h, w, width, device):
-    """Where h x w tokens are: [h w, width], half of it sines and cosines of the column, half of
-    the row.
-    """
+    """Return fixed position embeddings [h w, width]: half sines of the column, half of the row."""
     column, row = (
         timestep_embedding(torch.arange(n, device=device), width // 2, freq_shift=0) for n in (w, h)
     )
@@ -43,14 +39,12 @@ def positions(h, w, width, device):
 
 
 def modulated(tokens, shift, scale):
-    """Tokens normed each by itself, then scaled and shifted by the embedding [b, 1, d]: the
-    paper's adaptive layer norm.
-    """
+    """Return layer-normed tokens times (1 + scale) plus shift, both [b, 1, d]: adaptive norm."""
     return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).to(scale.dtype) * (1 + scale) + shift
 
 
 class Attention(nn.Module):
-    """Every token attends to every token; [b, n, width] -> the same shape."""
+    """Multi-head self-attention over all tokens: [b, n, width] -> the same shape."""
 
     def __init__(self, width, heads, qk_norm=False):
         super().__init__()
@@ -68,10 +62,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each modulated, gated by the embedding and added (adaLN-Zero);
-    tokens keep their shape.
+    """Attention, then an MLP, each modulated, gated by emb and added: adaLN-Zero.
 
-    The gates start at zero, so a fresh block changes nothing.
+    The gates start at zero, so a fresh block returns its tokens [b, n, d].
     """
 
     def __init__(self, width, heads, dropout=0, qk_norm=False):
@@ -91,21 +84,26 @@ class Block(nn.Module):
         return tokens + gate2 * self.dropout(self.perceptron(modulated(tokens, shift2, scale2)))
 
 
-class DiT(nn.Module):
-    """A transformer on patches of the image, which are placed by fixed sines and told time and
-    class by adaLN-Zero.
+def resolved_size(size, depth, width, heads):
+    """Return depth, width and heads of an entry of SIZES, with numbers other than 0 replaced."""
+    check_choice("size of a DiT", size, list(SIZES))
+    default_depth, default_width, default_heads = SIZES[size]
+    return depth or default_depth, width or default_width, heads or default_heads
 
-    `image_size` is an int or (h, w); built for one size, it runs on any that `patch_size` divides.
-    `size` names an entry of SIZES, of which `depth`, `width` and `heads` replace single numbers
-    where they are not 0. The class embedding has `num_classes` rows; a label of -1 is dropped: it
-    adds zero. `dropout` is that of each branch before its gate, and `qk_norm` norms each head's
-    queries and keys; the paper has neither. With `augmentation` the forward pass takes a fourth
-    argument [b, augmentation], what was done to the images; None is nothing, and it enters as in
-    UNet. The last layer starts at zero, so a fresh network returns zeros.
 
-    Raises ValueError for an image size that the patch does not divide, an unknown size, a width
-    that its heads do not divide, numbers beyond any network's, and labels where there are no
-    classes.
+class DiT(ConditionedNetwork):
+    """A transformer on image patches with fixed sine positions, conditioned by adaLN-Zero.
+
+    image_size      int or (h, w); the network runs on any size that `patch_size` divides
+    size            an entry of SIZES; depth, width and heads other than 0 replace its numbers
+    num_classes     rows of the class embedding; label -1 adds 0
+    dropout         of each branch before its gate, and `qk_norm` a norm of each head's queries and
+                    keys; the paper has neither
+    augmentation    as in UNet
+
+    The last layer starts at zero, so a fresh network returns zeros. Raises ValueError for an image
+    size that the patch does not divide, an unknown size, a width that the heads do not divide,
+    numbers out of range, and labels without classes.
     """
 
     def __init__(
@@ -126,45 +124,35 @@ class DiT(nn.Module):
         heads=0,
     ):
         super().__init__()
-        check_choice("size of a DiT", size, list(SIZES))
-        depth, width, heads = (
-            given or usual for given, usual in zip((depth, width, heads), SIZES[size], strict=True)
+        depth, width, heads = resolved_size(size, depth, width, heads)
+        check_counts(
+            {
+                "in_channels": in_channels,
+                "out_channels": out_channels,
+                "patch_size": patch_size,
+                "depth": depth,
+                "width": width,
+                "heads": heads,
+                "num_classes": 1 if num_classes is None else num_classes,
+            },
+            LARGEST,
         )
-        counts = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "patch_size": patch_size,
-            "depth": depth,
-        }
-        counts |= {
-            "width": width,
-            "heads": heads,
-            "num_classes": 1 if num_classes is None else num_classes,
-        }
-        for name, count in counts.items():
-            if not 1 <= count <= LARGEST:
-                raise ValueError(f"{name} is {count}; use 1 or more, up to {LARGEST}")
         if depth > DEEPEST:
             raise ValueError(f"depth is {depth}; use up to {DEEPEST} blocks")
-        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.patch_size = patch_size
-        self.check_size(sides)
-        if width % (whole := lcm(4, heads)):  # sines and cosines of row and column are four parts
+        self.check_size((image_size,) * 2 if isinstance(image_size, int) else tuple(image_size))
+        multiple = lcm(4, heads)  # sines and cosines of row and column are four parts
+        if width % multiple:
             raise ValueError(
-                f"width {width} is no multiple of 4 and of {heads} heads; use a multiple of {whole}"
+                f"width {width} is no multiple of 4 and of {heads} heads; use a multiple of "
+                f"{multiple}"
             )
 
+        # weights are drawn in this order, the same as in recorded runs
         self.patches = linear(in_channels * patch_size**2, width)
-        self.time_embedding = nn.Sequential(
-            linear(FREQUENCIES, width), nn.SiLU(), linear(width, width)
-        )
-        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, width)
-        self.augments_after = augmentation_place == "after"
-        self.augmentation_embedding = augmentation_embedding(
-            augmentation, width if self.augments_after else FREQUENCIES
-        )
+        self.add_embeddings(FREQUENCIES, width, num_classes, augmentation, augmentation_place)
         self.blocks = nn.ModuleList(Block(width, heads, dropout, qk_norm) for _ in range(depth))
-        self.levels = [[block] for block in self.blocks]  # all of one size
+        self.levels = [[block] for block in self.blocks]  # all at one size of the image
         self.modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
         self.head = linear(width, out_channels * patch_size**2, zero=True)
         for layer in (self.time_embedding[0], self.time_embedding[2], self.class_embedding):
@@ -172,7 +160,7 @@ class DiT(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)  # as in the paper's code
 
     def check_size(self, sides):
-        """Raise ValueError where the patch does not divide the sides (h, w)."""
+        """Raise ValueError if the patch does not divide both sides (h, w)."""
         fitting = ", ".join(str(n) for n in (1, 2, 4, 8, 16) if gcd(*sides) % n == 0)
         check_multiple(
             sides,
@@ -181,23 +169,17 @@ class DiT(nn.Module):
             f"a patch_size of {fitting}",
         )
 
-    def embed(self, t, y, augmentation, dtype):
-        """The embedding [b, d] of times, labels and augmentation; y None is every label dropped."""
-        # the paper has cosines first
-        waves = timestep_embedding(t, FREQUENCIES, freq_shift=0).roll(FREQUENCIES // 2, dims=1)
-        waves = waves.to(dtype)
-        if not self.augments_after:
-            waves = add_augmentation(waves, augmentation, self.augmentation_embedding)
-        emb = add_class(self.time_embedding(waves), y, self.class_embedding)
-        return (
-            add_augmentation(emb, augmentation, self.augmentation_embedding)
-            if self.augments_after
-            else emb
-        )
-
-    def forward(self, x, t, y=None, augmentation=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None = None,
+        augmentation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         self.check_size(x.shape[-2:])
-        emb = self.embed(t, y, augmentation, x.dtype)
+        # the paper has cosines first
+        features = timestep_embedding(t, FREQUENCIES, freq_shift=0).roll(FREQUENCIES // 2, dims=1)
+        emb = self.embed(features.to(x.dtype), y, augmentation)
         p = self.patch_size
         h, w = (side // p for side in x.shape[-2:])
         tokens = self.patches(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p))

@@ -1,12 +1,12 @@
-"""The parts that networks are made of: time embedding, residual block, attention block, up- and
-down-sampling.
+"""Layers of the networks: embeddings, residual block, attention block, up- and downsampling.
 
-x [b, c, h, w]; t [b], float or integer; emb [b, e], the embedding of time (and class). They follow
-the network of Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B, and its
-released code; scale-shift norm and resizing inside a block are those of Dhariwal and Nichol 2021,
-"Diffusion Models Beat GANs". Initialisation is Ho's too: weights uniform with variance 2 / (fan_in
-+ fan_out) (Glorot), biases zero, and zero for layers that close a residual branch or the network.
-`initialize_as_torch` makes it OpenAI's.
+    x [b, c, h, w]; t [b], float or integer; y [b] int64 labels or None
+    emb [b, e], the embedding of time, class and augmentation
+
+Layers follow Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B, and its code;
+scale-shift norm and resizing inside a block follow Dhariwal & Nichol 2021, "Diffusion Models Beat
+GANs". Initialisation is Ho's: weights Glorot uniform, biases zero, and zero weights in layers that
+end a residual branch or the network. `initialize_as_torch` changes it to OpenAI's.
 """
 
 import math
@@ -20,11 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(t, dim, max_period=10000, freq_shift=1):
-    """Sines then cosines of t at geometric frequencies from 1 down to 1 / max_period: t [b] ->
-    float32 [b, dim].
+    """Return sines, then cosines, of t [b] at geometric frequencies: float32 [b, dim].
 
-    Frequency k is max_period^(-k / (dim // 2 - freq_shift)), with 1 in Ho's code and 0 in OpenAI's;
-    an odd `dim` ends in a zero.
+    Frequency k is max_period^(-k / (dim // 2 - freq_shift)), from 1 down to about 1 / max_period;
+    `freq_shift` is 1 in Ho's code and 0 in OpenAI's. An odd `dim` ends in a zero.
     """
     half = dim // 2
     k = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -34,9 +33,9 @@ def timestep_embedding(t, dim, max_period=10000, freq_shift=1):
 
 
 def without_autocast(x):
-    """The context in which an operation on x returns x's type.
+    """Return the context in which an operation on x keeps x's dtype.
 
-    On a GPU autocast runs norms and resizing in float32, and a network would keep twice the memory
+    On a GPU autocast runs norms and resizing in float32, which would double what a network keeps
     for its backward pass.
     """
     kind = "cpu" if x.is_meta else x.device.type  # meta has no autocast to turn off
@@ -44,9 +43,7 @@ def without_autocast(x):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that answers in the type that it is given; its kernels sum in float32
-    whatever that is.
-    """
+    """nn.GroupNorm that keeps the input dtype; accumulation is float32 either way."""
 
     def forward(self, x):
         with without_autocast(x):
@@ -56,63 +53,55 @@ class GroupNorm(nn.GroupNorm):
 
 
 def norm_groups(channels):
-    """The most groups that a norm of `channels` should have: 32 as in Ho's code, and four channels
-    each at least.
+    """Return the number of groups for a norm of `channels`: at most 32, of at least 4 channels.
 
-    A group of one channel subtracts whatever is added to that channel everywhere, and with it the
-    time and the class: the block behind it would not depend on them. (`min(32, channels // 4)` is
-    also the rule of Karras et al. 2022, EDM.)
+    32 as in Ho's code, min(32, channels // 4) as in EDM (Karras et al. 2022). A group of one
+    channel would subtract the time and class embedding, which add a constant to each channel.
     """
     return max(min(32, channels // 4), 1)
 
 
 def group_norm(channels, most=0, eps=1e-6):
-    """GroupNorm over the largest number of groups up to `most` that divides `channels`; epsilon as
-    in Ho's code.
+    """Return a GroupNorm with the largest number of groups up to `most` that divides `channels`.
 
-    `most` 0 is `norm_groups(channels)`.
+    `most` 0 is `norm_groups(channels)`; epsilon as in Ho's code.
     """
     groups = max(n for n in range(1, (most or norm_groups(channels)) + 1) if channels % n == 0)
     return GroupNorm(groups, channels, eps=eps)
 
 
-def linear(in_features, out_features, zero=False):
-    """A dense layer with Glorot-uniform (`zero`: zero) weights and zero bias."""
-    layer = nn.Linear(in_features, out_features)
+def initialized(layer, zero):
+    """Return the layer with Glorot-uniform weights, or zeros if `zero`, and zero bias."""
     layer.starts_at_zero = zero
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def linear(in_features, out_features, zero=False):
+    """Return a dense layer; `zero`: with zero weights."""
+    return initialized(nn.Linear(in_features, out_features), zero)
 
 
 def conv(in_channels, out_channels, kernel_size, zero=False):
-    """A convolution that keeps the image size, with Glorot-uniform (`zero`: zero) weights and
-    zero bias.
-    """
-    layer = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-    layer.starts_at_zero = zero
-    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+    """Return a convolution that keeps the image size; `zero`: with zero weights."""
+    padding = kernel_size // 2
+    return initialized(nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding), zero)
 
 
 def initialize_as_torch(net):
-    """Draw weights and biases again as torch does, uniform with variance 1 / (3 fan_in), except
-    where they start at zero.
-    """
+    """Redraw weights and biases by torch's defaults, except weights that start at zero."""
     for layer in net.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not getattr(
-            layer, "starts_at_zero", False
-        ):
+        is_random = not getattr(layer, "starts_at_zero", False)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and is_random:
             layer.reset_parameters()
 
 
 def recompute(modules):
-    """Let modules keep nothing but their inputs, and compute the rest again in the backward pass:
-    the same numbers.
+    """Recompute the modules' activations in the backward pass instead of keeping them.
 
-    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost"; it costs one more forward
-    pass of theirs. The state of the random generators is kept where a module has dropout.
+    Same numbers for one more forward pass (Chen et al. 2016, "Training Deep Nets with Sublinear
+    Memory Cost"). The random state is kept where a module has dropout.
     """
     for module in modules:
         drops = any(isinstance(layer, nn.Dropout) and layer.p for layer in module.modules())
@@ -122,9 +111,7 @@ def recompute(modules):
 
 
 class NearestUpsample(nn.Module):
-    """Twice the size by repeating each pixel, in the type of the input; [b, c, h, w] -> [b, c,
-    2h, 2w].
-    """
+    """Repeat each pixel 2 x 2, in the input dtype: [b, c, h, w] -> [b, c, 2h, 2w]."""
 
     def forward(self, x):
         with without_autocast(x):
@@ -132,9 +119,7 @@ class NearestUpsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest-neighbour resize, then a 3x3 convolution; [b, c, h, w] -> [b, c,
-    2h, 2w].
-    """
+    """Nearest-neighbour resize, then a 3x3 convolution: [b, c, h, w] -> [b, c, 2h, 2w]."""
 
     def __init__(self, channels):
         super().__init__()
@@ -146,10 +131,10 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size: a 3x3 convolution taken at every second pixel; [b, c, 2h, 2w] -> [b, c, h, w].
+    """3x3 convolution with stride 2: [b, c, 2h, 2w] -> [b, c, h, w].
 
-    With `padding` 1 it is centred on the first pixel of each pair, as in OpenAI's code, with 0 on
-    the second, as in Ho's.
+    Centred on the first pixel of each pair with `padding` 1 (OpenAI's code), on the second with 0
+    (Ho's).
     """
 
     def __init__(self, channels, padding=0):
@@ -159,19 +144,16 @@ class Downsample(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x):
-        # TensorFlow's "SAME" padding, as Ho's weights expect: an even side gets its one row of
-        # zeros at the far end.
+        # TensorFlow's "SAME" padding, as Ho's weights expect: one row of zeros, at the far end
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice, with the embedding injected in between, added to a
-    shortcut.
+    """Norm, SiLU and convolution, twice, with the embedding in between, plus a shortcut.
 
     x [b, in_channels, h, w], emb [b, embedding_channels] -> [b, out_channels, h, w], or twice
     (`up`) or half (`down`) that size. The embedding is added before the second norm or, with
-    `use_scale_shift_norm`, scales and shifts what it returns. `norm` makes a norm of so many
-    channels.
+    `use_scale_shift_norm`, scales and shifts its output. `norm(channels)` returns a norm.
     """
 
     def __init__(
@@ -188,24 +170,22 @@ class ResidualBlock(nn.Module):
         super().__init__()
         assert not (up and down), "a block resizes one way"
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.resize = NearestUpsample() if up else nn.AvgPool2d(2) if down else nn.Identity()
+        self.resize = nn.Identity()
+        if up or down:
+            self.resize = NearestUpsample() if up else nn.AvgPool2d(2)
         self.norm1 = norm(in_channels)
         self.conv1 = conv(in_channels, out_channels, 3)
-        self.project = linear(
-            embedding_channels, 2 * out_channels if use_scale_shift_norm else out_channels
-        )
+        self.project = linear(embedding_channels, (1 + use_scale_shift_norm) * out_channels)
         self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = conv(out_channels, out_channels, 3, zero=True)
-        self.shortcut = (
-            nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
-        )
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = conv(in_channels, out_channels, 1)
 
     @property
     def is_conditioned(self):
-        """Whether the output depends on the embedding: a norm with one channel a group removes
-        what is added before it.
-        """
+        """Whether the output depends on emb: a norm with one channel a group removes it."""
         return self.use_scale_shift_norm or self.norm2.num_groups < self.norm2.num_channels
 
     def forward(self, x, emb):
@@ -220,10 +200,16 @@ class ResidualBlock(nn.Module):
         return self.shortcut(self.resize(x)) + h
 
 
+def check_counts(counts, largest=math.inf):
+    """Raise ValueError unless all values of `counts`, name -> number, are in 1 .. largest."""
+    for name, count in counts.items():
+        if not 1 <= count <= largest:
+            limit = "" if largest == math.inf else f", up to {largest}"
+            raise ValueError(f"{name} is {count}; use 1 or more{limit}")
+
+
 def check_multiple(size, factor, trouble, remedy):
-    """Raise ValueError where a side of `size` (h, w) is no multiple of `factor`: the trouble,
-    sizes that fit, the remedy.
-    """
+    """Raise ValueError, `trouble` and `remedy`, unless `factor` divides both sides of `size`."""
     if all(side >= factor and side % factor == 0 for side in size):
         return
     smaller = tuple(max(side // factor, 1) * factor for side in size)
@@ -235,10 +221,9 @@ def check_multiple(size, factor, trouble, remedy):
 
 
 def add_class(emb, y, embedding):
-    """Add the embedding of labels y [b], or None, to emb [b, e]; a label of -1 is dropped: it adds
-    zero.
+    """Return emb [b, e] plus the embedding of labels y [b], zero where y is -1 (dropped) or None.
 
-    Raises ValueError for labels where there is no embedding.
+    Raises ValueError for labels without an embedding.
     """
     if y is None:
         return emb
@@ -250,9 +235,7 @@ def add_class(emb, y, embedding):
 
 
 def augmentation_embedding(augmentation, channels):
-    """What brings [b, augmentation] to [b, channels]: zeros to zeros, and everything at first;
-    None for no augmentation.
-    """
+    """Return a layer [b, augmentation] -> [b, channels], initially zero; None for 0 numbers."""
     if not augmentation:
         return None
     layer = nn.Linear(augmentation, channels, bias=False)
@@ -261,11 +244,38 @@ def augmentation_embedding(augmentation, channels):
     return layer
 
 
-def add_augmentation(emb, augmentation, embedding):
-    """Add what was done to the images, [b, n] as ddpm.augment tells it, to numbers [b, e]; None is
-    nothing: it adds zero.
+class ConditionedNetwork(nn.Module):
+    """The time, class and augmentation embeddings of a network, and their sum `emb` [b, width]."""
 
-    Raises ValueError where the network was not made to be told.
+    def add_embeddings(self, features, width, num_classes, augmentation, augmentation_place):
+        """Create the layers: time features [b, features] and y [b] -> emb [b, width].
+
+        `augmentation` numbers, if any, are added to the time features ("before" the layers, as in
+        EDM's code) or to the embedding ("after").
+        """
+        self.time_embedding = nn.Sequential(
+            linear(features, width), nn.SiLU(), linear(width, width)
+        )
+        self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, width)
+        self.augments_after = augmentation_place == "after"
+        self.augmentation_embedding = augmentation_embedding(
+            augmentation, width if self.augments_after else features
+        )
+
+    def embed(self, features, y, augmentation):
+        """Return emb [b, width] of time features [b, n], labels and augmentation, each or None."""
+        if not self.augments_after:
+            features = add_augmentation(features, augmentation, self.augmentation_embedding)
+        emb = add_class(self.time_embedding(features), y, self.class_embedding)
+        if self.augments_after:
+            emb = add_augmentation(emb, augmentation, self.augmentation_embedding)
+        return emb
+
+
+def add_augmentation(emb, augmentation, embedding):
+    """Return emb [b, e] plus the embedding of the transforms of data.augment, [b, n] or None.
+
+    Raises ValueError for transforms without an embedding.
     """
     if augmentation is None:
         return emb
@@ -278,29 +288,24 @@ def add_augmentation(emb, augmentation, embedding):
 
 
 def head_count(channels, num_heads, num_head_channels=None):
-    """The number of attention heads: `num_heads`, or `channels / num_head_channels` where that is
-    given.
+    """Return the number of heads: `num_heads`, or channels / num_head_channels if that is given.
 
-    Raises ValueError where the channels cannot be shared out evenly.
+    Raises ValueError for a number that does not divide the channels.
     """
-    name, given = (
-        ("num_heads", num_heads)
-        if num_head_channels is None
-        else ("num_head_channels", num_head_channels)
-    )
+    by_heads = num_head_channels is None
+    divisor = num_heads if by_heads else num_head_channels
     divisors = [n for n in range(1, channels + 1) if channels % n == 0]
-    if given not in divisors:
+    if divisor not in divisors:
+        name = "num_heads" if by_heads else "num_head_channels"
         options = ", ".join(map(str, divisors))
         raise ValueError(
-            f"{name} {given} does not divide {channels} channels; use one of {options}"
+            f"{name} {divisor} does not divide {channels} channels; use one of {options}"
         )
-    return given if num_head_channels is None else channels // given
+    return divisor if by_heads else channels // divisor
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm for numbers of another type than its learned scale, as autocast makes them: it
-    keeps their type.
-    """
+    """nn.RMSNorm that keeps the input dtype, also under autocast."""
 
     def forward(self, x):
         with without_autocast(x):
@@ -308,27 +313,22 @@ class RMSNorm(nn.RMSNorm):
 
 
 def query_key_norms(dim, wanted):
-    """What is done to each head's queries and keys [..., dim]: a learned RMS norm each (epsilon
-    as in SD3), or nothing.
-    """
+    """Return two learned RMS norms over the last axis (epsilon as in SD3), or identities."""
     return [RMSNorm(dim, eps=1e-6) if wanted else nn.Identity() for _ in range(2)]
 
 
 def dense(conv, tokens):
-    """A 1x1 convolution of pixels in a row, [b, n, c]: the dense layer that it is, which torch
-    computes faster on a CPU.
-    """
+    """Apply a 1x1 convolution to tokens [b, n, c] as a dense layer, which is faster on a CPU."""
     return F.linear(tokens, rearrange(conv.weight, "o i 1 1 -> o i"), conv.bias)
 
 
 class AttentionBlock(nn.Module):
-    """Every pixel attends to every pixel, added to the input; x [b, c, h, w] -> the same shape.
+    """Self-attention over all pixels plus the input; x [b, c, h, w] -> the same shape.
 
-    There are `num_heads` heads, or as many as have `num_head_channels` channels each; `norm` makes
-    a norm of so many channels. With `qk_norm` each head's queries and keys have a learned RMS norm,
-    so that logits cannot grow without bound (Dehghani et al. 2023, "Scaling Vision Transformers to
-    22 Billion Parameters"; Esser et al. 2024). Raises ValueError where the heads do not divide
-    `channels`.
+    `num_heads` heads, or as many as have `num_head_channels` channels each; `norm(channels)`
+    returns a norm. `qk_norm`: learned RMS norms of each head's queries and keys, which bound the
+    logits (Dehghani et al. 2023, "Scaling Vision Transformers to 22 Billion Parameters"; Esser et
+    al. 2024). Raises ValueError if the heads do not divide `channels`.
     """
 
     def __init__(
@@ -338,15 +338,14 @@ class AttentionBlock(nn.Module):
         self.heads = head_count(channels, num_heads, num_head_channels)
         self.norm = norm(channels)
         self.qkv = conv(channels, 3 * channels, 1)
-        # three layers in one: each has its own fan-out
+        # three layers in one, each with its own fan-out
         for weight in self.qkv.weight.data.chunk(3):
             nn.init.xavier_uniform_(weight)
         self.norm_q, self.norm_k = query_key_norms(channels // self.heads, qk_norm)
         self.project = conv(channels, channels, 1, zero=True)
 
     def forward(self, x):
-        # the fused attention kernels want neighbouring channels side by side in memory, and step
-        # aside otherwise
+        # the fused attention kernels need channels to be contiguous in memory
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         q, k, v = rearrange(
             dense(self.qkv, tokens),

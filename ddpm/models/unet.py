@@ -1,7 +1,7 @@
-"""The U-Net of Ho et al. 2020: `net(x, t, y) -> out`, the network waist.
+"""The U-Net of Ho et al. 2020: `net(x, t, y) -> out`.
 
-x [b, c, h, w] in [-1, 1]; t [b], float or integer, in units of training timesteps; y [b] int64
-class labels or None; out [b, out_channels, h, w], in the units of whatever target it is trained on.
+x [b, c, h, w] in [-1, 1]; t [b], float or integer, in training timesteps
+y [b] int64 class labels or None; out [b, out_channels, h, w], in the units of the target
 """
 
 from functools import partial
@@ -12,34 +12,80 @@ from torch import nn
 from ddpm.common.registry import quantity
 from ddpm.models.layers import (
     AttentionBlock,
+    ConditionedNetwork,
     Downsample,
     ResidualBlock,
     Upsample,
-    add_augmentation,
-    add_class,
-    augmentation_embedding,
+    check_counts,
     check_multiple,
     conv,
     group_norm,
     initialize_as_torch,
-    linear,
     norm_groups,
     timestep_embedding,
 )
 
 
 def check_size(size, halvings):
-    """Raise ValueError where a side of `size` (h, w) cannot be halved `halvings` times."""
-    check_multiple(
-        size,
-        2**halvings,
-        f"cannot be halved {quantity(halvings, 'time')}",
-        "a shorter channel_mult",
+    """Raise ValueError if a side of `size` (h, w) cannot be halved `halvings` times."""
+    trouble = f"cannot be halved {quantity(halvings, 'time')}"
+    check_multiple(size, 2**halvings, trouble, "a shorter channel_mult")
+
+
+def check_shape(counts, model_channels, channel_mult, blocks, num_classes):
+    """Raise ValueError for numbers of which no U-Net can be built; `counts`: others of them."""
+    check_counts(
+        counts
+        | {
+            "model_channels": model_channels,
+            "num_classes": 1 if num_classes is None else num_classes,
+            "res_blocks_per_level": min(blocks, default=1),
+        }
+    )
+    if model_channels == 1:
+        raise ValueError(
+            "model_channels is 1, too few for a sine and a cosine of the time; use 2 or more"
+        )
+    if not channel_mult or min(channel_mult) < 1:
+        raise ValueError(
+            f"channel_mult is {channel_mult}; use one or more whole numbers from 1 up, as (1, 2, 2)"
+        )
+    if len(blocks) != len(channel_mult):
+        raise ValueError(
+            f"res_blocks_per_level has {len(blocks)} numbers for {len(channel_mult)} levels; give "
+            "one for each"
+        )
+
+
+def level_sides(image_size, levels, attention_resolutions):
+    """Return the shorter side of the feature maps at each level, for `image_size` int or (h, w).
+
+    Raises ValueError for a size that cannot be halved often enough, and for an attention resolution
+    that is not one of the sides.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    check_size(size, levels - 1)
+    sides = [min(size) >> level for level in range(levels)]
+    for resolution in attention_resolutions:
+        if resolution not in sides:
+            raise ValueError(
+                f"attention resolution {resolution} does not occur in this network; use any of "
+                f"{', '.join(map(str, sides))}"
+            )
+    return sides
+
+
+def resizers(block, resblock_updown, padding):
+    """Return two functions, of the channels, that create a layer of half and of twice the size."""
+    if not resblock_updown:
+        return partial(Downsample, padding=padding), Upsample
+    return (lambda channels: block(channels, channels, down=True)), (
+        lambda channels: block(channels, channels, up=True)
     )
 
 
 class Stage(nn.Sequential):
-    """Layers between two skip connections, in a row; the embedding goes to the residual blocks."""
+    """Layers between two skip connections; the residual blocks get the embedding."""
 
     def forward(self, x, emb):
         for layer in self:
@@ -47,26 +93,28 @@ class Stage(nn.Sequential):
         return x
 
 
-class UNet(nn.Module):
+class UNet(ConditionedNetwork):
     """A U-Net of residual blocks with attention at chosen sizes and always in the middle.
 
-    `image_size` is an int or (h, w). `attention_resolutions` are sizes of feature maps, counted by
-    the shorter side: at image_size (64, 128) the resolution 16 is the 16x32 map. Level i has
-    `model_channels * channel_mult[i]` channels and `num_res_blocks` residual blocks, or
-    `res_blocks_per_level[i]` where those are given; `num_head_channels`, where given, decides the
-    heads in place of `num_heads`. Built for one size, it runs on any that can be halved as often.
-    The class embedding has `num_classes` rows, standard normal at first; a label of -1 is dropped:
-    it adds zero. The last layer starts at zero, so a fresh network returns zeros. Norms have
-    `norm_num_groups` groups at most, or, where that is 0, at most 32 of at least four channels each
-    in the narrowest level. `freq_shift` to `norm_eps` are those in which weights from elsewhere
-    differ: OpenAI's and most of diffusers' want 0, 1, 32 and 1e-5. `initialization` is `glorot`, as
-    Ho's code, or `torch`, as OpenAI's. With `augmentation` the forward pass takes a fourth argument
-    [b, augmentation], what was done to the images; None is nothing. It is added to the sines of the
-    time, `before` the layers that make the embedding of them as in EDM's code, or `after` those.
+    image_size             int or (h, w); the network runs on any size that can be halved as often
+    attention_resolutions  sizes of feature maps by their shorter side: at image_size (64, 128) the
+                           resolution 16 is the 16x32 map
+    channel_mult           level i has model_channels * channel_mult[i] channels and num_res_blocks
+                           residual blocks, or res_blocks_per_level[i] if given
+    num_head_channels      if given, decides the number of heads instead of num_heads
+    num_classes            rows of the class embedding, initially standard normal; label -1 adds 0
+    norm_num_groups        the most groups of a norm; 0: at most 32, of at least four channels each
+                           in the narrowest level
+    freq_shift, downsample_padding, norm_num_groups, norm_eps
+                           0, 1, 32 and 1e-5 for weights of OpenAI's code and most of diffusers
+    initialization         `glorot`, as Ho's code, or `torch`, as OpenAI's
+    augmentation           n > 0: the forward pass takes a fourth argument [b, n], the transforms of
+                           data.augment, or None; added `before` the layers of the time embedding,
+                           as in EDM's code, or `after` them
 
-    Raises ValueError for a size that cannot be halved often enough, an attention resolution that
-    never occurs, heads that do not divide the channels, blocks for other levels than there are, and
-    labels where there are no classes.
+    The last layer starts at zero, so a fresh network returns zeros. Raises ValueError for a size
+    that cannot be halved often enough, an attention resolution that does not occur, heads that do
+    not divide the channels, blocks for other levels than there are, and labels without classes.
     """
 
     def __init__(
@@ -95,154 +143,83 @@ class UNet(nn.Module):
         initialization="glorot",
     ):
         super().__init__()
-        levels = len(channel_mult)
-        blocks = res_blocks_per_level or (num_res_blocks,) * levels
-        counts = {
-            "in_channels": in_channels,
-            "out_channels": out_channels,
-            "model_channels": model_channels,
-        }
-        counts |= {
-            "num_res_blocks": num_res_blocks,
-            "num_classes": 1 if num_classes is None else num_classes,
-        }
-        counts |= {
-            "norm_num_groups": norm_num_groups or 1,
-            "res_blocks_per_level": min(blocks, default=1),
-        }
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} is {count}; use 1 or more")
-        if model_channels == 1:
-            raise ValueError(
-                "model_channels is 1, too few for a sine and a cosine of the time; use 2 or more"
-            )
-        if not channel_mult or min(channel_mult) < 1:
-            raise ValueError(
-                f"channel_mult is {channel_mult}; use one or more whole numbers from 1 up, as (1, "
-                "2, 2)"
-            )
-        if len(blocks) != levels:
-            raise ValueError(
-                f"res_blocks_per_level has {len(blocks)} numbers for {levels} levels; give one "
-                "for each"
-            )
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.halvings = levels - 1
-        check_size(size, self.halvings)
-        resolutions = [min(size) >> level for level in range(levels)]
-        for resolution in attention_resolutions:
-            if resolution not in resolutions:
-                raise ValueError(
-                    f"attention resolution {resolution} does not occur in this network; "
-                    f"use any of {', '.join(map(str, resolutions))}"
-                )
-
+        counts = {"in_channels": in_channels, "out_channels": out_channels}
+        counts |= {"num_res_blocks": num_res_blocks, "norm_num_groups": norm_num_groups or 1}
+        blocks = res_blocks_per_level or (num_res_blocks,) * len(channel_mult)
+        check_shape(counts, model_channels, channel_mult, blocks, num_classes)
+        sides = level_sides(image_size, len(channel_mult), attention_resolutions)
+        attends = [side in attention_resolutions for side in sides]
+        self.halvings = len(channel_mult) - 1
         self.model_channels = model_channels
         self.freq_shift = freq_shift
-        embedding_channels = 4 * model_channels
-        # one number for the whole network, as published ones have, which diffusers' files can say
+        width = 4 * model_channels
+        self.add_embeddings(model_channels, width, num_classes, augmentation, augmentation_place)
+
+        # one number for the network, as in the published ones, which diffusers' files can express
         groups = norm_num_groups or norm_groups(min(channel_mult) * model_channels)
         norm = partial(group_norm, most=groups, eps=norm_eps)
-
-        def block(inputs, outputs, **resize):
-            return ResidualBlock(
-                inputs,
-                outputs,
-                embedding_channels,
-                dropout,
-                use_scale_shift_norm,
-                norm=norm,
-                **resize,
-            )
-
-        def attention(channels):
-            return AttentionBlock(channels, num_heads, num_head_channels, norm, qk_norm)
-
-        def block_at(level, inputs, outputs):
-            attends = resolutions[level] in attention_resolutions
-            return (
-                [block(inputs, outputs), attention(outputs)]
-                if attends
-                else [block(inputs, outputs)]
-            )
-
-        self.time_embedding = nn.Sequential(
-            linear(model_channels, embedding_channels),
-            nn.SiLU(),
-            linear(embedding_channels, embedding_channels),
+        block = partial(ResidualBlock, embedding_channels=width, dropout=dropout, norm=norm)
+        block = partial(block, use_scale_shift_norm=use_scale_shift_norm)
+        attention = partial(
+            AttentionBlock, num_heads=num_heads, num_head_channels=num_head_channels
         )
-        self.class_embedding = (
-            None if num_classes is None else nn.Embedding(num_classes, embedding_channels)
-        )
-        self.augments_after = augmentation_place == "after"
-        self.augmentation_embedding = augmentation_embedding(
-            augmentation, embedding_channels if self.augments_after else model_channels
-        )
+        attention = partial(attention, norm=norm, qk_norm=qk_norm)
+        resizing = resizers(block, resblock_updown, downsample_padding)
 
-        channels = model_channels
-        self.stem = conv(in_channels, channels, 3)
+        channels = [mult * model_channels for mult in channel_mult]
+        self.stem = conv(in_channels, model_channels, 3)
+        self._add_levels(channels, blocks, attends, block, attention, *resizing)
+        last = conv(channels[0], out_channels, 3, zero=True)
+        self.head = nn.Sequential(norm(channels[0]), nn.SiLU(), last)
+        if initialization == "torch":
+            initialize_as_torch(self)
+
+    def _add_levels(self, widths, blocks, attends, block, attention, downsample, upsample):
+        """Add encoder, middle and decoder; weights are drawn in this order."""
+
+        def stage(level, inputs):
+            layers = [block(inputs, widths[level])]
+            if attends[level]:
+                layers.append(attention(widths[level]))
+            return Stage(*layers)
+
+        self.levels = [[] for _ in widths]  # the stages by size of the image, the largest first
+        channels = self.model_channels
         skips = [channels]
         self.encoder = nn.ModuleList()
-        # the stages at each size of image, the largest first
-        self.levels = [[] for _ in channel_mult]
-        for level, mult in enumerate(channel_mult):
+        for level, width in enumerate(widths):
             for _ in range(blocks[level]):
-                self.encoder.append(Stage(*block_at(level, channels, mult * model_channels)))
+                self.encoder.append(stage(level, channels))
                 self.levels[level].append(self.encoder[-1])
-                channels = mult * model_channels
+                channels = width
                 skips.append(channels)
             if level < self.halvings:
-                shrink = (
-                    block(channels, channels, down=True)
-                    if resblock_updown
-                    else Downsample(channels, downsample_padding)
-                )
-                self.encoder.append(Stage(shrink))
+                self.encoder.append(Stage(downsample(channels)))
                 self.levels[level].append(self.encoder[-1])
                 skips.append(channels)
-
         self.middle = Stage(
             block(channels, channels), attention(channels), block(channels, channels)
         )
         self.levels[-1].append(self.middle)
-
         self.decoder = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks[level] + 1):
-                self.decoder.append(
-                    Stage(*block_at(level, channels + skips.pop(), mult * model_channels))
-                )
+                self.decoder.append(stage(level, channels + skips.pop()))
                 self.levels[level].append(self.decoder[-1])
-                channels = mult * model_channels
+                channels = width
             if level > 0:
-                self.decoder[-1].append(
-                    block(channels, channels, up=True) if resblock_updown else Upsample(channels)
-                )
+                self.decoder[-1].append(upsample(channels))
 
-        self.head = nn.Sequential(
-            norm(channels), nn.SiLU(), conv(channels, out_channels, 3, zero=True)
-        )
-        if initialization == "torch":
-            initialize_as_torch(self)
-
-    def embed(self, t, y, augmentation, dtype):
-        """The embedding [b, 4 model_channels] of times, labels and augmentation; y None is every
-        label dropped.
-        """
-        waves = timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift).to(dtype)
-        if not self.augments_after:
-            waves = add_augmentation(waves, augmentation, self.augmentation_embedding)
-        emb = add_class(self.time_embedding(waves), y, self.class_embedding)
-        return (
-            add_augmentation(emb, augmentation, self.augmentation_embedding)
-            if self.augments_after
-            else emb
-        )
-
-    def forward(self, x, t, y=None, augmentation=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        y: torch.Tensor | None = None,
+        augmentation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         check_size(x.shape[-2:], self.halvings)
-        emb = self.embed(t, y, augmentation, x.dtype)
+        features = timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift)
+        emb = self.embed(features.to(x.dtype), y, augmentation)
         h = self.stem(x)
         skips = [h]
         for stage in self.encoder:
