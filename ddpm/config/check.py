@@ -11,7 +11,7 @@ from ddpm.data import source
 from ddpm.diffusion.likelihood import LIKELIHOODS
 from ddpm.diffusion.losses import LOSSES
 from ddpm.diffusion.process import CLEAN, VARIANCES, Level, Process
-from ddpm.diffusion.samplers import SAMPLERS, evaluations
+from ddpm.diffusion.samplers import SAMPLERS, count_nfe
 from ddpm.diffusion.schedules import SCHEDULES, get_schedule
 from ddpm.diffusion.spacings import SPACINGS
 from ddpm.diffusion.targets import TARGETS
@@ -138,7 +138,7 @@ def check(config):
             chosen = resolve(f"config.{key}", table, options[key])
             if table is SAMPLERS:
                 # which refuses what it cannot do
-                evaluations(chosen, REHEARSAL, options["diffusion.variance"] == "learned")
+                count_nfe(chosen, REHEARSAL, options["diffusion.variance"] == "learned")
     for key, (low, high) in INTEGER_TUPLES.items():
         if len(options[key]) > 64 or not all(
             type(item) is int and low <= item <= high for item in options[key]

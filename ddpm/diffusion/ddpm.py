@@ -1,9 +1,7 @@
-"""The diffusion model as one module: a network, its process, the training loss, and a convenient
-`sample`.
+"""The diffusion model as one module: a network, its process, the training loss and sampling.
 
-x0, x, noise [b, c, h, w], images in [-1, 1]; t [b] int64 in 0 .. T-1; y [b] class labels or None
-net(x, t, y) -> out [b, c, h, w], with t float32 [b]; out has 2c channels where the variance is
-learned
+x0, x, noise [b, c, h, w], images in [-1, 1]; t [b] int64 in 0 .. T-1; y [b] labels or None
+net(x, t, y) -> out [b, c, h, w], t float32 [b]; out has 2c channels with a learned variance
 """
 
 from collections import deque
@@ -16,18 +14,22 @@ from torch import nn
 
 from ddpm.common import registry
 from ddpm.diffusion import samplers, schedules
-from ddpm.diffusion.denoiser import ask, denoiser, estimate
-from ddpm.diffusion.guidance import NONE, Guidance, unlabelled
+from ddpm.diffusion.denoiser import (
+    NO_GUIDANCE,
+    Guidance,
+    call_network,
+    denoiser,
+    to_x0_eps,
+    unconditional,
+)
 from ddpm.diffusion.likelihood import bound_term
 from ddpm.diffusion.losses import Objective
-from ddpm.diffusion.process import VARIANCES, Process, latent
+from ddpm.diffusion.process import VARIANCES, Process, initial_noise
 from ddpm.diffusion.targets import get_target
 
 
-class Step(NamedTuple):
-    """p(x_{t-1} | x_t): mean and x0 [b, c, h, w], variance and log-variance [b, 1, 1, 1], or [b,
-    c, h, w] where learned.
-    """
+class GaussianStep(NamedTuple):
+    """p(x_{t-1} | x_t); mean, x0 [b, c, h, w]; variances [b, 1, 1, 1], or like x0 if learned."""
 
     mean: torch.Tensor
     variance: torch.Tensor
@@ -36,16 +38,18 @@ class Step(NamedTuple):
 
 
 class DDPM(nn.Module):
-    """A denoising diffusion probabilistic model (Ho et al. 2020) around a network `net(x, t, y)`.
+    """A denoising diffusion probabilistic model (Ho et al. 2020) of a network `net(x, t, y)`.
 
-    `beta_schedule` names an entry of SCHEDULES, `predict` one of TARGETS (what the network says),
-    `variance` one of VARIANCES (of ancestral sampling; for a learned one the network has twice the
-    channels out); `clip` holds the estimate of x0 in [-1, 1] while sampling; `zero_terminal_snr`
-    lets the schedule end in pure noise; `loss`, `weighting` and `times` name entries of LOSSES,
-    WEIGHTINGS and TIMES; with `self_condition` the network takes twice the channels, the second
-    half being its last estimate of x0; with `rescale_timesteps` it is given 1000 t / T in place of
-    t. Attributes: `process`, `objective`, and `samplers`, which is SAMPLERS with this model's
-    variance as the default. Raises ValueError for unknown names, and for what contradicts itself.
+    beta_schedule      an entry of SCHEDULES; zero_terminal_snr: rescaled to end in pure noise
+    predict            an entry of TARGETS: the meaning of the network's output
+    variance           an entry of VARIANCES, for ancestral sampling; `learned` needs 2c channels
+    clip               limit estimates of x0 to [-1, 1] while sampling
+    loss, weighting, times   entries of LOSSES, WEIGHTINGS and TIMES
+    self_condition     the network takes 2c channels: x, then its previous estimate of x0
+    rescale_timesteps  the network receives 1000 t / T instead of t
+
+    Attributes: `process`, `objective`, and `samplers`: SAMPLERS with this model's variance as
+    default. Raises ValueError for unknown names and for options that contradict each other.
     """
 
     def __init__(
@@ -72,28 +76,23 @@ class DDPM(nn.Module):
         self.clip = clip
         self.self_condition = self_condition
         self.process = Process(*schedules.get_schedule(beta_schedule, timesteps, zero_terminal_snr))
-        # the precision that x is divided in
-        if not self.target.pure_noise and self.process.alpha[-1].float() == 0:
+        # float32 is the precision in which x is divided by alpha
+        if not self.target.defined_at_zero_snr and self.process.alpha[-1].float() == 0:
             suffix = " with zero_terminal_snr" if zero_terminal_snr else ""
-            which = f"schedule {beta_schedule!r}{suffix}"
             raise ValueError(
-                f"{which} ends in pure noise, from which {predict!r} tells nothing about x0; "
-                "predict 'v', 'x0' or 'flow' instead"
+                f"schedule {beta_schedule!r}{suffix} ends in pure noise, from which {predict!r} "
+                "tells nothing about x0; predict 'v', 'x0' or 'flow' instead"
             )
         self.objective = Objective(self.process, self.target, loss, weighting, times, self.learned)
         self.samplers = samplers.SAMPLERS | {"ddpm": partial(samplers.ddpm, variance=variance)}
 
     @property
     def learned(self):
-        """Whether the network tells a variance too."""
+        """Whether the network predicts its variance."""
         return self.variance == "learned"
 
-    def denoiser(self, net=None, y=None, guidance=NONE, clip=None):
-        """Make the `denoise(x, level)` that samplers call, for one walk, of this network or another
-        one like it.
-
-        `clip` takes the place of the model's.
-        """
+    def denoiser(self, net=None, y=None, guidance=NO_GUIDANCE, clip=None):
+        """Return the Denoiser of one sampling run; `net` and `clip` default to the model's."""
         return denoiser(
             self.net if net is None else net,
             predict=self.predict,
@@ -106,79 +105,64 @@ class DDPM(nn.Module):
         )
 
     def q_sample(self, x0, t, noise=None):
-        """Return x_t ~ q(x_t | x0), the images noised to times t (Ho et al. 2020, eq. 4), by
-        torch's generator if need be.
-        """
+        """Return x_t ~ q(x_t | x_0) (Ho et al. 2020, eq. 4); by default torch draws the noise."""
         return self.process.q_sample(x0, t, torch.randn_like(x0) if noise is None else noise)
 
     def p_mean_variance(self, x, t, y=None):
-        """Return the Step of p(x_{t-1} | x_t) that the network implies (Ho et al. 2020, eqs. 1
-        and 11).
-        """
+        """Return the GaussianStep of p(x_{t-1} | x_t) (Ho et al. 2020, eqs. 1 and 11)."""
         level = rounded(self.process.at(t), x.dtype)
-        out = ask(self.net, self.target, x, level, y, self.own_estimate(self.net, x, level, y))
-        x0, _, *mix = estimate(x, out, level, self.target, self.clip, self.learned)
-        return Step(*self.process.posterior(x0, x, t, self.variance, *mix), x0)
+        prev_x0 = self.own_estimate(self.net, x, level, y)
+        out = call_network(self.net, self.target, x, level, y, prev_x0)
+        x0, _, *frac = to_x0_eps(x, out, level, self.target, self.clip, self.learned)
+        return GaussianStep(*self.process.posterior(x0, x, t, self.variance, *frac), x0)
 
     def losses(self, x0, t, noise, y=None, conditioned=None, augmentation=None):
-        """Return each image's loss, float32 [b]: by default the mean squared error on the target
-        (Ho et al. 2020, eq. 14).
+        """Return each image's loss, float32 [b] (by default Ho et al. 2020, eq. 14).
 
-        A network that takes its own estimate of x0 is given one for the images that `conditioned`,
-        bool [b], names; one that learns augmented images is told of it, as ddpm.augment has it.
+        With self-conditioning, the images of `conditioned`, bool [b], get an estimate of x0, the
+        others zeros. `augmentation` [b, n] describes the transforms of data.augment to the network.
         """
         net = self.net if augmentation is None else partial(self.net, augmentation=augmentation)
         exact = self.process.at(t)
         level = rounded(exact, x0.dtype)
         x = level.alpha * x0 + level.sigma * noise
-        out = ask(
-            net, self.target, x, level, y, self.own_estimate(net, x, level, y, conditioned)
-        ).float()
-        said = out.chunk(2, dim=1)[0] if self.learned else out
+        prev_x0 = self.own_estimate(net, x, level, y, conditioned)
+        out = call_network(net, self.target, x, level, y, prev_x0).float()
+        prediction = out.chunk(2, dim=1)[0] if self.learned else out
         objective = self.objective
         losses = 0
         if objective.mse:
-            target = self.target.make(x0, noise, level.alpha, level.sigma)
-            error = reduce((said - target.float()) ** 2, "b c h w -> b", "mean")
+            target = self.target.compute(x0, noise, level.alpha, level.sigma)
+            error = reduce((prediction - target.float()) ** 2, "b c h w -> b", "mean")
             losses = objective.weighting(error, exact, self.target)
         if objective.bound:
-            if objective.mse:  # then the bound teaches the variance alone
-                out = torch.cat([said.detach(), out.chunk(2, dim=1)[1]], dim=1)
-            guess, _, *mix = estimate(x, out, level, self.target, clip=False, learned=self.learned)
-            mean, _, log_variance = self.process.posterior(guess, x, t, self.variance, *mix)
+            if objective.mse:  # in the hybrid loss the bound trains only the variance
+                out = torch.cat([prediction.detach(), out.chunk(2, dim=1)[1]], dim=1)
+            estimate, _, *frac = to_x0_eps(x, out, level, self.target, False, self.learned)
+            mean, _, log_variance = self.process.posterior(estimate, x, t, self.variance, *frac)
             weight = objective.bound * self.process.timesteps
             losses = losses + weight * bound_term(self.process, x0, x, t, mean, log_variance)
         return losses
 
     @torch.no_grad()
     def own_estimate(self, net, x, level, y, conditioned=None):
-        """What the network is given of its own: None where it takes nothing, nothing yet (0) for
-        images not conditioned.
-        """
+        """Return the x0 for self-conditioning, 0 where not `conditioned` [b]; None without it."""
         if not self.self_condition:
             return None
-        before = torch.zeros_like(x)
+        zeros = torch.zeros_like(x)
         if conditioned is None:
-            return before
-        first = estimate(
-            x,
-            ask(net, self.target, x, level, y, before),
-            level,
-            self.target,
-            self.clip,
-            self.learned,
-        )[0]
-        return torch.where(rearrange(conditioned, "b -> b 1 1 1"), first, before)
+            return zeros
+        out = call_network(net, self.target, x, level, y, zeros)
+        first = to_x0_eps(x, out, level, self.target, self.clip, self.learned)[0]
+        return torch.where(rearrange(conditioned, "b -> b 1 1 1"), first, zeros)
 
     def forward(self, x0, y=None, t=None, noise=None):
-        """Return the training loss, a scalar; times and noise not given are drawn from torch's
-        generator.
-        """
+        """Return the training loss, a scalar; t and noise default to torch's generator."""
         importance = None
         if t is None:
             numbers = torch.rand(len(x0), dtype=torch.float64)
             t, importance = self.objective.times(
-                self.process, range(len(x0)), len(x0), lambda places: numbers[list(places)]
+                self.process, range(len(x0)), len(x0), lambda positions: numbers[list(positions)]
             )
             t = t.to(x0.device)
         noise = torch.randn_like(x0) if noise is None else noise
@@ -189,23 +173,22 @@ class DDPM(nn.Module):
 
     @torch.no_grad()
     def sample(self, shape, steps=None, sampler="ddpm", y=None, noise=None, guidance=1.0):
-        """Return new images [b, c, h, w] in [-1, 1], for shape (b, c, h, w), in `steps` steps, or
-        as many as timesteps.
+        """Return new images of `shape` (b, c, h, w) in [-1, 1], in `steps` steps (default T).
 
-        `noise(k)` gives standard-normal noise for the latent (k = 0) and for step k; without it
-        torch's generator does. Labels y [b] are followed the more, the more `guidance` is above 1
-        (Ho & Salimans 2022). Raises ValueError for an unknown sampler and for steps outside 1 .. T.
+        `noise(k)` returns standard-normal noise for the start (k = 0) and for step k; the default
+        is torch's generator. `guidance` above 1 strengthens the labels y [b] (Ho & Salimans 2022).
+        Raises ValueError for an unknown sampler and for steps outside 1 .. T.
         """
-        walk = registry.resolve("sampler", self.samplers, sampler)
+        sample = registry.resolve("sampler", self.samplers, sampler)
         levels = self.process.levels(self.process.timesteps if steps is None else steps)
         device = next(self.parameters(), torch.empty(0)).device
         noise = noise or (lambda k: torch.randn(shape, device=device))
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            denoise = self.denoiser(y=y, guidance=Guidance(unlabelled(self.net), guidance))
-            # the last one
-            x = deque(walk(denoise, latent(levels[0], noise(0)), levels, noise), maxlen=1).pop()
+            denoise = self.denoiser(y=y, guidance=Guidance(unconditional(self.net), guidance))
+            states = sample(denoise, initial_noise(levels[0], noise(0)), levels, noise)
+            x = deque(states, maxlen=1).pop()
         finally:
             for module, training in modes:
                 module.training = training
@@ -213,5 +196,5 @@ class DDPM(nn.Module):
 
 
 def rounded(level, dtype):
-    """The float64 level of a batch in the dtype that networks compute in."""
+    """Return the float64 level of a batch with alpha and sigma in the network's dtype."""
     return level._replace(alpha=level.alpha.to(dtype), sigma=level.sigma.to(dtype))

@@ -1,10 +1,9 @@
-"""Edits: walks that begin at an image, or hold on to one, over the same denoiser and samplers as
-drawing does.
+"""Edits of given images: inpainting, SDEdit, DDIM inversion and interpolation.
 
-x, image, known [b, c, h, w] in [-1, 1]; mask bool [b or 1, 1, h, w], True where painted anew; share
-[b] sampler(denoise, x, levels, noise), denoise(x, level), noise(k) as in samplers.py; denoiser()
-makes a denoise for one walk an edit's walk(sampler, denoiser, levels, noise, given) -> iterator of
-x; the last is the result
+x, image, known [b, c, h, w] in [-1, 1]; mask bool [b or 1, 1, h, w], True where repainted
+share [b] in [0, 1]; sampler(denoise, x, levels, noise), denoise, noise(k) as in samplers.py
+denoiser() -> denoise, for one sampling run
+an edit's walk(sampler, denoiser, levels, noise, inputs) -> iterator of x, the last the result
 """
 
 import math
@@ -18,16 +17,14 @@ from einops import rearrange, reduce
 
 from ddpm.common import registry
 from ddpm.diffusion import samplers
-from ddpm.diffusion.process import latent
+from ddpm.diffusion.process import initial_noise
 
-# a step knows nothing of the one before
+# samplers whose steps do not depend on earlier ones
 STEPWISE = (samplers.ddpm, samplers.ddim, samplers.euler, samplers.euler_ancestral)
 
 
-class Given(NamedTuple):
-    """What an edit is made of: images, each [b, c, h, w], the mask, and where between the first
-    and the last a result lies.
-    """
+class EditInput(NamedTuple):
+    """An edit's images, each [b, c, h, w], its mask, and the interpolation weights `share`."""
 
     images: tuple
     mask: torch.Tensor | None = None
@@ -35,29 +32,27 @@ class Given(NamedTuple):
 
 
 class Edit(NamedTuple):
-    """A way to edit: its walk, how many images it takes, whether a mask, and whether more
-    results than one would be alike.
-    """
+    """An edit; `single`: all results of one image are the same, so one is enough."""
 
-    walk: Callable  # (sampler, denoiser, levels, noise, given) -> iterator of x
+    walk: Callable  # (sampler, denoiser, levels, noise, inputs) -> iterator of x
     images: int = 1
     mask: bool = False
     single: bool = False
 
 
 def repaint(sampler, denoise, x, levels, noise, known, mask, jump_length=10, resamplings=10):
-    """Walk x from noise to `known` outside of the mask and what suits it inside (Lugmayr et al.
-    2022, RePaint, algorithm 1).
+    """Inpaint: x outside the mask follows `known` (Lugmayr et al. 2022, RePaint, algorithm 1).
 
-    After each `jump_length` steps x is noised again by as many, until they have been walked
-    `resamplings` times; once each is plain replacement (Song et al. 2021, SDEs, appendix I). Known
-    and new pixels share a step's noise, of which each uses its own. Raises ValueError for a sampler
-    that is not one of STEPWISE, and for fewer steps than a jump needs.
+    After each `jump_length` steps x is noised by as many steps again, until they have been done
+    `resamplings` times; 1 is plain replacement (Song et al. 2021, SDEs, appendix I). Known and new
+    pixels share one noise tensor per step, of different pixels. Raises ValueError for a sampler
+    that is not in STEPWISE, and for fewer steps than a jump needs.
     """
-    if inner(sampler) not in STEPWISE:
+    function = sampler_function(sampler)
+    if function not in STEPWISE:
         raise ValueError(
-            f"sampler {inner(sampler).__name__!r} cannot inpaint, for it looks beyond one step; "
-            f"use {', '.join(way.__name__ for way in STEPWISE)}"
+            f"sampler {function.__name__!r} cannot inpaint, for it looks beyond one step; use "
+            f"{', '.join(stepwise.__name__ for stepwise in STEPWISE)}"
         )
     steps = len(levels) - 1
     if resamplings > 1 and steps <= jump_length:
@@ -65,8 +60,8 @@ def repaint(sampler, denoise, x, levels, noise, known, mask, jump_length=10, res
             f"a jump of {jump_length} steps needs more than {jump_length} steps, not {steps}; "
             f"give more steps, or inpaint(jump_length={max(steps - 1, 1)})"
         )
-    places = resampled(steps, jump_length, resamplings)
-    for k, (t, s) in enumerate(pairwise(levels[steps - place] for place in places), start=1):
+    visited = [levels[steps - left] for left in resampled(steps, jump_length, resamplings)]
+    for k, (t, s) in enumerate(pairwise(visited), start=1):
         fresh = noise(k)
         if s.ratio < t.ratio:
             x = deque(sampler(denoise, x, [t, s], lambda _, fresh=fresh: fresh), maxlen=1).pop()
@@ -78,120 +73,103 @@ def repaint(sampler, denoise, x, levels, noise, known, mask, jump_length=10, res
 
 
 def resampled(steps, jump_length, resamplings):
-    """How many steps are left at each stop of RePaint's walk, from `steps` to 0 (the authors'
-    code; the paper's figure 9).
-    """
+    """Return the steps left at each stop of RePaint, from `steps` to 0 (its code, figure 9)."""
     jumps = dict.fromkeys(range(1, steps - jump_length + 1, jump_length), resamplings - 1)
     left = steps
-    places = [steps]
+    stops = [steps]
     while left > 0:
         left -= 1
-        places.append(left)
+        stops.append(left)
         if jumps.get(left, 0) > 0:
             jumps[left] -= 1
             left += jump_length
-            places.append(left)
-    return places
+            stops.append(left)
+    return stops
 
 
 def redraw(sampler, denoise, image, levels, noise, strength):
-    """Noise an image and draw it again by the last `strength` of the steps (Meng et al. 2022,
-    SDEdit, algorithm 1).
+    """Noise an image and denoise it by the last `strength` of the steps (SDEdit, algorithm 1).
 
-    At 0 it is the image bit for bit; at 1 nothing is left of it and this is plain sampling.
+    Meng et al. 2022. Strength 0 returns the image bit for bit; strength 1 is sampling from noise.
     """
     steps = len(levels) - 1
     start = steps - round(strength * steps)
     level = levels[start]
-    x = level.alpha * image + level.sigma * noise(0) if start else latent(level, noise(0))
+    x = level.alpha * image + level.sigma * noise(0) if start else initial_noise(level, noise(0))
     yield x
     if start < steps:
         yield from sampler(denoise, x, levels[start:], noise)
 
 
 def invert(denoise, x, levels):
-    """Walk clean images up to the latents they are drawn from: DDIM the other way round (Song et
-    al. 2021, section 4.3).
+    """Yield x from clean images to their initial noise: reversed DDIM (Song et al., section 4.3).
 
-    It is Euler's method on the probability flow, and asks the network at the lower end of each
-    step, where drawing asks at the upper: on more steps each is the other's inverse. At CLEAN the
-    network cannot be asked; there it is at the upper end.
+    Euler's method on the probability flow, evaluated at the lower end of each step, where sampling
+    evaluates at the upper end: with more steps each is the other's inverse. The step from CLEAN,
+    where the network is undefined, is evaluated at its upper end.
     """
     for s, t in pairwise(reversed(levels)):
-        asked = s if s.sigma > 0 else t
-        _, eps, *_ = denoise(asked.alpha / s.alpha * x, asked)
+        level = s if s.sigma > 0 else t
+        _, eps, *_ = denoise(level.alpha / s.alpha * x, level)
         gain = t.alpha / s.alpha
         x = gain * x + (t.sigma - gain * s.sigma) * eps
         yield x
 
 
 def slerp(a, b, share):
-    """Go `share` of the way from a to b on a great circle, or on a line where they are parallel
-    (DDIM, appendix D.5).
-    """
+    """Return the spherical interpolation at share [b] from a to b (DDIM, appendix D.5)."""
     norms = (reduce(end.double() ** 2, "b c h w -> b", "sum").sqrt() for end in (a, b))
-    cosine = reduce(a.double() * b.double(), "b c h w -> b", "sum") / math.prod(norms).clamp(
-        min=1e-300
-    )
-    angle = cosine.clamp(-1, 1).acos()
+    product = reduce(a.double() * b.double(), "b c h w -> b", "sum")
+    angle = (product / math.prod(norms).clamp(min=1e-300)).clamp(-1, 1).acos()
     parallel = angle.sin() < 1e-6
-    weights = (
-        torch.where(parallel, part, (part * angle).sin() / torch.where(parallel, 1, angle.sin()))
-        for part in (1 - share, share)
-    )
-    return sum(
-        rearrange(weight, "b -> b 1 1 1").to(a.dtype) * end
-        for weight, end in zip(weights, (a, b), strict=True)
-    )
+    sine = torch.where(parallel, 1, angle.sin())
+
+    def weight(part):
+        weight = torch.where(parallel, part, (part * angle).sin() / sine)
+        return rearrange(weight, "b -> b 1 1 1").to(a.dtype)
+
+    return weight(1 - share) * a + weight(share) * b
 
 
 def inpaint(*, jump_length=10, resamplings=10):
-    """What is under the mask is painted anew, the rest stays. Raises ValueError for options below
-    1.
-    """
+    """Repaint the masked pixels, keep the others. Raises ValueError for options below 1."""
     if jump_length < 1 or resamplings < 1:
         raise ValueError(
             f"jump_length {jump_length}, resamplings {resamplings} are out of range; give whole "
             "numbers of 1 or more; inpaint(resamplings=1) is the fastest"
         )
 
-    def walk(sampler, denoiser, levels, noise, given):
-        x = latent(levels[0], noise(0))
+    def walk(sampler, denoiser, levels, noise, inputs):
+        (known,) = inputs.images
+        x = initial_noise(levels[0], noise(0))
         yield x
         yield from repaint(
-            sampler,
-            denoiser(),
-            x,
-            levels,
-            noise,
-            *given.images,
-            given.mask,
-            jump_length,
-            resamplings,
+            sampler, denoiser(), x, levels, noise, known, inputs.mask, jump_length, resamplings
         )
 
     return Edit(walk, mask=True)
 
 
 def sdedit(*, strength=0.6):
-    """The image is noised and drawn again. Raises ValueError for a strength outside [0, 1]."""
+    """Noise the image and denoise it. Raises ValueError for a strength outside [0, 1]."""
     if not 0 <= strength <= 1:
         raise ValueError(
             f"strength {strength} is out of range; give a number from 0 (the image) to 1 (nothing "
             "of it)"
         )
-    return Edit(
-        lambda sampler, denoiser, levels, noise, given: redraw(
-            sampler, denoiser(), *given.images, levels, noise, strength
-        )
-    )
+
+    def walk(sampler, denoiser, levels, noise, inputs):
+        (image,) = inputs.images
+        return redraw(sampler, denoiser(), image, levels, noise, strength)
+
+    return Edit(walk)
 
 
 def inversion():
-    """The image's latent is found and drawn again."""
+    """Invert the image to its initial noise and sample from that."""
 
-    def walk(sampler, denoiser, levels, noise, given):
-        (image,) = given.images
+    def walk(sampler, denoiser, levels, noise, inputs):
+        (image,) = inputs.images
         yield image
         for x in invert(denoiser(), image, levels):
             yield x
@@ -201,11 +179,11 @@ def inversion():
 
 
 def interpolate():
-    """Images between two images: between the latents that they are drawn from."""
+    """Sample between the initial noises of two images."""
 
-    def walk(sampler, denoiser, levels, noise, given):
-        ends = (deque(invert(denoiser(), image, levels), maxlen=1).pop() for image in given.images)
-        x = slerp(*ends, given.share)
+    def walk(sampler, denoiser, levels, noise, inputs):
+        ends = (deque(invert(denoiser(), image, levels), maxlen=1).pop() for image in inputs.images)
+        x = slerp(*ends, inputs.share)
         yield x
         yield from sampler(denoiser(), x, levels, lambda k: refuse_noise(sampler))
 
@@ -213,42 +191,38 @@ def interpolate():
 
 
 def refuse_noise(sampler):
-    """Raise a ValueError: a sampler that asks for noise does not lead back to the image that was
-    inverted.
-    """
+    """Raise ValueError: with fresh noise a sampler does not return to the inverted image."""
     raise ValueError(
-        f"sampler {inner(sampler).__name__!r} draws fresh noise, so it does not lead back to an "
-        "image; use ddim, euler, heun, dpmpp or unipc, without eta and churn"
+        f"sampler {sampler_function(sampler).__name__!r} draws fresh noise, so it does not lead "
+        "back to an image; use ddim, euler, heun, dpmpp or unipc, without eta and churn"
     )
 
 
-def inner(sampler):
-    """The function of samplers.py in a sampler with its options set."""
+def sampler_function(sampler):
+    """Return the function of samplers.py of a sampler with its options bound."""
     return getattr(sampler, "func", sampler)
 
 
 def get_edit(text):
-    """Return the Edit of a name like `"inpaint"` or `"sdedit(strength=0.6)"`; raises ValueError
-    for an unknown one.
-    """
+    """Return the Edit of a name such as `"sdedit(strength=0.6)"`; ValueError if unknown."""
     return registry.resolve("edit", EDITS, text)()
 
 
-def asked(edit, sampler, levels):
-    """Return the levels at which an edit asks for an estimate, by walking it on next to nothing.
+def visited_levels(edit, sampler, levels):
+    """Return the levels at which an edit calls the denoiser, by running it on one pixel.
 
-    Raises ValueError for a sampler, or a number of steps, with which the edit cannot be made.
+    Raises ValueError for a sampler or a number of steps that the edit does not support.
     """
-    at = []
-    nothing = torch.zeros(1, 1, 1, 1)
+    visited = []
+    zero = torch.zeros(1, 1, 1, 1)
 
     def denoise(x, level):
-        at.append(level)
+        visited.append(level)
         return x, x, x
 
-    given = Given((nothing,) * edit.images, nothing.bool(), torch.zeros(1))
-    deque(edit.walk(sampler, lambda: denoise, levels, lambda k: nothing, given), maxlen=0)
-    return at
+    inputs = EditInput((zero,) * edit.images, zero.bool(), torch.zeros(1))
+    deque(edit.walk(sampler, lambda: denoise, levels, lambda k: zero, inputs), maxlen=0)
+    return visited
 
 
 EDITS = {

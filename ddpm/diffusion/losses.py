@@ -1,16 +1,13 @@
-"""What is minimised: the loss, how it is weighted over noise levels, and how often each level is
-drawn.
+"""The training objective: the loss, its weighting over noise levels, the distribution of timesteps.
 
-    error, loss, weight [b] float32; t [b] int64; a level (t, alpha, sigma) of float64 [b, 1, 1, 1]
-    weighting(error, level, target, *, options) -> loss [b], of the mean squared error on the target
-    times(process, places, batch_size, u, *, options) -> (t, importance), for the images at `places`
-    of an effective batch;
-    u(indices) gives a number in [0, 1) for each index; importance is [b] or None, and what the loss
-    is multiplied by
+    error, loss, weight [b] float32; t [b] int64; level (t, alpha, sigma) of float64 [b, 1, 1, 1]
+    weighting(error, level, target, *, options) -> loss [b], from the mean squared error
+    times(process, positions, batch_size, u, *, options) -> (t, importance), for the images at
+    `positions` of an effective batch; u(indices) returns a uniform number in [0, 1) for each index;
+    importance is None or the factors [b] of the losses
 
-Weightings are published for errors on x0 or eps; `on_x0` brings them to the error on any target. Of
-those, `sigmoid` alone has the factor -dlog(SNR)/dt of the bound, as in its papers. What has
-parameters, remembers losses or needs the whole process is a module, made with the process.
+An entry that has parameters, remembers losses or needs all tables is an nn.Module, constructed with
+the process.
 """
 
 import torch
@@ -21,13 +18,12 @@ from ddpm.diffusion import timesteps, weightings
 
 
 class Objective(nn.Module):
-    """Names become what is minimised: `loss` with its option, a weighting and a distribution of
-    times; a checkpoint part.
+    """The objective of a loss, a weighting and a distribution of times; part of a checkpoint.
 
-    `loss` is one of LOSSES: the weighted mean squared error, that plus a share of the bound by
-    which the variance learns (Nichol & Dhariwal 2021, eq. 16), or the bound. `weights` [T] are
-    those of the error on the target, at first. Raises ValueError for unknown names and for what
-    contradicts itself.
+    `loss` names an entry of LOSSES: the weighted mean squared error, that plus a share of the
+    variational bound, by which the variance learns (Nichol & Dhariwal 2021, eq. 16), or the bound.
+    `weights` float64 [T] are those of the error on the target at the start of training. Raises
+    ValueError for unknown names and for options that contradict each other.
     """
 
     def __init__(
@@ -35,66 +31,69 @@ class Objective(nn.Module):
     ):
         super().__init__()
         self.mse, self.bound = registry.resolve("loss", LOSSES, loss)()
-        name = registry.parse(loss)[0]
-        if learned and not self.bound:
-            raise ValueError(
-                "a learned variance learns nothing from the loss 'mse'; set diffusion.loss=hybrid "
-                "or vlb, or diffusion.variance=small"
-            )
-        if name == "hybrid" and not learned:
-            raise ValueError(
-                "the loss 'hybrid' is for a learned variance; set diffusion.variance=learned, or "
-                "diffusion.loss=mse"
-            )
-        if name == "vlb" and weighting != "simple":
-            raise ValueError(
-                "the loss 'vlb' has its own weights; set diffusion.weighting=simple, not "
-                f"{weighting!r}, or diffusion.loss=mse"
-            )
-        self.weighting = made(
+        check_loss(registry.parse(loss)[0], self.bound, weighting, learned)
+        self.weighting = instantiate(
             registry.resolve("weighting", weightings.WEIGHTINGS, weighting), process
         )
         level = process.at(torch.arange(process.timesteps))
-        self.weights = self.weighting(
-            torch.ones(process.timesteps, dtype=torch.float64), level, target
-        ).detach()
+        ones = torch.ones(process.timesteps, dtype=torch.float64)
+        self.weights = self.weighting(ones, level, target).detach()
         if not (self.weights.isfinite() & (self.weights >= 0)).all():
             raise ValueError(
                 f"weighting {weighting!r} has no finite weight of 0 or more at every noise level; "
                 "choose other arguments, or none for the published ones"
             )
-        self.times = made(registry.resolve("time distribution", timesteps.TIMES, times), process)
+        self.times = instantiate(
+            registry.resolve("time distribution", timesteps.TIMES, times), process
+        )
 
     def observe(self, t, losses):
-        """Let the distribution of times learn from the losses [n] of a whole effective batch, in
-        its order.
-        """
+        """Update an adaptive distribution of times by an effective batch's t and losses [n]."""
         if self.watches:
             self.times.observe(t, losses)
 
     @property
     def watches(self):
-        """Whether the distribution of times learns from losses."""
+        """Whether the distribution of times adapts to the losses."""
         return isinstance(self.times, nn.Module)
 
 
-def made(chosen, process):
-    """A function of a table as it is; a module made with the process."""
-    return chosen(process) if isinstance(chosen.func, type) else chosen
+def check_loss(loss, bound, weighting, learned):
+    """Raise ValueError for a loss that does not fit the weighting or the kind of variance."""
+    if learned and not bound:
+        raise ValueError(
+            "a learned variance learns nothing from the loss 'mse'; set diffusion.loss=hybrid "
+            "or vlb, or diffusion.variance=small"
+        )
+    if loss == "hybrid" and not learned:
+        raise ValueError(
+            "the loss 'hybrid' is for a learned variance; set diffusion.variance=learned, or "
+            "diffusion.loss=mse"
+        )
+    if loss == "vlb" and weighting != "simple":
+        raise ValueError(
+            "the loss 'vlb' has its own weights; set diffusion.weighting=simple, not "
+            f"{weighting!r}, or diffusion.loss=mse"
+        )
+
+
+def instantiate(entry, process):
+    """Return the module of a table's class for this process; a function stays as it is."""
+    return entry(process) if isinstance(entry.func, type) else entry
 
 
 def mse():
-    """Shares of the squared error and of the bound."""
+    """(1, 0): weights of the squared error and of the bound."""
     return 1.0, 0.0
 
 
 def hybrid(*, vlb_weight=0.001):
-    """The same; the bound, as a sum over t, counts this much (Nichol & Dhariwal 2021, eq. 16)."""
+    """(1, vlb_weight), the bound being a sum over t (Nichol & Dhariwal 2021, eq. 16)."""
     return 1.0, vlb_weight
 
 
 def vlb():
-    """The same."""
+    """(0, 1): the variational bound alone (Ho et al. 2020, eq. 5)."""
     return 0.0, 1.0
 
 

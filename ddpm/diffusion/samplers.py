@@ -1,62 +1,71 @@
-"""Samplers: generators that walk an image from noise to clean, yielding it after every step.
+"""Samplers: generators that take x from noise to an image and yield it after every step.
 
-    sampler(denoise, x, levels, noise, *, options) -> iterator of x [b, c, h, w], the last of
-    which is the sample
-    denoise(x, level) -> (x0, eps), and a third where the variance is learned; levels from noisy to
-    CLEAN, as of Process.levels
-    noise(k) -> standard normal, like x, for step k = 1, 2, ...; k = 0 was the initial latent, which
-    the caller drew
+    sampler(denoise, x, levels, noise, *, options) -> iterator of x [b, c, h, w], the last the image
+    denoise(x, level) -> (x0, eps), or (x0, eps, frac) with a learned variance
+    levels: from noisy to CLEAN, as Process.levels returns them, Python floats
+    noise(k) -> standard normal, like x, for step k = 1, 2, ...; k = 0 was the initial noise
 
-Numbers of a level are Python floats, so that no step waits for the device. No noise is added on the
-step to CLEAN. Papers that write x = x0 + sigma eps speak of x / alpha and sigma / alpha here; in
-these the probability flow is dx / dsigma = eps. Every form below is finite in pure noise (alpha =
-0) and at CLEAN, on and off alpha^2 + sigma^2 = 1.
+No noise is added on the step to CLEAN. The x and sigma of papers that write x = x0 + sigma eps are
+x/alpha and sigma/alpha here, in which the probability flow is dx/dsigma = eps. Every formula below
+is finite in pure noise (alpha = 0) and at CLEAN, for any alpha and sigma.
 """
 
 import math
 from collections import deque
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
 from ddpm.common import registry
-from ddpm.diffusion.process import VARIANCES, posterior
+from ddpm.diffusion.denoiser import Denoiser
+from ddpm.diffusion.process import VARIANCES, Levels, posterior
+
+
+class Sampler(Protocol):
+    """An entry of SAMPLERS with its options bound; see the module's docstring."""
+
+    def __call__(
+        self,
+        denoise: Denoiser,
+        x: torch.Tensor,
+        levels: Levels,
+        noise: Callable[[int], torch.Tensor],
+        /,
+    ) -> Iterator[torch.Tensor]: ...
 
 
 def ddpm(denoise, x, levels, noise, *, variance="small"):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), on any levels; with `small` variance it is
-    `ddim(eta=1)`.
+    """Ancestral sampling (Ho et al. 2020, algorithm 2); with `small` variance it is `ddim(eta=1)`.
 
-    Raises ValueError for a variance that is not one of VARIANCES, and for `learned` with a network
-    that has learned none.
+    Raises ValueError for a variance that is not one of VARIANCES, and for `learned` if the network
+    does not predict its variance.
     """
     registry.check_choice("variance", variance, VARIANCES)
     for k, (t, s) in enumerate(pairwise(levels), start=1):
-        x0, _, *mix = denoise(x, t)
+        x0, _, *frac = denoise(x, t)
         step = posterior(s, t)
         x = step.of_x0 * x0 + step.of_x * x
-        if variance == "learned" and not mix:
+        if variance == "learned" and not frac:
             raise ValueError(
                 "the network has learned no variance; use ddpm(variance='small') or "
                 "ddpm(variance='large')"
             )
         if s.sigma > 0:
-            deviation = (
-                step.learned(*mix).sqrt()
-                if variance == "learned"
-                else math.sqrt(getattr(step, variance))
-            )
+            if variance == "learned":
+                deviation = step.learned(*frac).sqrt()
+            else:
+                deviation = math.sqrt(getattr(step, variance))
             x = x + deviation * noise(k)
         yield x
 
 
 def ddim(denoise, x, levels, noise, *, eta=0.0):
-    """Denoising diffusion implicit models (Song et al. 2021, eqs. 12, 16); eta from 0,
-    deterministic, to 1, ancestral.
+    """DDIM (Song et al. 2021, eqs. 12, 16); eta from 0 (deterministic) to 1 (ancestral).
 
-    At eta = 0 a step is x_s / alpha_s = x_t / alpha_t + (sigma_s / alpha_s - sigma_t / alpha_t)
-    eps: Euler's method in y = x / alpha over sigma / alpha on the probability flow. Raises
-    ValueError for eta outside [0, 1].
+    At eta = 0 a step is Euler's method on the probability flow in y = x/alpha: x_s/alpha_s =
+    x_t/alpha_t + (sigma_s/alpha_s - sigma_t/alpha_t) eps. Raises ValueError for eta outside [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(
@@ -72,27 +81,22 @@ def ddim(denoise, x, levels, noise, *, eta=0.0):
 
 
 def euler(denoise, x, levels, noise):
-    """Euler's method on the probability flow (Karras et al. 2022; k-diffusion), which is
-    `ddim(eta=0)` on any levels.
-    """
+    """Euler's method on the probability flow (Karras et al. 2022): `ddim(eta=0)` on any levels."""
     return ddim(denoise, x, levels, noise)
 
 
 def euler_ancestral(denoise, x, levels, noise, *, eta=1.0):
-    """Euler's method down to a lower level, then up by fresh noise (k-diffusion), which is
-    `ddim` with the same eta.
-    """
+    """An Euler step to a lower level, then fresh noise (k-diffusion): `ddim` with the same eta."""
     return ddim(denoise, x, levels, noise, eta=eta)
 
 
 def heun(denoise, x, levels, noise, *, churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
-    """Heun's second-order method with noise thrown in (Karras et al. 2022, algorithm 2): two
-    evaluations a step, then one.
+    """Heun's second-order method with churn (Karras et al. 2022, algorithm 2); NFE 2 a step.
 
-    The options are their S_churn, S_min, S_max and S_noise. Noise is raised to that of the first
-    level at most. A step on which sigma/alpha falls a hundredfold is Euler's: the one to CLEAN, as
-    there, and one from pure noise or nearly. Raises ValueError for options below 0, and s_min above
-    s_max.
+    The options are their S_churn, S_min, S_max, S_noise; churn never exceeds the first level. Steps
+    on which sigma/alpha falls by a factor of 100 or more are Euler's, with one evaluation: the step
+    to CLEAN, as in the paper, and one from (nearly) pure noise. Raises ValueError for negative
+    options, and for s_min above s_max.
     """
     if not (0 <= churn < math.inf and 0 <= s_min <= s_max and 0 <= s_noise < math.inf):
         raise ValueError(
@@ -108,17 +112,16 @@ def heun(denoise, x, levels, noise, *, churn=0.0, s_min=0.0, s_max=math.inf, s_n
             t = raised
         x0, eps, *_ = denoise(x, t)
         x = s.alpha * x0 + s.sigma * eps
-        # else half of t.ratio times a difference of two estimates swamps x
+        # on larger steps t.ratio / 2 times the difference of two estimates would dominate x
         if t.ratio < 100 * s.ratio:
             x = x + s.alpha * (s.ratio - t.ratio) / 2 * (denoise(x, s)[1] - eps)
         yield x
 
 
 def dpm2(denoise, x, levels, noise):
-    """DPM-Solver-2 (Lu et al. 2022, algorithm 1): the slope from halfway in log(sigma/alpha), two
-    evaluations a step.
+    """DPM-Solver-2 (Lu et al. 2022, algorithm 1): midpoint rule in log(sigma/alpha); NFE 2 a step.
 
-    Steps on which sigma/alpha falls a hundredfold are Euler's, as in `heun`.
+    Steps on which sigma/alpha falls by a factor of 100 or more are Euler's, as in `heun`.
     """
     for t, s in pairwise(levels):
         x0, eps, *_ = denoise(x, t)
@@ -131,53 +134,46 @@ def dpm2(denoise, x, levels, noise):
 
 
 def dpmpp(denoise, x, levels, noise, *, order=2):
-    """DPM-Solver++ with 1, 2 or 3 estimates of x0 (Lu et al. 2022, algorithm 2): `ddim(eta=0)`, 2M,
-    and a third order.
+    """DPM-Solver++ multistep (Lu et al. 2022, algorithm 2): order 1 is `ddim(eta=0)`, 2 is 2M.
 
-    Order 3 integrates the parabola through three estimates exactly and converges with order 3. The
-    published 3M, which is `dpmpp_3m`, has order 2, and the smaller error in practice. Raises
-    ValueError for another order.
+    Order 3 integrates the parabola through three estimates of x0 exactly and converges with order
+    3. The published 3M, `dpmpp_3m`, has order 2, and the smaller error in practice. Raises
+    ValueError for other orders.
     """
     return multistep(denoise, x, levels, noise, order)
 
 
 def dpmpp_3m(denoise, x, levels, noise):
-    """DPM-Solver++ 3M as published (Lu et al. 2022, code; diffusers): half of the parabola's
-    quadratic term, so order 2.
+    """DPM-Solver++ 3M as in Lu et al.'s code and diffusers: half the quadratic term, so order 2.
 
-    With the exact denoiser of a mixture, on the cosine schedule in Karras spacing, it errs less
-    than `dpmpp(order=3)` at 5 to 80 steps, and less than 2M at 12 and more; with a network on the
-    digits 2M is ahead of both at 6 and 12 steps.
+    With the exact denoiser of a mixture, cosine schedule, Karras spacing, its error is below that
+    of `dpmpp(order=3)` at 5 to 80 steps and of 2M at 12 and more; with a network trained on digits
+    2M beats both at 6 and 12 steps.
     """
     return multistep(denoise, x, levels, noise, 3, published=True)
 
 
 def dpmpp_sde(denoise, x, levels, noise, *, eta=1.0, order=2):
-    """DPM-Solver++ 2M on the reverse SDE (Lu et al. 2022; eta as in k-diffusion); of order 1 it is
-    `ddpm`.
+    """DPM-Solver++ 2M on the reverse SDE (Lu et al. 2022); order 1 is `ddpm`, eta 0 is `dpmpp`.
 
-    This is the 2M SDE of diffusers and k-diffusion (`sample_dpmpp_2m_sde` there, with
-    `solver_type="midpoint"`). What k-diffusion calls `sample_dpmpp_sde` is another method: a single
-    step with two evaluations. eta is how much noise, from 0, where it is `dpmpp`. Raises ValueError
-    for eta below 0 and for orders that are not 1, 2, 3.
+    The 2M SDE of diffusers, and of k-diffusion (`sample_dpmpp_2m_sde`, `solver_type="midpoint"`),
+    whose `sample_dpmpp_sde` is another method, singlestep with NFE 2 a step. `eta` scales the
+    noise, as in k-diffusion. Raises ValueError for eta < 0 and for orders other than 1, 2, 3.
     """
     return multistep(denoise, x, levels, noise, order, eta=check_eta(eta))
 
 
 def dpmpp_3m_sde(denoise, x, levels, noise, *, eta=1.0):
-    """`dpmpp_3m` on the reverse SDE, with the coefficients of k-diffusion's `sample_dpmpp_3m_sde`;
-    at eta 0 it is `dpmpp_3m`.
+    """`dpmpp_3m` on the reverse SDE (k-diffusion's `sample_dpmpp_3m_sde`); eta 0 is `dpmpp_3m`.
 
-    k-diffusion differs at both ends: its second step takes the slope in full, and its last step but
-    one is of third order. Raises ValueError for eta below 0.
+    k-diffusion differs at both ends: its second step uses the full slope, and its last but one is
+    of third order. Raises ValueError for eta < 0.
     """
     return multistep(denoise, x, levels, noise, 3, eta=check_eta(eta), published=True)
 
 
 def check_eta(eta):
-    """Return eta, how much noise a solver of the reverse SDE adds; raises ValueError where it is
-    below 0 or not finite.
-    """
+    """Return eta, the noise scale of an SDE solver; raises ValueError if negative or infinite."""
     if not 0 <= eta < math.inf:
         raise ValueError(
             f"eta {eta} is out of range; give a number from 0 (no noise) up, such as 1 (the "
@@ -187,27 +183,25 @@ def check_eta(eta):
 
 
 def unipc(denoise, x, levels, noise, *, order=2):
-    """UniPC with B_2(h) (Zhao et al. 2023): `dpmpp` steps, each corrected by the evaluation that
-    the next one makes anyway.
+    """UniPC with B_2(h) (Zhao et al. 2023): `dpmpp` steps corrected by the next step's evaluation.
 
-    The corrected step is an order higher. Raises ValueError for orders that are not 1, 2, 3.
+    The correction raises the order by one at no further NFE. Raises ValueError for orders other
+    than 1, 2, 3.
     """
     return multistep(denoise, x, levels, noise, order, correct=True)
 
 
-# at most, of a step over the one before it, to extrapolate: then two estimates have the weights 2
-# and -1
+# extrapolate up to this ratio of a step to the previous one, where the weights are 2 and -1
 GROWTH = 2.0
 
 
 def multistep(denoise, x, levels, noise, order, eta=0.0, correct=False, published=False):
-    """Walk by `integrate` with the last `order` estimates of x0, fewer at both ends; `correct`
-    redoes each step with the next.
+    """Sample by `integrate` with the last `order` estimates of x0, fewer at both ends.
 
-    A step in log(sigma/alpha) of more than GROWTH times the one before begins again with one
-    estimate: farther out, extrapolation multiplies the errors of the estimates. The step to CLEAN
-    is such a step, and so is the step onto t = 0 in `linear` and `leading` spacing, 3 to 5 times
-    the one before on a cosine schedule. Raises ValueError for orders that are not 1, 2, 3.
+    `correct` repeats each step with the estimate of the next one. A step in log(sigma/alpha) of
+    more than GROWTH times the previous one restarts with one estimate, because extrapolation would
+    amplify the estimates' errors: the step to CLEAN, and in `linear` and `leading` spacing on a
+    cosine schedule the step to t = 0. Raises ValueError for orders other than 1, 2, 3.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order {order} is out of range; give 1, 2 or 3")
@@ -220,7 +214,7 @@ def multistep(denoise, x, levels, noise, order, eta=0.0, correct=False, publishe
         if correct and before < math.inf:
             x = integrate(start, past[-1][0], t, [*known, (t, x0)])
         h = math.log(t.ratio / s.ratio) if s.sigma else math.inf
-        # before is infinite on the first step, and after one from pure noise
+        # `before` is infinite on the first step, and after a step from pure noise
         if not h <= GROWTH * before < math.inf:
             past.clear()
         past.append((t, x0))
@@ -235,12 +229,12 @@ def multistep(denoise, x, levels, noise, order, eta=0.0, correct=False, publishe
 
 
 def integrate(x, t, s, estimates, eta=0.0, published=False):
-    """Take x from level t to s, with x0 a polynomial in log(sigma/alpha) through `estimates`, pairs
-    (level, x0).
+    """Return x at level s from x at t; `estimates` are pairs (level, x0), 1 to 3 of them.
 
-    The integral is exact (Lu et al. 2022, DPM-Solver++, proposition 4.1; with eta that of the SDE,
-    less its noise), but that the slope through two estimates counts as half the step, as published.
-    `published` also takes half of the quadratic term through three, as the authors' code does.
+    x0 is the polynomial in log(sigma/alpha) through the estimates. The integral is exact (Lu et al.
+    2022, DPM-Solver++, proposition 4.1; with eta of the SDE without its noise), except that two
+    estimates weigh the slope by half the step, as published. `published` halves the quadratic term
+    of three estimates too, as the authors' code does.
     """
     fall = s.ratio / t.ratio
     moments = [1 - fall ** (1 + eta)]  # of u^i over the step, u from 0 at t to 1 at s
@@ -248,46 +242,40 @@ def integrate(x, t, s, estimates, eta=0.0, published=False):
     if len(estimates) > 1:
         h = -math.log(fall)
         for i in range(1, len(estimates)):
-            moments.append(
-                moments[0] / 2 if len(estimates) == 2 else 1 - i / (h * (1 + eta)) * moments[-1]
-            )
+            exact = 1 - i / (h * (1 + eta)) * moments[-1]
+            moments.append(moments[0] / 2 if len(estimates) == 2 else exact)
         if published and len(estimates) == 3:
             moments[2] /= 2
-        u = torch.tensor(
-            [math.log(t.ratio / level.ratio) / h for level, _ in estimates], dtype=torch.float64
-        )
-        weights = torch.linalg.solve(
-            torch.linalg.vander(u).T, torch.tensor(moments, dtype=torch.float64)
-        ).tolist()
+        u = [math.log(t.ratio / level.ratio) / h for level, _ in estimates]
+        vandermonde = torch.linalg.vander(torch.tensor(u, dtype=torch.float64))
+        moments = torch.tensor(moments, dtype=torch.float64)
+        weights = torch.linalg.solve(vandermonde.T, moments).tolist()
     mean = sum(weight * x0 for weight, (_, x0) in zip(weights, estimates, strict=True))
     return s.sigma / t.sigma * fall**eta * x + s.alpha * mean
 
 
-def evaluations(sampler, levels, learned=False):
-    """Return how often a sampler asks for an estimate on its way through levels; options and
-    errors as of `asked`.
+def count_nfe(sampler, levels, learned=False):
+    """Return the number of function evaluations of a sampler; see `visited_levels`."""
+    return len(visited_levels(sampler, levels, learned))
+
+
+def visited_levels(sampler, levels, learned=False):
+    """Return the levels at which a sampler calls the denoiser, by running it on one number.
+
+    `learned`: whether the network predicts its variance. Raises ValueError for the sampler's
+    invalid options.
     """
-    return len(asked(sampler, levels, learned))
-
-
-def asked(sampler, levels, learned=False):
-    """Return the levels at which a sampler asks for an estimate on its way through levels, by
-    walking it on next to nothing.
-
-    `learned` says whether the network tells a variance. Raises ValueError for options that the
-    sampler refuses.
-    """
-    at = []
+    visited = []
 
     def denoise(x, level):
-        at.append(level)
+        visited.append(level)
         return (x, x, x) if learned else (x, x)
 
     deque(sampler(denoise, torch.zeros(1), levels, lambda k: torch.zeros(1)), maxlen=0)
-    return at
+    return visited
 
 
-SAMPLERS = {
+SAMPLERS: dict[str, Sampler] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "euler": euler,

@@ -1,6 +1,6 @@
-"""Spacings: at which times a sampler stops on its way from noise to clean.
+"""Spacings: the times at which a sampler calls the network.
 
-spacing(process, steps, *, options) -> `steps` falling times in [0, T-1], which may be fractional
+spacing(process, steps, *, options) -> list of `steps` falling times in [0, T-1], floats
 """
 
 import math
@@ -9,39 +9,36 @@ import torch
 
 
 def linear(process, steps):
-    """Evenly from T-1 to 0, both included."""
+    """Evenly from T-1 to 0, both included, rounded to integers."""
     return torch.linspace(process.timesteps - 1, 0, steps, dtype=torch.float64).round().tolist()
 
 
 def trailing(process, steps):
-    """Evenly in strides of T/steps, down from T-1 (Lin et al. 2024, table 2)."""
+    """Strides of T/steps down from T-1 (Lin et al. 2024, table 2)."""
     return [round(process.timesteps * k / steps) - 1.0 for k in range(steps, 0, -1)]
 
 
 def leading(process, steps):
-    """Evenly in strides of T//steps, up from 0, as DDIM was published; starts below T-1."""
+    """Strides of T//steps up from 0, as in DDIM's paper; sampling starts below T-1."""
     return [float(process.timesteps // steps * k) for k in reversed(range(steps))]
 
 
 def quadratic(process, steps):
-    """Times whose roots lie evenly from that of T-1 to 0 (Song et al. 2021, DDIM, appendix D.2),
-    many at low noise.
+    """Square roots evenly from sqrt(T-1) to 0 (Song et al. 2021, DDIM, appendix D.2).
 
-    Times are fractional: whole ones, as published, would coincide near 0. (The authors' code begins
-    at 0.8 T.)
+    Times are fractional, because integers, as published, would coincide near 0. (The authors' code
+    begins at 0.8 T.)
     """
-    return (
-        torch.linspace(1, 0, steps, dtype=torch.float64) ** 2 * (process.timesteps - 1)
-    ).tolist()
+    roots = torch.linspace(1, 0, steps, dtype=torch.float64)
+    return (roots**2 * (process.timesteps - 1)).tolist()
 
 
 def karras(process, steps, *, rho=7.0, sigma_max=80.0):
-    """Fractional times at which (sigma/alpha)^(1/rho) falls evenly to that of 0 (Karras et al.
-    2022, eq. 5 and table 1).
+    """(sigma/alpha)^(1/rho) evenly down to t = 0 (Karras et al. 2022, eq. 5 and table 1).
 
-    It begins at sigma/alpha = sigma_max, or where tables without so much noise begin: a cosine
-    schedule goes up to 20,000, on which steps would be wasted. Raises ValueError for rho not above
-    0.
+    Begins at sigma/alpha = sigma_max, or at the tables' noisiest level if that is lower: a cosine
+    schedule reaches 20,000, where steps are wasted. Times are fractional. Raises ValueError for
+    rho <= 0.
     """
     if not 0 < rho < math.inf:
         raise ValueError(f"rho {rho} is out of range; give a number above 0, such as 7")
@@ -54,12 +51,11 @@ def karras(process, steps, *, rho=7.0, sigma_max=80.0):
 
 
 def sections(process, steps, *, counts=(10, 8, 4, 2, 1)):
-    """The timesteps in equal sections, from low noise to high, with so many steps in each (Nichol &
-    Dhariwal 2021, code).
+    """Equal sections of the timesteps, low noise first, `counts` steps in each (Nichol & Dhariwal).
 
-    Evenly from the first to the last of a section, or its first where there is one step: then it
-    starts below T-1. Raises ValueError for counts that do not sum to `steps` or do not fit into
-    their section.
+    As in the code of the 2021 paper: steps lie evenly from the first to the last timestep of a
+    section; a single step is the first one. Raises ValueError for counts that do not sum to `steps`
+    or do not fit into their section.
     """
     if not all(type(count) is int and count > 0 for count in counts):
         raise ValueError(

@@ -44,7 +44,7 @@ class Likelihood:
         self.labels = labels
         self.by = [name for name in ("bound", "flow") if kind in (name, "both")]
         process = model.process
-        self.edges = likelihood.stretches(process, evaluations)
+        self.edges = likelihood.timestep_strata(process, evaluations)
         self.levels = process.levels(min(evaluations // 4 + 1, process.timesteps), "karras")[:-1]
         self.protocol = (
             f"bits/dim of {len(indices)} {whose} images of {dataset.fingerprint[:12]}"

@@ -50,7 +50,7 @@ def network(config):
     }
     if given["noise_embedding"] == "auto":
         given["noise_embedding"] = (
-            "fourier" if get_target(config.diffusion.predict).tells_log_noise else "sines"
+            "fourier" if get_target(config.diffusion.predict).is_log_noise else "sines"
         )
     rng.reseed_torch(config.seed)
     return make(**{name: value for name, value in given.items() if name in taken})
@@ -84,7 +84,7 @@ def unused(config):
         for name, other in REPLACED.items()
         if {name, other} <= taken and config.model[other]
     }
-    if get_target(config.diffusion.predict).tells_log_noise:
+    if get_target(config.diffusion.predict).is_log_noise:
         found["diffusion.rescale_timesteps"] = "diffusion.predict"
     return found
 

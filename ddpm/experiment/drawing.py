@@ -5,7 +5,7 @@ import numpy as np
 from ddpm.config import defaults, files
 from ddpm.data import order, source
 from ddpm.data.decode import BLACK, open_picture
-from ddpm.diffusion.guidance import unlabelled
+from ddpm.diffusion.denoiser import unconditional
 from ddpm.evaluation import bits_per_dim, extractors
 from ddpm.evaluation import scorer as evaluation_scorer
 from ddpm.experiment import build, cost, load
@@ -116,7 +116,7 @@ def guide(config, machine):
                 "alone"
             )
     net = load.network_with(other, weights, path).to(machine.device).eval()
-    return net if other.data.classes else unlabelled(net)
+    return net if other.data.classes else unconditional(net)
 
 
 SHARED = (  # what a guide's config has in common with that of the network it guides

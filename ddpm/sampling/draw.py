@@ -15,8 +15,8 @@ from ddpm.common import pixels as common_pixels
 from ddpm.common import registry, rng
 from ddpm.common.progress import Progress
 from ddpm.diffusion import editing, samplers
-from ddpm.diffusion.guidance import Guidance, unlabelled
-from ddpm.diffusion.process import latent
+from ddpm.diffusion.denoiser import Guidance, unconditional
+from ddpm.diffusion.process import initial_noise
 
 
 class Recipe(NamedTuple):
@@ -25,7 +25,7 @@ class Recipe(NamedTuple):
 
     Image k has the k-th of `labels`, which come round again, or no label; `classes` says in words
     which they are. `guidance`, `interval` and `guide`, which says in words what guides if not the
-    network itself, are of diffusion.guidance.
+    network itself, are of diffusion.denoiser.
     """
 
     sampler: str
@@ -60,16 +60,16 @@ def evaluations(model, recipe, edit=None):
     guidance = Guidance(None, recipe.guidance, recipe.interval)
     levels = model.process.levels(recipe.steps, recipe.spacing)
     at = (
-        editing.asked(edit, sampler, levels)
+        editing.visited_levels(edit, sampler, levels)
         if edit
-        else samplers.asked(sampler, levels, model.learned)
+        else samplers.visited_levels(sampler, levels, model.learned)
     )
     return len(at) + sum(map(guidance.applies, at))
 
 
 def afresh(sampler, denoiser, levels, noise, seeds):
     """Walk from noise alone."""
-    x = latent(levels[0], noise(0))
+    x = initial_noise(levels[0], noise(0))
     yield x
     yield from sampler(denoiser(), x, levels, noise)
 
@@ -89,7 +89,7 @@ def edited(edit, pictures, mask, count, machine):
         places = machine.to_device(torch.tensor(seeds, dtype=torch.float64) / max(count - 1, 1))
         area = None if mask is None else rearrange(machine.to_device(mask), "h w -> 1 1 h w")
         yield from edit.walk(
-            sampler, denoiser, levels, noise, editing.Given(tuple(given), area, places)
+            sampler, denoiser, levels, noise, editing.EditInput(tuple(given), area, places)
         )
 
     return walk
@@ -123,7 +123,9 @@ def trajectory(
         if recipe.labels
         else None
     )
-    guidance = Guidance(autocast(guide or unlabelled(model.net)), recipe.guidance, recipe.interval)
+    guidance = Guidance(
+        autocast(guide or unconditional(model.net)), recipe.guidance, recipe.interval
+    )
     sampler = registry.resolve("sampler", model.samplers, recipe.sampler)
     levels = model.process.levels(recipe.steps, recipe.spacing)
     model.net.eval()

@@ -15,15 +15,15 @@ from ddpm.diffusion.denoiser import denoiser
 from ddpm.diffusion.editing import (
     EDITS,
     STEPWISE,
-    Given,
-    asked,
+    EditInput,
     get_edit,
     invert,
     repaint,
     resampled,
     slerp,
+    visited_levels,
 )
-from ddpm.diffusion.process import CLEAN, latent
+from ddpm.diffusion.process import CLEAN, initial_noise
 from ddpm.diffusion.samplers import ddim, ddpm
 from ddpm.experiment import build, drawing
 from ddpm.generate import edit_images, generate_images, masked_words
@@ -59,7 +59,11 @@ def edit(text, name, denoise, levels, *images, mask=None, share=None, noise=None
     """Every x of an edit's walk."""
     return list(
         get_edit(text).walk(
-            sampler(name), lambda: denoise, levels, noise or noises(), Given(images, mask, share)
+            sampler(name),
+            lambda: denoise,
+            levels,
+            noise or noises(),
+            EditInput(images, mask, share),
         )
     )
 
@@ -150,7 +154,7 @@ def test_resampling_keeps_the_law_where_nothing_is_known(path):
         repaint(
             ddpm,
             gaussian,
-            latent(levels[0], noise(0)),
+            initial_noise(levels[0], noise(0)),
             levels,
             noise,
             torch.zeros(1),
@@ -214,7 +218,7 @@ def test_sdedit_is_the_image_at_strength_0_and_plain_sampling_at_1(name):
         levels = path(100).levels(9)
         (x,) = edit("sdedit(strength=0.0)", name, denoise, levels, pictured())
         assert torch.equal(x, pictured())
-        start = latent(levels[0], noises()(0))
+        start = initial_noise(levels[0], noises()(0))
         plain = [start, *sampler(name)(denoise, start, levels, noises())]
         walk = edit("sdedit(strength=1.0)", name, denoise, levels, pictured())
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(walk, plain, strict=True))
@@ -359,10 +363,10 @@ def test_a_network_that_sees_its_own_estimate_takes_none_over_from_another_walk(
         )
 
     *_, between = get_edit("interpolate").walk(
-        ddim, fresh, levels, noises(), Given(tuple(images), None, share)
+        ddim, fresh, levels, noises(), EditInput(tuple(images), None, share)
     )
     for end, image in enumerate(images):
-        *_, alone = get_edit("invert").walk(ddim, fresh, levels, noises(), Given((image,)))
+        *_, alone = get_edit("invert").walk(ddim, fresh, levels, noises(), EditInput((image,)))
         torch.testing.assert_close(between[end], alone[end], rtol=0, atol=1e-9)  # float64
 
 
@@ -380,7 +384,7 @@ def test_every_edit_with_every_sampler_is_made_or_refused_in_a_line(text, name):
         with pytest.raises(
             ValueError, match=f"sampler '{name.partition('(')[0]}' .*; use ddpm|; use ddim"
         ) as mistake:
-            asked(made, sampler(name), levels)
+            visited_levels(made, sampler(name), levels)
         assert "\n" not in str(mistake.value)
         return
     times = []
@@ -398,7 +402,9 @@ def test_every_edit_with_every_sampler_is_made_or_refused_in_a_line(text, name):
         mask=HALF,
         share=torch.tensor([0.3, 0.6]),
     )
-    assert times == pytest.approx([level.t for level in asked(made, sampler(name), levels)])
+    assert times == pytest.approx(
+        [level.t for level in visited_levels(made, sampler(name), levels)]
+    )
     assert all(x.shape == SHAPE and torch.isfinite(x).all() for x in walk)
 
 
@@ -415,7 +421,7 @@ def test_every_edit_with_every_sampler_is_made_or_refused_in_a_line(text, name):
 )
 def test_mistakes_name_the_remedy(text, steps, remedy):
     with pytest.raises(ValueError) as mistake:
-        asked(get_edit(text), partial(ddim), process().levels(steps))
+        visited_levels(get_edit(text), partial(ddim), process().levels(steps))
     assert remedy in str(mistake.value) and "\n" not in str(mistake.value)
 
 

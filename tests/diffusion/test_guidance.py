@@ -8,8 +8,7 @@ from einops import rearrange
 from torch import nn
 
 from ddpm.diffusion.ddpm import DDPM
-from ddpm.diffusion.denoiser import denoiser
-from ddpm.diffusion.guidance import Guidance, unlabelled
+from ddpm.diffusion.denoiser import Guidance, denoiser, unconditional
 from ddpm.diffusion.process import Level
 from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.targets import TARGETS, get_target
@@ -43,10 +42,10 @@ class Knowing:
         self.asked += 1
         alpha = self.level.alpha
         sigma = self.level.sigma
-        x = shown / self.target.shown(1.0, alpha, sigma)
+        x = shown / self.target.scale_input(1.0, alpha, sigma)
         mean, spread = (MEAN, WIDTH) if y is None else (rearrange(MEANS[y], "b -> b 1 1 1"), SPREAD)
         x0 = best(x, alpha, sigma, mean, spread)
-        out = self.target.make(x0, (x - alpha * x0) / sigma, alpha, sigma)
+        out = self.target.compute(x0, (x - alpha * x0) / sigma, alpha, sigma)
         return torch.cat(
             [out, *(torch.full_like(out, channel) for channel in self.channels)], dim=1
         )
@@ -68,7 +67,7 @@ def test_the_score_is_that_of_the_tilted_gaussian(predict, scale, level):
     x, y = batch()
     net = Knowing(get_target(predict), level)
     x0, eps = denoiser(
-        net, predict=predict, clip=False, y=y, guidance=Guidance(unlabelled(net), scale)
+        net, predict=predict, clip=False, y=y, guidance=Guidance(unconditional(net), scale)
     )(x, level)
     narrow, wide = (
         1 / ((level.alpha * spread) ** 2 + level.sigma**2) for spread in (SPREAD, WIDTH)
@@ -109,7 +108,7 @@ def test_guidance_comes_before_clipping_and_leaves_a_learned_variance_alone():
     worse = Knowing(get_target("eps"), level, channels=[-0.5])
 
     def told(guide, clip):
-        guidance = Guidance(unlabelled(guide), 4.0)
+        guidance = Guidance(unconditional(guide), 4.0)
         return denoiser(net, predict="eps", clip=clip, y=y, learned=True, guidance=guidance)(
             x, level
         )

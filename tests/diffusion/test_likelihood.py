@@ -16,7 +16,7 @@ from torch.distributions import Normal, kl_divergence
 
 from ddpm.diffusion import likelihood
 from ddpm.diffusion.ddpm import DDPM
-from ddpm.diffusion.process import latent
+from ddpm.diffusion.process import initial_noise
 from ddpm.evaluate import evaluate
 from ddpm.studies import compatibility, figures, runs
 from support.oracles import MEAN, SPREAD, gaussian
@@ -33,30 +33,30 @@ PIXELS = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).reshape(256, 1, 1,
 
 
 class Exact(torch.nn.Module):
-    """The best network for data ~ N(MEAN, SPREAD^2), which tells x0, and `mix` where it is asked
+    """The best network for data ~ N(MEAN, SPREAD^2), which tells x0, and `frac` where it is asked
     for a variance too.
     """
 
-    def __init__(self, mix=None):
+    def __init__(self, frac=None):
         super().__init__()
-        self.mix = mix
+        self.frac = frac
 
     def forward(self, x, t, y):
         (time,) = set(t.tolist())  # of all images one, here
         x0 = gaussian(x, self.noise.level(time))[0]
         return (
             x0
-            if self.mix is None
-            else torch.cat([x0, torch.full_like(x0, 2 * self.mix - 1)], dim=1)
+            if self.frac is None
+            else torch.cat([x0, torch.full_like(x0, 2 * self.frac - 1)], dim=1)
         )
 
 
-def exact(path="linear", timesteps=20, mix=None, **options):
+def exact(path="linear", timesteps=20, frac=None, **options):
     """The DDPM around it."""
-    if mix is not None:
+    if frac is not None:
         options |= {"variance": "learned", "loss": "hybrid"}
     model = DDPM(
-        Exact(mix),
+        Exact(frac),
         timesteps,
         predict="x0",
         clip=False,
@@ -68,7 +68,7 @@ def exact(path="linear", timesteps=20, mix=None, **options):
 
 def whole(model, x0, noise):
     """The bound with every t, at one noise for all of them."""
-    edges = likelihood.stretches(model.process, model.process.timesteps + 1)
+    edges = likelihood.timestep_strata(model.process, model.process.timesteps + 1)
     return likelihood.bound(
         model, x0, edges, lambda k: torch.zeros(len(x0), dtype=torch.float64), lambda k: noise
     )
@@ -80,7 +80,7 @@ def test_the_prior_is_what_is_left_of_an_image_where_sampling_starts(path):
     x0 = PIXELS[::16]
     level = noise.level(noise.timesteps - 1)
     left = Normal(level.alpha * x0, level.sigma)
-    start = Normal(torch.zeros(1), latent(level, torch.ones(1).double()))
+    start = Normal(torch.zeros(1), initial_noise(level, torch.ones(1).double()))
     expected = kl_divergence(left, start).flatten() / math.log(2)
     term = likelihood.prior_term(noise, x0)
     # float32 at the end; torch's log(1 + 1e-4)
@@ -89,7 +89,7 @@ def test_the_prior_is_what_is_left_of_an_image_where_sampling_starts(path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"variance": "small"}, {"variance": "large"}, {"mix": 0.3}], ids=str
+    "options", [{"variance": "small"}, {"variance": "large"}, {"frac": 0.3}], ids=str
 )
 @pytest.mark.parametrize("path", PATHS)
 def test_every_term_is_its_closed_form(path, options):
@@ -97,7 +97,7 @@ def test_every_term_is_its_closed_form(path, options):
     x0 = PIXELS[::16]
     # a term is quadratic in the noise: the mean over -1 and 1 is that over all noise
     ours = sum(whole(model, x0, sign * torch.ones_like(x0)).kl for sign in (-1, 1)).double() / 2
-    share = {"small": 0.0, "large": 1.0}.get(options.get("variance"), options.get("mix"))
+    share = {"small": 0.0, "large": 1.0}.get(options.get("variance"), options.get("frac"))
     for t in range(1, model.process.timesteps):
         alpha, sigma = (table[t].item() for table in (model.process.alpha, model.process.sigma))
         before = model.process.sigma[t - 1].item()
@@ -115,7 +115,7 @@ def test_every_term_is_its_closed_form(path, options):
         torch.testing.assert_close(ours[:, t - 1], kl.flatten() / math.log(2), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"mix": 0.3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"frac": 0.3}], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_the_reconstruction_is_the_mass_on_the_pixel(path, options):
     model = exact(path, **options)
@@ -126,7 +126,7 @@ def test_the_reconstruction_is_the_mass_on_the_pixel(path, options):
     mean = MEAN + gain * (x_t - first.alpha * MEAN)
     large = second.sigma**2 - (second.alpha / first.alpha) ** 2 * first.sigma**2
     small = large * first.sigma**2 / second.sigma**2  # that of t = 1, as at t = 0 the true one is 0
-    share = options.get("mix", 0.0)
+    share = options.get("frac", 0.0)
     normal = Normal(mean, (small ** (1 - share) * first.sigma ** (2 * share)) ** 0.5)
     upper = normal.cdf(PIXELS + 1 / 255)
     lower = normal.cdf(PIXELS - 1 / 255)
@@ -141,10 +141,10 @@ def test_the_reconstruction_is_the_mass_on_the_pixel(path, options):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_stretches_hold_each_time_once_and_no_more_than_their_share(path):
+def test_strata_hold_each_time_once_and_no_more_than_their_share(path):
     for timesteps, count in ((1000, 100), (20, 6), (7, 3), (5, 5), (5, 9), (1, 4), (2, 2)):
         noise = exact(path, timesteps).process
-        edges = likelihood.stretches(noise, count)
+        edges = likelihood.timestep_strata(noise, count)
         assert (
             edges[:2] == [0, 1]
             and edges[-1] == timesteps

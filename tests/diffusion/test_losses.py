@@ -91,7 +91,7 @@ def test_a_weighting_is_of_the_estimate_and_not_of_the_target(name, path):
     losses = []
     level = noise.at(T)
     for target in map(get_target, TARGETS):
-        make = partial(target.make, alpha=level.alpha, sigma=level.sigma)
+        make = partial(target.compute, alpha=level.alpha, sigma=level.sigma)
         wrong = (level.alpha * x0 + level.sigma * eps - level.alpha * guess) / level.sigma
         error = ((make(x0, eps) - make(guess, wrong)) ** 2).mean((1, 2, 3))
         losses.append(weighting_of(name, noise)(error, level, target))
@@ -202,7 +202,7 @@ VANISHING = {"min_snr", "soft_min_snr", "p2", "sigmoid", "sigmoid_eps"}
 def test_a_loss_that_weighs_nothing_where_sampling_starts_is_told(path, zero_terminal):
     for target, name in itertools.product(TARGETS, WEIGHTINGS):
         ends = zero_terminal or path == "flow"
-        if ends and not get_target(target).pure_noise:
+        if ends and not get_target(target).defined_at_zero_snr:
             continue  # refused
         model = DDPM(None, 40, path, target, zero_terminal_snr=zero_terminal, weighting=name)
         # begin below
@@ -269,9 +269,9 @@ def test_uncertainty_learns_the_logarithm_of_the_error():
 def draws(name, n, noise, batch_size=64):
     """t of many batches, at addresses as in training."""
     times = resolve("time distribution", TIMES, name)
-    places = range(batch_size)
+    positions = range(batch_size)
     uniforms = [partial(rng.uniform, 0, "t", step) for step in range(n // batch_size)]
-    return torch.cat([times(noise, places, batch_size, uniform)[0] for uniform in uniforms])
+    return torch.cat([times(noise, positions, batch_size, uniform)[0] for uniform in uniforms])
 
 
 def test_times_are_distributed_as_they_say():
@@ -336,10 +336,10 @@ def test_importance_draws_by_the_root_of_the_second_moment_and_stays_fair():
     losses = torch.tensor([1.0, 2.0, 3.0, 10.0])
     times = Importance(noise, history=2, uniform=0.2)
     u = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    even, _ = times(noise, range(4000), 4000, lambda places: u)
+    even, _ = times(noise, range(4000), 4000, lambda positions: u)
     assert torch.bincount(even).tolist() == [1000] * 4  # until every time is known
     times.observe(torch.arange(4).repeat(2), losses.repeat(2))
-    t, importance = times(noise, range(4000), 4000, lambda places: u)
+    t, importance = times(noise, range(4000), 4000, lambda positions: u)
     share = 0.8 * losses / 16 + 0.2 / 4
     assert torch.bincount(t).tolist() == pytest.approx((4000 * share).tolist(), abs=1)
     # the weighted mean stays that of even times; shares are rounded to one of 4000
@@ -411,8 +411,8 @@ def test_a_term_of_the_bound_is_the_published_one(t):
     times = torch.full((2,), t)
     x_t = noise.q_sample(x0, times, images(2, 1, 3, 3))
     guess = 0.9 * x0
-    mix = torch.full_like(x0, 0.3)
-    mean, variance, log_variance = noise.posterior(guess, x_t, times, "learned", mix)
+    frac = torch.full_like(x0, 0.3)
+    mean, variance, log_variance = noise.posterior(guess, x_t, times, "learned", frac)
     torch.testing.assert_close(log_variance, variance.log())
     term = likelihood.bound_term(noise, x0, x_t, times, mean, log_variance)
     if t:

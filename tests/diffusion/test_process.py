@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm.diffusion.denoiser import denoiser
-from ddpm.diffusion.process import CLEAN, Level, Process, latent, posterior
+from ddpm.diffusion.process import CLEAN, Level, Process, initial_noise, posterior
 from ddpm.diffusion.schedules import get_beta_schedule, get_schedule, tables
 from ddpm.diffusion.spacings import SPACINGS
 from ddpm.diffusion.targets import TARGETS, get_target
@@ -133,7 +133,7 @@ def test_posterior_is_bayes_rule_off_the_circle_and_finite_in_pure_noise():
 def test_x0_comes_back_from_every_target_on_and_off_the_circle(predict, alpha, sigma):
     x0 = images(2, 3, 4, 4)
     eps = images(2, 3, 4, 4, seed=1)
-    out = get_target(predict).make(x0, eps, alpha, sigma)
+    out = get_target(predict).compute(x0, eps, alpha, sigma)
     torch.testing.assert_close(
         get_target(predict).x0(alpha * x0 + sigma * eps, out, alpha, sigma), x0, rtol=0, atol=1e-12
     )
@@ -146,17 +146,17 @@ def test_targets_are_the_published_ones():
     reference = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02)
     _, alpha, sigma = process().at(t)
     # its tables are float32: 6e-8 an operation over a product of up to 1000 factors
-    ours = get_target("v").make(x0, eps, alpha, sigma)
+    ours = get_target("v").compute(x0, eps, alpha, sigma)
     torch.testing.assert_close(ours, reference.get_velocity(x0, eps, t), rtol=0, atol=3e-5)
     assert (
-        get_target("eps").make(x0, eps, alpha, sigma) is eps
-        and get_target("x0").make(x0, eps, alpha, sigma) is x0
+        get_target("eps").compute(x0, eps, alpha, sigma) is eps
+        and get_target("x0").compute(x0, eps, alpha, sigma) is x0
     )
-    torch.testing.assert_close(get_target("flow").make(x0, eps, alpha, sigma), eps - x0)
+    torch.testing.assert_close(get_target("flow").compute(x0, eps, alpha, sigma), eps - x0)
     # on the circle EDM's preconditioning with images of unit deviation is the velocity, up to its
     # sign
     torch.testing.assert_close(
-        get_target("edm(sigma_data=1.0)").make(x0, eps, alpha, sigma),
+        get_target("edm(sigma_data=1.0)").compute(x0, eps, alpha, sigma),
         -ours.double(),
         rtol=0,
         atol=3e-5,
@@ -172,8 +172,8 @@ def test_edm_is_the_published_preconditioning():
     c_skip = data**2 / (sigma**2 + data**2)
     c_out = sigma * data / math.sqrt(sigma**2 + data**2)
     torch.testing.assert_close(target.x0(y, out, 1.0, sigma), c_skip * y + c_out * out)
-    torch.testing.assert_close(target.shown(y, 1.0, sigma), y / math.sqrt(sigma**2 + data**2))
-    assert target.told(17.0, 1.0, sigma) == math.log(sigma) / 4
+    torch.testing.assert_close(target.scale_input(y, 1.0, sigma), y / math.sqrt(sigma**2 + data**2))
+    assert target.c_noise(17.0, 1.0, sigma) == math.log(sigma) / 4
     asked = []
     denoiser(lambda x, t, y: asked.append((x, t)) or x, predict="edm", clip=False)(
         y, Level(17.0, 1.0, sigma)
@@ -206,7 +206,7 @@ def test_denoiser_recovers_x0_and_eps_and_tells_the_network_its_time(predict):
 
     def net(x, t, y):
         asked.append((t, y))
-        return get_target(predict).make(x0, eps, level.alpha, level.sigma)
+        return get_target(predict).compute(x0, eps, level.alpha, level.sigma)
 
     for clip in (False, True):
         got = denoiser(net, predict=predict, clip=clip, y=labels)(
@@ -214,7 +214,7 @@ def test_denoiser_recovers_x0_and_eps_and_tells_the_network_its_time(predict):
         )
         # float32, 6e-8 an operation, over sigma = 0.65
         torch.testing.assert_close(got, (x0, eps), rtol=0, atol=2e-6)
-    told = get_target(predict).told(250.5, level.alpha, level.sigma)
+    told = get_target(predict).c_noise(250.5, level.alpha, level.sigma)
     assert (
         asked[0][0].dtype == torch.float32
         and asked[0][0].tolist() == [pytest.approx(told)] * 3
@@ -289,8 +289,8 @@ def test_any_number_of_steps_descends_to_clean(spacing, timesteps):
 
 def test_the_latent_has_the_spread_of_unit_images_at_its_level():
     noise = images(2, 1, 3, 3).float()
-    assert torch.equal(latent(process().level(999), noise), noise)
-    assert torch.equal(latent(Level(9.0, 3.0, 4.0), noise), 5 * noise)
+    assert torch.equal(initial_noise(process().level(999), noise), noise)
+    assert torch.equal(initial_noise(Level(9.0, 3.0, 4.0), noise), 5 * noise)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from ddpm.common import registry
 from ddpm.diffusion.denoiser import denoiser
-from ddpm.diffusion.process import CLEAN, latent
+from ddpm.diffusion.process import CLEAN, initial_noise
 from ddpm.diffusion.samplers import SAMPLERS, ddim, ddpm
 from support.oracles import (
     FLOAT32_TABLES,
@@ -111,7 +111,7 @@ def test_stochastic_samplers_reproduce_mean_and_variance(sampler):
 
     x = last(
         registry.resolve("sampler", SAMPLERS, sampler)(
-            gaussian, latent(levels[0], noise(0)), levels, noise
+            gaussian, initial_noise(levels[0], noise(0)), levels, noise
         )
     )
     # five standard errors of 20,000 draws, and 0.005 for a thousand finite steps

@@ -23,8 +23,8 @@ from scipy.integrate import quad, solve_ivp
 from ddpm.common import registry
 from ddpm.config import check, defaults
 from ddpm.diffusion.denoiser import denoiser
-from ddpm.diffusion.process import CLEAN, Level, Levels, latent
-from ddpm.diffusion.samplers import euler, evaluations, heun
+from ddpm.diffusion.process import CLEAN, Level, Levels, initial_noise
+from ddpm.diffusion.samplers import count_nfe, euler, heun
 from support.oracles import (
     MEAN,
     PATHS,
@@ -98,7 +98,9 @@ def orders(name, denoise, flow, path, steps):
     for count in steps:
         # the step to CLEAN is the same at any number of steps: not counted
         levels = path.levels(count + 1, "karras")[:-1]
-        x = latent(levels[0], torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1))
+        x = initial_noise(
+            levels[0], torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
+        )
         errors.append(
             (last(sampler(name)(denoise, x, levels, noises())) - flow(x, levels[0], levels[-1]))
             .abs()
@@ -130,7 +132,7 @@ def test_orders_of_convergence_on_a_mixture(name):
 def test_the_large_step_onto_the_lowest_level_is_not_extrapolated(spacing, steps, schedule, name):
     levels = process(schedule).levels(steps, spacing)
     noise = torch.linspace(-2, 2, 21, dtype=torch.float64)
-    start = latent(levels[0], noise.reshape(21, 1, 1, 1))
+    start = initial_noise(levels[0], noise.reshape(21, 1, 1, 1))
     flow = mixture_flow(
         start, levels[0] if levels[0].alpha else Level(0.0, 1e-7, 1.0), Level(0.0, 1.0, 1e-6)
     )
@@ -149,8 +151,8 @@ def test_a_step_that_more_than_doubles_begins_a_walk_of_its_own(name):
         falls = [0, 0.5, 1, 1 + 0.5 * growth, 1 + growth, 1 + 1.5 * growth]  # of log(sigma/alpha)
         levels = Levels([path.level_of(5 * math.exp(-fall)) for fall in falls], path.level_of)
         walk = [
-            latent(levels[0], noises()(0)),
-            *sampler(name)(mixture, latent(levels[0], noises()(0)), levels, noises()),
+            initial_noise(levels[0], noises()(0)),
+            *sampler(name)(mixture, initial_noise(levels[0], noises()(0)), levels, noises()),
         ]
         fresh = [*sampler(name)(mixture, walk[2], levels[2:], noises())]
         # float64
@@ -214,7 +216,7 @@ def test_stochastic_solvers_reproduce_mean_and_variance(name, path):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     levels = PATHS[path](1000).levels(steps, "karras")
-    x = last(sampler(name)(gaussian, latent(levels[0], noise(0)), levels, noise))
+    x = last(sampler(name)(gaussian, initial_noise(levels[0], noise(0)), levels, noise))
     # five standard errors of 20,000 draws, and 0.005 for finite steps
     assert x.mean().item() == pytest.approx(MEAN, abs=5 * SPREAD / math.sqrt(20_000) + 0.005)
     assert x.std().item() == pytest.approx(SPREAD, abs=5 * SPREAD / math.sqrt(40_000) + 0.005)
@@ -226,7 +228,7 @@ def test_every_solver_is_finite_from_either_end_and_ends_at_x0(name, path):
     denoise = denoiser(Tiny(), predict="v", clip=True)
     for spacing, steps in (("linear", 1), ("linear", 2), ("linear", 10), ("karras", 7)):
         levels = PATHS[path](10).levels(steps, spacing)
-        start = latent(levels[0], noises()(0))
+        start = initial_noise(levels[0], noises()(0))
         walk = [start, *sampler(name)(denoise, start, levels, noises())]
         assert len(walk) == steps + 1 and all(torch.isfinite(x).all() for x in walk)
         if "churn" not in name or steps == 1:  # which raises the noise before the last step too
@@ -244,7 +246,7 @@ def test_walks_on_two_paths_of_equal_ratios_are_one_walk(name):
     levels = process("cosine").levels(12)
     scaled = Levels([*map(twice, levels[:-1]), CLEAN], lambda ratio: twice(levels.level_of(ratio)))
     walks = [
-        sampler(name)(gaussian, latent(way[0], noises()(0)), way, noises())
+        sampler(name)(gaussian, initial_noise(way[0], noises()(0)), way, noises())
         for way in (levels, scaled)
     ]
     for (ours, level), (theirs, other) in zip(
@@ -275,7 +277,7 @@ def test_identities(left, right):
     denoise = denoiser(Tiny(), predict="v", clip=False)
     for path in PATHS.values():
         levels = path(50).levels(20)
-        start = latent(levels[0], noises()(0))
+        start = initial_noise(levels[0], noises()(0))
         for ours, theirs in zip(
             *(sampler(name)(denoise, start, levels, noises()) for name in (left, right)),
             strict=True,
@@ -331,12 +333,10 @@ def test_a_part_of_the_levels_can_be_churned_too():
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_evaluations_are_counted(name, steps):
     twice = steps - 1 if "heun" in name or name == "dpm2" else 0
-    assert evaluations(sampler(name), process().levels(steps, "trailing")) == steps + twice
+    assert count_nfe(sampler(name), process().levels(steps, "trailing")) == steps + twice
     # from pure noise, or nearly, the first step is Euler's
     for path in (straight(10), process("cosine")):
-        assert evaluations(sampler(name), path.levels(steps, "trailing")) == steps + max(
-            twice - 1, 0
-        )
+        assert count_nfe(sampler(name), path.levels(steps, "trailing")) == steps + max(twice - 1, 0)
 
 
 @pytest.mark.parametrize("steps", [10, 20])
@@ -347,7 +347,7 @@ def test_heun_stays_near_the_flow_where_the_first_step_is_huge(steps):
     # a whole correction there would be off by a thousand differences of x0
     assert levels[0].ratio > 100 * levels[1].ratio
     for name in ("heun", "euler"):
-        x = last(sampler(name)(gaussian, latent(levels[0], noise), levels, noises()))
+        x = last(sampler(name)(gaussian, initial_noise(levels[0], noise), levels, noises()))
         errors[name] = (x - flow_to(noise, Level(0.0, 0.0, 1.0), CLEAN)).abs().max().item()
     assert errors["heun"] < errors["euler"] / 2
 
@@ -534,7 +534,7 @@ def test_edm_agrees_with_diffusers_in_levels_preconditioning_and_steps(name, sch
     levels = process("edm").levels(steps, "karras")
     # theirs are float32
     assert [level.sigma for level in levels] == pytest.approx(scheduler.sigmas.tolist(), rel=1e-5)
-    x = latent(levels[0], noises()(0))
+    x = initial_noise(levels[0], noises()(0))
     walk = sampler(name)(denoiser(net, predict="edm", clip=False), x, levels, noises())
     for ours, t, level in zip(walk, scheduler.timesteps, levels[1:], strict=True):
         x = scheduler.step(net(scheduler.scale_model_input(x, t), t.reshape(1)), t, x).prev_sample

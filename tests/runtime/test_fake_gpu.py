@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from ddpm.config import files
 from ddpm.data import augment
+from ddpm.diffusion.denoiser import unconditional
 from ddpm.diffusion.editing import EDITS, get_edit
-from ddpm.diffusion.guidance import unlabelled
-from ddpm.diffusion.likelihood import bound, stretches
+from ddpm.diffusion.likelihood import bound, timestep_strata
 from ddpm.diffusion.losses import LOSSES
 from ddpm.diffusion.process import VARIANCES
 from ddpm.diffusion.samplers import SAMPLERS
@@ -88,7 +88,7 @@ def drawn(settings, recipe=None, dtype=torch.bfloat16, walk=lambda machine: draw
             machine = machine_of(gpu, dtype)
             shape = build.image_shape(settings)
             steps = draw.trajectory(
-                model, how, range(2), shape, machine, unlabelled(net), walk(machine)
+                model, how, range(2), shape, machine, unconditional(net), walk(machine)
             )
             x = deque(steps, maxlen=1).pop()
     assert (
@@ -223,7 +223,11 @@ def test_the_bound():
         model.process.at(torch.zeros(2, dtype=torch.long, device="cuda"))
         with gpu.watch():
             found = bound(
-                model, x, stretches(model.process, 3), lambda k: u, lambda k: torch.randn_like(x)
+                model,
+                x,
+                timestep_strata(model.process, 3),
+                lambda k: u,
+                lambda k: torch.randn_like(x),
             )
     assert found.total.shape == (2,) and found.total.device.type == "cuda"
 
