@@ -7,7 +7,7 @@ import contextvars
 import hashlib
 import json
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -46,15 +46,15 @@ class Source:
     in_memory: bool = False
     near_duplicates: tuple = ()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> torch.Tensor:
         if not 0 <= index < self.length:
             raise IndexError(f"image {index} of {self.length}")
         return self.fetch(int(index))
 
-    def batch(self, indices):
+    def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
         """The images at some indices, uint8 [b, c, h, w]; from memory at once, which is several
         times faster.
         """

@@ -46,7 +46,7 @@ class Tracker:
         self.images = {}
         self.said = set()
 
-    def log(self, step, scalars, images=None):
+    def log(self, step: int, scalars: dict, images: dict | None = None) -> None:
         """Add numbers and pictures to the row of `step`, which lies after the last row written."""
         if step != self.step:
             self.flush()
