@@ -59,6 +59,7 @@ setup(
             "hypothesis>=6.100",
             "import-linter>=2.0",
             "ruff>=0.9",
+            "mypy>=1.10",
             "nbclient>=0.10",
             "ipykernel>=6.0.2",
         ],

@@ -68,6 +68,13 @@ def lint_imports(root):
     return done.returncode, done.stdout + done.stderr
 
 
+def check_types(root):
+    """Exit code and output of mypy in a folder, for the files that its pyproject.toml names."""
+    command = [sys.executable, "-m", "mypy", f"--cache-dir={ROOT / '.mypy_cache'}"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
 def test_the_root_holds_the_commands_and_nothing_else():
     assert {path.stem for path in PACKAGE.glob("*.py")} == COMMANDS | {"__init__", "__main__"}
 
@@ -101,6 +108,53 @@ def test_the_contract_can_fail(tmp_path, importer, imported):
     path.write_text(f"{path.read_text()}\n\ndef late():\n    import {imported}\n")
     code, output = lint_imports(tmp_path)
     assert code == 1 and imported in output, output
+
+
+def test_the_interfaces_have_their_types():
+    code, output = check_types(ROOT)
+    assert code == 0, output
+
+
+BREAKS = [  # file, what stands in it, what breaks the interface
+    ("diffusion/schedules.py", "def cosine(timesteps, *, s=0.008)", "def cosine(*, s=0.008)"),
+    ("models/unet.py", "t: torch.Tensor,", "t: int,"),
+    ("diffusion/denoiser.py", "    predict: str,", "    predict: int,"),
+    ("diffusion/samplers.py", "def ddim(denoise, x, levels,", "def ddim(denoise, x,"),
+    ("data/source.py", "def batch(self, indices", "def batch(self, first, indices"),
+    ("tracking/tracker.py", "def log(self, step", "def log(self, first, step"),
+]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """What mypy says of a copy of the package in which every interface of BREAKS is broken."""
+    root = tmp_path_factory.mktemp("broken")
+    leave = shutil.ignore_patterns("__pycache__", "assets")
+    shutil.copytree(PACKAGE, root / "ddpm", ignore=leave)
+    (root / "tests/support").mkdir(parents=True)
+    shutil.copy(ROOT / "tests/support/interfaces.py", root / "tests/support")
+    shutil.copy(ROOT / "pyproject.toml", root)
+    for name, before, after in BREAKS:
+        path = root / "ddpm" / name
+        text = path.read_text()
+        assert text.count(before) == 1, f"{name} has no {before!r}"
+        path.write_text(text.replace(before, after))
+    code, output = check_types(root)
+    assert code == 1
+    return output
+
+
+@pytest.mark.parametrize(
+    "provider", ["cosine", "unet.forward", '"predict"', "ddim", "images.batch", "tracker.log"]
+)
+def test_the_type_check_can_fail(broken, provider):
+    text = (ROOT / "tests/support/interfaces.py").read_text().splitlines()
+    wrong = [
+        line + text[int(line.split(":")[1]) - 1]
+        for line in broken.splitlines()
+        if line.startswith("tests/support/interfaces.py:")
+    ]
+    assert any(provider in line for line in wrong), broken
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
