@@ -40,7 +40,7 @@ from ddpm.training import weights as training_weights
 
 def from_diffusers(folder, labels):
     """Return the config and the weights of a diffusers folder, as ours; `labels` as for
-    `label_knobs`.
+    `label_options`.
     """
     parts = json_of(folder / "model_index.json")
     allow(

@@ -11,7 +11,7 @@ from ddpm.interop.weight_names import OPENAI, allow, factors
 def from_openai(path, tensors, given, labels):
     """Return the config and the weights of OpenAI's tensors, as ours.
 
-    `given` are their flags, for what shapes do not say, and `labels` as for `label_knobs`.
+    `given` are their flags, for what shapes do not say, and `labels` as for `label_options`.
     """
 
     def numbers(pattern):
