@@ -93,7 +93,7 @@ def timestep_strata(process, count):
     a count below 2.
     """
     if count < 2:
-        raise ValueError(f"{count} stretches of t are too few; give 2 or more, T for every t")
+        raise ValueError(f"{count} strata of t are too few; give 2 or more, T for every t")
     strata = min(count, process.timesteps) - 1
     if strata == 0:
         return [0, 1]

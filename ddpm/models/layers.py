@@ -214,9 +214,10 @@ def check_multiple(size, factor, trouble, remedy):
         return
     smaller = tuple(max(side // factor, 1) * factor for side in size)
     larger = tuple(max(-(-side // factor), 1) * factor for side in size)
-    given, *fitting = (f"{h}" if h == w else f"({h}, {w})" for h, w in (size, smaller, larger))
+    sizes = (f"{h}" if h == w else f"({h}, {w})" for h, w in (size, smaller, larger))
+    actual, *fitting = sizes
     raise ValueError(
-        f"image_size {given} {trouble}; use {' or '.join(dict.fromkeys(fitting))}, or {remedy}"
+        f"image_size {actual} {trouble}; use {' or '.join(dict.fromkeys(fitting))}, or {remedy}"
     )
 
 
@@ -281,8 +282,8 @@ def add_augmentation(emb, augmentation, embedding):
         return emb
     if embedding is None:
         raise ValueError(
-            "this network cannot be told of augmentation; make it with augmentation=9, or augment "
-            "nothing"
+            "this network has no embedding of augmentation; build it with augmentation=9 or do not "
+            "augment"
         )
     return emb + embedding(augmentation.to(emb.dtype))
 

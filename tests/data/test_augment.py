@@ -130,7 +130,7 @@ def test_nothing_told_is_zeros_told_and_something_is_heard(net):
 
 
 def test_networks_that_were_not_made_for_it_say_so():
-    with pytest.raises(ValueError, match="cannot be told of augmentation"):
+    with pytest.raises(ValueError, match="has no embedding of augmentation"):
         UNet(8, 3, 3, 8, (1, 2), 1, ())(X, torch.zeros(2), None, torch.ones(2, NUM_CONDITIONS))
 
 
