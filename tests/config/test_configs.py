@@ -359,7 +359,7 @@ def test_the_log_names_the_options_that_have_no_effect(tmp_path):
                     diffusion__rescale_timesteps=scaled,
                 ),
                 None,
-            ).target.told(7, 0.6, 0.8)
+            ).target.c_noise(7, 0.6, 0.8)
             for scaled in (True, False)
         ]
         idle = build.unused(tiny(diffusion__predict=predict))
@@ -400,7 +400,7 @@ def test_the_recipes_are_those_of_their_papers():
     improved = recipe("improved_ddpm_cifar10")
     told = build.diffusion(improved, None).target.told
     assert [told(t, 0.5, 0.5) for t in (0, 1000, 3999)] == [0, 250, 999.75]  # t 1000 / 4000
-    assert build.diffusion(recipe("ddpm_cifar10"), None).target.told(999, 0.5, 0.5) == 999
+    assert build.diffusion(recipe("ddpm_cifar10"), None).target.c_noise(999, 0.5, 0.5) == 999
     glorot = {path.stem for path in FILES if recipe(path.stem).model.initialization == "glorot"}
     assert {path.stem for path in FILES} - glorot == {
         "improved_ddpm_cifar10",
