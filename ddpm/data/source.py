@@ -22,7 +22,7 @@ TRANSIENT_FAULT = (
 SCAN_VERSION = 3  # count it up when `inspect.inspect_image` says other things of the same file
 
 # on a torchvision image
-ItemInfo = namedtuple("Report", "digest fault label species", defaults=("", "", -1, ""))
+ItemInfo = namedtuple("ItemInfo", "digest fault label species", defaults=("", "", -1, ""))
 
 
 @dataclass(frozen=True, eq=False)
