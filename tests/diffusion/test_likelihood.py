@@ -311,7 +311,7 @@ def test_bits_are_tracked_repeated_by_the_command_and_add_up(tmp_path, monkeypat
     )
     again = evaluate(tmp_path, workdir=tmp_path / "again")
     assert again == {
-        key: pytest.approx(logged[key], rel=1e-5) if "made" not in key else logged[key]
+        key: pytest.approx(logged[key], rel=1e-5) if "protocol" not in key else logged[key]
         for key in again
     }
     assert (tmp_path / "again" / "likelihood.csv").exists()
