@@ -4,6 +4,7 @@ to train in a second.
 
 import os
 import signal
+from pathlib import Path
 
 # of children too: tests run side by side
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -18,6 +19,55 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as by nohup
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(1)  # sums depend on it bit for bit
+
+
+# files of the quick tier, `python -m pytest -m quick`: what a change breaks first, in about a minute
+QUICK = {
+    "commands/test_program.py",
+    "common/test_durations.py",
+    "common/test_files.py",
+    "common/test_pixels.py",
+    "common/test_registry.py",
+    "common/test_rng.py",
+    "config/test_config.py",
+    "data/test_augment.py",
+    "data/test_colour.py",
+    "data/test_decode.py",
+    "diffusion/test_ddpm.py",
+    "diffusion/test_editing.py",
+    "diffusion/test_guidance.py",
+    "diffusion/test_losses.py",
+    "diffusion/test_process.py",
+    "diffusion/test_samplers.py",
+    "diffusion/test_schedules.py",
+    "models/test_conditioning.py",
+    "models/test_dit.py",
+    "runtime/test_gpus.py",
+    "studies/test_study.py",
+    "test_documents.py",
+    "test_structure.py",
+    "training/test_ema.py",
+    "training/test_golden.py",
+    "training/test_optim.py",
+}
+
+
+def is_quick(path):
+    """Whether a file of tests belongs to the quick tier."""
+    return path.relative_to(Path(__file__).parent).as_posix() in QUICK
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Do not even import the other files for `-m quick`."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return not is_quick(collection_path) or None
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests of QUICK."""
+    for item in items:
+        if is_quick(item.path):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(autouse=True)
