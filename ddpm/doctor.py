@@ -19,8 +19,7 @@ from ddpm.common import errors, pixels, registry
 from ddpm.common.files import atomic_write, make_folder
 from ddpm.common.registry import quantity
 from ddpm.config import flags as config_flags
-from ddpm.config.check import RANGES
-from ddpm.config.defaults import base
+from ddpm.config.defaults import OPTIONS, base
 from ddpm.data import decode, duplicates, folder, inspect, order, source
 from ddpm.data.contact_sheet import COLUMNS, Cell, draw_sheet
 from ddpm.sampling import formats
@@ -403,7 +402,8 @@ if __name__ == "__main__":
         "image_size",
         None,
         "Pixels a side to train at; by default the config's, or 128.",
-        *RANGES["data.image_size"],
+        OPTIONS["data.image_size"].low,
+        OPTIONS["data.image_size"].high,
     )
     flags.DEFINE_string(
         "out", None, "Folder for report.json and sheet.png, a picture of what is in the folder."

@@ -1,236 +1,234 @@
-"""The options of a run: `base()` shows them all, and it is the only place with defaults.
+"""The options of a run, a line each: default, range or choices, and a comment with the unit.
 
-A config file offers `get_config(variant=None)`, which returns `base()` and the lines that differ.
-Here configs are also checked, frozen, written as JSON and named.
+`base()` returns the defaults as a config. A config file offers `get_config(variant=None)`, which
+returns `base()` with some options changed. Nothing here imports torch: names with a dot, such as
+`diffusion.schedules.SCHEDULES`, are the tables below `ddpm` that hold the choices.
 """
+
+import math
+from functools import partial
+from typing import NamedTuple
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ddpm.common.registry import check_choice
 
 
+class Option(NamedTuple):
+    """An option of the config: the kind of its check, its default and what else it may be."""
+
+    kind: str  # of its check, an entry of KINDS in check.py
+    default: object
+    low: float | None = None  # of a number, and of each in a tuple of numbers
+    high: float | None = None
+    choices: tuple = ()  # values, and tables whose keys are values
+
+
+def choice(default, *choices):
+    """One of some values."""
+    return Option("choice", default, choices=choices)
+
+
+def entry(default, *choices):
+    """A name in a table, with arguments where the entry has some: `sigmoid(tau=0.5)`."""
+    return Option("entry", default, choices=choices)
+
+
+number = partial(Option, "number")  # default, lowest, highest
+numbers = partial(Option, "numbers")  # a tuple: default, lowest and highest of each
+flag = partial(Option, "flag")  # True or False
+text = partial(Option, "text", "")
+words = partial(Option, "words", ())
+length = partial(Option, "length")  # a duration: "20000 steps", "500 epochs", "2000000 images"
+interval = partial(Option, "interval")  # durations joined by commas, also of time; "0 steps": never
+
+OPTIONS = {
+    # every random number of the training follows from it
+    "seed": number(0, 0, 2**63 - 1),
+    # --- data ---
+    # digits, folder(path='data/cats'), torchvision(name='CIFAR10'), streaming(path='data/shards')
+    "data.source": entry("digits", "data.SOURCES"),
+    "data.image_size": number(16, 1, 4096),  # pixels a side
+    "data.channels": choice(1, 1, 3, 4),  # 1 grey, 3 colour, 4 colour and transparency
+    "data.matte": numbers((255, 255, 255), 0, 255),  # red, green, blue behind transparent pixels
+    "data.flip": flag(False),  # mirror images left to right at random: for photos, not for digits
+    # learn the classes too: the sub-folders of a folder, or the labels of a data set
+    "data.class_labels": flag(False),
+    "data.classes": words(),  # their names in order; a training fills them in from its data
+    # probability of each of EDM's augmentations, on which the network is conditioned: 0.12 in EDM
+    "data.augment": number(0.0, 0, 0.9),
+    "data.validation_fraction": number(0.1, 0, 0.9),  # share of the images that is held out
+    # decoded images in a file: auto ($DDPM_CACHE, else ~/.cache/ddpm), none, or a folder
+    "data.cache": Option("text", "auto"),
+    "data.num_workers": number(0, 0, 256),  # threads that read images; 0 is the training itself
+    # --- model ---
+    # unet, unet_edm2, dit(size='S', patch_size=2), whose depth, width and heads can be given too
+    "model.name": entry("unet", "models.MODELS"),
+    "model.dropout": number(0.0, 0, 0.99),  # share of activations dropped in every block
+    "model.qk_norm": flag(False),  # attention normalizes the queries and keys of each head
+    # where data.augment enters: before the layers of the time embedding, as in EDM, or after them
+    "model.augmentation_place": choice("before", "before", "after"),
+    # from here on: of the U-Nets alone
+    "model.model_channels": number(64, 1, 65536),  # width of the first level
+    # width of each level in model_channels; each level after the first halves the image
+    "model.channel_mult": numbers((1, 2, 2), 1, 64),
+    "model.num_res_blocks": number(2, 1, 64),  # residual blocks a level
+    # residual blocks of each level, where they differ: as many as channel_mult; or ()
+    "model.res_blocks_per_level": numbers((), 1, 64),
+    "model.attention_resolutions": numbers((8,), 1, 4096),  # pixels a side that get self-attention
+    "model.num_heads": number(1, 1, 1024),  # attention heads, where num_head_channels is 0
+    "model.num_head_channels": number(0, 0, 65536),  # channels a head; 0 counts by num_heads
+    "model.use_scale_shift_norm": flag(False),  # time scales and shifts the norm; else it is added
+    "model.resblock_updown": flag(False),  # residual blocks resample, instead of convolutions
+    "model.freq_shift": number(1, 0, 1),  # of the time embedding: 1 in Ho's code, 0 in OpenAI's
+    # zeros where an image is halved: 0 at its far end as in Ho's code, 1 at both as in OpenAI's
+    "model.downsample_padding": number(0, 0, 1),
+    # most groups of a norm; 0 is 32 with 4 channels or more each: a group of 1 removes the time
+    "model.norm_num_groups": number(0, 0, 1024),
+    # unet_edm2: auto is random Fourier features with predict=edm, else sines
+    "model.noise_embedding": choice("auto", "auto", "sines"),
+    # added to the variance of a group: 1e-6 in Ho's code, 1e-5 in OpenAI's
+    "model.norm_eps": number(1e-6, 0, 1),
+    "model.initialization": choice("glorot", "glorot", "torch"),  # as in Ho's code, in OpenAI's
+    # --- diffusion ---
+    "diffusion.timesteps": number(1000, 1, 10_000),  # T, noise levels
+    # linear, quadratic, cosine, sigmoid, laplace, shifted_cosine(resolution=128), flow, edm
+    "diffusion.beta_schedule": entry("cosine", "diffusion.schedules.SCHEDULES"),
+    # rescale the schedule so that it ends in pure noise; not with eps and edm
+    "diffusion.zero_terminal_snr": flag(False),
+    # what the network predicts: eps, x0, v, flow, edm(sigma_data=0.5)
+    "diffusion.predict": entry("eps", "diffusion.targets.TARGETS"),
+    # of a step of the sampler ddpm: small, large, learned (by hybrid or vlb)
+    "diffusion.variance": choice("small", "diffusion.process.VARIANCES"),
+    # mse, hybrid(vlb_weight=0.001), vlb
+    "diffusion.loss": entry("mse", "diffusion.losses.LOSSES"),
+    # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid, sigmoid_eps, edm, uncertainty
+    "diffusion.weighting": entry("simple", "diffusion.weightings.WEIGHTINGS"),
+    # uniform, stratified, antithetic, logit_normal, lognormal, importance
+    "diffusion.times": entry("uniform", "diffusion.timesteps.TIMES"),
+    "diffusion.self_condition": flag(False),  # the network sees its last estimate of the image too
+    "diffusion.rescale_timesteps": flag(False),  # the network sees 1000 t / T, as in OpenAI's code
+    "diffusion.clip": flag(True),  # predicted images are clipped to [-1, 1] at each sampler step
+    # --- train ---
+    "train.length": length("10000 steps"),
+    # images an optimizer step, over all micro-batches and ranks
+    "train.batch_size": number(64, 1, 2**20),
+    # micro-batches the batch is cut into: less memory, same numbers except for dropout
+    "train.gradient_accumulation_steps": number(1, 1, 2**20),
+    # adamw, adam; arguments betas, eps, weight_decay
+    "train.optimizer": entry("adamw(weight_decay=0.0)", "training.optim.OPTIMIZERS"),
+    "train.learning_rate": number(2e-4, 0, 1),
+    "train.warmup": length("500 steps"),  # the rate rises linearly from 0
+    # constant, cosine(length='10000 steps'), linear(...), inverse_sqrt(...)
+    "train.learning_rate_decay": entry("constant", "training.optim.DECAYS"),
+    # largest norm of the gradient; 0 never clips
+    "train.gradient_clip": number(1.0, 0, math.inf),
+    # skip steps whose loss or gradient norm is so many times the largest of late; 0 skips none
+    "train.spike": number(30.0, 0, 1_000_000),
+    # after divergence, go back once and on in another order at this share of the rate; 0 stops
+    "train.rollback": number(0.5, 0, 1),
+    # type of the network's arithmetic
+    "train.amp": choice("auto", "runtime.device.AMP"),
+    "train.deterministic": flag(False),  # on a GPU, bitwise repeatable and slower
+    # on a GPU, cuDNN tries its convolutions and takes the fastest: auto is on
+    "train.cudnn_benchmark": choice("auto", "runtime.device.BENCHMARK"),
+    # torch.compile: a minute or more at the start, then fewer kernels; rounds differently
+    "train.compile": flag(False),
+    # memory format of convolutions: may pay in half precision on a GPU; rounds differently
+    "train.channels_last": flag(False),
+    # levels computed twice to save memory: auto is as many as the GPU needs
+    "train.activation_checkpointing": choice("auto", "none", "auto", "all"),
+    # each GPU keeps a part of weights, averages and optimizer: for what fits no single one
+    "train.fully_shard": flag(False),
+    # share of class labels dropped, for guidance: the network learns to do without too
+    "train.label_dropout": number(0.1, 0, 0.99),
+    # saves and stops with exit code 75 before the process is so many hours old; 0 is no limit
+    "train.max_hours": number(0.0, 0, 10_000),
+    "train.init_from": text(),  # run folder or file whose EMA weights a new run begins with
+    # checkpoint, or run folder for its newest, at which a new run folder continues that run
+    "train.resume_from": text(),
+    # --- ema ---
+    "ema.decay": number(0.9999, 0, 0.999999999),  # of the averaged weights, a step
+    "ema.warmup": flag(True),  # at step n, decay at most (1 + n) / (10 + n)
+    # half-life at most this share of the steps until now: 0.05 in EDM's code; 0 sets no limit
+    "ema.rampup": number(0.0, 0, 1),
+    # further decays to average with, for --ema=0.999
+    "ema.more": numbers((), 0.3, 0.999999999),
+    # power-function averages to store, by sigma_rel: (0.05, 0.1) makes any --ema up to 0.288
+    "ema.profiles": numbers((), 0.001, 0.288),
+    # --- sample ---
+    # ddpm, ddim(eta=0.0), euler, euler_ancestral, heun(churn=0.0), dpmpp(order=2), dpmpp_sde, unipc
+    "sample.sampler": entry("ddim", "diffusion.samplers.SAMPLERS"),
+    # at most diffusion.timesteps; each evaluates the network once, or twice in heun and dpm2
+    "sample.steps": number(50, 1, 10_000),
+    # linear, trailing, leading, quadratic, karras(rho=7.0), sections(counts=(10, 8, 4, 2, 1))
+    "sample.spacing": entry("linear", "diffusion.spacings.SPACINGS"),
+    "sample.classes": words(),  # drawn in turn, names or numbers; empty is all of them
+    # 1 is none; above 1 follows the class, or leaves the guide, more
+    "sample.guidance": number(1.0, 0, 1000),
+    # two noise levels sigma/alpha between which to guide, such as (0.2, 5.0); empty is all
+    "sample.guidance_interval": Option("levels", ()),
+    # run folder or file of a weaker training that guides, in place of the network without labels
+    "sample.guide": text(),
+    "sample.num_images": number(64, 1, 4096),  # in the grids drawn while training
+    "sample.batch_size": number(64, 1, 65536),  # images drawn at once
+    # torch.compile, with CUDA graphs on a GPU: for many images, as the first wait minutes
+    "sample.compile": flag(False),
+    # weights after training: 0 is ema.decay's, from 0.3 another of ema.more, below a sigma_rel
+    "sample.ema": number(0.0, 0, 0.999999999),
+    # of the noise, apart from the training's seed so that grids of different seeds compare
+    "sample.seed": number(0, 0, 2**63 - 1),
+    # --- evaluate ---
+    # auto is digits for the digits, else inception; none draws nothing
+    "evaluate.extractor": choice("auto", "auto", "evaluation.extractors.EXTRACTORS", "none"),
+    # path of torch-fidelity's Inception weights; empty looks in its cache, then downloads
+    "evaluate.inception_weights": text(),
+    # share of the training's operations that evaluations may take: chooses what is auto or 0, below
+    "evaluate.budget": number(0.05, 0, 1),
+    # images drawn for the Frechet distance; 0 is from 1,000 up, by the budget
+    "evaluate.num_samples": number(0, 0, 10_000_000),
+    # as sample.sampler; auto is that, or dpmpp where the budget is small
+    "evaluate.sampler": entry("auto", "auto", "diffusion.samplers.SAMPLERS"),
+    # as sample.steps; 0 is that, or 20 where the budget is small
+    "evaluate.steps": number(0, 0, 10_000),
+    # as sample.spacing; auto is that, or karras where the budget chooses the sampler
+    "evaluate.spacing": entry("auto", "auto", "diffusion.spacings.SPACINGS"),
+    # classes drawn and measured against; empty is all, in the proportions of the data
+    "evaluate.classes": words(),
+    "evaluate.batch_size": number(256, 1, 65536),  # images drawn and measured at once
+    # bits/dim of held-out images: bound (of ancestral sampling), flow (of the ODE), both
+    "evaluate.likelihood": choice("none", "diffusion.likelihood.LIKELIHOODS"),
+    # held-out images that it is the mean of, at most
+    "evaluate.likelihood_images": number(256, 1, 10_000_000),
+    # network evaluations an image: at so many t, and in a quarter of steps of the ODE
+    "evaluate.likelihood_evaluations": number(100, 4, 10_000),
+    # --- intervals in steps, epochs, images or minutes ---
+    "every.log": interval("50 steps"),
+    "every.sample": interval("1000 steps"),
+    "every.validate": interval("500 steps"),
+    "every.evaluate": interval("auto"),  # auto is up to 20 times and at the end, by evaluate.budget
+    "every.save": interval("5000 steps, 10 minutes"),
+    "every.snapshot": interval("0 steps"),  # stores ema.profiles: 16 to 64 times a training
+    "every.milestone": interval("0 steps"),  # checkpoints that are never deleted
+    # --- wandb ---
+    # auto is online when logged in, else offline
+    "wandb.mode": choice("auto", "tracking.wandb.MODES"),
+    "wandb.project": text(),  # empty is $WANDB_PROJECT, else ddpm
+    "wandb.entity": text(),  # user or team; empty is the default of the login
+    "wandb.name": text(),  # of the run; empty is $WANDB_NAME, else the run folder's
+    "wandb.group": text(),  # runs shown together
+    "wandb.tags": words(),
+    "wandb.notes": text(),  # a sentence about the run
+}
+
+
 def base():
-    """A new ConfigDict, locked, with every option, its default, unit and choices."""
-    return ConfigDict(
-        {
-            "seed": 0,  # every random number of the training is an address below it
-            "data": {
-                # digits, folder(path='data/cats'), torchvision(name='CIFAR10'),
-                # streaming(path='data/shards')
-                "source": "digits",
-                "image_size": 16,  # pixels a side
-                "channels": 1,  # 1 grey, 3 colour, 4 colour and transparency
-                "matte": (255, 255, 255),  # red, green, blue (0 to 255) behind transparent pixels
-                "flip": False,  # mirror images left to right at random: for photos, not for digits
-                # learn the classes too: a folder's sub-folders, or a data set's labels
-                "class_labels": False,
-                "classes": (),  # their names in order, which a training fills in from its data
-                # how likely each transformation of an image is, which the network is told: 0.12;
-                # half are mirrored
-                "augment": 0.0,
-                # share of the images held out for the validation loss; 0 holds none
-                "validation_fraction": 0.1,
-                # decoded images in a file: auto ($DDPM_CACHE, else ~/.cache/ddpm), none, or a
-                # folder
-                "cache": "auto",
-                "num_workers": 0,  # processes that read images; 0 reads in the training process
-            },
-            "model": {
-                # unet, unet_edm2, dit(size='S', patch_size=2), whose depth, width and heads can be
-                # given too
-                "name": "unet",
-                "dropout": 0.0,  # share of activations dropped in every block
-                "qk_norm": False,  # attention: each head's queries and keys are normed
-                # of data.augment: before the layers of the time embedding, as in EDM, or after
-                "augmentation_place": "before",
-                # from here on: the U-Nets' alone
-                "model_channels": 64,  # width of the first level
-                # width of each level in model_channels; each level after the first halves the image
-                "channel_mult": (1, 2, 2),
-                "num_res_blocks": 2,  # residual blocks a level
-                # residual blocks of each level, where they differ: as many as channel_mult; or ()
-                "res_blocks_per_level": (),
-                # sizes of feature maps, in pixels, that get self-attention
-                "attention_resolutions": (8,),
-                "num_heads": 1,  # attention heads, where num_head_channels is 0
-                "num_head_channels": 0,  # channels a head; 0 counts by num_heads
-                # the time scales and shifts the norm, instead of being added
-                "use_scale_shift_norm": False,
-                # residual blocks change the resolution, instead of single convolutions
-                "resblock_updown": False,
-                # frequencies of the time embedding: 1 as in Ho's code, 0 as in OpenAI's
-                "freq_shift": 1,
-                # zeros where an image is halved: 0 at its far end, as Ho's, 1 at both, as OpenAI's
-                "downsample_padding": 0,
-                # groups of a norm, at most; 0 is 32, of 4 channels or more: a group of 1 removes
-                # the time
-                "norm_num_groups": 0,
-                # unet_edm2: auto is random Fourier features with predict=edm, else sines; or sines
-                "noise_embedding": "auto",
-                # added to the variance of a group: 1e-6 as in Ho's code, 1e-5 as in OpenAI's
-                "norm_eps": 1e-6,
-                # of new weights: glorot as in Ho's code, torch as in OpenAI's
-                "initialization": "glorot",
-            },
-            "diffusion": {
-                "timesteps": 1000,  # T, noise levels: 1 to 10000
-                # linear, quadratic, cosine, sigmoid, laplace, shifted_cosine(resolution=128), flow,
-                # edm
-                "beta_schedule": "cosine",
-                # rescale the schedule so that it ends in pure noise; not with eps and edm
-                "zero_terminal_snr": False,
-                # what the network predicts: eps, x0, v, flow, edm(sigma_data=0.5)
-                "predict": "eps",
-                # of a step of the sampler ddpm: small, large, learned (by hybrid or vlb)
-                "variance": "small",
-                "loss": "mse",  # mse, hybrid(vlb_weight=0.001), vlb
-                # simple, min_snr(gamma=5.0), soft_min_snr, p2, sigmoid, sigmoid_eps, edm,
-                # uncertainty
-                "weighting": "simple",
-                # uniform, stratified, antithetic, logit_normal, lognormal, importance
-                "times": "uniform",
-                "self_condition": False,  # the network sees its last estimate of the image too
-                # the network is given 1000 t / T in place of t, as in OpenAI's code
-                "rescale_timesteps": False,
-                "clip": True,  # samples: predicted images are clipped to [-1, 1] at each step
-            },
-            "train": {
-                "length": "10000 steps",  # steps, epochs or images
-                "batch_size": 64,  # images an optimiser step, over all micro-batches and ranks
-                # micro-batches the batch is cut into: less memory, same numbers but for dropout
-                "gradient_accumulation_steps": 1,
-                # adamw, adam; options betas, eps, weight_decay
-                "optimizer": "adamw(weight_decay=0.0)",
-                "learning_rate": 2e-4,
-                "warmup": "500 steps",  # the rate rises linearly from 0
-                # constant, cosine(length='10000 steps'), linear(...), inverse_sqrt(...)
-                "learning_rate_decay": "constant",
-                "gradient_clip": 1.0,  # largest norm of the gradient; 0 never clips
-                # steps are skipped whose loss or gradient norm is so many times the largest of
-                # late; 0 skips none
-                "spike": 30.0,
-                # where it diverges it goes back, once, and on in another order at this share of the
-                # rate; 0 stops
-                "rollback": 0.5,
-                "amp": "auto",  # type of the network's arithmetic: auto, off, bf16, fp16
-                "deterministic": False,  # on a GPU, bitwise repeatable and slower
-                # on a GPU, cuDNN tries its convolutions and takes the fastest: auto (on), on, off
-                "cudnn_benchmark": "auto",
-                # torch.compile: a minute or more at the start, then fewer kernels; rounds
-                # differently
-                "compile": False,
-                # memory format of convolutions: may pay in half precision on a GPU; rounds
-                # differently
-                "channels_last": False,
-                # levels computed twice to save memory: none, all, auto (as the GPU needs)
-                "activation_checkpointing": "auto",
-                # GPUs: each keeps a part of weights, averages, optimiser: for what fits no single
-                # one
-                "fully_shard": False,
-                # share of class labels dropped, for guidance: the network learns to do without too
-                "label_dropout": 0.1,
-                # saves and stops with exit code 75 before the process is so old; 0 is no limit
-                "max_hours": 0.0,
-                "init_from": "",  # run folder or file whose EMA weights a new run begins with
-                # checkpoint, or run folder for its newest, at which a new run folder continues that
-                # run
-                "resume_from": "",
-            },
-            "ema": {
-                "decay": 0.9999,  # of the averaged weights, a step
-                # average over fewer steps at first: decay at most (1 + n) / (10 + n) at step n
-                "warmup": True,
-                # half-life at most this share of the steps so far: 0.05 as in EDM's code; 0 sets no
-                # limit
-                "rampup": 0.0,
-                "more": (),  # further decays averaged beside it, from 0.3 up, for --ema=0.999
-                # power-function averages to store, by sigma_rel: (0.05, 0.1) makes any --ema up to
-                # 0.288
-                "profiles": (),
-            },
-            "sample": {
-                # ddpm, ddim(eta=0.0), euler, euler_ancestral, heun(churn=0.0), dpmpp(order=2),
-                # dpmpp_sde, unipc
-                "sampler": "ddim",
-                # of the sampler, at most diffusion.timesteps; each is one network evaluation, or
-                # two by heun and dpm2
-                "steps": 50,
-                # linear, trailing, leading, quadratic, karras(rho=7.0), sections(counts=(10, 8, 4,
-                # 2, 1))
-                "spacing": "linear",
-                "classes": (),  # drawn in turn, names or numbers; empty is all of them
-                # scale: 1 is none and asks one network once; above 1 follows the class, or leaves
-                # the guide, more
-                "guidance": 1.0,
-                # noise levels sigma/alpha between which to guide, such as (0.2, 5.0); empty is all
-                "guidance_interval": (),
-                # run folder or file of a weaker training that guides, in place of the network
-                # without labels
-                "guide": "",
-                "num_images": 64,  # in the grids drawn while training
-                "batch_size": 64,  # images drawn at once
-                # torch.compile and, on a GPU, CUDA graphs: for many images, as the first wait a
-                # minute or more
-                "compile": False,
-                # weights after training: 0 is ema.decay's, from 0.3 another of ema.more, below a
-                # sigma_rel
-                "ema": 0.0,
-                # of the latents, apart from the training's seed so that grids of different seeds
-                # compare
-                "seed": 0,
-            },
-            "evaluate": {
-                # auto (digits for the digits, else inception), digits, inception, none (nothing is
-                # drawn)
-                "extractor": "auto",
-                # path of torch-fidelity's Inception weights; empty looks in its cache, then
-                # downloads
-                "inception_weights": "",
-                # share of the training's operations that evaluations may take: chooses what is auto
-                # or 0, below
-                "budget": 0.05,
-                # images drawn for the Frechet distance; 0 is from 1,000 up, by the budget
-                "num_samples": 0,
-                # as sample.sampler; auto is that, or dpmpp where the budget is small
-                "sampler": "auto",
-                "steps": 0,  # as sample.steps; 0 is that, or 20 where the budget is small
-                # as sample.spacing; auto is that, or karras where the budget chooses the sampler
-                "spacing": "auto",
-                # the only ones drawn, and measured against; empty is all, in the proportions of the
-                # data
-                "classes": (),
-                "batch_size": 256,  # images drawn and measured at once
-                # bits/dim of held-out images: none, bound (of ancestral sampling), flow (of the
-                # ODE), both
-                "likelihood": "none",
-                "likelihood_images": 256,  # held-out images that it is the mean of, at most
-                # of the network, an image: at so many t, and in a quarter of steps of the ODE
-                "likelihood_evaluations": 100,
-            },
-            # intervals in steps, epochs, images or minutes, several joined by commas; "0 steps" is
-            # never
-            "every": {
-                "log": "50 steps",
-                "sample": "1000 steps",
-                "validate": "500 steps",
-                # auto is up to 20 times, the last at the end, by evaluate.budget
-                "evaluate": "auto",
-                "save": "5000 steps, 10 minutes",
-                "snapshot": "0 steps",  # storing ema.profiles: 16 to 64 times a training
-                "milestone": "0 steps",  # checkpoints that are kept for good
-            },
-            "wandb": {
-                # auto (online when logged in, else offline), online, offline, disabled
-                "mode": "auto",
-                "project": "",  # empty is $WANDB_PROJECT, else ddpm
-                "entity": "",  # user or team; empty is the default of the login
-                "name": "",  # of the run; empty is $WANDB_NAME, else the run folder's
-                "group": "",  # runs shown together
-                "tags": (),  # words
-                "notes": "",  # a sentence about the run
-            },
-        }
-    ).lock()
+    """A new ConfigDict, locked, with every option at its default."""
+    sections = {}
+    for key, option in OPTIONS.items():
+        section, _, leaf = key.rpartition(".")
+        (sections.setdefault(section, {}) if section else sections)[leaf] = option.default
+    return ConfigDict(sections).lock()
 
 
 def with_variant(config, variant, variants):
@@ -248,7 +246,16 @@ def with_variant(config, variant, variants):
     return config
 
 
-PLACE = "data.source"  # of which a checkpoint keeps the content: that decides whether a run goes on
+PLACE = "data.source"  # may change where a checkpoint's fingerprint of the images stays the same
+
+
+TYPES = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple: "a tuple such as (1, 2)",
+}
 
 
 def flatten(config, prefix=""):
@@ -265,8 +272,8 @@ def freeze(config):
     return FrozenConfigDict(config)
 
 
-# option, its value before and since, the first format in which the old value means something else
-# (None: nothing)
+# option, its old value and its new one, the first format in which the old value means something
+# else (None: it means nothing)
 RENAMED = (
     ("diffusion.weighting", "sigmoid", "sigmoid_eps", 2),
     ("model.name", "unet_mp", "unet_edm2", None),

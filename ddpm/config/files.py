@@ -11,11 +11,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ddpm.common import safe_load
 from ddpm.common.files import atomic_write
 from ddpm.common.registry import parse, suggest
 from ddpm.config import check, defaults
-from ddpm.models.layers import norm_groups
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
 FREE = (
@@ -49,8 +47,10 @@ def from_json(text):
     Names that meant something else in its format are translated. It is data and never run. Raises
     ValueError for what is not such a config.
     """
+    from ddpm.common.safe_load import LONGEST
+
     try:
-        saved = json.loads(text if len(text) <= safe_load.LONGEST else "")
+        saved = json.loads(text if len(text) <= LONGEST else "")
         version = saved.pop("format", 1)
         _ = saved.pop("code", None)
         options = defaults.flatten(saved)
@@ -85,7 +85,7 @@ def from_json(text):
             value = kind(value)
         if type(value) is not kind:
             raise ValueError(
-                f"the saved config has {value!r} for {key}; it takes {check.KINDS[kind]}"
+                f"the saved config has {value!r} for {key}; it takes {defaults.TYPES[kind]}"
             )
         config.update_from_flattened_dict({key: value})
     for key in BEFORE.keys() - options.keys():
@@ -100,6 +100,8 @@ def same_groups(config):
     """Whether the 32 groups of a config are what 0, the default since format 2, comes to: in
     wide U-Nets and without norms.
     """
+    from ddpm.models.layers import norm_groups
+
     model = config.model
     wide = (
         bool(model.channel_mult)
@@ -124,8 +126,10 @@ def read(path):
     """The frozen config in a file such as a run folder's config.json; raises ValueError as
     `from_json` does.
     """
+    from ddpm.common.safe_load import LONGEST
+
     with open(path) as file:
-        return from_json(file.read(safe_load.LONGEST + 1))
+        return from_json(file.read(LONGEST + 1))
 
 
 def changed(config, options):

@@ -21,12 +21,11 @@ from ml_collections import config_flags
 from ddpm.common import errors
 from ddpm.common.files import expand_user
 from ddpm.common.registry import suggest
-from ddpm.config.check import KINDS, check
-from ddpm.config.defaults import base, flatten, freeze
+from ddpm.config import defaults
+from ddpm.config.check import check
+from ddpm.config.defaults import TYPES, base, flatten, freeze
 from ddpm.config.files import to_json
 from ddpm.runtime import signals
-from ddpm.runtime.out_of_memory import BatchDoesNotFit, ran_out
-from ddpm.tracking.tracker import WARNINGS
 
 WIDTH = 100  # characters of a line of help
 # flags
@@ -218,7 +217,7 @@ def as_option(name, option, value, kind):
     if kind is str and isinstance(value, Path):
         value = str(value)
     if type(value) is not kind:
-        raise ValueError(f"{name} is {value!r}; it takes {KINDS[kind]}")
+        raise ValueError(f"{name} is {value!r}; it takes {TYPES[kind]}")
     return value
 
 
@@ -258,7 +257,7 @@ def check_count(num_images):
         raise ValueError(f"num_images is {num_images!r}; it takes a whole number, 1 or more")
 
 
-TYPES = {
+FLAG_TYPES = {
     "string": "text",
     "int": "whole number",
     "float": "number",
@@ -282,7 +281,7 @@ def help_text(module, everything=False):
     for name, flag in sorted(key.items()):
         if name == "config" and flag.default is not None:  # one that holds options alone
             continue
-        kind = TYPES.get(flag.flag_type(), "FILE or FILE:VARIANT")
+        kind = FLAG_TYPES.get(flag.flag_type(), "FILE or FILE:VARIANT")
         default = "" if flag.default in (None, [], "") else f", default {flag.default}".lower()
         # absl adds a sentence to what may be repeated
         about = " ".join(flag.help.partition(";\n")[0].split())
@@ -305,7 +304,7 @@ def help_text(module, everything=False):
         ),
     )
     if everything:
-        yield from ("", inspect.getsource(base).rstrip())
+        yield from ("", inspect.getsource(defaults).partition("\n\ndef base")[0])
 
 
 def show_help(argv):
@@ -448,7 +447,7 @@ def explained(error):
     if option and option[1]:
         return (
             f"config.{option[2]} is {option[3]!r}; it takes "
-            f"{KINDS[type(flatten(base())[option[2]])]}"
+            f"{TYPES[type(flatten(base())[option[2]])]}"
         )
     if option and option[2] in flags.FLAGS:
         return f"--{option[2]} is {option[3]!r}; it takes {flag_values(flags.FLAGS[option[2]])}"
@@ -481,7 +480,7 @@ def plainly(said):
         r"to type <class '(\w+)'>",
         said,
     ):
-        kinds = {kind.__name__: words for kind, words in KINDS.items()}
+        kinds = {kind.__name__: words for kind, words in TYPES.items()}
         return f"{field[1]} cannot be {field[2]!r}; it takes {kinds.get(field[3], field[3])}"
     return re.sub(
         r" and cannot be added.*?\.( Other fields present: .*?\}\S*)?(?= Did you mean|$)",
@@ -584,7 +583,6 @@ def run_command(main, takes=None):
     """
     open_streams()
     name_a_home()
-    WARNINGS.attach()
 
     def read(argv):
         try:
@@ -601,6 +599,10 @@ def run_command(main, takes=None):
         fail(errors.USAGE_ERROR, as_typed(errors.one_line(error)))
 
     def run(argv):
+        from ddpm.runtime.out_of_memory import BatchDoesNotFit, ran_out
+        from ddpm.tracking.tracker import WARNINGS
+
+        WARNINGS.attach()
         try:
             if "print_config" in flags.FLAGS and flags.FLAGS.print_config:
                 print(to_json(given_config()[0]))

@@ -19,7 +19,6 @@ import yaml
 from ddpm.common import rng
 from ddpm.common.errors import one_line
 from ddpm.common.registry import check_choice, suggest
-from ddpm.config import check as config_check
 from ddpm.config import defaults, files
 from ddpm.config.flags import config_of
 from ddpm.studies.runs import MEASURE_STUDY
@@ -374,7 +373,7 @@ def check_type(name, value):
             bool: "; YAML reads unquoted on, off, yes, no as True and False: quote it",
             str: "; YAML's numbers need a point, as in 1.0e-4",
         }.get(type(value), "")
-        raise ValueError(f"{name} is {value!r}; it takes {config_check.KINDS[type(default)]}{hint}")
+        raise ValueError(f"{name} is {value!r}; it takes {defaults.TYPES[type(default)]}{hint}")
 
 
 def folder_word(name, value):

@@ -175,24 +175,25 @@ def values(key, default):
         return OTHER[key]
     if key in TUPLES:
         return TUPLES[key].map(tuple)
-    if key in check.CHOICES:
-        return (
-            st.sampled_from(check.CHOICES[key]) | WORDS
-            if type(default) is str
-            else st.sampled_from(check.CHOICES[key])
-        )
-    if key in check.SPECS:
-        return st.sampled_from(list(check.SPECS[key])) | spec_of(check.SPECS[key]) | WORDS
+    option = defaults.OPTIONS[key]
+    if option.kind == "choice":
+        allowed = st.sampled_from(check.allowed(option))
+        return allowed | WORDS if type(default) is str else allowed
+    if option.kind == "entry":
+        table = check.table(option.choices[-1])
+        return st.sampled_from(list(table)) | spec_of(table) | WORDS
     if type(default) is bool:
         return st.booleans()
     if key in NUMBERS:
-        low, high = check.RANGES[key]
-        return st.sampled_from([*NUMBERS[key], *NUMBERS[key], low - 1, high + 1, 10**30])
+        return st.sampled_from(
+            [*NUMBERS[key], *NUMBERS[key], option.low - 1, option.high + 1, 10**30]
+        )
     if type(default) is int:
-        low, high = check.RANGES[key]
-        return st.integers(low, high) | st.sampled_from([low - 1, high + 1])
+        return st.integers(option.low, option.high) | st.sampled_from(
+            [option.low - 1, option.high + 1]
+        )
     if type(default) is float:
-        return number(*check.RANGES[key])
+        return number(option.low, option.high)
     if key.startswith("every."):
         return (
             st.sampled_from(

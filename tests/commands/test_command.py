@@ -611,9 +611,7 @@ def test_help_fits_two_screens_and_says_where_all_options_are(answers):
         "--print_config" in said["main --help"][1]
         and "--config.section.leaf=value" in said["evaluate --help"][1]
     )
-    assert all(
-        f'"{option.rpartition(".")[2]}":' in full for option in defaults.flatten(defaults.base())
-    )
+    assert all(f'"{option}":' in full for option in defaults.flatten(defaults.base()))
     code, text = said[f"main --config={ROOT}/configs/digits.py --config.seed=5 --print_config"]
     shown = config_files.from_json(text)
     assert (

@@ -44,6 +44,18 @@ WORDS = {
 }
 KNOBS = flatten(base())
 DURATION = "; write a number and one of steps, epochs, images, such as '500 steps'"
+OF_KIND = {
+    kind: {key: option for key, option in defaults.OPTIONS.items() if option.kind == kind}
+    for kind in ("number", "numbers", "choice", "entry", "length")
+}
+RANGES = {key: (option.low, option.high) for key, option in OF_KIND["number"].items()}
+CHOICES = {key: config_check.allowed(option) for key, option in OF_KIND["choice"].items()}
+SPECS = {key: config_check.table(option.choices[-1]) for key, option in OF_KIND["entry"].items()}
+INTEGER_TUPLES = {
+    key: (option.low, option.high)
+    for key, option in OF_KIND["numbers"].items()
+    if type(option.low) is int
+}
 NUMBERS = {key for key, value in KNOBS.items() if type(value) in (int, float)}
 
 
@@ -96,31 +108,28 @@ def test_a_new_config_has_the_sections_of_the_design_and_is_locked():
 
 
 def test_every_option_is_checked_in_one_way():
-    """A new option belongs into one of the tables, or is text that may be anything."""
-    tables = (
-        config_check.RANGES,
-        config_check.CHOICES,
-        config_check.SPECS,
-        config_check.LENGTHS,
-        config_check.INTEGER_TUPLES,
-        config_check.FRACTION_TUPLES,
-        FREE_TEXT,
-    )
-    for key, value in KNOBS.items():
-        ways = [key in table for table in tables]
-        ways += [key.startswith("every."), isinstance(value, bool), key in WORDS]
-        assert sum(ways) == 1, (
-            f"{key} = {value!r} is checked {sum(ways)} times: give it a line in RANGES, CHOICES, "
-            "SPECS ..."
+    """An option has a range, choices or a table, or is text that may be anything."""
+    for key, option in defaults.OPTIONS.items():
+        value = option.default
+        kinds = {bool: {"flag"}, int: {"number"}, float: {"number"}}.get(
+            type(value), {"choice", "entry", "length", "interval", "numbers", "text", "words"}
         )
-    for table in tables:
-        assert set(table) <= set(KNOBS)
-    assert set(config_check.RANGES) | {"data.channels"} == NUMBERS
+        if key == "data.channels":
+            kinds = {"choice"}
+        if key == "sample.guidance_interval":
+            kinds = {"levels"}
+        assert option.kind in kinds, key
+        assert (option.low is not None) == (option.kind in ("number", "numbers")), key
+        assert bool(option.choices) == (option.kind in ("choice", "entry")), key
+        assert option.kind != "text" or key in FREE_TEXT, key
+        assert option.kind != "words" or key in WORDS, key
+    assert set(defaults.OPTIONS) == set(KNOBS)
+    assert {*RANGES, "data.channels"} == NUMBERS
 
 
-@pytest.mark.parametrize("key", config_check.RANGES)
+@pytest.mark.parametrize("key", RANGES)
 def test_numbers_out_of_range(key):
-    low, high = config_check.RANGES[key]
+    low, high = RANGES[key]
     kind = type(KNOBS[key])
     bad = [kind(low - 1), kind(high + 1)] + ([float("nan")] if kind is float else [])
     for value in bad if high < float("inf") else [kind(low - 1), float("nan")]:
@@ -135,18 +144,18 @@ def test_numbers_out_of_range(key):
             assert "must lie between" not in str(error)
 
 
-@pytest.mark.parametrize("key", config_check.CHOICES)
+@pytest.mark.parametrize("key", CHOICES)
 def test_names_that_are_no_choice(key):
-    allowed = ", ".join(map(str, config_check.CHOICES[key]))
+    allowed = ", ".join(map(str, CHOICES[key]))
     value = 2 if key == "data.channels" else "no such name"
     assert refusal(key, value) == f"unknown config.{key} {value!r}; choose one of {allowed}"
-    for choice in config_check.CHOICES[key]:
+    for choice in CHOICES[key]:
         check(with_options(**{key: choice}))
 
 
-@pytest.mark.parametrize("key", config_check.SPECS)
+@pytest.mark.parametrize("key", SPECS)
 def test_specs(key):
-    names = list(config_check.SPECS[key])
+    names = list(SPECS[key])
     assert (
         refusal(key, "no_such_name")
         == f"unknown config.{key} 'no_such_name'; choose one of {', '.join(names)}"
@@ -211,7 +220,7 @@ def test_needed_arguments():
     check(with_options(train__learning_rate_decay="cosine(length='0.5 epochs', floor=0.1)"))
 
 
-@pytest.mark.parametrize("key", config_check.LENGTHS)
+@pytest.mark.parametrize("key", OF_KIND["length"])
 def test_lengths(key):
     for text in ("", "ten steps", "5 parsecs", "-5 steps"):
         assert refusal(key, text) == f"config.{key}: cannot read the duration {text!r}{DURATION}"
@@ -241,9 +250,9 @@ def test_intervals(key):
         check(with_options(**{key: text}, evaluate__num_samples=1000))
 
 
-@pytest.mark.parametrize("key", config_check.INTEGER_TUPLES)
+@pytest.mark.parametrize("key", INTEGER_TUPLES)
 def test_tuples_of_whole_numbers(key):
-    low, high = config_check.INTEGER_TUPLES[key]
+    low, high = INTEGER_TUPLES[key]
     for value in (
         (low - 1, 1, 1),
         (1, 1, high + 1),
@@ -280,7 +289,7 @@ def test_tags_are_words():
 def test_what_ml_collections_lets_through_is_of_the_wrong_type_still(key, value):
     assert (
         refusal(key, value)
-        == f"config.{key} is {value}; it takes {config_check.KINDS[type(KNOBS[key])]}"
+        == f"config.{key} is {value}; it takes {defaults.TYPES[type(KNOBS[key])]}"
     )
 
 
