@@ -171,7 +171,7 @@ def plan(config, vram, mfu, num_gpus, gpus=USUAL):
         )
 
     total, size, among = length(config)
-    evaluated = cost.evaluated(config, size, asked)
+    evaluated = cost.plan_evaluation(config, size, asked)
     yield (
         f"time at the least, if a GPU reaches {mfu:.0%} of what its maker publishes (--mfu) and "
         f"launches each of the {kernels:,} kernels of a step in {LAUNCH * 1e6:g} microseconds: "

@@ -250,28 +250,15 @@ def check_sharded(options):
         )
 
 
-def check_budget(options):
-    """Raise a ValueError for evaluations of too few images, or of a number that is left open."""
+def check_num_samples(options):
+    """Raise a ValueError for evaluations of fewer images than precision and recall need."""
     from ddpm.evaluation.extractors import MIN_IMAGES
 
     count = options["evaluate.num_samples"]
-    often = options["every.evaluate"]
     if 0 < count < MIN_IMAGES:
         raise ValueError(
-            f"config.evaluate.num_samples is {count}; it takes {MIN_IMAGES} or more, or 0 "
-            "for as many as evaluate.budget allows"
-        )
-    if count or often == "auto" or (every := durations.Every(often, 1, 1)).never:
-        return
-    if every.seconds:
-        raise ValueError(
-            f"config.every.evaluate is {often!r}, and no budget can tell how often that will be; "
-            "give evaluate.num_samples too, such as 10000"
-        )
-    if not options["evaluate.budget"]:
-        raise ValueError(
-            f"config.every.evaluate is {often!r}, and evaluate.budget 0 allows no image; give "
-            "evaluate.num_samples, such as 10000, or a budget, such as 0.05"
+            f"config.evaluate.num_samples is {count}; it takes {MIN_IMAGES} or more, or 0 for "
+            "10,000, or for as many as the data have where these are fewer"
         )
 
 
@@ -330,6 +317,6 @@ RULES = (
     check_classes,
     check_sharded,
     check_training,
-    check_budget,
+    check_num_samples,
     check_levels,
 )

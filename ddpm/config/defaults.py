@@ -183,15 +183,15 @@ OPTIONS = {
     "evaluate.extractor": choice("auto", "auto", "evaluation.extractors.EXTRACTORS", "none"),
     # path of torch-fidelity's Inception weights; empty looks in its cache, then downloads
     "evaluate.inception_weights": text(),
-    # share of the training's operations that evaluations may take: chooses what is auto or 0, below
+    # share of the training's operations that evaluations may take, where every.evaluate is auto
     "evaluate.budget": number(0.05, 0, 1),
-    # images drawn for the Frechet distance; 0 is from 1,000 up, by the budget
+    # images drawn for the Frechet distance; 0 is 10,000, or the number in the data if smaller
     "evaluate.num_samples": number(0, 0, 10_000_000),
-    # as sample.sampler; auto is that, or dpmpp where the budget is small
+    # as sample.sampler; auto is dpmpp in 20 steps on karras spacing where the spacing is auto too
     "evaluate.sampler": entry("auto", "auto", "diffusion.samplers.SAMPLERS"),
-    # as sample.steps; 0 is that, or 20 where the budget is small
+    # as sample.steps; 0 is 20 where sampler and spacing are both auto, else sample.steps
     "evaluate.steps": number(0, 0, 10_000),
-    # as sample.spacing; auto is that, or karras where the budget chooses the sampler
+    # as sample.spacing; auto is karras where the sampler is auto too, else sample.spacing
     "evaluate.spacing": entry("auto", "auto", "diffusion.spacings.SPACINGS"),
     # classes drawn and measured against; empty is all, in the proportions of the data
     "evaluate.classes": words(),

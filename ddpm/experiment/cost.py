@@ -1,10 +1,9 @@
-"""How a training is evaluated within a budget: drawn how, of how many images, how often.
+"""The operations of a network, a drawing and an evaluation, and how often a training is evaluated.
 
-The choice hangs on operations alone, never on speed, so that a run that goes on, and one elsewhere,
-choose the same.
+The interval follows from operations alone, never from speed, so that a run chooses the same when it
+is resumed, and on another machine.
 """
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -18,43 +17,12 @@ from ddpm.experiment import build
 from ddpm.sampling import draw
 from ddpm.training import meters
 
-# images: few numbers, so that runs that cost nearly the same compare
-COUNTS = (1000, 2000, 5000, 10_000, 20_000, 50_000)
-COMPARED = 10_000  # images that a distance should rest on before it is drawn at leisure
-# as good as 24 steps of any sampler without fresh noise: experiments/solvers
-FAST = ("dpmpp", 20, "karras")
-CURVE = 5  # evaluations that make a curve
-MOST = 20  # more show nothing new
-
-
-class Way(NamedTuple):
-    """How images are drawn, and the operations that one takes, drawn and looked at."""
-
-    sampler: str
-    steps: int
-    cost: float
-    spacing: str = "auto"
-
-
-def choose(room, ways, each=0.0, count=0, times=0):
-    """(way, count, times): evaluations that together take no more than `room` operations; `times` 0
-    where not one fits.
-
-    An evaluation takes `each` operations beside its images. Of `ways`, the best first, it takes one
-    by which five evaluations of 10,000 images fit, else the last and fastest; of COUNTS the most
-    images that leave five evaluations, else the fewest; and then as many evaluations as fit, up to
-    twenty. A `count` or `times` that is given stays, whatever it costs, and takes the place of
-    those 10,000 or five.
-    """
-    enough = times or CURVE
-
-    def fit(way, count):
-        cost = each + count * way.cost
-        return int(room // cost) if cost else MOST
-
-    way = next((way for way in ways if fit(way, count or COMPARED) >= enough), ways[-1])
-    count = count or max((some for some in COUNTS if fit(way, some) >= enough), default=COUNTS[0])
-    return way, count, times or min(fit(way, count), MOST)
+# how samples are drawn where evaluate.sampler and evaluate.spacing are both auto: as good as 24
+# steps of any sampler without fresh noise (experiments/solvers)
+SAMPLER, STEPS, SPACING = "dpmpp", 20, "karras"
+SAMPLES = 10_000  # images drawn, or as many as the training has where it has fewer
+WAY = ("sampler", "steps", "spacing")
+MOST = 20  # evaluations of a training: more show nothing new
 
 
 def evaluations(config, recipe, edit=None):
@@ -113,117 +81,89 @@ def likelihood_operations(config, asked):
     return section.likelihood_images * section.likelihood_evaluations * each
 
 
-def settled(config, sampler="", steps=0, spacing="auto", count=COMPARED):
-    """The config with what its section `evaluate` leaves open: these, or as the section `sample`
-    draws.
+def settled(config, images=SAMPLES, before=None):
+    """The config with those values of its section `evaluate` filled in that are open: auto or 0.
 
-    `spacing` belongs to `sampler`, and is left out where the config names another; `auto` stays,
-    and is `sample.spacing`.
+    Where sampler and spacing are both open, they and the steps are those of `before`, the config of
+    a run that is resumed, else the defaults above; where one is named, the others are those of the
+    section `sample`. `images` is what the training learns from.
     """
     section = config.evaluate
-    shared = config.sample
+    sampler, steps, spacing = config.sample.sampler, config.sample.steps, "auto"
+    if section.sampler == section.spacing == "auto":
+        sampler, steps, spacing = SAMPLER, min(STEPS, config.diffusion.timesteps), SPACING
+        if before and before.evaluate.sampler != "auto":
+            sampler, steps, spacing = (before.evaluate[key] for key in WAY)
+    count = before.evaluate.num_samples if before else 0
     return files.changed(
         config,
         {
-            "evaluate.sampler": (sampler or shared.sampler)
-            if section.sampler == "auto"
-            else section.sampler,
-            "evaluate.spacing": spacing
-            if section.sampler == section.spacing == "auto"
-            else section.spacing,
-            "evaluate.steps": section.steps or steps or shared.steps,
-            "evaluate.num_samples": section.num_samples or count,
+            "evaluate.sampler": sampler if section.sampler == "auto" else section.sampler,
+            "evaluate.steps": section.steps or steps,
+            "evaluate.spacing": spacing if section.spacing == "auto" else section.spacing,
+            "evaluate.num_samples": section.num_samples
+            or count
+            or max(min(SAMPLES, images or SAMPLES), extractors.MIN_IMAGES),
         },
     )
 
 
-def ways(config, asked, spacing):
-    """The budget's Ways in which an evaluation may be drawn: as the section `sample` draws, and a
-    faster one, if there is.
-
-    `spacing` is that of the faster one.
-    """
-    found, (fast, steps, _) = [], FAST
-    for given in ((), (fast, min(steps, config.diffusion.timesteps), spacing)):
-        with contextlib.suppress(ValueError):  # a spacing may know no such number of steps
-            one = settled(config, *given)
-            section = one.evaluate
-            found.append(
-                Way(section.sampler, section.steps, drawing_operations(one, asked), section.spacing)
-            )
-    return found if found[-1].cost < found[0].cost else found[:1]
-
-
-class Evaluated(NamedTuple):
-    """How a training is evaluated: by a config that leaves nothing open, how often, and what
-    that takes.
-    """
+class EvalPlan(NamedTuple):
+    """How a training is evaluated: its config with nothing left open, how often, at what cost."""
 
     config: defaults.FrozenConfigDict
     interval: str
     operations: int  # of one evaluation
-    # of the training's operations, all evaluations; None where the interval hangs on the time
+    # of all evaluations, in operations of the training; None where the interval hangs on the time
     share: float | None
     words: str  # for people
 
 
-def evaluated(config, images, asked, spacing=FAST[2]):
-    """The Evaluated of a training that learns from `images` images, by a network that takes the
-    Operations `asked`.
+def plan_evaluation(config, images, flops, before=None):
+    """The EvalPlan of a training that learns from `images` images, by a network of the Operations
+    `flops`; `before` is the config of the run that it continues.
 
-    `evaluate.budget` chooses what is left open, as of `resolve`; `spacing` comes with its faster
-    sampler. The features of the real images are kept for all runs, and not counted.
+    `every.evaluate=auto` is as often as `evaluate.budget` allows, up to MOST times. The features of
+    the real images are cached for all runs, and not counted.
     """
-    section = config.evaluate
     train = config.train
     interval = config.every.evaluate
+    config = settled(config, images, before)
+    section = config.evaluate
     steps = durations.steps_of(train.length, train.batch_size, images)
-    auto = interval == "auto"
-    whole = steps * train.batch_size * asked.training
-    bits = likelihood_operations(config, asked)
-    allowed = f"evaluate.budget is {section.budget:.1%}"
-
-    def one(config):
-        return config.evaluate.num_samples * drawing_operations(config, asked) + bits
+    training = steps * train.batch_size * flops.training
+    drawing = drawing_operations(config, flops)
+    cost = section.num_samples * drawing + likelihood_operations(config, flops)
+    budget = f"evaluate.budget is {section.budget:.1%}"
 
     def never(words):
-        usual = settled(config)
-        return Evaluated(usual, "0 steps", one(usual), 0.0, words)
+        return EvalPlan(config, "0 steps", cost, 0.0, f"no evaluation{words}")
 
-    times = 0 if auto else durations.Every(interval, train.batch_size, images).times(steps)
     if section.extractor == section.likelihood == "none":
-        return never("no evaluation, as evaluate.extractor and evaluate.likelihood are none")
-    if times == 0 and not (auto and section.budget):
-        return never(f"no evaluation, as {allowed if auto else f'every.evaluate is {interval!r}'}")
-
-    possible = ways(config, asked, spacing)
-    way, count, chosen = choose(
-        section.budget * whole, possible, bits, section.num_samples, times or 0
-    )
-    made = settled(config, way.sampler, way.steps, way.spacing, count)
+        return never(", as evaluate.extractor and evaluate.likelihood are none")
     how = (
-        f"{count:,} images by {way.sampler} in {way.steps} steps" if way.cost else "bits/dim alone"
+        f"{section.num_samples:,} images by {section.sampler} in {section.steps} steps"
+        if drawing
+        else "bits/dim alone"
     )
-    how += f", {meters.portion(one(made) / whole, ' of')} the training's operations"
-    if not auto and section.num_samples and section.steps and section.sampler != "auto":
-        allowed = "all as the config says, so that evaluate.budget chooses nothing"
-    if auto and not chosen:
-        return never(
-            f"no evaluation: one of {how}, is too much, as {allowed}; to get one at the end "
-            f"anyway, set --config.every.evaluate={train.length!r}"
-        )
-    if auto:
-        interval = f"{math.ceil(steps / chosen)} steps"
-        times = durations.Every(interval, train.batch_size, images).times(steps)
-    share = None if times is None else times * one(made) / whole
+    if interval == "auto":
+        if not section.budget:
+            return never(f", as {budget}")
+        times = min(int(section.budget * training // cost), MOST)
+        if not times:
+            return never(
+                f": one ({how}) takes {meters.portion(cost / training, ' of')} the training's "
+                f"operations, and {budget}; to evaluate at the end anyway, set "
+                f"--config.every.evaluate={train.length!r}, or a smaller evaluate.num_samples"
+            )
+        interval = f"{math.ceil(steps / times)} steps"
+    times = durations.Every(interval, train.batch_size, images).times(steps)
+    if times == 0:
+        return never(f", as every.evaluate is {interval!r}")
+    share = None if times is None else times * cost / training
     when = "at the end" if times == 1 else f"every {interval} and at the end"
-    total = (
-        ""
-        if times == 1
-        else " each"
-        if times is None
-        else f" each, {meters.portion(share)} for all {times}"
+    total = {None: " each", 1: ""}.get(
+        times, f" each, {meters.portion(share or 0)} for all {times}"
     )
-    return Evaluated(
-        made, interval, one(made), share, f"evaluation {when}: {how}{total} ({allowed})"
-    )
+    words = f"evaluation {when}: {how}, {meters.portion(cost / training, ' of')} the training's "
+    return EvalPlan(config, interval, cost, share, f"{words}operations{total} ({budget})")

@@ -199,10 +199,9 @@ def run(config, folder, machine, rollbacks=0, say=lambda text: None):
     learned, held_out = build.split(config, images)
     total = durations.steps_of(section.length, section.batch_size, len(learned))
     asked = cost.operations(config)
-    # so its distances compare
-    begun = {"spacing": files.from_json(content["config"]).evaluate.spacing} if content else {}
-    config, interval, operations, share, evaluation = cost.evaluated(
-        config, len(learned), asked, **begun
+    before = files.from_json(content["config"]) if content else None  # so its distances compare
+    config, interval, operations, share, evaluation = cost.plan_evaluation(
+        config, len(learned), asked, before
     )
     every = {
         name: durations.Every(text, section.batch_size, len(learned))

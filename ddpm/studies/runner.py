@@ -125,7 +125,7 @@ def planned_protocols(trainings):
                 size = len(build.split(config, images(config))[0])
         except ValueError:
             continue
-        evaluated = cost.evaluated(config, size, counted[network])
+        evaluated = cost.plan_evaluation(config, size, counted[network])
         if evaluated.interval != "0 steps" and config.evaluate.extractor != "none":
             how = build.recipe(evaluated.config, evaluated.config.evaluate, (), "")
             yield (

@@ -1,8 +1,7 @@
-"""Evaluations within a budget: the choice against its rule by brute force, and its costs against
-what a run really computes.
+"""Evaluations within a budget: how often they are due, and their costs against what a run really
+computes.
 """
 
-import itertools
 import json
 from fractions import Fraction
 from functools import lru_cache
@@ -18,7 +17,6 @@ from ddpm.evaluate import evaluate
 from ddpm.evaluation import extractors
 from ddpm.experiment import build, drawing, trainer
 from ddpm.experiment import cost as experiment_cost
-from ddpm.experiment.cost import Way, choose
 from ddpm.runtime import device
 from ddpm.studies import study
 from support.runs import rows, run, tiny
@@ -29,36 +27,9 @@ OPEN = {
     "evaluate__sampler": "auto",
     "evaluate__steps": 0,
 }
-SLOW = Way("ddpm", 100, 300.0)
-QUICK = Way("dpmpp", 20, 60.0)
 
 
 # --- the arithmetic ---
-
-
-@pytest.mark.parametrize("room", [0, 1e3, 59_999, 60_000, 3e5, 599_999, 6e5, 3e6, 1.5e7, 1e8, 1e12])
-@pytest.mark.parametrize("each", [0.0, 5000.0])
-def test_never_above_the_budget_and_never_less_than_it_allows(room, each):
-    way, count, times = choose(room, [SLOW, QUICK], each)
-    cost = each + count * way.cost
-    assert times * cost <= room
-    leisurely = 5 * (each + 10_000 * SLOW.cost) <= room
-    assert way == (SLOW if leisurely else QUICK)
-    curves = [some for some in experiment_cost.COUNTS if 5 * (each + some * way.cost) <= room]
-    assert count == (curves[-1] if curves else 1000)
-    assert times == experiment_cost.MOST or (times + 1) * cost > room
-
-
-def test_what_is_given_stays():
-    for count, times in itertools.product((7, 3000), (1, 40)):
-        # whatever it costs
-        assert choose(1.0, [SLOW, QUICK], 0.0, count, times) == (QUICK, count, times)
-        assert choose(1e12, [SLOW, QUICK], 0.0, count, times) == (SLOW, count, times)
-    # the most images so often
-    assert choose(40 * 2000 * 60.0, [QUICK], times=40) == (QUICK, 2000, 40)
-    assert choose(40 * 2000 * 60.0 - 1, [QUICK], times=40) == (QUICK, 1000, 40)
-    # so many images as often as they fit
-    assert choose(7 * 3000 * 60.0, [QUICK], count=3000) == (QUICK, 3000, 7)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +68,7 @@ def chosen(**options):
     1,000 images.
     """
     given = tiny(**OPEN | {"diffusion__timesteps": 1000} | options)
-    return given, operations(), experiment_cost.evaluated(given, 1000, operations())
+    return given, operations(), experiment_cost.plan_evaluation(given, 1000, operations())
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.3, 1.0])
@@ -133,6 +104,11 @@ def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, opt
     whole = steps * given.train.batch_size * asked.training
     assert found.operations == one and found.share == pytest.approx(times * one / whole)
     assert Fraction(times * one, whole) <= Fraction(share) and times <= experiment_cost.MOST
+    # not one more would fit, as the interval is whole steps
+    most = min(int(Fraction(share) * whole / one), experiment_cost.MOST)
+    assert every.never == (most == 0)
+    assert most == 0 or found.interval == f"{-(-steps // most)} steps"
+    assert section.num_samples == (given.evaluate.num_samples or 1000)
     if times:
         assert (
             f"{section.num_samples:,} images by {section.sampler} in {section.steps} steps"
@@ -141,7 +117,7 @@ def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, opt
         assert f"{found.share:.1%}" in found.words
     else:
         assert (
-            found.words.startswith("no evaluation: one of ")
+            found.words.startswith("no evaluation: one (")
             and f"--config.every.evaluate={length!r}" in found.words
         )
 
@@ -167,16 +143,19 @@ def test_explicit_options_win_over_the_budget():
         and found.interval == "12 steps"
         and "evaluation at the end: 17 images by ddpm" in found.words
     )
-    for steps, taken in ((3, 3), (30, 20)):  # as many as sample.steps, or fewer
+    for steps in (3, 30):  # as many as sample.steps
         _, _, found = chosen(
             evaluate__sampler="heun", sample__steps=steps, train__length="100000 steps"
         )
         assert found.share and (found.config.evaluate.sampler, found.config.evaluate.steps) == (
             "heun",
-            taken,
+            steps,
         )
     _, _, found = chosen(
-        evaluate__num_samples=16, every__evaluate="10 minutes", train__length="12 steps"
+        evaluate__num_samples=16,
+        evaluate__sampler="ddim",
+        every__evaluate="10 minutes",
+        train__length="12 steps",
     )
     assert found.interval == "10 minutes" and found.share is None and found.words.count("%") == 2
 
@@ -191,11 +170,29 @@ def test_nothing_is_measured_where_nothing_is_wanted():
         assert (found.interval, found.share) == ("0 steps", 0) and found.words.startswith(
             "no evaluation, as "
         )
-        # what ddpm.evaluate does afterwards: as the samples of the training are drawn
-        assert (
-            found.config.evaluate.num_samples == 10_000 and found.config.evaluate.sampler == "ddim"
-        )
-        assert found.config.evaluate.steps == 3
+        # what ddpm.evaluate does afterwards
+        section = found.config.evaluate
+        assert (section.num_samples, section.sampler, section.steps) == (1000, "dpmpp", 20)
+
+
+@pytest.mark.parametrize("images, count", [(0, 10_000), (1000, 1000), (60_000, 10_000), (2, 4)])
+def test_open_values_are_the_same_for_every_length(images, count):
+    """So that distances of different runs compare."""
+    for length in ("12 steps", "60000 steps"):
+        given = tiny(**OPEN | {"diffusion__timesteps": 1000, "train__length": length})
+        section = experiment_cost.plan_evaluation(given, images, operations()).config.evaluate
+        assert (section.sampler, section.steps, section.spacing) == ("dpmpp", 20, "karras")
+        assert section.num_samples == count
+
+
+def test_a_run_that_goes_on_is_measured_as_before():
+    before = tiny(evaluate__sampler="heun", evaluate__steps=9, evaluate__num_samples=2000)
+    given = tiny(**OPEN)
+    resumed = experiment_cost.plan_evaluation(given, 1000, operations(), before).config
+    assert resumed.evaluate == before.evaluate
+    named = tiny(**OPEN | {"evaluate__sampler": "ddpm", "evaluate__num_samples": 50})
+    section = experiment_cost.plan_evaluation(named, 1000, operations(), before).config.evaluate
+    assert (section.sampler, section.steps, section.num_samples) == ("ddpm", 3, 50)
 
 
 def test_a_spacing_that_knows_one_number_of_steps_keeps_it():
@@ -212,15 +209,15 @@ def test_a_spacing_that_knows_one_number_of_steps_keeps_it():
         assert found.share and (section.sampler, section.steps, section.spacing) == way
 
 
-def test_the_fast_sampler_brings_a_spacing_and_the_usual_one_does_not():
+def test_the_default_sampler_brings_a_spacing_and_a_named_one_does_not():
     quick = {"sample__sampler": "ddpm", "sample__steps": 40, "train__length": "60000 steps"}
     for options, spacing in (
         (quick, "karras"),
         (quick | {"sample__spacing": "trailing"}, "karras"),
         (quick | {"evaluate__spacing": "quadratic"}, "quadratic"),
         (quick | {"evaluate__sampler": "dpmpp"}, "auto"),
-        (quick | {"evaluate__budget": 0.0}, "auto"),
-        (quick | {"train__length": "9000000 steps"}, "auto"),
+        (quick | {"evaluate__budget": 0.0}, "karras"),
+        (quick | {"train__length": "9000000 steps"}, "karras"),
     ):
         given, _, found = chosen(**options)
         assert found.config.evaluate.spacing == spacing and found.config.sample == given.sample
@@ -242,18 +239,11 @@ def test_a_run_keeps_the_spacing_that_it_is_measured_in(tmp_path):
     }
     before = tmp_path / "before"
     new = tmp_path / "new"
-    # without an evaluation there is nothing to choose
-    for folder, often in ((before, "0 steps"), (new, "auto")):
+    old = {"evaluate__sampler": "dpmpp", "evaluate__steps": 20, "every__evaluate": "0 steps"}
+    for folder, first in ((before, old), (new, {})):
         for length in ("24 steps", "30 steps"):
-            given = tiny(
-                **options
-                | {
-                    "train__length": length,
-                    "evaluate__budget": 1.0,
-                    "every__evaluate": often if length == "24 steps" else "auto",
-                }
-            )
-            assert run(given, folder)
+            given = options | {"train__length": length, "evaluate__budget": 1.0}
+            assert run(tiny(**given | (first if length == "24 steps" else {})), folder)
     made = [
         [row["eval/protocol"] for row in rows(folder) if "eval/protocol" in row]
         for folder in (before, new)
@@ -293,19 +283,9 @@ def test_few_timesteps_are_all_taken():
     [
         ({"evaluate__budget": 1.5}, "config.evaluate.budget is 1.5; it must lie between 0 and 1"),
         (
-            {"evaluate__budget": 0.0, "every__evaluate": "5 steps"},
-            "config.every.evaluate is '5 steps', and evaluate.budget 0 "
-            "allows no image; give evaluate.num_samples, such as 10000, or a budget, such as 0.05",
-        ),
-        (
-            {"every__evaluate": "10 minutes"},
-            "config.every.evaluate is '10 minutes', and no budget can tell how often that will be; "
-            "give evaluate.num_samples too, such as 10000",
-        ),
-        (
             {"evaluate__num_samples": 3},
-            "config.evaluate.num_samples is 3; it takes 4 or more, or 0 for as many as "
-            "evaluate.budget allows",
+            "config.evaluate.num_samples is 3; it takes 4 or more, or 0 for 10,000, or for as many "
+            "as the data have",
         ),
         ({"every__sample": "auto"}, "config.every.sample: cannot read the duration 'auto'"),
         ({"sample__sampler": "auto"}, "unknown config.sample.sampler 'auto'"),
@@ -327,7 +307,7 @@ def test_configs_of_before_the_budget_mean_what_they_meant():
         build.recipe(experiment_cost.settled(loaded), loaded.evaluate, (), "").spacing
         == "quadratic"
     )
-    found = experiment_cost.evaluated(loaded, 1617, experiment_cost.operations(loaded))
+    found = experiment_cost.plan_evaluation(loaded, 1617, experiment_cost.operations(loaded))
     assert found.config == loaded and found.interval == "6 steps" and loaded.evaluate.budget == 0.05
 
 
@@ -376,8 +356,10 @@ def test_what_is_counted_is_what_is_computed(options, tmp_path):
 
 
 def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):
-    """Twelve steps of eight images allow four evaluations of sixteen, drawn as the samples are."""
-    given = tiny(**OPEN | {"evaluate__num_samples": 16, "evaluate__budget": 0.9})
+    """Twelve steps of eight images allow four evaluations of sixteen."""
+    given = tiny(
+        **OPEN | {"evaluate__num_samples": 16, "evaluate__budget": 0.9, "evaluate__sampler": "ddim"}
+    )
     asked = experiment_cost.operations(given)
     share = 4 * 16 * (3 * asked.forward + extractors.OPERATIONS["digits"]) / (96 * asked.training)
     assert share <= 0.9 < 5 / 4 * share
@@ -411,7 +393,7 @@ def test_committed_studies_are_measured_as_their_files_say(name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     asked = study.read_study(f"experiments/{name}.yaml")
     given = asked.config(asked.grid()[0])
-    found = experiment_cost.evaluated(given, 1617, experiment_cost.operations(given))
+    found = experiment_cost.plan_evaluation(given, 1617, experiment_cost.operations(given))
     assert found.config == given and found.interval == given.every.evaluate
     assert (
         f"1,000 images by {given.evaluate.sampler} in {given.evaluate.steps} steps" in found.words

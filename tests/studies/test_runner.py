@@ -132,14 +132,14 @@ OPEN = {
     [
         (
             {"config.evaluate.sampler": {"values": ["auto", "heun"]}},
-            "spacing is karras in .* the same config.evaluate.spacing",
+            "steps is 20 in .* the same config.evaluate.steps",
         ),
         (
             {
                 "config.train.length": {"values": ["90 epochs", "4000 epochs"]},
                 "config.every.evaluate": {"value": "auto"},
             },
-            "samples is .* the same config.evaluate.num_samples",
+            "",
         ),
         ({"config.data.image_size": {"values": [8, 16]}}, "data is .* leave runs out"),
         (
@@ -187,7 +187,7 @@ def test_runs_that_would_not_compare_are_refused_before_the_first(tmp_path, para
 
 def test_such_a_study_starts_no_run(tmp_path, capsys):
     asked = study(tmp_path, OPEN | {"config.evaluate.sampler": {"values": ["auto", "heun"]}})
-    with pytest.raises(ValueError, match="do not compare: spacing is"):
+    with pytest.raises(ValueError, match="do not compare: steps is"):
         sweep(asked, tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("*/*")) and "started" not in capsys.readouterr().out
 
