@@ -1,7 +1,7 @@
 """Train one experiment: `python -m ddpm.main --config=configs/digits.py
 [--config.section.leaf=value ...] [--workdir=DIR]`.
 
-The same command again continues the run. Exit codes: 0 done, 1 failed, 2 your mistake, 3 diverged,
+The same command again continues the run. Exit codes: 0 done, 1 failed, 2 usage error, 3 diverged,
 75 interrupted and saved.
 """
 
@@ -17,14 +17,16 @@ from ddpm.common import errors
 from ddpm.common.files import lock_folder
 from ddpm.config import files
 from ddpm.config import flags as config_flags
-from ddpm.experiment import build, memory, trainer
+from ddpm.experiment import build, memory
+from ddpm.experiment.trainer import build_trainer
 from ddpm.runtime import device, ranks
 from ddpm.runtime.out_of_memory import BatchDoesNotFit, ran_out
 from ddpm.runtime.signals import StopRequest, StopTraining
 from ddpm.training import checkpoint
 from ddpm.training.trainer import Diverged, train
 
-AGAIN = -1  # no exit code
+AGAIN = -1  # no exit code: train again, after a rollback
+CONTINUES = "the same command goes on from the last checkpoint"
 
 config_flags.define_config_flag()
 WORKDIR = flags.DEFINE_string(
@@ -32,174 +34,178 @@ WORKDIR = flags.DEFINE_string(
 )
 
 
-def train_experiment(given, folder):
-    """Train a frozen config in a folder, or go on with what stands there; returns the exit code.
+def train_experiment(config, folder):
+    """Train a frozen config in a folder, or continue what is there; returns the exit code.
 
     Raises ValueError, one line, for what cannot be run, before anything is written.
     """
-    stop = StopRequest(given.train.max_hours)
+    stop = StopRequest(config.train.max_hours)
     try:
-        with stop.install_handlers(), contextlib.ExitStack() as kept:
+        with stop.install_handlers(), contextlib.ExitStack() as locks:
             with stop.interruptible():
-                machine = device.start(
-                    given.train.amp,
-                    given.train.deterministic,
-                    None,
-                    stop,
-                    given.train.cudnn_benchmark,
-                )
-            with stop.interruptible(), machine.raise_on_all_ranks():
-                build.check(given)
-                files.check_continues(given, folder)
-                if machine.main:
-                    kept.enter_context(lock_folder(folder))
-            code = AGAIN
-            rollbacks = 0
-            why = ""
-            while code == AGAIN:
-                with stop.interruptible():
-                    with machine.raise_on_all_ranks():
-                        run = trainer.run(
-                            given, folder, machine, rollbacks, announced if machine.main else silent
-                        )
-                    if run.finished:
-                        run.tidy()
-                        if machine.main:
-                            print(
-                                f"{folder} is finished: {run.start} steps; to go on, give a "
-                                "longer --config.train.length"
-                            )
-                        return errors.DONE
-                    if machine.main and not rollbacks:
-                        with contextlib.suppress(OSError):  # of a console on a full disk
-                            print(
-                                f"config: {Path(folder, 'config.json')} (--print_config shows it)",
-                                flush=True,
-                            )
-                    trainer.track(given, run)
-                if rollbacks:
-                    run.go_back(why)
-                code = finish(run)
-                why = run.diverged
-                rollbacks = run.step.guard.rollbacks + 1
-                if code == errors.FAILED and machine.world > 1:
-                    ranks.abandon(code)
-                # the first to leave may have the others killed, while rank 0 closes its tracker
-                machine.barrier()
-                del run
-                gc.collect()
-                machine.empty_cache()
-            return code
+                machine = start(config, folder, stop, locks)
+            return train_with_rollbacks(config, folder, machine)
     except StopTraining:  # before the first step
-        more = (
-            "; give more hours"
-            if stop.time_limit_reached
-            else ": nothing to save, the same command goes on"
-        )
+        late = stop.time_limit_reached
+        more = "; give more hours" if late else ": nothing to save, the same command goes on"
         print(f"stopped before the first step, {stop}{more}", file=sys.stderr, flush=True)
-        return errors.FAILED if stop.time_limit_reached else errors.INTERRUPTED
+        return errors.FAILED if late else errors.INTERRUPTED
     finally:
         ranks.stop()
 
 
-def announced(text):
-    """Say at once, before a run has its log, what takes long at the start."""
+def start(config, folder, stop, locks):
+    """The Machine of a training, after checks that need no images; rank 0 locks the folder."""
+    section = config.train
+    machine = device.start(section.amp, section.deterministic, None, stop, section.cudnn_benchmark)
+    with machine.raise_on_all_ranks():
+        build.check(config)
+        files.check_continues(config, folder)
+        if machine.main:
+            locks.enter_context(lock_folder(folder))
+    return machine
+
+
+def train_with_rollbacks(config, folder, machine):
+    """Build the training and train it, again after each rollback; returns the exit code."""
+    code = AGAIN
+    rollbacks = 0
+    reason = ""
+    while code == AGAIN:
+        with machine.stop.interruptible(), machine.raise_on_all_ranks():
+            say = announce if machine.main else silent
+            trainer = build_trainer(config, folder, machine, rollbacks=rollbacks, say=say)
+        if trainer.finished:
+            trainer.tidy()
+            if machine.main:
+                print(
+                    f"{folder} is finished: {trainer.start} steps; to go on, give a longer "
+                    "--config.train.length"
+                )
+            return errors.DONE
+        if rollbacks:
+            trainer.begin_after_rollback(reason)
+        elif machine.main:
+            announce(f"config: {Path(folder, 'config.json')} (--print_config shows it)")
+        code = finish(trainer)
+        reason = trainer.diverged
+        rollbacks = trainer.stability.rollbacks + 1
+        if code == errors.FAILED and machine.world > 1:
+            ranks.abandon(code)
+        # the first to leave may have the others killed, while rank 0 closes its tracker
+        machine.barrier()
+        del trainer
+        gc.collect()
+        machine.empty_cache()
+    return code
+
+
+def announce(text):
+    """Print a line before the training has its log."""
     with contextlib.suppress(OSError):  # of a console on a full disk
-        print(f"{text} ...", flush=True)
+        print(text, flush=True)
 
 
 def silent(text):
-    """Say nothing, on ranks that write nothing."""
+    """Print nothing, on ranks that write nothing."""
 
 
 def main():
     """Train what the flags say; returns the exit code."""
-    given, file, overrides = config_flags.given_config()
-    code = train_experiment(given, WORKDIR.value or files.default_workdir(file, overrides))
+    config, file, overrides = config_flags.given_config()
+    code = train_experiment(config, WORKDIR.value or files.default_workdir(file, overrides))
     return errors.DONE if code == errors.INTERRUPTED and ranks.restarted() else code
 
 
-def finish(run):
-    """Train a run to its end, or to what stops it; the tracker hears how it ended, and the exit
-    code says it.
-
-    AGAIN says that the run was rolled back, and is to be made anew.
+def finish(trainer):
+    """Train to the end, or to what stops it, and close the tracker; returns the exit code, or AGAIN
+    after a rollback.
     """
     code = errors.FAILED
     try:
-        if train(run):
-            code = errors.DONE
-            run.tracker.say(
-                f"done; draw images with: python -m ddpm.generate --checkpoint={run.folder}"
-            )
-        elif run.machine.stop.time_limit_reached and run.saved == run.begun:
-            # or a scheduler would begin it again for ever
-            step, due = run.saved
-            todo = f"the rest of step {step} ({', '.join(sorted(due))})" if due else "a step"
-            run.tracker.say(
-                f"failed: {run.machine.stop}, and that is too little for {todo}; give more hours, "
-                "or smaller evaluations"
-            )
-        else:
-            code = errors.INTERRUPTED
-            run.tracker.say(
-                f"stopped, {run.machine.stop}, and saved at step {run.saved[0]}; run the same "
-                "command to continue"
-            )
+        code = done(trainer) if train(trainer) else stopped(trainer)
     except Diverged as error:
-        run.diverged = str(error)
-        run.tracker.flush()
-        run.tracker.say(f"diverged: {error}")
-        if run.rollback:
-            code = AGAIN
-            run.tracker.say(f"rolled back: {run.roll_back(error)}")
-        else:
-            code = errors.DIVERGED
-            try:
-                words = run.diagnosis()
-            except (RuntimeError, MemoryError) as problem:
-                words = f"none, as that failed too: {errors.one_line(problem)}"
-            run.tracker.say(f"diagnosis: {words}")
-            run.tracker.summary("train/diverged", run.diverged)
-            run.tracker.summary("train/diagnosis", words)
+        code = diverged(trainer, error)
     except OSError as error:
-        spare = checkpoint.spare(run.folder) if error.errno in errors.FULL else ""
+        spare = checkpoint.spare(trainer.folder) if error.errno in errors.FULL else ""
         may_go = f" (of this run may go {spare})" if spare else ""
-        failed(
-            run,
-            f"{errors.one_line(error)}{may_go}; then the same command goes on from the last "
-            "checkpoint",
-        )
+        failed(trainer, f"{errors.one_line(error)}{may_go}; then {CONTINUES}")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
         if ran_out(error):
-            what = (
-                error
-                if isinstance(error, BatchDoesNotFit)
-                else f"out of memory ({errors.one_line(error)})"
-            )
-            helps = ", ".join(
-                memory.savings(files.from_json(run.config_json), run.machine, run.recomputed)
-            )
-            failed(run, f"{what}; what helps, by what it saves: {helps}")
-        elif failed(
-            run, f"{errors.one_line(error)}; the same command goes on from the last checkpoint"
-        ):
+            failed(trainer, out_of_memory(trainer, error))
+        elif failed(trainer, f"{errors.one_line(error)}; {CONTINUES}"):
             traceback.print_exc()
     finally:
-        run.tracker.close(
-            errors.DONE if code == AGAIN else code, hurry=lambda: run.machine.stop.requested
-        )
+        exit_code = errors.DONE if code == AGAIN else code
+        trainer.tracker.close(exit_code, hurry=lambda: trainer.machine.stop.requested)
     return code
 
 
-def failed(run, words):
-    """Say why a run fails: on rank 0 and, where it failed first, on this one; returns True if it
-    did.
+def done(trainer):
+    """Say what to do next; returns the exit code."""
+    trainer.tracker.say(
+        f"done; draw images with: python -m ddpm.generate --checkpoint={trainer.folder}"
+    )
+    return errors.DONE
+
+
+def stopped(trainer):
+    """Say where the training stopped; returns the exit code, a failure if the time limit leaves no
+    time for anything: a scheduler would start it again forever.
     """
-    mine = words if run.machine.world == 1 else f"rank {run.machine.rank}: {words}"
-    cause = run.machine.report_failure(mine)
-    run.tracker.say(f"failed: {cause}")
-    if cause == mine and not run.machine.main:  # whose tracker is silent
+    stop = trainer.machine.stop
+    step, pending = trainer.saved
+    if stop.time_limit_reached and trainer.saved == trainer.begun:
+        todo = f"the rest of step {step} ({', '.join(sorted(pending))})" if pending else "a step"
+        trainer.tracker.say(
+            f"failed: {stop}, and that is too little for {todo}; give more hours, or smaller "
+            "evaluations"
+        )
+        return errors.FAILED
+    trainer.tracker.say(
+        f"stopped, {stop}, and saved at step {step}; run the same command to continue"
+    )
+    return errors.INTERRUPTED
+
+
+def diverged(trainer, error):
+    """Roll back where that is allowed, else track a diagnosis; returns AGAIN or the exit code."""
+    tracker = trainer.tracker
+    trainer.diverged = str(error)
+    tracker.flush()
+    tracker.say(f"diverged: {error}")
+    if trainer.rollback:
+        tracker.say(f"rolled back: {trainer.roll_back(error)}")
+        return AGAIN
+    try:
+        diagnosis = trainer.diagnosis()
+    except (RuntimeError, MemoryError) as problem:
+        diagnosis = f"none, as that failed too: {errors.one_line(problem)}"
+    tracker.say(f"diagnosis: {diagnosis}")
+    tracker.summary("train/diverged", trainer.diverged)
+    tracker.summary("train/diagnosis", diagnosis)
+    return errors.DIVERGED
+
+
+def out_of_memory(trainer, error):
+    """A message that says what would save memory, the most first."""
+    what = error
+    if not isinstance(error, BatchDoesNotFit):
+        what = f"out of memory ({errors.one_line(error)})"
+    config = files.from_json(trainer.config_json)
+    helps = memory.savings(config, trainer.machine, trainer.recomputed)
+    return f"{what}; what helps, by what it saves: {', '.join(helps)}"
+
+
+def failed(trainer, message):
+    """Say why a training fails, on rank 0 and on the rank that failed first; returns True on that
+    one.
+    """
+    machine = trainer.machine
+    mine = message if machine.world == 1 else f"rank {machine.rank}: {message}"
+    cause = machine.report_failure(mine)
+    trainer.tracker.say(f"failed: {cause}")
+    if cause == mine and not machine.main:  # whose tracker is silent
         print(f"failed: {mine}", file=sys.stderr, flush=True)
     return cause == mine
 

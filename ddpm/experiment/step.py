@@ -64,7 +64,7 @@ def step(config, network, averages, dataset_size, rollbacks=0):
         averages=averages,
         machine=machine,
         meters=Meters(config.diffusion.timesteps, machine),
-        guard=StabilityMonitor(section.spike, machine, rollbacks),
+        stability=StabilityMonitor(section.spike, machine, rollbacks),
         scaler=network.scaler(),
         optimizer=registry.resolve("optimizer", optim.OPTIMIZERS, section.optimizer)(
             [*network.parameters, *model.objective.parameters()], section.learning_rate

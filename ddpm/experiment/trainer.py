@@ -1,9 +1,8 @@
-"""Config -> a training, its parts put together; what drawing and measuring need too, `build`
-makes.
-"""
+"""Config -> Trainer: everything that a training needs, built by one call in named steps."""
 
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ddpm.common import durations, registry
 from ddpm.config import defaults, files
@@ -12,12 +11,376 @@ from ddpm.data import order as data_order
 from ddpm.evaluation import scorer as evaluation_scorer
 from ddpm.experiment import build, cost, drawing, load, memory
 from ddpm.experiment import step as experiment_step
+from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint, meters
 from ddpm.training import weights as training_weights
-from ddpm.training.trainer import ROLLBACKS, Best, Due, Run
+from ddpm.training.trainer import ROLLBACKS, Best, Evaluation, PendingEvents, Trainer
 from ddpm.training.validation import Validation
 
 UNTRAINED = 0.05  # share of the first weights in an average that blurs or greys what is drawn
+
+
+def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lambda text: None):
+    """Build the Trainer of a config in a folder: at its start, or where its newest checkpoint left
+    it.
+
+    `rollbacks` is how often the training was rolled back, if the checkpoint does not know of more.
+    The folder's tracker is opened last, unless a `tracker` is given or the training is finished:
+    then nothing is written. `say(text)` announces what takes long. Raises ValueError for what
+    cannot be run, before anything is written.
+    """
+    check_batches(config, machine)
+    start = find_start(config, Path(folder))
+    initial = None
+    if start.content is None and config.train.init_from:
+        initial = training_weights.load_weights(config.train.init_from)
+    say(f"reading the images of {config.data.source} ...")
+    config, images = open_images(start.config, start.content)
+    total = durations.steps_of(config.train.length, config.train.batch_size, len(images.learned))
+    flops = cost.operations(config)
+    plan = plan_evaluation(config, len(images.learned), flops, start.content)
+    config = plan.config
+    every = intervals(config, len(images.learned), plan.interval)
+    best = Best("val/loss_ema" if len(images.held_out) else "train/loss")
+
+    net = build.network(config)
+    notes = [
+        *first_notes(config, images, machine, net),
+        plan.words,
+        *length_remarks(config, len(images.learned)),
+        *split_notes(config, images, every, best),
+    ]
+    levels = memory.recomputed(config, net, machine, notes.append)  # before the network is moved
+    if initial:
+        load_initial(config, net, initial)
+    network = experiment_step.learning(config, net, machine, levels, notes.append)
+    averages = experiment_step.averages(config, network.weights)
+    if start.content is not None:
+        rollbacks = max(rollbacks, start.content["parts"].get("guard", {}).get("rollbacks", 0))
+    step = experiment_step.step(
+        config, network, list(averages.values()), len(images.learned), rollbacks
+    )
+    notes += build.loss_remarks(config, step.diffusion)
+    parts = checkpoint_parts(network, averages, step, best, images.identity)
+    notes += prepare_step(config, step, say)
+    evaluation, more = build_evaluation(config, images, network.net, step, plan, flops, every, say)
+    notes += more
+    if start.content is not None:
+        notes += restore(start, parts, total, config.train.length)
+    finished = start.step >= total and parts["due"].names is None
+    if tracker is None:
+        tracker = (
+            Tracker() if finished else open_tracker(config, folder, machine, start, parts, total)
+        )
+    for note in notes:
+        tracker.say(note)
+    return Trainer(
+        folder=Path(folder),
+        config_json=files.to_json(config),
+        machine=machine,
+        tracker=tracker,
+        start=start.step,
+        total=total,
+        batches=lambda first: batches(config, images, machine, step.seed, first, total),
+        step=step,
+        speed=meters.Speed(
+            config.train.batch_size,
+            len(images.learned),
+            flops.training,
+            machine.peak(),
+            machine.wait,
+        ),
+        every=every,
+        evaluation=evaluation,
+        parts=parts,
+        snapshots={name: averages[name] for name in map(load.part_name, config.ema.profiles)},
+        rollback=config.train.rollback if rollbacks < ROLLBACKS else 0,
+        recomputed=levels,
+        source=start.source,
+    )
+
+
+class Start(NamedTuple):
+    """Where a training starts: the content of a checkpoint, or None; `source` is its file if it
+    lies in another folder, `damaged` are newer checkpoints of this folder.
+    """
+
+    config: defaults.FrozenConfigDict
+    content: dict | None
+    source: Path | None
+    damaged: list
+
+    @property
+    def step(self):
+        return self.content["step"] if self.content else 0
+
+
+class Images(NamedTuple):
+    """The images of a training: the indices to learn from and those held out, whether they have
+    classes, and the checkpoint part that identifies them.
+    """
+
+    source: Any
+    learned: Any
+    held_out: Any
+    has_classes: bool
+    identity: Any
+
+
+def check_batches(config, machine):
+    """Raise ValueError for a batch that ranks and micro-batches cannot share, and for an average
+    that a training does not draw with.
+    """
+    parts = config.train.gradient_accumulation_steps
+    if config.train.batch_size % (machine.world * parts):
+        raise ValueError(
+            f"config.train.batch_size {config.train.batch_size} cannot be cut into "
+            f"{machine.world} ranks x {parts} micro-batches; choose a multiple of "
+            f"{machine.world * parts}"
+        )
+    if config.sample.ema:
+        raise ValueError(
+            f"config.sample.ema is {config.sample.ema}, and a training draws with "
+            "config.ema.decay; leave it at 0, and give --ema to generate, sample or evaluate"
+        )
+
+
+def find_start(config, folder):
+    """The Start of a training: the folder's newest checkpoint, else that of train.resume_from."""
+    content, damaged = checkpoint.newest(folder)
+    source = None
+    if content is not None:  # it knows where it began, also if the command no longer says so
+        origin = files.from_json(content["config"]).train.resume_from
+        config = files.changed(config, {"train.resume_from": origin})
+    elif config.train.resume_from:
+        source, content = checkpoint.chosen(config.train.resume_from)
+        files.check_resumes(config, files.from_json(content["config"]), source)
+    return Start(config, content, source, damaged)
+
+
+def open_images(config, content):
+    """The config with the names of its classes, and its Images. Raises ValueError if a checkpoint's
+    content is of other images.
+    """
+    source = build.dataset(config)
+    classes = build.class_names(config, source)
+    config = build.with_classes(config, classes)
+    identity = build.same_data(config, source)
+    if content is not None:  # before the network, whose shapes follow the classes
+        checkpoint.restore(content["parts"], {"data": identity})
+    return config, Images(source, *build.split(config, source), bool(classes), identity)
+
+
+def plan_evaluation(config, count, flops, content):
+    """cost.plan_evaluation; what a continued run evaluated with stays, so its distances compare."""
+    before = files.from_json(content["config"]) if content else None
+    return cost.plan_evaluation(config, count, flops, before)
+
+
+def intervals(config, count, evaluate):
+    """Event -> Every, for a training that learns from `count` images."""
+    texts = dict(config.every) | {"evaluate": evaluate}
+    if not config.ema.profiles:
+        texts["snapshot"] = "0 steps"
+    return {
+        name: durations.Every(text, config.train.batch_size, count) for name, text in texts.items()
+    }
+
+
+def first_notes(config, images, machine, net):
+    """What a person should know of the machine, the images and the network: lines."""
+    ranks = f" on each of {machine.world} ranks" if machine.world > 1 else ""
+    return [
+        *machine.notes,
+        *images.source.notes,
+        *build.remarks(config, "sample"),
+        *build.unused_remarks(config),
+        *build.unconditioned(net),
+        f"{registry.quantity(len(images.learned), 'image')} to learn from, "
+        f"{len(images.held_out)} held out",
+        f"a step learns from a batch of {config.train.batch_size}, "
+        f"{drawing.at_a_time(config, machine)} at a time{ranks}",
+    ]
+
+
+def split_notes(config, images, every, best):
+    """What the held-out images can tell, and by what the best weights are chosen: lines."""
+    if twins := duplicates.split_leakage(images.source.near_duplicates, images.held_out):
+        yield (
+            f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is "
+            "learned from: val/loss and eval/copying flatter"
+        )
+    if every["validate"].never:
+        return
+    line = f"{best.file} keeps the averaged weights at the lowest {best.by}"
+    if not len(images.held_out):
+        line += (
+            f" of {config.every.validate}, as no image is held out; that falls on where images "
+            "are copied, which only held-out images show: data.validation_fraction=0.1 in a new run"
+        )
+    yield line
+
+
+def load_initial(config, net, initial):
+    """Put the weights of train.init_from into the network; raises ValueError if it is another."""
+    path, _, text, weights = initial
+    load.check_same_network(config, files.from_json(text), path)
+    load.put_weights(net, weights, path)
+
+
+def checkpoint_parts(network, averages, step, best, identity):
+    """What a checkpoint keeps, by name; the tracker joins it when it is open."""
+    sharded = {"net": network.weights, **averages, "optimizer": step.optimizer}
+    parts = {
+        **{name: network.part(part) for name, part in sharded.items()},
+        "scaler": step.scaler,
+        "meters": step.meters,
+        "guard": step.stability,
+        "best": best,
+        "due": PendingEvents(),
+        "data": identity,
+    }
+    if step.objective.state_dict():  # a weighting or times that learn
+        parts["objective"] = step.objective
+    return parts
+
+
+def prepare_step(config, step, say):
+    """Compile the network if the config says so; returns lines on that, memory format and MFU."""
+    section = config.train
+    machine = step.machine
+    if section.compile:
+        say("compiling the network, which takes a minute or more (train.compile) ...")
+        notes = [experiment_step.compiled(config, step)]
+    else:
+        notes = ["the network is not compiled (train.compile)"]
+    layout = "channels last" if section.channels_last else "the usual memory format"
+    notes.append(f"convolutions compute in {layout} (train.channels_last)")
+    if machine.free() is not None and not machine.peak():
+        notes.append("speed/mfu is not tracked, as ddpm.GPUs lacks this GPU")
+    return notes
+
+
+def build_evaluation(config, images, net, step, plan, flops, every, say):
+    """The Evaluation of a training, and lines on what it cannot measure."""
+    machine = step.machine
+    never = every["evaluate"].never
+    if not never and config.evaluate.extractor != "none":
+        say(f"loading the feature extractor {build.extractor_name(config)} ...")
+    notes = []
+    scorer = training_scorer(config, never, images.source, machine, notes)
+    operations = plan.operations
+    if not scorer.protocol:
+        operations = 0 if never else cost.likelihood_operations(config, flops)
+    evaluation = Evaluation(
+        validation=Validation(
+            images.source,
+            images.held_out,
+            net,
+            step.diffusion,
+            machine,
+            drawing.at_a_time(config, machine),
+            images.source.labels if images.has_classes else None,
+        ),
+        draw=drawing.drawer(config, net, machine),
+        grid=(range(config.sample.num_images), build.grid_recipe(config)),
+        score=scorer,
+        likelihood=drawing.likelihood(config, net, images.source, machine),
+        images=operations / flops.training,
+        share=plan.share,
+    )
+    return evaluation, notes
+
+
+def training_scorer(config, never, images, machine, notes):
+    """The scorer of a training: none if it never evaluates or, with a note, if its extractor is
+    unavailable.
+
+    Raises ValueError for a file of weights that the config names and that cannot be used.
+    """
+    if never:
+        return evaluation_scorer.NullScorer()
+    try:
+        scorer = drawing.scorer(config, images, machine)
+        notes += scorer.notes
+        return scorer
+    except ValueError as error:
+        if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
+            raise
+        notes.append(f"going on without evaluation: {error}")
+        return evaluation_scorer.NullScorer()
+
+
+def restore(start, parts, total, length):
+    """Put the content of a checkpoint into the parts; returns lines on where the training goes on.
+
+    Raises ValueError if it does not fit, or if a training that continues another's checkpoint is
+    not longer than that.
+    """
+    checkpoint.restore(start.content["parts"], parts)
+    pending = parts["due"].names
+    if start.source and start.step >= total and pending is None:
+        raise ValueError(
+            f"{start.source} is of step {start.step}, and config.train.length {length!r} ends at "
+            f"step {total}; give a longer one"
+        )
+    notes = []
+    if start.source:
+        notes.append(f"continues {start.source} from step {start.step} (train.resume_from)")
+    if pending is not None:
+        notes.append(
+            f"first what is still to do at step {start.step}: {', '.join(sorted(pending))}"
+        )
+    return notes
+
+
+def open_tracker(config, folder, machine, start, parts, total):
+    """Open the tracker of a run folder, after removing what lies past its start and copying what
+    the folder that it continues has kept.
+    """
+    home = start.source and checkpoint.run_of(start.source)
+    notes = []
+    if machine.main:
+        if home:
+            checkpoint.take_over(home, folder, start.step)
+        training_weights.cut_snapshots(folder, start.step)
+        for damaged in start.damaged:
+            name = checkpoint.set_aside(damaged).name
+            notes.insert(
+                0,
+                f"{damaged.path} is damaged ({damaged.why}); it is called {name} now, and the run "
+                f"goes on from step {start.step}",
+            )
+    # the last step whose row may be written: not that of pending events
+    logged = start.step - (parts["due"].names is not None)
+    state = start.content and tracker_state(start.content, start.source)
+    tracker = build.tracker(config, folder, machine, logged, total, state, home)
+    for note in notes:
+        tracker.say(note)
+    return tracker
+
+
+def tracker_state(content, source):
+    """The tracker's part of a checkpoint; a folder that continues another's is a new W&B run."""
+    state = content["parts"].get("tracker", {})
+    return {key: value for key, value in state.items() if key != "wandb_id"} if source else state
+
+
+def batches(config, images, machine, seed, start, total):
+    """This rank's share of each effective batch from step `start` to `total`: uint8 [b, c, h, w]
+    and labels int64 [b].
+    """
+    size = config.train.batch_size
+    share = machine.rank_slice(size)
+    order = (
+        images.learned[data_order.batch_indices(seed, len(images.learned), step, size)[share]]
+        for step in range(start, total)
+    )
+    workers = min(config.data.num_workers, os.cpu_count() or 1)
+    pin = machine.device.type == "cuda"
+    return machine.prefetch(
+        loader.loader(images.source, order, workers, pin, check=machine.check_stop)
+    )
 
 
 def length_remarks(config, dataset_size):
@@ -115,265 +478,3 @@ def interval_remarks(intervals, total):
             f"{names}: longer than the training of {registry.quantity(total, 'step')}, so only "
             "once, at its end"
         )
-
-
-def batches(config, images, indices, machine, seed, start, total):
-    """This rank's share of each effective batch from step `start` to `total`: uint8 [b, c, h, w]
-    and labels int64 [b].
-    """
-    size = config.train.batch_size
-    share = machine.rank_slice(config.train.batch_size)
-    order = (
-        indices[data_order.batch_indices(seed, len(indices), step, size)[share]]
-        for step in range(start, total)
-    )
-    workers = min(config.data.num_workers, os.cpu_count() or 1)
-    return machine.prefetch(
-        loader.loader(
-            images, order, workers, machine.device.type == "cuda", check=machine.check_stop
-        )
-    )
-
-
-def training_scorer(config, every, images, machine, notes):
-    """The scorer of a training: nothing where it is never asked, nor, with a note, where its
-    extractor is not to be had.
-
-    Raises ValueError for a file of weights that is named in the config and cannot be used.
-    """
-    if every.never:
-        return evaluation_scorer.NullScorer()
-    try:
-        scorer = drawing.scorer(config, images, machine)
-        notes += scorer.notes
-        return scorer
-    except ValueError as error:
-        if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
-            raise
-        notes.append(f"going on without evaluation: {error}")
-        return evaluation_scorer.NullScorer()
-
-
-def run(config, folder, machine, rollbacks=0, say=lambda text: None):
-    """Make the run of a config in a folder: new, or standing where its newest checkpoint left it.
-
-    It was rolled back so often, or as often as the checkpoint knows. `say(text)` hears what is
-    about to take long. Raises ValueError for what cannot be run, before anything is written.
-    """
-    section = config.train
-    folder = Path(folder)
-    equal = machine.world * section.gradient_accumulation_steps
-    if section.batch_size % equal:
-        raise ValueError(
-            f"config.train.batch_size {section.batch_size} cannot be cut into {machine.world} "
-            f"ranks x {section.gradient_accumulation_steps} micro-batches; choose a multiple of "
-            f"{equal}"
-        )
-    if config.sample.ema:
-        raise ValueError(
-            f"config.sample.ema is {config.sample.ema}, and a training draws with "
-            "config.ema.decay; leave it at 0, and give --ema to generate, sample or evaluate"
-        )
-    content, damaged = checkpoint.newest(folder)  # files first: they may be refused
-    given = defaults.flatten(config)
-    source = None
-    if content is not None:  # which knows where it began, also when the command no longer says so
-        config = files.changed(
-            config, {"train.resume_from": files.from_json(content["config"]).train.resume_from}
-        )
-    elif section.resume_from:
-        source, content = checkpoint.chosen(section.resume_from)
-        files.check_resumes(config, files.from_json(content["config"]), source)
-    first = (
-        training_weights.load_weights(section.init_from)
-        if content is None and section.init_from
-        else None
-    )
-    say(f"reading the images of {config.data.source}")
-    images = build.dataset(config)
-    classes = build.class_names(config, images)
-    config = build.with_classes(config, classes)
-    same = build.same_data(config, images)
-    if content is not None:  # before the network, whose shapes follow the classes
-        checkpoint.restore(content["parts"], {"data": same})
-    learned, held_out = build.split(config, images)
-    total = durations.steps_of(section.length, section.batch_size, len(learned))
-    asked = cost.operations(config)
-    before = files.from_json(content["config"]) if content else None  # so its distances compare
-    config, interval, operations, share, evaluation = cost.plan_evaluation(
-        config, len(learned), asked, before
-    )
-    every = {
-        name: durations.Every(text, section.batch_size, len(learned))
-        for name, text in {**config.every, "evaluate": interval}.items()
-    }
-    if not config.ema.profiles:
-        every["snapshot"] = durations.Every("0 steps", section.batch_size, len(learned))
-    best = Best("val/loss_ema" if len(held_out) else "train/loss")
-    if content is not None:
-        rollbacks = max(rollbacks, content["parts"].get("guard", {}).get("rollbacks", 0))
-
-    net = build.network(config)
-    notes = [
-        *machine.notes,
-        *images.notes,
-        *build.remarks(config, "sample"),
-        *build.unused_remarks(config),
-        *build.unconditioned(net),
-        f"{registry.quantity(len(learned), 'image')} to learn from, {len(held_out)} held out",
-        f"a step learns from a batch of {section.batch_size}, {drawing.at_a_time(config, machine)} "
-        "at a time" + (f" on each of {machine.world} ranks" if machine.world > 1 else ""),
-        evaluation,
-    ]
-    notes += length_remarks(config, len(learned))
-    if twins := duplicates.split_leakage(images.near_duplicates, held_out):
-        notes.append(
-            f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is "
-            "learned from: val/loss and eval/copying flatter"
-        )
-    if not every["validate"].never:
-        notes.append(
-            f"{best.file} keeps the averaged weights at the lowest {best.by}"
-            + (
-                ""
-                if len(held_out)
-                else f" of {config.every.validate}, as no image is held out; that falls on where "
-                "images are copied, which only held-out images show: "
-                "data.validation_fraction=0.1 in a new run"
-            )
-        )
-    # by what is free before the network takes its place
-    levels = memory.recomputed(config, net, machine, notes.append)
-    if first:
-        path, _, text, weights = first
-        load.check_same_network(config, files.from_json(text), path)
-        load.put_weights(net, weights, path)
-    network = experiment_step.learning(config, net, machine, levels, notes.append)
-    averaged = experiment_step.averages(config, network.weights)
-    made = experiment_step.step(config, network, list(averaged.values()), len(learned), rollbacks)
-    notes += build.loss_remarks(config, made.diffusion)
-    shared = {"net": network.weights, **averaged, "optimizer": made.optimizer}
-    parts = {
-        **{name: network.part(one) for name, one in shared.items()},
-        "scaler": made.scaler,
-        "meters": made.meters,
-        "guard": made.guard,
-        "best": best,
-        "due": Due(),
-        "data": same,
-    }
-    if made.objective.state_dict():  # a weighting or times that learn
-        parts["objective"] = made.objective
-    if section.compile:
-        say("compiling the network, which takes a minute or more (train.compile)")
-        notes.append(experiment_step.compiled(config, made))
-    else:
-        notes.append(
-            "the network is not compiled (train.compile): "
-            + (
-                "that takes minutes on a CPU"
-                if machine.free() is None
-                else "what that saves on a GPU is yet to be measured"
-            )
-        )
-    notes.append(
-        "convolutions are in channels last (train.channels_last)"
-        if section.channels_last
-        else "convolutions keep the usual memory format (train.channels_last): the other "
-        + (
-            "is slower to learn in on a CPU"
-            if machine.free() is None
-            else "is yet to be measured on a GPU"
-        )
-    )
-    if machine.free() is not None and not machine.peak():
-        notes.append("speed/mfu is not tracked, as ddpm.GPUs lacks this GPU")
-    if not every["evaluate"].never and config.evaluate.extractor != "none":
-        say(f"loading the feature extractor {build.extractor_name(config)}")
-    scorer = training_scorer(config, every["evaluate"], images, machine, notes)
-    if not scorer.protocol:
-        operations = 0 if every["evaluate"].never else cost.likelihood_operations(config, asked)
-    if content is not None:
-        checkpoint.restore(content["parts"], parts)
-        if source:
-            if content["step"] >= total and parts["due"].names is None:
-                raise ValueError(
-                    f"{source} is of step {content['step']}, and config.train.length "
-                    f"{section.length!r} ends at step {total}; give a longer one"
-                )
-            notes.append(f"continues {source} from step {content['step']} (train.resume_from)")
-        if parts["due"].names is not None:
-            notes.append(
-                f"first what is still to do at step {content['step']}: "
-                f"{', '.join(sorted(parts['due'].names))}"
-            )
-    return Run(
-        folder=folder,
-        config_json=files.to_json(config),
-        machine=machine,
-        recomputed=levels,
-        filled={
-            key: value for key, value in defaults.flatten(config).items() if value != given[key]
-        },
-        start=content["step"] if content else 0,
-        total=total,
-        step=made,
-        meters=made.meters,
-        every=every,
-        due=parts["due"],
-        best=best,
-        parts=parts,
-        notes=notes,
-        rollback=section.rollback if rollbacks < ROLLBACKS else 0,
-        stored={name: averaged[name] for name in map(load.part_name, config.ema.profiles)},
-        batches=lambda start: batches(config, images, learned, machine, made.seed, start, total),
-        speed=meters.Speed(
-            section.batch_size, len(learned), asked.training, machine.peak(), machine.wait
-        ),
-        validation=Validation(
-            images,
-            held_out,
-            network.net,
-            made.diffusion,
-            machine,
-            drawing.at_a_time(config, machine),
-            images.labels if classes else None,
-        ),
-        draw=drawing.drawer(config, network.net, machine),
-        grid=(range(config.sample.num_images), build.grid_recipe(config)),
-        score=scorer,
-        share=share,
-        evaluation=operations / asked.training,
-        likelihood=drawing.likelihood(config, network.net, images, machine),
-        damaged=damaged,
-        tracker_state=content and tracker_state(content, source),
-        source=source,
-    )
-
-
-def tracker_state(content, source):
-    """What the tracker left in a checkpoint; a folder that continues another's is a new run of
-    W&B.
-    """
-    state = content["parts"].get("tracker", {})
-    return {key: value for key, value in state.items() if key != "wandb_id"} if source else state
-
-
-def track(config, made):
-    """Let a run be followed by its tracker, after what its folder takes over from the one where
-    it was begun.
-    """
-    home = made.source and checkpoint.run_of(made.source)
-    if home and made.machine.main:
-        checkpoint.take_over(home, made.folder, made.start)
-    made.track(
-        build.tracker(
-            files.changed(config, made.filled),
-            made.folder,
-            made.machine,
-            made.logged,
-            made.total,
-            made.tracker_state,
-            home,
-        )
-    )

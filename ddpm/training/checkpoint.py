@@ -38,7 +38,7 @@ def checkpoints(folder):
     return sorted((int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name)))
 
 
-def save(folder, step, config_json, parts, keep=2, milestone=False, well=math.inf):
+def save(folder, step, config_json, parts, keep=2, milestone=False, healthy_step=math.inf):
     """Write a run's checkpoint, then `prune` older ones; returns the path."""
     path = Path(folder, "checkpoints", f"step_{step:08d}{'.keep' if milestone else ''}.pt")
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -53,16 +53,16 @@ def save(folder, step, config_json, parts, keep=2, milestone=False, well=math.in
             raise (
                 OSError(cause.errno, cause.strerror) if isinstance(cause, OSError) else error
             ) from None
-    prune(folder, keep, well)
+    prune(folder, keep, healthy_step)
     return path
 
 
-def prune(folder, keep=2, well=math.inf):
+def prune(folder, keep=2, healthy_step=math.inf):
     """Delete old checkpoints: the newest `keep` stay, the milestones, and the newest up to
-    `well`, a step to roll back to.
+    `healthy_step`, to roll back to.
     """
     found = checkpoints(folder)
-    spared = [old for at, old in found if at <= well][-1:]
+    spared = [old for at, old in found if at <= healthy_step][-1:]
     for _, old in [item for item in found if not NAME.fullmatch(item[1].name)[2]][:-keep]:
         if old not in spared:
             old.unlink()

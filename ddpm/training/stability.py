@@ -1,77 +1,87 @@
-"""Watches loss and gradient norm: skips a step that is not finite and says when a training has
-diverged.
-"""
+"""Watches loss and gradient norm: skips steps that are not finite, and detects divergence."""
 
 import math
 
 import torch
 
 FORGET = 0.998  # of the largest loss and norm, a step
-YOUNG = 100  # steps in which nothing is usual yet, and that the mean loss is about
+YOUNG = 100  # steps before which no spike is detected; the mean loss is about as many
+# attribute -> its key in a checkpoint
+KEYS = {
+    "rollbacks": "rollbacks",
+    "recent_max": "usual",
+    "mean_log_loss": "mean",
+    "lowest_mean": "lowest",
+    "num_good_steps": "learned",
+    "skip_excess": "streak",
+    "last_healthy_step": "well",
+    "last_skipped_step": "bad",
+}
 
 
 class StabilityMonitor:
-    """Judges each step by its loss and its gradient's norm, on the device so that none waits; a
+    """Judges each step by its loss and gradient norm, on the device so that no step waits; a
     checkpoint part.
 
-    A step is skipped where one of them is not finite, or a spike: more than `spike` times the
-    largest of late, which is half forgotten in 350 steps. What is skipped does not count as usual,
-    so one spike hides no other, and a level that has risen for good is skipped on and on: then, or
-    where the loss has crept up `spike` times in its geometric mean, `trouble` says so. `rollbacks`
-    is how often the run has gone back to when all was well.
+    A step is skipped if one of them is not finite, or is a spike: more than `spike` times the
+    recent maximum, which halves in 350 steps. Skipped steps do not enter the maximum, so one spike
+    hides no other, and a level that has risen for good is skipped until `divergence_reason` reports
+    it, as it reports a geometric mean of the loss that has risen `spike` times. `rollbacks` counts
+    how often the training went back to a healthy step.
     """
 
     def __init__(self, spike, machine, rollbacks=0):
         self.spike = spike or math.inf
         self.rollbacks = rollbacks
         device = machine.device
-        self.usual = torch.zeros(2, device=device)  # the largest loss and norm of late
-        # of the loss's logarithm of late, and the lowest that it was
-        self.mean, self.lowest = torch.zeros(2, device=device)
-        self.learned, self.streak, self.well = torch.zeros(3, dtype=torch.long, device=device)
-        # the last step that was skipped; `well`, the last at which all was well
-        self.bad = torch.tensor(-1, device=device)
+        self.recent_max = torch.zeros(2, device=device)  # of loss and norm
+        # of the loss's logarithm: the recent mean, and the lowest that it was
+        self.mean_log_loss, self.lowest_mean = torch.zeros(2, device=device)
+        zeros = torch.zeros(3, dtype=torch.long, device=device)
+        self.num_good_steps, self.skip_excess, self.last_healthy_step = zeros
+        self.last_skipped_step = torch.tensor(-1, device=device)
 
-    def judge(self, step, loss, norm):
-        """Whether a step is to be skipped, and whether as a spike, by scalars on the device that
-        are the same on all ranks.
+    def update(self, step, loss, norm):
+        """Record a step's loss and norm, scalars on the device that are the same on all ranks;
+        returns whether to skip the step, and whether as a spike.
         """
         now = torch.stack([loss, norm])
         finite = now.isfinite().all()
-        spike = finite & (self.learned >= YOUNG) & (now > self.spike * self.usual).any()
+        young = self.num_good_steps < YOUNG
+        spike = finite & ~young & (now > self.spike * self.recent_max).any()
         skipped = spike | ~finite
-        usual = torch.maximum(FORGET * self.usual, now)
-        mean = torch.lerp(
-            self.mean, loss.clamp(min=1e-30).log(), (1 / (self.learned + 1)).clamp(min=1 / YOUNG)
-        )
-        self.usual.copy_(torch.where(skipped, self.usual, usual))
-        self.mean.copy_(torch.where(skipped, self.mean, mean))
-        self.lowest.copy_(
-            torch.where(self.learned < YOUNG / 4, self.mean, torch.minimum(self.lowest, self.mean))
-        )
-        self.learned += ~skipped
-        self.streak.add_(2 * skipped - 1).clamp_(min=0)
-        well = (self.streak == 0) & (self.mean - self.lowest <= math.log(self.spike) / 2)
-        self.well.copy_(torch.where(well, step, self.well))
-        self.bad.copy_(torch.where(skipped, step, self.bad))
+        largest = torch.maximum(FORGET * self.recent_max, now)
+        weight = (1 / (self.num_good_steps + 1)).clamp(min=1 / YOUNG)
+        mean = torch.lerp(self.mean_log_loss, loss.clamp(min=1e-30).log(), weight)
+        self.recent_max.copy_(torch.where(skipped, self.recent_max, largest))
+        self.mean_log_loss.copy_(torch.where(skipped, self.mean_log_loss, mean))
+        lowest = torch.minimum(self.lowest_mean, self.mean_log_loss)
+        first = self.num_good_steps < YOUNG / 4
+        self.lowest_mean.copy_(torch.where(first, self.mean_log_loss, lowest))
+        self.num_good_steps += ~skipped
+        self.skip_excess.add_(2 * skipped - 1).clamp_(min=0)
+        risen = self.mean_log_loss - self.lowest_mean
+        healthy = (self.skip_excess == 0) & (risen <= math.log(self.spike) / 2)
+        self.last_healthy_step.copy_(torch.where(healthy, step, self.last_healthy_step))
+        self.last_skipped_step.copy_(torch.where(skipped, step, self.last_skipped_step))
         return skipped, spike
 
-    def trouble(self, patience):
-        """What is wrong with the run in words, or None; here the host waits."""
-        if (streak := self.streak.item()) >= patience:
-            return f"{streak} more steps were skipped than learned from"
-        mean = self.mean.item()
-        lowest = self.lowest.item()
+    def divergence_reason(self, patience):
+        """Why the training has diverged, or None; the host waits for the device here."""
+        if (excess := self.skip_excess.item()) >= patience:
+            return f"{excess} more steps were skipped than learned from"
+        mean = self.mean_log_loss.item()
+        lowest = self.lowest_mean.item()
         if mean - lowest > math.log(self.spike):
             return f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(mean):.3g}"
         return None
 
     def state_dict(self):
-        return {name: value for name, value in vars(self).items() if name != "spike"}
+        return {key: getattr(self, name) for name, key in KEYS.items()}
 
     def load_state_dict(self, state):
-        """Take over a saved state, but for what a run that has just gone back knows better."""
+        """Take over a saved state, except that `rollbacks` never falls."""
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                value.copy_(state[name])
+        for name, key in KEYS.items():
+            if name != "rollbacks":
+                getattr(self, name).copy_(state[key])

@@ -40,7 +40,7 @@ class Step:
         scaler,
         averages,
         meters,
-        guard,
+        stability,
         machine,
         seed,
         batch_size,
@@ -60,7 +60,7 @@ class Step:
         self.objective = diffusion.objective
         self.parameters = [*diffusion.net.parameters, *self.objective.parameters()]
         self.meters = meters
-        self.guard = guard
+        self.stability = stability
         self.machine = machine
         self.seed = seed
         self.learning_rate = learning_rate
@@ -115,7 +115,7 @@ class Step:
         # such a loss has no zero to compare with
         if next(self.objective.parameters(), None) is not None:
             loss = 1 + 0 * loss
-        skipped, spike = self.guard.judge(step, loss, norm)
+        skipped, spike = self.stability.update(step, loss, norm)
         # a fused optimiser leaves everything as it is where this is 1
         self.optimizer.found_inf = skipped.float()
         self.optimizer.step()  # the scaler's own would know of nothing but what is not finite

@@ -1,4 +1,4 @@
-"""The training loop and the run it drives: learn, log, validate, draw, score, save.
+"""The training loop and its events: learn, log, validate, draw, measure, save.
 
 `step` counts from 0; `done` is the number of steps done.
 """
@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpm.common import pixels, safe_load
+from ddpm.common import pixels
 from ddpm.common.durations import Every, in_words
 from ddpm.evaluation.scorer import copying_warning, write_texts
 from ddpm.runtime.device import Machine
 from ddpm.runtime.signals import StopTraining
 from ddpm.sampling import draw as sampling_draw
+from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
 from ddpm.training.ema import EMA
-from ddpm.training.meters import Meters, Speed, Stopwatch, portion
+from ddpm.training.meters import Speed, Stopwatch, portion
 from ddpm.training.step import LOGGED, Step
 from ddpm.training.validation import Validation
 
@@ -33,15 +34,15 @@ BEST = {"val/loss_ema": "best.safetensors", "train/loss": "best_train_loss.safet
 
 
 class Diverged(Exception):
-    """The training has gone wrong for good since step `well`."""
+    """The training has diverged; `healthy_step` is the last step before that."""
 
-    def __init__(self, text, well):
+    def __init__(self, text, healthy_step):
         super().__init__(text)
-        self.well = well
+        self.healthy_step = healthy_step
 
 
 class Best:
-    """The lowest loss so far, and `by` which loss of BEST that is; a checkpoint part."""
+    """The lowest loss until now, of the kind `by` (a key of BEST); a checkpoint part."""
 
     def __init__(self, by):
         self.by = by
@@ -53,7 +54,7 @@ class Best:
         return BEST[self.by]
 
     def improved(self, loss):
-        """True where `loss` is the lowest yet, which it then is from now on."""
+        """Record `loss`; returns True if it is the lowest until now."""
         better = loss < self.loss
         self.loss = min(self.loss, loss)
         return better
@@ -65,11 +66,12 @@ class Best:
         self.loss = state["loss"]
 
 
-class Due:
-    """The events of the step just done, until they are over: their names, or None; a checkpoint
-    part.
+class PendingEvents:
+    """The names of the events that are due at the last step and not over yet, or None; a
+    checkpoint part.
 
-    A run that was stopped among them goes on with them. What hangs on the time cannot be told anew.
+    A training that was stopped during its events continues with them: intervals in minutes cannot
+    be computed again.
     """
 
     def __init__(self):
@@ -83,94 +85,66 @@ class Due:
 
 
 @dataclass
-class Run:
-    """A training that stands at `start` steps done of `total`, with all it needs;
-    `experiment.trainer.run` makes it.
-    """
+class Evaluation:
+    """What a training draws and measures with the weights in its plain network."""
 
-    folder: Path
-    config_json: str
-    filled: dict  # options that the config left open, by name, with what they became
-    machine: Machine
-    recomputed: int  # levels of the network whose activations are not kept
-    start: int
-    total: int
-    # (step) -> iterator of images uint8 [b, c, h, w] and labels [b], from that step on
-    batches: Callable[[int], Any]
-    step: Step
-    meters: Meters
-    speed: Speed
-    # share of the learning rate with which it goes back where it diverges; 0 where it does not
-    rollback: float
-    every: dict[str, Every]
-    due: Due
     validation: Validation
-    best: Best
-    # (seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]) with the weights in the network
-    draw: Callable
+    draw: Callable  # (image numbers, recipe) -> iterator of (numbers, uint8 [b, c, h, w])
     grid: tuple[range, sampling_draw.Recipe]
     score: Callable  # (draw) -> dict of eval/ numbers, dict of pictures
-    evaluation: float  # images that could be learned from with the operations of one evaluation
-    # of the training's operations that its evaluations take, where that can be known
-    share: float | None
     likelihood: Callable  # () -> dict of eval/ numbers, dict of texts by file name
-    parts: dict[str, Any]
-    stored: dict[str, EMA]  # the power-function averages, by the names of their parts
-    notes: list[str]  # what a person should read first
-    damaged: list[safe_load.CorruptFile]  # newer checkpoints than that of `start`
-    tracker_state: dict | None  # what the tracker left in the checkpoint
-    source: Path | None = None  # the checkpoint of another folder at which this one begins
-    tracker: Any = None
-    saved: tuple | None = None  # the newest checkpoint: its step and what was due
-    diverged: str = ""  # why it has gone wrong for good
+    images: float  # that the operations of one evaluation could be trained on
+    share: float | None  # of the training's operations, all evaluations; None if unknown
+
+
+@dataclass
+class Trainer:
+    """A training at `start` of `total` steps; `experiment.trainer.build_trainer` builds it."""
+
+    folder: Path
+    config_json: str  # the resolved config: options that were left open have their values
+    machine: Machine
+    tracker: Tracker
+    start: int
+    total: int
+    batches: Callable[[int], Any]  # (step) -> iterator of (uint8 [b, c, h, w], labels [b]) from it
+    step: Step
+    speed: Speed
+    every: dict[str, Every]  # event -> when it is due
+    evaluation: Evaluation
+    parts: dict[str, Any]  # what a checkpoint keeps
+    snapshots: dict[str, EMA]  # the power-function averages, by the names of their parts
+    rollback: float  # factor of the learning rate after a rollback; 0 for none
+    recomputed: int  # levels of the network whose activations are computed again
+    source: Path | None = None  # the checkpoint of another folder that this training continues
+    diverged: str = ""  # why it has diverged
 
     def __post_init__(self):
-        self.begun = self.saved = self.start, self.due.names
+        self.meters = self.step.meters
+        self.stability = self.step.stability
+        self.network = self.step.diffusion.net
+        self.pending = self.parts["due"]
+        self.best = self.parts["best"]
+        self.parts["tracker"] = self.tracker
+        self.step.say = self.network.say = self.machine.room.say = self.tracker.say
+        self.begun = self.start, self.pending.names
+        self.saved = self.begun  # the newest checkpoint: its step and pending events
         self.last_line = time.monotonic()
 
     @property
     def finished(self):
-        """True where nothing is left to do."""
-        return self.start >= self.total and self.due.names is None
-
-    @property
-    def logged(self):
-        """The last step whose row may be written: not that of events that are still to do."""
-        return self.start - (self.due.names is not None)
-
-    def track(self, tracker):
-        """Begin to be followed by a tracker, which from now on is a part of the checkpoint; what
-        lies past it is cut.
-        """
-        if self.machine.main:
-            training_weights.cut_snapshots(self.folder, self.start)
-            for found in self.damaged:
-                self.notes.insert(
-                    0,
-                    f"{found.path} is damaged ({found.why}); it is called "
-                    f"{checkpoint.set_aside(found).name} now, and the run goes on from step "
-                    f"{self.start}",
-                )
-        self.tracker = self.parts["tracker"] = tracker
-        self.step.say = self.step.diffusion.net.say = self.machine.room.say = tracker.say
-        for note in self.notes:
-            tracker.say(note)
-        if self.source:  # which may be gone the next time
-            self.save(self.start)
-
-    def whole(self):
-        """The context in which the plain network has the weights."""
-        return self.step.diffusion.net.whole()
+        """True if nothing is left to do."""
+        return self.start >= self.total and self.pending.names is None
 
     @contextlib.contextmanager
     def averaged(self):
         """The context in which the plain network has the averaged weights."""
-        with self.step.ema.averaged(), self.whole():
+        with self.step.ema.averaged(), self.network.whole():
             yield
 
     def gathered(self, average):
-        """An average's whole weights, by name, on the main rank."""
-        return self.step.diffusion.net.gathered(average.shadow)
+        """The full weights of an average, by name, on the main rank."""
+        return self.network.gathered(average.shadow)
 
     def log_training(self, done):
         """Log what the steps since the last log measured."""
@@ -183,20 +157,13 @@ class Run:
                 "others were not finite"
             )
         readings |= self.speed.read(done) | self.machine.memory()
-        rate = self.step.learning_rate(done - 1)
-        scale = self.step.scaler.get_scale()
-        self.tracker.log(
-            done,
-            readings
-            | {
-                "train/learning_rate": rate,
-                "train/loss_scale": scale,
-                "train/rollbacks": self.step.guard.rollbacks,
-            },
-        )
+        readings["train/learning_rate"] = self.step.learning_rate(done - 1)
+        readings["train/loss_scale"] = self.step.scaler.get_scale()
+        readings["train/rollbacks"] = self.stability.rollbacks
+        self.tracker.log(done, readings)
 
     def say_first_loss(self, done):
-        """Say the loss of the first step of this process, long before the first row."""
+        """Print the loss of the first step of this process, long before the first row."""
         self.last_line = time.monotonic()
         loss = self.meters.read()["train/loss"]
         self.tracker.say(
@@ -205,32 +172,29 @@ class Run:
 
     @property
     def quiet(self):
-        """True where the last line of the training is a minute old."""
+        """True if the last line of the training is a minute old."""
         return time.monotonic() - self.last_line >= QUIET_SECONDS
 
     def show_progress(self, done):
-        """Show the mean loss since the last row, which nothing records."""
+        """Show the mean loss since the last row; nothing is recorded."""
         self.last_line = time.monotonic()
         self.tracker.progress(done, self.meters.read()["train/loss"])
 
-    def check(self, done):
-        """Raise Diverged where the training has gone wrong for good, which its guard and fp16's
-        loss scale tell.
-        """
-        guard = self.step.guard
+    def check_stability(self, done):
+        """Raise Diverged if the stability monitor or fp16's loss scale shows it."""
         scale = self.step.scaler.get_scale()
-        trouble = guard.trouble(min(PATIENCE, self.total))
-        if not trouble and scale < SMALLEST:
-            trouble = f"fp16's loss scale fell to {scale:g}"
-        if trouble:
-            raise Diverged(f"{trouble}, up to step {done}", guard.well.item())
+        reason = self.stability.divergence_reason(min(PATIENCE, self.total))
+        if not reason and scale < SMALLEST:
+            reason = f"fp16's loss scale fell to {scale:g}"
+        if reason:
+            raise Diverged(f"{reason}, up to step {done}", self.stability.last_healthy_step.item())
 
     def roll_back(self, diverged):
-        """Cut what is not from when all was well, for the run to be made anew; returns words on
-        where that begins.
+        """Delete the checkpoints after the last healthy step; returns a message that says where
+        training restarts.
         """
         if self.machine.main:
-            checkpoint.cut(self.folder, diverged.well)
+            checkpoint.cut(self.folder, diverged.healthy_step)
         self.machine.barrier()
         step, _ = (checkpoint.checkpoints(self.folder) or [(0, None)])[-1]
         return (
@@ -238,141 +202,125 @@ class Run:
             f"{self.rollback:g} of the learning rate"
         )
 
-    def go_back(self, why):
-        """Stand, made anew, where the run has gone back to: tracking keeps why, and a save lets
-        the next start go this way.
-        """
-        self.tracker.summary("train/diverged", why)
-        self.best.loss = math.inf  # the best weights may be of the other way
+    def begin_after_rollback(self, reason):
+        """Track why the training was rolled back, and save: a restart then takes the same way."""
+        self.tracker.summary("train/diverged", reason)
+        self.best.loss = math.inf  # the best weights may come from the diverged steps
         self.save(self.start)
 
     def diagnosis(self):
-        """Words on the last step that was skipped, or where none was on the last that all was
-        well at.
-        """
-        guard = self.step.guard
-        step = (guard.bad if guard.bad >= 0 else guard.well).item()
+        """Words on the last skipped step or, if none was skipped, on the last healthy one."""
+        skipped = self.stability.last_skipped_step.item()
+        step = skipped if skipped >= 0 else self.stability.last_healthy_step.item()
         return f"step {step + 1}: {self.step.diagnosis(step, next(iter(self.batches(step))))}"
 
     def choose_best(self, done):
-        """Keep the averaged weights where they are the best yet: by the validation loss, which is
-        logged too.
-
-        Where no image is held out it is by the training loss since the last time.
+        """Export the averaged weights at their lowest validation loss, which is logged too, or,
+        without held-out images, at the lowest training loss since the last choice.
         """
         if self.best.by == "val/loss_ema":
             self.keep_best(self.validate(done), done)
-        elif "validate" in self.due.names or self.best.loss == math.inf:
+        elif "validate" in self.pending.names or self.best.loss == math.inf:
             # at the end there may be few steps to average over
             self.keep_best(self.meters.loss_since(), done)
 
     def keep_best(self, loss, done):
-        """Keep the averaged weights, if their loss is the lowest yet."""
+        """Export the averaged weights if their loss is the lowest until now."""
         if self.best.improved(loss):
             self.tracker.summary(f"best/{self.best.by.replace('/', '_')}", loss)
             self.export(self.best.file, done, {"by": self.best.by, "loss": loss})
 
     def validate(self, done):
         """Log the validation loss of the weights and of their average; returns the latter."""
-        with self.whole():
-            loss = self.validation.loss()
+        with self.network.whole():
+            loss = self.evaluation.validation.loss()
         with self.averaged():
-            averaged = self.validation.loss()
-        self.tracker.log(
-            done, {"val/loss": loss, "val/loss_ema": averaged} | self.speed.progress(done)
-        )
+            averaged = self.evaluation.validation.loss()
+        losses = {"val/loss": loss, "val/loss_ema": averaged}
+        self.tracker.log(done, losses | self.speed.progress(done))
         return averaged
 
     def draw_grid(self, done):
-        """Draw the same latents as every time, with the averaged weights, into samples/ and the
-        tracker.
-        """
-        seeds, recipe = self.grid
+        """Draw a grid of the same latents every time, with the averaged weights."""
+        numbers, recipe = self.evaluation.grid
         with self.averaged():
-            drawn = self.machine.gather(sampling_draw.joined(self.draw(seeds, recipe)))
+            images = sampling_draw.joined(self.evaluation.draw(numbers, recipe))
+            images = self.machine.gather(images)
         if self.machine.main:
-            show(self.folder, self.tracker, done, {"samples": drawn})
+            show(self.folder, self.tracker, done, {"samples": images})
 
-    def remark_on_cost(self, done):
-        """Say before the first evaluation that costs more than the training it measures how long
-        both take.
-        """
+    def warn_of_cost(self, done):
+        """Say how long an evaluation takes that costs more than the training until now."""
         images = done * self.step.batch_size
-        if self.evaluation <= images:
+        if self.evaluation.images <= images:
             return
-        ours = self.speed.seconds(images)
-        theirs = self.speed.seconds(self.evaluation)
-        spent = (
+        training = self.speed.seconds(images)
+        evaluation = self.speed.seconds(self.evaluation.images)
+        seconds = (
             ""
-            if ours is None
-            else f", about {in_words(theirs)} against {in_words(ours)} at the speed measured so far"
+            if training is None
+            else f", about {in_words(evaluation)} against {in_words(training)} at the speed "
+            "measured so far"
         )
-        share = portion(self.evaluation / max(images, 1), " of")
+        share = portion(self.evaluation.images / max(images, 1), " of")
         self.tracker.say_once(
             "cost",
             f"the evaluation that begins costs {share} what the training up to step {done} "
-            f"did{spent}; fewer evaluate.num_samples or evaluate.steps cost less, and "
+            f"did{seconds}; fewer evaluate.num_samples or evaluate.steps cost less, and "
             "--config.every.evaluate='0 steps' leaves it out",
         )
 
     def evaluate(self, done):
-        """Log how far from real images drawn ones are, the real ones nearest to them, and
-        bits/dim, by the averaged weights.
+        """Log the distances of drawn images from real ones, the nearest real ones, and bits/dim,
+        all of the averaged weights.
         """
         watch = Stopwatch()
-        self.remark_on_cost(done)
+        self.warn_of_cost(done)
         with self.averaged():
-            numbers, pictures = self.score(self.draw)
-            bits, files = self.likelihood()
-        if (numbers or bits) and self.machine.main:
-            cost = {"speed/evaluation_seconds": watch.lap()} | (
-                {} if self.share is None else {"eval/share": self.share}
-            )
-            self.tracker.log(done, numbers | bits | cost | self.speed.progress(done))
-            show(self.folder, self.tracker, done, pictures)
-            write_texts(self.folder, files)
-            for line in copying_warning(
-                numbers, f"look at {grid_file(self.folder, 'eval/nearest', done)}"
-            ):
-                self.tracker.say(line)
+            numbers, pictures = self.evaluation.score(self.evaluation.draw)
+            bits, files = self.evaluation.likelihood()
+        if not (numbers or bits) or not self.machine.main:
+            return
+        cost = {"speed/evaluation_seconds": watch.lap()}
+        if self.evaluation.share is not None:
+            cost["eval/share"] = self.evaluation.share
+        self.tracker.log(done, numbers | bits | cost | self.speed.progress(done))
+        show(self.folder, self.tracker, done, pictures)
+        write_texts(self.folder, files)
+        grid = grid_file(self.folder, "eval/nearest", done)
+        for line in copying_warning(numbers, f"look at {grid}"):
+            self.tracker.say(line)
 
     def export(self, name, done, best=None):
-        """Write the averaged weights as `name`: all that drawing needs, and by which loss they
-        are the best, if they are.
-        """
+        """Write the averaged weights to the file `name`, with the loss by which they are `best`."""
         weights = self.gathered(self.step.ema)
         if self.machine.main:
-            training_weights.export(
-                self.folder / name,
-                weights,
-                done,
-                self.config_json,
-                **({"best": best} if best else {}),
-            )
+            more = {"best": best} if best else {}
+            training_weights.export(self.folder / name, weights, done, self.config_json, **more)
 
     def tidy(self):
-        """Do, of a finished run, what a kill in its last save has left undone, and make final
-        weights anew that are damaged.
+        """Finish an interrupted final save: prune old checkpoints, and export damaged final weights
+        again.
         """
         if not self.machine.broadcast(training_weights.has_final(self.folder, self.start)):
             self.export("final.safetensors", self.start)
         if self.machine.main:
-            checkpoint.prune(self.folder, well=self.step.guard.well.item())
+            checkpoint.prune(self.folder, healthy_step=self.stability.last_healthy_step.item())
 
     def snapshot(self, done):
-        """Store the power-function averages, from which any profile is made later."""
-        averages = {name: self.gathered(average) for name, average in self.stored.items()}
+        """Store the power-function averages, from which any profile is computed later."""
+        averages = {name: self.gathered(average) for name, average in self.snapshots.items()}
         if self.machine.main:
             training_weights.save_snapshot(
                 self.folder, done, self.config_json, averages, dict(self.step.net.named_buffers())
             )
 
     def save(self, done, milestone=False):
-        """Save everything to continue, once the rows up to here are on disk."""
+        """Save all that is needed to continue, after the rows up to here are on disk."""
         with self.machine.stop.reserve_time():
             self.tracker.flush()
             for part in self.parts.values():
-                if hasattr(part, "collect"):  # ranks share it out
+                if hasattr(part, "collect"):  # each rank has a share of it
                     part.collect()
             if self.machine.main:
                 checkpoint.save(
@@ -381,110 +329,108 @@ class Run:
                     self.config_json,
                     self.parts,
                     milestone=milestone,
-                    well=self.step.guard.well.item(),
+                    healthy_step=self.stability.last_healthy_step.item(),
                 )
-        self.saved = done, self.due.names
+        self.saved = done, self.pending.names
 
     def stop(self, done, stopped):
-        """Leave together with the other ranks, and save if that is not done: events that are not
-        over come first next time.
+        """Stop together with the other ranks and save, if that is not done: pending events come
+        first in the next start.
         """
         self.machine.leave(stopped)
-        if self.due.names is not None:
+        if self.pending.names is not None:
             self.tracker.forget(done)
-        if self.saved != (done, self.due.names):
-            self.save(done, milestone="milestone" in (self.due.names or ()))
+        if self.saved != (done, self.pending.names):
+            self.save(done, milestone="milestone" in (self.pending.names or ()))
 
 
 def grid_file(folder, key, done):
-    """Where images are kept as a grid, by their tracked key."""
-    return Path(
-        folder,
-        "samples",
-        f"{'step' if key == 'samples' else key.rpartition('/')[2]}_{done:08d}.png",
-    )
+    """The file of the grid with a tracked key at a step."""
+    name = "step" if key == "samples" else key.rpartition("/")[2]
+    return Path(folder, "samples", f"{name}_{done:08d}.png")
 
 
 def show(folder, tracker, done, pictures):
-    """Keep images [b, c, h, w] by their tracked keys as grids in samples/ and in the tracker."""
-    for key, drawn in pictures.items():
+    """Save images [b, c, h, w] by their tracked keys as grids in samples/ and in the tracker."""
+    for key, images in pictures.items():
         nrow = None if key == "samples" else 8
-        pixels.save_image_grid(drawn, grid_file(folder, key, done), nrow)
-        tracker.log(done, {}, {key: pixels.make_grid(drawn, nrow)})
+        pixels.save_image_grid(images, grid_file(folder, key, done), nrow)
+        tracker.log(done, {}, {key: pixels.make_grid(images, nrow)})
 
 
-def events(run, done):
-    """What is due after `done` steps, and at the end all that is wanted at all. May raise
-    StopTraining.
+def events(trainer, done):
+    """Run what is due after `done` steps, and at the end all events that are wanted at all.
+
+    Raises Diverged, and StopTraining if a stop is requested before the events are over.
     """
-    wanted = {name for name, every in run.every.items() if not every.never}
-    due = run.due.names or set()
-    last = done == run.total
+    wanted = {name for name, every in trainer.every.items() if not every.never}
+    due = trainer.pending.names or set()
+    last = done == trainer.total
     now = due | wanted if last else due
     if "log" in now:
-        run.log_training(done)
+        trainer.log_training(done)
     if now or last:
-        run.check(done)
-    with run.speed.pause():
+        trainer.check_stability(done)
+    with trainer.speed.pause():
         if "validate" in now:
-            run.choose_best(done)
+            trainer.choose_best(done)
         if "sample" in now:
-            run.draw_grid(done)
+            trainer.draw_grid(done)
         if "evaluate" in now:
-            run.evaluate(done)
-        run.machine.barrier()  # none has left
+            trainer.evaluate(done)
+        trainer.machine.barrier()  # StopTraining if one of the ranks has stopped
         if last:
-            run.export("final.safetensors", done)
+            trainer.export("final.safetensors", done)
         if "snapshot" in now:
-            run.snapshot(done)
+            trainer.snapshot(done)
         if "log" in due:
-            run.meters.reset(*LOGGED)
+            trainer.meters.reset(*LOGGED)
         if "validate" in due:
-            run.meters.reset("since")
-        run.due.names = None
-        run.tracker.flush()  # or the row would come with the next one
+            trainer.meters.reset("since")
+        trainer.pending.names = None
+        trainer.tracker.flush()  # or the row would come with the next one
         if now & {"save", "milestone"}:
-            run.save(done, milestone="milestone" in due)
+            trainer.save(done, milestone="milestone" in due)
 
 
-def train(run):
-    """Train to the run's length and return True, or until asked to stop and return False; either
-    way everything is saved.
+def train(trainer):
+    """Train to the end and return True, or until a stop is requested and return False; either way
+    everything is saved. Raises Diverged.
     """
-    done = run.start
-    machine = run.machine
+    done = trainer.start
+    machine = trainer.machine
+    if trainer.source:  # which may be gone at the next start
+        trainer.save(done)
     with machine.stop.install_handlers() as stop:
         try:
-            if run.due.names is not None:
-                events(run, done)
-            for step, batch in enumerate(run.speed.timed(run.batches(run.start)), run.start):
+            if trainer.pending.names is not None:
+                events(trainer, done)
+            for step, batch in enumerate(trainer.speed.timed(trainer.batches(done)), done):
                 with stop.reserve_time():
-                    run.step(step, batch)
+                    trainer.step(step, batch)
                 done = step + 1
-                run.tracker.tick(done)
-                if step == run.start:
-                    run.say_first_loss(done)
+                trainer.tracker.tick(done)
+                if step == trainer.start:
+                    trainer.say_first_loss(done)
 
-                due = {name for name, every in run.every.items() if every.due(done)}
-                said = machine.all_gather((due, run.quiet, stop.requested))
-                due, quiet, _ = said[0]
-                # only rank 0's clock counts, and a request to any rank
-                requested = any(requested for *_, requested in said)
-                if due or done == run.total:
-                    run.due.names = due
-                    # steps that a GPU has not come to yet would be counted to the pause
-                    machine.wait()
-                if requested:
+                due = {name for name, every in trainer.every.items() if every.due(done)}
+                # rank 0's clock counts, and a request to any rank
+                decisions = machine.all_gather((due, trainer.quiet, stop.requested))
+                due, quiet, _ = decisions[0]
+                if due or done == trainer.total:
+                    trainer.pending.names = due
+                    machine.wait()  # steps still queued on a GPU would count as a pause
+                if any(requested for *_, requested in decisions):
                     raise StopTraining(agreed=True)
                 if quiet and "log" not in due:
-                    run.show_progress(done)
-                if run.due.names is not None:
-                    events(run, done)
+                    trainer.show_progress(done)
+                if trainer.pending.names is not None:
+                    events(trainer, done)
                 elif done % PATIENCE == 0:
-                    run.check(done)
+                    trainer.check_stability(done)
         except StopTraining as stopped:
-            run.stop(done, stopped)
-    return done == run.total and run.due.names is None
+            trainer.stop(done, stopped)
+    return done == trainer.total and trainer.pending.names is None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from ddpm.experiment import build, cost, trainer
 from ddpm.experiment import drawing as experiment_drawing
 from ddpm.runtime import device
 from ddpm.sampling.draw import joined
+from ddpm.tracking.tracker import Tracker
 from ddpm.training import weights
 
 QUIET = {  # of a training: nothing but its steps
@@ -79,7 +80,9 @@ class Ours:
             "train.channels_last": task.channels_last,
         }
         self.config = files.changed(task.config, QUIET | section)
-        self.made = trainer.run(self.config, task.folder / "ours", device.start(task.amp))
+        self.made = trainer.build_trainer(
+            self.config, task.folder / "ours", device.start(task.amp), tracker=Tracker()
+        )
         self.net = self.made.step.net
         self.machine = self.made.machine
         self.parameters = count(self.net)

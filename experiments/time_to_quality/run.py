@@ -111,15 +111,14 @@ def ours(size, seed, steps):
         },
     )
     with tempfile.TemporaryDirectory() as folder, quiet():
-        made = experiment_trainer.run(given, folder, device.start(given.train.amp))
-        experiment_trainer.track(given, made)
+        made = experiment_trainer.build_trainer(given, folder, device.start(given.train.amp))
         begun = time.process_time()
         train(made)
         spent = time.process_time() - begun
         made.tracker.close()
         drawing = build.evaluation_recipe(given, build.dataset(given))
         with made.step.ema.averaged():
-            drawn = joined(made.draw(range(size.samples), drawing))
+            drawn = joined(made.evaluation.draw(range(size.samples), drawing))
     return row(
         OURS,
         seed,

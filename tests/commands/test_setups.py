@@ -496,7 +496,9 @@ def test_a_path_that_is_not_found_is_whole_and_with_what_to_change(
     with pytest.raises(ValueError, match=gone):
         evaluate(moved / "run", "cpu")
     with pytest.raises(ValueError, match=gone):
-        trainer.run(labelled("pets", train__length="4 steps"), moved / "run", device.start())
+        trainer.build_trainer(
+            labelled("pets", train__length="4 steps"), moved / "run", device.start()
+        )
     with pytest.raises(ValueError, match=f"there is no picture '{tmp_path}/cat.png'"):
         edit_images(moved / "run", "sdedit", "cat.png", tmp_path / "out", device="cpu")
     with pytest.raises(ValueError, match=f"image folder '{tmp_path}/pets' does not exist"):
@@ -523,10 +525,10 @@ def test_other_classes_are_told_by_their_names(moved, tmp_path):
     for folder, names in ((more, "(ant, cat, dog)"), (fewer, "(dog)")):
         given = labelled(folder, train__length="4 steps")
         with pytest.raises(ValueError) as told:
-            trainer.run(given, moved / "run", device.start())
+            trainer.build_trainer(given, moved / "run", device.start())
         assert f"classes were (cat, dog), are {names}); bring them back" in str(told.value)
         with pytest.raises(ValueError, match="trained with other classes: they were ") as told:
-            trainer.run(
+            trainer.build_trainer(
                 labelled(folder, train__init_from=str(moved / "run")),
                 tmp_path / "new",
                 device.start(),

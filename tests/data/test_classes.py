@@ -17,6 +17,7 @@ from ddpm.generate import generate_images
 from ddpm.runtime import device
 from ddpm.sampling import draw
 from ddpm.studies import compatibility
+from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint
 from support.commands import run_ddpm
 from support.runs import run, tiny
@@ -108,7 +109,7 @@ def test_micro_batches_see_the_same_labels(tmp_path):
     seen = {}
     for parts in (1, 4):
         given = learning(train__gradient_accumulation_steps=parts, train__label_dropout=0.5)
-        made = trainer.run(given, tmp_path, device.start())
+        made = trainer.build_trainer(given, tmp_path, device.start(), tracker=Tracker())
         told = seen.setdefault(parts, [])
         made.step.net.register_forward_pre_hook(lambda _, inputs, told=told: told.append(inputs[2]))
         made.step(3, next(made.batches(3)))
@@ -320,7 +321,7 @@ def test_the_network_that_draws_without_guidance_is_asked_once_a_step(trained):
 
 
 def test_validation_and_likelihood_are_told_the_labels(tmp_path):
-    made = trainer.run(
+    made = trainer.build_trainer(
         learning(
             evaluate__likelihood="bound",
             evaluate__likelihood_images=4,
@@ -328,6 +329,7 @@ def test_validation_and_likelihood_are_told_the_labels(tmp_path):
         ),
         tmp_path,
         device.start(),
+        tracker=Tracker(),
     )
     net = made.step.net
     # the last layer begins at zero, and would hide what the network does
@@ -335,10 +337,13 @@ def test_validation_and_likelihood_are_told_the_labels(tmp_path):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
 
     def measured():
-        return made.validation.loss(), made.likelihood()[0]["eval/bits_per_dim_kl"]
+        return made.evaluation.validation.loss(), made.evaluation.likelihood()[0][
+            "eval/bits_per_dim_kl"
+        ]
 
     before = measured()
     torch.nn.init.zeros_(net.class_embedding.weight)
     assert all(now != then for now, then in zip(measured(), before, strict=True))
-    assert "given their labels" in made.likelihood()[0]["eval/bits_per_dim_protocol"]
+    bits = made.evaluation.likelihood()[0]
+    assert "given their labels" in bits["eval/bits_per_dim_protocol"]
     assert json.loads(made.config_json)["data"]["classes"] == list(DIGITS)

@@ -21,6 +21,7 @@ from ddpm import data
 from ddpm.data import decode, loader, order
 from ddpm.experiment import build, trainer
 from ddpm.runtime import device
+from ddpm.tracking.tracker import Tracker
 from support.runs import rows, run, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -326,7 +327,9 @@ def test_a_training_on_shards_goes_on_to_the_bit(streaming, photos, tmp_path):
     last = [rows(tmp_path / run)[-1] for run in ("run-whole", "run-parts")]
     assert last[0] == last[1]
 
-    made = trainer.run(given("whole"), tmp_path / "run-new", device.start("off", False))
+    made = trainer.build_trainer(
+        given("whole"), tmp_path / "run-new", device.start("off", False), tracker=Tracker()
+    )
     images, labels = next(iter(made.batches(0)))
     expected = folder_of(photos)
     learned, _ = build.split(given("whole"), expected)

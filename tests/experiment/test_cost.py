@@ -19,6 +19,7 @@ from ddpm.experiment import build, drawing, trainer
 from ddpm.experiment import cost as experiment_cost
 from ddpm.runtime import device
 from ddpm.studies import study
+from ddpm.tracking.tracker import Tracker
 from support.runs import rows, run, tiny
 
 OPEN = {
@@ -342,17 +343,21 @@ def test_what_is_counted_is_what_is_computed(options, tmp_path):
         evaluate__likelihood_evaluations=8,
         **options,
     )
-    made = trainer.run(given, tmp_path, device.start())
+    made = trainer.build_trainer(given, tmp_path, device.start(), tracker=Tracker())
     asked = experiment_cost.operations(given)
     batch = next(made.batches(0))
     assert counted(lambda: made.step(0, batch)) == given.train.batch_size * asked.training
 
     scorer = drawing.scorer(given, build.dataset(given), made.machine)
-    drawn = (images for _, images in made.draw(scorer.seeds, scorer.recipe))
+    drawn = (images for _, images in made.evaluation.draw(scorer.seeds, scorer.recipe))
     assert counted(
         lambda: extractors.extract(scorer.extractor, drawn)
     ) == 16 * experiment_cost.drawing_operations(given, asked)
-    assert 0.5 < counted(made.likelihood) / experiment_cost.likelihood_operations(given, asked) <= 1
+    assert (
+        0.5
+        < counted(made.evaluation.likelihood) / experiment_cost.likelihood_operations(given, asked)
+        <= 1
+    )
 
 
 def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):

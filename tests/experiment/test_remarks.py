@@ -147,10 +147,9 @@ def test_samples_that_are_copies_are_called_so_and_shown(tmp_path):
             evaluate__extractor="digits",
         )
     )
-    made = trainer.run(given, tmp_path / "run", device.start())
-    trainer.track(given, made)
+    made = trainer.build_trainer(given, tmp_path / "run", device.start())
     pixels = learned_images(given, 64)
-    made.draw = lambda seeds, recipe: iter([(seeds, pixels[: len(seeds)])])
+    made.evaluation.draw = lambda seeds, recipe: iter([(seeds, pixels[: len(seeds)])])
     assert train(made)
     made.tracker.close()
     (line,) = (

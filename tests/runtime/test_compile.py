@@ -101,8 +101,7 @@ def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeyp
 
     aot_eager = lookup_backend("aot_eager")
     monkeypatch.setattr(compile, "COMPILER", once)
-    made = trainer.run(given, tmp_path / "compiled", device.start("off"))
-    trainer.track(given, made)
+    made = trainer.build_trainer(given, tmp_path / "compiled", device.start("off"))
     batches = made.batches
     step = made.step
     made.batches = lambda start: (

@@ -10,6 +10,7 @@ from ddpm.experiment import build, load, memory, trainer
 from ddpm.experiment import drawing as experiment_drawing
 from ddpm.runtime import device
 from ddpm.sampling.draw import joined
+from ddpm.tracking.tracker import Tracker
 from ddpm.training import weights as training_weights
 from support.configs import module_of
 from support.runs import equal, final_state, rows, run, tiny
@@ -45,7 +46,9 @@ def test_resume_on_a_gpu_is_bitwise_when_deterministic(tmp_path):
 
 
 def test_a_step_does_not_wait_for_the_gpu(tmp_path):
-    made = trainer.run(tiny(data__flip=True), tmp_path, device.start(device="cuda"))
+    made = trainer.build_trainer(
+        tiny(data__flip=True), tmp_path, device.start(device="cuda"), tracker=Tracker()
+    )
     batches = made.batches(0)
     for step in range(3):
         made.step(step, next(batches))

@@ -22,6 +22,7 @@ from ddpm.models.unet import UNet
 from ddpm.runtime import device
 from ddpm.runtime.out_of_memory import BatchDoesNotFit, Room, ran_out
 from ddpm.sampling import draw
+from ddpm.tracking.tracker import Tracker
 from ddpm.training.trainer import train
 from support.runs import rows, run, tiny
 
@@ -256,8 +257,7 @@ def test_a_training_validates_draws_and_measures_with_what_fits(tmp_path):
         evaluate__likelihood_evaluations=4,
     )
     run(tiny(**given), tmp_path / "plain")
-    made = trainer.run(tiny(**given), tmp_path / "crowded", device.start())
-    trainer.track(tiny(**given), made)
+    made = trainer.build_trainer(tiny(**given), tmp_path / "crowded", device.start())
     with crowded(3):
         assert train(made)
     made.tracker.close()
@@ -279,8 +279,7 @@ def test_a_training_validates_draws_and_measures_with_what_fits(tmp_path):
 
 
 def test_without_room_for_one_image_a_training_says_where(tmp_path):
-    made = trainer.run(tiny(), tmp_path, device.start())
-    trainer.track(tiny(), made)
+    made = trainer.build_trainer(tiny(), tmp_path, device.start())
     with crowded(0, RuntimeError("GET was unable to find an engine to execute this computation")):
         assert finish(made) == 1
     (line,) = [
@@ -329,8 +328,7 @@ def test_a_step_takes_disguised_errors_for_what_they_are(tmp_path, error):
         ),
         tmp_path / "halves",
     )
-    made = trainer.run(given, tmp_path / "crowded", device.start())
-    trainer.track(given, made)
+    made = trainer.build_trainer(given, tmp_path / "crowded", device.start())
     with crowded(4, error, training=True):
         assert train(made)
     made.tracker.close()
@@ -346,7 +344,10 @@ def test_a_rehearsal_changes_nothing(tmp_path, name):
     lets allocate its state.
     """
     given = tiny(model__name=name, train__gradient_accumulation_steps=2)
-    plain, rehearsed = (trainer.run(given, tmp_path / folder, device.start()) for folder in "ab")
+    plain, rehearsed = (
+        trainer.build_trainer(given, tmp_path / folder, device.start(), tracker=Tracker())
+        for folder in "ab"
+    )
     before = {key: value.clone() for key, value in rehearsed.step.net.state_dict().items()}
     rehearsed.step.rehearse(experiment_step.blank(given, 8))
     assert all(

@@ -65,8 +65,7 @@ def test_stopped_in_every_event_and_continued_to_the_same_bits(tmp_path):
         (13, signal.SIGUSR1),
         (80, signal.SIGHUP),
     ):
-        made = trainer.run(given, tmp_path / "parts", device.start())
-        trainer.track(given, made)
+        made = trainer.build_trainer(given, tmp_path / "parts", device.start())
         before = {name: value.clone() for name, value in made.step.net.state_dict().items()}
         asked_at(made, question, number)
         assert finish(made) == INTERRUPTED
@@ -143,8 +142,7 @@ def test_the_hours_end_in_time_and_hours_that_cannot_suffice_are_a_failure(tmp_p
 
     def within(seconds):
         hours = (time.monotonic() + seconds - BEGAN) / (1 - SLACK) / 3600
-        made = trainer.run(given, tmp_path, device.start(stop=StopRequest(hours)))
-        trainer.track(given, made)
+        made = trainer.build_trainer(given, tmp_path, device.start(stop=StopRequest(hours)))
         return finish(made)
 
     with StopRequest().install_handlers():  # the tests' own process keeps its handlers

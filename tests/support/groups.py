@@ -125,8 +125,7 @@ def trained(folder, **options):
     given = tiny(
         **{key.replace(".", "__"): value for key, value in defaults.flatten(RUN).items()} | options
     )
-    made = trainer.run(given, folder, device.start())
-    trainer.track(given, made)
+    made = trainer.build_trainer(given, folder, device.start())
     assert train(made)
     made.tracker.close()
     network = made.step.diffusion.net
@@ -244,8 +243,7 @@ def until_data_go(rank, folder):
         data__cache="none",
         data__validation_fraction=0.0,
     )
-    made = trainer.run(given, folder / "run", device.start())
-    trainer.track(given, made)
+    made = trainer.build_trainer(given, folder / "run", device.start())
     if rank == 1:
         shutil.rmtree("photos")
     return finish(made)

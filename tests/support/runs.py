@@ -53,8 +53,9 @@ def run(given, folder):
     """
     build.check(given)
     files.check_continues(given, folder)
-    made = trainer.run(given, folder, device.start(given.train.amp, given.train.deterministic))
-    trainer.track(given, made)
+    made = trainer.build_trainer(
+        given, folder, device.start(given.train.amp, given.train.deterministic)
+    )
     finished = train(made)
     made.tracker.close()
     return finished

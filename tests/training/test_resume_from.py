@@ -4,6 +4,7 @@ refused in one line.
 
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from ddpm.config import files
 from ddpm.experiment import trainer
 from ddpm.main import train_experiment
 from ddpm.runtime import device
+from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
+from ddpm.training.trainer import train
 from support.runs import equal, rows, run, tiny
 
 GIVEN = dict(
@@ -54,7 +57,7 @@ def parts(folder, name):
 def refused(given, folder, source=None):
     """The one line with which a config is refused, before anything is written."""
     with pytest.raises(ValueError) as caught:
-        trainer.run(tiny(**given), folder, device.start())
+        trainer.build_trainer(tiny(**given), folder, device.start())
     assert not folder.exists() and "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -109,15 +112,16 @@ def test_the_folder_owns_its_start(trained, tmp_path):
     new = tmp_path / "new"
     source = shutil.copytree(trained, tmp_path / "source") / MILESTONE
     given = tiny(**GIVEN | {"train__resume_from": str(source)})
-    trainer.track(given, made := trainer.run(given, new, device.start()))
+    made = trainer.build_trainer(given, new, device.start())
+    made.machine.stop.signal = signal.SIGTERM  # before the first step
+    assert not train(made)
     made.tracker.close()
     assert [step for step, _ in checkpoint.checkpoints(new)] == [10]
     shutil.rmtree(source.parent)
     files.check_continues(tiny(**GIVEN), new)
-    assert trainer.run(tiny(**GIVEN), new, device.start()).start == 10
-    assert files.from_json(
-        trainer.run(tiny(**GIVEN), new, device.start()).config_json
-    ).train.resume_from == str(source)
+    made = trainer.build_trainer(tiny(**GIVEN), new, device.start(), tracker=Tracker())
+    assert made.start == 10
+    assert files.from_json(made.config_json).train.resume_from == str(source)
     with pytest.raises(
         ValueError,
         match=r"holds a run with another config \(train.resume_from: .* there, 'other' here\)",
@@ -134,8 +138,9 @@ def test_a_folder_means_its_newest_checkpoint_and_a_new_run_of_wandb(trained, tm
     newest = checkpoint.checkpoints(source)[-1][1]
     newest.write_bytes(newest.read_bytes()[:-100])
     longer = GIVEN | {"train__length": "30 steps", "train__resume_from": str(source)}
-    made = trainer.run(tiny(**longer), tmp_path / "new", device.start())
-    assert made.start == 20 and newest.exists() and not made.damaged
+    made = trainer.build_trainer(tiny(**longer), tmp_path / "new", device.start())
+    made.tracker.close()
+    assert made.start == 20 and newest.exists() and not list(newest.parent.glob("*.damaged*"))
     state = {"tracker": {"wandb_id": "abc", "summary": {"best/val_loss_ema": 0.5}}}
     assert trainer.tracker_state({"parts": state}, newest) == {
         "summary": {"best/val_loss_ema": 0.5}

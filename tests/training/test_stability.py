@@ -29,12 +29,12 @@ HOT = QUIET | dict(  # a rate at which fp16 overflows as soon as it is reached
 )
 
 
-def judged(guard, losses, norms=None, start=0):
-    """What a guard says of a course of losses: for each whether it is skipped, and whether as a
+def judged(monitor, losses, norms=None, start=0):
+    """What a monitor says of a course of losses: for each whether it is skipped, and whether as a
     spike.
     """
     return [
-        tuple(map(bool, guard.judge(step, torch.tensor(loss), torch.tensor(norm))))
+        tuple(map(bool, monitor.update(step, torch.tensor(loss), torch.tensor(norm))))
         for step, (loss, norm) in enumerate(zip(losses, norms or losses, strict=True), start)
     ]
 
@@ -48,57 +48,69 @@ def healthy(count):
 
 
 @pytest.fixture
-def guard():
+def monitor():
     return StabilityMonitor(30.0, device.start())
 
 
-def test_a_healthy_course_is_left_alone(guard):
-    assert not any(skipped for skipped, _ in judged(guard, healthy(3000)))
-    assert guard.trouble(50) is None and guard.well == 2999 and guard.bad == -1
+def test_a_healthy_course_is_left_alone(monitor):
+    assert not any(skipped for skipped, _ in judged(monitor, healthy(3000)))
+    assert (
+        monitor.divergence_reason(50) is None
+        and monitor.last_healthy_step == 2999
+        and monitor.last_skipped_step == -1
+    )
 
 
 @pytest.mark.parametrize(
     "loss, norm, spike",
     [(float("nan"), 1.0, False), (1.0, float("inf"), False), (1e4, 0.1, True), (0.1, 1e4, True)],
 )
-def test_what_is_skipped_is_not_usual(guard, loss, norm, spike):
-    judged(guard, healthy(300))
-    before = {name: torch.as_tensor(value).clone() for name, value in guard.state_dict().items()}
-    assert judged(guard, [loss], [norm], start=300) == [(True, spike)]
+def test_what_is_skipped_is_not_usual(monitor, loss, norm, spike):
+    judged(monitor, healthy(300))
+    before = {name: torch.as_tensor(value).clone() for name, value in monitor.state_dict().items()}
+    assert judged(monitor, [loss], [norm], start=300) == [(True, spike)]
     for name in ("usual", "mean", "lowest", "learned"):
-        assert torch.equal(before[name], guard.state_dict()[name])
-    assert (guard.streak, guard.bad, guard.well) == (1, 300, before["well"])
-    assert judged(guard, [0.03], start=301) == [(False, False)] and guard.streak == 0
-
-
-def test_a_level_that_has_risen_for_good_is_trouble_in_the_end_and_was_not_well_before(guard):
-    judged(guard, healthy(300))
-    assert (
-        all(skipped for skipped, _ in judged(guard, [1e3] * 49, start=300))
-        and guard.trouble(50) is None
+        assert torch.equal(before[name], monitor.state_dict()[name])
+    assert (monitor.skip_excess, monitor.last_skipped_step, monitor.last_healthy_step) == (
+        1,
+        300,
+        before["well"],
     )
-    judged(guard, [1e3], start=349)
-    assert guard.trouble(50) == "50 more steps were skipped than learned from" and guard.well < 300
+    assert judged(monitor, [0.03], start=301) == [(False, False)] and monitor.skip_excess == 0
 
 
-def test_a_loss_that_creeps_up_is_trouble(guard):
-    judged(guard, healthy(1000))
+def test_a_level_that_has_risen_for_good_is_trouble_in_the_end_and_was_not_well_before(monitor):
+    judged(monitor, healthy(300))
+    assert (
+        all(skipped for skipped, _ in judged(monitor, [1e3] * 49, start=300))
+        and monitor.divergence_reason(50) is None
+    )
+    judged(monitor, [1e3], start=349)
+    assert (
+        monitor.divergence_reason(50) == "50 more steps were skipped than learned from"
+        and monitor.last_healthy_step < 300
+    )
+
+
+def test_a_loss_that_creeps_up_is_trouble(monitor):
+    judged(monitor, healthy(1000))
     assert not any(
-        skipped for skipped, _ in judged(guard, [0.02 * 1.01**k for k in range(900)], start=1000)
+        skipped for skipped, _ in judged(monitor, [0.02 * 1.01**k for k in range(900)], start=1000)
     )
     assert (
-        re.match(r"the loss has risen from 0.0\d+ to \d+", guard.trouble(50)) and guard.well < 1500
+        re.match(r"the loss has risen from 0.0\d+ to \d+", monitor.divergence_reason(50))
+        and monitor.last_healthy_step < 1500
     )
 
 
-def test_a_young_run_and_one_without_a_threshold_have_no_spikes(guard):
-    assert not any(skipped for skipped, _ in judged(guard, [1.0] * (YOUNG - 1) + [1e6]))
+def test_a_young_run_and_one_without_a_threshold_have_no_spikes(monitor):
+    assert not any(skipped for skipped, _ in judged(monitor, [1.0] * (YOUNG - 1) + [1e6]))
     off = StabilityMonitor(0.0, device.start())
     assert judged(off, [1.0] * 300 + [1e20, float("nan")])[-2:] == [(False, False), (True, False)]
-    assert off.trouble(50) is None and pytest.approx(0.5, abs=0.01) == FORGET**350
+    assert off.divergence_reason(50) is None and pytest.approx(0.5, abs=0.01) == FORGET**350
 
 
-def test_a_guard_goes_on_where_it_was():
+def test_a_monitor_goes_on_where_it_was():
     whole, first, second = (StabilityMonitor(30.0, device.start()) for _ in range(3))
     course = healthy(150) + [1e5] * 3 + healthy(20)
     judged(whole, course)

@@ -16,6 +16,7 @@ from ddpm.experiment import build, drawing, load, trainer
 from ddpm.main import finish
 from ddpm.runtime import device
 from ddpm.tracking import files as tracking_files
+from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint
 from ddpm.training import trainer as training_trainer
 from ddpm.training import weights as training_weights
@@ -72,8 +73,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(tmp_path):
     assert run(
         files.changed(given, {"train.gradient_accumulation_steps": 4}), tmp_path / "quarters"
     )
-    made = trainer.run(given, tmp_path / "crowded", device.start())
-    trainer.track(given, made)
+    made = trainer.build_trainer(given, tmp_path / "crowded", device.start())
     crowded(made, lambda images, before: images <= 2 or (images == 4 and before == 1))
     assert train(made)
     made.tracker.close()
@@ -98,8 +98,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_number(tmp_path):
 @pytest.mark.parametrize("wanted", ["auto", "all"])
 def test_without_room_for_one_image_it_stops_and_says_what_helps(tmp_path, wanted):
     given = tiny(model__model_channels=32, train__activation_checkpointing=wanted)
-    made = trainer.run(given, tmp_path, device.start())
-    trainer.track(given, made)
+    made = trainer.build_trainer(given, tmp_path, device.start())
     crowded(made, lambda images, before: False)
     assert finish(made) == 1
     last = (tmp_path / "training.log").read_text().splitlines()[-1]
@@ -115,8 +114,7 @@ def test_without_room_for_one_image_it_stops_and_says_what_helps(tmp_path, wante
 
 
 def test_out_of_memory_elsewhere_is_one_line_too(tmp_path, monkeypatch, capsys):
-    made = trainer.run(tiny(), tmp_path, device.start())
-    trainer.track(tiny(), made)
+    made = trainer.build_trainer(tiny(), tmp_path, device.start())
 
     def crowded(done):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -136,8 +134,7 @@ def test_out_of_memory_elsewhere_is_one_line_too(tmp_path, monkeypatch, capsys):
 def test_a_signal_saves_and_the_run_goes_on_to_the_same_weights(tmp_path):
     given = tiny(train__length="30 steps")
     run(given, tmp_path / "whole")
-    made = trainer.run(given, tmp_path / "parts", device.start())
-    trainer.track(given, made)
+    made = trainer.build_trainer(given, tmp_path / "parts", device.start())
     tick = made.tracker.tick
 
     def interrupt(done):
@@ -239,7 +236,7 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
     given = tiny(train__length="1 steps")
-    made = trainer.run(given, tmp_path, device.start())
+    made = trainer.build_trainer(given, tmp_path, device.start(), tracker=Tracker())
     before = {name: value.clone() for name, value in made.step.net.state_dict().items()}
     with torch.no_grad():
         next(made.step.net.parameters()).view(-1)[0] = float("nan")
@@ -266,7 +263,7 @@ def test_mixed_precision_learns_on_the_cpu_too(tmp_path, amp):
 def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
     run(tiny(), tmp_path / "a")
     given = tiny(train__init_from=str(tmp_path / "a"), seed=3)
-    made = trainer.run(given, tmp_path / "b", device.start())
+    made = trainer.build_trainer(given, tmp_path / "b", device.start(), tracker=Tracker())
     assert made.start == 0
     assert equal(dict(made.step.net.state_dict()), training_weights.load_weights(tmp_path / "a")[3])
     # which has the same shapes
@@ -282,15 +279,16 @@ def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
             f"--config.{key}={theirs}"
         )
         with pytest.raises(ValueError, match=said):
-            trainer.run(
+            trainer.build_trainer(
                 tiny(train__init_from=str(tmp_path / "a"), **{option: value}),
                 tmp_path / "c",
                 device.start(),
             )
-    trainer.run(
+    trainer.build_trainer(
         tiny(train__init_from=str(tmp_path / "a"), model__dropout=0.3),
         tmp_path / "d",
         device.start(),
+        tracker=Tracker(),
     )
 
 
@@ -311,9 +309,8 @@ def test_validation_shows_the_weights_and_their_average_apart(tmp_path):
 
 
 def test_a_row_is_written_when_its_step_is_over_and_not_with_the_next_one(tmp_path):
-    made = trainer.run(tiny(), tmp_path, device.start())
+    made = trainer.build_trainer(tiny(), tmp_path, device.start())
     seen = []
-    trainer.track(tiny(), made)
     (tmp_path / "metrics.jsonl").touch()
     made.step.net.register_forward_pre_hook(
         lambda net, _: seen.append(len(rows(tmp_path))) if net.training else None
@@ -335,8 +332,7 @@ def test_two_threads_resume_bitwise_too(tmp_path):
 
 
 def test_a_run_without_a_finite_gradient_stops_and_says_so(tmp_path):
-    made = trainer.run(tiny(), tmp_path, device.start())
-    trainer.track(tiny(), made)
+    made = trainer.build_trainer(tiny(), tmp_path, device.start())
     with torch.no_grad():
         next(made.step.net.parameters()).fill_(float("nan"))
     with pytest.raises(
@@ -351,15 +347,14 @@ def test_other_images_in_the_same_run_are_refused(tmp_path):
     run(tiny(train__length="5 steps"), tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="the data of this run have changed.*fingerprint was"):
-        trainer.run(
+        trainer.build_trainer(
             tiny(data__image_size=32, model__attention_resolutions=(16,)), tmp_path, device.start()
         )
 
 
 def test_a_prolonged_run_is_drawn_from_its_newest_weights(tmp_path):
     run(tiny(train__length="6 steps", every__save="6 steps"), tmp_path)
-    made = trainer.run(tiny(train__length="12 steps"), tmp_path, device.start())
-    trainer.track(tiny(train__length="12 steps"), made)
+    made = trainer.build_trainer(tiny(train__length="12 steps"), tmp_path, device.start())
     made.save(9)
     made.tracker.close()
     assert checkpoint.find(tmp_path).name == "step_00000009.pt"
