@@ -21,8 +21,7 @@ UNTRAINED = 0.05  # share of the first weights in an average that blurs or greys
 
 
 def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lambda text: None):
-    """Build the Trainer of a config in a folder: at its start, or where its newest checkpoint left
-    it.
+    """Build the Trainer of a config in a folder, at its newest checkpoint if there is one.
 
     `rollbacks` is how often the training was rolled back, if the checkpoint does not know of more.
     The folder's tracker is opened last, unless a `tracker` is given or the training is finished:
@@ -42,36 +41,19 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
     config = plan.config
     every = intervals(config, len(images.learned), plan.interval)
     best = Best("val/loss_ema" if len(images.held_out) else "train/loss")
-
     net = build.network(config)
-    notes = [
-        *first_notes(config, images, machine, net),
-        plan.words,
-        *length_remarks(config, len(images.learned)),
-        *split_notes(config, images, every, best),
-    ]
-    levels = memory.recomputed(config, net, machine, notes.append)  # before the network is moved
-    if initial:
-        load_initial(config, net, initial)
-    network = experiment_step.learning(config, net, machine, levels, notes.append)
-    averages = experiment_step.averages(config, network.weights)
-    if start.content is not None:
-        rollbacks = max(rollbacks, start.content["parts"].get("guard", {}).get("rollbacks", 0))
-    step = experiment_step.step(
-        config, network, list(averages.values()), len(images.learned), rollbacks
-    )
-    notes += build.loss_remarks(config, step.diffusion)
-    parts = checkpoint_parts(network, averages, step, best, images.identity)
+    notes = first_notes(config, images, machine, net, plan, every, best)
+    rollbacks = max(rollbacks, start.rollbacks)
+    step, averages, levels = build_step(config, net, machine, images, initial, rollbacks, notes)
+    parts = checkpoint_parts(averages, step, best, images.identity)
     notes += prepare_step(config, step, say)
-    evaluation, more = build_evaluation(config, images, network.net, step, plan, flops, every, say)
-    notes += more
+    never = every["evaluate"].never
+    evaluation = build_evaluation(config, images, step, plan, flops, never, say, notes)
     if start.content is not None:
         notes += restore(start, parts, total, config.train.length)
-    finished = start.step >= total and parts["due"].names is None
-    if tracker is None:
-        tracker = (
-            Tracker() if finished else open_tracker(config, folder, machine, start, parts, total)
-        )
+    if start.step >= total and parts["due"].names is None:
+        tracker = tracker or Tracker()
+    tracker = tracker or open_tracker(config, folder, machine, start, parts, total)
     for note in notes:
         tracker.say(note)
     return Trainer(
@@ -113,6 +95,11 @@ class Start(NamedTuple):
     @property
     def step(self):
         return self.content["step"] if self.content else 0
+
+    @property
+    def rollbacks(self):
+        parts = self.content["parts"] if self.content else {}
+        return parts.get("guard", {}).get("rollbacks", 0)
 
 
 class Images(NamedTuple):
@@ -187,8 +174,8 @@ def intervals(config, count, evaluate):
     }
 
 
-def first_notes(config, images, machine, net):
-    """What a person should know of the machine, the images and the network: lines."""
+def first_notes(config, images, machine, net, plan, every, best):
+    """What a person should know of machine, images, network, evaluation and length: lines."""
     ranks = f" on each of {machine.world} ranks" if machine.world > 1 else ""
     return [
         *machine.notes,
@@ -200,6 +187,9 @@ def first_notes(config, images, machine, net):
         f"{len(images.held_out)} held out",
         f"a step learns from a batch of {config.train.batch_size}, "
         f"{drawing.at_a_time(config, machine)} at a time{ranks}",
+        plan.words,
+        *length_remarks(config, len(images.learned)),
+        *split_notes(config, images, every, best),
     ]
 
 
@@ -221,15 +211,28 @@ def split_notes(config, images, every, best):
     yield line
 
 
-def load_initial(config, net, initial):
-    """Put the weights of train.init_from into the network; raises ValueError if it is another."""
-    path, _, text, weights = initial
-    load.check_same_network(config, files.from_json(text), path)
-    load.put_weights(net, weights, path)
+def build_step(config, net, machine, images, initial, rollbacks, notes):
+    """The step that trains a network, its averages by the names of their parts, and how many levels
+    of the network compute their activations again.
+    """
+    # by the memory that is free before the network is moved there
+    levels = memory.recomputed(config, net, machine, notes.append)
+    if initial:
+        path, _, text, weights = initial
+        load.check_same_network(config, files.from_json(text), path)
+        load.put_weights(net, weights, path)
+    network = experiment_step.learning(config, net, machine, levels, notes.append)
+    averages = experiment_step.averages(config, network.weights)
+    step = experiment_step.step(
+        config, network, list(averages.values()), len(images.learned), rollbacks
+    )
+    notes += build.loss_remarks(config, step.diffusion)
+    return step, averages, levels
 
 
-def checkpoint_parts(network, averages, step, best, identity):
+def checkpoint_parts(averages, step, best, identity):
     """What a checkpoint keeps, by name; the tracker joins it when it is open."""
+    network = step.diffusion.net
     sharded = {"net": network.weights, **averages, "optimizer": step.optimizer}
     parts = {
         **{name: network.part(part) for name, part in sharded.items()},
@@ -261,35 +264,32 @@ def prepare_step(config, step, say):
     return notes
 
 
-def build_evaluation(config, images, net, step, plan, flops, every, say):
-    """The Evaluation of a training, and lines on what it cannot measure."""
+def build_evaluation(config, images, step, plan, flops, never, say, notes):
+    """The Evaluation of a training, with notes on what it cannot measure."""
     machine = step.machine
-    never = every["evaluate"].never
     if not never and config.evaluate.extractor != "none":
         say(f"loading the feature extractor {build.extractor_name(config)} ...")
-    notes = []
     scorer = training_scorer(config, never, images.source, machine, notes)
     operations = plan.operations
     if not scorer.protocol:
         operations = 0 if never else cost.likelihood_operations(config, flops)
-    evaluation = Evaluation(
+    return Evaluation(
         validation=Validation(
             images.source,
             images.held_out,
-            net,
+            step.net,
             step.diffusion,
             machine,
             drawing.at_a_time(config, machine),
             images.source.labels if images.has_classes else None,
         ),
-        draw=drawing.drawer(config, net, machine),
+        draw=drawing.drawer(config, step.net, machine),
         grid=(range(config.sample.num_images), build.grid_recipe(config)),
         score=scorer,
-        likelihood=drawing.likelihood(config, net, images.source, machine),
+        likelihood=drawing.likelihood(config, step.net, images.source, machine),
         images=operations / flops.training,
         share=plan.share,
     )
-    return evaluation, notes
 
 
 def training_scorer(config, never, images, machine, notes):
