@@ -17,7 +17,7 @@ from ddpm.common import errors
 from ddpm.common.files import lock_folder
 from ddpm.config import files
 from ddpm.config import flags as config_flags
-from ddpm.experiment import build, memory
+from ddpm.experiment import memory
 from ddpm.experiment.trainer import build_trainer
 from ddpm.runtime import device, ranks
 from ddpm.runtime.out_of_memory import BatchDoesNotFit, ran_out
@@ -59,7 +59,6 @@ def start(config, folder, stop, locks):
     section = config.train
     machine = device.start(section.amp, section.deterministic, None, stop, section.cudnn_benchmark)
     with machine.raise_on_all_ranks():
-        build.check(config)
         files.check_continues(config, folder)
         if machine.main:
             locks.enter_context(lock_folder(folder))

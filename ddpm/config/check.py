@@ -6,6 +6,7 @@ What needs torch is imported where it is used, so that a wrong type or range is 
 import contextlib
 import importlib
 import math
+from functools import cache
 
 from ddpm.common import durations
 from ddpm.common.registry import check_choice, parse, resolve
@@ -205,11 +206,19 @@ def check_training(options):
         )
 
 
+@cache
+def process_of(beta_schedule, timesteps, zero_terminal_snr):
+    """The Process of a config, built once: a start checks several configs that differ elsewhere."""
+    from ddpm.diffusion import process, schedules
+
+    return process.Process(*schedules.get_schedule(beta_schedule, timesteps, zero_terminal_snr))
+
+
 def check_levels(options):
     """Raise a ValueError for a sampler, a number of steps or a spacing that the schedule cannot
     serve.
     """
-    from ddpm.diffusion import process, samplers, schedules
+    from ddpm.diffusion import process, samplers
 
     rehearsal = [process.Level(0.0, math.sqrt(0.5), math.sqrt(0.5)), process.CLEAN]
     learned = options["diffusion.variance"] == "learned"
@@ -220,8 +229,7 @@ def check_levels(options):
                 samplers.count_nfe(sampler, rehearsal, learned)
     names = ("beta_schedule", "timesteps", "zero_terminal_snr")
     with about("diffusion.beta_schedule"):
-        tables = schedules.get_schedule(*(options[f"diffusion.{name}"] for name in names))
-        levels = process.Process(*tables)
+        levels = process_of(*(options[f"diffusion.{name}"] for name in names))
     measured = "sample" if options["evaluate.spacing"] == "auto" else "evaluate"
     for key, section in (("sample.steps", "sample"), ("evaluate.steps", measured)):
         if options[key] > options["diffusion.timesteps"]:

@@ -4,6 +4,7 @@ x0, x, noise [b, c, h, w], images in [-1, 1]; t [b] int64 in 0 .. T-1; y [b] lab
 net(x, t, y) -> out [b, c, h, w], t float32 [b]; out has 2c channels with a learned variance
 """
 
+import copy
 from collections import deque
 from functools import partial
 from typing import NamedTuple
@@ -85,6 +86,15 @@ class DDPM(nn.Module):
             )
         self.objective = Objective(self.process, self.target, loss, weighting, times, self.learned)
         self.samplers = samplers.SAMPLERS | {"ddpm": partial(samplers.ddpm, variance=variance)}
+
+    def around(self, net):
+        """The same model, its tables and objective shared, around another network."""
+        model = copy.copy(self)
+        model._modules = self._modules.copy()
+        model._modules.pop("net", None)
+        model.__dict__.pop("net", None)
+        model.net = net
+        return model
 
     @property
     def learned(self):

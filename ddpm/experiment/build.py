@@ -330,13 +330,14 @@ def loss_remarks(config, model):
 
 
 def check(config):
-    """Raise a ValueError for what only network, process and W&B know to be impossible; no memory
-    is taken.
+    """The DDPM of a config, without its network; no memory is taken.
+
+    Raises ValueError for what only network, process and W&B know to be impossible.
     """
     wandb.check(dict(config.wandb))
     with torch.device("meta"):
-        net = network(config)
-    diffusion(config, net)
+        network(config)
+    return diffusion(config, None)
 
 
 class Kernels(TorchDispatchMode):

@@ -25,11 +25,11 @@ WAY = ("sampler", "steps", "spacing")
 MOST = 20  # evaluations of a training: more show nothing new
 
 
-def evaluations(config, recipe, edit=None):
-    """How many network evaluations an image takes, drawn or edited; raises ValueError where the
-    recipe cannot make the edit.
+def evaluations(config, recipe, edit=None, model=None):
+    """How many network evaluations an image takes, drawn or edited, by a DDPM, or that of the
+    config; raises ValueError where the recipe cannot make the edit.
     """
-    return draw.evaluations(build.diffusion(config, None), recipe, edit)
+    return draw.evaluations(model or build.diffusion(config, None), recipe, edit)
 
 
 class Operations(NamedTuple):
@@ -60,16 +60,15 @@ def operations(config):
     return Operations(forward, counter.get_total_flops() + guess, launched.count)
 
 
-def drawing_operations(config, asked):
+def drawing_operations(config, asked, model=None):
     """The operations of one image that an evaluation draws and looks at, by a network that takes
     the Operations `asked`.
     """
     if config.evaluate.extractor == "none":
         return 0
     looks = extractors.OPERATIONS[build.extractor_name(config)]
-    return (
-        evaluations(config, build.recipe(config, config.evaluate, (), "")) * asked.forward + looks
-    )
+    recipe = build.recipe(config, config.evaluate, (), "")
+    return evaluations(config, recipe, model=model) * asked.forward + looks
 
 
 def likelihood_operations(config, asked):
@@ -119,9 +118,10 @@ class EvalPlan(NamedTuple):
     words: str  # for people
 
 
-def plan_evaluation(config, images, flops, before=None):
+def plan_evaluation(config, images, flops, before=None, model=None):
     """The EvalPlan of a training that learns from `images` images, by a network of the Operations
-    `flops`; `before` is the config of the run that it continues.
+    `flops`; `before` is the config of the run that it continues, `model` the config's DDPM, if
+    built.
 
     `every.evaluate=auto` is as often as `evaluate.budget` allows, up to MOST times. The features of
     the real images are cached for all runs, and not counted.
@@ -132,7 +132,7 @@ def plan_evaluation(config, images, flops, before=None):
     section = config.evaluate
     steps = durations.steps_of(train.length, train.batch_size, images)
     training = steps * train.batch_size * flops.training
-    drawing = drawing_operations(config, flops)
+    drawing = drawing_operations(config, flops, model)
     cost = section.num_samples * drawing + likelihood_operations(config, flops)
     budget = f"evaluate.budget is {section.budget:.1%}"
 

@@ -14,7 +14,7 @@ from ddpm.sampling import draw
 from ddpm.training import weights as training_weights
 
 
-def scorer(config, images, machine):
+def scorer(config, images, machine, model=None):
     """What measures drawn images as the config says.
 
     Raises ValueError where the images have other classes than the config, or too few of those that
@@ -44,7 +44,7 @@ def scorer(config, images, machine):
         how,
         config.evaluate.num_samples,
         load.weights_name(config),
-        cost.evaluations(config, how),
+        cost.evaluations(config, how, model=model),
         machine,
     )
 
@@ -56,7 +56,7 @@ def at_a_time(config, machine):
     )
 
 
-def likelihood(config, net, images, machine):
+def likelihood(config, net, images, machine, model=None):
     """What measures bits a dimension as the config says: of held-out images or, where there are
     none, of those learned from.
 
@@ -71,7 +71,7 @@ def likelihood(config, net, images, machine):
         images,
         indices,
         whose,
-        build.diffusion(config, net),
+        (model or build.diffusion(config, None)).around(net),
         section.likelihood,
         section.likelihood_evaluations,
         min(section.batch_size, at_a_time(config, machine)),
@@ -81,14 +81,15 @@ def likelihood(config, net, images, machine):
     )
 
 
-def drawer(config, net, machine, how=draw.draw):
+def drawer(config, net, machine, how=draw.draw, model=None):
     """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is
     draw.draw or draw.frames.
 
     Raises ValueError where the config names a guide that cannot be one.
     """
     sizes = {config.sample.batch_size, config.evaluate.batch_size}
-    model = build.diffusion(config, compile.Compiled(net, sizes) if config.sample.compile else net)
+    net = compile.Compiled(net, sizes) if config.sample.compile else net
+    model = (model or build.diffusion(config, None)).around(net)
     weaker = guide(config, machine)
     return lambda seeds, recipe: how(
         model, recipe, seeds, build.image_shape(config), machine, weaker

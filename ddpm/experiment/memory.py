@@ -33,7 +33,7 @@ def account(config, dtype, images, levels=0):
         recompute(itertools.chain(*net.levels[:levels]))
         averaged = list(step.averages(config, net).values())
     network = TrainNetwork(net, device.Machine(torch.device("cpu"), dtype))
-    made = step.step(config, network, averaged, dataset_size=images)
+    made = step.step(config, build.diffusion(config, None), network, averaged, dataset_size=images)
     return memory.account(
         ledger,
         made,

@@ -50,13 +50,13 @@ def rate(config, dataset_size, rollbacks=0):
     return lambda step: optim.learning_rate(step, base, steps(section.warmup), decay)
 
 
-def step(config, network, averages, dataset_size, rollbacks=0):
+def step(config, model, network, averages, dataset_size, rollbacks=0):
     """The step that trains a TrainNetwork and its averages, for a run that has been rolled back
     so often.
     """
     section = config.train
     machine = network.machine
-    model = build.diffusion(config, network)
+    model = model.around(network)
     model.objective.to(machine.device)
     return Step(
         net=network.net,

@@ -28,6 +28,7 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
     then nothing is written. `say(text)` announces what takes long. Raises ValueError for what
     cannot be run, before anything is written.
     """
+    model = build.check(config)
     check_batches(config, machine)
     start = find_start(config, Path(folder))
     initial = None
@@ -37,22 +38,21 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
     config, images = open_images(start.config, start.content)
     total = durations.steps_of(config.train.length, config.train.batch_size, len(images.learned))
     flops = cost.operations(config)
-    plan = plan_evaluation(config, len(images.learned), flops, start.content)
+    plan = plan_evaluation(config, len(images.learned), flops, model, start.content)
     config = plan.config
     every = intervals(config, len(images.learned), plan.interval)
     best = Best("val/loss_ema" if len(images.held_out) else "train/loss")
     net = build.network(config)
     notes = first_notes(config, images, machine, net, plan, every, best)
     rollbacks = max(rollbacks, start.rollbacks)
-    step, averages, levels = build_step(config, net, machine, images, initial, rollbacks, notes)
+    step, averages, levels = build_step(
+        config, model, net, machine, images, initial, rollbacks, notes
+    )
     parts = checkpoint_parts(averages, step, best, images.identity)
     notes += prepare_step(config, step, say)
     never = every["evaluate"].never
     evaluation = build_evaluation(config, images, step, plan, flops, never, say, notes)
-    if start.content is not None:
-        notes += restore(start, parts, total, config.train.length)
-    if start.step >= total and parts["due"].names is None:
-        tracker = tracker or Tracker()
+    notes += restore(start, parts, total, config.train.length)
     tracker = tracker or open_tracker(config, folder, machine, start, parts, total)
     for note in notes:
         tracker.say(note)
@@ -158,10 +158,10 @@ def open_images(config, content):
     return config, Images(source, *build.split(config, source), bool(classes), identity)
 
 
-def plan_evaluation(config, count, flops, content):
+def plan_evaluation(config, count, flops, model, content):
     """cost.plan_evaluation; what a continued run evaluated with stays, so its distances compare."""
     before = files.from_json(content["config"]) if content else None
-    return cost.plan_evaluation(config, count, flops, before)
+    return cost.plan_evaluation(config, count, flops, before, model)
 
 
 def intervals(config, count, evaluate):
@@ -211,7 +211,7 @@ def split_notes(config, images, every, best):
     yield line
 
 
-def build_step(config, net, machine, images, initial, rollbacks, notes):
+def build_step(config, model, net, machine, images, initial, rollbacks, notes):
     """The step that trains a network, its averages by the names of their parts, and how many levels
     of the network compute their activations again.
     """
@@ -224,7 +224,7 @@ def build_step(config, net, machine, images, initial, rollbacks, notes):
     network = experiment_step.learning(config, net, machine, levels, notes.append)
     averages = experiment_step.averages(config, network.weights)
     step = experiment_step.step(
-        config, network, list(averages.values()), len(images.learned), rollbacks
+        config, model, network, list(averages.values()), len(images.learned), rollbacks
     )
     notes += build.loss_remarks(config, step.diffusion)
     return step, averages, levels
@@ -269,7 +269,7 @@ def build_evaluation(config, images, step, plan, flops, never, say, notes):
     machine = step.machine
     if not never and config.evaluate.extractor != "none":
         say(f"loading the feature extractor {build.extractor_name(config)} ...")
-    scorer = training_scorer(config, never, images.source, machine, notes)
+    scorer = training_scorer(config, never, images.source, machine, step.diffusion, notes)
     operations = plan.operations
     if not scorer.protocol:
         operations = 0 if never else cost.likelihood_operations(config, flops)
@@ -283,16 +283,16 @@ def build_evaluation(config, images, step, plan, flops, never, say, notes):
             drawing.at_a_time(config, machine),
             images.source.labels if images.has_classes else None,
         ),
-        draw=drawing.drawer(config, step.net, machine),
+        draw=drawing.drawer(config, step.net, machine, model=step.diffusion),
         grid=(range(config.sample.num_images), build.grid_recipe(config)),
         score=scorer,
-        likelihood=drawing.likelihood(config, step.net, images.source, machine),
+        likelihood=drawing.likelihood(config, step.net, images.source, machine, step.diffusion),
         images=operations / flops.training,
         share=plan.share,
     )
 
 
-def training_scorer(config, never, images, machine, notes):
+def training_scorer(config, never, images, machine, model, notes):
     """The scorer of a training: none if it never evaluates or, with a note, if its extractor is
     unavailable.
 
@@ -301,7 +301,7 @@ def training_scorer(config, never, images, machine, notes):
     if never:
         return evaluation_scorer.NullScorer()
     try:
-        scorer = drawing.scorer(config, images, machine)
+        scorer = drawing.scorer(config, images, machine, model)
         notes += scorer.notes
         return scorer
     except ValueError as error:
@@ -317,6 +317,8 @@ def restore(start, parts, total, length):
     Raises ValueError if it does not fit, or if a training that continues another's checkpoint is
     not longer than that.
     """
+    if start.content is None:
+        return []
     checkpoint.restore(start.content["parts"], parts)
     pending = parts["due"].names
     if start.source and start.step >= total and pending is None:
@@ -336,8 +338,10 @@ def restore(start, parts, total, length):
 
 def open_tracker(config, folder, machine, start, parts, total):
     """Open the tracker of a run folder, after removing what lies past its start and copying what
-    the folder that it continues has kept.
+    the folder that it continues has kept; a silent one if the training is finished.
     """
+    if start.step >= total and parts["due"].names is None:
+        return Tracker()
     home = start.source and checkpoint.run_of(start.source)
     notes = []
     if machine.main:

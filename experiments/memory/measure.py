@@ -104,7 +104,7 @@ def measured(given, machine, levels):
     """
     network = experiment_step.learning(given, build.network(given), machine, levels, print)
     averages = list(experiment_step.averages(given, network.weights).values())
-    step = experiment_step.step(given, network, averages, 100)
+    step = experiment_step.step(given, build.diffusion(given, None), network, averages, 100)
     batch = experiment_step.blank(given, given.train.batch_size)
     step(0, batch)  # the optimiser has begun
     held = [

@@ -143,7 +143,11 @@ def step_of(config, machine):
     """The Step of a config on the GPU, as a training has it."""
     net = network_of(config)
     made = step.step(
-        config, network.TrainNetwork(net, machine), list(step.averages(config, net).values()), 1000
+        config,
+        build.diffusion(config, None),
+        network.TrainNetwork(net, machine),
+        list(step.averages(config, net).values()),
+        1000,
     )
     made.scaler = NoBackward(made.parameters)
     return made
