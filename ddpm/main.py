@@ -126,8 +126,8 @@ def finish(trainer):
     except Diverged as error:
         code = diverged(trainer, error)
     except OSError as error:
-        spare = checkpoint.spare(trainer.folder) if error.errno in errors.FULL else ""
-        may_go = f" (of this run may go {spare})" if spare else ""
+        reclaimable = checkpoint.reclaimable(trainer.folder) if error.errno in errors.FULL else ""
+        may_go = f" (of this run may go {reclaimable})" if reclaimable else ""
         failed(trainer, f"{errors.one_line(error)}{may_go}; then {CONTINUES}")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
         if ran_out(error):

@@ -133,7 +133,7 @@ def chosen_weights(path, step, config):
             else [other for at, other in checkpoint.checkpoints(folder) if at == step]
         )
         if found:
-            return step, training_weights.shadow(
+            return step, training_weights.ema_weights(
                 found[-1], checkpoint.load(found[-1]), part_name(chosen)
             )
         raise ValueError(

@@ -16,7 +16,7 @@ from ddpm.training.ema import EMA
 from ddpm.training.meters import Meters
 from ddpm.training.network import TrainNetwork
 from ddpm.training.stability import StabilityMonitor
-from ddpm.training.step import Step
+from ddpm.training.step import TrainStep
 
 
 def averages(config, weights):
@@ -58,8 +58,7 @@ def step(config, model, network, averages, dataset_size, rollbacks=0):
     machine = network.machine
     model = model.around(network)
     model.objective.to(machine.device)
-    return Step(
-        net=network.net,
+    return TrainStep(
         diffusion=model,
         averages=averages,
         machine=machine,
@@ -67,7 +66,7 @@ def step(config, model, network, averages, dataset_size, rollbacks=0):
         stability=StabilityMonitor(section.spike, machine, rollbacks),
         scaler=network.scaler(),
         optimizer=registry.resolve("optimizer", optim.OPTIMIZERS, section.optimizer)(
-            [*network.parameters, *model.objective.parameters()], section.learning_rate
+            [*network.params, *model.objective.parameters()], section.learning_rate
         ),
         seed=rng.another(config.seed, rollbacks),
         learning_rate=rate(config, dataset_size, rollbacks),
@@ -80,7 +79,7 @@ def step(config, model, network, averages, dataset_size, rollbacks=0):
     )
 
 
-def learning(config, net, machine, levels, note):
+def wrap_network(config, net, machine, levels, note):
     """The TrainNetwork of a network on the host that recomputes so many levels: on the machine,
     or shared out over its ranks.
     """
@@ -110,7 +109,7 @@ def blank(config, count):
     return torch.zeros(count, *build.image_shape(config), dtype=torch.uint8), labels
 
 
-def compiled(config, made):
+def compile_network(config, made):
     """Let a step learn through torch.compile, tried on a blank batch; says how long that took,
     or why it is not done.
     """
@@ -118,7 +117,7 @@ def compiled(config, made):
     begun = time.monotonic()
     said = []
     fitted = True
-    net.compiled()
+    net.use_compiler()
     net.say = said.append
     try:
         fitted, _ = made.machine.room.fits(partial(made.rehearse, blank(config, len(made.places))))

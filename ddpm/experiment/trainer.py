@@ -221,7 +221,7 @@ def build_step(config, model, net, machine, images, initial, rollbacks, notes):
         path, _, text, weights = initial
         load.check_same_network(config, files.from_json(text), path)
         load.put_weights(net, weights, path)
-    network = experiment_step.learning(config, net, machine, levels, notes.append)
+    network = experiment_step.wrap_network(config, net, machine, levels, notes.append)
     averages = experiment_step.averages(config, network.weights)
     step = experiment_step.step(
         config, model, network, list(averages.values()), len(images.learned), rollbacks
@@ -235,7 +235,7 @@ def checkpoint_parts(averages, step, best, identity):
     network = step.diffusion.net
     sharded = {"net": network.weights, **averages, "optimizer": step.optimizer}
     parts = {
-        **{name: network.part(part) for name, part in sharded.items()},
+        **{name: network.as_checkpoint_part(part) for name, part in sharded.items()},
         "scaler": step.scaler,
         "meters": step.meters,
         "guard": step.stability,
@@ -254,7 +254,7 @@ def prepare_step(config, step, say):
     machine = step.machine
     if section.compile:
         say("compiling the network, which takes a minute or more (train.compile) ...")
-        notes = [experiment_step.compiled(config, step)]
+        notes = [experiment_step.compile_network(config, step)]
     else:
         notes = ["the network is not compiled (train.compile)"]
     layout = "channels last" if section.channels_last else "the usual memory format"
@@ -347,9 +347,9 @@ def open_tracker(config, folder, machine, start, parts, total):
     if machine.main:
         if home:
             checkpoint.take_over(home, folder, start.step)
-        training_weights.cut_snapshots(folder, start.step)
+        training_weights.delete_snapshots_after(folder, start.step)
         for damaged in start.damaged:
-            name = checkpoint.set_aside(damaged).name
+            name = checkpoint.quarantine(damaged).name
             notes.insert(
                 0,
                 f"{damaged.path} is damaged ({damaged.why}); it is called {name} now, and the run "

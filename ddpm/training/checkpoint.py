@@ -68,7 +68,7 @@ def prune(folder, keep=2, healthy_step=math.inf):
             old.unlink()
 
 
-def cut(folder, step):
+def delete_after(folder, step):
     """Delete the checkpoints past a step, the newest first."""
     for _, path in reversed([item for item in checkpoints(folder) if item[0] > step]):
         path.unlink()
@@ -120,7 +120,7 @@ def newest(folder, tensors=True):
         except FileNotFoundError:  # another rank has set it aside
             pass
     if damaged:
-        raise none_whole(damaged)
+        raise all_damaged(damaged)
     return None, []
 
 
@@ -185,7 +185,7 @@ def take_over(home, folder, step):
                 shutil.copyfile(path, part)
 
 
-def none_whole(damaged):
+def all_damaged(damaged):
     """The ValueError for a run folder whose files are all CorruptFile."""
     one = damaged[0]
     return ValueError(
@@ -194,7 +194,7 @@ def none_whole(damaged):
     )
 
 
-def set_aside(damaged):
+def quarantine(damaged):
     """Give a CorruptFile checkpoint another name, under which nothing looks for it; returns
     that.
     """
@@ -229,7 +229,7 @@ def restore(states, parts):
             ) from None
 
 
-def spare(folder):
+def reclaimable(folder):
     """What of a run takes room and is not needed to go on, in words; nothing where that is so."""
     newest = [path for _, path in checkpoints(folder)[-1:]]
     kinds = {

@@ -2,7 +2,7 @@
 training step sees it.
 
 Each rank keeps its rows of every tensor: of weights, gradients, averages and the optimiser's state.
-Stages of the network come together one at a time, while they compute. Files hold whole tensors, so
+Stages of the network come together one at a time, while they compute. Files hold full tensors, so
 that a run goes on with or without sharding and on any number of ranks.
 
     rows [r, ...]: a rank's part along the first axis, in rank order; some ranks may have none
@@ -22,36 +22,34 @@ from ddpm.training.network import TrainNetwork
 
 
 class ShardedNetwork(TrainNetwork):
-    """A TrainNetwork whose `net` has tensors only inside `whole()`: between, it is on "meta", and
-    `learner`, a twin, has rows.
+    """A TrainNetwork whose `net` has tensors only inside `summon_full_params()`, and is on "meta"
+    otherwise; its twin `module` has this rank's rows.
 
-    The optimiser and averages work on the rows as plain tensors, to which they do the same as to
-    whole ones.
+    The optimizer and averages work on the rows as plain tensors, with the same results as on full
+    ones.
     """
 
     # stages come together in each micro-step: a rank without room would leave the others waiting
     rehearses = False
 
-    def __init__(self, net, learner, machine):
+    def __init__(self, net, module, machine):
         super().__init__(net, machine)
         mesh = init_device_mesh(machine.device.type, (machine.world,))
-        for stage in (*itertools.chain(*learner.levels), learner):
+        for stage in (*itertools.chain(*module.levels), module):
             fully_shard(stage, mesh=mesh)
-        self.learner = self.asked = learner
-        self.sharded = dict(learner.named_parameters())
+        self.module = self.eval_module = module
+        self.sharded = dict(module.named_parameters())
         self.rows = {
             name: torch.nn.Parameter(one.to_local().detach()) for name, one in self.sharded.items()
         }
-        self.weights, self.parameters = self, list(self.rows.values())
+        self.weights, self.params = self, list(self.rows.values())
 
     @property
     def wrapped(self):
-        return self.learner
+        return self.module
 
     def accumulating(self, more):
-        """Every micro-step exchanges gradients: kept whole until the last, they would take the
-        room that is to be saved.
-        """
+        """Every micro-step sums gradients: full ones would take the memory that is to be saved."""
         return contextlib.nullcontext()
 
     def scaler(self):
@@ -59,8 +57,8 @@ class ShardedNetwork(TrainNetwork):
             self.machine.device.type, enabled=self.machine.dtype == torch.float16
         )
 
-    def collect(self):
-        for rows, one in zip(self.parameters, self.sharded.values(), strict=True):
+    def sync_grads(self):
+        for rows, one in zip(self.params, self.sharded.values(), strict=True):
             rows.grad = None if one.grad is None else one.grad.to_local()
             one.grad = None
 
@@ -69,36 +67,36 @@ class ShardedNetwork(TrainNetwork):
             get_total_norm([one.grad for one in some if one.grad is not None]).to(
                 self.machine.device
             )
-            for some in (self.parameters, others)
+            for some in (self.params, others)
         )
         return (self.machine.sum(mine**2) + same**2).sqrt()
 
     @contextlib.contextmanager
-    def whole(self):
-        self.machine.barrier()  # none has left, who would be waited for
-        self.net.load_state_dict(self.each(brought, self.state_dict()), assign=True)
-        self.asked = self.net
+    def summon_full_params(self):
+        self.machine.barrier()  # StopTraining if one of the ranks has stopped
+        self.net.load_state_dict(self.each(all_gather_rows, self.state_dict()), assign=True)
+        self.eval_module = self.net
         try:
             yield
         finally:
-            self.asked = self.learner
+            self.eval_module = self.module
             self.net.to("meta")
 
-    def gathered(self, state):
+    def full_state_dict(self, state):
         def on_host(rows, like):
-            tensor = brought(rows, like)
+            tensor = all_gather_rows(rows, like)
             return tensor.cpu() if self.machine.main else None
 
         self.machine.barrier()
         return self.each(on_host, state)
 
-    def part(self, part):
-        return Gathered(part, self)
+    def as_checkpoint_part(self, part):
+        return ShardedPart(part, self)
 
     def state_dict(self):
         """This rank's rows of the weights, and the buffers, by the plain network's names."""
         return {name: rows.detach() for name, rows in self.rows.items()} | dict(
-            self.learner.named_buffers()
+            self.module.named_buffers()
         )
 
     @torch.no_grad()
@@ -124,22 +122,18 @@ class ShardedNetwork(TrainNetwork):
         )
 
 
-def brought(rows, like):
-    """The whole tensor, on every rank, of which ranks have the rows that they have of the
-    sharded tensor `like`.
-    """
+def all_gather_rows(rows, like):
+    """The full tensor, on every rank, from rows that are distributed as those of `like` are."""
     world = like.device_mesh.size()
     most = -(-len(like) // world)  # the ranks have as many, but for the last that have any
-    mine, whole = (rows.new_zeros(n * most, *like.shape[1:]) for n in (1, world))
+    mine, full = (rows.new_zeros(n * most, *like.shape[1:]) for n in (1, world))
     mine[: len(rows)] = rows
-    distributed.all_gather(list(whole.chunk(world)), mine)
-    return whole[: len(like)].clone()
+    distributed.all_gather(list(full.chunk(world)), mine)
+    return full[: len(like)].clone()
 
 
-def rows_of(tensor, like):
-    """This rank's rows of a whole tensor. Raises ValueError for one of another shape than
-    `like`.
-    """
+def local_shard(tensor, like):
+    """This rank's rows of a full tensor; raises ValueError if its shape is not that of `like`."""
     if tensor.shape != like.shape:
         raise ValueError(
             f"the checkpoint has a tensor {tuple(tensor.shape)} in place of one "
@@ -151,9 +145,9 @@ def rows_of(tensor, like):
     return (parts[rank] if rank < len(parts) else tensor[:0]).clone()
 
 
-class Gathered:
-    """A checkpoint's part that ranks have shared out: `collect()` on all of them, then
-    `state_dict()` on the main one.
+class ShardedPart:
+    """A checkpoint part with a shard on each rank: `collect()` on all ranks, then `state_dict()` on
+    the main one.
     """
 
     def __init__(self, part, network):
@@ -162,15 +156,15 @@ class Gathered:
         self.state = None
 
     def collect(self):
-        """Bring what is saved together on the main rank's host."""
-        self.state = self.network.gathered(self.part.state_dict())
+        """Gather the full state on the main rank's host."""
+        self.state = self.network.full_state_dict(self.part.state_dict())
 
     def state_dict(self):
-        """What was collected, whole tensors, which are forgotten here."""
+        """The full tensors that `collect` gathered, once."""
         state = self.state
         self.state = None
         return state
 
     def load_state_dict(self, state):
-        """Take this rank's rows of whole tensors."""
-        self.part.load_state_dict(self.network.each(rows_of, state))
+        """Take this rank's rows of full tensors."""
+        self.part.load_state_dict(self.network.each(local_shard, state))

@@ -16,57 +16,55 @@ LEARNING = {"options": {"fallback_random": True}}
 
 
 class TrainNetwork:
-    """The network as the training step sees it: autocast around it, gradients averaged over ranks,
-    float32 out.
+    """The network as the training step calls it: net(x, t, y) -> float32, with autocast around it,
+    gradients averaged over ranks, and compilation.
 
-    EMA, checkpoint and everything else keep the plain module, so no wrapper's name reaches a file;
-    validation, in evaluation mode and without gradients, asks the plain module, so that it compiles
-    nothing more. `parameters` are what an optimiser changes, `weights.state_dict()` what is
-    averaged, `learner` is the module whose layers learn. `say(text)` hears of what the compiler
-    cannot do.
+    EMA and checkpoints keep the plain module, so no wrapper's name reaches a file. Validation, in
+    evaluation mode without gradients, calls the plain module, so nothing more is compiled. `params`
+    are what the optimizer changes, `weights.state_dict()` what is averaged, `module` the module
+    whose layers learn. `say(text)` prints what the compiler cannot do.
     """
 
-    # ranks can try a micro-step each for itself: inside `accumulating(more=True)` none waits for
-    # another
+    # inside `accumulating(more=True)` no rank waits for another: each can try a micro-step alone
     rehearses = True
 
     def __init__(self, net, machine):
         self.net = net
         self.machine = machine
-        self.asked = net
-        self.fast = None
+        self.eval_module = net
+        self.compiled = None
         self.say = print
         self.weights = net
-        self.learner = net
-        self.parameters = list(net.parameters())
+        self.module = net
+        self.params = list(net.parameters())
 
     @cached_property
     def wrapped(self):
-        """The network that learns, made when it is asked first: ranks wait for each other there."""
+        """The module that learns, built at its first use: ranks wait for each other there."""
         return DistributedDataParallel(self.net) if self.machine.world > 1 else self.net
 
-    def __call__(self, x, t, y=None, **told):
-        fast = self.fast is not None and self.net.training  # self-conditioning's own estimate too
+    def __call__(self, x, t, y=None, **conditions):
+        # in training also for self-conditioning's own estimate, which has no gradients
+        compiled = self.compiled is not None and self.net.training
+        train = compiled or torch.is_grad_enabled()
         with self.machine.autocast():
-            return (self.learning if fast or torch.is_grad_enabled() else self.asked)(
-                x, t, y, **told
-            ).float()
+            call = self.forward_train if train else self.eval_module
+            return call(x, t, y, **conditions).float()
 
-    def learning(self, *given, **told):
-        """What the network says that learns: compiled, as long as the compiler can do what it
-        has not seen yet.
-        """
-        try:
-            return (self.wrapped if self.fast is None else self.fast)(*given, **told)
-        except Exception as error:  # a compiler has many
-            if self.fast is None or compile.of_kernels(error):
-                raise
-            self.give_up(error)
-        return self.wrapped(*given, **told)
+    def forward_train(self, *inputs, **conditions):
+        """The output of the compiled module or, once compilation has failed, of the plain one."""
+        if self.compiled is not None:
+            try:
+                return self.compiled(*inputs, **conditions)
+            except Exception as error:  # a compiler has many
+                if compile.of_kernels(error):
+                    raise
+                self.give_up(error)
+        return self.wrapped(*inputs, **conditions)
 
     def give_up(self, error):
-        """Learn without the compiler, which has failed so."""
-        self.compiled(False)
+        """Go on without the compiler after this error."""
+        self.use_compiler(False)
         self.say(
             f"the network is not compiled, as torch.compile failed: {device.first_words(error)}"
         )
@@ -75,46 +73,35 @@ class TrainNetwork:
         self.wrapped.train()
 
     def accumulating(self, more):
-        """The context of a micro-step: ranks exchange gradients only when no more micro-steps
-        follow.
-        """
-        return (
-            self.wrapped.no_sync() if more and self.machine.world > 1 else contextlib.nullcontext()
-        )
+        """The context of a micro-step: ranks sum gradients only if no more micro-steps follow."""
+        if more and self.machine.world > 1:
+            return self.wrapped.no_sync()
+        return contextlib.nullcontext()
 
-    def compiled(self, wanted=True):
-        """From now on, or no longer, learn through torch.compile, which does its work when it is
-        asked first.
-        """
-        self.fast = compile.through(self.wrapped, LEARNING) if wanted else None
+    def use_compiler(self, wanted=True):
+        """Train through torch.compile, which compiles at the next call, or stop doing so."""
+        self.compiled = compile.through(self.wrapped, LEARNING) if wanted else None
 
     def scaler(self):
         """A GradScaler that scales for float16 and does nothing otherwise."""
         return self.machine.scaler()
 
-    def collect(self):
-        """Bring the gradients to where the optimiser looks for them."""
+    def sync_grads(self):
+        """Put the gradients where the optimizer reads them."""
 
     def norm(self, others=()):
-        """The norm of the gradients of the network and of `others`, parameters that are the same
-        on all ranks.
-        """
-        return get_total_norm(
-            [one.grad for one in (*self.parameters, *others) if one.grad is not None]
-        )
+        """The norm of the gradients of the network and of `others`, which all ranks have alike."""
+        params = (*self.params, *others)
+        return get_total_norm([param.grad for param in params if param.grad is not None])
 
-    def whole(self):
-        """The context in which the plain network has the weights, to draw and to measure with."""
+    def summon_full_params(self):
+        """The context in which the plain network has the full weights."""
         return contextlib.nullcontext()
 
-    def gathered(self, state):
-        """A state as it is without ranks, on the main one; the others take part and get nothing
-        of use.
-        """
+    def full_state_dict(self, state):
+        """A state with full tensors on the main rank; all ranks take part."""
         return state
 
-    def part(self, part):
-        """A checkpoint's part that holds weights, or what there is for each of them, as files
-        have it.
-        """
+    def as_checkpoint_part(self, part):
+        """The checkpoint part that saves and loads `part` with full tensors."""
         return part

@@ -1,12 +1,11 @@
-"""What one step of training is, and what is read off it.
+"""One step of training, and what it measures.
 
     images uint8 [b, c, h, w] and labels int64 [b], -1 for none, from the loader; x0 in
     [-1, 1]; t [b] int64
     `step` counts from 0
 
-What a step draws (times, noise, flips, dropped labels, dropout) is addressed by (seed, step, place
-in the effective batch), so a run that was stopped goes on as if it had not been, and micro-batches
-and ranks change nothing.
+Random numbers (times, noise, flips, dropped labels, dropout) are addressed by (seed, step, place in
+the effective batch): a resumed run continues exactly, and micro-batches and ranks change nothing.
 """
 
 import math
@@ -23,18 +22,17 @@ LOGGED = "loss", "count", "steps"  # what Meters sums from one log to the next
 PER_RANK = "loss", "count", "since"  # and what each rank sums for itself
 
 
-class Step:
-    """One optimiser step on one effective batch: `step(number, (images, labels))`.
+class TrainStep:
+    """One optimizer step on one effective batch: `step(number, (images, labels))`.
 
     `augmentation` is the probability of each transformation of an image, `label_dropout` the share
-    of labels that are dropped, or None for a network that learns none. Where memory runs out, the
-    batch is cut into more parts, and `say(text)` tells it.
+    of labels that are dropped, or None for a network without labels. If memory runs out, the batch
+    is divided further, and `say(text)` prints it.
     """
 
     def __init__(
         self,
         *,
-        net,
         diffusion,
         optimizer,
         scaler,
@@ -51,14 +49,14 @@ class Step:
         augmentation,
         label_dropout,
     ):
-        self.net = net
         self.diffusion = diffusion
+        self.net = diffusion.net.net
         self.optimizer = optimizer
         self.scaler = scaler
         self.averages = averages
         self.ema = averages[0]  # the first is sampled and measured
         self.objective = diffusion.objective
-        self.parameters = [*diffusion.net.parameters, *self.objective.parameters()]
+        self.parameters = [*diffusion.net.params, *self.objective.parameters()]
         self.meters = meters
         self.stability = stability
         self.machine = machine
@@ -86,7 +84,7 @@ class Step:
         self.places = range(batch_size)[machine.rank_slice(batch_size)]
         self.batch_size = batch_size
         self.say = print
-        self.cut(micro_batches)
+        self.set_micro_batches(micro_batches)
         # alone, a step that has no room is done again
         self.rehearsed = machine.world == 1 or not diffusion.net.rehearses
         self.watch = lambda t, losses: None
@@ -94,10 +92,9 @@ class Step:
         self.seen = torch.zeros(2, batch_size, device=machine.device)
 
     def __call__(self, step, batch):
-        """Learn from this rank's share of the effective batch, images and labels in the order of
-        the places.
+        """Learn from this rank's share of the effective batch, in the order of the places.
 
-        Raises BatchDoesNotFit where memory runs out with one image at a time.
+        Raises BatchDoesNotFit if memory runs out with one image at a time.
         """
         while not self.rehearsed:
             self._rehearse_together(batch)
@@ -105,20 +102,20 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         loss = self._gradients_that_fit(step, batch)
-        self.diffusion.net.collect()
+        self.diffusion.net.sync_grads()
         for parameter in self.objective.parameters():  # which the network's wrapper does not know
             parameter.grad = self.machine.sum(parameter.grad) / self.machine.world
         self.scaler.unscale_(self.optimizer)
         norm = self.diffusion.net.norm(list(self.objective.parameters()))
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
         loss = self.machine.sum(loss) / self.machine.world
-        # such a loss has no zero to compare with
+        # a loss with a learned weighting has no zero to compare with
         if next(self.objective.parameters(), None) is not None:
             loss = 1 + 0 * loss
         skipped, spike = self.stability.update(step, loss, norm)
-        # a fused optimiser leaves everything as it is where this is 1
+        # a fused optimizer changes nothing if this is 1
         self.optimizer.found_inf = skipped.float()
-        self.optimizer.step()  # the scaler's own would know of nothing but what is not finite
+        self.optimizer.step()  # the scaler's own step would only skip what is not finite
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         for average in self.averages:
@@ -130,11 +127,8 @@ class Step:
             self.seen.zero_()
 
     def rehearse(self, batch):
-        """Learn from the first micro-batch of a batch and forget it: nothing changes but what is
-        set up on the way.
-
-        All that the step takes is there: what the optimiser keeps and, where micro-batches follow,
-        the gradients of all before.
+        """Compute the gradients of the first micro-batch and drop them, to set up kernels and to
+        try whether memory suffices: with the optimizer's state and accumulated gradients in place.
         """
         before = self.meters.losses()
         count = len(self.parts[0])
@@ -154,27 +148,24 @@ class Step:
                     one.copy_(weight)
 
     def diagnosis(self, step, batch):
-        """Words on what goes wrong in a step: its gradients are gathered once more, watched layer
-        by layer, and forgotten.
-
-        Where it was skipped and nothing learned since, these are the very numbers that it was
-        skipped for.
+        """A description of what goes wrong in a step, from computing its gradients again: the same
+        numbers, if it was skipped and nothing was learned since.
         """
         outputs = {}
         images = []
         before = self.meters.losses()
         hooks = [
             layer.register_forward_hook(partial(note_output, outputs, name))
-            for name, layer in self.diffusion.net.learner.named_modules()
+            for name, layer in self.diffusion.net.module.named_modules()
             if not [*layer.children()]
         ]
         self.watch = lambda t, losses: images.extend(zip(t.tolist(), losses.tolist(), strict=True))
-        self.diffusion.net.compiled(False)
+        self.diffusion.net.use_compiler(False)
         self.diffusion.net.train()
         try:
             loss = self._gradients(step, batch)
             named = [
-                *self.diffusion.net.learner.named_parameters(),
+                *self.diffusion.net.module.named_parameters(),
                 *self.objective.named_parameters(),
             ]
             weights = {name: size_of(one) for name, one in named}
@@ -200,38 +191,34 @@ class Step:
             ]
         )
 
-    def cut(self, parts):
-        """Cut the effective batch into so many micro-batches of one size."""
-        size = len(self.places) // parts
-        self.parts = [self.places[i * size : (i + 1) * size] for i in range(parts)]
+    def set_micro_batches(self, count):
+        """Divide the effective batch into `count` micro-batches of one size."""
+        size = len(self.places) // count
+        self.parts = [self.places[i * size : (i + 1) * size] for i in range(count)]
 
     def _rehearse_together(self, batch):
-        """Rehearse on all ranks, which wait for each other only afterwards; cut the batch where
-        one of them had no room.
-        """
+        """Rehearse on all ranks; divide the batch further if memory ran out on one of them."""
         fitted, _ = self.machine.room.fits(partial(self.rehearse, batch))
         self.rehearsed = all(self.machine.all_gather(fitted))
         if not self.rehearsed:
-            self._cut_further()
+            self._halve_micro_batches()
 
     def _gradients_that_fit(self, step, batch):
-        """Gather the gradients, the batch cut until there is room; returns the loss."""
+        """Compute the gradients, with the batch divided until it fits; returns the loss."""
         while True:
             fitted, found = self.machine.room.fits(partial(self._gradients, step, batch))
             if fitted:
                 return found
-            if self.machine.world > 1:  # the others wait in the middle of an exchange
+            if self.machine.world > 1:  # the others wait in the middle of a collective
                 raise BatchDoesNotFit(
                     f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images "
                     f"at a time; --config.train.gradient_accumulation_steps={2 * len(self.parts)} "
                     "halves them"
                 )
-            self._cut_further()
+            self._halve_micro_batches()
 
     def _gradients(self, step, batch):
-        """Gather the gradients of this rank's share; returns its loss. Where that fails, nothing
-        is left of it.
-        """
+        """Compute the gradients of this rank's share; returns its loss."""
         loss = 0
         before = self.meters.losses()
         split = (tensor.split(len(self.parts[0])) for tensor in batch)
@@ -251,8 +238,8 @@ class Step:
         self.seen.zero_()
 
     def _set_up_optimizer(self):
-        """Let the optimiser allocate what it keeps, by a step that changes nothing; leaves
-        gradients of zero.
+        """Let the optimizer allocate its state, by a step that changes nothing; leaves zero
+        gradients.
         """
         for one in self.parameters:
             one.grad = torch.zeros_like(one)
@@ -260,9 +247,9 @@ class Step:
             self.optimizer.found_inf = torch.ones((), device=self.machine.device)
             self.optimizer.step()
 
-    def _cut_further(self):
-        """Halve the micro-batches, or as near as divides the batch. Raises BatchDoesNotFit where
-        they are single images.
+    def _halve_micro_batches(self):
+        """Halve the micro-batches, or as near as divides the batch; raises BatchDoesNotFit for
+        single images.
         """
         count = len(self.parts)
         more = next(
@@ -270,7 +257,7 @@ class Step:
         )
         if more is None and count == len(self.places):
             raise BatchDoesNotFit("out of memory with one image at a time")
-        self.cut(more or len(self.places))
+        self.set_micro_batches(more or len(self.places))
         self.say(
             f"out of memory with {len(self.places) // count} images at a time; continuing with "
             f"{len(self.parts[0])} at a time, with the same results except for dropout; to start "
@@ -303,9 +290,7 @@ class Step:
         return loss.detach()
 
     def _times(self, step, places):
-        """Uniform numbers for the distribution of times, on the device where it learns from the
-        losses there.
-        """
+        """Uniform numbers for the distribution of times, on the device if it learns from losses."""
         numbers = rng.uniform(self.seed, "train time", step, places)
         return self.machine.to_device(numbers) if self.objective.watches else numbers
 
@@ -320,7 +305,7 @@ class Step:
 
 
 def note_output(outputs, name, layer, given, out):
-    """A layer's hook: keep the largest magnitude of what it first says."""
+    """A layer's forward hook: keep the largest magnitude of its first output."""
     if isinstance(out, torch.Tensor):
         outputs.setdefault(name, out.detach().abs().max())
 
@@ -331,7 +316,7 @@ def size_of(tensor):
 
 
 def largest(what, sizes):
-    """Words on sizes by name: the first that are not finite or, where all are, the largest."""
+    """A description of sizes by name: the first that are not finite, else the largest."""
     lost = [name for name, size in sizes.items() if not math.isfinite(size)]
     if lost:
         return f"{what} not finite in {len(lost)} of {len(sizes)}, first in {', '.join(lost[:3])}"

@@ -23,7 +23,7 @@ from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
 from ddpm.training.ema import EMA
 from ddpm.training.meters import Speed, Stopwatch, portion
-from ddpm.training.step import LOGGED, Step
+from ddpm.training.step import LOGGED, TrainStep
 from ddpm.training.validation import Validation
 
 PATIENCE = 50  # more steps skipped than learned from: fp16 finds its loss scale in fewer
@@ -108,7 +108,7 @@ class Trainer:
     start: int
     total: int
     batches: Callable[[int], Any]  # (step) -> iterator of (uint8 [b, c, h, w], labels [b]) from it
-    step: Step
+    step: TrainStep
     speed: Speed
     every: dict[str, Every]  # event -> when it is due
     evaluation: Evaluation
@@ -139,12 +139,12 @@ class Trainer:
     @contextlib.contextmanager
     def averaged(self):
         """The context in which the plain network has the averaged weights."""
-        with self.step.ema.averaged(), self.network.whole():
+        with self.step.ema.averaged(), self.network.summon_full_params():
             yield
 
     def gathered(self, average):
         """The full weights of an average, by name, on the main rank."""
-        return self.network.gathered(average.shadow)
+        return self.network.full_state_dict(average.shadow)
 
     def log_training(self, done):
         """Log what the steps since the last log measured."""
@@ -194,7 +194,7 @@ class Trainer:
         training restarts.
         """
         if self.machine.main:
-            checkpoint.cut(self.folder, diverged.healthy_step)
+            checkpoint.delete_after(self.folder, diverged.healthy_step)
         self.machine.barrier()
         step, _ = (checkpoint.checkpoints(self.folder) or [(0, None)])[-1]
         return (
@@ -232,7 +232,7 @@ class Trainer:
 
     def validate(self, done):
         """Log the validation loss of the weights and of their average; returns the latter."""
-        with self.network.whole():
+        with self.network.summon_full_params():
             loss = self.evaluation.validation.loss()
         with self.averaged():
             averaged = self.evaluation.validation.loss()

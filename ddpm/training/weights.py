@@ -63,7 +63,7 @@ def load_snapshot(path, word):
     }
 
 
-def cut_snapshots(folder, step):
+def delete_snapshots_after(folder, step):
     """Delete the snapshots past a step, from which a run is about to go on, or to begin."""
     for _, path in [item for item in checkpoint.snapshots(folder) if item[0] > step]:
         path.unlink()
@@ -91,7 +91,7 @@ def load_weights(run_or_file):
                 file=sys.stderr,
             )
         return path, step, *found
-    raise damaged[0] if len(files) == 1 else checkpoint.none_whole(damaged)
+    raise damaged[0] if len(files) == 1 else checkpoint.all_damaged(damaged)
 
 
 def weights_in(path):
@@ -100,12 +100,12 @@ def weights_in(path):
     """
     if path.suffix != ".safetensors":
         content = checkpoint.load(path)
-        return path, content["step"], content["config"], shadow(path, content, "ema")
+        return path, content["step"], content["config"], ema_weights(path, content, "ema")
     about, tensors = exported(path)
     return path, about["step"], about["config"], tensors
 
 
-def shadow(path, content, part):
+def ema_weights(path, content, part):
     """The averaged weights, name -> tensor, in a part of what `load` read from a path; raises
     ValueError where it has none.
     """

@@ -102,7 +102,7 @@ def measured(given, machine, levels):
     It is the weights, averages and optimiser's state, and what a step adds to them: no buffer that
     a library keeps between steps, such as cuBLAS's.
     """
-    network = experiment_step.learning(given, build.network(given), machine, levels, print)
+    network = experiment_step.wrap_network(given, build.network(given), machine, levels, print)
     averages = list(experiment_step.averages(given, network.weights).values())
     step = experiment_step.step(given, build.diffusion(given, None), network, averages, 100)
     batch = experiment_step.blank(given, given.train.batch_size)

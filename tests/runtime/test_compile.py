@@ -105,7 +105,7 @@ def test_where_compiling_fails_later_the_plain_network_goes_on(tmp_path, monkeyp
     batches = made.batches
     step = made.step
     made.batches = lambda start: (
-        step.cut(8) or batch if number == 6 else batch
+        step.set_micro_batches(8) or batch if number == 6 else batch
         for number, batch in enumerate(batches(start))
     )
     assert train(made)
@@ -185,7 +185,7 @@ def network_with(compiler, monkeypatch):
     net = training_network.TrainNetwork(
         torch.nn.Bilinear(3, 2, 4), device.Machine(torch.device("cpu"), torch.float32)
     )
-    net.compiled()
+    net.use_compiler()
     net.train()
     return net
 
@@ -195,8 +195,8 @@ def test_the_own_estimate_is_compiled_and_validation_is_not(monkeypatch):
     net = network_with(
         lambda graph, inputs: lambda *given: calls.append(1) or graph(*given), monkeypatch
     )
-    net.asked = lambda x, t, y: torch.zeros(2, 4)
-    net.fast = (lambda fast: lambda x, t, y: fast(x, t))(net.fast)
+    net.eval_module = lambda x, t, y: torch.zeros(2, 4)
+    net.compiled = (lambda fast: lambda x, t, y: fast(x, t))(net.compiled)
     given = torch.ones(2, 3), torch.ones(2, 2)
     with torch.no_grad():
         net(*given)
@@ -221,10 +221,10 @@ def test_a_failure_of_the_gpu_is_not_the_compilers(error, monkeypatch):
         raise error
 
     net = network_with(lambda graph, inputs: kernel, monkeypatch)
-    net.fast = (lambda fast: lambda x, t, y: fast(x, t))(net.fast)
+    net.compiled = (lambda fast: lambda x, t, y: fast(x, t))(net.compiled)
     with pytest.raises(type(error), match="CUDA|GET"):
         net(torch.ones(2, 3), torch.ones(2, 2))
-    assert net.fast is not None
+    assert net.compiled is not None
     drawing = compile.Compiled(torch.nn.Bilinear(3, 2, 4), {2})
     drawing.fast = (lambda fast: lambda x, t, y: fast(x, t))(drawing.fast)
     with pytest.raises(type(error), match="CUDA|GET"):

@@ -129,7 +129,7 @@ def trained(folder, **options):
     assert train(made)
     made.tracker.close()
     network = made.step.diffusion.net
-    with network.whole():
+    with network.summon_full_params():
         weights = digest(network.net.state_dict())
     with made.averaged():
         average = digest(network.net.state_dict())

@@ -165,14 +165,16 @@ def test_damage_is_said_in_plain_words(content, said, tmp_path):
 
 
 def test_what_may_go_is_told(tmp_path):
-    assert checkpoint.spare(tmp_path) == ""
+    assert checkpoint.reclaimable(tmp_path) == ""
     parts = {"net": State(WEIGHTS)}
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, "{}", parts, milestone=True)
         if step == 2:
-            assert checkpoint.spare(tmp_path) == "1 milestone, checkpoints/*.keep.pt (0.0 MiB)"
+            assert (
+                checkpoint.reclaimable(tmp_path) == "1 milestone, checkpoints/*.keep.pt (0.0 MiB)"
+            )
     training_weights.save_snapshot(tmp_path, 3, "{}", {"ema 0.1": WEIGHTS})
-    assert checkpoint.spare(tmp_path).startswith(
+    assert checkpoint.reclaimable(tmp_path).startswith(
         "2 milestones, checkpoints/*.keep.pt (0.0 MiB), 1 snapshot, snapshots/* ("
     )
     newest = checkpoint.checkpoints(tmp_path)[-1][1]
@@ -180,9 +182,9 @@ def test_what_may_go_is_told(tmp_path):
         newest.write_bytes(b"PK\3\4 torn")
         with pytest.raises(safe_load.CorruptFile) as caught:
             checkpoint.load(newest)
-        assert checkpoint.set_aside(caught.value) == newest.with_name(
+        assert checkpoint.quarantine(caught.value) == newest.with_name(
             f"step_00000003.keep.pt.damaged{number}"
         )
-    assert checkpoint.newest(tmp_path)[0]["step"] == 2 and "2 damaged files" in checkpoint.spare(
-        tmp_path
-    )
+    assert checkpoint.newest(tmp_path)[0][
+        "step"
+    ] == 2 and "2 damaged files" in checkpoint.reclaimable(tmp_path)
