@@ -115,6 +115,8 @@ class StopRequest:
         return self.signal == signal.SIGALRM
 
     def __str__(self):
+        if not self.requested:
+            return "as another rank does"
         if self.time_limit_reached:
             return f"as train.max_hours={self.hours:g} is nearly over"
         return f"by {NAMES.get(self.signal) or signal.Signals(self.signal).name}"

@@ -223,6 +223,8 @@ def test_two_ranks_leave_together(tmp_path):
             rank.kill()
     step, path = checkpoint.checkpoints(tmp_path)[-1]
     assert step == 2 and checkpoint.load(path)["parts"]["due"]["names"] == ["log", "sample"]
+    log = (tmp_path / "training.log").read_text()
+    assert "stopped, as another rank does, and saved at step 2" in log and "failed" not in log
 
 
 def test_what_nohup_ignores_stays_ignored():
