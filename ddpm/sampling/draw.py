@@ -1,7 +1,6 @@
-"""Weights and seeds become images: uint8 [b, c, h, w], each beginning at noise that is its own.
+"""Weights and image numbers -> images, uint8 [b, c, h, w].
 
-Image k of a drawing reads all its noise at (seed, k), so it is the same image at any batch size and
-on any number of ranks.
+Image k draws all its noise at (seed, k), so it is the same at any batch size and number of ranks.
 """
 
 from collections import deque

@@ -2,13 +2,12 @@
 (`.safetensors`).
 
 A part is anything with `state_dict` and `load_state_dict`; a file also carries the step and the
-config as JSON, so it describes itself. Files are written beside, fsynced and renamed, and an older
-one is deleted only after.
+config as JSON, so it describes itself. Files are written atomically, and an older one is deleted
+only afterwards.
 
-A file that is read may be damaged, or somebody's who means harm. Damage is seen by checksums: a
-`.pt` is a zip, which has one for each record, and exported weights have one in their header.
-Nothing here unpickles code or believes a size: a `.pt` may name what tensors are made of and
-nothing else, and its tensors stay mapped to the file, so they cannot be more than it is long.
+Files may be corrupt or malicious. Checksums detect corruption: a `.pt` is a zip, which has one for
+each record, and exported weights have one in their header. Nothing here unpickles code or trusts a
+size: a `.pt` may name only what tensors consist of, and its tensors stay mapped to the file.
 """
 
 import contextlib
@@ -58,7 +57,7 @@ def save(folder, step, config_json, parts, keep=2, milestone=False, healthy_step
 
 
 def prune(folder, keep=2, healthy_step=math.inf):
-    """Delete old checkpoints: the newest `keep` stay, the milestones, and the newest up to
+    """Delete old checkpoints, except the newest `keep`, milestones, and the newest one up to
     `healthy_step`, to roll back to.
     """
     found = checkpoints(folder)
@@ -78,9 +77,8 @@ def load(path, tensors=True):
     """Read a checkpoint onto the host: dict of `step`, `config` (JSON text) and `parts` (name ->
     state).
 
-    Without `tensors` their bytes are not checked, which takes reading all of the file: for words
-    and numbers alone. Raises CorruptFile for a file that is, ValueError, one line, for one that is
-    not ours.
+    Without `tensors` the bytes of tensors are neither read nor checked. Raises CorruptFile for a
+    corrupt file, and ValueError for one that is no checkpoint of ddpm.
     """
     content = safe_load.read(path, tensors)
     try:
@@ -95,8 +93,8 @@ def load(path, tensors=True):
 
 
 def describes_itself(content):
-    """True for what has a step and a config in a format that is known; raises KeyError or
-    TypeError for what is no dict.
+    """True if `content` has a step and a config in a known format; raises KeyError or TypeError if
+    it is no such dict.
     """
     step = content["step"]
     text = content["config"]
@@ -104,11 +102,10 @@ def describes_itself(content):
 
 
 def newest(folder, tensors=True):
-    """(what `load` reads from the newest checkpoint of a run folder that is whole, [the CorruptFile
-    of those after it]).
+    """(content of the newest undamaged checkpoint of a run folder, [CorruptFile of newer ones]), or
+    (None, []) without any.
 
-    `tensors` is as for `load`. (None, []) where there is none yet; raises ValueError where all are
-    damaged.
+    `tensors` is as for `load`. Raises ValueError if all are damaged.
     """
     damaged = []
     found = checkpoints(folder)
@@ -117,7 +114,7 @@ def newest(folder, tensors=True):
             return load(path, tensors), damaged
         except safe_load.CorruptFile as error:
             damaged.append(error)
-        except FileNotFoundError:  # another rank has set it aside
+        except FileNotFoundError:  # another rank has quarantined it
             pass
     if damaged:
         raise all_damaged(damaged)
@@ -125,10 +122,9 @@ def newest(folder, tensors=True):
 
 
 def chosen(run_or_file):
-    """(path, what `load` reads) of a checkpoint that is named, or of the newest of a run folder
-    that is undamaged.
+    """(path, content) of a named checkpoint, or of the newest undamaged one of a run folder.
 
-    Raises ValueError where there is none, and for a file or folder that has weights only.
+    Raises ValueError if there is none, and for a file or folder with weights only.
     """
     path = expand_user(run_or_file)
     if not path.exists():
@@ -148,9 +144,7 @@ def chosen(run_or_file):
 
 
 def continuable(path):
-    """What can be continued near a path that does not exist, in words: checkpoints of its run,
-    or runs in its folder.
-    """
+    """A description of the checkpoints or runs near a path that does not exist."""
     run = folder_of(path)
     if names := [file.name for _, file in checkpoints(run)][::-1]:
         return f"{Path(run, 'checkpoints')} has {listed(names)}"
@@ -166,14 +160,12 @@ def listed(names, most=5):
 
 
 def run_of(file):
-    """The run folder in which a checkpoint lies; None for one that lies alone."""
+    """The run folder of a checkpoint; None for a file that lies elsewhere."""
     return file.parent.parent if file.parent.name == "checkpoints" else None
 
 
 def take_over(home, folder, step):
-    """Copy what a run folder has kept up to a step into another: rows, snapshots, the best
-    weights.
-    """
+    """Copy rows, snapshots and best weights up to a step from one run folder to another."""
     folder = make_folder(folder)
     kept = [path for at, path in snapshots(home) if at <= step] + [home / "metrics.jsonl"]
     for path in home.glob("best*.safetensors"):
@@ -186,18 +178,16 @@ def take_over(home, folder, step):
 
 
 def all_damaged(damaged):
-    """The ValueError for a run folder whose files are all CorruptFile."""
+    """The ValueError for a run folder of which all files are damaged, a list of CorruptFile."""
     one = damaged[0]
     return ValueError(
-        f"no checkpoint in {one.path.parent} is whole, {one.path.name} for one is damaged "
-        f"({one.why}); bring one back from a copy, or move them away to begin anew"
+        f"all checkpoints in {one.path.parent} are damaged, such as {one.path.name} ({one.why}); "
+        "restore one from a copy, or move them away to start again"
     )
 
 
 def quarantine(damaged):
-    """Give a CorruptFile checkpoint another name, under which nothing looks for it; returns
-    that.
-    """
+    """Rename a CorruptFile checkpoint so that nothing reads it; returns the new path."""
     numbers = itertools.chain([""], itertools.count(2))
     place = next(
         place
@@ -208,15 +198,14 @@ def quarantine(damaged):
 
 
 def restore(states, parts):
-    """Put the states that `load` returned into the parts, all of them.
-
-    Raises ValueError where the file lacks a part or a part refuses its state.
+    """Load the states of a checkpoint into all parts; raises ValueError if one is missing or does
+    not fit.
     """
     for name, part in parts.items():
         if name not in states:
             raise ValueError(
-                f"the checkpoint has no part {name!r}, as it is from another version; go on with "
-                "that, or begin a new run from its weights by --config.train.init_from"
+                f"the checkpoint has no part {name!r}, as it is from another version; continue with "
+                "that, or start a new run from its weights by --config.train.init_from"
             )
         try:
             part.load_state_dict(states[name])
@@ -230,7 +219,7 @@ def restore(states, parts):
 
 
 def reclaimable(folder):
-    """What of a run takes room and is not needed to go on, in words; nothing where that is so."""
+    """A description of files of a run that are not needed to continue, with their sizes."""
     newest = [path for _, path in checkpoints(folder)[-1:]]
     kinds = {
         "milestone": "checkpoints/*.keep.pt",
@@ -266,8 +255,8 @@ def folder_of(run_or_file):
 
 
 def newest_run(runs="runs"):
-    """The run folder in `runs`, or in a study's folder there, whose weights are the newest;
-    raises ValueError without any.
+    """The run folder in `runs`, or in a study's folder there, with the newest weights; raises
+    ValueError without any.
     """
     times = {}
     for folder in (
@@ -288,17 +277,15 @@ def newest_run(runs="runs"):
 
 
 def find(run_or_file):
-    """The file that a run folder or a file name means: final weights, if no checkpoint is newer,
-    else the newest checkpoint.
-
-    Raises ValueError where there is none.
+    """The file of weights that a run folder or a file name means: final weights, if no checkpoint
+    is newer, else the newest checkpoint. Raises ValueError without any.
     """
     return files_of(run_or_file)[0]
 
 
 def files_of(run_or_file):
     """The files of weights that a run folder or a file name means, the newest first; raises
-    ValueError where there is none.
+    ValueError without any.
     """
     path = expand_user(run_or_file)
     if path.is_file():
@@ -331,8 +318,8 @@ def files_of(run_or_file):
 
 
 def header(path):
-    """The dict of `step`, `config` and more in a file that `export` wrote; raises CorruptFile for a
-    damaged or foreign one.
+    """The header of a file that `export` wrote, a dict of `step`, `config` and more; raises
+    CorruptFile for a damaged or foreign file.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:

@@ -9,7 +9,7 @@ import contextlib
 
 import torch
 
-SLICE = 2**22  # numbers that are exchanged at once
+SLICE = 2**22  # numbers that are swapped at once
 
 
 class EMA:
@@ -18,8 +18,8 @@ class EMA:
 
     With `warmup` the decay of update n = 0, 1, ... is min(decay, (1 + n) / (10 + n)), so that a
     young average forgets the initial weights; with `rampup` its half-life is at most that share of
-    n (Karras et al. 2022, EDM, code). A `decay` that is a function of n (posthoc.power_function) is
-    taken as it is. Raises ValueError for a number outside [0, 1).
+    n (Karras et al. 2022, EDM, code). `decay` may be a function of n (posthoc_ema.power_function).
+    Raises ValueError for a number outside [0, 1).
     """
 
     def __init__(self, model, decay=0.9999, warmup=True, rampup=0.0):
@@ -53,9 +53,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self):
-        """Take the model's present weights into the average. Raises RuntimeError while the
-        average is applied.
-        """
+        """Add the model's weights to the average; raises RuntimeError while it is applied."""
         if self._weights is not None:
             raise RuntimeError("the averaged weights are applied; call restore() before update()")
         decay = self.next_decay()
@@ -70,13 +68,12 @@ class EMA:
 
     @torch.no_grad()
     def apply_shadow(self):
-        """Put the average into the model and keep its weights aside. Raises RuntimeError where that
-        is done already.
+        """Put the average into the model until `restore`; raises RuntimeError if it is there.
 
-        Model and average exchange values one tensor at a time, so that there is no second copy of
-        the weights and no tensor moves: optimisers, CUDA graphs and sharded networks hold on to
-        them. Until `restore`, `shadow` is the model's tensors. Averages of one model are restored
-        in reverse order. If this fails, everything is as before.
+        Model and average swap values one tensor at a time, without a second copy of the weights
+        and without moving a tensor: optimizers, CUDA graphs and sharded networks refer to them.
+        Until `restore`, `shadow` is the model's tensors. Averages of one model are restored in
+        reverse order. A failure changes nothing.
         """
         if self._weights is not None:
             raise RuntimeError("the averaged weights are applied already; call restore() first")
@@ -99,8 +96,8 @@ class EMA:
 
     @torch.no_grad()
     def restore(self):
-        """Give the model its own weights back, bit for bit. Raises RuntimeError where no average
-        was applied.
+        """Give the model its own weights back, bit for bit; raises RuntimeError if no average is
+        applied.
         """
         if self._weights is None:
             raise RuntimeError(
@@ -119,9 +116,7 @@ class EMA:
 
     @contextlib.contextmanager
     def averaged(self):
-        """The model with averaged weights inside a `with`, also inside another; its own come
-        back however the block ends.
-        """
+        """The context in which the model has the averaged weights; it can be nested."""
         if self._weights is not None:
             yield self.model
             return
@@ -132,14 +127,12 @@ class EMA:
             self.restore()
 
     def state_dict(self):
-        """The average itself, not a copy, and the number of updates it has seen."""
+        """The average itself, not a copy, and its number of updates."""
         return {"shadow": dict(self.shadow), "updates": self.updates}
 
     @torch.no_grad()
     def load_state_dict(self, state):
-        """Copy a saved average into this one, in place. Raises ValueError where names or shapes
-        are not the model's.
-        """
+        """Copy a saved average into this one; raises ValueError for other names or shapes."""
         saved = state["shadow"]
         faults = [f"{name} is missing" for name in self.shadow if name not in saved]
         faults += [f"{name} is unknown" for name in saved if name not in self.shadow]
@@ -160,9 +153,7 @@ class EMA:
 
 
 def exchange(first, second):
-    """Let two tensors have each other's values, some rows at a time, so that this takes little
-    memory.
-    """
+    """Swap the values of two tensors, some rows at a time to save memory."""
     first, second = torch.atleast_1d(first, second)
     rows = max(SLICE * len(first) // max(first.numel(), 1), 1)
     for one, other in zip(first.split(rows), second.split(rows), strict=True):

@@ -1,4 +1,4 @@
-"""Counters of a training on its device, and its speed: read only when something is logged."""
+"""Counters of a training on its device, and its speed, read only when something is logged."""
 
 import contextlib
 import itertools
@@ -10,9 +10,7 @@ from ddpm.training import step
 
 
 def portion(share, of=""):
-    """A share in words: `"4.9%"`, with what follows a percentage as in `"4.9% of"`; from 1.05 on
-    `"1.4 times"` or `"twice"`.
-    """
+    """A share in words: `"4.9%"`, followed by `of`, or from 1.05 on `"1.4 times"` or `"twice"`."""
     if share < 1.05:
         return f"{share:.1%}{of}"
     times = f"{share:,.0f}" if share >= 10 else f"{share:.2g}"
@@ -23,7 +21,7 @@ WARM_UP = 3  # steps in which a process sets up kernels and memory
 
 
 class Stopwatch:
-    """Seconds that were worked, without the pauses; `lap()` returns them and begins anew."""
+    """Seconds of work without pauses; `lap()` returns them and starts again."""
 
     def __init__(self, now=time.monotonic):
         self.now = now
@@ -32,7 +30,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def pause(self):
-        """The time inside this context does not count."""
+        """The context whose time does not count."""
         entered = self.now()
         yield
         self.paused += self.now() - entered
@@ -49,13 +47,12 @@ class Stopwatch:
 
 
 class Speed:
-    """How fast the training goes: images and steps a second, and the share of the time spent
-    waiting for images.
+    """The speed of a training: images and steps a second, and the share of time spent waiting for
+    images.
 
-    The first WARM_UP steps of a process do not count, nor do pauses; `wait()` lets the device come
-    to an end of its work first. With `peak`, the operations a second that the devices are made for,
-    also the share of them that the training reaches (model FLOPs utilisation, Chowdhery et al.
-    2022, appendix B: what is computed twice to save memory does not count).
+    The first WARM_UP steps of a process and pauses do not count; `wait()` waits for the device.
+    With `peak`, the devices' operations a second, also model FLOPs utilization (Chowdhery et al.
+    2022, appendix B: activations computed again do not count).
     """
 
     def __init__(
@@ -78,7 +75,7 @@ class Speed:
         self.rate = None  # images a second, as of the last reading
 
     def timed(self, batches):
-        """The same batches, while the wait for each is measured."""
+        """Yield the same batches and measure the wait for each."""
         batches = iter(batches)
         for count in itertools.count():
             if count == WARM_UP:
@@ -95,13 +92,11 @@ class Speed:
             yield batch
 
     def pause(self):
-        """The time inside this context does not count."""
+        """The context whose time does not count."""
         return self.watch.pause()
 
     def progress(self, done):
-        """How far the training is after `done` steps: epochs, images, and operations in 10^15
-        (forward and backward).
-        """
+        """Epochs, images and 10^15 operations (forward and backward) after `done` steps."""
         images = done * self.batch_size
         return {
             "progress/epoch": images / self.dataset_size,
@@ -110,18 +105,14 @@ class Speed:
         }
 
     def seconds(self, images):
-        """About how long the training takes for so many images, at the speed last measured; None
-        before there is one.
-        """
+        """The seconds that the training takes for `images` at the speed last measured, or None."""
         now = self.steps * self.batch_size / max(self.watch.read(), 1e-9)
         rate = self.rate or now
         return images / rate if rate else None
 
     def read(self, done):
-        """The rates since the last reading, at the end of a step, and how far the training is after
-        `done` steps.
-
-        There are no rates before the first step that counts.
+        """The rates since the last reading, if a step has counted, and the progress after `done`
+        steps.
         """
         seconds = max(self.watch.lap(), 1e-9)
         steps = self.steps
@@ -147,12 +138,12 @@ QUARTILES = 4
 
 
 class Meters:
-    """What the steps since the last log measured, summed on the device so that no step waits; a
-    checkpoint part.
+    """Sums over the steps since the last log, on the device so that no step waits; a checkpoint
+    part.
 
-    Losses and counts [4] by quartile of t, which each rank sums for its own images, as it does loss
-    and count [2] `since` the best weights were chosen last; [4]: steps, the gradient norms of those
-    not skipped, skipped steps, and those of them that were spikes, the same on all ranks.
+    Each rank sums for its own images `loss` and `count` [4] by quartile of t, and loss and count
+    [2] `since` the last choice of the best weights. `steps` [4] is the same on all ranks: steps,
+    gradient norms of those not skipped, skipped steps, and spikes among them.
     """
 
     def __init__(self, timesteps, machine):
@@ -180,16 +171,16 @@ class Meters:
         )
 
     def losses(self):
-        """A copy of what `add_losses` has summed, for `forget`."""
+        """A copy of the sums of `add_losses`, for `forget`."""
         return {name: self.sums[name].clone() for name in step.PER_RANK}
 
     def forget(self, before):
-        """Take back the losses that were added since `before`."""
+        """Restore the sums that `losses` returned."""
         for name, total in before.items():
             self.sums[name].copy_(total)
 
     def read(self):
-        """The means under their tracked keys; this is where the host waits for the device."""
+        """The means under their tracked keys; the host waits for the device here."""
         loss, count = (
             self.machine.sum(self.sums[name].clone()).tolist() for name in ("loss", "count")
         )
@@ -200,17 +191,17 @@ class Meters:
         return mean | {"train/grad_norm": norm / max(steps - skipped, 1)}
 
     def loss_since(self):
-        """The mean loss since the best weights were chosen last; here too the host waits."""
+        """The mean loss since the last choice of the best weights; the host waits here."""
         loss, count = self.machine.sum(self.sums["since"].clone()).tolist()
         return loss / max(count, 1)
 
     def reset(self, *names):
-        """Begin again with some of the sums."""
+        """Set these sums to zero."""
         for name in names:
             self.sums[name].zero_()
 
     def collect(self):
-        """Bring the ranks' sums together on the main one, whose state is saved."""
+        """Sum over ranks on the main one, whose state is saved."""
         for name in step.PER_RANK:
             self.sums[name] = self.machine.sum(self.sums[name]) * self.machine.main
 

@@ -1,9 +1,8 @@
-"""Optimisers and learning rates.
+"""Optimizers and learning rates.
 
-Optimisers are torch's fused ones. They read two attributes that may be set on them, scalar float32
-tensors on the weights' device: `found_inf` (exactly 1.0: the step changes neither weights nor
-state, without asking the host) and `grad_scale` (gradients are divided by it). A learning rate is a
-plain function of the step, so there is nothing to save.
+Optimizers are torch's fused ones. They read two attributes, scalar float32 tensors on the weights'
+device: with `found_inf` 1.0 a step changes neither weights nor state, without waiting for the host;
+gradients are divided by `grad_scale`. A learning rate is a function of the step, without state.
 """
 
 import math
@@ -27,10 +26,8 @@ def _check_options(learning_rate, betas, eps, weight_decay):
 
 
 def adamw(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-    """AdamW (Loshchilov and Hutter 2019): Adam whose weight decay stands beside the gradient, not
-    in it.
-
-    Raises ValueError for options out of range.
+    """AdamW (Loshchilov and Hutter 2019): Adam with decoupled weight decay; raises ValueError for
+    options out of range.
     """
     _check_options(learning_rate, betas, eps, weight_decay)
     return torch.optim.AdamW(
@@ -39,7 +36,7 @@ def adamw(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_dec
 
 
 def adam(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """Adam (Kingma and Ba 2015), with weight decay in the gradient. Raises ValueError for options
+    """Adam (Kingma and Ba 2015), with weight decay in the gradient; raises ValueError for options
     out of range.
     """
     _check_options(learning_rate, betas, eps, weight_decay)
@@ -86,9 +83,7 @@ def linear(step, *, length, floor=0.0):
 
 
 def inverse_sqrt(step, *, length):
-    """1 for `length` steps, then the root of length / step (Karras et al. 2024, EDM2): for runs
-    of any length.
-    """
+    """1 for `length` steps, then sqrt(length / step) (Karras et al. 2024, EDM2): for any length."""
     if not 0 < length < math.inf:
         raise ValueError(f"learning-rate decay has length {length}; use 1 step or more")
     return math.sqrt(length / max(step, length))
@@ -103,7 +98,5 @@ DECAYS = {
 
 
 def learning_rate(step, base, warmup_steps, decay):
-    """The rate of the optimiser's step 0, 1, ...: a line up to `base` over `warmup_steps`, times
-    `decay(step)`.
-    """
+    """The rate of step 0, 1, ...: a line up to `base` over `warmup_steps`, times `decay(step)`."""
     return base * min(1.0, (step + 1) / max(warmup_steps, 1)) * decay(step)

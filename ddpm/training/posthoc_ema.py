@@ -26,17 +26,13 @@ def sigma_rel_of(gamma):
 
 
 def gamma_of(sigma_rel):
-    """The profile of that width (eq. 126), in closed form; raises ValueError for one that no
-    profile has.
+    """The profile of a width (eq. 126), in closed form; raises ValueError outside (0, 0.288].
 
-    With m = gamma + 2 the equation is m^3 + m^2 - m / sigma_rel^2 + 1 / sigma_rel^2 = 0, of three
-    real roots the largest.
+    With m = gamma + 2 it is the largest of the three real roots of
+    m^3 + m^2 - m / sigma_rel^2 + 1 / sigma_rel^2 = 0.
     """
     if not 0 < sigma_rel <= WIDEST:
-        raise ValueError(
-            f"sigma_rel {sigma_rel} is of no power-function average; use a number up to 0.288, "
-            "such as 0.1"
-        )
+        raise ValueError(f"sigma_rel is {sigma_rel}; it must be in (0, 0.288], such as 0.1")
     s = sigma_rel**-2
     p = -s - 1 / 3
     q = 4 * s / 3 + 2 / 27  # of the same equation in m + 1/3, which has no square

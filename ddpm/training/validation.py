@@ -7,13 +7,10 @@ from ddpm.data import order as data_order
 
 
 class Validation:
-    """The loss on a fixed set of (image, t, noise) that no training changes: `loss()` is that of
-    the weights in the network.
+    """The mean loss on a fixed set of (image, t, noise): `loss()` is that of the network's weights.
 
-    `labels` are those of all images of the dataset, for a network that learns them.
-
-    The times are spread evenly over 0 .. T-1, in an order of their own. Every seed has the same
-    set, so that runs compare.
+    `labels` are those of all images of the dataset, for a network that learns them. The times are
+    spread evenly over 0 .. T-1 in a fixed order; all seeds share the set, so that runs compare.
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class Validation:
         return loss / count
 
     def _loss_of(self, places):
-        """The sum of the losses of the images at some places, float64 on the host."""
+        """The sum of the losses of the images at these places, float64 on the host."""
         x0 = pixels.encode(
             self.machine.to_device(self.dataset.batch([self.indices[place] for place in places]))
         )

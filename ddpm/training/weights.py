@@ -17,23 +17,22 @@ from ddpm.training import checkpoint
 
 
 def export(path, weights, step, config_json, **more):
-    """Write weights (name -> tensor), the config and what else `header` is to tell into one
-    safetensors file.
+    """Write weights (name -> tensor), and a header with step, config and `more`, to a safetensors
+    file.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     about = {"format": checkpoint.FORMAT, "step": step, "config": config_json} | more
     about["crc32"] = safe_load.checksum(about, tensors)
-    with atomic_write(path) as part:  # about is one key, for several have no order
-        # its save_file hides it from other users
+    with atomic_write(path) as part:  # one key: the order of several is not fixed
+        # safetensors' save_file makes files that other users cannot read
         part.write_bytes(serialized(tensors, metadata={"ddpm": json.dumps(about)}))
 
 
 def save_snapshot(folder, step, config_json, averages, buffers=()):
-    """Write averages, word -> (name -> tensor), into one file, to be combined later; returns its
-    path.
+    """Write averages, word -> (name -> tensor), to one file; returns its path.
 
-    In half precision, as Karras et al. 2024 do: rounding by 2^-11 of a weight is far below what
-    averages differ by. `buffers` are names of tensors that stay as they are.
+    They are in half precision, as in Karras et al. 2024: rounding by 2^-11 of a weight is far less
+    than averages differ by. Tensors named in `buffers` keep their precision.
     """
     path = Path(folder, "snapshots", f"step_{step:08d}.safetensors")
     export(
@@ -52,9 +51,7 @@ def save_snapshot(folder, step, config_json, averages, buffers=()):
 
 
 def load_snapshot(path, word):
-    """One of the averages in a snapshot, name -> tensor on the host; raises ValueError for a
-    damaged file.
-    """
+    """An average in a snapshot, name -> tensor on the host; raises CorruptFile if damaged."""
     _, tensors = exported(path)
     return {
         name.removeprefix(f"{word}/"): value
@@ -64,7 +61,7 @@ def load_snapshot(path, word):
 
 
 def delete_snapshots_after(folder, step):
-    """Delete the snapshots past a step, from which a run is about to go on, or to begin."""
+    """Delete the snapshots after the step at which a training starts."""
     for _, path in [item for item in checkpoint.snapshots(folder) if item[0] > step]:
         path.unlink()
 
@@ -73,8 +70,8 @@ def load_weights(run_or_file):
     """The averaged weights of a run folder or file: (path, step, config JSON, name -> float32
     tensor on the host).
 
-    In a run folder these are of the newest file that is whole, and a line on stderr tells of those
-    after it. Raises ValueError for a missing or damaged file.
+    In a run folder these are of the newest undamaged file, and a line on stderr names newer ones.
+    Raises ValueError for a missing or damaged file.
     """
     damaged = []
     files = checkpoint.files_of(run_or_file)
@@ -84,7 +81,7 @@ def load_weights(run_or_file):
         except safe_load.CorruptFile as error:
             damaged.append(error)
             continue
-        # the first rank of a machine tells
+        # the first rank of a machine prints
         for one in damaged if os.environ.get("LOCAL_RANK", "0") == "0" else ():
             print(
                 f"{one.path} is damaged ({one.why}); {path.name}, of step {step}, takes its place",
@@ -95,8 +92,8 @@ def load_weights(run_or_file):
 
 
 def weights_in(path):
-    """What `load_weights` returns, of a file; raises CorruptFile for one that is, ValueError for
-    one that is not ours.
+    """What `load_weights` returns, of one file; raises CorruptFile, and ValueError for a file that
+    is not of ddpm.
     """
     if path.suffix != ".safetensors":
         content = checkpoint.load(path)
@@ -106,8 +103,8 @@ def weights_in(path):
 
 
 def ema_weights(path, content, part):
-    """The averaged weights, name -> tensor, in a part of what `load` read from a path; raises
-    ValueError where it has none.
+    """The averaged weights, name -> tensor, in a part of a checkpoint's content; raises ValueError
+    if it has none.
     """
     found = content["parts"].get(part, {}).get("shadow")
     if not isinstance(found, dict) or not all(
@@ -118,10 +115,8 @@ def ema_weights(path, content, part):
 
 
 def exported(path):
-    """(header, name -> tensor on the host) of a file that `export` wrote; raises CorruptFile where
-    its checksum does not fit.
-
-    A file of before there were checksums has none.
+    """(header, name -> tensor on the host) of a file that `export` wrote; raises CorruptFile if its
+    checksum does not fit. Old files have none.
     """
     about = checkpoint.header(path)
     tensors = load_file(path)
@@ -131,7 +126,7 @@ def exported(path):
 
 
 def has_final(folder, step):
-    """True where the final weights of a run folder are whole, and of that step."""
+    """True if the final weights of a run folder are undamaged and of that step."""
     try:
         return exported(Path(folder, "final.safetensors"))[0]["step"] == step
     except safe_load.CorruptFile:

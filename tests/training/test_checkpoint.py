@@ -131,7 +131,7 @@ def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
     for _, path in checkpoint.checkpoints(tmp_path):
         path.write_bytes(b"words")
     for given, said in (
-        (tmp_path, f"no checkpoint in {tmp_path} is whole, final.safetensors for one is"),
+        (tmp_path, f"all checkpoints in {tmp_path} are damaged, such as final.safetensors"),
         (third, third),
     ):
         with pytest.raises(ValueError, match=f"^{said} .*damaged"):

@@ -60,7 +60,7 @@ def test_a_width_is_the_standard_deviation_of_its_profile():
 
 @pytest.mark.parametrize("width", [0, -0.1, 0.3, float("nan")])
 def test_widths_that_no_profile_has(width):
-    with pytest.raises(ValueError, match="of no power-function average; use a number up to 0.288"):
+    with pytest.raises(ValueError, match="must be in .0, 0.288."):
         gamma_of(width)
 
 
