@@ -1,11 +1,10 @@
-"""Turn runs into an answer: `python -m ddpm.compare experiments/NAME.yaml`, or run folders, or a
-W&B path.
+"""Compare runs: `python -m ddpm.compare experiments/NAME.yaml`, or run folders, or a W&B path.
 
-The runs of a study are read from runs/NAME or, where that is not there, from what its report keeps
-of them. The report is written to experiments/NAME: README.md, results.csv, figures, and below runs/
-all that is needed to make it again. Other runs are compared on the terminal, and in a folder too
-with --out=DIR. Exit codes: 0 done, with a line for each run that is left out, 2 your mistake or
-nothing to compare.
+The runs of a study are read from runs/NAME or, where that is missing, from the copies of its
+report. The report is written to experiments/NAME: README.md, results.csv, figures, and below runs/
+copies of what it is made from. Other runs are compared on the terminal and, with --out=DIR, in a
+folder. Exit codes: 0 done, with a line for each run that is left out, 2 usage error or nothing to
+compare.
 """
 
 from absl import flags
@@ -16,7 +15,7 @@ from ddpm.studies import archive
 
 
 def main(arguments):
-    """Compare what the flags say; returns the exit code."""
+    """Compare the runs that the command line names; returns the exit code."""
     archive.compare(
         *arguments, runs=flags.FLAGS.runs, out=flags.FLAGS.out, machine=flags.FLAGS.machine
     )
@@ -27,8 +26,8 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "runs",
         None,
-        "Folder in which the study has one of its own, as for ddpm.sweep, or that one itself, or "
-        "a W&B path; by default runs.",
+        "Folder in which the study has its own folder, as for ddpm.sweep, or the study's folder, "
+        "or a W&B path; by default runs.",
     )
     flags.DEFINE_string(
         "out",
@@ -38,7 +37,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "machine",
         None,
-        "Class of the machine that ran the runs, '2 CPU cores'; by default this one's.",
+        "Class of the machine that made the runs, '2 CPU cores'; by default this one's.",
     )
     config_flags.run_command(
         main, takes="experiments/NAME.yaml, run folders, or a W&B path such as entity/project/sweep"

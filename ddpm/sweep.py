@@ -1,9 +1,9 @@
 """Run a study on this machine, without a server: `python -m ddpm.sweep experiments/NAME.yaml
 [--parallel=2]`.
 
-Each run is a process of its own, in `runs/NAME/RUN`. The same command again leaves out what is
-finished and goes on with the rest. Exit codes: 0 all done, 1 some are not, 2 your mistake, 75
-interrupted (the same command goes on).
+Each run is a process of its own, in `runs/NAME/RUN`. The same command again skips finished runs and
+continues the others. Exit codes: 0 all done, 1 some are not, 2 usage error, 75 interrupted (the
+same command continues).
 """
 
 from absl import flags
@@ -22,7 +22,7 @@ def main(arguments):
     count = given.count or study.run_cap
     if count is None and study.method != "grid":
         raise ValueError(
-            f"{study.path}: method {study.method} has no end of its own; give --count=20, or "
+            f"{study.path}: method {study.method} has no end of its own; give --count=20, or set "
             "run_cap in the file"
         )
     return runner.sweep(study, study.folder(given.runs), given.parallel, count, given.seed)
@@ -30,12 +30,12 @@ def main(arguments):
 
 if __name__ == "__main__":
     flags.DEFINE_integer("parallel", 1, "Runs at a time.", lower_bound=1)
-    flags.DEFINE_string("runs", "runs", "Folder in which the study has one of its own.")
+    flags.DEFINE_string("runs", "runs", "Folder in which the study has its own folder.")
     flags.DEFINE_integer(
         "count",
         None,
         "Runs, at most; by default the study's run_cap, or its whole grid.",
         lower_bound=1,
     )
-    flags.DEFINE_integer("seed", 0, "Seed of what random and bayes choose.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of the methods random and bayes.", lower_bound=0)
     config_flags.run_command(main, takes="experiments/NAME.yaml")

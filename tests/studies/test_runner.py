@@ -281,7 +281,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     )
     assert errors.count("\n") == 1 and not (tmp_path / "runs").exists()
     said, _ = run_ddpm(tmp_path, "--help").communicate(timeout=120)
-    assert "Exit codes: 0 all done, 1 some are not, 2 your mistake, 75 interrupted" in " ".join(
+    assert "Exit codes: 0 all done, 1 some are not, 2 usage error, 75 interrupted" in " ".join(
         said.split()
     )
 
