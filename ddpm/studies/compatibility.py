@@ -1,15 +1,16 @@
-"""Which numbers may stand in one table: the protocol of each evaluation, and what must agree."""
+"""Checks that numbers may stand in one table: the same protocol, and options that agree."""
 
+import itertools
 import re
 from collections import Counter, defaultdict
 
 from ddpm.studies import runs as studies_runs
 
-# as evaluation.scorer writes it, of distances and of bits/dim: few parts are `.+`,
+# as evaluation.scorer and bits_per_dim write it; few parts are `.+`, which takes hours on a text
+# that nearly matches
 PROTOCOL_FORMS = [
     re.compile(text)
     for text in (
-        # or a text that is nearly one would take hours
         r"(?P<extractor>[^;]+); (?P<samples>\d+) samples of the (?P<weights>[^;]+) weights in "
         r"(?P<arithmetic>\w+); "
         r"(?P<sampler>[^;]+), (?P<steps>\d+) steps, (?P<spacing>[^;]+?) spacing, seed "
@@ -21,8 +22,7 @@ PROTOCOL_FORMS = [
         r"by (?P<evaluations>\d+) evaluations",
     )
 ]
-# parts in which numbers may differ where an option is an axis; other data or another extractor
-# never compare
+# part of a protocol -> options that, as an axis, let it differ; data and extractor never do
 VARIED_BY = {
     "samples": {"evaluate.num_samples"},
     "weights": {"sample.ema"},
@@ -38,8 +38,8 @@ VARIED_BY = {
 
 
 def check_same_options(runs, axes):
-    """Raise a ValueError that names a run, and the option in which it differs from the others of
-    its config file, if no axis.
+    """Raise a ValueError that names a run and the option, no axis, in which it differs from the
+    others of its config file.
     """
     files = defaultdict(list)
     for run in runs:
@@ -57,47 +57,39 @@ def check_same_options(runs, axes):
 
 def parse_protocol(text):
     """The parts of an `eval/protocol`, {"extractor": "digits-e5b6c631", "samples": "1797", ...}."""
-    matches = filter(None, (form.fullmatch(text) for form in PROTOCOL_FORMS))
-    parts = next((match.groupdict() for match in matches), {"eval/protocol": text})
-    return {part: value for part, value in parts.items() if value is not None}
+    for form in PROTOCOL_FORMS:
+        if match := form.fullmatch(text):
+            return {part: value for part, value in match.groupdict().items() if value is not None}
+    return {"eval/protocol": text}
 
 
 def check_same_protocol(runs, axes):
-    """Raise a ValueError that names the part and the runs where distances, or bits/dim, were made
-    in different ways.
-
-    What the axes vary may differ, and the seed.
+    """Raise a ValueError that names the part and the runs where protocols differ in more than the
+    axes and the seed.
     """
     for key in studies_runs.PROTOCOLS:
-        check_same_parts(
-            [(run.name, parse_protocol(text)) for run in runs for text in run.protocols(key)], axes
-        )
+        named = studies_runs.protocols_of(runs, key)
+        check_same_parts([(name, parse_protocol(text)) for name, text in named], axes)
 
 
-def check_same_parts(ways, axes):
-    """Raise a ValueError where the parts of (name, parts) differ, but for what the axes vary and
+def check_same_parts(protocols, axes):
+    """Raise a ValueError where the parts in pairs (name, parts) differ in more than the axes and
     the seed.
     """
-    for part in dict.fromkeys(part for _, way in ways for part in way):
-        found = defaultdict(list)
-        for name, way in ways:
-            found[way.get(part, "something else")].append(name)
-        if len(found) > 1 and part != "seed" and not VARIED_BY.get(part, set()) & {*axes}:
-            who = "; ".join(
-                f"{value[:200]} in {names[0]}"
-                + (f" and {len(names) - 1} more" if names[1:] else "")
-                for value, names in found.items()
-            )
-            option = next(
-                (
-                    option
-                    for option in sorted(VARIED_BY.get(part, ()))
-                    if option.startswith("evaluate.")
-                ),
-                None,
-            )
-            remedy = f"give all runs the same config.{option}" if option else "leave runs out"
-            raise ValueError(
-                f"numbers made in different ways do not compare: {part} is {who}; {remedy}, or "
-                f"measure their checkpoints in {studies_runs.MEASURE_STUDY}"
-            )
+    for part in dict.fromkeys(itertools.chain.from_iterable(parts for _, parts in protocols)):
+        names = defaultdict(list)
+        for name, parts in protocols:
+            names[parts.get(part, "something else")].append(name)
+        options = VARIED_BY.get(part, set())
+        if len(names) == 1 or part == "seed" or options & {*axes}:
+            continue
+        values = []
+        for value, (first, *more) in names.items():
+            others = f" and {len(more)} more" if more else ""
+            values.append(f"{value[:200]} in {first}{others}")
+        remedies = sorted(option for option in options if option.startswith("evaluate."))
+        remedy = f"give all runs the same config.{remedies[0]}" if remedies else "leave runs out"
+        raise ValueError(
+            f"numbers made in different ways do not compare: {part} is {'; '.join(values)}; "
+            f"{remedy}, or measure their checkpoints in {studies_runs.MEASURE_STUDY}"
+        )

@@ -1,13 +1,11 @@
-"""Run folders become results: settings averaged over seeds, with intervals, and the differences
-larger than the noise.
+"""Reads run folders, and marks the runs that do not count.
 
     setting  what the runs of a group share, {"diffusion.beta_schedule": "cosine"}; its options are
              the axes of the study
-    unit     what is repeated to see the noise: the training seed, or the sampling seed where there
-             is one training only
+    unit     what is repeated to show the noise: the training seed, or the sampling seed where there
+             is only one training
 
-A number that is not finite counts as missing, and so does one beyond HUGE, of which no mean or
-square could be had.
+A number that is not finite, or beyond LARGEST_NUMBER, whose square overflows, counts as missing.
 """
 
 import itertools
@@ -86,10 +84,10 @@ MEASURE_STUDY = "a study of ddpm.evaluate, as experiments/samplers.yaml does"
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds: flat options, rows of metrics.jsonl, the last grid drawn, and why it
-    does not count, if so.
+    """The content of a run folder: flat options, rows of metrics.jsonl, the last grid drawn.
 
-    `code` has the commits that ran it, in order, and is empty where they were not recorded.
+    `fault` says why the run does not count, if so; `code` has the commits that ran it, in order,
+    and is empty where they were not recorded.
     """
 
     name: str
@@ -104,6 +102,9 @@ class Run:
         """The (step, value) of a tracked key, where it is finite."""
         return [(row["step"], row[key]) for row in self.rows if finite(row.get(key))]
 
+    def values(self, key):
+        return [value for _, value in self.points(key)]
+
     def final(self, key):
         """The value of a key in the last row that has it; None where that is not finite."""
         last = [row[key] for row in self.rows if key in row][-1:]
@@ -111,13 +112,13 @@ class Run:
 
     def best(self, key):
         """The lowest value of a key; None where there is none."""
-        return min((value for _, value in self.points(key)), default=None)
+        return min(self.values(key), default=None)
 
     def highest(self, key):
-        return max((value for _, value in self.points(key)), default=None)
+        return max(self.values(key), default=None)
 
     def median(self, key):
-        values = [value for _, value in self.points(key)]
+        values = self.values(key)
         return statistics.median(values) if values else None
 
     def protocols(self, key):
@@ -125,9 +126,7 @@ class Run:
         return list(dict.fromkeys(str(row[key]) for row in self.rows if row.get(key)))
 
     def petaflop(self, step):
-        """Training compute up to a step in 10^15 operations; None where the run did not count
-        them.
-        """
+        """Training compute up to a step in 10^15 operations; None where it was not counted."""
         counted = [point for point in self.points("progress/petaflop") if point[0]][-1:]
         return counted[0][1] * step / counted[0][0] if counted else None
 
@@ -137,15 +136,15 @@ def finite(value):
 
 
 def read_run(folder):
-    """The run in a folder, up to the first row that is not whole. Raises ValueError where there
-    is no config to be read.
+    """The run in a folder, up to its first damaged row; raises ValueError without a readable
+    config.
     """
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no run: there is no config.json in it")
     try:
-        options = defaults.flatten(files.changed(files.read(path), {}))  # and so checked
+        options = defaults.flatten(files.changed(files.read(path), {}))  # which checks it
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     log = folder / "metrics.jsonl"
@@ -154,104 +153,97 @@ def read_run(folder):
         {RENAMED_KEYS.get(key, key): value for key, value in row.items()}
         for row in itertools.takewhile(lambda row: row is not None, map(whole_row, lines))
     ]
-    fault = (
-        f"metrics.jsonl is torn after {len(rows)} rows"
-        if len(rows) < len(lines)
-        else ""
-        if rows
-        else "no rows"
-    )
+    fault = "" if rows else "no rows"
+    if len(rows) < len(lines):
+        fault = f"metrics.jsonl is torn after {len(rows)} rows"
     grids = sorted(path for path in folder.glob("samples/step_*.png") if path.stem[5:].isdecimal())
-    return Run(
-        folder.name,
-        folder,
-        options,
-        rows,
-        grids[-1] if grids else None,
-        fault,
-        files.code_in(folder),
-    )
+    grid = grids[-1] if grids else None
+    return Run(folder.name, folder, options, rows, grid, fault, files.code_in(folder))
 
 
 def is_training(runs):
     """True where any of the runs is a training, False where all only measured a checkpoint."""
-    return any(TRAIN_LOSS in row for run in runs for row in run.rows)
+    return any(TRAIN_LOSS in row for row in rows_of(runs))
+
+
+def rows_of(runs):
+    return itertools.chain.from_iterable(run.rows for run in runs)
+
+
+def protocols_of(runs, key):
+    """(Name of a run, a text under a key such as `eval/protocol`), for each of its texts."""
+    named = []
+    for run in runs:
+        named += [(run.name, text) for text in run.protocols(key)]
+    return named
 
 
 def why_unfinished(run):
-    """Why a run is no finished training: where it ends, and where it should have; nothing if it
-    is one.
-    """
+    """Why a run is not a finished training; empty where it is one."""
     if not is_training([run]):
         return "measures a checkpoint, and others are trainings: compare those by themselves"
     epochs = dict(run.points("progress/epoch"))
     images = dict(run.points("progress/images"))
-    sizes = [
-        images[step] / epoch
-        for step, epoch in epochs.items()
-        if step in images and epoch > 1 / LARGEST_NUMBER
-    ]
-    total = durations.steps_of(
-        run.options["train.length"],
-        run.options["train.batch_size"],
-        round(sizes[-1]) if sizes else 1,
-    )
+    steps = [step for step in epochs if step in images and epochs[step] > 1 / LARGEST_NUMBER]
+    size = round(images[steps[-1]] / epochs[steps[-1]]) if steps else 1
+    length = run.options["train.length"]
+    total = durations.steps_of(length, run.options["train.batch_size"], size)
     last = run.rows[-1]["step"]
-    return (
-        ""
-        if sizes and last >= total
-        else f"ends at step {last}" + (f" of {total}" if sizes else "")
-    )
+    if not steps:
+        return f"ends at step {last}"
+    return "" if last >= total else f"ends at step {last} of {total}"
 
 
 def mark_unfinished(runs):
-    """The runs, those that came to no end marked with a fault."""
-    training = is_training(runs)
-    return [
-        replace(run, fault=why_unfinished(run)) if training and not run.fault else run
-        for run in runs
-    ]
+    """The runs, unfinished ones marked with a fault."""
+    if not is_training(runs):
+        return runs
+    return [run if run.fault else replace(run, fault=why_unfinished(run)) for run in runs]
 
 
 def mark_repeats(runs, axes):
-    """The runs, those marked with a fault that repeat one before them: in options, in seeds and
-    in how they were measured.
+    """The runs, marked with a fault where they have the options, seeds and protocol of an earlier
+    one.
     """
     training = is_training(runs)
     first = {}
-    told = []
+    marked = []
     for run in runs:
         options = [
             (option, value)
             for option, value in run.options.items()
             if option in UNITS or option in axes or is_related(option, training)
         ]
-        point = (*options, *(text for key in PROTOCOLS for text in run.protocols(key)))
-        other = run if run.fault else first.setdefault(point, run)
-        told.append(
-            run
-            if other is run
-            else replace(run, fault=f"repeats {other.name}, with the same options and seeds")
-        )
-    return told
+        protocols = itertools.chain.from_iterable(map(run.protocols, PROTOCOLS))
+        other = run if run.fault else first.setdefault((*options, *protocols), run)
+        if other is not run:
+            run = replace(run, fault=f"repeats {other.name}, with the same options and seeds")
+        marked.append(run)
+    return marked
 
 
 def mark_unmeasured(runs, metric):
-    """The runs, those that lack the last value of the metric marked with a fault."""
-
-    def fault(run):
-        last = run.rows[-1]
-        if finite(last.get(metric)):
-            return ""
-        return f"{metric} is not finite at the end" if metric in last else f"no {metric} at the end"
-
-    return [run if run.fault else replace(run, fault=fault(run)) for run in runs]
+    """The runs, those whose last row lacks the metric marked with a fault."""
+    marked = []
+    for run in runs:
+        last = run.rows[-1] if run.rows else {}
+        if not run.fault and not finite(last.get(metric)):
+            fault = (
+                f"{metric} is not finite at the end"
+                if metric in last
+                else f"no {metric} at the end"
+            )
+            run = replace(run, fault=fault)
+        marked.append(run)
+    return marked
 
 
 def keys(runs, pattern=".*"):
-    """The tracked numbers that any of the runs has, sorted, whose whole name matches."""
-    found = {key for run in runs for row in run.rows for key, value in row.items() if finite(value)}
-    return sorted(key for key in found if re.fullmatch(pattern, key))
+    """The tracked numbers of any of the runs that match a pattern in full, sorted."""
+    names = set()
+    for row in rows_of(runs):
+        names |= {key for key, value in row.items() if finite(value)}
+    return sorted(key for key in names if re.fullmatch(pattern, key))
 
 
 def main_metric(runs, wanted=None):
@@ -259,9 +251,9 @@ def main_metric(runs, wanted=None):
 
     Raises ValueError where no run has any of them.
     """
-    found = keys(runs)
+    known = keys(runs)
     for key in (wanted, *keys(runs, FRECHET), *LOSSES):
-        if key in found:
+        if key in known:
             return key
     raise ValueError(
         "no run has a distance or a validation loss; set --config.every.evaluate or "
@@ -273,17 +265,16 @@ def main_metric(runs, wanted=None):
 
 
 def is_related(option, training=True):
-    """True for an option that may change what is compared; how trainings are measured is judged by
-    `check_same_protocol`.
+    """True for an option that may change what is compared; `check_same_protocol` judges how
+    trainings are measured.
     """
     ignored = UNRELATED + (("evaluate.",) if training else ())
-    return option not in UNITS and not any(
-        option == name or name.endswith(".") and option.startswith(name) for name in ignored
-    )
+    sections = tuple(name for name in ignored if name.endswith("."))
+    return option not in UNITS and option not in ignored and not option.startswith(sections)
 
 
 def varied(runs):
-    """The options in which runs differ, seeds and what does not matter apart."""
+    """The related options in which runs differ."""
     training = is_training(runs)
     return [
         option

@@ -1,4 +1,4 @@
-"""Intervals over seeds, paired differences, and their p-values corrected by Holm's method."""
+"""Groups runs by setting, and compares the groups: intervals, paired t-tests, Holm's correction."""
 
 import itertools
 import math
@@ -18,9 +18,9 @@ LONGEST_NAME = 60  # of a setting in a figure: letters that fit beside its dots
 class Group:
     """The runs of one setting."""
 
-    setting: dict
+    setting: dict  # {axis: value}
     runs: list
-    unit: str
+    unit: str  # the option that repeats a setting
     row: int  # of the report's table, from 1
 
     @property
@@ -29,64 +29,56 @@ class Group:
 
     @property
     def short(self):
-        """The name for a figure, where it must leave room for what is drawn: the row of the
-        table if it is long.
-        """
+        """The name for a figure: the row of the table where the name is long."""
         return self.name if len(self.name) <= LONGEST_NAME else f"row {self.row}"
 
     @property
     def labels(self):
-        """The setting in words: names speak for themselves, other values are preceded by their
-        option's.
-        """
+        """The setting in words: an option's name before each value that does not name itself."""
         leaves = Counter(axis.rpartition(".")[2] for axis in self.setting)
-
-        def words(axis, value):
+        words = []
+        for axis, value in self.setting.items():
             leaf = axis.rpartition(".")[2]
-            speaks = (
-                axis == studies_runs.CONFIG_AXIS
-                or isinstance(value, str)
-                and re.match(r"[a-z_]\w*($|\()", value)
-            )
-            return (
-                option_text(value)
-                if speaks
-                else f"{axis if leaves[leaf] > 1 else leaf} {option_text(value)}"
-            )
+            name = isinstance(value, str) and re.match(r"[a-z_]\w*($|\()", value)
+            option = axis if leaves[leaf] > 1 else leaf
+            alone = name or axis == studies_runs.CONFIG_AXIS
+            words.append(option_text(value) if alone else f"{option} {option_text(value)}")
+        return words
 
-        return [words(axis, value) for axis, value in self.setting.items()]
+    def of_seed(self, seed):
+        return [run for run in self.runs if run.options[self.unit] == seed]
 
     def values(self, number):
-        """{unit: number(run)}, averaged over the runs of a unit, where it is not None."""
-        found = defaultdict(list)
+        """{unit: number(run)}, averaged over the runs of a unit, without None."""
+        by_unit = defaultdict(list)
         for run in self.runs:
             value = number(run)
             if value is not None:
-                found[run.options[self.unit]].append(value)
-        return {unit: statistics.fmean(values) for unit, values in sorted(found.items())}
+                by_unit[run.options[self.unit]].append(value)
+        return {unit: statistics.fmean(values) for unit, values in sorted(by_unit.items())}
 
     def final(self, key):
         """The mean of a key's last values over the units, and its 95 % half-width."""
         return interval(self.values(lambda run: run.final(key)).values())
 
     def curve(self, key):
-        """[(step, compute in petaflop or None, mean, half-width or None)] at the steps that
-        every run has logged.
+        """[(step, compute in petaflop or None, mean, half-width or None)] at the steps that all
+        runs have logged.
         """
         logged = {run.name: dict(run.points(key)) for run in self.runs}
-        steps = sorted(set.intersection(*map(set, logged.values())))
-        means = [
-            interval(self.values(lambda run, at=step: logged[run.name][at]).values())
-            for step in steps
-        ]
-        return [
-            (step, self.runs[0].petaflop(step), *mean)
-            for step, mean in zip(steps, means, strict=True)
-        ]
+        points = []
+        for step in sorted(set.intersection(*map(set, logged.values()))):
+            values = self.values(lambda run, at=step: logged[run.name][at])
+            points.append((step, self.runs[0].petaflop(step), *interval(values.values())))
+        return points
+
+
+def runs_of(groups):
+    return list(itertools.chain.from_iterable(group.runs for group in groups))
 
 
 def label(key):
-    """A tracked key as people know it: `eval/fd_digits` is FD (digits)."""
+    """A tracked key as readers know it: `eval/fd_digits` is FD (digits)."""
     if key in studies_runs.LABELS:
         return studies_runs.LABELS[key]
     kind, _, extractor = key.partition("/")[2].partition("_")
@@ -94,33 +86,29 @@ def label(key):
 
 
 def option_text(value):
-    """An option's value as people write it."""
+    """An option's value as users write it."""
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def group_runs(runs, axes, reference=None):
-    """The groups of runs, sorted by their settings: numbers rising; words too, but those of the
-    reference first.
+    """The groups of runs, sorted by setting: numbers rise, and words follow those of the
+    reference.
     """
-    trainings = {run.options["seed"] for run in runs}
-    unit = (
-        "sample.seed"
-        if len(trainings) == 1 and len({run.options["sample.seed"] for run in runs}) > 1
-        else "seed"
-    )
+    seeds, drawn = ({run.options[name] for run in runs} for name in studies_runs.UNITS)
+    unit = "sample.seed" if len(seeds) == 1 and len(drawn) > 1 else "seed"
     members = defaultdict(list)
     for run in runs:
         members[tuple(run.options[axis] for axis in axes)].append(run)
 
     def place(values):
-        return [
-            (value != (reference or {}).get(axis), option_text(value))
-            if isinstance(value, (str, tuple))
-            else (False, value)
-            for axis, value in zip(axes, values, strict=True)
-        ]
+        places = []
+        for axis, value in zip(axes, values, strict=True):
+            is_word = isinstance(value, (str, tuple))
+            first = (reference or {}).get(axis)
+            places.append((value != first, option_text(value)) if is_word else (False, value))
+        return places
 
     return [
         Group(dict(zip(axes, values, strict=True)), members[values], unit, row)
@@ -129,30 +117,22 @@ def group_runs(runs, axes, reference=None):
 
 
 def numeric_axes(groups):
-    """The axes along which there is something to draw: three or more numbers, all else being
-    equal.
-    """
-
-    def numeric(value):
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    return [
-        axis
-        for axis in groups[0].setting
-        if all(numeric(group.setting[axis]) for group in groups)
-        and max(map(len, lines_along(groups, axis).values())) >= 3
-    ]
+    """The axes of numbers with three or more values between which only the axis differs."""
+    axes = []
+    for axis in groups[0].setting:
+        values = [group.setting[axis] for group in groups]
+        numeric = all(type(value) in (int, float) for value in values)
+        if numeric and max(map(len, lines_along(groups, axis).values())) >= 3:
+            axes.append(axis)
+    return axes
 
 
 def lines_along(groups, axis):
-    """Groups that differ in a numeric axis alone, in its order: {the other options' values:
-    [group, ...]}.
-    """
+    """{the other options' values: groups that differ only in a numeric axis, in its order}."""
     lines = defaultdict(list)
     for group in sorted(groups, key=lambda group: group.setting[axis]):
-        lines[tuple(value for option, value in group.setting.items() if option != axis)].append(
-            group
-        )
+        others = tuple(value for option, value in group.setting.items() if option != axis)
+        lines[others].append(group)
     return dict(lines)
 
 
@@ -160,31 +140,27 @@ def lines_along(groups, axis):
 
 
 def interval(values):
-    """The mean of values and the half-width of its 95 % interval by Student's t; None for fewer
-    than two values.
-    """
+    """(Mean, half-width of its 95 % interval by Student's t or None for a single value)."""
     values = list(values)
     mean = statistics.fmean(values)
     n = len(values)
     return mean, t_critical(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
-def t_critical(freedom, among=1):
-    """What Student's t must reach to be significant at 5 %, two-sided, as the first by Holm's
-    rule `among` so many tests.
-    """
+def t_critical(freedom, tests=1):
+    """The |t| that is significant at 5 %, two-sided, for the clearest of `tests` by Holm's rule."""
     from scipy.stats import t  # half a second of start-up
 
-    return float(t.isf(0.025 / among, freedom))
+    return float(t.isf(0.025 / tests, freedom))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the metric of one group lies below another's: mean and 95 % half-width over
-    shared seeds, and p.
+    """The metric of group `better` lies below that of `worse` by a mean over shared seeds and its
+    95 % half-width.
 
-    `wins` counts the seeds in which it does. p is of the paired t-test, corrected for the number of
-    comparisons; half-width and p are None for fewer than `FEWEST` seeds.
+    `wins` counts the seeds in which it is lower. p is that of the paired t-test after Holm's
+    correction; half-width and p are None for fewer than MIN_SEEDS seeds.
     """
 
     better: Group
@@ -202,28 +178,22 @@ class Difference:
 
 
 def difference(first, second, metric):
-    """The difference of two groups, p not yet corrected; None where they share no seed.
+    """The Difference of two groups, p not yet corrected; None where they share no seed.
 
-    A paired test on the metric's own scale: pairs share data order, times and noise, and it asks
-    for no equal spread.
+    The test is paired, on the metric's own scale: runs of one seed share data order, times and
+    noise, and no equal spread is assumed.
     """
     ones, others = (group.values(lambda run: run.final(metric)) for group in (first, second))
     gaps = [others[unit] - ones[unit] for unit in ones if unit in others]
     if not gaps:
         return None
     if statistics.fmean(gaps) < 0:
-        first, second, gaps = second, first, [-gap for gap in gaps]
+        first, second = second, first
+        gaps = [-gap for gap in gaps]
     mean, half = interval(gaps)
-    few = len(gaps) < studies_runs.MIN_SEEDS
-    return Difference(
-        first,
-        second,
-        mean,
-        None if few else half,
-        sum(gap > 0 for gap in gaps),
-        len(gaps),
-        None if few else paired_p(gaps),
-    )
+    p = paired_p(gaps) if len(gaps) >= studies_runs.MIN_SEEDS else None
+    half = half if p is not None else None
+    return Difference(first, second, mean, half, sum(gap > 0 for gap in gaps), len(gaps), p)
 
 
 def paired_p(gaps):
@@ -246,54 +216,49 @@ def holm(ps):
 
 
 def compared_pairs(groups, reference=None):
-    """Which groups are compared: those that differ in one axis, since every comparison more costs
-    certainty in the others.
+    """The pairs of groups to compare: those that differ in one axis, since each comparison makes
+    the others less certain.
 
-    On a numeric axis they are neighbours; on one with more than `MANY` words one of them is the
-    reference, a setting {axis: value}, if there is one. A group that finds no partner so is
-    compared with all others.
+    Along a numeric axis they are neighbours; on an axis of more than ALL_PAIRS_UP_TO words one is
+    the reference, a setting {axis: value}, if there is one. A group without a partner is compared
+    with all others.
     """
-    chosen = []
     numeric = numeric_axes(groups)
+    pairs = []
     for first, second in itertools.combinations(groups, 2):
         differing = [axis for axis in first.setting if first.setting[axis] != second.setting[axis]]
-        if len(differing) == 1 and (axis := differing[0]) not in numeric:
-            many = len({group.setting[axis] for group in groups}) > studies_runs.ALL_PAIRS_UP_TO
-            if not (many and reference) or reference[axis] in (
-                first.setting[axis],
-                second.setting[axis],
-            ):
-                chosen.append((first, second))
+        if len(differing) != 1 or differing[0] in numeric:
+            continue
+        axis = differing[0]
+        many = len({group.setting[axis] for group in groups}) > studies_runs.ALL_PAIRS_UP_TO
+        values = first.setting[axis], second.setting[axis]
+        if not (many and reference) or reference[axis] in values:
+            pairs.append((first, second))
     for axis in numeric:
-        chosen += [
-            pair for line in lines_along(groups, axis).values() for pair in itertools.pairwise(line)
-        ]
-    met = {id(group) for pair in chosen for group in pair}
-    chosen += [
-        pair
-        for pair in itertools.combinations(groups, 2)
-        if any(id(group) not in met for group in pair)
-    ]
-    return chosen
+        for line in lines_along(groups, axis).values():
+            pairs += itertools.pairwise(line)
+    paired = set(map(id, itertools.chain.from_iterable(pairs)))
+    for pair in itertools.combinations(groups, 2):
+        if any(id(group) not in paired for group in pair):
+            pairs.append(pair)
+    return pairs
 
 
 def differences(groups, metric, reference=None):
-    """The differences between groups in the final value of a metric, p corrected for their
+    """The Differences between groups in the final value of a metric, p corrected for their
     number.
     """
-    found = [
-        gap
-        for first, second in compared_pairs(groups, reference)
-        if (gap := difference(first, second, metric))
-    ]
-    corrected = iter(holm([gap.p for gap in found if gap.p is not None]))
-    return [gap if gap.p is None else replace(gap, p=next(corrected)) for gap in found]
+    pairs = compared_pairs(groups, reference)
+    gaps = [difference(first, second, metric) for first, second in pairs]
+    gaps = [gap for gap in gaps if gap]
+    corrected = iter(holm([gap.p for gap in gaps if gap.p is not None]))
+    return [gap if gap.p is None else replace(gap, p=next(corrected)) for gap in gaps]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs, those that do not count with their fault; the others in groups; the metric that
-    decides, and by how much.
+    """Runs, with a fault where they do not count; the groups of the others; the deciding metric and
+    the differences in it.
     """
 
     runs: list
@@ -304,13 +269,13 @@ class Comparison:
 
     @property
     def counted(self):
-        return [run for group in self.groups for run in group.runs]
+        return runs_of(self.groups)
 
     @property
     def protocol(self):
         """The parts of how the distances were measured, `VARIED` for one in which runs differ."""
-        texts = [text for run in self.counted for text in run.protocols("eval/protocol")]
-        ways = [compatibility.parse_protocol(text) for text in texts]
+        named = studies_runs.protocols_of(self.counted, "eval/protocol")
+        ways = [compatibility.parse_protocol(text) for _, text in named]
         merged = {}
         for way in ways:
             merged |= way
@@ -326,56 +291,54 @@ class Comparison:
 
     @property
     def visible(self):
-        """The smallest differences that half of the comparisons would show: (as the clearest of
-        all, alone, their number).
+        """The smallest differences that half of the comparisons would show: (after correction for
+        the clearest of all, alone, number of comparisons); None where none shows its noise.
 
-        Half of the median 95 % interval is what one test alone shows; Holm's rule asks more of the
-        clearest of several. None where no comparison shows its noise.
+        Half of the median 95 % interval is what a single test shows; Holm's rule asks more of the
+        clearest of several.
         """
-        shown = [gap for gap in self.gaps if gap.half]
+        tested = [gap for gap in self.gaps if gap.half]
+        if not tested:
+            return None
         count = sum(gap.p is not None for gap in self.gaps)
         first = [
-            gap.half * t_critical(gap.seeds - 1, count) / t_critical(gap.seeds - 1) for gap in shown
+            gap.half * t_critical(gap.seeds - 1, count) / t_critical(gap.seeds - 1)
+            for gap in tested
         ]
-        return (
-            (statistics.median(first), statistics.median(gap.half for gap in shown), count)
-            if shown
-            else None
-        )
+        return statistics.median(first), statistics.median(gap.half for gap in tested), count
 
     @property
     def unlike(self):
         """The varied options under which a loss is not the same quantity: other noise levels,
         targets or images.
         """
-        return [
-            option
-            for option in studies_runs.varied(self.counted)
-            if option in studies_runs.LOSS_OPTIONS
-        ]
+        options = studies_runs.varied(self.counted)
+        return [option for option in options if option in studies_runs.LOSS_OPTIONS]
 
 
 def compare(runs, axes=None, wanted=None, reference=None):
-    """Compare runs by a wanted metric, or by the one they have.
+    """Compare runs by a wanted metric, else by the one they have; returns a Comparison.
 
     `axes` are the options that vary on purpose, by default all; `reference` is the setting that
-    others are measured by. Raises ValueError for runs that do not belong together, and where none
+    others are compared with. Raises ValueError for runs that do not belong together, and where none
     is finished.
     """
     runs = studies_runs.mark_unfinished(runs)
     axes = studies_runs.varied(runs) if axes is None else list(axes)
     compatibility.check_same_options(runs, axes)
     runs = studies_runs.mark_repeats(runs, axes)
-    whole = [run for run in runs if not run.fault]
-    if whole:
-        compatibility.check_same_protocol(whole, axes)
-        runs = studies_runs.mark_unmeasured(runs, metric := studies_runs.main_metric(whole, wanted))
+    complete = [run for run in runs if not run.fault]
+    if complete:
+        compatibility.check_same_protocol(complete, axes)
+        metric = studies_runs.main_metric(complete, wanted)
+        runs = studies_runs.mark_unmeasured(runs, metric)
     counted = [run for run in runs if not run.fault]
     if not counted:
         faults = "; ".join(f"{run.name}: {run.fault}" for run in runs[:3])
         raise ValueError(
             f"none of {len(runs)} runs is finished ({faults}{' ...' * (len(runs) > 3)})"
         )
-    found = Comparison(runs, axes, group_runs(counted, axes, reference), metric, [])
-    alike = metric not in studies_runs.LOSSES or not found.unlike
-    return replace(found, gaps=differences(found.groups, metric, reference)) if alike else found
+    comparison = Comparison(runs, axes, group_runs(counted, axes, reference), metric, [])
+    if metric in studies_runs.LOSSES and comparison.unlike:
+        return comparison
+    return replace(comparison, gaps=differences(comparison.groups, metric, reference))

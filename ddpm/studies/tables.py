@@ -24,66 +24,57 @@ from ddpm.studies.statistics import interval, label
 
 
 class Column(NamedTuple):
-    """A number of each run: its name in the csv, its heading, how it is read, and the table it
-    stands in, if any.
-    """
+    """A number of each run: its name in results.csv, its heading, and the table that shows it."""
 
     name: str
     heading: str
     number: Callable[[Run], float | None]
-    table: str = ""
-    spread: bool = True  # whether an interval over seeds says something
+    table: str = ""  # distances, losses or cost; empty for results.csv alone
+    spread: bool = True  # whether an interval over seeds is meaningful
 
 
 def columns(groups, parameters):
-    """The columns that these groups can fill; `parameters` counts those of a run's network."""
-    runs = [run for group in groups for run in group.runs]
+    """The columns that these groups can fill; `parameters(run)` counts those of its network."""
+    runs = statistics.runs_of(groups)
     distances = keys(runs, FRECHET) + keys(runs, KERNEL)
     losses = [key for key in (*LOSSES, TRAIN_LOSS) if key in keys(runs)]
-    memory = "memory/vram_peak_gib" if "memory/vram_peak_gib" in keys(runs) else "memory/rss_gib"
-    found = []
-    for table, group in (("distances", distances), ("losses", losses)):
-        for key in group:
-            found.append(Column(key, label(key), lambda run, key=key: run.final(key), table))
-            # in the csv always, to be seen if it differs
-            if key != TRAIN_LOSS and any(len(run.points(key)) > 1 for run in runs):
-                found.append(
-                    Column(
-                        f"best {key}",
-                        f"best {label(key)}",
-                        lambda run, key=key: run.best(key),
-                        table if best_differs(runs, key) else "",
-                    )
-                )
+    listed = []
+    for key in distances:
+        listed += value_columns(runs, key, "distances")
+    for key in losses:
+        listed += value_columns(runs, key, "losses")
     for key in keys(runs, "eval/.*"):
-        if key not in distances and not key.endswith(OLD_FLOOR):
-            known = key in studies_runs.LABELS and (
-                key != NFE or len({run.final(key) for run in runs}) > 1
-            )
-            shown = "distances" if known else ""
-            spread = not key.endswith(PERFECT) and key != NFE
-            found.append(
-                Column(key, label(key), lambda run, key=key: run.final(key), shown, spread)
-            )
-    found += [
-        Column(
-            "speed/images_per_second",
-            "images/s",
-            lambda run: run.median("speed/images_per_second"),
-            "cost",
-            False,
-        ),
+        if key in distances or key.endswith(OLD_FLOOR):
+            continue
+        varies = key != NFE or len({run.final(key) for run in runs}) > 1
+        table = "distances" if key in studies_runs.LABELS and varies else ""
+        spread = not key.endswith(PERFECT) and key != NFE
+        listed.append(Column(key, label(key), last_value(key), table, spread))
+    memory = "memory/vram_peak_gib" if "memory/vram_peak_gib" in keys(runs) else "memory/rss_gib"
+    speed = "speed/images_per_second"
+    compute = "progress/petaflop"
+    listed += [
+        Column(speed, "images/s", lambda run: run.median(speed), "cost", False),
         Column(memory, "peak memory, GiB", lambda run: run.highest(memory), "cost", False),
         Column("parameters", "parameters", parameters, "cost", False),
-        Column(
-            "progress/petaflop",
-            "petaflop of training",
-            lambda run: run.final("progress/petaflop"),
-            "cost",
-            False,
-        ),
+        Column(compute, "petaflop of training", last_value(compute), "cost", False),
     ]
-    return [column for column in found if any(group.values(column.number) for group in groups)]
+    return [column for column in listed if any(group.values(column.number) for group in groups)]
+
+
+def last_value(key):
+    return lambda run: run.final(key)
+
+
+def value_columns(runs, key, table):
+    """The columns of a key's last and best values; the best are always in results.csv, and in the
+    table where they differ from the last.
+    """
+    listed = [Column(key, label(key), last_value(key), table)]
+    if key != TRAIN_LOSS and any(len(run.points(key)) > 1 for run in runs):
+        shown = table if best_differs(runs, key) else ""
+        listed.append(Column(f"best {key}", f"best {label(key)}", lambda run: run.best(key), shown))
+    return listed
 
 
 def best_differs(runs, key):
@@ -92,9 +83,7 @@ def best_differs(runs, key):
 
 
 def csv(groups, columns):
-    """A line for each group: its setting, its seeds, and each column with its interval; six
-    digits, the same on any machine.
-    """
+    """A line for each group: setting, seeds, each column with its interval, in six digits."""
     heads = [*groups[0].setting, "seeds"]
     for column in columns:
         ends = ("", " low", " high") if column.spread else ("",)
@@ -123,34 +112,28 @@ def count_seeds(group):
 
 def seeds_in_words(groups):
     """How many seeds the groups have, `5 seeds` or `4 to 5 seeds`."""
-    counts = sorted({count_seeds(group) for group in groups})
-    return f"{f'{counts[0]} to ' if counts[1:] else ''}{quantity(counts[-1], 'seed')}"
+    counts = [count_seeds(group) for group in groups]
+    fewest = "" if min(counts) == max(counts) else f"{min(counts)} to "
+    return fewest + quantity(max(counts), "seed")
 
 
 def table(groups, columns):
-    """Rows of words: the settings, the seeds, and the columns as mean ± half of the 95 % interval.
+    """Rows of words, heads first: setting, seeds, each column as mean ± half of the 95 % interval.
 
-    Rows are numbered where figures call a setting by its row.
+    Rows are numbered where figures name a setting by its row.
     """
     numbered = any(group.short != group.name for group in groups)
-    rows = [
-        ["row"] * numbered
-        + [axis.rpartition(".")[2] for axis in groups[0].setting]
-        + ["seeds", *(column.heading for column in columns)]
-    ]
+    axes = [axis.rpartition(".")[2] for axis in groups[0].setting]
+    rows = [["row"] * numbered + axes + ["seeds", *(column.heading for column in columns)]]
     for group in groups:
-        rows.append(
-            [str(group.row)] * numbered
-            + [
-                *map(statistics.option_text, group.setting.values()),
-                str(count_seeds(group)),
-                *(cell(group.values(column.number).values(), column.spread) for column in columns),
-            ]
-        )
+        setting = list(map(statistics.option_text, group.setting.values()))
+        cells = [cell(group.values(column.number).values(), column.spread) for column in columns]
+        rows.append([str(group.row)] * numbered + setting + [str(count_seeds(group)), *cells])
     return rows
 
 
 def cell(values, spread=True):
+    """A mean with its interval, or `-` where there is no value."""
     if not values:
         return "-"
     mean, half = interval(values)
@@ -171,17 +154,17 @@ def places_of(half):
 
 
 def plain(rows):
-    """A table for the terminal, its columns aligned."""
+    """A table for the terminal, with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = [word.ljust(width) for word, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def markdown(rows):
-    """The same for a README."""
-    rows = [[word.replace("|", "\\|") for word in row] for row in rows]
-    return "\n".join(
-        "| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    )
+    """A table in markdown."""
+    heads, *body = [[word.replace("|", "\\|") for word in row] for row in rows]
+    lines = [heads, ["---"] * len(heads), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
