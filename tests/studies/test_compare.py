@@ -839,7 +839,7 @@ def test_measurements_against_the_number_of_steps(here, trained, capsys):
     assert report.answer(found).startswith("Cannot tell: 1 seed per setting")
     assert Path("report", "along_steps.png").is_file() and not Path("report", "curves.png").exists()
     text = Path("report", "README.md").read_text()
-    assert "FD (digits) against network evaluations an image" in text  # of which the axis tells too
+    assert "FD (digits) against network evaluations per image" in text
     assert "steps varied" in text and "Samples, seed 0, after " in text
     grids = {
         Path("report", "runs", steps, "samples").glob("step_*.png").__next__().read_bytes()
