@@ -1,4 +1,4 @@
-"""The runs of a study, wherever they are, and the files that its report keeps of them."""
+"""Collects the runs to compare, writes their report, and archives what the report is made from."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,9 +26,7 @@ from ddpm.tracking.tracker import commit
 
 @dataclasses.dataclass
 class Source:
-    """Runs to compare and what is known of them; `absent` has a line for each run that is not
-    there.
-    """
+    """Runs to compare; `absent` has a line for each run that is missing or cannot be read."""
 
     name: str
     question: str
@@ -37,13 +35,13 @@ class Source:
     absent: list
     axes: list | None = None
     metric: str | None = None
-    reference: dict | None = None
+    reference: dict | None = None  # the setting that others are compared with
     out: Path | None = None
-    again: str = ""  # how the report is made again
+    again: str = ""  # how to make the report again
 
 
 def read_below(parent):
-    """The folders in a folder, the runs that they hold, and a line for each that holds none."""
+    """(Folders in a folder, the runs that they hold, a line for each that holds none)."""
     folders = sorted(path for path in Path(parent).iterdir() if path.is_dir())
     runs = []
     absent = []
@@ -56,67 +54,68 @@ def read_below(parent):
 
 
 def study_source(path, given=None, out=None):
-    """The runs of a study, in a given folder or where they belong, and those missing from its grid
-    by name.
+    """The Source of a study, with a line for each point of its grid that has no run.
 
-    Raises ValueError where there are none.
+    The runs are those in the folder `given` or its subfolder of the study's name, by default
+    runs/NAME, else the archive of the report. Raises ValueError where there are none.
     """
     wanted = study.read_study(path)
     home = wanted.path.with_suffix("")
-    made = wanted.folder(given) if given else wanted.folder()
-    parent = f" --runs={given}" if given and made.is_dir() else ""
-    made = Path(given) if given and not parent else made  # the folder of its runs itself
-    folder = made if given or made.is_dir() else home / "runs"
+    made, option, folder = runs_folder(wanted, given, home)
     folders, runs, absent = read_below(folder) if folder.is_dir() else ([], [], [])
     if not runs:
         raise ValueError(
             f"{made} has no runs yet; python -m ddpm.sweep {path} makes them, and "
             "--runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"
         )
-    points = (
-        {wanted.run_name(point): point for point in wanted.grid()}
-        if wanted.method == "grid"
-        else {}
-    )
-    runs = (
-        [with_config_file(wanted, points, run) for run in runs]
-        if studies_runs.CONFIG_AXIS in wanted.axes
-        else runs
-    )
-    more, runs = checkpoint_axes(wanted, runs) if "checkpoint" in wanted.varied else ([], runs)
-    axes = wanted.axes + more
-    absent += [
-        f"{name}: no run"
-        for name in missing_runs(wanted, points, runs)
-        if name not in {folder.name for folder in folders}
-    ]
-    reference = setting_of(wanted, next(iter(points.values())), wanted.axes) if points else None
-    for run in runs:
-        if run.name == next(iter(points), None):
-            reference |= {axis: run.options[axis] for axis in more}
-    metric = wanted.metric[0] if wanted.metric and wanted.metric[1] == "minimize" else None
-    question = " ".join(wanted.description.split()) or f"How do the runs of {wanted.name} compare?"
-    measured = wanted.values("checkpoint") if "checkpoint" in wanted.parameters else []
-    again = AGAIN.format(
-        path=path,
-        runs=parent,
-        made=made if parent else f"runs/{wanted.name}",
-        first=f" It measures {report.listed(measured)}, which must be trained first."
-        if measured
-        else "",
-    )
+    grid = wanted.grid() if wanted.method == "grid" else []
+    points = {wanted.run_name(point): point for point in grid}
+    if studies_runs.CONFIG_AXIS in wanted.axes:
+        runs = [with_config_file(wanted, points, run) for run in runs]
+    more = []
+    if "checkpoint" in wanted.varied:
+        more, runs = checkpoint_axes(wanted, runs)
+    known = {folder.name for folder in folders}
+    lacking = [name for name in missing_runs(wanted, points, runs) if name not in known]
+    reference = None
+    if points:
+        first, point = next(iter(points.items()))
+        reference = setting_of(wanted, point, wanted.axes)
+        for run in runs:
+            if run.name == first:
+                reference |= {axis: run.options[axis] for axis in more}
+    minimized = wanted.metric and wanted.metric[1] == "minimize"
     return Source(
         wanted.name,
-        question,
+        " ".join(wanted.description.split()) or f"How do the runs of {wanted.name} compare?",
         folders,
         runs,
-        absent,
-        axes,
-        metric,
+        absent + [f"{name}: no run" for name in lacking],
+        wanted.axes + more,
+        wanted.metric[0] if minimized else None,
         reference,
         Path(out or home),
-        again,
+        how_again(wanted, path, option, made),
     )
+
+
+def runs_folder(wanted, given, home):
+    """(Where a study's runs belong, the option that says so, the folder to read them from)."""
+    made = wanted.folder(given) if given else wanted.folder()
+    if given and not made.is_dir():  # the folder of the runs itself
+        return Path(given), "", Path(given)
+    option = f" --runs={given}" if given else ""
+    return made, option, made if made.is_dir() else home / "runs"
+
+
+def how_again(wanted, path, option, made):
+    """How to make the runs and the report of a study again, as markdown."""
+    first = ""
+    if "checkpoint" in wanted.parameters:
+        checkpoints = report.listed(wanted.values("checkpoint"))
+        first = f" It measures {checkpoints}, which must be trained first."
+    shown = made if option else f"runs/{wanted.name}"
+    return AGAIN.format(path=path, runs=option, made=shown, first=first)
 
 
 AGAIN = """    python -m ddpm.sweep {path}{runs}
@@ -132,21 +131,17 @@ writes this report from the copies of the runs; `results.csv` comes out the same
 
 
 def setting_of(wanted, point, axes):
-    """Where a study's point lies on some axes, {axis: value}, in the values that its runs have
-    among their options.
-    """
+    """The setting {axis: value} of a study's point, in the values of its runs' options."""
     options = defaults.flatten(wanted.config(point))
-    return {
-        axis: config_file_name(wanted, point[axis])
-        if axis == studies_runs.CONFIG_AXIS
-        else options[axis]
-        for axis in axes
-    }
+    if studies_runs.CONFIG_AXIS in axes:
+        file = point[studies_runs.CONFIG_AXIS]
+        options[studies_runs.CONFIG_AXIS] = config_file_name(wanted, file)
+    return {axis: options[axis] for axis in axes}
 
 
 def config_file_name(wanted, file):
-    """What tells one config file of a study from the others: where all are one file, its
-    variant, else the whole name.
+    """A short name of a config file of a study: its variant where all are one file, else the
+    full name.
     """
     if len({other.partition(":")[0] for other in wanted.values(studies_runs.CONFIG_AXIS)}) > 1:
         return wanted.label(studies_runs.CONFIG_AXIS, file)
@@ -156,62 +151,49 @@ def config_file_name(wanted, file):
 def with_config_file(wanted, points, run):
     """A run of a study that varies the config file, with that file's name among its options.
 
-    It is told by the run's name, else by the config. Raises ValueError where no file of the study
-    makes it.
+    The run's name tells it, else its config. Raises ValueError where no file of the study fits.
     """
-    file = points[run.name][studies_runs.CONFIG_AXIS] if run.name in points else None
-    for candidate in wanted.values(studies_runs.CONFIG_AXIS) if file is None else ():
-        point = {
-            name: run.options[name.removeprefix("config.")]
-            for name in wanted.parameters
-            if name != studies_runs.CONFIG_AXIS
-        }
-        point = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in point.items()
-        }
-        given = defaults.flatten(wanted.config(point | {studies_runs.CONFIG_AXIS: candidate}))
-        if all(
-            run.options[option] == given[option]
-            for option in given
-            if studies_runs.is_related(option)
-        ):
+    axis = studies_runs.CONFIG_AXIS
+    file = points[run.name][axis] if run.name in points else None
+    for candidate in wanted.values(axis) if file is None else ():
+        point = {axis: candidate}
+        for name in wanted.parameters.keys() - {axis}:
+            value = run.options[name.removeprefix("config.")]
+            point[name] = list(value) if isinstance(value, tuple) else value
+        options = defaults.flatten(wanted.config(point))
+        related = filter(studies_runs.is_related, options)
+        if all(run.options[option] == options[option] for option in related):
             file = candidate
     if file is None:
         raise ValueError(
             f"{run.folder} is of another study: no config file of this one makes its config; move "
             "it away"
         )
-    return dataclasses.replace(
-        run, options=run.options | {studies_runs.CONFIG_AXIS: config_file_name(wanted, file)}
-    )
+    return dataclasses.replace(run, options=run.options | {axis: config_file_name(wanted, file)})
 
 
 def checkpoint_axes(wanted, runs):
-    """What tells the checkpoints of a study apart: a list of axes, and the runs with a value on
-    each.
+    """(Axes that tell the checkpoints of a study apart, the runs with a value on each).
 
-    Trainings differ in options, or in the seed alone, which is no axis; checkpoints of one training
+    Trainings differ in options, or only in the seed, which is no axis; checkpoints of one training
     differ in the step, else in the file.
     """
     files = {run.name: checkpoint_of(wanted, run.name) for run in runs}
     known = [run for run in runs if files[run.name] and not run.fault]
-    differing = studies_runs.varied(known) if known else []
     axes = [
         option
-        for option in differing
+        for option in (studies_runs.varied(known) if known else [])
         if studies_runs.is_related(option) and option not in wanted.axes
     ]
     trainings = defaultdict(list)
     for run in known:
-        trainings[
-            tuple(run.options[option] for option in (*wanted.axes, *axes, *studies_runs.UNITS))
-        ].append(run)
+        options = (*wanted.axes, *axes, *studies_runs.UNITS)
+        trainings[tuple(run.options[option] for option in options)].append(run.name)
 
     def suffices(values):
         return all(
-            len({values[run.name] for run in alike}) == len({files[run.name] for run in alike})
-            for alike in trainings.values()
+            len({values[name] for name in names}) == len({files[name] for name in names})
+            for names in trainings.values()
         )
 
     if suffices(dict.fromkeys(files)):
@@ -219,86 +201,73 @@ def checkpoint_axes(wanted, runs):
     steps = {run.name: run.rows[-1]["step"] if run.rows else None for run in runs}
     names = {name: Path(file or name).name for name, file in files.items()}
     paths = {name: file or name for name, file in files.items()}
-    axis, values = next(
-        (axis, values)
-        for axis, values in (("step", steps), ("checkpoint", names), ("checkpoint", paths))
-        if suffices(values)
-    )
+    choices = (("step", steps), ("checkpoint", names), ("checkpoint", paths))
+    axis, values = next(choice for choice in choices if suffices(choice[1]))
     return [*axes, axis], [
         dataclasses.replace(run, options=run.options | {axis: values[run.name]}) for run in runs
     ]
 
 
 def checkpoint_of(wanted, name):
-    """The checkpoint that a run of a study measured, which its name begins with; None where it
-    is none of the study's.
-    """
+    """The checkpoint of a study with which the name of a run begins; None where there is none."""
     labels = {wanted.label("checkpoint", value): value for value in wanted.values("checkpoint")}
-    return labels.get(
-        max(
-            (label for label in labels if f"{name}-".startswith(f"{label}-")), key=len, default=None
-        )
-    )
+    fitting = [label for label in labels if f"{name}-".startswith(f"{label}-")]
+    return labels[max(fitting, key=len)] if fitting else None
 
 
 def missing_runs(wanted, points, runs):
-    """The names of the points of a grid that have no run. Raises ValueError for a run that lies
-    at no point.
+    """The names of the points of a grid that have no run; raises ValueError for a run at no
+    point.
     """
+    if not points:
+        return []
     known = [name.removeprefix("config.") for name in wanted.parameters]
-    axes = [
-        axis
-        for axis in known
-        if axis in wanted.axes or axis not in ("checkpoint", studies_runs.CONFIG_AXIS)
-    ]
+    files = ("checkpoint", studies_runs.CONFIG_AXIS)
+    axes = [axis for axis in known if axis in wanted.axes or axis not in files]
     places = {name: setting_of(wanted, point, axes) for name, point in points.items()}
     free = dict(places)
-    for run in sorted(runs, key=lambda run: run.name not in places) if points else ():
+    for run in sorted(runs, key=lambda run: run.name not in places):
         own = {axis: run.options[axis] for axis in axes}
         there = [places[run.name]] if run.name in places else list(places.values())
         for axis in axes:
-            if own[axis] not in (values := sorted({place[axis] for place in there}, key=str)):
+            values = sorted({place[axis] for place in there}, key=str)
+            if own[axis] not in values:
                 raise ValueError(
                     f"{run.folder} is of another study: config.{axis} is {own[axis]!r} there, "
                     f"this one has {', '.join(map(repr, values))}; move it away"
                 )
-        name = (
-            run.name
-            if run.name in places
-            else next((name for name in free if free[name] == own), None)
-        )
-        free.pop(name, None)
+        same = [name for name in free if free[name] == own]
+        free.pop(run.name if run.name in places else next(iter(same), None), None)
     return list(free)
 
 
 def read_folders(folders):
-    """The runs in these folders, or in the folders below them. Raises ValueError where one holds
-    none.
+    """The runs in these folders or, of a folder that is no run, in the folders in it.
+
+    Returns the same as `read_below`; raises ValueError for a folder without a run.
     """
-    found = []
-    runs = []
-    absent = []
+    found = ([], [], [])
     for folder in map(Path, folders):
-        # of ddpm.sweep, beside the runs: runs/NAME/* means those
+        # ddpm.sweep writes these next to the runs, and runs/NAME/* has them too
         if folder.name == "sweep.json" or folder.suffix == ".log":
             continue
         if not folder.is_dir():
             raise ValueError(f"there is no run folder {folder}")
         if (folder / "config.json").is_file() or not any(folder.glob("*/config.json")):
-            found.append(folder)
-            runs.append(studies_runs.read_run(folder))
+            inside = [folder], [studies_runs.read_run(folder)], []
         else:
             inside = read_below(folder)
-            for all_of_them, some in zip((found, runs, absent), inside, strict=True):
-                all_of_them += some
-    names = [folder.name for folder in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"two run folders are named {twice[0]}; give one of them another name")
-    return found, sorted(runs, key=lambda run: run.name), sorted(absent)
+        for all_of_them, some in zip(found, inside, strict=True):
+            all_of_them += some
+    paths, runs, absent = found
+    name, count = Counter(path.name for path in paths).most_common(1)[0] if paths else ("", 0)
+    if count > 1:
+        raise ValueError(f"two run folders are named {name}; give one of them another name")
+    return paths, sorted(runs, key=lambda run: run.name), sorted(absent)
 
 
 def source_of(arguments, runs, out, downloads):
-    """What the arguments name; runs of W&B are written into `downloads` first."""
+    """The Source that the arguments name; runs of W&B are written into `downloads` first."""
     if arguments[0].endswith((".yaml", ".yml")):
         if len(arguments) > 1:
             raise ValueError(f"one study at a time; leave out {arguments[1]}")
@@ -315,18 +284,13 @@ def source_of(arguments, runs, out, downloads):
         raise ValueError(f"{arguments[0]} has no run that can be read ({'; '.join(found[2][:3])})")
     out = Path(out) if out else None
     again = AGAIN_FROM_KEPT.format(out=out)
-    return Source(
-        out.name if out else arguments[0],
-        "How do these runs compare?",
-        *found,
-        out=out,
-        again=again,
-    )
+    name = out.name if out else arguments[0]
+    return Source(name, "How do these runs compare?", *found, out=out, again=again)
 
 
 @functools.cache
 def network_parameters(shape):
-    """The number of parameters of the network that these options describe."""
+    """The number of parameters of the network that options ((name, value), ...) describe."""
     described = config_files.changed(defaults.freeze(defaults.base()), dict(shape))
     with torch.device("meta"):
         net = build.network(described)
@@ -335,12 +299,9 @@ def network_parameters(shape):
 
 def parameters(run):
     """The number of parameters of a run's network."""
+    options = run.options.items()
     return network_parameters(
-        tuple(
-            (option, value)
-            for option, value in run.options.items()
-            if option.startswith("model.") or option in SHAPES
-        )
+        tuple(item for item in options if item[0].startswith("model.") or item[0] in SHAPES)
     )
 
 
@@ -355,131 +316,128 @@ SHAPES = (  # options outside of the section `model` that give the network its s
 )
 
 
-def provenance(out, runs, given=None):
-    """Where the runs come from: as they or a report of the very same runs recorded it, else as
-    it is here and now.
+def provenance(out, runs, machine=None):
+    """Commit, torch version and machine of the runs, as archived with the very same runs, else of
+    this process; `machine` overrides the machine.
     """
     digest = hashlib.sha256()
-    for path in [run.folder / name for run in runs for name in ("config.json", "metrics.jsonl")]:
-        digest.update(
-            f"{path.parent.name}/{path.name}\n".encode()
-            + (path.read_bytes() if path.is_file() else b"")
-        )
+    for run in runs:
+        for name in ("config.json", "metrics.jsonl"):
+            path = run.folder / name
+            digest.update(f"{run.folder.name}/{name}\n".encode())
+            digest.update(path.read_bytes() if path.is_file() else b"")
     code = "; ".join(report.code_of([run for run in runs if not run.fault]))
-    made = {
+    record = {
         "commit": code or commit(),
         "torch": version("torch"),
         "machine": this_machine(),
         "runs": digest.hexdigest(),
     }
-    # the report that kept the runs, if one did, and the one that is written
+    # the report that archived these runs, and the report that is written
     for home in (runs[0].folder.parent.parent, out):
-        # none yet, or damaged
+        # missing or damaged
         with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
             kept = json.loads((home / "made.json").read_text())
-            made = {key: str(kept[key]) for key in made} if kept["runs"] == made["runs"] else made
-    return made | ({"machine": given} if given else {})
+            if kept["runs"] == record["runs"]:
+                record = {key: str(kept[key]) for key in record}
+    return record | ({"machine": machine} if machine else {})
 
 
 def this_machine():
     """The class of this machine."""
-    return (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores"
 
 
 def archive_runs(folders, out):
-    """Copy what the report is made from to `out`/runs: each run's config, metrics and last grid."""
+    """Copy each run's config, metrics and last grid to `out`/runs."""
     with atomic_folder(out / "runs") as part:
         for folder in folders:
             copy = part / folder.name
             copy.mkdir()
             (copy / "metrics.jsonl").touch()
-            for path in (
-                folder / "config.json",
-                folder / "metrics.jsonl",
-                *sorted(folder.glob("samples/step_*.png"))[-1:],
-            ):
+            grids = sorted(folder.glob("samples/step_*.png"))[-1:]
+            for path in (folder / "config.json", folder / "metrics.jsonl", *grids):
                 if path.is_file():
-                    (copy / path.relative_to(folder)).parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, copy / path.relative_to(folder))
+                    target = copy / path.relative_to(folder)
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, target)
 
 
-def write_report(source, found, columns, machine=None):
-    """Write the report; returns the names of its files. Raises ValueError before it writes over
-    what is not a report's.
+def write_report(source, comparison, columns, machine=None):
+    """Write the report; returns the names of its files. Raises ValueError before it overwrites
+    runs that no report archived.
     """
     out = source.out
     if (out / "runs").exists() and not (out / "made.json").exists():
         raise ValueError(f"{out} holds runs that no report keeps; give another --out")
-    drawn = figures.draw(found)
-    made = provenance(out, found.runs, machine)
+    drawn = figures.draw(comparison)
+    record = provenance(out, comparison.runs, machine)
     pictures = [(name, caption) for name, caption, _ in drawn]
-    files = [
-        (Path(name).with_suffix(kind), figure)
-        for name, _, figure in drawn
-        for kind in {".png", Path(name).suffix}
-    ]
+    missing = left_out(source, comparison)
     texts = {
         "README.md": report.readme(
             source.name,
             source.question,
-            found,
+            comparison,
             columns,
             pictures,
-            made,
-            left_out(source, found),
+            record,
+            missing,
             source.again,
         ),
-        "results.csv": tables.csv(found.groups, columns),
-        "made.json": json.dumps(made, indent=2) + "\n",
+        "results.csv": tables.csv(comparison.groups, columns),
+        "made.json": json.dumps(record, indent=2) + "\n",
     }
     for name, text in texts.items():
         with atomic_write(out / name) as part:
             part.write_text(text)
-    for name, figure in files:
-        figures.save(figure, out / name)
+    files = []
+    for name, _, figure in drawn:
+        for suffix in {".png", Path(name).suffix}:
+            files.append(str(Path(name).with_suffix(suffix)))
+            figures.save(figure, out / files[-1])
     archive_runs(source.folders, out)
-    return [*texts, *sorted(str(name) for name, _ in files)]
+    return [*texts, *sorted(files)]
 
 
-def left_out(source, found):
+def left_out(source, comparison):
     """A line for each run that is in no average."""
-    return source.absent + [f"{run.name}: {run.fault}" for run in found.runs if run.fault]
+    return source.absent + [f"{run.name}: {run.fault}" for run in comparison.runs if run.fault]
 
 
 def compare(*arguments, runs=None, out=None, machine=None):
     """Compare what the arguments name, print the result and write the report; returns the
     `statistics.Comparison`.
 
-    `runs` is where the runs of a study lie, a folder or a W&B path, `out` the folder of the report,
-    `machine` the class of machine that ran them. Raises ValueError, one line, where there is
-    nothing to compare or what there is does not belong together; then nothing is written.
+    `runs` is where the runs of a study are, a folder or a W&B path, `out` the folder of the report,
+    `machine` the class of machine that made the runs. Raises ValueError, one line, and writes
+    nothing, where there is nothing to compare or the runs do not belong together.
     """
     with tempfile.TemporaryDirectory() as downloads:
         source = source_of(arguments, runs, out, downloads)
-        found = statistics.compare(source.runs, source.axes, source.metric, source.reference)
-        columns = tables.columns(found.groups, parameters)
-        files = write_report(source, found, columns, machine) if source.out else []
-    chief = ("val/loss_ema", found.metric, f"best {found.metric}")
+        comparison = statistics.compare(source.runs, source.axes, source.metric, source.reference)
+        columns = tables.columns(comparison.groups, parameters)
+        files = write_report(source, comparison, columns, machine) if source.out else []
+    main = ("val/loss_ema", comparison.metric, f"best {comparison.metric}")
     shown = [
         column
         for column in columns
-        if column.table and (column.name in chief or not column.name.startswith(("best ", "val/")))
+        if column.table and (column.name in main or not column.name.startswith(("best ", "val/")))
     ]
-    print(
-        f"{source.name}: {quantity(len(found.counted), 'run')} in "
-        f"{quantity(len(found.groups), 'setting')}\n"
-    )
-    print(tables.plain(tables.table(found.groups, shown)))
-    if found.tested:
-        print("", tables.plain(report.verdicts(found)), sep="\n")
-    for line in left_out(source, found):
+    settings = quantity(len(comparison.groups), "setting")
+    print(f"{source.name}: {quantity(len(comparison.counted), 'run')} in {settings}\n")
+    print(tables.plain(tables.table(comparison.groups, shown)))
+    if comparison.tested:
+        print("", tables.plain(report.verdicts(comparison)), sep="\n")
+    for line in left_out(source, comparison):
         print(f"left out: {line}")
-    print(*report.mixed_code(found.counted), f"\nAnswer: {report.answer(found)}", sep="\n")
     print(
-        f"{source.out}: {', '.join(files)}"
-        if files
-        else "nothing is written; --out=DIR writes a report"
+        *report.mixed_code(comparison.counted), f"\nAnswer: {report.answer(comparison)}", sep="\n"
     )
-    return found
+    if files:
+        print(f"{source.out}: {', '.join(files)}")
+    else:
+        print("nothing is written; --out=DIR writes a report")
+    return comparison

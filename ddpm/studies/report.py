@@ -12,14 +12,14 @@ from ddpm.studies.statistics import label
 # verdicts
 
 
-def verdicts(found):
+def verdicts(comparison):
     """A table of all comparisons, heads first: difference, interval, seeds, p and verdict.
 
     The first setting of a row has the lower mean.
     """
-    heads = ["setting", "compared with", f"{label(found.metric)} lower by", "95 % interval"]
+    heads = ["setting", "compared with", f"{label(comparison.metric)} lower by", "95 % interval"]
     rows = [[*heads, "lower in", "p (Holm)", "verdict"]]
-    for gap in found.gaps:
+    for gap in comparison.gaps:
         by = layout.amount(gap.by, gap.half).partition(" ")[0]
         span = "-"
         if gap.half is not None:
@@ -48,32 +48,32 @@ def p_of(p):
     return f"{p:.2g}" if p >= 0.001 else "< 0.001"
 
 
-def answer(found):
+def answer(comparison):
     """The setting with the lowest mean, which settings it is better than, and which it cannot be
     told apart from.
     """
-    groups = found.groups
-    if found.metric in LOSSES and found.unlike:
+    groups = comparison.groups
+    if comparison.metric in LOSSES and comparison.unlike:
         return (
-            f"Cannot tell: no distance was measured, and the {label(found.metric)} is a different "
-            f"quantity for each {listed_options(found.unlike)}."
+            f"Cannot tell: no distance was measured, and the {label(comparison.metric)} is a "
+            f"different quantity for each {listed_options(comparison.unlike)}."
         )
     enough = min(MIN_SEEDS, max(map(layout.count_seeds, groups)))
     best = min(
         (group for group in groups if layout.count_seeds(group) >= enough),
-        key=lambda group: group.final(found.metric)[0],
+        key=lambda group: group.final(comparison.metric)[0],
     )
-    reached = f"{label(found.metric)} {layout.amount(*best.final(found.metric))}"
+    reached = f"{label(comparison.metric)} {layout.amount(*best.final(comparison.metric))}"
     over = f"{layout.seeds_in_words(groups)} per setting"
     if len(groups) == 1:
         return f"There is only one setting, so nothing is compared: {reached}, {over}."
     lowest = f"{best.name} has the lowest mean, {reached}"
-    if not found.tested:
+    if not comparison.tested:
         few = f"Cannot tell: {over}, and the noise shows only from {MIN_SEEDS} seeds on."
         return f"{few} {lowest}."
-    beaten = [gap.worse.name for gap in found.gaps if gap.clear and gap.better is best]
+    beaten = [gap.worse.name for gap in comparison.gaps if gap.clear and gap.better is best]
     close = []
-    for gap in found.gaps:
+    for gap in comparison.gaps:
         if not gap.clear and best in (gap.better, gap.worse):
             close.append(gap.worse.name if gap.better is best else gap.better.name)
     if len(beaten) == len(groups) - 1:
@@ -113,31 +113,30 @@ DRAWING = {  # parts of the protocol that limit a result
 }
 
 
-def fixed(found):
+def fixed(comparison):
     """The options of FIXED that no axis varies, in words."""
-    options = found.counted[0].options
-    return [form.format(options[key]) for key, form in FIXED.items() if key not in found.axes]
+    options = comparison.counted[0].options
+    return [form.format(options[key]) for key, form in FIXED.items() if key not in comparison.axes]
 
 
-def protocol(found, record):
+def protocol(comparison, record):
     """Yield sentences on how the numbers were measured."""
-    runs = found.counted
+    runs = comparison.counted
     repeated = "of the training"
-    if found.groups[0].unit != "seed":
+    if comparison.groups[0].unit != "seed":
         repeated = "of the sampling, from one training,"
     yield (
-        f"{quantity(len(runs), 'run')}: {quantity(len(found.groups), 'setting')} of "
-        f"{listed_options(found.axes or ['nothing'])}, {layout.seeds_in_words(found.groups)} "
-        f"{repeated} each."
+        f"{quantity(len(runs), 'run')}: {quantity(len(comparison.groups), 'setting')} of "
+        f"{listed_options(comparison.axes or ['nothing'])}, "
+        f"{layout.seeds_in_words(comparison.groups)} {repeated} each."
     )
-    if studies_runs.is_training(runs) and fixed(found):
-        yield f"Fixed: {', '.join(fixed(found))}."
-    if parts := found.protocol:
+    if studies_runs.is_training(runs) and fixed(comparison):
+        yield f"Fixed: {', '.join(fixed(comparison))}."
+    if parts := comparison.protocol:
         yield f"Distances: {', '.join(f'{part} {value}' for part, value in parts.items())}."
-    if ways := sorted(
-        {text for run in runs for text in run.protocols("eval/bits_per_dim_protocol")}
-    ):
-        yield f"Likelihood: {listed(ways)}."
+    likelihoods = studies_runs.protocols_of(runs, "eval/bits_per_dim_protocol")
+    if likelihoods:
+        yield f"Likelihood: {listed(sorted({text for _, text in likelihoods}))}."
     if known := list(perfect(runs)):
         yield (
             f"A perfect generator would get {listed(known)} (± standard deviation of one "
@@ -172,14 +171,14 @@ def perfect(runs):
             yield f"{label(key)} {layout.amount(*only)}"
 
 
-def limits(found):
+def limits(comparison):
     """Yield sentences on what a comparison does not show."""
-    metric = label(found.metric)
-    seeds = f"{layout.seeds_in_words(found.groups)} per setting"
-    if not found.visible:
-        yield f"{seeds} do not show the noise; tests start at {MIN_SEEDS} seeds."
+    metric = label(comparison.metric)
+    seeds = f"{layout.seeds_in_words(comparison.groups)} per setting"
+    if not comparison.visible:
+        yield f"Smallest visible difference: unknown with {seeds}; tests need {MIN_SEEDS} seeds."
     else:
-        first, alone, count = found.visible
+        first, alone, count = comparison.visible
         several = ""
         if count > 1:
             several = f" (for the clearest of {count} comparisons; {alone:.2g} for a single one)"
@@ -187,13 +186,13 @@ def limits(found):
             f"Smallest visible difference: with {seeds}, most studies miss a difference in "
             f"{metric} below about {first:.2g}{several}."
         )
-    yield from mixed_code(found.counted)
-    if found.groups[0].unit != "seed":
+    yield from mixed_code(comparison.counted)
+    if comparison.groups[0].unit != "seed":
         yield "All numbers come from one training: another seed may order the settings differently."
-    parts = found.protocol
+    parts = comparison.protocol
     same = {part: value for part, value in parts.items() if value != statistics.VARIED}
     drawn = [form.format(same[part]) for part, form in DRAWING.items() if part in same]
-    if conditions := fixed(found) + drawn:
+    if conditions := fixed(comparison) + drawn:
         yield (
             f"Conditions: {', '.join(conditions)}. Under others the settings may come in another "
             "order."
@@ -204,19 +203,20 @@ def limits(found):
             "trainings do not include it."
         )
     yield "Tuning: all settings share one recipe, which favours those that it suits."
-    if found.unlike:
+    if comparison.unlike:
         yield (
-            f"Losses under different {listed_options(found.unlike)} are different quantities: they "
-            "show the course of a training, and do not say which setting is better."
+            f"Losses under different {listed_options(comparison.unlike)} are different quantities: "
+            "they show the course of a training, and do not say which setting is better."
         )
-    if layout.best_differs(found.counted, found.metric):
+    if layout.best_differs(comparison.counted, comparison.metric):
         yield (
             "Best values are the lowest of several measurements of a run, so they flatter; the "
             "verdicts compare last values."
         )
-    if keys(found.counted, r"eval/fd_\w+"):
-        yield f"{label(keys(found.counted, FRECHET)[0])} is not FID and compares only with itself."
-    if keys(found.counted, "speed/.*"):
+    if keys(comparison.counted, r"eval/fd_\w+"):
+        distance = label(keys(comparison.counted, FRECHET)[0])
+        yield f"{distance} is not FID and compares only with itself."
+    if keys(comparison.counted, "speed/.*"):
         yield (
             "images/s and peak memory depend on what else the machines ran, so they do not "
             "distinguish the settings."
@@ -268,7 +268,7 @@ def meanings(columns):
     return notes
 
 
-def readme(title, question, found, columns, pictures, record, left_out, again):
+def readme(title, question, comparison, columns, pictures, record, left_out, again):
     """The report as markdown.
 
     `columns` are those of `tables.columns`, `pictures` pairs (file name, caption), `record` what
@@ -279,23 +279,27 @@ def readme(title, question, found, columns, pictures, record, left_out, again):
     for name in ("distances", "losses", "cost"):
         some = [column for column in columns if column.table == name]
         if some and some[0].name != "parameters":
-            results.append(layout.markdown(layout.table(found.groups, some)))
+            results.append(layout.markdown(layout.table(comparison.groups, some)))
     notes = meanings(columns)
     sections = [
         f"# {title}",
         f"**Question.** {question}",
-        f"**Answer.** {answer(found)}",
-        f"**Protocol.** {' '.join(protocol(found, record))}",
+        f"**Answer.** {answer(comparison)}",
+        f"**Protocol.** {' '.join(protocol(comparison, record))}",
         "## Result",
         *results,
         INTERVALS,
         *([bullets(notes)] if notes else []),
         *(picture(name, caption) for name, caption in pictures),
         "## Differences",
-        *([layout.markdown(verdicts(found)), METHOD] if found.tested else ["None is tested."]),
+        *(
+            [layout.markdown(verdicts(comparison)), METHOD]
+            if comparison.tested
+            else ["None is tested."]
+        ),
         *(["## Left out", "In no average and no figure:", bullets(left_out)] if left_out else []),
         "## What this does not show",
-        bullets(limits(found)),
+        bullets(limits(comparison)),
         "## Again",
         again,
     ]

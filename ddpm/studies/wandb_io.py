@@ -14,8 +14,8 @@ def is_remote(path):
 
 
 def download(path, folder):
-    """Write the runs of a W&B project or sweep below a folder. Raises ValueError where there are
-    none to be had.
+    """Write the runs of a W&B project or sweep below a folder; raises ValueError where there are
+    none.
     """
     import wandb  # a second of start-up
 
@@ -24,12 +24,8 @@ def download(path, folder):
         found = api.sweep(path).runs if path.count("/") == 2 else api.runs(path)
         for run in found:
             name = re.sub("[^A-Za-z0-9_.=+-]+", "_", run.name).removesuffix(f"-{run.id}")
-            write_run_folder(
-                run,
-                Path(folder, f"{name}-{run.id}"),
-            )
-    except Exception as error:
-        # W&B has many for a server that does not answer, or not as it should
+            write_run_folder(run, Path(folder, f"{name}-{run.id}"))
+    except Exception as error:  # W&B has many for a server that does not answer properly
         raise ValueError(
             f"{path} is no folder here and cannot be read from W&B: {errors.one_line(error)[:200]}"
         ) from None
@@ -38,8 +34,8 @@ def download(path, folder):
 
 
 def write_run_folder(run, folder):
-    """Write a run of W&B's public API as a run folder; one that is not of ddpm stays without a
-    config.json.
+    """Write a run of W&B's public API as a run folder, without config.json where it is not a run
+    of ddpm.
     """
     folder.mkdir()
     options = {
@@ -51,7 +47,7 @@ def write_run_folder(run, folder):
         text = json.dumps(options)
         try:
             files.write(files.from_json(text), folder, run.config.get("code"))
-        except ValueError:  # told by `runs.read`, as of any other run that is broken
+        except ValueError:  # `runs.read_run` reports it, as of any other damaged run
             (folder / "config.json").write_text(text)
     grid = step = None
     with open(folder / "metrics.jsonl", "w") as file:
@@ -69,11 +65,11 @@ def write_run_folder(run, folder):
     if grid and not (PICTURE.fullmatch(grid) and isinstance(step, int)):
         print(f"left out: the samples of {folder.name}, which W&B does not keep at {grid!r}")
         grid = None
-    for picture in run.files([grid]) if grid else ():  # none where it never arrived
+    for picture in run.files([grid]) if grid else ():  # empty where the upload is missing
         picture.download(folder)
         (folder / "samples").mkdir()
         (folder / grid).rename(folder / "samples" / f"step_{step:08d}.png")
 
 
-PICTURE = re.compile(r"media/images/\w[\w.-]*")  # where W&B keeps what is logged as one
+PICTURE = re.compile(r"media/images/\w[\w.-]*")  # where W&B stores logged images
 WANDB_PATH = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")  # entity/project, entity/project/sweep
