@@ -1,4 +1,4 @@
-"""Runs the trials of a study on this machine, several at a time, each a process of its own."""
+"""Runs the points of a study on this machine, several at a time, each in its own process."""
 
 import contextlib
 import json
@@ -26,23 +26,10 @@ from ddpm.studies import runs as studies_runs
 from ddpm.training import checkpoint
 
 STEP = re.compile(r"step (\d+)/(\d+) \(")
-# what names one run of W&B's, in which the runs of a study would collide
-ONE_RUN = {
-    f"WANDB_{word}"
-    for word in (
-        "RUN_ID",
-        "RUN_NAME",
-        "NAME",
-        "RESUME",
-        "RESUME_FROM",
-        "FORK_FROM",
-        "SWEEP_ID",
-        "SWEEP_PARAM_PATH",
-        "RUN_DIR",
-        "RUN_STORAGE_ID",
-        "SERVICE",
-    )
-}
+# name one run of W&B's, in which the runs of a study would collide
+ONE_RUN = {"WANDB_RUN_ID", "WANDB_RUN_NAME", "WANDB_NAME", "WANDB_RESUME", "WANDB_RESUME_FROM"}
+ONE_RUN |= {"WANDB_FORK_FROM", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RUN_DIR"}
+ONE_RUN |= {"WANDB_RUN_STORAGE_ID", "WANDB_SERVICE"}
 ENDS = {
     errors.FAILED: "failed",
     errors.USAGE_ERROR: "refused",
@@ -53,8 +40,8 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of the study: its folder's name, its point, its command, and a checksum of what is
-    in the files named there.
+    """A run of the study: its folder's name, point, command, and a checksum of its config and
+    checkpoint.
     """
 
     name: str
@@ -64,7 +51,7 @@ class Trial:
 
 
 def trial_of(study, point):
-    """The run of a point; raises ValueError where it cannot be run."""
+    """The Trial of a point; raises ValueError where it cannot run."""
     name = study.run_name(point)
     try:
         config = study.config(point)
@@ -78,12 +65,10 @@ def trial_of(study, point):
 
 
 def check_comparable(study, points):
-    """Raise a ValueError where trainings would be measured in ways that do not compare, as the
-    report would at the end.
-    """
-    ways = dict(planned_protocols({study.run_name(point): study.config(point) for point in points}))
+    """Raise a ValueError where the protocols of trainings would not compare in the report."""
+    protocols = planned_protocols({study.run_name(point): study.config(point) for point in points})
     try:
-        compatibility.check_same_parts(list(ways.items()), study.axes)
+        compatibility.check_same_parts(list(dict(protocols).items()), study.axes)
     except ValueError as error:
         raise ValueError(f"{study.path}: {error}") from None
 
@@ -92,10 +77,9 @@ def planned_protocols(trainings):
     """Yield (name, parts of its `eval/protocol`) for each training of {name: config} that will be
     measured.
 
-    Data are opened where the parts depend on them; a training whose data are not there yet is left
-    out.
+    Opens the data where the parts depend on them, and leaves out a training without its data.
     """
-    counted = {}
+    operations = {}
     opened = {}
 
     def images(config):
@@ -104,64 +88,51 @@ def planned_protocols(trainings):
         opened[key] = opened.get(key) or data.open_source(*key)
         return opened[key]
 
-    several = (
-        len(
-            {
-                (config.data.source, config.data.image_size, config.data.channels)
-                for config in trainings.values()
-            }
-        )
-        > 1
-    )
+    sections = [config.data for config in trainings.values()]
+    kinds = {(section.source, section.image_size, section.channels) for section in sections}
     for name, config in trainings.items():
         network = (config.model, config.data, config.diffusion)
+        operations[network] = operations.get(network) or cost.operations(config)
         parts = {}
         size = 0
-        counted[network] = counted.get(network) or cost.operations(config)
         try:
-            if several:
-                parts = {"data": images(config).fingerprint[:12]}
+            if len(kinds) > 1:
+                parts["data"] = images(config).fingerprint[:12]
             if "epoch" in config.train.length + config.every.evaluate:
                 size = len(build.split(config, images(config))[0])
         except ValueError:
             continue
-        evaluated = cost.plan_evaluation(config, size, counted[network])
+        evaluated = cost.plan_evaluation(config, size, operations[network])
         if evaluated.interval != "0 steps" and config.evaluate.extractor != "none":
-            how = build.recipe(evaluated.config, evaluated.config.evaluate, (), "")
-            yield (
-                name,
-                parts
-                | {
-                    "extractor": build.extractor_name(config),
-                    "samples": str(evaluated.config.evaluate.num_samples),
-                    "sampler": how.sampler,
-                    "steps": str(how.steps),
-                    "spacing": how.spacing,
-                    "guidance": str(how.guidance),
-                },
-            )
+            section = evaluated.config.evaluate
+            recipe = build.recipe(evaluated.config, section, (), "")
+            parts["extractor"] = build.extractor_name(config)
+            parts["samples"] = str(section.num_samples)
+            for part in ("sampler", "steps", "spacing", "guidance"):
+                parts[part] = str(getattr(recipe, part))
+            yield name, parts
 
 
 class Record:
-    """sweep.json: {"runs": {RUN: {point, command, content, code, result}}}; the code is null
-    until the run has ended.
+    """sweep.json: {"runs": {RUN: {point, command, content, code, result}}}; code is null until the
+    run has ended.
     """
 
     def __init__(self, folder):
         self.folder = folder
         self.path = folder / "sweep.json"
+        self.runs = {}
         try:
-            self.runs = (
-                dict(json.loads(self.path.read_text())["runs"]) if self.path.exists() else {}
-            )
-            whole = all(isinstance(kept, dict) for kept in self.runs.values())
+            if self.path.exists():
+                self.runs = dict(json.loads(self.path.read_text())["runs"])
+            valid = all(isinstance(entry, dict) for entry in self.runs.values())
         except (ValueError, KeyError, TypeError, RecursionError):
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise ValueError(f"{self.path} is damaged; delete it, and every run is looked at again")
 
     def put(self, trial, code=None, result=None):
-        """Keep that a run was begun or, with a code, how it ended."""
+        """Record that a run started or, with a code, how it ended."""
         self.runs[trial.name] = {
             "point": trial.point,
             "command": trial.words,
@@ -173,19 +144,16 @@ class Record:
             part.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n")
 
     def finished(self, trial):
-        """True where this very run came to its end and its numbers are there."""
-        kept = self.runs.get(trial.name, {})
-        same = (kept.get("command"), kept.get("content"), kept.get("code")) == (
-            trial.words,
-            trial.content,
-            errors.DONE,
-        )
+        """True where this very trial is done and its numbers exist."""
+        entry = self.runs.get(trial.name, {})
+        recorded = entry.get("command"), entry.get("content"), entry.get("code")
+        same = recorded == (trial.words, trial.content, errors.DONE)
         return same and (self.folder / trial.name / "metrics.jsonl").is_file()
 
 
 class RunPool:
-    """The processes of the runs. SIGINT, SIGTERM and SIGUSR1 ask them to save and end, the
-    second time they end at once.
+    """The processes of the runs. SIGINT, SIGTERM and SIGUSR1 ask them to save and end; a second
+    signal kills them.
     """
 
     def __init__(self, study, folder, parallel):
@@ -193,16 +161,14 @@ class RunPool:
         self.processes = set()
         self.stop_requests = 0
         self.places = list(range(parallel))  # lines of the terminal without a progress bar
-        cores = (
-            len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count() or 1
-        )
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
         inherited = {name: value for name, value in os.environ.items() if name not in ONE_RUN}
-        self.environment = {
-            "WANDB_RUN_GROUP": study.name,
-            "OMP_NUM_THREADS": str(max(1, cores // parallel)),
-        } | inherited
+        threads = str(max(1, cores // parallel))
+        own = {"WANDB_RUN_GROUP": study.name, "OMP_NUM_THREADS": threads}
+        self.environment = own | inherited
 
     def stop(self, *_):
         self.stop_requests += 1
@@ -212,11 +178,9 @@ class RunPool:
 
     @contextlib.contextmanager
     def stoppable(self):
-        """The signals, and an error in the block, reach the processes."""
-        before = {
-            number: signal.signal(number, self.stop)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
+        """Pass signals, and an error in the block, on to the processes."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self.stop) for number in numbers}
         try:
             yield
         except BaseException:
@@ -227,42 +191,24 @@ class RunPool:
                 signal.signal(number, handler)
 
     def run(self, trial):
-        """Run a trial to its end: (exit code, seconds, the line of its output that says most)."""
+        """Run a trial to its end: (exit code, seconds, the most telling line of its output)."""
         began = time.monotonic()
         place = self.places.pop(0)
         log = self.folder / f"{trial.name}.log"
-        macros = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable}
-        words = [
-            *(macros.get(word, word) for word in trial.words),
-            f"--workdir={self.folder / trial.name}",
-        ]
-        said = ["no output"]
+        lines = ["no output"]
+        shown = {"unit": "step", "leave": False, "disable": not sys.stderr.isatty()}
         with (
-            open(log, "w", buffering=1) as kept,
-            tqdm(
-                desc=trial.name,
-                unit="step",
-                position=place,
-                leave=False,
-                disable=not sys.stderr.isatty(),
-            ) as bar,
-            subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-                env=self.environment,
-                start_new_session=True,
-            ) as process,
+            open(log, "w", buffering=1) as output,
+            tqdm(desc=trial.name, position=place, **shown) as bar,
+            self.process(trial) as process,
         ):
             self.processes.add(process)
             if self.stop_requests:  # before this process was known
                 process.terminate()
             for line in process.stdout:
-                kept.write(line)
-                said = [*said[-50:], line.strip()] if line.strip() else said
+                output.write(line)
+                if line.strip():
+                    lines = [*lines[-50:], line.strip()]
                 if step := STEP.match(line):
                     bar.total = int(step[2])
                     bar.update(int(step[1]) - bar.n)
@@ -270,13 +216,28 @@ class RunPool:
         self.places.append(place)
         if process.returncode == errors.DONE:
             log.unlink()
-        reasons = [line for line in said if line.startswith(("error:", "failed:", "diverged:"))]
-        return process.returncode, time.monotonic() - began, (reasons or said)[-1]
+        reasons = [line for line in lines if line.startswith(("error:", "failed:", "diverged:"))]
+        return process.returncode, time.monotonic() - began, (reasons or lines)[-1]
+
+    def process(self, trial):
+        """The started process of a trial, its output in one pipe."""
+        macros = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable}
+        words = [macros.get(word, word) for word in trial.words]
+        return subprocess.Popen(
+            [*words, f"--workdir={self.folder / trial.name}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=self.environment,
+            start_new_session=True,
+        )
 
 
 def result_of(run, metric):
-    """The last value of a metric in a run, or the best where it is named best/val_loss; None
-    where there is none.
+    """The last value of a metric, or the best where it is named best/val_loss; None where the run
+    has none.
     """
     if metric is None:
         return None
@@ -288,7 +249,7 @@ def result_of(run, metric):
 
 
 class Sweep:
-    """What is begun, and how it ends, told line by line."""
+    """Which trials started and how they ended, with a line for each event."""
 
     def __init__(self, study, folder, total, record, pool):
         self.study = study
@@ -303,8 +264,8 @@ class Sweep:
         self.began = time.monotonic()
 
     def start(self, trial):
-        """True where a trial is to be run now."""
-        if trial.name in self.numbers:  # bayes and random choose a point twice where there are few
+        """True where a trial is to run now."""
+        if trial.name in self.numbers:  # bayes and random may choose a point twice
             return False
         self.numbers[trial.name] = len(self.numbers) + 1
         if self.record.finished(trial):
@@ -315,9 +276,7 @@ class Sweep:
         return True
 
     def finished_run(self, trial):
-        """The run that a trial came to its end with; None, which is told, where its files are
-        damaged.
-        """
+        """The run of a trial that is done; None, with a line, where its files are damaged."""
         folder = self.folder / trial.name
         try:
             run = studies_runs.read_run(folder)
@@ -327,42 +286,36 @@ class Sweep:
         if not damage:
             return run
         self.failed.append(trial.name)
-        self.report(
-            trial,
-            f"came to its end, but {damage}; delete {folder}, and the same command makes it again",
-        )
+        remedy = f"delete {folder}, and the same command makes it again"
+        self.report(trial, f"came to its end, but {damage}; {remedy}")
         return None
 
     def finish(self, trial, code, seconds, last):
-        """Keep and tell how a trial ended."""
+        """Record and report how a trial ended."""
         after = f"after {tqdm.format_interval(seconds)}"
         if code == errors.DONE:
             if run := self.finished_run(trial):
                 result = result_of(run, self.study.metric)
                 self.record.put(trial, code, result)
                 self.done += 1
-                shown = "missing" if result is None else f"{result:.4g}"
-                self.report(
-                    trial,
-                    f"done {after}"
-                    + (f", {self.study.metric[0]} {shown}" if self.study.metric else ""),
-                )
+                shown = ""
+                if self.study.metric:
+                    number = "missing" if result is None else f"{result:.4g}"
+                    shown = f", {self.study.metric[0]} {number}"
+                self.report(trial, f"done {after}{shown}")
         elif self.pool.stop_requests:
             self.report(trial, f"interrupted {after}")
         else:
             self.record.put(trial, code)
             self.failed.append(trial.name)
-            how = (
-                f"killed by {signal.Signals(-code).name}"
-                if code < 0
-                else f"{ENDS.get(code, 'failed')} (exit code {code})"
-            )
-            self.report(
-                trial, f"{how} {after}: {last}; all it said is in {self.folder / trial.name}.log"
-            )
+            how = f"{ENDS.get(code, 'failed')} (exit code {code})"
+            if code < 0:
+                how = f"killed by {signal.Signals(-code).name}"
+            log = self.folder / f"{trial.name}.log"
+            self.report(trial, f"{how} {after}: {last}; its output is in {log}")
 
     def summary(self):
-        """Tell what is done and what is not; returns the exit code."""
+        """Print what is done and what is not; returns the exit code."""
         total = self.total if self.pool.stop_requests else len(self.numbers)
         took = tqdm.format_interval(time.monotonic() - self.began)
         say(
@@ -374,13 +327,16 @@ class Sweep:
         if self.pool.stop_requests:
             say("interrupted; run the same command to continue")
             return errors.INTERRUPTED
+        if self.failed:
+            say("the same command tries again")
+            return errors.FAILED
         runs = [] if self.folder == self.study.folder() else [f"--runs={self.folder.parent}"]
         report = shlex.join(["python", "-m", "ddpm.compare", str(self.study.path), *runs])
-        say("the same command tries again" if self.failed else f"report: {report}")
-        return errors.FAILED if self.failed else errors.DONE
+        say(f"report: {report}")
+        return errors.DONE
 
-    def report(self, trial, what):
-        say(f"[{self.numbers[trial.name]}/{self.total}] {trial.name}: {what}")
+    def report(self, trial, text):
+        say(f"[{self.numbers[trial.name]}/{self.total}] {trial.name}: {text}")
 
 
 def sweep(study, folder, parallel=1, count=None, seed=0):

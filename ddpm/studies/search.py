@@ -1,4 +1,4 @@
-"""Chooses the next trial of a study: random, or Bayesian by optuna."""
+"""Chooses the points of a study: grid, random, or Bayesian search by optuna."""
 
 import contextlib
 
@@ -6,7 +6,9 @@ from ddpm.common import rng
 
 
 def choose_points(study, count, seed, record):
-    """The points of a study, at most `count`; those of bayes are chosen when they are asked for."""
+    """At most `count` points of a study: a list, or for bayes an iterator that chooses each point
+    when it is due.
+    """
     if study.method == "grid":
         return study.grid()[:count]
     if study.method == "random":
@@ -16,10 +18,10 @@ def choose_points(study, count, seed, record):
 
 
 def bayes_points(study, count, seed, record):
-    """The points in the record, then others by optuna's TPE (Bergstra et al. 2011), which learns
-    from what is recorded by then.
+    """Yield the points in the record, then points by optuna's TPE (Bergstra et al. 2011), which
+    learns from the results recorded at that time.
 
-    A failed run counts as the worst so far, as in W&B's own search. Raises ValueError without
+    A failed run counts as the worst result, as in W&B's own search. Raises ValueError without
     optuna.
     """
     try:
@@ -27,59 +29,61 @@ def bayes_points(study, count, seed, record):
     except ImportError:
         raise ValueError("optuna is missing; pip install -e '.[study]'") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    states = optuna.trial.TrialState
+    space, lists = search_space(study, optuna.distributions)
+    recorded = [point for point, _ in past_trials(study, record, space, lists)]
+    yield from recorded[:count]
+    for number in range(len(recorded), count):
+        sampler = optuna.samplers.TPESampler(
+            seed=int(rng.generator(seed, "sweep", number).integers(2**31)), constant_liar=True
+        )
+        search = optuna.create_study(direction=study.metric[1], sampler=sampler)
+        search.add_trials([trial for _, trial in past_trials(study, record, space, lists)])
+        params = search.ask(space).params
+        yield {
+            name: lists[name][value] if name in lists else value for name, value in params.items()
+        }
+
+
+def search_space(study, distributions):
+    """({parameter: optuna's distribution}, {parameter: values}, for those that are indices into a
+    list); raises ValueError for a distribution that optuna lacks.
+    """
     space = {}
     lists = {}
     for name, (kind, arguments) in sorted(study.parameters.items()):
         if kind in SPACES:
-            space[name] = SPACES[kind](optuna.distributions, **arguments)
-        elif listed := study.values(name):
-            lists[name] = listed
-            space[name] = optuna.distributions.CategoricalDistribution(range(len(listed)))
+            space[name] = SPACES[kind](distributions, **arguments)
+        elif values := study.values(name):
+            lists[name] = values
+            space[name] = distributions.CategoricalDistribution(range(len(values)))
         else:
             raise ValueError(
                 f"bayes cannot choose {name} by {kind}; use a list of values or one of "
                 f"{', '.join(SPACES)}"
             )
+    return space, lists
 
-    def past():
-        results = [kept["result"] for kept in record.runs.values() if kept["result"] is not None]
-        worst = (max if study.metric[1] == "minimize" else min)(results, default=None)
-        for kept in record.runs.values():
-            point = kept["point"]
-            value = worst if kept["result"] is None else kept["result"]
-            state = (
-                states.RUNNING
-                if kept["code"] is None
-                else states.FAIL
-                if value is None
-                else states.COMPLETE
-            )
-            with contextlib.suppress(ValueError, KeyError):  # of a space that was changed since
-                params = {
-                    name: lists[name].index(point[name]) if name in lists else point[name]
-                    for name in space
-                }
-                value = value if state is states.COMPLETE else None
-                yield (
-                    point,
-                    optuna.trial.create_trial(
-                        state=state, value=value, params=params, distributions=space
-                    ),
-                )
 
-    begun = [point for point, _ in past()]
-    yield from begun[:count]
-    for number in range(len(begun), count):
-        sampler = optuna.samplers.TPESampler(
-            seed=int(rng.generator(seed, "sweep", number).integers(2**31)), constant_liar=True
-        )
-        search = optuna.create_study(direction=study.metric[1], sampler=sampler)
-        search.add_trials([trial for _, trial in past()])
-        params = search.ask(space).params
-        yield {
-            name: lists[name][value] if name in lists else value for name, value in params.items()
-        }
+def past_trials(study, record, space, lists):
+    """Yield (point, optuna's trial) for each recorded run within the space."""
+    from optuna.trial import TrialState, create_trial
+
+    entries = record.runs.values()
+    results = [entry["result"] for entry in entries if entry["result"] is not None]
+    worst = (max if study.metric[1] == "minimize" else min)(results, default=None)
+    for entry in entries:
+        point = entry["point"]
+        value = worst if entry["result"] is None else entry["result"]
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        if entry["code"] is None:
+            state = TrialState.RUNNING
+        with contextlib.suppress(ValueError, KeyError):  # of a space that was changed since
+            params = {
+                name: lists[name].index(point[name]) if name in lists else point[name]
+                for name in space
+            }
+            value = value if state is TrialState.COMPLETE else None
+            yield point, create_trial(state=state, value=value, params=params, distributions=space)
 
 
 SPACES = {  # W&B's distributions as optuna's

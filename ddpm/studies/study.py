@@ -226,7 +226,7 @@ def read_study(path):
     except yaml.MarkedYAMLError as error:
         raise ValueError(
             f"{path}, line {error.problem_mark.line + 1} is not YAML: {error.problem}; correct the "
-            "line, or quote its text"
+            "line, or use quotes"
         ) from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
