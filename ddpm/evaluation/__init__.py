@@ -1,1 +1,1 @@
-"""How far drawn images are from real ones, and bits per dimension."""
+"""Distances of generated images to real ones, and bits per dimension."""

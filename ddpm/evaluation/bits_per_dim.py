@@ -12,15 +12,13 @@ from ddpm.runtime.device import exact
 
 
 class Likelihood:
-    """Measures in bits a dimension how likely a model finds the images at `indices`, by what `kind`
-    of LIKELIHOODS names.
+    """Measures bits per dimension of the images at `indices`, by the `kind` of LIKELIHOODS.
 
-    `whose` says in a word which images these are, `weights` which weights the model has; `labels`
-    are those of all images, for a network that learns them. The network is asked `evaluations`
-    times for an image: by the bound at one t in each of so many stretches, or at every t where
-    there are no more; by the flow in steps of Karras spacing. In float32, whatever drawing is in:
-    terms at low noise are small differences. An image has its own noise, the same for every seed,
-    so that runs compare.
+    `whose` (training, held-out) and `weights` name images and weights in the protocol; `labels`
+    are those of all images, for a class-conditional network. An image takes `evaluations` network
+    evaluations: for the bound at one t in each of as many ranges of t, for the flow in steps of
+    Karras spacing. Always float32, since terms at low noise are small differences. Each image has
+    its own noise, the same for every seed, so that runs compare.
     """
 
     def __init__(
@@ -54,9 +52,7 @@ class Likelihood:
 
     @exact()
     def __call__(self):
-        """Measure; returns the same on every rank: the numbers, and as a text for likelihood.csv
-        the terms over t.
-        """
+        """Measure; returns (numbers, {"likelihood.csv": terms over t}), the same on every rank."""
         self.model.net.eval()
         # network evaluations of an image
         times = {"bound": len(self.edges) - 1, "flow": 4 * (len(self.levels) - 1)}
@@ -78,7 +74,7 @@ class Likelihood:
 
     def bound(self, x0, batch):
         """The terms of the bound of images x0 at the indices `batch`: prior, reconstruction and
-        kl [b, 1 + stretches].
+        kl, [b, 1 + ranges of t].
         """
 
         def u(k):
@@ -91,7 +87,7 @@ class Likelihood:
         return torch.column_stack([found.prior, found.reconstruction, found.kl])
 
     def flow(self, x0, batch):
-        """The bits under the flow [b, 1]."""
+        """The bits per dimension under the probability flow [b, 1]."""
         u = torch.special.ndtr(self.noise("pixel", 0, batch, x0))
         probe = self.noise("probe", 0, batch, x0).sign()
         return torch.column_stack(
@@ -112,10 +108,9 @@ class Likelihood:
         )
 
     def mean(self, measure, times):
-        """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images, of which
-        each rank takes a share.
+        """The mean [columns] of `measure(x0, indices) -> [b, columns]` over all images.
 
-        `times` is how many network evaluations an image takes.
+        `times` is the number of network evaluations per image.
         """
 
         def of(batch):
@@ -146,8 +141,8 @@ class Likelihood:
         return self.machine.gather(torch.cat(found or [torch.empty(0)])).mean(0)
 
     def curve(self, prior, terms):
-        """The terms as csv, from the pixels to pure noise: each with its t, or its stretch of t,
-        and log SNR in its middle.
+        """The terms as csv, from the pixels to pure noise, each with its range of t and the log SNR
+        in its middle.
         """
         ends = [
             *((first, end - 1) for first, end in pairwise(self.edges)),

@@ -1,5 +1,5 @@
-"""Distances between sets of features: FID, KID, precision and recall, copying, and a perfect
-generator's values.
+"""Distances between sets of features: FID, KID, precision, recall, copying; and the values of a
+perfect generator.
 """
 
 import math
@@ -23,9 +23,7 @@ ROWS = 2000  # of the distances between neighbours at once: 400 MB against that 
 
 @dataclass
 class Moments:
-    """How many features [d] there are, their mean [d], and their scatter [d, d], (count - 1)
-    times the covariance: float64.
-    """
+    """Count, mean [d] and scatter [d, d] of features: (count - 1) times the covariance; float64."""
 
     count: int
     mean: torch.Tensor
@@ -115,9 +113,9 @@ def copying(drawn, held_out):
     nearer than the k-th nearest held-out one, where k = (m + 1) // 20; fewer than 19 held-out
     images leave it out. Equal distances count as if in random order.
 
-    Beside each stands what a perfect generator gets, `_perfect`: its images are exchangeable with
-    the held-out ones, so that is 1/2 and k / (m + 1), for any m. `_perfect_sd` is the standard
-    deviation, exact where all distances differ.
+    `_perfect` is what a perfect generator gets, whose images are exchangeable with the held-out
+    ones: 1/2, and k / (m + 1). `_perfect_sd` is the standard deviation, exact where all distances
+    differ.
     """
     n = len(drawn)
     m = len(held_out)
@@ -142,13 +140,11 @@ def copying(drawn, held_out):
 
 
 def perfect_generator(reference, n, extractor):
-    """The Frechet distance that a perfect generator gets at `n` samples, `{"fid_perfect": mean,
-    "fid_perfect_sd": ...}`.
+    """The Frechet distance of a perfect generator at `n` samples, {"fid_perfect": mean,
+    "fid_perfect_sd": standard deviation of one evaluation}.
 
-    The standard deviation is that of one evaluation. A draw at Inception's 2,048 features, 50,000
-    samples and 50,000 real images takes 15 s on one CPU thread, one of 1,000 samples and 5,000
-    images 3.5 s, and 100 of the digits' 64 features 2 s; so both are remembered among the caches by
-    the name of the reference.
+    Cached by the name of the reference: one draw at Inception's 2,048 features takes 15 s on one
+    CPU thread for 50,000 samples and images, and 100 draws at the digits' 64 features take 2 s.
     """
     with files.cached_json(
         f"{reference.name}-perfect", "it measures what a perfect generator gets"
@@ -164,12 +160,12 @@ def perfect_generator(reference, n, extractor):
 
 
 def fid_of_reference_resample(reference, n):
-    """The Frechet distance between `n` images and as many as the real ones are, both drawn from
-    these: its mean, its deviation.
+    """(Mean, standard deviation) of the Frechet distance between two bootstrap samples of the real
+    images, one of `n` and one of as many as there are.
 
-    A perfect generator draws what the real images were drawn from, so both sides err by chance, and
-    both are drawn with replacement. Against the real images as they are only one would, and the
-    distance be about half: that of a generator which knows them by heart.
+    A perfect generator draws from the distribution of the real images, so both sides vary by
+    chance. Against the real images themselves the distance would be about half: that of a generator
+    which has memorized them.
     """
     real = reference.features
     smallest_count(n, len(real))
@@ -187,7 +183,7 @@ def fid_of_reference_resample(reference, n):
 
 
 def smallest_count(*counts):
-    """The least of the counts of images; raises ValueError where that is too few to compare."""
+    """The smallest of the counts of images; raises ValueError where it is too few to compare."""
     if min(counts) < extractors.MIN_IMAGES:
         raise ValueError(
             f"{min(counts)} images are too few to compare; measure at least "

@@ -1,14 +1,11 @@
-"""Images become features, and features become distances to the real images: torch-fidelity behind
-one function.
+"""Feature extractors: images to features, by Inception from torch-fidelity or the digits' network.
 
-    images    uint8 [b, c, h, w]; c = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA, transparency laid over
-              white
+    images    uint8 [b, c, h, w]; c = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA on white
     features  float32 [n, d] on the CPU, in the order of the images (the kernel distance draws its
               subsets by row)
 
-Only what lies below torch-fidelity's `calculate_metrics` is used: that one caches by name, draws
-from the global generators and starts workers. The Frechet distance is computed here, from moments
-that are summed batch by batch.
+torch-fidelity's `calculate_metrics` is not used: it caches by name, draws from the global
+generators and starts workers.
 """
 
 import hashlib
@@ -26,6 +23,7 @@ import torch.nn.functional as F
 from einops import reduce, repeat
 
 from ddpm.common import safe_load
+from ddpm.common.errors import one_line_with_type
 from ddpm.common.files import expand_user
 from ddpm.common.pixels import encode
 from ddpm.runtime.device import exact
@@ -40,7 +38,7 @@ INCEPTION = f"weights-inception-2015-12-05-{INCEPTION_HASH}.pth"
 INCEPTION_METRICS = ("fid", "kid", "precision", "recall")
 # made by experiments/digits_extractor
 DIGITS = Path(__file__).parent / "assets" / "digits-e5b6c631.safetensors"
-# floating-point ones of an extractor on one image, of any size
+# floating-point operations of an extractor on one image, of any size
 OPERATIONS = {"inception": 11_422_336_192, "digits": 3_014_656}
 DIGITS_METRICS = ("fd_digits", "kd_digits", "precision_digits", "recall_digits")
 
@@ -52,8 +50,8 @@ class Extractor:
     """`extractor(images)`: uint8 images [b, c, h, w] on any device -> float32 features [b, width]
     on the CPU.
 
-    Nothing is random in it. `name` tells the weights apart, `metric_names` are the Frechet
-    distance, kernel distance, precision and recall under which its numbers are known.
+    It is deterministic. `name` identifies the weights; `metric_names` names its Frechet distance,
+    kernel distance, precision and recall.
     """
 
     name: str
@@ -79,24 +77,21 @@ class Extractor:
         return torch.cat([torch.empty(0, self.width), *chunks])
 
     def features(self, images):
-        """The features of some images at once."""
+        """The features of a chunk of images."""
         return self.embed(opaque(images.to(self.device))).float().cpu()
 
     @property
     def computed(self):
-        """What features depend on besides images and weights, in a word: the kind of device, and
-        how precisely it computes.
-        """
+        """What features depend on besides images and weights: device type and precision."""
         return f"{self.device.type}-float32"
 
 
 def inception(device, weights_path=""):
-    """Inception v3 as FID knows it (Heusel et al. 2017), converted from TensorFlow by
-    torch-fidelity: 2048 features.
+    """The Inception v3 of FID (Heusel et al. 2017), converted from TensorFlow by torch-fidelity:
+    2048 features.
 
-    Its weights are the file at `weights_path`, else torch-fidelity's own below `$TORCH_HOME`, else
-    its download. Raises ValueError where there are none, or where they cannot be trusted to be what
-    their name says.
+    The weights are the file at `weights_path`, else torch-fidelity's own below `$TORCH_HOME`, else
+    a download. Raises ValueError where they are missing, damaged or of another format.
     """
     # 1.6 s of start-up
     from torch_fidelity.feature_extractor_inceptionv3 import (
@@ -128,7 +123,8 @@ def inception(device, weights_path=""):
             net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], kept)
     except Exception as error:
         raise ValueError(
-            f"{path} holds no Inception weights ({one_line(error)}); give the path of others"
+            f"{path} holds no Inception weights ({one_line_with_type(error)}); give the path of "
+            "others"
         ) from None
     net = net.to(device)
 
@@ -140,9 +136,7 @@ def inception(device, weights_path=""):
 
 
 def published_inception():
-    """The path of torch-fidelity's weights in torch's own cache, downloaded if they are not
-    there yet.
-    """
+    """The path of torch-fidelity's weights in torch's cache; downloads them if necessary."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     path = expand_user(torch.hub.get_dir()) / "checkpoints" / INCEPTION
@@ -151,7 +145,7 @@ def published_inception():
     patience = socket.getdefaulttimeout()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # seconds; without it a silent network is waited for without end
+        # seconds; the default waits forever for a silent network
         socket.setdefaulttimeout(20)
         torch.hub.download_url_to_file(
             URL_INCEPTION_V3, path, INCEPTION_HASH, progress=sys.stderr.isatty()
@@ -159,8 +153,8 @@ def published_inception():
     except Exception as error:
         raise ValueError(
             f"no Inception weights: {path} is not there and cannot be downloaded "
-            f"({one_line(error)}); download {URL_INCEPTION_V3} elsewhere and put it there, or "
-            "give its path: --config.evaluate.inception_weights=PATH to ddpm.main, "
+            f"({one_line_with_type(error)}); download {URL_INCEPTION_V3} elsewhere and put it "
+            "there, or give its path: --config.evaluate.inception_weights=PATH to ddpm.main, "
             "--inception_weights=PATH to ddpm.evaluate"
         ) from None
     finally:
@@ -169,15 +163,15 @@ def published_inception():
 
 
 def digits(device, inception_weights=""):
-    """The small network that is shipped for scikit-learn's digits: 64 features, and no use for
+    """The small network shipped for scikit-learn's digits, 64 features; ignores
     `inception_weights`.
     """
     return digits_extractor(DIGITS, device)
 
 
 def digits_extractor(path, device):
-    """The digits' extractor from a file that carries its hash in its name. Raises ValueError for
-    a damaged one.
+    """The digits' extractor in a file with its hash in its name; raises ValueError where they
+    differ.
     """
     digest = digest_of(path, "install ddpm again")
     if not path.stem.endswith(digest[:8]):
@@ -195,17 +189,13 @@ def digits_extractor(path, device):
 
 
 def digits_input(images):
-    """Grey or colour images uint8 [b, c, h, w] as the digits' network takes them: [b, 1, 32, 32]
-    in [-1, 1].
-    """
+    """Images uint8 [b, c, h, w] -> input of the digits' network [b, 1, 32, 32] in [-1, 1]."""
     grey = reduce(encode(images), "b c h w -> b 1 h w", "mean")
     return F.interpolate(grey, size=(32, 32), mode="bilinear", align_corners=False, antialias=True)
 
 
 def digits_features(weights, x):
-    """The digits' network as it is shipped, batch norms folded into the convolutions: [b, 1, 32,
-    32] -> [b, 64].
-    """
+    """The digits' network, batch norms folded into the convolutions: [b, 1, 32, 32] -> [b, 64]."""
     for layer in ("conv1", "conv2", "conv3"):
         x = F.relu(F.conv2d(x, weights[f"{layer}.weight"], weights[f"{layer}.bias"], padding=1))
         x = F.avg_pool2d(x, 2)
@@ -213,7 +203,7 @@ def digits_features(weights, x):
 
 
 def opaque(images):
-    """Images [b, c, h, w] without alpha: transparency is laid over white."""
+    """Images [b, c, h, w] without alpha, on white."""
     if images.shape[1] in (1, 3):
         return images
     colour = images[:, :-1].float()
@@ -222,7 +212,7 @@ def opaque(images):
 
 
 def digest_of(path, remedy):
-    """The sha256 of a file in hex. Raises ValueError with the remedy where it cannot be read."""
+    """The sha256 of a file in hex; raises ValueError with the remedy where it cannot be read."""
     found = hashlib.sha256()
     try:
         with open(path, "rb") as file:
@@ -235,18 +225,12 @@ def digest_of(path, remedy):
     return found.hexdigest()
 
 
-def one_line(error):
-    """What an exception says, short and on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:120]
-
-
 def extract(extractor, batches):
-    """The features [n, d] of an iterable of image batches; of no batch, [0, d]."""
+    """The features [n, d] of an iterable of image batches; [0, d] without a batch."""
     return torch.cat([torch.empty(0, extractor.width), *map(extractor, batches)])
 
 
-# name -> f(device, inception_weights) -> Extractor; everything it needs is checked here, at
-# start-up.
+# name -> f(device, inception_weights) -> Extractor, which checks its files at start-up
 EXTRACTORS = {
     "inception": inception,
     "digits": digits,

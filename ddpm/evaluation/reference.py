@@ -1,4 +1,4 @@
-"""The features of the real images that distances compare with, kept in a cache."""
+"""The features of the real images that distances compare with, in a cache."""
 
 import os
 import secrets
@@ -20,9 +20,7 @@ MAX_FEATURES = 50_000  # reference images whose features are kept: 400 MB of Inc
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images: features [m, d] of at most 50,000 of them, the moments of all, and a name
-    that no others share.
-    """
+    """Real images: features [m, d] of at most 50,000, the moments of all, and a unique name."""
 
     features: torch.Tensor
     moments: distances.Moments
@@ -30,19 +28,17 @@ class Reference:
 
     @classmethod
     def of(cls, features, name=""):
-        """The reference of which all features [n, d] are at hand."""
+        """The Reference of features [n, d]."""
         return cls(features, distances.Moments.of(features), name)
 
 
 def reference(extractor, dataset, cache_dir=None, batch_size=256):
-    """The Reference of a dataset's images as they are, un-augmented, computed once and kept in a
-    file.
+    """The Reference of a dataset's images without augmentation, computed once and cached in a file.
 
-    `dataset[i]` is uint8 [c, h, w] and `dataset.fingerprint` says what it holds; the file is named
-    by that, the extractor and how it computes. Beyond 50,000 images all of them enter the moments,
-    and the features of 50,000 at even distances are kept. `cache_dir` defaults to `$DDPM_CACHE`,
-    else `~/.cache/ddpm`; a cache that cannot be read is computed again and one that cannot be
-    written is done without.
+    `dataset[i]` is uint8 [c, h, w]; the file is named by `dataset.fingerprint`, the extractor and
+    its precision. Of more than 50,000 images, all enter the moments, and 50,000 at even distances
+    keep their features. `cache_dir` defaults to `$DDPM_CACHE`, else `~/.cache/ddpm`. An unreadable
+    cache is computed again; an unwritable one is skipped with a warning.
     """
     name = f"{dataset.fingerprint}-{extractor.name}-{extractor.computed}"
     try:
@@ -86,17 +82,13 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
 
 
 def reference_indices(n):
-    """Which of n images have their features kept in the reference: all, or 50,000 at even
-    distances.
-    """
+    """The indices of the n images whose features are kept: all, or 50,000 at even distances."""
     count = min(n, MAX_FEATURES)
     return [i * n // count for i in range(count)]
 
 
 def load_features(path, extractor, name):
-    """The Reference that `keep` wrote; raises ValueError where it is none of the extractor's, or
-    another than was written.
-    """
+    """The Reference in a file; raises ValueError where it is damaged or of another extractor."""
     with safetensors.safe_open(path, "pt") as file:
         written = (file.metadata() or {}).get("crc32")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -119,9 +111,7 @@ def load_features(path, extractor, name):
 
 
 def save_features(reference, path):
-    """Write a Reference to a safetensors file, renamed into place: the runs of a sweep fill one
-    cache at one time.
-    """
+    """Write a Reference to a file, renamed into place: the runs of a sweep share one cache."""
     moments = reference.moments
     tensors = {
         "features": reference.features.contiguous(),

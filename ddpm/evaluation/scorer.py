@@ -1,5 +1,4 @@
-"""A model becomes numbers, each with how it was made, while training and after: what it draws, and
-how likely it finds images.
+"""Measures the images that a model draws, during and after training.
 
 draw(seeds, recipe) -> iterator of (seeds, uint8 [b, c, h, w]): this rank's share
 """
@@ -15,17 +14,17 @@ from ddpm.evaluation import distances as measures
 from ddpm.evaluation import extractors
 from ddpm.evaluation import reference as evaluation_reference
 
-SURE = 3  # standard deviations that make a number no chance: once in 700 times
-PAIRS = 32  # drawn images that are shown beside the training image nearest to them
+SURE = 3  # standard deviations beyond which chance gets one time in 700
+PAIRS = 32  # drawn images in a grid, each with the training image nearest to it
 
 
 class Scorer:
-    """Measures `num_samples` drawn images against all images of a data set, through one feature
+    """Measures `num_samples` drawn images against all images of a data set, in the features of one
     extractor.
 
-    `learned` and `held_out` are the indices of the images that the network was trained on, and was
-    not; of each those are used whose features the reference keeps. `nfe` is the number of function
-    evaluations per image.
+    `learned` and `held_out` are the indices of training and held-out images, of which those count
+    whose features the reference keeps. `nfe` is the number of function evaluations per image.
+    `protocol` describes the measurement; `notes` has lines for the log.
     """
 
     def __init__(
@@ -60,17 +59,14 @@ class Scorer:
             f"{str(machine.dtype)[6:]}; {recipe}; against {len(dataset)} images "
             f"{dataset.fingerprint[:12]}{fewer}"
         )
-        few = len(self.held_out) < measures.ONE_IN - 1
-        lacking = "is" if len(self.held_out) else "and eval/copying are"
-        self.notes = (
-            [
+        self.notes = []
+        if len(self.held_out) < measures.ONE_IN - 1:
+            lacking = "is" if len(self.held_out) else "and eval/copying are"
+            self.notes.append(
                 f"eval/copies {lacking} not measured: that takes {measures.ONE_IN - 1} held-out "
                 f"images, and there are {len(self.held_out)}; raise data.validation_fraction in a "
                 "new run"
-            ]
-            if few
-            else []
-        )
+            )
 
     def rows(self, indices):
         """The rows of the reference that belong to the images at `indices`."""
@@ -78,23 +74,16 @@ class Scorer:
 
     @cached_property
     def reference(self):
-        """The Reference of the real images, computed by one rank and read from the cache
-        by the others.
-        """
+        """The Reference of the real images: one rank computes it, the others read the cache."""
+        found = None
         if self.machine.main:
             found = evaluation_reference.reference(self.extractor, self.dataset)
         self.machine.barrier()
-        return (
-            found
-            if self.machine.main
-            else evaluation_reference.reference(self.extractor, self.dataset)
-        )
+        return found or evaluation_reference.reference(self.extractor, self.dataset)
 
     @cached_property
     def perfect(self):
-        """The Frechet distance that a perfect generator gets at as many samples, computed by one
-        rank.
-        """
+        """The Frechet distance of a perfect generator at as many samples."""
         reference = self.reference
         found = None
         if self.machine.main:
@@ -104,16 +93,16 @@ class Scorer:
 
     @cached_property
     def unseen(self):
-        """How near [m] held-out images lie to the nearest that were learned from."""
+        """The distances [m] of held-out images to their nearest training images."""
         features = self.reference.features
         return measures.nearest(features[self.held_out], features[self.learned])[0]
 
     def __call__(self, draw):
-        """Draw and measure; returns the same on every rank.
+        """Draw and measure; returns (numbers, pictures), the same on every rank.
 
-        First the numbers: distances, closeness to the training images, what a perfect generator
-        gets, and `eval/protocol`, which says how. Then pictures uint8 [b, c, h, w]: `eval/nearest`
-        has the first drawn images, each before the training image nearest to it.
+        The numbers are distances, closeness to the training images, the values of a perfect
+        generator, and `eval/protocol`. The picture `eval/nearest`, uint8 [b, c, h, w], has the
+        first drawn images, each followed by the training image nearest to it.
         """
         first = []
         drawn = extractors.extract(
@@ -137,18 +126,15 @@ class Scorer:
         }, {"eval/nearest": pairs}
 
     def watched(self, batches, first):
-        """The images of a drawing; those with the first seeds are put into `first`."""
+        """Yield the images of `batches`; appends those with the first seeds to `first`."""
         for seeds, pixels in batches:
             first.append(pixels[[seed < PAIRS for seed in seeds]])
             yield pixels
 
 
 def copying_warning(numbers, picture):
-    """A line that says that samples are copies, where the numbers of an evaluation show it, and
-    which picture does; or none.
-
-    They do where they lie further above those of a perfect generator than SURE of their standard
-    deviations.
+    """A list with a line that says that samples are copies, naming the picture; empty where the
+    numbers are within SURE standard deviations of a perfect generator's.
     """
     shown = []
     for name in ("eval/copies", "eval/copying"):
@@ -165,7 +151,7 @@ def copying_warning(numbers, picture):
 
 
 class NullScorer:
-    """Stands where nothing is to be measured; nothing is drawn for it."""
+    """A Scorer that draws and measures nothing."""
 
     protocol = ""
     notes = ()
@@ -175,7 +161,7 @@ class NullScorer:
 
 
 def write_texts(folder, files):
-    """Write texts by their names into a folder."""
+    """Write {file name: text} into a folder."""
     for name, text in files.items():
         with atomic_write(Path(folder, name)) as part:
             part.write_text(text)
