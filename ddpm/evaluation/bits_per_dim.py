@@ -56,11 +56,11 @@ class Likelihood:
         self.model.net.eval()
         # network evaluations of an image
         times = {"bound": len(self.edges) - 1, "flow": 4 * (len(self.levels) - 1)}
-        found = {name: self.mean(getattr(self, name), times[name]) for name in self.by}
+        terms_of = {name: self.mean(getattr(self, name), times[name]) for name in self.by}
         numbers = {}
         files = {}
-        if "bound" in found:
-            terms = prior, reconstruction, *kl = found["bound"].tolist()
+        if "bound" in terms_of:
+            terms = prior, reconstruction, *kl = terms_of["bound"].tolist()
             numbers = {
                 "eval/bits_per_dim": sum(terms),
                 "eval/bits_per_dim_prior": prior,
@@ -68,8 +68,8 @@ class Likelihood:
                 "eval/bits_per_dim_reconstruction": reconstruction,
             }
             files = {"likelihood.csv": self.curve(prior, [reconstruction, *kl])}
-        if "flow" in found:
-            numbers["eval/bits_per_dim_flow"] = found["flow"].item()
+        if "flow" in terms_of:
+            numbers["eval/bits_per_dim_flow"] = terms_of["flow"].item()
         return numbers | {"eval/bits_per_dim_protocol": self.protocol}, files
 
     def bound(self, x0, batch):
@@ -83,8 +83,8 @@ class Likelihood:
         def noise(k):
             return self.noise("noise", k, batch, x0)
 
-        found = likelihood.bound(self.model, x0, self.edges, u, noise, self.y(batch))
-        return torch.column_stack([found.prior, found.reconstruction, found.kl])
+        terms = likelihood.bound(self.model, x0, self.edges, u, noise, self.y(batch))
+        return torch.column_stack([terms.prior, terms.reconstruction, terms.kl])
 
     def flow(self, x0, batch):
         """The bits per dimension under the probability flow [b, 1]."""
@@ -120,10 +120,10 @@ class Likelihood:
                 .cpu()
             )
 
-        mine = self.indices[self.machine.rank_slice(len(self.indices))]
-        found = []
+        own = self.indices[self.machine.rank_slice(len(self.indices))]
+        results = []
         with Progress(
-            "measuring bits/dim", len(mine), self.batch_size, times, shown=self.machine.main
+            "measuring bits/dim", len(own), self.batch_size, times, shown=self.machine.main
         ) as shown:
             hooks = [
                 self.model.net.register_forward_pre_hook(lambda *_: self.machine.stop.check()),
@@ -131,14 +131,14 @@ class Likelihood:
             ]
             try:
                 for batch, bits in self.machine.room.in_batches(
-                    "measuring bits/dim of", mine, self.batch_size, of
+                    "measuring bits/dim of", own, self.batch_size, of
                 ):
-                    found.append(bits)
+                    results.append(bits)
                     shown.finished(len(batch))
             finally:
                 for hook in hooks:
                     hook.remove()
-        return self.machine.gather(torch.cat(found or [torch.empty(0)])).mean(0)
+        return self.machine.gather(torch.cat(results or [torch.empty(0)])).mean(0)
 
     def curve(self, prior, terms):
         """The terms as csv, from the pixels to pure noise, each with its range of t and the log SNR

@@ -33,10 +33,10 @@ class Moments:
     def of(cls, features, times=None):
         """The moments of features [n, d], each counted `times` [n], by default once."""
         times = torch.ones(len(features), dtype=torch.float64) if times is None else times
-        found = cls.none(features.shape[1])
+        moments = cls.none(features.shape[1])
         for rows, counts in zip(features.split(ROWS), times.split(ROWS), strict=True):
-            found.add(rows, counts)
-        return found
+            moments.add(rows, counts)
+        return moments
 
     @classmethod
     def none(cls, width):
@@ -100,8 +100,8 @@ def nearest(features, others):
     """The distance [n] of each of the features [n, d] to its nearest among `others` [m, d], and
     which one [n] that is.
     """
-    found = [torch.cdist(rows, others).min(dim=1) for rows in features.split(ROWS)]
-    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+    minima = [torch.cdist(rows, others).min(dim=1) for rows in features.split(ROWS)]
+    return torch.cat([each.values for each in minima]), torch.cat([each.indices for each in minima])
 
 
 def copying(drawn, held_out):
@@ -122,7 +122,7 @@ def copying(drawn, held_out):
     held_out = held_out.sort().values
     nearer = torch.searchsorted(held_out, drawn)
     as_near = torch.searchsorted(held_out, drawn, right=True) - nearer
-    found = {
+    numbers = {
         "copying": 1 - (2 * nearer + as_near).double().mean().item() / (2 * m),
         "copying_perfect": 0.5,
         "copying_perfect_sd": math.sqrt((n + m + 1) / (12 * n * m)),
@@ -131,12 +131,12 @@ def copying(drawn, held_out):
         # below the k-th nearest lies a share ~ Beta(k, m + 1 - k), and of n drawn images a binomial
         # one
         share = k / (m + 1)
-        found |= {
+        numbers |= {
             "copies": ((k - nearer) / (as_near + 1)).clamp(0, 1).double().mean().item(),
             "copies_perfect": share,
             "copies_perfect_sd": math.sqrt(share * (1 - share) * (n + m + 1) / (n * (m + 2))),
         }
-    return found
+    return numbers
 
 
 def perfect_generator(reference, n, extractor):

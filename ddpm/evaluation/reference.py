@@ -57,7 +57,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             len(chosen),
         )
     moments = distances.Moments.none(extractor.width)
-    kept = [torch.empty(0, extractor.width)]
+    kept_features = [torch.empty(0, extractor.width)]
     shown = {
         "desc": "features of the real images",
         "unit": "batch",
@@ -70,15 +70,15 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             part = range(first, min(first + batch_size, count))
             features = extractor(torch.stack(list(pool.map(dataset.__getitem__, part))))
             moments.add(features, torch.ones(len(part)))
-            kept.append(features[[index in chosen for index in part]])
-    made = Reference(torch.cat(kept), moments, name)
+            kept_features.append(features[[index in chosen for index in part]])
+    result = Reference(torch.cat(kept_features), moments, name)
     try:
-        save_features(made, Path(cache_dir or files.cache_dir()) / f"{name}.safetensors")
+        save_features(result, Path(cache_dir or files.cache_dir()) / f"{name}.safetensors")
     except (OSError, ValueError) as error:
         extractors.LOG.warning(
             "features cannot be kept (%s); the next run computes them again", error
         )
-    return made
+    return result
 
 
 def reference_indices(n):

@@ -75,21 +75,21 @@ class Scorer:
     @cached_property
     def reference(self):
         """The Reference of the real images: one rank computes it, the others read the cache."""
-        found = None
+        reference = None
         if self.machine.main:
-            found = evaluation_reference.reference(self.extractor, self.dataset)
+            reference = evaluation_reference.reference(self.extractor, self.dataset)
         self.machine.barrier()
-        return found or evaluation_reference.reference(self.extractor, self.dataset)
+        return reference or evaluation_reference.reference(self.extractor, self.dataset)
 
     @cached_property
     def perfect(self):
         """The Frechet distance of a perfect generator at as many samples."""
         reference = self.reference
-        found = None
+        values = None
         if self.machine.main:
             with self.machine.stop.interruptible():
-                found = measures.perfect_generator(reference, len(self.seeds), self.extractor)
-        return self.machine.broadcast(found)
+                values = measures.perfect_generator(reference, len(self.seeds), self.extractor)
+        return self.machine.broadcast(values)
 
     @cached_property
     def unseen(self):

@@ -101,11 +101,11 @@ def study_source(path, given=None, out=None):
 
 def runs_folder(wanted, given, home):
     """(Where a study's runs belong, the option that says so, the folder to read them from)."""
-    made = wanted.folder(given) if given else wanted.folder()
-    if given and not made.is_dir():  # the folder of the runs itself
+    folder = wanted.folder(given) if given else wanted.folder()
+    if given and not folder.is_dir():  # the folder of the runs itself
         return Path(given), "", Path(given)
     option = f" --runs={given}" if given else ""
-    return made, option, made if made.is_dir() else home / "runs"
+    return folder, option, folder if folder.is_dir() else home / "runs"
 
 
 def how_again(wanted, path, option, made):
@@ -246,7 +246,7 @@ def read_folders(folders):
 
     Returns the same as `read_below`; raises ValueError for a folder without a run.
     """
-    found = ([], [], [])
+    parts = ([], [], [])
     for folder in map(Path, folders):
         # ddpm.sweep writes these next to the runs, and runs/NAME/* has them too
         if folder.name == "sweep.json" or folder.suffix == ".log":
@@ -257,9 +257,9 @@ def read_folders(folders):
             inside = [folder], [studies_runs.read_run(folder)], []
         else:
             inside = read_below(folder)
-        for all_of_them, some in zip(found, inside, strict=True):
-            all_of_them += some
-    paths, runs, absent = found
+        for collected, more in zip(parts, inside, strict=True):
+            collected += more
+    paths, runs, absent = parts
     name, count = Counter(path.name for path in paths).most_common(1)[0] if paths else ("", 0)
     if count > 1:
         raise ValueError(f"two run folders are named {name}; give one of them another name")
@@ -277,15 +277,15 @@ def source_of(arguments, runs, out, downloads):
         return study_source(arguments[0], runs, out)
     if len(arguments) == 1 and wandb_io.is_remote(arguments[0]):
         wandb_io.download(arguments[0], downloads)
-        found = read_below(downloads)
+        parts = read_below(downloads)
     else:
-        found = read_folders(arguments)
-    if not found[1]:
-        raise ValueError(f"{arguments[0]} has no run that can be read ({'; '.join(found[2][:3])})")
+        parts = read_folders(arguments)
+    if not parts[1]:
+        raise ValueError(f"{arguments[0]} has no run that can be read ({'; '.join(parts[2][:3])})")
     out = Path(out) if out else None
     again = AGAIN_FROM_KEPT.format(out=out)
     name = out.name if out else arguments[0]
-    return Source(name, "How do these runs compare?", *found, out=out, again=again)
+    return Source(name, "How do these runs compare?", *parts, out=out, again=again)
 
 
 @functools.cache
@@ -337,9 +337,9 @@ def provenance(out, runs, machine=None):
     for home in (runs[0].folder.parent.parent, out):
         # missing or damaged
         with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
-            kept = json.loads((home / "made.json").read_text())
-            if kept["runs"] == record["runs"]:
-                record = {key: str(kept[key]) for key in record}
+            archived = json.loads((home / "made.json").read_text())
+            if archived["runs"] == record["runs"]:
+                record = {key: str(archived[key]) for key in record}
     return record | ({"machine": machine} if machine else {})
 
 

@@ -11,7 +11,7 @@ from ddpm.studies import compatibility
 from ddpm.studies import runs as studies_runs
 
 VARIED = "varied"
-LONGEST_NAME = 60  # of a setting in a figure: letters that fit beside its dots
+LONGEST_NAME = 60  # of a setting in a figure: letters that fit next to its dots
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def download(path, folder):
 
     try:
         api = wandb.Api()
-        found = api.sweep(path).runs if path.count("/") == 2 else api.runs(path)
-        for run in found:
+        runs = api.sweep(path).runs if path.count("/") == 2 else api.runs(path)
+        for run in runs:
             name = re.sub("[^A-Za-z0-9_.=+-]+", "_", run.name).removesuffix(f"-{run.id}")
             write_run_folder(run, Path(folder, f"{name}-{run.id}"))
     except Exception as error:  # W&B has many for a server that does not answer properly
