@@ -1,3 +1,1 @@
-"""The mathematics of diffusion: schedules make tables, a process noises by them, samplers walk
-back.
-"""
+"""The mathematics of diffusion: schedules, forward process, targets, losses and samplers."""

@@ -81,8 +81,8 @@ class DDPM(nn.Module):
         if not self.target.defined_at_zero_snr and self.process.alpha[-1].float() == 0:
             suffix = " with zero_terminal_snr" if zero_terminal_snr else ""
             raise ValueError(
-                f"schedule {beta_schedule!r}{suffix} ends in pure noise, from which {predict!r} "
-                "tells nothing about x0; predict 'v', 'x0' or 'flow' instead"
+                f"schedule {beta_schedule!r}{suffix} ends in pure noise, where {predict!r} does "
+                "not determine x0; predict 'v', 'x0' or 'flow' instead"
             )
         self.objective = Objective(self.process, self.target, loss, weighting, times, self.learned)
         self.samplers = samplers.SAMPLERS | {"ddpm": partial(samplers.ddpm, variance=variance)}

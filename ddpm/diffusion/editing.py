@@ -51,7 +51,7 @@ def repaint(sampler, denoise, x, levels, noise, known, mask, jump_length=10, res
     function = sampler_function(sampler)
     if function not in STEPWISE:
         raise ValueError(
-            f"sampler {function.__name__!r} cannot inpaint, for it looks beyond one step; use "
+            f"sampler {function.__name__!r} cannot inpaint: its steps depend on earlier ones; use "
             f"{', '.join(stepwise.__name__ for stepwise in STEPWISE)}"
         )
     steps = len(levels) - 1
@@ -193,8 +193,8 @@ def interpolate():
 def refuse_noise(sampler):
     """Raise ValueError: with fresh noise a sampler does not return to the inverted image."""
     raise ValueError(
-        f"sampler {sampler_function(sampler).__name__!r} draws fresh noise, so it does not lead "
-        "back to an image; use ddim, euler, heun, dpmpp or unipc, without eta and churn"
+        f"sampler {sampler_function(sampler).__name__!r} adds noise, so it cannot reproduce an "
+        "inverted image; use ddim, euler, heun, dpmpp or unipc, without eta and churn"
     )
 
 

@@ -40,8 +40,8 @@ class Objective(nn.Module):
         self.weights = self.weighting(ones, level, target).detach()
         if not (self.weights.isfinite() & (self.weights >= 0)).all():
             raise ValueError(
-                f"weighting {weighting!r} has no finite weight of 0 or more at every noise level; "
-                "choose other arguments, or none for the published ones"
+                f"weighting {weighting!r} is negative or not finite at some noise level; choose "
+                "other arguments, or none for the published ones"
             )
         self.times = instantiate(
             registry.resolve("time distribution", timesteps.TIMES, times), process
@@ -62,12 +62,12 @@ def check_loss(loss, bound, weighting, learned):
     """Raise ValueError for a loss that does not fit the weighting or the kind of variance."""
     if learned and not bound:
         raise ValueError(
-            "a learned variance learns nothing from the loss 'mse'; set diffusion.loss=hybrid "
-            "or vlb, or diffusion.variance=small"
+            "the loss 'mse' does not train a learned variance; set diffusion.loss=hybrid or vlb, "
+            "or diffusion.variance=small"
         )
     if loss == "hybrid" and not learned:
         raise ValueError(
-            "the loss 'hybrid' is for a learned variance; set diffusion.variance=learned, or "
+            "the loss 'hybrid' needs a learned variance; set diffusion.variance=learned, or "
             "diffusion.loss=mse"
         )
     if loss == "vlb" and weighting != "simple":

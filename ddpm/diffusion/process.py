@@ -145,8 +145,8 @@ class Process:
         times = space(self, steps)
         if not all(before > after for before, after in pairwise(times)):
             raise ValueError(
-                f"spacing {spacing!r} finds no {steps} different levels here; give fewer steps or "
-                "another spacing"
+                f"spacing {spacing!r} has no {steps} distinct times on this schedule; give fewer "
+                "steps or another spacing"
             )
         return Levels([self.level(t) for t in times] + [CLEAN], self.level_of)
 

@@ -49,7 +49,7 @@ def ddpm(denoise, x, levels, noise, *, variance="small"):
         x = step.of_x0 * x0 + step.of_x * x
         if variance == "learned" and not frac:
             raise ValueError(
-                "the network has learned no variance; use ddpm(variance='small') or "
+                "the network does not predict a variance; use ddpm(variance='small') or "
                 "ddpm(variance='large')"
             )
         if s.sigma > 0:

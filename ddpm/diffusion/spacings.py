@@ -64,8 +64,8 @@ def sections(process, steps, *, counts=(10, 8, 4, 2, 1)):
         )
     if sum(counts) != steps:
         raise ValueError(
-            f"sections of {counts} make {sum(counts)} steps, not {steps}; ask for {sum(counts)} "
-            "steps or give other counts"
+            f"sections of {counts} have {sum(counts)} steps, not {steps}; use {sum(counts)} steps "
+            "or give other counts"
         )
     size, longer = divmod(process.timesteps, len(counts))
     times = []

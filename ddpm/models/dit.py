@@ -144,7 +144,7 @@ class DiT(ConditionedNetwork):
         multiple = lcm(4, heads)  # sines and cosines of row and column are four parts
         if width % multiple:
             raise ValueError(
-                f"width {width} is no multiple of 4 and of {heads} heads; use a multiple of "
+                f"width {width} is not a multiple of 4 and of {heads} heads; use a multiple of "
                 f"{multiple}"
             )
 

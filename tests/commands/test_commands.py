@@ -318,7 +318,7 @@ def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
         (
             "sample",
             [f"--checkpoint={trained}", "--spacing=sections", "--steps=5"],
-            "make 25 steps, not 5; ask for 25",
+            "have 25 steps, not 5; use 25",
         ),
         ("sample", [f"--checkpoint={trained}", "--out=grid.xyz"], "xyz"),
         (

@@ -74,9 +74,12 @@ CONTRADICTIONS = (
         (("diffusion.beta_schedule", "flow"), ("diffusion.predict", "edm")): "ends in pure noise",
         (("diffusion.zero_terminal_snr", True), ("diffusion.predict", "eps")): "ends in pure noise",
         (("diffusion.zero_terminal_snr", True), ("diffusion.predict", "edm")): "ends in pure noise",
-        (("diffusion.variance", "learned"), ("diffusion.loss", "mse")): "learns nothing",
-        (("diffusion.variance", "small"), ("diffusion.loss", "hybrid")): "for a learned variance",
-        (("diffusion.variance", "large"), ("diffusion.loss", "hybrid")): "for a learned variance",
+        (
+            ("diffusion.variance", "learned"),
+            ("diffusion.loss", "mse"),
+        ): "does not train a learned variance",
+        (("diffusion.variance", "small"), ("diffusion.loss", "hybrid")): "needs a learned variance",
+        (("diffusion.variance", "large"), ("diffusion.loss", "hybrid")): "needs a learned variance",
     }
     | {
         (("diffusion.loss", "vlb"), ("diffusion.weighting", name)): "has its own weights"
@@ -84,11 +87,11 @@ CONTRADICTIONS = (
         if name != "simple"
     }
     | {
-        (("edit", INPAINT), ("sample.sampler", name)): "looks beyond one step"
+        (("edit", INPAINT), ("sample.sampler", name)): "its steps depend on earlier ones"
         for name in ("heun", "dpm2", "dpmpp", "dpmpp_3m", "dpmpp_sde", "dpmpp_3m_sde", "unipc")
     }
     | {
-        (("edit", edit), ("sample.sampler", name)): "draws fresh noise"
+        (("edit", edit), ("sample.sampler", name)): "adds noise, so it cannot reproduce"
         for edit in ("invert", "interpolate")
         for name in ("ddpm", "euler_ancestral", "dpmpp_sde", "dpmpp_3m_sde")
     }

@@ -596,13 +596,13 @@ def test_sections_hold_as_many_steps_as_told(timesteps, counts):
 @pytest.mark.parametrize(
     "spacing, steps, remedy",
     [
-        ("sections", 50, "make 25 steps, not 50; ask for 25"),
+        ("sections", 50, "have 25 steps, not 50; use 25"),
         ("sections(counts=(5, 0))", 5, "whole numbers of 1 or more"),
         ("sections(counts=(49, 1))", 50, None),
         ("sections(counts=(48, 1, 1))", 50, None),
         ("sections(counts=(400, 1, 1))", 402, "400 steps do not fit into a section of 334"),
         ("karras(rho=0.0)", 50, "give a number above 0"),
-        ("karras(sigma_max=0.0)", 50, "finds no 50 different levels"),
+        ("karras(sigma_max=0.0)", 50, "has no 50 distinct times"),
     ],
 )
 def test_spacings_that_cannot_be_are_refused_at_the_start_of_a_run(spacing, steps, remedy):

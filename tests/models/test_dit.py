@@ -287,12 +287,12 @@ def test_sizes_that_do_not_fit():
 def test_unknown_sizes_and_widths_that_do_not_divide():
     refuses("unknown size of a DiT 'M'; choose one of S, B, L, XL", DiT, **{**TINY, "size": "M"})
     refuses(
-        "width 130 is no multiple of 4 and of 5 heads; use a multiple of 20",
+        "width 130 is not a multiple of 4 and of 5 heads; use a multiple of 20",
         DiT,
         **{**TINY, "width": 130, "heads": 5},
     )
     refuses(
-        "width 30 is no multiple of 4 and of 3 heads; use a multiple of 12",
+        "width 30 is not a multiple of 4 and of 3 heads; use a multiple of 12",
         DiT,
         **{**TINY, "width": 30, "heads": 3},
     )
