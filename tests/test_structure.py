@@ -45,10 +45,12 @@ BANNED = {
     "knob": "option",
     "door": "command",
     "card": "GPU",
+    "abandonable": "interruptible",
+    "unlabelled": "unconditional",
+    "wish": "stop request",
 }
 BANNED_IN = {  # folder of the package -> words, as above
     ("diffusion", "models"): {
-        "abandonable": "interruptible",
         "anew": "again",
         "asked": "called, requested",
         "beside": "next to",
@@ -56,9 +58,7 @@ BANNED_IN = {  # folder of the package -> words, as above
         "room": "module",
         "stretch": "stratum",
         "told": "conditioned on, given",
-        "unlabelled": "unconditional",
         "waist": "interface",
-        "wish": "stop request",
     },
 }
 # names only: they say nothing, and are words of plain text

@@ -81,6 +81,7 @@ class Bound(NamedTuple):
 
     @property
     def total(self):
+        """The bound [b], bits per dimension."""
         return self.prior + self.kl.sum(1) + self.reconstruction
 
 
