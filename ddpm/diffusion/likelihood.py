@@ -146,12 +146,12 @@ def flow(denoise, y, levels, divergence):
     for s, t in pairwise(levels[::-1]):
         h = t.ratio - s.ratio
         middle = levels.level_of((s.ratio + t.ratio) / 2)
-        eps1, spread1 = at(s, y)
-        eps2, spread2 = at(middle, y + h / 2 * eps1)
-        eps3, spread3 = at(middle, y + h / 2 * eps2)
-        eps4, spread4 = at(t, y + h * eps3)
+        eps1, trace1 = at(s, y)
+        eps2, trace2 = at(middle, y + h / 2 * eps1)
+        eps3, trace3 = at(middle, y + h / 2 * eps2)
+        eps4, trace4 = at(t, y + h * eps3)
         y = y + h / 6 * (eps1 + 2 * eps2 + 2 * eps3 + eps4)
-        change = change + h / 6 * (spread1 + 2 * spread2 + 2 * spread3 + spread4)
+        change = change + h / 6 * (trace1 + 2 * trace2 + 2 * trace3 + trace4)
     variance = 1 + levels[0].ratio ** 2
     log_prior = -0.5 * (y.double() ** 2 / variance + math.log(2 * math.pi * variance))
     return reduce(log_prior, "b c h w -> b", "sum") + change

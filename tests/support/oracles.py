@@ -1,4 +1,4 @@
-"""Exact denoisers and flows of Gaussians and mixtures, to hold samplers against."""
+"""Exact denoisers and flows of Gaussians and mixtures, references for the samplers."""
 
 import math
 
@@ -11,10 +11,10 @@ from ddpm.diffusion.samplers import SAMPLERS
 from ddpm.diffusion.schedules import get_schedule
 
 SHAPE = (2, 3, 4, 4)
-# as diffusers has them: off by 1e-6 to 3e-4 over 10 to 1000 steps; twice that
+# tolerance: diffusers' float32 tables are off by 1e-6 to 3e-4 over 10 to 1000 steps; twice that
 FLOAT32_TABLES = 6e-4
 MEAN = 0.4
-SPREAD = 0.3  # the Gaussian whose exact denoiser `gaussian` is
+SPREAD = 0.3  # mean and standard deviation of the data of `gaussian`
 
 
 def process(name="linear", timesteps=1000):
@@ -22,21 +22,19 @@ def process(name="linear", timesteps=1000):
 
 
 def noises(shape=SHAPE, dtype=torch.float64):
-    """The same noise for the same step, whoever asks."""
+    """Return noise(k), which gives the same noise for the same step in every call."""
     return lambda k: torch.randn(shape, generator=torch.Generator().manual_seed(k), dtype=dtype)
 
 
 def gaussian(x, level):
-    """The best denoiser for data ~ N(MEAN, SPREAD^2): E[x0 | x], from the joint Gaussian of x0
-    and x.
-    """
+    """Return E[x0 | x] and eps for data ~ N(MEAN, SPREAD^2): the optimal denoiser, exact."""
     total = (level.alpha * SPREAD) ** 2 + level.sigma**2
     x0 = MEAN + level.alpha * SPREAD**2 / total * (x - level.alpha * MEAN)
     return x0, (x - level.alpha * x0) / level.sigma
 
 
 class Tiny(nn.Module):
-    """A fixed random network that knows its time, answering about one in size."""
+    """A fixed random network of x and t, with outputs of about unit size."""
 
     def __init__(self):
         super().__init__()
@@ -56,9 +54,7 @@ def last(walk):
 
 
 def flow_to(x, start, end):
-    """The probability flow of N(MEAN, SPREAD^2), exact: it keeps x at its quantile from level to
-    level.
-    """
+    """Move x from level `start` to `end` on the exact probability flow of N(MEAN, SPREAD^2)."""
 
     def spread(level):
         return math.hypot(level.alpha * SPREAD, level.sigma)
@@ -81,9 +77,7 @@ def sampler(text):
 
 
 def pure(timesteps):
-    """The linear schedule shifted and scaled to end in pure noise (Lin et al. 2024, algorithm
-    1).
-    """
+    """Return the linear schedule rescaled to end in pure noise (Lin et al. 2024, algorithm 1)."""
     alpha = process("linear", timesteps).alpha
     alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
     return Process(alpha, (1 - alpha**2).sqrt())
@@ -110,18 +104,14 @@ PATHS = {
 
 
 def mixture(x, level):
-    """The best denoiser for data that are -0.6 (spread 0.2) with probability 0.3, else 0.5
-    (spread 0.1).
-    """
-    parts = []
+    """Return E[x0 | x] and eps for 0.3 N(-0.6, 0.2^2) + 0.7 N(0.5, 0.1^2), exact."""
+    total_density = 0
+    weighted = 0
     for weight, mean, spread in ((0.3, -0.6, 0.2), (0.7, 0.5, 0.1)):
-        total = (level.alpha * spread) ** 2 + level.sigma**2
-        rest = x - level.alpha * mean
-        parts.append(
-            (
-                weight * torch.exp(-(rest**2) / (2 * total)) / math.sqrt(total),
-                mean + level.alpha * spread**2 / total * rest,
-            )
-        )
-    x0 = sum(likely * mean for likely, mean in parts) / sum(likely for likely, _ in parts)
+        variance = (level.alpha * spread) ** 2 + level.sigma**2
+        distance = x - level.alpha * mean
+        density = weight * torch.exp(-(distance**2) / (2 * variance)) / math.sqrt(variance)
+        weighted = weighted + density * (mean + level.alpha * spread**2 / variance * distance)
+        total_density = total_density + density
+    x0 = weighted / total_density
     return x0, (x - level.alpha * x0) / level.sigma
