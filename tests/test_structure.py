@@ -64,6 +64,8 @@ BANNED_IN = {  # folder of the package -> words, as above
 # names only: they say nothing, and are words of plain text
 VAGUE = {"asked", "found", "given", "kept", "made", "said", "told", "well", "whole"}
 VAGUE_IN = ("diffusion", "models")
+# folders without dense code, see `dense_places`; a folder that is done is added
+PLAIN = ("diffusion", "evaluation", "models", "runtime", "sampling", "tracking")
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -116,6 +118,21 @@ def banned_words(text, banned, vague=()):
             yield f"{line}: {word!r}; say {(banned | plural)[word]}"
         if is_name:
             yield from (f"{line}: {word!r} says nothing" for word in sorted(words & set(vague)))
+
+
+def dense_places(text):
+    """One line for each place of a module's text that the rules of density forbid."""
+    for node in ast.walk(ast.parse(text)):
+        inside = {type(inner) for inner in ast.walk(node) if inner is not node}
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+            yield f"{node.lineno}: {node.name} has more than 60 lines"
+        if isinstance(node, ast.IfExp) and ast.IfExp in inside:
+            yield f"{node.lineno}: nested conditional expressions"
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            if len(node.generators) > 1:
+                yield f"{node.lineno}: a comprehension with two loops"
+            if ast.NamedExpr in inside:
+                yield f"{node.lineno}: an assignment inside a comprehension"
 
 
 def lint_imports(root):
@@ -303,6 +320,27 @@ def test_nothing_unpickles_or_runs_text():
                 assert (
                     options.get("allow_pickle", "False") == options.get("shell", "False") == "False"
                 ), where
+
+
+def test_finished_folders_have_no_dense_code():
+    for path in MODULES:
+        if path.relative_to(PACKAGE).parts[0] in PLAIN:
+            dense = list(dense_places(path.read_text()))
+            assert not dense, f"{path.relative_to(ROOT)}: {dense}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f():\n" + "    pass\n" * 60,
+        "x = 1 if a else 2 if b else 3",
+        "[x for y in z for x in y]",
+        "[y for x in z if (y := x)]",
+    ],
+)
+def test_the_check_of_density_can_fail(text):
+    assert len(list(dense_places(text))) == 1
+    assert not list(dense_places("def f():\n" + "    pass\n" * 59 + "[1 if x else 2 for x in y]"))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
