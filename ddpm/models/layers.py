@@ -221,28 +221,12 @@ def check_multiple(size, factor, trouble, remedy):
     )
 
 
-def add_class(emb, y, embedding):
-    """Return emb [b, e] plus the embedding of labels y [b], zero where y is -1 (dropped) or None.
-
-    Raises ValueError for labels without an embedding.
-    """
-    if y is None:
-        return emb
-    if embedding is None:
+def check_labels(y, embedding):
+    """Raise ValueError for labels y without an embedding."""
+    if y is not None and embedding is None:
         raise ValueError(
             "labels were given to a network without classes; set num_classes, or pass y=None"
         )
-    return emb + embedding(y.clamp(min=0)) * rearrange(y >= 0, "b -> b 1")
-
-
-def augmentation_embedding(augmentation, channels):
-    """Return a layer [b, augmentation] -> [b, channels], initially zero; None for 0 numbers."""
-    if not augmentation:
-        return None
-    layer = nn.Linear(augmentation, channels, bias=False)
-    layer.starts_at_zero = True
-    nn.init.zeros_(layer.weight)
-    return layer
 
 
 class ConditionedNetwork(nn.Module):
@@ -252,40 +236,40 @@ class ConditionedNetwork(nn.Module):
         """Create the layers: time features [b, features] and y [b] -> emb [b, width].
 
         `augmentation` numbers, if any, are added to the time features ("before" the layers, as in
-        EDM's code) or to the embedding ("after").
+        EDM's code) or to the embedding ("after"), by weights that start at zero.
         """
         self.time_embedding = nn.Sequential(
             linear(features, width), nn.SiLU(), linear(width, width)
         )
         self.class_embedding = None if num_classes is None else nn.Embedding(num_classes, width)
         self.augments_after = augmentation_place == "after"
-        self.augmentation_embedding = augmentation_embedding(
-            augmentation, width if self.augments_after else features
-        )
+        self.augmentation_embedding = None
+        if augmentation:
+            outputs = width if self.augments_after else features
+            self.augmentation_embedding = nn.Linear(augmentation, outputs, bias=False)
+            self.augmentation_embedding.starts_at_zero = True
+            nn.init.zeros_(self.augmentation_embedding.weight)
 
     def embed(self, features, y, augmentation):
-        """Return emb [b, width] of time features [b, n], labels and augmentation, each or None."""
-        if not self.augments_after:
-            features = add_augmentation(features, augmentation, self.augmentation_embedding)
-        emb = add_class(self.time_embedding(features), y, self.class_embedding)
-        if self.augments_after:
-            emb = add_augmentation(emb, augmentation, self.augmentation_embedding)
+        """Return emb [b, width] of time features [b, n], labels [b] or None, where -1 adds zero.
+
+        `augmentation` [b, n] are the transforms of data.augment, or None. Raises ValueError for
+        labels and transforms that the network has no embedding of.
+        """
+        check_labels(y, self.class_embedding)
+        if augmentation is not None and self.augmentation_embedding is None:
+            raise ValueError(
+                "this network has no embedding of augmentation; build it with augmentation=9 or do "
+                "not augment"
+            )
+        if augmentation is not None and not self.augments_after:
+            features = features + self.augmentation_embedding(augmentation.to(features.dtype))
+        emb = self.time_embedding(features)
+        if y is not None:
+            emb = emb + self.class_embedding(y.clamp(min=0)) * rearrange(y >= 0, "b -> b 1")
+        if augmentation is not None and self.augments_after:
+            emb = emb + self.augmentation_embedding(augmentation.to(emb.dtype))
         return emb
-
-
-def add_augmentation(emb, augmentation, embedding):
-    """Return emb [b, e] plus the embedding of the transforms of data.augment, [b, n] or None.
-
-    Raises ValueError for transforms without an embedding.
-    """
-    if augmentation is None:
-        return emb
-    if embedding is None:
-        raise ValueError(
-            "this network has no embedding of augmentation; build it with augmentation=9 or do not "
-            "augment"
-        )
-    return emb + embedding(augmentation.to(emb.dtype))
 
 
 def head_count(channels, num_heads, num_head_channels=None):

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import nn
 
 from ddpm.common.registry import check_choice
-from ddpm.models.layers import NearestUpsample, head_count, timestep_embedding
+from ddpm.models.layers import NearestUpsample, check_labels, head_count, timestep_embedding
 from ddpm.models.unet import check_shape, check_size, level_sides
 
 LIMIT = 256.0  # activations are clipped to it, so that none overflows in half precision
@@ -229,16 +229,13 @@ class UNetEDM2(nn.Module):
 
     def embed(self, t, y, dtype):
         """Return emb [b, e] of times t [b] and labels y [b], zero where y is -1 or None."""
+        check_labels(y, self.class_embedding)
         emb = self.time_embedding(self.noise_features(t).to(dtype))
         if self.class_embedding is not None:
             y = torch.full(t.shape, -1, device=t.device) if y is None else y
             one_hot = F.one_hot(y.clamp(min=0), self.num_classes) * rearrange(y >= 0, "b -> b 1")
             one_hot = one_hot * math.sqrt(self.num_classes)
             emb = mp_sum(emb, self.class_embedding(one_hot.to(dtype)), 0.5)
-        elif y is not None:
-            raise ValueError(
-                "labels were given to a network without classes; set num_classes, or pass y=None"
-            )
         return mp_silu(emb)
 
     def forward(
