@@ -35,6 +35,25 @@ def test_options_exist(document):
             assert option in options or option.endswith((".py", ".md")), code
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_files_exist(document):
+    """Those of the package by their path in it, others by that in the repository."""
+    for code in code_of(document):
+        for path in re.findall(r"^(?:ddpm/)?(\w+/[a-z_0-9]+\.py)$", code):
+            assert (ROOT / "ddpm" / path).is_file() or (ROOT / path).is_file(), path
+
+
+def test_the_map_names_files_where_they_are():
+    folder = ""
+    for line in (ROOT / "ddpm" / "README.md").read_text().splitlines():
+        if line.startswith(("    ├── ", "    └── ")) and line.split()[1].endswith("/"):
+            folder = line.split()[1]
+        for path in re.findall(r"[├└]── ((?:\w+\.py ?)+)", line):
+            for name in path.split():
+                place = ROOT / "ddpm" / (folder if line.startswith("    │   ") else "") / name
+                assert place.is_file(), place
+
+
 def test_commands_can_be_given():
     """Configs with their overrides can be trained, and files of the repository are there."""
     seen = set()
