@@ -1,5 +1,6 @@
 """What the documents name exists: commands, configs and their options, scripts, links."""
 
+import ast
 import re
 
 import pytest
@@ -82,6 +83,27 @@ def test_commands_can_be_given():
     assert {"main", "train", "generate", "sample", "evaluate", "plan", "doctor", "convert"} <= seen
     assert {"sweep", "compare", "dashboard"} <= seen
     assert {name for name in seen if name.endswith(".py")}
+
+
+def test_messages_are_quoted_as_they_are_written():
+    """Those of the table in docs/troubleshooting.md, whose `...` stands for names."""
+    texts = [
+        node.value
+        for path in sorted((ROOT / "ddpm").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+    quoted = [
+        part
+        for row in rows
+        for quote in re.findall(r'^\|[^|]*"([^"]+)"', row)
+        for part in quote.split(" ... ")
+    ]
+    assert len(quoted) > 7
+    # the system's own, from errno
+    for part in set(quoted) - {"No space left on device"}:
+        assert any(part in text for text in texts), part
 
 
 def test_the_two_commands_of_the_start_have_their_form():
