@@ -21,7 +21,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as by nohup
 torch.set_num_threads(1)  # sums depend on it bit for bit
 
 
-# files of the quick tier, `python -m pytest -m quick`: what a change breaks first, in about a minute
+# files of the quick tier, `python -m pytest -m quick`: what a change breaks first, in about a
+# minute
 QUICK = {
     "commands/test_program.py",
     "common/test_durations.py",

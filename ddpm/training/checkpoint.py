@@ -204,8 +204,8 @@ def restore(states, parts):
     for name, part in parts.items():
         if name not in states:
             raise ValueError(
-                f"the checkpoint has no part {name!r}, as it is from another version; continue with "
-                "that, or start a new run from its weights by --config.train.init_from"
+                f"the checkpoint has no part {name!r}, as it is from another version; continue "
+                "with that, or start a new run from its weights by --config.train.init_from"
             )
         try:
             part.load_state_dict(states[name])

@@ -111,7 +111,8 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path):
         command = [
             sys.executable,
             "-c",
-            "import sys; from ddpm.common.files import lock_folder\nwith lock_folder(sys.argv[1]): pass",
+            "import sys; from ddpm.common.files import lock_folder\nwith "
+            "lock_folder(sys.argv[1]): pass",
             str(folder),
         ]
         done = subprocess.run(

@@ -154,8 +154,8 @@ def test_folder_reads_every_kind_and_names_what_it_leaves_out(zoo):
         "left out 1 too small: small.png",
         "left out 1 truncated: torn.jpg",
         "left out 1 unknown value range: science.tif",
-        "not fit: 12 images are too few: a network draws copies of its training images where it has "
-        "300 or less; find more, or start from a run on similar images with "
+        "not fit: 12 images are too few: a network draws copies of its training images where it "
+        "has 300 or less; find more, or start from a run on similar images with "
         "--config.train.init_from=runs/OTHER",
         "not fit: 2 of 16 files cannot be read as images (1 not an image, 1 truncated): copy the "
         "folder here again",

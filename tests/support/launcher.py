@@ -1,5 +1,6 @@
-"""Starts commands by forking a process that has the libraries already: `python -m ddpm.NAME` without
-the seconds that importing torch and wandb takes. The package itself is imported anew in each child.
+"""Starts commands by forking a process that has the libraries already: `python -m ddpm.NAME`
+without the seconds that importing torch and wandb takes. The package itself is imported anew in
+each child.
 
 Reads a request as a line of JSON, {"module", "flags", "cwd", "env", "out", "err"}, and answers with
 the exit code on a line.

@@ -1,5 +1,5 @@
-"""Trains a little while something is wrong with W&B: `PYTHONPATH=.:tests python tests/support/troubled.py FOLDER
-FAULT...`, of FAULTS.
+"""Trains a little while something is wrong with W&B: `PYTHONPATH=.:tests python
+tests/support/troubled.py FOLDER FAULT...`, of FAULTS.
 
 The server is the stand-in. Prints a JSON list of what each came to: seconds that the longest `log`,
 the training and `close` took, what was said, and the rows that metrics.jsonl has, that the server
