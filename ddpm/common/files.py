@@ -1,9 +1,8 @@
-"""Files that are never half-written: written beside, synced to the disk, then renamed into
-place.
-"""
+"""Atomic writes, locks, the cache folder, and facts cached there as JSON."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -15,17 +14,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Give a name beside `path` to write to, put in the place of `path` when the block ends well
-    and removed when it does not.
+    """Yield a temporary path next to `path`, synced and renamed to `path` if the block succeeds.
 
-    A reader sees the old file or the new one, whole, whenever the process or the machine stops.
-    Raises ValueError where a file stands in the place of a folder.
+    A reader, or a crash at any moment, finds the old file or the new one. If the block raises, the
+    temporary file is removed. Raises ValueError where a file stands in the place of a folder.
     """
     path = Path(path)
     make_folder(path.parent)
     part = path.with_name(path.name + ".part")
     try:
-        # of a process that was killed: another user's may not be written to
+        # a killed process left it; a file of another user cannot be written to
         part.unlink(missing_ok=True)
         yield part
         fsync(part)
@@ -41,9 +39,7 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def atomic_folder(folder):
-    """The same for a new folder: give one beside `folder` to write into, which takes its place
-    when the block ends well.
-    """
+    """Yield a temporary folder that takes the place of `folder` if the block succeeds."""
     folder = Path(folder)
     make_folder(folder.parent)
     part, former = (folder.with_name(f"{folder.name}{suffix}.part") for suffix in ("", ".former"))
@@ -63,14 +59,12 @@ def atomic_folder(folder):
 
 @contextlib.contextmanager
 def lock_folder(folder):
-    """Keep a folder for this process while the block runs; it is made, and goes again if nothing
-    came into it.
+    """Hold an exclusive lock on a folder, creating it, and removing it if it stays empty.
 
-    Raises ValueError where another process holds it, or where a file is in the way. The system lets
-    go of it when a process ends, however it ends. Between machines that share a folder this relies
-    on flock being passed on: NFS does it (Linux, unless mounted with local_lock or nolock) for
-    files that are open for writing, not for folders, so there a file `.lock` is locked; Lustre
-    needs the option flock. Where a file system has no locks at all nobody is kept out.
+    Raises ValueError where another process holds the lock, or a file is in the way. The lock ends
+    with the process. Machines that share a folder must pass flock on: NFS does (Linux, unless
+    mounted with local_lock or nolock) for files open for writing, not for folders, so there a file
+    `.lock` is locked; Lustre needs the option flock. A file system without locks excludes nobody.
     """
     new = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = make_folder(folder)
@@ -100,22 +94,18 @@ def lock_folder(folder):
 
 
 def expand_user(path):
-    """A path with the home folder in place of its `~`; raises ValueError where the system knows
-    no such folder.
-    """
+    """A path with `~` expanded; raises ValueError where the system knows no such home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{str(path)!r} begins at a home folder that is not known here; write the whole path, "
-            "or set HOME"
+            f"{str(path)!r} starts with a home folder that this system does not know; write the "
+            "full path, or set HOME"
         ) from None
 
 
 def make_folder(folder):
-    """Make a folder, with those above it, and return its path; raises ValueError where a file is
-    in the way.
-    """
+    """Create a folder and its parents and return its path; raises ValueError for a file there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -126,7 +116,7 @@ def make_folder(folder):
 
 
 def fsync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until the content of a file, or the entries of a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -134,77 +124,81 @@ def fsync(path):
         os.close(handle)
 
 
+def sha256(file):
+    """The SHA-256, in hex, of the content of an open binary file."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 LOG = logging.getLogger(__name__)
 WARNED = set()  # values of $DDPM_CACHE that a warning has named
 
 
 def cache_dir():
-    """Where caches lie: `$DDPM_CACHE`, else `~/.cache/ddpm`; raises ValueError where no such
-    folder is known.
-    """
+    """The cache folder: `$DDPM_CACHE`, else `~/.cache/ddpm`; raises ValueError without a home."""
     return expand_user(os.environ.get("DDPM_CACHE") or "~/.cache/ddpm")
 
 
 def cache_folder(name):
-    """A folder below `home()`, made if it is not there: who may write to the one may write to
-    the other, whatever the umask.
-    """
+    """The folder `name` in `cache_dir()`, created with the permissions of its parent."""
     folder = cache_dir() / name
     if not folder.is_dir():
         make_folder(folder)
-        with contextlib.suppress(PermissionError):  # another user was faster
+        with contextlib.suppress(PermissionError):  # another user created it first
             folder.chmod(stat.S_IMODE(folder.parent.stat().st_mode))
     return folder
 
 
 @contextlib.contextmanager
 def cached_json(name, reason="it reads the same files"):
-    """A dict that lasts under a name below `home()`: one process has it at a time, and what is in
-    it afterwards is kept.
+    """Yield the dict cached under `name` in `cache_dir()`, and save it afterwards if it changed.
 
-    Empty where there is none yet or it cannot be read, and lost again, with a warning, where it
-    cannot be written.
+    One process at a time holds it; a process that waits prints `reason`. The dict is empty where
+    none is cached or readable; where it cannot be saved, a warning says so.
     """
     with contextlib.ExitStack() as lock:
         with contextlib.suppress(OSError, ValueError):
             kind, _, file = name.rpartition("/")
             lock.enter_context(file_lock(cache_folder(kind) / f"{file}.json.lock", reason))
-        found = read_cached_json(name)
-        before = dict(found)
-        yield found
-        if found != before:
-            write_cached_json(name, found)
+        content = read_cached_json(name)
+        before = dict(content)
+        yield content
+        if content != before:
+            write_cached_json(name, content)
 
 
 def read_cached_json(name):
-    """The dict that is kept under a name below `home()`; empty where there is none, or it cannot
-    be read.
-    """
+    """The dict cached under `name` in `cache_dir()`; empty where none is there or readable."""
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads((cache_dir() / f"{name}.json").read_text()))
     return {}
 
 
 def write_cached_json(name, content):
-    """Keep a dict under a name below `home()`; where that cannot be done, a warning says so."""
+    """Cache a dict under `name` in `cache_dir()`; where that fails, warn once per cache folder."""
     kind, _, file = name.rpartition("/")
     try:
         with atomic_write(cache_folder(kind) / f"{file}.json") as part:
             part.write_text(json.dumps(content))
     except (OSError, ValueError) as error:
-        if (given := os.environ.get("DDPM_CACHE")) not in WARNED:
-            WARNED.add(given)
+        variable = os.environ.get("DDPM_CACHE")
+        if variable not in WARNED:
+            WARNED.add(variable)
             LOG.warning(
-                "what is found out about files cannot be kept (%s), and is found out again each "
-                "time; name a folder that you may write to as DDPM_CACHE",
+                "facts about files cannot be cached (%s) and are computed again each time; set "
+                "DDPM_CACHE to a folder that you may write to",
                 error,
             )
 
 
 @contextlib.contextmanager
 def file_lock(path, reason=""):
-    """Wait until no one else is inside, for a reason that is said if given, and keep them out; a
-    lock dies with its process.
+    """Hold an exclusive lock on a file; prints `reason`, if there is one, before it waits.
+
+    The lock ends with the process. A file system without locks excludes nobody.
     """
     handle = lock_file(path)
     try:
@@ -221,18 +215,18 @@ def file_lock(path, reason=""):
 
 
 def lock_file(path):
-    """A handle of a file to lock, which is made so that other users can lock it too."""
+    """Open a file to lock, created so that other users can lock it too; returns the handle."""
     try:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-    except PermissionError:  # to write; a file that can be read can be locked
+    except PermissionError:  # a file that can only be read can be locked
         return os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # of another user
+    with contextlib.suppress(OSError):  # the file of another user
         os.fchmod(handle, 0o666)
     return handle
 
 
 def is_writable(folder):
-    """Whether a folder can be written to, or made."""
+    """Whether a folder can be written to, or created."""
     try:
         folder = expand_user(folder)
     except ValueError:

@@ -1,10 +1,10 @@
 """What a picture file holds, found without keeping its pixels: size, faults, digest, signature."""
 
 import base64
-import hashlib
 
 from einops import reduce
 
+from ddpm.common.files import sha256
 from ddpm.data import colour, decode, duplicates
 
 
@@ -27,7 +27,7 @@ def inspect_image(path):
                     colour.profile_of(image),
                 )
                 reach = decode.largest_value(image) if deep else 0
-            digest = digest_of(file)
+            digest = sha256(file)
     except decode.UnreadableImage as refused:
         return decode.ImageInfo(refused.fault)
     except OSError:  # of a disk, or of a file that went away meanwhile
@@ -77,15 +77,6 @@ def is_animated(image):
         if decode.is_our_fault(error):
             raise
         return False
-
-
-def digest_of(file):
-    """Sha256 in hex of an open file's content."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while piece := file.read(2**20):
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def format_of(path):

@@ -12,6 +12,7 @@ from contextlib import nullcontext, suppress
 
 import numpy as np
 
+from ddpm.common.errors import one_line_with_type as one_line
 from ddpm.common.files import expand_user, file_lock, make_folder
 
 try:
@@ -181,8 +182,3 @@ class Shards:
                 "make them smaller"
             )
         return found
-
-
-def one_line(error):
-    """What an exception says, short and on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

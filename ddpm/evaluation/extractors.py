@@ -8,7 +8,6 @@ torch-fidelity's `calculate_metrics` is not used: it caches by name, draws from 
 generators and starts workers.
 """
 
-import hashlib
 import io
 import logging
 import socket
@@ -24,7 +23,7 @@ from einops import reduce, repeat
 
 from ddpm.common import safe_load
 from ddpm.common.errors import one_line_with_type
-from ddpm.common.files import expand_user
+from ddpm.common.files import expand_user, sha256
 from ddpm.common.pixels import encode
 from ddpm.runtime.device import exact
 from ddpm.runtime.out_of_memory import Room
@@ -212,17 +211,14 @@ def opaque(images):
 
 
 def digest_of(path, remedy):
-    """The sha256 of a file in hex; raises ValueError with the remedy where it cannot be read."""
-    found = hashlib.sha256()
+    """The sha256 of a file in hex. Raises ValueError with the remedy where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            while piece := file.read(2**20):
-                found.update(piece)
+            return sha256(file)
     except OSError as error:
         raise ValueError(
             f"cannot read the extractor's weights {str(path)!r} ({error.strerror}); {remedy}"
         ) from None
-    return found.hexdigest()
 
 
 def extract(extractor, batches):

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from ddpm.runtime import device
+from ddpm.common import errors
 from ddpm.runtime.out_of_memory import ran_out
 
 COMPILER = "inductor"  # torch's own
@@ -46,7 +46,7 @@ class Compiled:
                 raise
             self.say(
                 "drawing with the plain network, as torch.compile failed: "
-                f"{device.first_words(error)}"
+                f"{errors.one_line_with_type(error)}"
             )
             self.fast = None
             return self.net(x, t, y)

@@ -203,11 +203,6 @@ class Machine:
         return use
 
 
-def first_words(error):
-    """What an exception says first, with its type: compilers add pages."""
-    return " ".join([type(error).__name__, *str(error).split()])[:200]
-
-
 def round_float32(wanted):
     """Let a GPU round what float32 products and convolutions multiply to TF32's ten bits, or not.
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from ddpm.runtime import compile, device
+from ddpm.common import errors
+from ddpm.runtime import compile
 
 # how it compiles: dropout draws what it draws without it
 LEARNING = {"options": {"fallback_random": True}}
@@ -66,7 +67,8 @@ class TrainNetwork:
         """Go on without the compiler after this error."""
         self.use_compiler(False)
         self.say(
-            f"the network is not compiled, as torch.compile failed: {device.first_words(error)}"
+            "the network is not compiled, as torch.compile failed: "
+            f"{errors.one_line_with_type(error)}"
         )
 
     def train(self):

@@ -283,7 +283,7 @@ def test_a_user_without_a_home_folder_and_a_name(public):
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
 
-    kept = "what is found out about files cannot be kept ([Errno 13] Permission denied: '/.cache')"
+    kept = "facts about files cannot be cached ([Errno 13] Permission denied: '/.cache')"
     code, out, err = stranger("doctor", str(folder), "--image_size=16")
     assert (
         code == 1
@@ -315,7 +315,9 @@ def test_the_home_of_a_user_who_does_not_exist(tmp_path):
     ):
         code, out, err = command(*words, cwd=tmp_path)
         assert (
-            code == 2 and "'~nobody-here/x' begins at a home folder" in err and err.count("\n") == 1
+            code == 2
+            and "'~nobody-here/x' starts with a home folder" in err
+            and err.count("\n") == 1
         ), words
     code, out, err = command(
         "doctor",
@@ -327,7 +329,7 @@ def test_the_home_of_a_user_who_does_not_exist(tmp_path):
     assert (
         code == 1
         and "8 of 8" in out
-        and "cannot be kept ('~nobody-here/c' begins at a home folder" in err
+        and "cannot be cached ('~nobody-here/c' starts with a home folder" in err
     )
     code, out, err = command(
         "doctor", "~/p", "--image_size=16", "--out=~/report", cwd=tmp_path, HOME=str(tmp_path)
