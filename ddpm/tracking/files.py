@@ -1,4 +1,4 @@
-"""What a run writes for people and programs: metrics.jsonl, training.log and the progress bar."""
+"""The sinks that write files: metrics.jsonl, and training.log with the progress bar."""
 
 import errno
 import json
@@ -15,20 +15,18 @@ from ddpm.tracking import rows
 
 
 class Sink:
-    """Answers those events that concern it."""
+    """Receives the events of a tracker; a subclass defines those that it handles."""
 
     waiting = ()  # lines that are not written yet
 
     def nothing(self, *arguments):
-        """Other events pass."""
+        """Ignore an event."""
 
     write = tick = progress = say = keep = summary = close = nothing
 
 
 class Lines:
-    """A file that grows by whole lines; those that the disk does not take wait, and go first
-    when it does again.
-    """
+    """A file that grows by complete lines; lines that a full disk refuses wait, in order."""
 
     def __init__(self, path):
         self.path = path
@@ -39,11 +37,11 @@ class Lines:
         self.write()
 
     def write(self):
-        """Write what waits; raises OSError where the disk is full."""
+        """Write the waiting lines; raises OSError where the disk is full."""
         with open(self.path, "ab", buffering=0) as file:
             while self.waiting:
                 size = file.tell()
-                # the next line must not join half of this one
+                # or the next line would continue half of this one
                 if file.write(self.waiting[0]) < len(self.waiting[0]):
                     file.truncate(size)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -56,17 +54,15 @@ class Rows(Sink):
     name = "metrics.jsonl"
 
     def __init__(self, path, start_step):
-        """Keep the rows up to `start_step`, cut later ones and torn lines; keep none if it is
-        None.
-        """
+        """Remove rows after `start_step` and invalid lines; all rows if it is None."""
         self.lines = Lines(path)
         self.waiting = self.lines.waiting
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = [] if start_step is None else rows.rows_of(path, start_step)
-        self.last = kept[-1]["step"] if kept else None
-        if len(kept) < len(lines):
+        valid = [] if start_step is None else rows.rows_of(path, start_step)
+        self.last = valid[-1]["step"] if valid else None
+        if len(valid) < len(lines):
             with atomic_write(path) as part:
-                part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+                part.write_text("".join(json.dumps(row) + "\n" for row in valid))
 
     def write(self, step, row, images):
         self.lines.add(json.dumps({"step": step, **row}, allow_nan=False))
@@ -76,8 +72,8 @@ class Rows(Sink):
 
 
 class Text(Sink):
-    """training.log, and its lines on the console; on a terminal a progress bar stands for all
-    but the evaluations.
+    """training.log, and its lines on stdout; on a terminal, a progress bar in place of the rows
+    without evaluation results.
     """
 
     name = "training.log"
@@ -173,7 +169,7 @@ class Text(Sink):
         self.lines.write()
 
 
-SHOWN = {  # in training.log, beside all of val/ and eval/
+SHOWN = {  # in training.log, next to all of val/ and eval/
     "train/loss": "loss {:.4f}",
     "speed/images_per_second": "{:.1f} images/s",
     "memory/vram_peak_gib": "vram {:.2f} GiB",

@@ -1,30 +1,28 @@
-"""Rows of metrics.jsonl: what one may hold, and reading them back."""
+"""Rows of metrics.jsonl: which values a row may hold, and reading rows back."""
 
 import contextlib
 import json
 import math
 import sys
 
-MOST_STEPS = 2**53  # up to where JSON's numbers are exact
+MOST_STEPS = 2**53  # JSON's numbers are exact up to here
 
 
 def plain(value):
-    """A word as it is, or the number in a Python, numpy or torch scalar; None where it is not
-    finite, which JSON cannot say.
-    """
+    """A string as it is, else a Python, numpy or torch scalar as a number, None if not finite."""
     value = value.item() if hasattr(value, "item") else value
     return value if isinstance(value, str) or math.isfinite(value) else None
 
 
 def rows_of(path, last):
-    """The rows of metrics.jsonl up to step `last`."""
+    """The valid rows of metrics.jsonl up to step `last`, in the order of the file."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [row for row in map(whole_row, lines) if row and row["step"] <= last]
 
 
 def whole_row(line):
-    """The row in a line of metrics.jsonl: a step, and by name finite numbers, words and nulls.
-    None for any other line.
+    """Parse a line of metrics.jsonl, in bytes: a step and finite numbers, strings and nulls by
+    name. Returns None for any other line.
     """
     with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(line) if line.endswith(b"\n") else None
@@ -35,9 +33,7 @@ def whole_row(line):
 
 
 def is_plain(value):
-    """True for what a row may hold. A comparison takes whole numbers of any length; a conversion
-    would not.
-    """
+    """Whether a row may hold a value. Comparing takes integers of any size; float() would not."""
     return (
         value is None
         or type(value) is str

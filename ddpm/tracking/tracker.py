@@ -1,16 +1,13 @@
-"""One waist between what a run measures and where it is kept: `log(step, scalars, images)`,
-`close()`.
+"""The interface between a run and its records: `log(step, scalars, images)`, `close()`.
 
-Right of it stand three sinks that hear every row: metrics.jsonl (the record), Weights & Biases (its
-copy, completed at every start) and what a person reads (training.log; a progress bar on a terminal,
-plain lines elsewhere). Scalars are numbers under their reported names; images are uint8 pictures
-[h, w, c]. A step has one row: what is logged for it is merged, and written when the step advances,
-at `flush` and at `close`. A tracker without sinks is silent.
+A tracker hands every row to its sinks: metrics.jsonl (the record), training.log with the console or
+a progress bar, and Weights & Biases. `scalars` are numbers by tracked key, `images` uint8 pictures
+[h, w, c]. A step has one row: values logged for it are merged, and written when the step advances,
+at `flush` and at `close`. A tracker without sinks does nothing.
 
-Whatever goes wrong in a sink is said once and never ends a training, nor holds it up. Lines that
-the disk does not take wait in memory and are written when it does again; a training that cannot
-save its checkpoints either stops there. W&B is opened, fed and ended by a thread, and where it
-fails, opened anew and completed from metrics.jsonl.
+A sink that fails is reported once and neither ends nor delays a training. Lines that a full disk
+refuses wait in memory until it accepts them. A thread opens, feeds and closes W&B; after a failure
+it opens W&B again and logs the missing rows from metrics.jsonl.
 """
 
 import copy
@@ -25,16 +22,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ddpm.common import errors
+from ddpm.common.registry import quantity
 from ddpm.tracking import files
 from ddpm.tracking import rows as tracking_rows
 from ddpm.tracking import wandb as tracking_wandb
 
 
 class Tracker:
-    """Gathers what is measured at one step into a row and hands it to the sinks.
+    """Merges the values of a step into one row and hands rows to the sinks.
 
-    `flush` before saving a checkpoint: then no row up to the checkpoint can be lost, and later ones
-    are cut on resume.
+    Call `flush` before a checkpoint is saved: then all rows up to it are written, and a resumed run
+    removes later ones.
     """
 
     def __init__(self, sinks=(), last=None, state=None):
@@ -44,10 +42,10 @@ class Tracker:
         self.step = None
         self.row = {}
         self.images = {}
-        self.said = set()
+        self.reported = set()
 
     def log(self, step: int, scalars: dict, images: dict | None = None) -> None:
-        """Add numbers and pictures to the row of `step`, which lies after the last row written."""
+        """Add scalars and pictures to the row of `step`, a step after the last written row."""
         if step != self.step:
             self.flush()
             assert self.last is None or step > self.last, (
@@ -58,19 +56,17 @@ class Tracker:
         self.images |= images or {}
 
     def flush(self):
-        """Write the row that is being gathered, if there is one."""
+        """Write the current row, if there is one."""
         if self.step is None:
             return
         for key in [key for key, value in self.row.items() if value is None]:
-            self.say_once(key, f"{key} is not finite at step {self.step}; it is kept as null")
-        self._tell("write", self.step, self.row, self.images)
+            self.say_once(key, f"{key} is not finite at step {self.step}; it is stored as null")
+        self._send("write", self.step, self.row, self.images)
         self.last = self.step
-        self.step = None
-        self.row = {}
-        self.images = {}
+        self.forget(self.step)
 
     def forget(self, step):
-        """Drop the row of a step, if it is being gathered: that step will be measured anew."""
+        """Discard the current row if it is that of `step`: the step will run again."""
         if self.step == step:
             self.step = None
             self.row = {}
@@ -78,70 +74,72 @@ class Tracker:
 
     def tick(self, step):
         """Move the progress bar."""
-        self._tell("tick", step)
+        self._send("tick", step)
 
     def progress(self, step, loss):
-        """Show that the training goes on, between two rows; nothing is recorded."""
-        self._tell("progress", step, loss)
+        """Show the progress of slow steps between two rows; nothing is recorded."""
+        self._send("progress", step, loss)
 
     def say(self, text):
-        """Print a line, and keep it in training.log."""
-        self._tell("say", text)
+        """Print a line, also to training.log."""
+        self._send("say", text)
 
     def keep(self, text):
-        """Keep a line in training.log that the console has had already."""
-        self._tell("keep", text)
+        """Add a line to training.log only."""
+        self._send("keep", text)
 
     def summary(self, key, value):
-        """Set one number or word that stands for the run, such as `best/val_loss_ema`."""
-        self.state.setdefault("summary", {})[key] = tracking_rows.plain(value)
-        self._tell("summary", key, tracking_rows.plain(value))
+        """Set a number or string of the run as a whole, such as `best/val_loss_ema`."""
+        value = tracking_rows.plain(value)
+        self.state.setdefault("summary", {})[key] = value
+        self._send("summary", key, value)
 
     def state_dict(self):
-        """What a checkpoint keeps for `open_tracker`: the id and the summary of the W&B run."""
+        """The id and summary of the W&B run, for a checkpoint; `open_tracker` takes them back."""
         return copy.deepcopy(self.state)
 
     def close(self, exit_code=0, hurry=lambda: False):
-        """Write what is left and end the sinks, in bounded time, within seconds from when `hurry()`
-        is true.
+        """Write the current row and close all sinks in bounded time, in seconds once `hurry()`.
 
-        Code 75 marks the run preempted, others but 0 as failed.
+        W&B shows exit code 0 as finished, 75 as preempted and others as failed.
         """
         self.flush()
         WARNINGS.follow(None)
-        self._tell("close", exit_code, hurry)
+        self._send("close", exit_code, hurry)
         for sink in self.sinks:
             if sink.waiting:
                 self.say_once(
-                    (sink, "close"), f"{sink.name} lacks its last {len(sink.waiting)} lines"
+                    (sink, "close"),
+                    f"{sink.name} is missing its last {quantity(len(sink.waiting), 'line')}",
                 )
 
-    def _tell(self, event, *arguments):
+    def _send(self, event, *arguments):
         for sink in self.sinks:
             behind = len(sink.waiting)
             try:
                 getattr(sink, event)(*arguments)
-            except Exception as problem:
+            except Exception as error:
                 self.say_once(
                     sink,
-                    f"{sink.name} is incomplete from here: {errors.one_line_with_type(problem)}; "
-                    "training goes on",
+                    f"{sink.name} is incomplete from here: {errors.one_line_with_type(error)}; "
+                    "training continues",
                 )
             else:
                 if behind and not sink.waiting:
-                    self.said.discard(sink)
-                    self.say(f"{sink.name} is whole again")
+                    self.reported.discard(sink)
+                    self.say(f"{sink.name} is complete again")
 
     def say_once(self, cause, text):
-        """Say what has a cause that nothing was said of yet."""
-        if cause not in self.said:
-            self.said.add(cause)
+        """Say a line unless one was said for the same `cause`, any hashable value."""
+        if cause not in self.reported:
+            self.reported.add(cause)
             self.say(text)
 
 
 class Warnings(logging.Handler):
-    """Warnings of this package, as lines on stderr and, from when a tracker is open, as what it
-    says: also those until then.
+    """Sends the package's warnings to stderr, and to the tracker once one is open.
+
+    training.log also gets the earlier ones.
     """
 
     def __init__(self):
@@ -150,9 +148,7 @@ class Warnings(logging.Handler):
         self.earlier = []
 
     def attach(self):
-        """Take the warnings, which no other handler gets then; absl, which the commands use,
-        lets no others through.
-        """
+        """Handle the warnings of `ddpm` here alone: absl, used by the commands, drops them."""
         logger = logging.getLogger("ddpm")
         logger.setLevel(logging.WARNING)
         logger.propagate = False
@@ -164,11 +160,11 @@ class Warnings(logging.Handler):
             self.tracker.say(text)
             return
         self.earlier.append(text)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of a machine tells
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank per machine prints
             print(text, file=sys.stderr, flush=True)
 
     def follow(self, tracker):
-        """Let a tracker say them from now on; None ends that."""
+        """Send warnings to `tracker` from now on; to stderr if it is None."""
         self.tracker = tracker
         for text in self.earlier if tracker else ():
             tracker.keep(text)
@@ -176,14 +172,12 @@ class Warnings(logging.Handler):
 
 
 def commit():
-    """The commit of this package's tree, wherever the command is given, such as "0494cba"; "" where
-    it is not known.
+    """The commit of this package's source tree, such as "0494cba"; "" where it is unknown.
 
-    Where files were changed since, with a checksum of the package's code, which tells two such
-    trees apart.
+    A tree with uncommitted changes adds a checksum of the package's code.
     """
     root = Path(__file__).parents[2]
-    # of the command's own tree
+    # GIT_DIR and the like may name another tree
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*words):
@@ -202,18 +196,17 @@ def commit():
             code = b"".join(path.read_bytes() for path in sorted(root.glob("ddpm/**/*.py")))
             return f"{head} with changes {zlib.crc32(code):08x}"
         return head
-    except (OSError, subprocess.SubprocessError):  # there is no git, or it does not answer
+    except (OSError, subprocess.SubprocessError):  # no git, or no answer
         return ""
 
 
 def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, main=True, code=""):
-    """Return the tracker of the run in `folder`, whose rows continue after `start_step`; a silent
-    one where not `main`.
+    """Return the tracker of the run in `folder`; one without sinks unless `main`.
 
-    `config` is a flat dict of plain values under a sweep's names. `wandb` is a dict of mode (one of
-    `MODES`), project, entity, name, group, tags and notes, where empty leaves W&B's default, or the
-    folder's name. `state` is the `state_dict()` in the checkpoint of `start_step`, None for a run
-    from the start. `code` is the commit of the code.
+    Rows continue after `start_step`. `config` is a flat dict of plain values, `config.a.b`. `wandb`
+    is a dict of mode (one of `MODES`), project, entity, name, group, tags and notes; an empty value
+    leaves W&B's default, or the folder's name. `state` is the `state_dict()` in the checkpoint of
+    `start_step`, None for a new run. `code` is the commit of the code.
     """
     if not main:
         WARNINGS.follow(tracker := Tracker())
@@ -247,9 +240,9 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
                 )
             )
             tracker.state["wandb_id"] = run_id
-        except Exception as problem:
+        except Exception as error:
             tracker.say(
-                f"W&B is off in this run: {errors.one_line_with_type(problem)}; metrics.jsonl has "
+                f"W&B is off in this run: {errors.one_line_with_type(error)}; metrics.jsonl has "
                 "every row"
             )
     return tracker

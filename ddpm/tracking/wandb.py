@@ -1,6 +1,12 @@
-"""Weights & Biases, fed by a thread: opened again where it fails, completed from metrics.jsonl."""
+"""Weights & Biases, fed by a thread that opens it again after a failure and logs missing rows.
+
+Facts about the client (wandb 0.31) that decide how: a full disk makes its log lose rows without an
+error, so the log is read back with `wandb leet inspect` before it is called complete; `wandb sync`
+uploads only part of a log with a torn end, so torn ends are cut first.
+"""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -18,50 +24,49 @@ from _thread import interrupt_main
 from collections import deque
 from pathlib import Path
 
-from ddpm.common import errors as common_errors
 from ddpm.common import files as common_files
 from ddpm.common import pixels
+from ddpm.common.errors import one_line_with_type
 from ddpm.tracking import files
 from ddpm.tracking import rows as tracking_rows
 
-# s for the server; WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT go before
+# seconds for the server, unless WANDB_INIT_TIMEOUT or WANDB_FINISH_TIMEOUT is set
 WAITS = {"init_timeout": 30, "finish_timeout": 60}
-# for W&B's own process at the end, beyond that; and in all once a signal has come: a scheduler
-# waits
+# seconds for W&B's own process after that, and for everything once a signal has come
 LEAVE_SECONDS = 15
-STUCK_SECONDS = 60  # for it to take a row
-AGAIN_SECONDS = 60  # between two attempts to open a W&B that has failed
-FLUSH_SECONDS = 0.1  # so often W&B's log is written (15 is its default), and so much SIGKILL costs
-HEADER = 7
-BLOCK = 1 << 15  # bytes, of W&B's log
-JPEG_ABOVE = 512  # pixels a side, from where encoding a PNG holds up the training
+STUCK_SECONDS = 60  # for W&B to accept a row
+AGAIN_SECONDS = 60  # between two attempts to open W&B after a failure
+FLUSH_SECONDS = 0.1  # between two writes of W&B's log (its default is 15): what SIGKILL loses
+HEADER = 7  # bytes at the start of W&B's log
+BLOCK = 1 << 15  # bytes in a block of it
+JPEG_ABOVE = 512  # pixels a side: encoding a larger PNG takes too long
 
 
 class Wandb(files.Sink):
-    """A run of Weights & Biases, whose step is the training step. A thread opens, feeds and ends
-    it: nothing waits for W&B.
+    """A run of Weights & Biases whose step is the training step; a thread does all work with it.
 
-    Where it fails it is opened anew: at once, then every minute at most, and at the end. Rows that
-    it lacks are written again each time it is opened, from metrics.jsonl: they died with a process
-    before they were flushed or sent, or it was off.
+    After a failure the thread opens it again at once, then at most every minute, and at the end.
+    Each time it logs from metrics.jsonl the rows that W&B does not have: a killed process had not
+    flushed or sent them, or W&B was off.
     """
 
     name = "W&B"
 
     def __init__(self, folder, *, config, options, mode, run_id, known, last, summaries, notice):
-        """Begin run `run_id`, or where it is `known` continue it, with the rows up to step
-        `last`. `notice(text)` tells.
+        """Start run `run_id`, or continue it if `known`, with the rows up to step `last`.
+
+        `notice(text)` prints a line.
         """
-        import wandb  # not above: it takes a second, and its failures concern only runs that use it
+        import wandb  # here: it takes a second, and may fail only runs that use it
 
         if not common_files.is_writable(
             os.environ.get("WANDB_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         ):
-            # or it logs all that it does on the console
+            # or W&B prints its log to the console
             os.environ["WANDB_CACHE_DIR"] = str(folder.resolve() / "wandb")
-        # which it keeps, as UTF-8
+        # W&B stores it as UTF-8
         sys.argv[:] = [word.encode(errors="backslashreplace").decode() for word in sys.argv]
-        # what it tells its makers would hold up the end: 10 s a server
+        # error reports to W&B's makers would delay the end by 10 s a server
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         self.wandb = wandb
         self.folder = folder
@@ -80,13 +85,13 @@ class Wandb(files.Sink):
         self.run = None
         self.service = None
         self.failed = False
-        self.blind = False
-        self.again = 0.0
-        # when it may be opened anew, and when the thread is taken for stuck
-        self.deadline = math.inf
-        # the first on W&B's page, for good
-        self.stopped, self.leaving, self.ended = (threading.Event() for _ in range(3))
-        # or W&B, whose log's disk is full, logs that it could not log, for ever
+        self.pictures_failed = False
+        self.again = 0.0  # when it may be opened again
+        self.deadline = math.inf  # when the thread counts as stuck
+        self.stopped = threading.Event()  # by the button on W&B's page
+        self.leaving = threading.Event()
+        self.ended = threading.Event()
+        # or W&B, on a full disk, logs without end that it could not log
         logging.raiseExceptions = False
         self.calls = queue.SimpleQueue()
         self.news = deque()
@@ -105,10 +110,10 @@ class Wandb(files.Sink):
             self.notice(self.news.popleft())
         if time.monotonic() > self.deadline:
             self.deadline = math.inf
-            self._kill_service()  # which fails what waits for it
+            self._kill_service()  # the call that waits for it raises
 
     def close(self, exit_code, hurry):
-        """Hand over the end and wait for it, in bounded time; a second Ctrl-C ends the waiting."""
+        """Finish the run in the thread, waiting in bounded time; a second Ctrl-C ends the wait."""
         self.calls.put((None, self._finish, exit_code))
         self.calls.put(None)
         finishing = self.waits["finish_timeout"] or math.inf
@@ -121,20 +126,18 @@ class Wandb(files.Sink):
                 self.again = 0.0
                 if self._ended_within(seconds, hurry) or hurry():
                     break
-                self._kill_service()  # it is stuck; a new one may do
+                self._kill_service()  # it is stuck; a new one may work
         if not self.ended.is_set():
             self.leaving.set()
             self._kill_service()  # or the process could not end
             self.ended.wait(LEAVE_SECONDS)
-            self.news.append(f"W&B is left behind, unfinished; {self._upload()}")
+            self.news.append(f"W&B did not finish in time; {self._upload()}")
         elif self.failed:
-            self.news.append(f"W&B lacks rows that metrics.jsonl has; {self._upload()}")
+            self.news.append(f"W&B is missing rows that metrics.jsonl has; {self._upload()}")
         self.tick(None)
 
     def _ended_within(self, seconds, hurry):
-        """Wait for the thread so long, and LEAVE_SECONDS from when there is a hurry; True where
-        it is done.
-        """
+        """Wait `seconds` for the thread, LEAVE_SECONDS once `hurry()`; True if it is done."""
         end = time.monotonic() + seconds
         hurried = False
         while not self.ended.wait(0.1) and time.monotonic() < end:
@@ -143,7 +146,7 @@ class Wandb(files.Sink):
                 hurried = True
         return self.ended.is_set()
 
-    # done by the thread
+    # the methods below run in the thread
 
     def _serve(self):
         self._do(lambda: None)
@@ -153,48 +156,45 @@ class Wandb(files.Sink):
         self.ended.set()
 
     def _do(self, act, *arguments):
-        """Do something with the run, which is opened first where it is not open."""
+        """Call `act` on the open run, opening it first; after a failure try once more."""
         for _ in range(2):
             try:
                 if self.run is None:
                     if self.leaving.is_set() or time.monotonic() < self.again:
                         return None
                     self.again = time.monotonic() + AGAIN_SECONDS
-                    self.deadline = (
-                        time.monotonic() + 3 * self.waits["init_timeout"] + STUCK_SECONDS
-                    )
+                    opening = 3 * self.waits["init_timeout"] + STUCK_SECONDS
+                    self.deadline = time.monotonic() + opening
                     self.run = self._open()
                     self.failed = False
                 self.deadline = time.monotonic() + STUCK_SECONDS
                 return act(*arguments)
-            except Exception as problem:
-                self._fail(problem)
+            except Exception as error:
+                self._fail(error)
             finally:
                 self.deadline = math.inf
 
-    def _fail(self, problem):
+    def _fail(self, error):
         if not self.failed and not self.leaving.is_set():
             self.news.append(
-                f"W&B is interrupted: {common_errors.one_line_with_type(problem)}; training goes "
-                "on, and metrics.jsonl has every row"
+                f"W&B is interrupted: {one_line_with_type(error)}; training continues, and "
+                "metrics.jsonl has every row"
             )
         run = self.run
         self.run = None
         self.failed = True
         self._kill_service()
         with contextlib.suppress(Exception, SystemExit):
-            run.finish()  # lets go of the console
+            run.finish()  # releases the console
         self._forget_service()
 
     def _open(self):
-        """Return the run, which holds the rows up to the step reached: online, or offline where
-        no server can be had.
-        """
+        """Open the run, online or else offline, log the rows that it does not have, return it."""
         mend_logs(self.folder, self.run_id)
-        rows = tracking_rows.rows_of(self.folder / files.Rows.name, self.reached)
+        rows = self._rows()
         last = rows[-1]["step"] if rows else 0
         run = None
-        held = held_in_folder(self.folder, self.run_id, rows) if self.known else None
+        logged = held_in_folder(self.folder, self.run_id, rows) if self.known else None
         known = self.known
         self.known = True
         self._start_service()
@@ -204,38 +204,28 @@ class Wandb(files.Sink):
                     raise self.wandb.errors.UsageError(
                         "not logged in; use `wandb login` or set WANDB_API_KEY"
                     )
-                run, held = (
+                run, logged = (
                     self._continue_online(last)
                     if known
                     else (self._begin("online", id=self.run_id), None)
                 )
-            except Exception as problem:
+            except Exception as error:
                 if self.leaving.is_set():
                     raise
                 self.news.append(
-                    f"W&B is not online: {common_errors.one_line_with_type(problem)}; this run is "
-                    "logged offline"
+                    f"W&B is not online: {one_line_with_type(error)}; this run is logged offline"
                 )
-        if run is None:
-            held = None if held is None else min(held, last)
-            run = self._begin(
-                "offline",
-                **(
-                    {"id": self.run_id}
-                    if held is None
-                    else {"resume_from": f"{self.run_id}?_step={held}"}
-                ),
-            )
+        if run is None and logged is None:
+            run = self._begin("offline", id=self.run_id)
+        elif run is None:
+            logged = min(logged, last)
+            run = self._begin("offline", resume_from=f"{self.run_id}?_step={logged}")
         run.define_metric("train/step")
         run.define_metric("*", step_metric="train/step")
         for row in rows:
-            if held is None or row["step"] > held:
-                run.log(
-                    {"train/step": row["step"]}
-                    | {key: value for key, value in row.items() if key != "step"},
-                    step=row["step"],
-                    commit=True,
-                )
+            step = row.pop("step")
+            if logged is None or step > logged:
+                run.log({"train/step": step, **row}, step=step, commit=True)
         for key, value in list(self.summaries.items()):
             run.summary[key] = value
         self.news.append(
@@ -244,9 +234,13 @@ class Wandb(files.Sink):
         )
         return run
 
+    def _rows(self):
+        """The rows of metrics.jsonl up to the step that the thread has reached."""
+        return tracking_rows.rows_of(self.folder / files.Rows.name, self.reached)
+
     def _begin(self, mode, **which):
         named = {key: self.options[key] or None for key in ("entity", "group", "tags", "notes")}
-        settings = self.wandb.Settings(  # made anew each time: `init` writes into it
+        settings = self.wandb.Settings(  # a new object each time: `init` changes it
             silent=True,
             reinit="create_new",
             finish_timeout_raises=True,
@@ -267,27 +261,27 @@ class Wandb(files.Sink):
                 project=self.options["project"] or os.environ.get("WANDB_PROJECT") or "ddpm",
             )
         except Exception:
-            self._kill_service()  # or it calls the id in use when it is tried again
+            self._kill_service()  # or it says at the next try that the id is in use
             self._forget_service()
             if not self.leaving.is_set():
                 self._start_service()
             raise
 
     def _continue_online(self, last):
-        """Return the run on the server, cut after step `last`, and the last step that it holds
-        (None: it is new there).
+        """Return the run on the server, rewound to step `last`, and its last step (None: it is
+        new there).
         """
         errors = self.wandb.errors
-        # raised where the server does not know the run
+        # raised for a run that the server does not know
         with contextlib.suppress(errors.UsageError):
             run = self._begin("online", id=self.run_id, resume="must")
             if run.starting_step - 1 <= last:
                 return run, run.starting_step - 1
             run.finish()
-        # raised where it does not know the run or cannot rewind
+        # raised for an unknown run, or by a server that cannot rewind
         with contextlib.suppress(errors.CommError):
             return self._begin("online", resume_from=f"{self.run_id}?_step={last}"), last
-        # W&B ignores rows up to those that it has
+        # the server ignores rows up to its last step
         run = self._begin("online", id=self.run_id, resume="allow")
         return run, run.starting_step - 1 if run.resumed else None
 
@@ -297,15 +291,14 @@ class Wandb(files.Sink):
                 key: self._picture(image, f"{key} at step {step}") for key, image in images.items()
             }
             self.run.log({"train/step": step, **row, **pictures}, step=step, commit=True)
-        except OSError as problem:
-            if not images or isinstance(problem, ConnectionError):
+        except OSError as error:
+            if not images or isinstance(error, ConnectionError):
                 raise
-            if not self.blind:
+            if not self.pictures_failed:
                 self.news.append(
-                    f"W&B lacks pictures, from step {step} on: "
-                    f"{common_errors.one_line_with_type(problem)}"
+                    f"W&B is missing pictures from step {step} on: {one_line_with_type(error)}"
                 )
-            self.blind = True
+            self.pictures_failed = True
             self.run.log({"train/step": step, **row}, step=step, commit=True)
 
     def _picture(self, image, caption):
@@ -315,13 +308,13 @@ class Wandb(files.Sink):
         )
 
     def _summarize(self, key, value):
-        # not define_metric(summary="min"), which makes it a dict that no sweep can read
+        # define_metric(summary="min") would make it a dict, which no sweep can read
         self.run.summary[key] = value
 
     def _finish(self, exit_code):
         run = self.run
         try:
-            # 75: saved, and a sweep hands the run out again
+            # saved: a sweep starts the run again
             if exit_code == os.EX_TEMPFAIL and not self.stopped.is_set():
                 run.mark_preempting()
             run.finish(exit_code=exit_code)
@@ -330,15 +323,13 @@ class Wandb(files.Sink):
             return
         self._check_taken(run)
         if run.offline:
-            rows = tracking_rows.rows_of(self.folder / files.Rows.name, self.reached)
+            rows = self._rows()
             if rows and held_in_folder(self.folder, run.id, rows) != rows[-1]["step"]:
-                raise OSError("its log lacks rows")  # of a full disk W&B says nothing
+                raise OSError("its log is missing rows")  # W&B does not report a full disk
             self.news.append(f"W&B's log is complete on this disk; {self._upload()}")
 
     def _upload(self):
-        """What brings the server all that the sessions of this run have logged, if there is
-        anything.
-        """
+        """The command that uploads the logs of all sessions of this run, in words."""
         mend_logs(self.folder, self.run_id)
         if not logs_in(self.folder, self.run_id):
             return "it has nothing to upload, and metrics.jsonl has every row"
@@ -348,18 +339,15 @@ class Wandb(files.Sink):
         return f"to upload it: wandb sync {which}{path}"
 
     def _check_taken(self, run):
-        """Raise OSError where the server refuses what the run sends: W&B goes on logging, and
-        writes that into a file alone.
-        """
-        said = (
-            Path(run.settings.log_internal).read_text(errors="replace") if not run.offline else ""
-        )
-        if "fatal error" in said:
+        """Raise OSError if the server refuses the run's rows, which W&B writes to a file only."""
+        if run.offline:
+            return
+        if "fatal error" in Path(run.settings.log_internal).read_text(errors="replace"):
             raise OSError("the server refuses its rows")
 
     def _stop(self):
-        """The button of W&B's page, or a fatal error: the run is interrupted, once, where it can
-        save, as by SIGTERM.
+        """Stop the training as SIGTERM does, for the button on W&B's page; W&B also calls this
+        after a fatal error, which stops nothing.
         """
         try:
             self._check_taken(self.run)
@@ -371,7 +359,7 @@ class Wandb(files.Sink):
             signal.SIGTERM if callable(signal.getsignal(signal.SIGTERM)) else signal.SIGINT
         )
 
-    # W&B's own process, for which it has no public name
+    # W&B's own process, which has no public name
 
     def _start_service(self):
         self.wandb.setup(self.wandb.Settings(silent=True, mode="online"))
@@ -388,55 +376,54 @@ class Wandb(files.Sink):
 
 
 def check(options):
-    """Raise a ValueError for what W&B's own client refuses of the options of `open_tracker` and
-    of its environment.
+    """Raise ValueError for an option of `open_tracker`, or an environment variable, that W&B's
+    client refuses.
     """
     if wandb_mode(options["mode"]) == "disabled":
         return
     try:
         import wandb
-    except ImportError:  # which a run tells and does without
+    except ImportError:  # a run says so and continues without
         return
-    given = {
+    settings = {
         f"config.wandb.{key}": (setting, options[key])
         for key, setting in SETTINGS.items()
         if options[key]
     }
-    given |= {
+    settings |= {
         name: (setting, os.environ[name])
         for name, (setting, key) in ENVIRONMENT.items()
         if os.environ.get(name) and not options.get(key)
     }
-    for name, (setting, value) in given.items():
+    for name, (setting, value) in settings.items():
         try:
             wandb.Settings(**{setting: value})
         except Exception as error:  # pydantic's, or W&B's own
-            said = error.errors()[0]["msg"] if hasattr(error, "errors") else error
+            why = error.errors()[0]["msg"] if hasattr(error, "errors") else error
             raise ValueError(
-                f"{name} is {value!r}, which W&B refuses ({' '.join(str(said).split())}); give "
+                f"{name} is {value!r}, which W&B refuses ({' '.join(str(why).split())}); give "
                 "another, or --config.wandb.mode=disabled"
             ) from None
 
 
-def wandb_mode(given):
-    """The mode that was asked for; `auto` leaves it to WANDB_MODE."""
-    named = os.environ.get("WANDB_MODE", "auto") if given == "auto" else given
-    named = {"dryrun": "offline", "run": "online", "shared": "online"}.get(named, named)
-    return named if named in MODES else "auto"
+def wandb_mode(mode):
+    """The mode of MODES to use: that of the option, or of WANDB_MODE where the option is `auto`."""
+    mode = os.environ.get("WANDB_MODE", "auto") if mode == "auto" else mode
+    mode = {"dryrun": "offline", "run": "online", "shared": "online"}.get(mode, mode)
+    return mode if mode in MODES else "auto"
 
 
 def logs_in(folder, run_id):
-    """W&B's own logs of a run in `folder`, online and offline, in the order of their sessions."""
+    """W&B's logs of a run in `folder`, online and offline, in the order of their sessions."""
     logs = folder.glob(f"wandb/*run-*-{run_id}*/run-{run_id}.wandb")
     return sorted(logs, key=lambda log: log.parent.name.split("run-", 1)[1])
 
 
 def mend_logs(folder, run_id):
-    """Cut the torn ends that a full disk or a kill left of W&B's logs, and remove empty logs:
-    `wandb sync` stops there.
+    """Cut torn ends off W&B's logs, as a full disk or a kill leaves them, and remove empty logs.
 
-    The format is LevelDB's: chunks with 4 bytes of checksum, 2 of length and a type: 1 is a whole
-    record, 2, 3, 4 its parts.
+    The format is LevelDB's: chunks of 4 bytes of checksum, 2 of length and 1 of type, which is 1
+    for a complete record and 2, 3, 4 for its first, middle and last part.
     """
     for log in logs_in(folder, run_id):
         content = log.read_bytes()
@@ -457,26 +444,16 @@ def mend_logs(folder, run_id):
 
 
 def held_in_folder(folder, run_id, rows):
-    """The step up to which W&B's own logs in `folder` hold all of `rows`, None where they hold
-    no row of the run.
-    """
+    """The step up to which W&B's logs in `folder` have all of `rows`; None if they have no row."""
     from wandb.util import get_core_path
 
+    inspect = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file"]
     for log in reversed(logs_in(folder, run_id)):
-        command = [
-            get_core_path(),
-            "leet",
-            "inspect",
-            "--no-observability",
-            "--json",
-            "--run-file",
-            str(log),
-        ]
+        command = [*inspect, str(log)]
+        done = subprocess.run(command, check=True, capture_output=True, timeout=60)
         held = None
         steps = set()
-        for line in subprocess.run(
-            command, check=True, capture_output=True, timeout=60
-        ).stdout.splitlines():
+        for line in done.stdout.splitlines():
             record = json.loads(line)
             if "branch_point" in record.get("run", {}):
                 held = int(record["run"]["branch_point"].get("value", 0))
@@ -484,11 +461,8 @@ def held_in_folder(folder, run_id, rows):
                 steps.add(int(record["history"]["step"]["num"]))
         if held is not None or steps:
             held = held or 0
-            for step in (row["step"] for row in rows if row["step"] > held):
-                if step not in steps:
-                    break
-                held = step
-            return held
+            later = [row["step"] for row in rows if row["step"] > held]
+            return max(itertools.takewhile(steps.__contains__, later), default=held)
     return None
 
 
@@ -509,7 +483,7 @@ SETTINGS = {  # W&B's names for options
     "tags": "run_tags",
     "notes": "run_notes",
 }
-ENVIRONMENT = {  # its setting, and the option in whose place it stands
+ENVIRONMENT = {  # W&B's name, and the option that it replaces
     "WANDB_PROJECT": ("project", "project"),
     "WANDB_NAME": ("run_name", "name"),
     "WANDB_RUN_ID": ("run_id", ""),

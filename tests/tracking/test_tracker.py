@@ -409,7 +409,7 @@ def test_a_full_disk_does_not_end_the_training(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("metrics.jsonl is incomplete from here") == 1
     assert done.stdout.count("training.log is incomplete from here") == 1
-    assert done.stdout.count("metrics.jsonl lacks its last") == 1
+    assert done.stdout.count("metrics.jsonl is missing its last") == 1
     kept = lines(tmp_path)  # every line is whole
     assert (
         kept == [{"step": step, "train/loss": 1 / 3} for step in range(1, len(kept) + 1)]
@@ -433,7 +433,8 @@ def test_rows_wait_while_their_file_cannot_be_written(tmp_path, capsys):
     assert lines(tmp_path) == [{"step": step, "train/loss": 1 / step} for step in range(1, 9)]
     said = capsys.readouterr().out
     assert [
-        said.count(f"metrics.jsonl is {what}") for what in ("incomplete from here", "whole again")
+        said.count(f"metrics.jsonl is {what}")
+        for what in ("incomplete from here", "complete again")
     ] == [2, 2]
 
 
@@ -451,7 +452,7 @@ def test_what_a_person_reads(tmp_path, capsys):
     head, said, warning, row = out.splitlines()
     assert "from the start; torch" in head
     assert said == "1797 images"
-    assert warning == "eval/fd_digits is not finite at step 50; it is kept as null"
+    assert warning == "eval/fd_digits is not finite at step 50; it is stored as null"
     assert re.fullmatch(
         r"step 50/100 \(50.0%\)  loss 0.1235  210.0 images/s  rss 0.50 GiB  "
         r"val/loss 0.0625  eval/fd_digits nan  samples drawn  eta \d\d:\d\d",

@@ -35,19 +35,17 @@ SAID = {  # what a person reads, each line once
     "silent at the start": ["W&B is not online: CommError", *OFFLINE],
     "gone at the start": ["W&B is not online: CommError", *OFFLINE],
     "a fork": [],
-    "Ctrl-C at the end": [
-        "W&B is left behind, unfinished; to upload it: wandb sync --include-online"
-    ],
+    "Ctrl-C at the end": ["W&B did not finish in time; to upload it: wandb sync --include-online"],
     "service killed": ["W&B is interrupted: "],
     "service stopped": ["W&B is interrupted: "],
-    "log of limited size": ["W&B is interrupted: OSError: its log lacks rows", OFFLINE[1]],
+    "log of limited size": ["W&B is interrupted: OSError: its log is missing rows", OFFLINE[1]],
     "disk full for a while": [
         "metrics.jsonl is incomplete from here: OSError: [Errno 28] No space left on device",
-        "metrics.jsonl is whole again",
-        "W&B is interrupted: OSError: its log lacks rows",
+        "metrics.jsonl is complete again",
+        "W&B is interrupted: OSError: its log is missing rows",
         OFFLINE[1],
     ],
-    "temporary disk full": ["W&B lacks pictures, from step 20 on: OSError"],
+    "temporary disk full": ["W&B is missing pictures from step 20 on: OSError"],
 }
 # also right: whether the two seconds are enough is up to the machine
 WAITS = {"gone and back": [BEHIND]}
@@ -168,6 +166,6 @@ def test_a_signal_while_wandb_waits_for_a_silent_server(server, tmp_path, at, nu
         finally:
             process.kill()
     # the latter where a loaded machine has just opened it
-    left = "W&B is left behind", "W&B's log is complete on this disk"
+    left = "W&B did not finish", "W&B's log is complete on this disk"
     assert process.returncode == code and sum(said.count(words) for words in left) == 1
     assert time.monotonic() - began < 15 + 25  # the rest for a loaded machine
