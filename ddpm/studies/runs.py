@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ddpm.common import durations
 from ddpm.config import defaults, files
-from ddpm.tracking.rows import whole_row
+from ddpm.tracking.rows import parse_row
 
 MIN_SEEDS = 3  # seeds: of two differences the spread is hardly known
 LARGEST_NUMBER = 1e100
@@ -151,7 +151,7 @@ def read_run(folder):
     lines = log.read_bytes().splitlines(keepends=True) if log.is_file() else []
     rows = [
         {RENAMED_KEYS.get(key, key): value for key, value in row.items()}
-        for row in itertools.takewhile(lambda row: row is not None, map(whole_row, lines))
+        for row in itertools.takewhile(lambda row: row is not None, map(parse_row, lines))
     ]
     fault = "" if rows else "no rows"
     if len(rows) < len(lines):

@@ -17,10 +17,10 @@ def plain(value):
 def rows_of(path, last):
     """The valid rows of metrics.jsonl up to step `last`, in the order of the file."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [row for row in map(whole_row, lines) if row and row["step"] <= last]
+    return [row for row in map(parse_row, lines) if row and row["step"] <= last]
 
 
-def whole_row(line):
+def parse_row(line):
     """Parse a line of metrics.jsonl, in bytes: a step and finite numbers, strings and nulls by
     name. Returns None for any other line.
     """
