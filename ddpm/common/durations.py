@@ -1,8 +1,8 @@
-"""Durations with a unit, and clocks: `"500 epochs"`, `"20000 steps"`, `"2000000 images"`, `"10
-minutes"`.
+"""Lengths and intervals: `"500 epochs"`, `"20000 steps"`, `"2000000 images"`, `"10 minutes"`.
 
-A length is one duration that can be repeated, so never minutes. An interval may join several with
-commas, `"1000 steps, 10 minutes"`, and is due when any of them is. `"0 steps"` means never.
+A length is one duration in steps, epochs or images: time is not reproducible. An interval may join
+several with commas, `"1000 steps, 10 minutes"`, and is due when any of them is. `"0 steps"` means
+never.
 """
 
 import math
@@ -16,10 +16,9 @@ COUNTS = ("step", "epoch", "image")
 
 
 def parse_duration(text, times=True):
-    """Split `"2.5 epochs"` into `(Fraction(5, 2), "epoch")`, exact, so that no rounding shifts a
-    rhythm by a step.
+    """Parse `"2.5 epochs"` into `(Fraction(5, 2), "epoch")`; exact, so intervals do not drift.
 
-    Raises ValueError for another form, or for a time where `times` is False.
+    Raises ValueError for other text, and for units of time unless `times`.
     """
     units = COUNTS + (tuple(SECONDS) if times else ())
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d\d?)?)\s*([a-z]+?)s?\s*", str(text))
@@ -36,10 +35,9 @@ def parse_duration(text, times=True):
 
 
 def steps_of(text, batch_size, dataset_size):
-    """The whole number of optimiser steps in a duration counted in steps, epochs or images (rounded
-    up).
+    """The number of optimizer steps in a duration of steps, epochs or images, rounded up.
 
-    Raises ValueError for a duration in time units.
+    Raises ValueError for a duration in units of time.
     """
     amount, unit = parse_duration(text, times=False)
     images = {"step": batch_size, "epoch": dataset_size, "image": 1}[unit] * amount
@@ -47,21 +45,17 @@ def steps_of(text, batch_size, dataset_size):
 
 
 def in_words(seconds):
-    """A duration for people, in the unit that gives a number they can grasp: `"40 seconds"`,
-    `"3.5 hours"`.
-    """
+    """Seconds in a readable unit: `"40 seconds"`, `"3.5 hours"`."""
     unit, size = next(((unit, size) for unit, size in UNITS if seconds >= 2 * size), ("seconds", 1))
-    return (
-        f"{seconds / size:,.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.2g} {unit}"
-    )
+    amount = seconds / size
+    return f"{amount:,.0f} {unit}" if seconds >= 10 * size else f"{amount:.2g} {unit}"
 
 
 class Every:
-    """Tells when something that happens at an interval is due; asked once at each step, in order.
+    """An interval; call `due(step)` once per step, in order.
 
-    Counted intervals depend on the step alone, so that a resumed run keeps the rhythm; time counts
-    from the start of the process. Raises ValueError for a text that is not one or several
-    durations.
+    Steps, epochs and images depend on the step alone, so a resumed run continues the intervals.
+    Time counts from the start of the process. Raises ValueError for text that is not an interval.
     """
 
     def __init__(self, text, batch_size, dataset_size, now=time.monotonic):
@@ -81,11 +75,11 @@ class Every:
         self.last = now()
 
     def first(self):
-        """The first step at which it is due; None where it is never, or that hangs on the time."""
+        """The first step at which it is due; None if never, or if that depends on time."""
         return None if self.never or self.seconds else math.ceil(min(self.images) / self.batch_size)
 
     def due(self, step):
-        """True when an interval ends with `step`, the number of steps done so far."""
+        """True when an interval ends with `step`, the number of completed steps."""
         seen = step * self.batch_size
         before = (step - 1) * self.batch_size
         counted = any(seen // images > before // images for images in self.images)
@@ -96,15 +90,12 @@ class Every:
         return hit
 
     def times(self, total):
-        """How often it is due in `total` steps, the last of which counts in any case; None where
-        it hangs on the time.
-        """
+        """How often it is due in `total` steps, counting the last; None if that depends on time."""
         if self.seconds:
             return None
         seen = total * self.batch_size
-        ends = {
-            math.ceil(k * images / self.batch_size)
-            for images in self.images
-            for k in range(1, int(seen // images) + 1)
-        }
-        return 0 if self.never else len(ends | {total})
+        steps = {total}
+        for images in self.images:
+            counts = range(1, int(seen // images) + 1)
+            steps |= {math.ceil(count * images / self.batch_size) for count in counts}
+        return 0 if self.never else len(steps)

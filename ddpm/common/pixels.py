@@ -1,8 +1,7 @@
-"""The one place where numbers become pixels, and pixels become files.
+"""Conversion between floats and pixels, grids, and pictures on disk.
 
-Everywhere else images are uint8 [b, c, h, w] in 0..255 (files, metrics, grids) or float [b, c, h,
-w] in [-1, 1] (networks); c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA. Every file is written beside
-its place and renamed, so that a reader, or the next run after a kill, never meets half a file.
+Images are uint8 [b, c, h, w] in 0..255 (files, metrics, grids) or float [b, c, h, w] in [-1, 1]
+(networks); c is 1 grey, 2 grey + alpha, 3 RGB or 4 RGBA. Files are written atomically.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from ddpm.common.files import atomic_write
 
 WHITE = 255
 NUMBERED = re.compile(r"\d{6,}\.(png|jpg|webp)")  # the names that `numbered` gives
-# beside them: the name and the digest of each that was written, a line of JSON each
+# next to them: a JSON line with the name and digest of each written picture
 RECORD = ".drawing.jsonl"
 
 
@@ -32,9 +31,7 @@ def encode(pixels):
 
 
 def denormalize(images):
-    """Map float images of a network, in [-1, 1], to float32 in [0, 1]: clamped, and NaN becomes
-    0.
-    """
+    """Map a network's float images in [-1, 1] to float32 in [0, 1], clamped; NaN becomes 0."""
     if not images.is_floating_point():
         raise ValueError(
             f"images are {images.dtype}; denormalize takes the floats of a network, in [-1, 1]"
@@ -43,18 +40,16 @@ def denormalize(images):
 
 
 def decode(images):
-    """Map float images of a network to uint8, the inverse of `encode`: clamped, rounded, and NaN
+    """Map a network's float images to uint8, the inverse of `encode`: clamped and rounded; NaN
     becomes 0.
     """
     return as_pixels(denormalize(images))
 
 
 def as_pixels(images, value_range=(0, 1)):
-    """Map images to uint8 pixels: floats that lie in `value_range`, its ends black and white; uint8
-    pass as they are.
+    """Map float images in `value_range` (black, white) to uint8; uint8 images are returned as is.
 
-    Raises ValueError for floats that leave that range by more than half a pixel's step, and for
-    other types.
+    Raises ValueError for floats outside the range by over half a pixel value, and other types.
     """
     if images.dtype == torch.uint8:
         return images
@@ -78,10 +73,9 @@ def as_pixels(images, value_range=(0, 1)):
 
 
 def make_grid(images, nrow=None, padding=2):
-    """Arrange uint8 images [b, c, h, w] as one uint8 numpy picture [h, w, c] with `nrow` images a
-    row, on white.
+    """Arrange uint8 images [b, c, h, w] on white as a uint8 numpy picture [h, w, c].
 
-    `nrow` defaults to the nearest square. Raises ValueError for no images or a row of none.
+    `nrow` images per row, by default as square as possible. Raises ValueError for an empty grid.
     """
     count = len(images)
     if count == 0 or (nrow is not None and nrow < 1):
@@ -97,11 +91,10 @@ def make_grid(images, nrow=None, padding=2):
 
 
 def save_image_grid(images, path, nrow=None, value_range=(0, 1)):
-    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`, whose
-    suffix picks the format.
+    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`.
 
-    Raises ValueError for a suffix that is not in `PICTURES`, another shape, and floats that cannot
-    be of that range.
+    Raises ValueError for a suffix that is not in `PICTURES`, another shape, and floats outside the
+    range.
     """
     suffix = check_picture(path)
     if images.ndim != 4:
@@ -115,9 +108,7 @@ def save_image_grid(images, path, nrow=None, value_range=(0, 1)):
 
 
 def check_picture(path):
-    """The suffix of a picture's path in lower case; raises ValueError if it is not in
-    `PICTURES`.
-    """
+    """The suffix of a path in lower case; raises ValueError if it is not in `PICTURES`."""
     suffix = Path(path).suffix.lower()
     if suffix not in PICTURES:
         raise ValueError(
@@ -132,7 +123,7 @@ def picture(pixels):
 
 
 def flattened(image):
-    """The PIL image laid over white, for formats without alpha; opaque images pass unchanged."""
+    """The PIL image on white, for formats without alpha; opaque images are returned as is."""
     if image.mode not in ("LA", "RGBA"):
         return image
     ground = Image.new("RGBA", image.size, "white")
@@ -141,9 +132,7 @@ def flattened(image):
 
 
 def save_picture(pixels, file, suffix):
-    """Write uint8 numpy pixels [h, w, c] to a path or open file in the format of `suffix`, a key
-    of `PICTURES`.
-    """
+    """Write uint8 numpy pixels [h, w, c] to a path or open file; `suffix` is a key of PICTURES."""
     options = PICTURES[suffix]
     image = picture(pixels)
     (flattened(image) if options["format"] == "JPEG" else image).save(file, **options)
@@ -155,57 +144,49 @@ def digest(path):
 
 
 def recorded(folder):
-    """The (name, digest) of each numbered picture that was written into a folder since
-    `remove_drawing`.
-    """
+    """The (name, digest) pairs of the numbered pictures of the present drawing in a folder."""
     record = Path(folder, RECORD)
     known = set()
     for line in record.read_bytes().splitlines() if record.is_file() else ():
-        # of a line that was cut short
+        # the last line may be incomplete
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             known.add(tuple(map(str, json.loads(line))))
     return known
 
 
 def remove_drawing(folder, others_stay=False):
-    """Remove the numbered pictures that an earlier drawing wrote into a folder; returns how many.
+    """Remove the recorded pictures of an earlier drawing from a folder; returns their number.
 
-    Numbered pictures that the record does not know byte for byte are a ValueError, and nothing is
-    removed; with `others_stay` they stay, and the rest is removed.
+    Raises ValueError, before it removes any, for numbered pictures that differ from the record;
+    with `others_stay` it leaves those.
     """
     known = recorded(folder)
     numbered = sorted(path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name))
-    found = [path for path in numbered if path.is_file() and (path.name, digest(path)) in known]
-    others = [path.name for path in numbered if path not in found]
+    drawn = [path for path in numbered if path.is_file() and (path.name, digest(path)) in known]
+    others = [path.name for path in numbered if path not in drawn]
     if others and not others_stay:
         raise ValueError(
             f"{folder} holds numbered pictures that no drawing is known to have written as they "
             f"are ({len(others)}, such as {others[0]}); move them away, or give another --out"
         )
-    # in the middle of a picture
+    # of a process killed while it wrote a picture
     killed = [Path(folder, f"{name}.part") for name, *_ in known if NUMBERED.fullmatch(name)]
-    for path in [*found, *killed, Path(folder, RECORD)]:
+    for path in [*drawn, *killed, Path(folder, RECORD)]:
         path.unlink(missing_ok=True)
-    return len(found)
+    return len(drawn)
 
 
 def file_or_in(out, format):
-    """The one file that a format of SINGLE makes: `out` itself where its suffix says so, else
-    one of the usual name in it.
-    """
+    """The file for a format of SINGLE: `out` if its suffix fits, else the default name in it."""
     name, suffixes = SINGLE[format]
-    return (
-        Path(out)
-        if Path(out).suffix.lower() in suffixes and not Path(out).is_dir()
-        else Path(out, name)
-    )
+    is_file = Path(out).suffix.lower() in suffixes and not Path(out).is_dir()
+    return Path(out) if is_file else Path(out, name)
 
 
 def folder_of(out, format, only=False):
-    """The folder of what a format writes to `out`, a folder or, unless that is the `only` thing it
-    may be, the one file.
+    """The folder that a format writes to, where `out` is a folder or, unless `only`, its one file.
 
-    Raises ValueError where `out` is named like a file that the format does not make.
+    Raises ValueError if `out` is named like a file that the format does not write.
     """
     suffix = Path(out).suffix.lower()
     kind = next((kind for kind, (_, suffixes) in SINGLE.items() if suffix in suffixes), None)
@@ -229,8 +210,7 @@ PICTURES = {
     ".webp": {"format": "WEBP", "lossless": True, "exact": True},
 }
 
-# formats that make one file: its usual name in a folder, and the suffixes by which `out` may name
-# it
+# formats of one file: its default name in a folder, and the suffixes that `out` may have
 SINGLE = {
     "grid": ("grid.png", tuple(PICTURES)),
     "npz": ("images.npz", (".npz",)),

@@ -1,8 +1,5 @@
-"""What long work with a network shows while it goes on: a bar on a terminal, elsewhere lines on
-stderr, ten seconds apart.
-
-A line comes when an evaluation of the network ends: where one takes longer than ten seconds, after
-each.
+"""Progress of long work with a network: a bar on a terminal, elsewhere a line on stderr every ten
+seconds, printed after a network evaluation.
 """
 
 import sys
@@ -14,11 +11,11 @@ SECONDS = 10  # between two lines
 
 
 class Progress:
-    """Counts the network evaluations of work on `images` images, `times` of them for each batch of
-    `size` images.
+    """A context that counts the network evaluations for `images` images, in batches of `size`
+    images with `times` evaluations each.
 
-    A context, on whose end the bar goes. `evaluated()` counts an evaluation of one batch,
-    `finished(count)` a batch of so many images. What is not `shown` is silent.
+    `evaluated()` counts an evaluation of a batch, `finished(count)` a batch of `count` images.
+    Prints nothing unless `shown`.
     """
 
     def __init__(self, doing, images, size, times, shown=True):
@@ -28,7 +25,7 @@ class Progress:
         self.evaluations = 0
         self.total = -(-images // max(size, 1)) * times
         self.done = 0
-        self.began = self.told = time.monotonic()
+        self.began = self.last_line = time.monotonic()
         self.lines = shown and not sys.stderr.isatty()
         self.bar = tqdm(
             desc=doing,
@@ -36,13 +33,13 @@ class Progress:
             unit=" evaluations",
             leave=False,
             dynamic_ncols=True,
-            postfix=self.made,
+            postfix=self.images_done,
             disable=not shown or self.lines,
         )
 
     @property
-    def made(self):
-        """How many images are done, in words."""
+    def images_done(self):
+        """The number of finished images, in words."""
         return f"{self.done} of {self.images} images"
 
     def __enter__(self):
@@ -52,28 +49,26 @@ class Progress:
         self.bar.close()
 
     def evaluated(self, *_):
-        """Count one evaluation of a batch; takes what a forward hook is given."""
+        """Count an evaluation of a batch; takes the arguments of a forward hook."""
         self.evaluations += 1
         self.bar.update()
-        if self.lines and (now := time.monotonic()) - self.told >= SECONDS:
-            self.told = now
+        if self.lines and (now := time.monotonic()) - self.last_line >= SECONDS:
+            self.last_line = now
             spent = now - self.began
             left = tqdm.format_interval(
                 spent / self.evaluations * max(self.total - self.evaluations, 0)
             )
             print(
                 f"{self.doing}: {self.evaluations} of {self.total} network evaluations, "
-                f"{self.made}, {tqdm.format_interval(spent)} so far, {left} left",
+                f"{self.images_done}, {tqdm.format_interval(spent)} so far, {left} left",
                 file=sys.stderr,
                 flush=True,
             )
 
     def finished(self, count):
-        """Count a batch of images; where memory ran out, the others are expected in batches of
-        that size.
-        """
+        """Count a batch of images; the rest is expected in batches of the same size."""
         self.done += count
         self.bar.total = self.total = (
             self.evaluations + -(-(self.images - self.done) // count) * self.times
         )
-        self.bar.set_postfix_str(self.made)
+        self.bar.set_postfix_str(self.images_done)

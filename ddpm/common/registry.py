@@ -1,9 +1,8 @@
-"""Names that carry arguments: `"sigmoid(tau=0.5)"` picks an entry of a table and sets its options.
+"""Names with arguments: `"sigmoid(tau=0.5)"` picks an entry of a table and sets its arguments.
 
-Every axis of the bench (schedules, samplers, datasets, ...) is a literal dict of functions. The
-options of an entry are its keyword-only arguments; what stands before them is filled in by the
-caller. So one text can sit in a config field, on the command line or in a sweep, and is checked
-against the function's own signature.
+Schedules, samplers, datasets and so on are literal dicts of functions. The arguments that the text
+may set are the keyword-only ones; the caller passes the others. One string thus serves as a config
+value, flag or sweep value, checked against the signature of the function.
 """
 
 import ast
@@ -12,14 +11,14 @@ import functools
 import inspect
 import re
 
-# what stands in a path for a byte that the locale's encoding does not know (PEP 383)
+# surrogates in a path, for bytes outside the locale's encoding (PEP 383)
 STRAY = re.compile("[\ud800-\udfff]")
 
 
 def parse(text):
-    """Split `"name(key=value, ...)"` into `(name, {key: value})`; values are Python literals.
+    """Parse `"name(key=value, ...)"` into `(name, {key: value})`; values are Python literals.
 
-    Raises ValueError for anything that is not a name with literal keyword arguments.
+    Raises ValueError for other text.
     """
     mistake = ValueError(
         f'cannot read {text!r}; write a name, or a name with arguments such as "name(key=0.5)"'
@@ -29,7 +28,7 @@ def parse(text):
             STRAY.sub(lambda byte: f"\\u{ord(byte[0]):04x}", str(text).strip()), mode="eval"
         ).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # the last two: nested too deeply for the parser
+        # the last two: nested too deeply
         raise mistake from None
     if isinstance(node, ast.Name):
         return node.id, {}
@@ -44,38 +43,33 @@ def parse(text):
     return node.func.id, arguments
 
 
-def suggest(given, allowed):
-    """`" (did you mean 'cosine'?)"` where one of the allowed names is close to the given one,
-    else nothing.
-    """
-    close = difflib.get_close_matches(
-        str(given), [name for name in allowed if isinstance(name, str)], n=1
-    )
+def suggest(name, allowed):
+    """`" (did you mean 'cosine'?)"` if an allowed name is similar, else ""."""
+    names = [candidate for candidate in allowed if isinstance(candidate, str)]
+    close = difflib.get_close_matches(str(name), names, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def quantity(number, thing, things=None):
-    """So many things in words, `"1 image"` and `"1,200 images"`; `things` where the plural takes
-    more than an s.
-    """
+    """`"1 image"`, `"1,200 images"`; `things` is an irregular plural."""
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
-def check_choice(kind, given, allowed):
-    """Return `given` if it is one of `allowed`; raises a ValueError that lists them otherwise."""
-    if given not in allowed:
+def check_choice(kind, value, allowed):
+    """Return `value` if it is one of `allowed`; raises a ValueError that lists them otherwise."""
+    if value not in allowed:
         raise ValueError(
-            f"unknown {kind} {given!r}{suggest(given, allowed)}; choose one of "
+            f"unknown {kind} {value!r}{suggest(value, allowed)}; choose one of "
             f"{', '.join(map(str, allowed))}"
         )
-    return given
+    return value
 
 
 def resolve(kind, table, text):
-    """Return the table's entry that `text` names, as a partial with its options set.
+    """Return the entry of `table` that `text` names, as a partial with its arguments set.
 
-    Options are the entry's keyword-only parameters. Raises ValueError for an unknown name, an
-    unknown or missing option, or a value of another type than the option's default.
+    Raises ValueError for an unknown name, an unknown or missing argument, or a value whose type is
+    not that of the default.
     """
     name, arguments = parse(text)
     entry = table[check_choice(kind, name, list(table))]

@@ -1,8 +1,4 @@
-"""Reads files of tensors without running code from them: size limits, checksums, weights only.
-
-A file may be damaged or malicious. `WrongFormat` means that it is not such a file, `CorruptFile`
-that it was one.
-"""
+"""Read files of tensors that may be corrupt or malicious: size limits, checksums, weights only."""
 
 import io
 import itertools
@@ -16,20 +12,20 @@ import zlib
 
 import torch
 
-LONGEST = 2**22  # characters of a config, which has some thousand: more would only fill the memory
+LONGEST = 2**22  # characters of a config, which has a few thousand; more would fill the memory
 HARMLESS = re.compile(
     r"collections OrderedDict|torch._utils _rebuild_(tensor|tensor_v2|parameter)|torch(.storage)? "
     r"\w+Storage"
 )
-LEGACY = 5  # pickles in a file of torch before 1.6, one after the other
+LEGACY = 5  # consecutive pickles in a file of torch before 1.6
 
 
 class WrongFormat(ValueError):
-    """What is wrong in a file, in words."""
+    """Says why a file is not one of torch's."""
 
 
 class CorruptFile(ValueError):
-    """The bytes of a file are not those that were written: those of an older checkpoint may be."""
+    """A file whose bytes were damaged; an older checkpoint may be intact."""
 
     def __init__(self, path, why):
         self.path = path
@@ -40,37 +36,35 @@ class CorruptFile(ValueError):
 
 
 def read(path, tensors=True):
-    """What torch.save wrote: dicts, lists, words, numbers and tensors, which are mapped to the
-    file.
+    """Read dicts, lists, strings, numbers and memory-mapped tensors that torch.save wrote.
 
-    Raises CorruptFile where it cannot be read or a checksum does not fit (of tensors only if they
-    are wanted), and ValueError where it holds anything else, or tensors that claim to be more than
-    they are.
+    Raises CorruptFile for an unreadable file or a wrong checksum (of tensor data only if `tensors`)
+    and ValueError for other content, or tensors larger than their data.
     """
     with open(path, "rb") as file:
         try:
-            zipped = file.read(4) == b"PK\3\4"  # as torch tells
+            zipped = file.read(4) == b"PK\3\4"  # torch's own test
             file.seek(0)
             named = set(
                 names_in_zip(file, tensors)
                 if zipped
                 else itertools.chain(*(names_in(file) for _ in range(LEGACY)))
             )
-        except WrongFormat as misfit:
-            raise CorruptFile(path, misfit) from None
-        except Exception:  # there are as many as ways to be damaged, in words of Python's
-            raise CorruptFile(
-                path,
-                "its list of records, at its end, is cut off or torn"
+        except WrongFormat as error:
+            raise CorruptFile(path, error) from None
+        except Exception:  # zipfile and pickletools raise many types
+            why = (
+                "the list of records at its end is incomplete"
                 if zipped
-                else "its end is missing, or it is no file of torch's",
-            ) from None
+                else "its end is missing, or torch did not write it"
+            )
+            raise CorruptFile(path, why) from None
     if unknown := sorted(name for name in named if not HARMLESS.fullmatch(name)):
         raise ValueError(
             f"{path} holds more than tensors, numbers and words: {unknown[0]!r}; use another file"
         )
     try:
-        with warnings.catch_warnings():  # of torch, about a file that is refused below
+        with warnings.catch_warnings():  # torch warns of files that are refused below
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
@@ -78,36 +72,36 @@ def read(path, tensors=True):
     for tensor in tensors_in(content):
         if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ValueError(
-                f"{path} has a tensor of {tuple(tensor.shape)} that it does not hold; use another "
-                "file"
+                f"{path} does not hold the data of its tensor of shape {tuple(tensor.shape)}; use "
+                "another file"
             )
     return content
 
 
 def names_in_zip(file, tensors=True):
-    """What the pickle in a zip of torch's names, after it, and all tensors if they are wanted,
-    were held against checksums.
+    """The globals that the pickle in torch's zip names, after its checksum is verified; also those
+    of all tensors if `tensors`.
     """
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if (
-            any(one.compress_type for one in records)
-            or sum(one.file_size for one in records) > os.fstat(file.fileno()).st_size
+            any(record.compress_type for record in records)
+            or sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size
         ):
             raise WrongFormat("its records claim to be longer than it is")
-        if len({one.filename.lower() for one in records}) < len(records):
+        if len({record.filename.lower() for record in records}) < len(records):
             raise WrongFormat("two of its records have one name")
         if tensors and (torn := archive.testzip()):
             raise WrongFormat(f"{torn} does not fit its checksum")
-        pickled = [one for one in records if one.filename.endswith("/data.pkl")]
+        pickled = [record for record in records if record.filename.endswith("/data.pkl")]
         if len(pickled) != 1:
-            raise WrongFormat("it is a zip, and not one of torch's")
-        # which reads to the end, where the checksum is looked at
+            raise WrongFormat("it is a zip file that torch did not write")
+        # reading to the end verifies the checksum
         return names_in(io.BytesIO(archive.read(pickled[0])))
 
 
 def names_in(file):
-    """What a pickle names, such as "collections OrderedDict"; nothing is built of it."""
+    """The globals that a pickle names, such as "collections OrderedDict"; it is not executed."""
     named = ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4")
     return [
         str(value or code.name) for code, value, _ in pickletools.genops(file) if code.name in named
@@ -116,27 +110,24 @@ def names_in(file):
 
 def tensors_in(content):
     """The tensors in nested dicts and lists."""
-    waiting = [content]
+    stack = [content]
     seen = set()
-    while waiting:
-        one = waiting.pop()
-        if id(one) in seen:  # or a few bytes could be walked for ever
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:  # a few bytes can describe an endless structure
             continue
-        seen.add(id(one))
-        if isinstance(one, torch.Tensor):
-            yield one
-        elif isinstance(one, (dict, list, tuple)):
-            waiting += one.values() if isinstance(one, dict) else one
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)):
+            stack += value.values() if isinstance(value, dict) else value
 
 
 def checksum(about, tensors):
-    """The CRC-32 of names, types, shapes and bytes of tensors, and of what else is told about
-    them.
-    """
+    """The CRC-32 of the JSON value `about` and of names, dtypes, shapes and bytes of tensors."""
     named = sorted(tensors.items())
-    found = zlib.crc32(
-        json.dumps([about, [(name, str(one.dtype), one.shape) for name, one in named]]).encode()
-    )
+    header = [about, [(name, str(tensor.dtype), tensor.shape) for name, tensor in named]]
+    crc = zlib.crc32(json.dumps(header).encode())
     for _, tensor in named:
-        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
-    return found
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc

@@ -125,7 +125,7 @@ def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
     assert training_weights.load_weights(tmp_path)[:2] == (second, 2)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and said[1].startswith(
-        f"{third} is damaged (its list of records, at its end, is cut off or torn); "
+        f"{third} is damaged (the list of records at its end is incomplete); "
     )
     files = sorted(path.name for path in tmp_path.rglob("*"))
     for _, path in checkpoint.checkpoints(tmp_path):
@@ -148,10 +148,10 @@ def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"", "its end is missing, or it is no file of torch's"),
-        (b"words", "its end is missing, or it is no file of torch's"),
-        (b"PK\3\4" + bytes(99), "its list of records, at its end, is cut off or torn"),
-        (None, "it is a zip, and not one of torch's"),
+        (b"", "its end is missing, or torch did not write it"),
+        (b"words", "its end is missing, or torch did not write it"),
+        (b"PK\3\4" + bytes(99), "the list of records at its end is incomplete"),
+        (None, "it is a zip file that torch did not write"),
     ],
 )
 def test_damage_is_said_in_plain_words(content, said, tmp_path):
