@@ -1,8 +1,8 @@
 """Save a W&B workspace that compares the runs of a project or a sweep: `python -m ddpm.dashboard
 --project=ENTITY/PROJECT`.
 
-Grouped by what varies, the seeds in one line with their spread; with `--sweep=ID` for the runs of
-one study only. Needs a login, and `pip install -e '.[study]'`.
+Runs are grouped by the options that differ, and the seeds of a group form one line with its spread.
+`--sweep=ID` shows the runs of one study only. Needs a login and `pip install -e '.[study]'`.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from ddpm.config import flags as config_flags
 from ddpm.studies import runs as studies_runs
 
 PROJECT = flags.DEFINE_string(
-    "project", None, "PROJECT, or ENTITY/PROJECT where it is not the login's own.", required=True
+    "project", None, "PROJECT, or ENTITY/PROJECT for an entity not your own.", required=True
 )
 SWEEP = flags.DEFINE_string(
-    "sweep", None, "Id of the sweep whose runs are shown; by default all of the project."
+    "sweep", None, "Id of the sweep whose runs are shown; by default all runs of the project."
 )
 
 LOSS = ("train/loss", "val/loss", "val/loss_ema")
-# until a run has logged others
+# shown until a run has logged one
 DISTANCES = ("eval/fid", "eval/kid", "eval/fd_digits", "eval/kd_digits")
 PICTURES = ("samples", "eval/nearest")
 SPEED = ("speed/images_per_second", "speed/step_ms", "speed/loader_wait", "speed/mfu")
@@ -34,7 +34,7 @@ AT_ONCE = 100  # runs or groups in a panel; W&B's default is 10
 
 
 def main():
-    """Save the workspace and print its address; returns the exit code."""
+    """Save the workspace and print its URL; returns the exit code."""
     try:
         import wandb
         import wandb_workspaces.workspaces  # noqa: F401
@@ -48,7 +48,7 @@ def main():
             "(runs that were logged offline: `wandb leet` shows them, `wandb sync` uploads them)"
         )
     entity, _, project = PROJECT.value.rpartition("/")
-    with in_one_line():
+    with errors_of_wandb():
         api = wandb.Api()
         entity = entity or api.default_entity
         sweep = api.sweep(f"{entity}/{project}/{SWEEP.value}") if SWEEP.value else None
@@ -57,18 +57,16 @@ def main():
                 f"{entity}/{project}", filters={"sweep": SWEEP.value} if sweep else None, lazy=False
             )
         )
-    made = workspace(entity, project, sweep, runs)
-    with in_one_line():
-        made.save()
-    print(made.url)
+    saved = workspace(entity, project, sweep, runs)
+    with errors_of_wandb():
+        saved.save()
+    print(saved.url)
     return errors.DONE
 
 
 @contextlib.contextmanager
-def in_one_line():
-    """W&B has many exceptions for a server that does not answer, or has no such project or
-    sweep.
-    """
+def errors_of_wandb():
+    """Turn W&B's exceptions, of many types, into a ValueError of one line."""
     try:
         yield
     except Exception as error:
@@ -76,30 +74,23 @@ def in_one_line():
 
 
 def varied(sweep, runs):
-    """The names of the columns that differ between the runs, the seed apart: a sweep's
-    parameters, or what the configs show.
+    """The options that differ between the runs except the seed, by a sweep's parameters or else by
+    the configs of the runs.
     """
     if sweep:
-        given = sweep.config["parameters"].items()
-        names = [
-            name
-            for name, axis in given
-            if "value" not in axis and len(axis.get("values", axis)) > 1
-        ]
+        axes = sweep.config["parameters"]
+        names = {name for name, axis in axes.items() if len(axis.get("values", axis)) > 1}
+        names -= {name for name, axis in axes.items() if "value" in axis}
     else:
-        columns = {
-            name
-            for run in runs
-            for name in run.config
-            if not files.is_free(name.removeprefix("config."))
-        }
-        names = [name for name in columns if len({str(run.config.get(name)) for run in runs}) > 1]
-    return sorted(name for name in names if name != SEED)
+        logged = set().union(*(run.config for run in runs))
+        names = {name for name in logged if not files.is_free(name.removeprefix("config."))}
+        names = {name for name in names if len({str(run.config.get(name)) for run in runs}) > 1}
+    return sorted(names - {SEED})
 
 
 def measured(runs):
-    """What evaluations measured, beside what a perfect generator gets: [["eval/fid",
-    "eval/fid_perfect"], ["eval/kid"]].
+    """The logged results of evaluations, each with that of a perfect generator if there is one:
+    [["eval/fid", "eval/fid_perfect"], ["eval/kid"]].
     """
     logged = {
         key
@@ -114,16 +105,23 @@ def measured(runs):
     ]
 
 
-def workspace(entity, project, sweep, runs):
-    """The workspace as wandb-workspaces describes it, not saved yet."""
+def plots(lines, x=STEP):
+    """A line plot for each of `lines`, a key or a list of keys, with the spread over seeds."""
+    from wandb_workspaces.reports.v2 import LinePlot
+
+    lines = [[line] if isinstance(line, str) else line for line in lines]
+    spread = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
+    return [
+        LinePlot(title=keys[0], x=x, y=keys, max_runs_to_show=AT_ONCE, **spread) for keys in lines
+    ]
+
+
+def influences(axes, metric):
+    """Panels that relate the options `axes` to `metric`."""
     import wandb_workspaces.reports.v2 as reports
-    import wandb_workspaces.workspaces as workspaces
-    from wandb_workspaces import expr
 
     class Column(reports.ParallelCoordinatesPlotColumn):
-        """An option in parallel coordinates; the package takes the dots in our names for nested
-        dicts.
-        """
+        """A column for an option; the package would read the dots of its name as nesting."""
 
         def _to_model(self):
             model = super()._to_model()
@@ -131,40 +129,37 @@ def workspace(entity, project, sweep, runs):
                 model.accessor = f"config:{self.metric.name}.value"
             return model
 
-    def plots(lines, x=STEP):
-        lines = [[line] if isinstance(line, str) else line for line in lines]
-        # over the seeds of a group
-        spread = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stderr"}
-        return [
-            reports.LinePlot(title=keys[0], x=x, y=keys, max_runs_to_show=AT_ONCE, **spread)
-            for keys in lines
-        ]
-
-    axes = varied(sweep, runs)
-    distances = measured(runs)
-    metric = (sweep and sweep.config.get("metric", {}).get("name")) or distances[0][0]
     columns = [
         Column(reports.Config(name), display_name=name.removeprefix("config."))
         for name in [*axes, SEED]
     ]
-    # the same latents every time: time across, runs below each other
+    return [
+        reports.ParameterImportancePlot(with_respect_to=metric),
+        reports.ParallelCoordinatesPlot(columns=[*columns, Column(reports.SummaryMetric(metric))]),
+        reports.BarPlot(title=metric, metrics=[metric], max_runs_to_show=AT_ONCE),
+    ]
+
+
+def workspace(entity, project, sweep, runs):
+    """The unsaved workspace of a project, or of a sweep in it, as wandb-workspaces describes it."""
+    import wandb_workspaces.workspaces as workspaces
+    from wandb_workspaces import expr
+    from wandb_workspaces.reports.v2 import MediaBrowser
+
+    axes = varied(sweep, runs)
+    distances = measured(runs)
+    metric = (sweep and sweep.config.get("metric", {}).get("name")) or distances[0][0]
+    # samples start from the same noise: steps across, runs down
     grid = {"grid_x_axis": "step", "grid_y_axis": "run"}
     sections = {
-        f"What matters for {metric}": [
-            reports.ParameterImportancePlot(with_respect_to=metric),
-            reports.ParallelCoordinatesPlot(
-                columns=[*columns, Column(reports.SummaryMetric(metric))]
-            ),
-            reports.BarPlot(title=metric, metrics=[metric], max_runs_to_show=AT_ONCE),
-        ],
+        f"What matters for {metric}": influences(axes, metric),
         "Loss": plots(LOSS),
         "Quality against steps": plots(distances),
         "Quality against compute (10^15 operations)": plots(distances, COMPUTE),
-        "Samples": [reports.MediaBrowser(title=key, media_keys=[key], **grid) for key in PICTURES],
+        "Samples": [MediaBrowser(title=key, media_keys=[key], **grid) for key in PICTURES],
         "Speed": plots(SPEED),
         "Memory": plots(MEMORY),
     }
-    only = [expr.Metric("Sweep") == sweep.id] if sweep else []
     return workspaces.Workspace(
         entity=entity,
         project=project,
@@ -175,7 +170,8 @@ def workspace(entity, project, sweep, runs):
         ],
         settings=workspaces.WorkspaceSettings(x_axis=STEP, max_runs=AT_ONCE),
         runset_settings=workspaces.RunsetSettings(
-            filters=only, groupby=[expr.Config(f"{name}.value") for name in axes]
+            filters=[expr.Metric("Sweep") == sweep.id] if sweep else [],
+            groupby=[expr.Config(f"{name}.value") for name in axes],
         ),
     )
 

@@ -19,7 +19,7 @@ from support.wandb_server import Run, Sweep
 from support.wandb_server import server as server
 
 ROOT = Path(dashboard.__file__).parents[1]
-DOOR = [sys.executable, "-m", "ddpm.dashboard"]
+COMMAND = [sys.executable, "-m", "ddpm.dashboard"]
 WITHOUT = [
     sys.executable,
     "-c",
@@ -40,7 +40,7 @@ parameters:
 """
 
 
-def run_ddpm(*words, command=DOOR, **environment):
+def run_ddpm(*words, command=COMMAND, **environment):
     done = subprocess.run(
         [*command, *words],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
@@ -169,7 +169,7 @@ def test_a_project_without_evaluations_shows_where_they_will_be():
 @pytest.mark.parametrize(
     "words, command, login, said",
     [
-        (["--project=digits"], DOOR, False, "not logged in to W&B; use `wandb login`"),
+        (["--project=digits"], COMMAND, False, "not logged in to W&B; use `wandb login`"),
         (
             ["--project=digits"],
             WITHOUT,
@@ -178,7 +178,7 @@ def test_a_project_without_evaluations_shows_where_they_will_be():
         ),
         (
             ["--project=me/digits", "--sweep=s2"],
-            DOOR,
+            COMMAND,
             True,
             "Could not find sweep <Sweep me/digits/s2",
         ),
