@@ -1,4 +1,4 @@
-"""torch.compile with a way back: what the compiler cannot do runs as it is."""
+"""torch.compile that falls back to the plain network where the compiler fails."""
 
 import time
 
@@ -8,18 +8,16 @@ from ddpm.common import errors
 from ddpm.runtime.out_of_memory import ran_out
 
 COMPILER = "inductor"  # torch's own
-GRAPHS = 64  # that it makes of one network, at most
-# on a GPU CUDA graphs, in which an answer is overwritten by the next
+GRAPHS = 64  # at most, of one network
+# CUDA graphs on a GPU, whose output the next call overwrites
 DRAWING = {"mode": "reduce-overhead"}
 
 
 class Compiled:
-    """A network net(x, t, y) asked often, without gradients: through torch.compile and, on a GPU,
-    CUDA graphs.
+    """Inference wrapper of a network net(x, t, y): torch.compile, with CUDA graphs on a GPU.
 
-    The first question takes the time of compiling it, which `say(text)` is told. Where that fails,
-    and for batches of other `sizes`, each of which would take as long again, the plain network
-    answers.
+    The first call compiles, and `say(text)` gets the time. Batches of a size that is not in `sizes`
+    run in the plain network, as does everything if compiling fails.
     """
 
     def __init__(self, net, sizes, say=print):
@@ -32,16 +30,15 @@ class Compiled:
     def __call__(self, x, t, y=None):
         if self.fast is None or len(x) not in self.sizes:
             return self.net(x, t, y)
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             out = self.fast(x, t, y).clone()
             if self.fresh:
-                self.say(
-                    f"the network was compiled for drawing in {time.monotonic() - begun:.0f} s"
-                )
+                seconds = time.monotonic() - start
+                self.say(f"the network was compiled for drawing in {seconds:.0f} s")
                 self.fresh = False
             return out
-        except Exception as error:  # a compiler has many
+        except Exception as error:  # compilers raise many types
             if of_kernels(error):
                 raise
             self.say(
@@ -56,11 +53,11 @@ class Compiled:
 
 
 def through(net, how):
-    """A network through torch.compile, which makes a graph for each size of batch.
+    """Compile a network with options `how`, one graph per batch size.
 
-    By default it makes one for all sizes from the second on, whose kernels are slower. Learning and
-    drawing, with labels and without, share the limit of graphs, beyond which torch runs the plain
-    network and says nothing.
+    torch's default of one graph for all sizes from the second on has slower kernels. Beyond GRAPHS,
+    which training and sampling, with and without labels, share, torch silently runs the network
+    uncompiled.
     """
     torch._dynamo.config.recompile_limit = GRAPHS
     return torch.compile(
@@ -69,11 +66,9 @@ def through(net, how):
 
 
 def of_kernels(error):
-    """Whether an exception is of the computation, as that memory runs out or CUDA fails, and not of
-    the compiler.
+    """Whether a kernel raised an exception (out of memory, CUDA failed), and not the compiler.
 
-    Kernels raise RuntimeError itself, where they raise no class below; compilers have classes of
-    their own.
+    Kernels raise RuntimeError or the types below; compilers raise subclasses of their own.
     """
-    of_cuda = getattr(torch, "AcceleratorError", RuntimeError)  # of torch 2.8 on
+    of_cuda = getattr(torch, "AcceleratorError", RuntimeError)  # from torch 2.8 on
     return ran_out(error) or type(error) in (RuntimeError, of_cuda)

@@ -1,7 +1,6 @@
-"""Where a run computes: device, number type and rank, decided once and printed with the reason.
+"""Device, dtype and rank of a run, decided once and printed with the reason.
 
-Everything that differs between a laptop, a GPU and eight GPUs stands here; elsewhere there is no
-device string, no autocast and no torch.distributed. One process is a world of one, for which every
+All differences between a laptop, one GPU and eight GPUs are here. With a world size of one, every
 collective is the identity.
 """
 
@@ -24,11 +23,10 @@ BENCHMARK = ("auto", "on", "off")
 
 @dataclass(frozen=True)
 class Machine:
-    """`device`, autocast type `dtype` (float32 means off), `rank` of `world`; `notes` say why, a
-    line each.
+    """`device`, autocast `dtype` (float32: off), `rank` and world size `world`.
 
-    `cpu_group` is the group in which ranks exchange what lies on the host, without going through
-    the GPU. `stop` is the request to stop this process, `room` knows what fits into memory.
+    `notes` are lines that give the reasons. `cpu_group` is the process group for objects on the
+    host. `stop` is the request to stop this process; `room` splits batches that do not fit.
     """
 
     device: torch.device
@@ -45,30 +43,30 @@ class Machine:
 
     @property
     def main(self):
-        """True on the one rank that writes files and tracks."""
+        """True on rank 0, which writes files and tracks."""
         return self.rank == 0
 
     def to_device(self, tensor):
-        """The tensor on this device; the host does not wait for a copy to a GPU."""
+        """The tensor on this device; a copy to a GPU is asynchronous."""
         if self.device.type == "cuda" and tensor.device.type == "cpu":
-            # a copy from other memory waits for what the GPU is doing
+            # a copy from pageable memory waits for the GPU
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
     def autocast(self):
-        """The context in which a network runs."""
+        """The autocast context for a network."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def scaler(self):
-        """A GradScaler that scales for float16 and does nothing otherwise."""
+        """A GradScaler, enabled for float16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def rank_slice(self, n):
-        """The slice of n things that is this rank's, contiguous and in rank order."""
+        """The slice of n items that this rank works on, contiguous and in rank order."""
         return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
 
     def sum(self, tensor):
-        """The sum of a tensor over ranks."""
+        """The sum of a tensor over ranks, in place."""
         if self.world > 1:
             distributed.all_reduce(tensor)
         return tensor
@@ -104,58 +102,51 @@ class Machine:
         self.all_gather(None)
 
     def gather(self, tensor):
-        """The ranks' host tensors [n_i, ...] joined in rank order, on every rank."""
+        """Concatenate the ranks' host tensors [n_i, ...], in rank order, on every rank."""
         return tensor if self.world == 1 else torch.cat(self.all_gather(tensor))
 
     def broadcast(self, value):
-        """What rank 0 says: for decisions that hang on a clock or a file."""
+        """The value of rank 0, for decisions that depend on a clock or a file."""
         return self.all_gather(value)[0]
 
     @contextlib.contextmanager
     def raise_on_all_ranks(self):
-        """A block without exchange between ranks, which all leave well or none does.
+        """Context for a block without collectives that must succeed on all ranks or on none.
 
-        Where a ValueError or OSError is raised on some of them, rank 0 raises the first one's, and
-        the others exit with 2, quietly.
+        Where ranks raise ValueError or OSError, rank 0 raises that of the lowest such rank, and the
+        other ranks exit with code 2 and no message.
         """
-        refused = None
+        refusal = None
         try:
             yield
         except (ValueError, OSError) as error:
             if self.world == 1:
                 raise
-            refused = error
-        said = self.all_gather(refused and str(refused))
-        first = next((rank for rank, words in enumerate(said) if words is not None), None)
+            refusal = error
+        messages = self.all_gather(refusal and str(refusal))
+        first = next((rank for rank, text in enumerate(messages) if text is not None), None)
         if first is None:
             return
         if not self.main:
             sys.exit(2)
-        raise refused if first == 0 else ValueError(f"rank {first}: {said[first]}")
+        raise refusal if first == 0 else ValueError(f"rank {first}: {messages[first]}")
 
-    def report_failure(self, words):
-        """Leave word of why this rank fails; returns the words of the first that failed, which
-        is why the others do.
-        """
+    def report_failure(self, reason):
+        """Record why this rank fails; returns the first reason recorded, the root cause."""
         if self.world == 1:
-            return words
-        with contextlib.suppress(Exception):  # of a store that went with the rank which held it
-            return (
-                distributed.distributed_c10d._get_default_store()
-                .compare_set("failed", "", words)
-                .decode()
-            )
-        return words
+            return reason
+        with contextlib.suppress(Exception):  # the store ends with the rank that holds it
+            store = distributed.distributed_c10d._get_default_store()
+            return store.compare_set("failed", "", reason).decode()
+        return reason
 
     def wait(self):
-        """Let a GPU come to the end of what it was given to do."""
+        """Synchronize with the GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def memory_format(self, side):
-        """The memory format in which a network draws images of so many pixels a side fastest,
-        where it was measured.
-        """
+        """The memory format that was measured fastest for sampling images of `side` pixels."""
         return (
             torch.channels_last
             if self.device.type == "cpu" and side >= 32
@@ -163,38 +154,30 @@ class Machine:
         )
 
     def prefetch(self, batches):
-        """The same batches (images, labels); on a GPU, the images are copied there while those
-        before are worked on.
-        """
-        return (
-            prefetch.fetched_ahead(batches, self.device) if self.device.type == "cuda" else batches
-        )
+        """The same batches (images, labels); images are copied to a GPU one batch ahead."""
+        if self.device.type != "cuda":
+            return batches
+        return prefetch.fetched_ahead(batches, self.device)
 
     def empty_cache(self):
-        """Give back what the GPU's allocator holds and nothing uses."""
+        """Return unused cached memory to the GPU."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def peak(self):
-        """The operations a second, at most, of all ranks' GPUs together; 0 on a CPU and on
-        GPUs that ddpm.GPUs lacks.
-        """
-        gpu = (
-            gpus.gpu_of(torch.cuda.get_device_name(self.device))
-            if self.device.type == "cuda"
-            else None
-        )
+        """Peak operations per second of all ranks' GPUs; 0 on a CPU or an unknown GPU."""
+        if self.device.type != "cuda":
+            return 0
+        gpu = gpus.gpu_of(torch.cuda.get_device_name(self.device))
         return gpu.peak(self.dtype) * self.world if gpu else 0
 
     def free(self):
-        """The bytes that are free on the GPU; None on a CPU, where other things decide how much
-        a process may have.
-        """
+        """Free bytes on the GPU; None on a CPU."""
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
     def memory(self):
-        """Peak memory so far in GiB under its tracked keys."""
-        # ru_maxrss counts bytes there, KiB elsewhere
+        """Peak memory of this process in GiB, by tracked key."""
+        # ru_maxrss is in bytes on macOS, in KiB elsewhere
         unit = 2**30 if sys.platform == "darwin" else 2**20
         use = {"memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
         if self.device.type == "cuda":
@@ -203,19 +186,18 @@ class Machine:
         return use
 
 
-def round_float32(wanted):
-    """Let a GPU round what float32 products and convolutions multiply to TF32's ten bits, or not.
+def round_float32(tf32):
+    """Switch TF32 for float32 matrix products and convolutions on or off.
 
-    By torch's older switches alone: to read them is an error once its newer `fp32_precision` is set
-    to something else.
+    Uses torch's older switches only: reading them raises once `fp32_precision` is set differently.
     """
-    torch.set_float32_matmul_precision("high" if wanted else "highest")
-    torch.backends.cudnn.allow_tf32 = wanted
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 @contextlib.contextmanager
 def exact():
-    """Inside, float32 is float32 on a GPU too, without TF32; a decorator as well."""
+    """Context or decorator that switches TF32 off."""
     products = torch.get_float32_matmul_precision()
     convolutions = torch.backends.cudnn.allow_tf32
     round_float32(False)
@@ -227,11 +209,10 @@ def exact():
 
 
 def amp_dtype(amp, device):
-    """The autocast type that `amp` (one of AMP) means on a device, and the reason in words."""
+    """The autocast dtype for `amp` (one of AMP) on a device, and the reason in words."""
     if amp != "auto":
-        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            amp
-        ], "asked for by train.amp"
+        dtypes = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        return dtypes[amp], "set by train.amp"
     if device.type != "cuda":
         return torch.float32, "no GPU"
     if computes_bf16(device):
@@ -240,24 +221,20 @@ def amp_dtype(amp, device):
 
 
 def computes_bf16(device):
-    """Whether a GPU computes bf16 itself. Of AMD's, torch says that all do: the architecture
-    tells.
-    """
+    """Whether a GPU has bf16 arithmetic; torch says so of every AMD GPU, older ones included."""
     if torch.version.hip:
         return not torch.cuda.get_device_properties(device).gcnArchName.startswith(WITHOUT_BF16)
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-# before MI100, and before RX 7000
+# AMD architectures before MI100 and before RX 7000
 WITHOUT_BF16 = ("gfx8", "gfx900", "gfx902", "gfx906", "gfx909", "gfx90c", "gfx10")
 
 
 def busy_cores(device):
-    """A note where other processes keep the cores busy and this one computes on several threads:
-    lines, mostly none.
+    """Lines that advise OMP_WAIT_POLICY=PASSIVE on a busy machine; usually none.
 
-    Threads that spin while they wait for each other then compute a third as fast as threads that
-    sleep, or slower.
+    There, threads that spin while they wait are three times as slow as threads that sleep, or more.
     """
     load = os.getloadavg()[0]
     cores = os.cpu_count() or 1
@@ -276,21 +253,19 @@ def busy_cores(device):
 
 
 def start(amp="auto", deterministic=False, device=None, stop=None, cudnn_benchmark="auto"):
-    """Decide device, type and rank, and set torch up for them; under torchrun, join the other
-    ranks.
+    """Choose device, dtype and rank, configure torch and join the other ranks under torchrun.
 
-    `device` is a torch device string for those who must choose; by default the GPU of this rank,
-    else the CPU. `stop` is the StopRequest of this process. `cudnn_benchmark`, one of BENCHMARK,
-    is by default on unless `deterministic`. Raises ValueError where that device does not exist
-    here, and for a rank that is no number.
+    `device` is a torch device string, by default this rank's GPU, else the CPU. `stop` is the
+    StopRequest of this process. `cudnn_benchmark`, one of BENCHMARK, is by default on unless
+    `deterministic`. Raises ValueError for a device that is not available and an invalid rank.
     """
-    # the name of torch 2.9 on, and that before
+    # the first is the name from torch 2.9 on
     if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
-        # or memory is fragmented as batch sizes change
+        # or changing batch sizes fragment the memory
         os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     rank, world, local = (
-        ranks.number_in_environment(*one)
-        for one in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        ranks.number_in_environment(name, default)
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -298,11 +273,11 @@ def start(amp="auto", deterministic=False, device=None, stop=None, cudnn_benchma
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
         raise ValueError(
-            f"device {device!r} is not to be had on this machine; use cpu"
-            + (", cuda" if torch.cuda.is_available() else "")
+            f"device {device!r} is not available on this machine; use cpu"
+            + (" or cuda" if torch.cuda.is_available() else "")
         ) from None
     if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)  # first: what is asked of CUDA from here on is of this GPU
+        torch.cuda.set_device(chosen)  # first: calls to CUDA below concern this GPU
     dtype, reason = amp_dtype(amp, chosen)
     name = (
         torch.cuda.get_device_name(chosen)

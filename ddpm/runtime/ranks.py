@@ -7,14 +7,12 @@ from datetime import timedelta
 import torch.distributed as distributed
 from torch.distributed.rendezvous import rendezvous
 
-# that ranks wait for one which works alone, as on the features of the real images
+# how long ranks wait for one that works alone, as on the features of the real images
 PATIENCE = timedelta(minutes=30)
 
 
 def number_in_environment(name, default):
-    """The number that torchrun or a scheduler's script gives; raises ValueError for what is
-    none.
-    """
+    """An environment variable as a non-negative integer; raises ValueError for other text."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise ValueError(
@@ -25,11 +23,11 @@ def number_in_environment(name, default):
 
 
 def join(backend):
-    """Meet the other ranks where the environment says, each time anew.
+    """Create the process group, at the address in the environment.
 
-    torchrun's store outlives the ranks, and would tell those that it starts again where the dead
-    ones were (pytorch issue 135712). On one node its count of restarts tells them apart; nodes may
-    count differently, and do without the store (README).
+    torchrun's store survives a restart and would send new ranks to the addresses of dead ones
+    (pytorch issue 135712), so on one node each restart uses a prefix of its own. Nodes may count
+    restarts differently; several nodes do without torchrun's store.
     """
     store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -40,20 +38,18 @@ def join(backend):
 
 
 def restarted():
-    """True under torchrun, which starts the ranks again, or reports an error, where they exit
-    with another code than 0.
-    """
+    """True under torchrun, which restarts ranks that exit with a code other than 0."""
     return distributed.is_torchelastic_launched()
 
 
 def abandon(code):
-    """End this process at once, where others are gone: leaving in order would wait for them."""
+    """Exit immediately: a clean shutdown would wait for ranks that have died."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def stop():
-    """Leave the other ranks in order."""
+    """Destroy the process group, if there is one."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

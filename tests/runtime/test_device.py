@@ -200,9 +200,9 @@ def test_peak_memory_is_in_gib():
     "amp, dtype, reason",
     [
         ("auto", torch.float32, "no GPU"),
-        ("off", torch.float32, "asked for by train.amp"),
-        ("bf16", torch.bfloat16, "asked for by train.amp"),
-        ("fp16", torch.float16, "asked for by train.amp"),
+        ("off", torch.float32, "set by train.amp"),
+        ("bf16", torch.bfloat16, "set by train.amp"),
+        ("fp16", torch.float16, "set by train.amp"),
     ],
 )
 def test_amp_on_the_cpu(amp, dtype, reason):
@@ -279,7 +279,7 @@ def test_a_device_that_is_not_there(device):
         runtime_device.start(device=device)
     line = str(caught.value)
     assert (
-        line.startswith(f"device {device!r} is not to be had on this machine; use cpu")
+        line.startswith(f"device {device!r} is not available on this machine; use cpu")
         and "\n" not in line
     )
 
