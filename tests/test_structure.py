@@ -50,7 +50,7 @@ BANNED = {
     "wish": "stop request",
 }
 BANNED_IN = {  # folder of the package -> words, as above
-    ("diffusion", "models"): {
+    ("common", "diffusion", "models", "tracking"): {
         "anew": "again",
         "asked": "called, requested",
         "beside": "next to",
@@ -63,7 +63,7 @@ BANNED_IN = {  # folder of the package -> words, as above
 }
 # names only: they say nothing, and are words of plain text
 VAGUE = {"asked", "found", "given", "kept", "made", "said", "told", "well", "whole"}
-VAGUE_IN = ("diffusion", "models")
+VAGUE_IN = ("common", "diffusion", "models", "runtime", "tracking")
 # folders without dense code, see `dense_places`; a folder that is done is added
 PLAIN = ("diffusion", "evaluation", "models", "runtime", "sampling", "tracking")
 DOCUMENTS = [
