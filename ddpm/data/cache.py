@@ -1,10 +1,8 @@
-"""What was worked out once for all runs and ranks of a machine: decoded images, and what was found
-in files.
+"""Decoded images of a source in a file, once for all runs and ranks of a machine.
 
-A source decodes a photo each time it is asked for it. Here its images are uint8 rows of a file
-under the fingerprint of the source, and the file is mapped: what is read of it lies in memory that
-the system has to spare, once for all processes. A copy of one's own would be hardly faster
-(experiments/throughput). What is kept is made under a lock and renamed into place whole.
+The file has the images as uint8 rows, its name is the fingerprint of the source, and processes map
+it, so all share what the system holds of it in free memory. Reading a copy of one's own is hardly
+faster (experiments/throughput).
 """
 
 import contextlib
@@ -19,86 +17,83 @@ import torch
 from tqdm import tqdm
 
 from ddpm.common import files
-from ddpm.common.files import expand_user, fsync, make_folder
+
+ITEMS_PER_TASK = 8  # of `map_in_threads`
+
+
+class Undecodable(ValueError):
+    """An image of a source cannot be decoded; the folder of the cache is not at fault."""
 
 
 def cache_decoded(source, folder=None):
-    """The same source, its images read from a file in `folder`, by default below `home()`; the file
-    is made if it is not there.
+    """The same source with its images decoded into a file in `folder`, by default in the cache.
 
-    Where the disk has no room for it or cannot be written, the source itself, with a note. Unasked,
-    without a `folder`, at most a quarter of what is free is taken. A file of up to half of the
-    memory is read through, to be there from the first step on. Raises Undecodable for an image that
-    cannot be had.
+    Where the disk is full or read-only, the source itself with a note. The default folder may take
+    a quarter of the free space, a named one 90 %. A file of up to half the memory is read at once,
+    so the first steps find it in memory. Raises Undecodable.
     """
     size = len(source) * int(np.prod(source.image_shape))
-    most = 0.9 if folder else 0.25
-    given = folder
-    folder = Path(folder or "decoded")
+    max_share = 0.9 if folder else 0.25
+    place = Path(folder or "decoded")
     try:
-        folder = expand_user(folder) if given else files.cache_dir() / folder
-        path = folder / f"{source.fingerprint}.u8"
-        # a file that is there needs no lock, which another user's cache may refuse
+        place = files.expand_user(folder) if folder else files.cache_dir() / place
+        path = place / f"{source.fingerprint}.u8"
+        # a complete file needs no lock, which in another user's cache may be refused
         if not is_complete(path, size):
-            make_folder(folder) if given else files.cache_folder(folder.name)
+            files.make_folder(place) if folder else files.cache_folder(place.name)
             with files.file_lock(path.with_suffix(".lock"), "it decodes the same images"):
                 if not is_complete(path, size):
-                    if size > most * (free := shutil.disk_usage(folder).free):
-                        raise OSError(
-                            f"{size / 2**30:.1f} GiB are more than {most:.0%} of the "
-                            f"{free / 2**30:.1f} free; name another folder as data.cache"
-                        )
+                    check_space(place, size, max_share)
                     decode_all(source, path, size)
         if fits := size <= memory_bytes() / 2:
             warm_page_cache(path)
     except Undecodable:
         raise
     except (OSError, ValueError) as error:
-        return replace(
-            source,
-            notes=(
-                *source.notes,
-                f"images are decoded at each use, as {folder} cannot keep them: {error}",
-            ),
-        )
-    note = (
-        f"decoded images: {path}, {size / 2**20:,.1f} MiB, "
-        f"{'in memory' if fits else 'more than half of the memory'}"
-    )
+        note = f"images are decoded at each use, as {place} cannot keep them: {error}"
+        return replace(source, notes=(*source.notes, note))
+    where = "in memory" if fits else "more than half of the memory"
+    note = f"decoded images: {path}, {size / 2**20:,.1f} MiB, {where}"
     rows = MappedRows(path, (len(source), *source.image_shape))
     return replace(source, fetch=rows, in_memory=fits, notes=(*source.notes, note))
 
 
 def is_complete(path, size):
-    """Whether a file of decoded images is there, complete, and may be read."""
+    """Whether a file of decoded images is complete and may be read."""
     return os.access(path, os.R_OK) and path.stat().st_size == size
 
 
-class Undecodable(ValueError):
-    """An image of a source cannot be had: no fault of the folder that was to keep it."""
+def check_space(folder, size, max_share):
+    """Raise OSError if `size` bytes are more than a share of the free space of a folder's disk."""
+    free = shutil.disk_usage(folder).free
+    if size > max_share * free:
+        raise OSError(
+            f"{size / 2**30:.1f} GiB are more than {max_share:.0%} of the {free / 2**30:.1f} free; "
+            "name another folder as data.cache"
+        )
 
 
 def memory_bytes():
-    """How many bytes of memory this machine has, or the container that it is."""
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """The memory of this machine, or the limit of the container, in bytes."""
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return found
+        size = min(size, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return size
 
 
 def warm_page_cache(path):
+    """Read a file once, so the system holds it in memory."""
     with open(path, "rb", buffering=0) as file:
-        piece = bytearray(2**24)
-        while file.readinto(piece):
+        block = bytearray(2**24)
+        while file.readinto(block):
             pass
 
 
 def decode_all(source, path, size):
-    """Decode all images of a source, `size` bytes, in threads into a file, whole or not at all."""
-    part = path.with_suffix(".part")  # of a build that was killed too: the lock is ours
-    try:
+    """Decode all images of a source, `size` bytes, in threads into a file; raises Undecodable."""
+    with files.atomic_write(path) as part:
         with open(part, "wb") as file:
-            # a disk that turns out full later kills the process that writes to the map
+            # writing to a map of a file that the disk has no room for would kill the process
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             file.truncate(size)
@@ -112,19 +107,14 @@ def decode_all(source, path, size):
 
         map_in_threads(decode, range(len(source)), "decoding images")
         rows.flush()
-        fsync(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def thread_pool(count=None):
-    """An executor of threads, one for each core by default; where the block ends early, what they
-    have not begun is dropped.
+    """An executor of threads, by default one a core; an error drops what has not started.
 
-    For work that lets go of Python's lock, as decoding photographs does. multiprocessing's
-    ThreadPool takes semaphores, which there are none of where /dev/shm is missing or read-only.
+    For work that releases the GIL, as decoding does. multiprocessing's ThreadPool needs semaphores,
+    which do not exist where /dev/shm is missing or read-only.
     """
     pool = ThreadPoolExecutor(count or os.cpu_count())
     try:
@@ -135,26 +125,20 @@ def thread_pool(count=None):
 
 def map_in_threads(work, items, title):
     """`[work(item) for item in items]`, in threads, with a progress bar on a terminal."""
-    done = []
-    parts = [items[k : k + ITEMS_PER_TASK] for k in range(0, len(items), ITEMS_PER_TASK)]
-    with (
-        thread_pool() as pool,
-        tqdm(desc=title, total=len(items), leave=False, disable=None, unit=" images") as bar,
-    ):
-        for part in pool.map(lambda part: [work(item) for item in part], parts):
-            done += part
+    results = []
+    tasks = [items[k : k + ITEMS_PER_TASK] for k in range(0, len(items), ITEMS_PER_TASK)]
+    bar = tqdm(desc=title, total=len(items), leave=False, disable=None, unit=" images")
+    with thread_pool() as pool, bar:
+        for part in pool.map(lambda task: [work(item) for item in task], tasks):
+            results += part
             bar.update(len(part))
-    return done
-
-
-ITEMS_PER_TASK = 8  # items that a thread takes at a time
+    return results
 
 
 class MappedRows:
-    """`rows(index)` is the image at an index from a file of shape [n, c, h, w], `rows(indices)` a
-    batch at an array of them.
+    """`rows(index)` is an image of a file of shape [n, c, h, w], `rows(indices)` a batch.
 
-    The file is mapped once in each process that asks.
+    Each process maps the file when it first reads from it.
     """
 
     def __init__(self, path, shape):
