@@ -1,6 +1,4 @@
-"""A contact sheet: rows of small pictures under headings, each with a caption, for eyes and for
-print.
-"""
+"""A contact sheet: rows of small images under headings, each with a caption, for eyes and print."""
 
 import importlib.util
 import unicodedata
@@ -10,20 +8,19 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-CELL = 112
+CELL = 112  # pixels, as all of these
 GAP = 8
 MARGIN = 24
+TITLE = 30
+HEADING = 44
+CAPTION = 16
 COLUMNS = 10
 INK = "#222222"
 PALE = "#777777"
-FRAME = "#D0D0D0"
-GROUND = "#FFFFFF"
 
 
 class Cell(NamedTuple):
-    """A picture with its caption, and the colour of a line below it that ties it to others; a
-    text in place of a picture.
-    """
+    """An image, or a text in its place, a caption, and the colour of a line that marks a group."""
 
     picture: Image.Image | str
     caption: str = ""
@@ -31,105 +28,85 @@ class Cell(NamedTuple):
 
 
 def draw_sheet(title, sections):
-    """The PIL image of a sheet: `sections` are (heading, cells), of which those without cells
-    are passed over.
-    """
+    """The PIL image of a sheet of (heading, cells); sections without cells are left out."""
     large, middle, small = map(load_font, (22, 15, 11))
     sections = [(heading, cells) for heading, cells in sections if cells]
-    step = CELL + GAP
-    heights = [44 + -(-len(cells) // COLUMNS) * (step + row_below(cells)) for _, cells in sections]
-    page = Image.new(
-        "RGB", (2 * MARGIN + COLUMNS * step - GAP, 2 * MARGIN + 30 + sum(heights)), GROUND
-    )
+    steps = [CELL + GAP + CAPTION * any(cell.caption for cell in cells) for _, cells in sections]
+    tops = [MARGIN + TITLE]
+    for (_, cells), step in zip(sections, steps, strict=True):
+        tops.append(tops[-1] + HEADING + -(-len(cells) // COLUMNS) * step)
+    width = 2 * MARGIN + COLUMNS * (CELL + GAP) - GAP
+    page = Image.new("RGB", (width, tops[-1] + MARGIN), "#FFFFFF")
     pen = ImageDraw.Draw(page)
-    pen.text((MARGIN, MARGIN), ellipsize(title, large, page.width - 2 * MARGIN), INK, large)
-    top = MARGIN + 30
-    for (heading, cells), height in zip(sections, heights, strict=True):
-        pen.text(
-            (MARGIN, top + 16), ellipsize(heading, middle, page.width - 2 * MARGIN), INK, middle
-        )
+    pen.text((MARGIN, MARGIN), ellipsize(title, large, width - 2 * MARGIN), INK, large)
+    for (heading, cells), step, top in zip(sections, steps, tops[:-1], strict=True):
+        text = ellipsize(heading, middle, width - 2 * MARGIN)
+        pen.text((MARGIN, top + 16), text, INK, middle)
         for number, cell in enumerate(cells):
             row, column = divmod(number, COLUMNS)
-            left = MARGIN + column * step
-            upper = top + 44 + row * (step + row_below(cells))
-            if isinstance(cell.picture, str):
-                pen.rectangle((left, upper, left + CELL - 1, upper + CELL - 1), "#F2F2F2")
-                pen.text(
-                    (left + CELL / 2, upper + CELL / 2),
-                    ellipsize(cell.picture, small, CELL),
-                    PALE,
-                    small,
-                    anchor="mm",
-                )
-            else:
-                shown = ImageOps.contain(cell.picture, (CELL, CELL))
-                x = left + (CELL - shown.width) // 2
-                y = upper + (CELL - shown.height) // 2
-                page.paste(shown, (x, y))
-                # some are white
-                pen.rectangle((x - 1, y - 1, x + shown.width, y + shown.height), outline=FRAME)
-            if cell.colour:
-                pen.rectangle(
-                    (left, upper + CELL + 2, left + CELL - 1, upper + CELL + 4), cell.colour
-                )
-            pen.text((left, upper + CELL + 7), ellipsize(cell.caption, small, CELL), PALE, small)
-        top += height
+            corner = MARGIN + column * (CELL + GAP), top + HEADING + row * step
+            draw_cell(page, pen, cell, *corner, small)
     return page
 
 
-def row_below(cells):
-    """The height of the captions."""
-    return 16 if any(cell.caption for cell in cells) else 0
+def draw_cell(page, pen, cell, left, top, font):
+    """Draw a cell with its upper left corner at (left, top)."""
+    if isinstance(cell.picture, str):
+        pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), "#F2F2F2")
+        text = ellipsize(cell.picture, font, CELL)
+        pen.text((left + CELL / 2, top + CELL / 2), text, PALE, font, anchor="mm")
+    else:
+        picture = ImageOps.contain(cell.picture, (CELL, CELL))
+        x = left + (CELL - picture.width) // 2
+        y = top + (CELL - picture.height) // 2
+        page.paste(picture, (x, y))
+        # a frame, as some images are white
+        pen.rectangle((x - 1, y - 1, x + picture.width, y + picture.height), outline="#D0D0D0")
+    if cell.colour:
+        pen.rectangle((left, top + CELL + 2, left + CELL - 1, top + CELL + 4), cell.colour)
+    pen.text((left, top + CELL + 7), ellipsize(cell.caption, font, CELL), PALE, font)
 
 
 @cache
 def load_font(size):
-    """DejaVu Sans, which knows many scripts, where matplotlib is installed; else Pillow's own,
-    which knows the Latin one.
-    """
-    found = importlib.util.find_spec("matplotlib")
-    path = found and Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return (
-        ImageFont.truetype(path, size) if path and path.is_file() else ImageFont.load_default(size)
-    )
+    """DejaVu Sans, which has many scripts, from matplotlib if installed, else Pillow's own."""
+    spec = importlib.util.find_spec("matplotlib")
+    path = spec and Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    if path and path.is_file():
+        return ImageFont.truetype(path, size)
+    return ImageFont.load_default(size)
 
 
 @cache
 def has_glyph(font, letter):
-    """Whether a font draws a letter, and not the box that stands for one it lacks."""
-    # half a surrogate pair, which no font can be asked for, among them
-    if not letter.isprintable():
+    """Whether a font has a letter, and does not draw the box for a missing one."""
+    if not letter.isprintable():  # such as half a surrogate pair, which fonts reject
         return False
     shape = font.getmask(letter)
-    lacking = font.getmask("\U0010ffff")
-    return (shape.size, bytes(shape)) != (lacking.size, bytes(lacking))
+    missing = font.getmask("\U0010ffff")
+    return (shape.size, bytes(shape)) != (missing.size, bytes(missing))
 
 
 def legible(text, font):
-    """The text in letters that a font has: accents go where need be, and a letter that it lacks
-    becomes its code, `\\u732b`.
-    """
+    """The text in letters that a font has: else without accents, else as a code, `\\u732b`."""
 
     def drawn(letter):
         if has_glyph(font, letter) and not unicodedata.combining(letter):
             return letter
-        plain = "".join(
-            part
-            for part in unicodedata.normalize("NFKD", letter)
-            if not unicodedata.combining(part)
-        )
+        parts = unicodedata.normalize("NFKD", letter)
+        plain = "".join(part for part in parts if not unicodedata.combining(part))
         return plain if all(has_glyph(font, part) for part in plain) else ascii(letter)[1:-1]
 
     return "".join(map(drawn, unicodedata.normalize("NFC", text)))
 
 
 def ellipsize(text, font, width):
-    """The text, its middle left out where it is wider than that: names differ at both ends."""
+    """The legible text, shortened in the middle to a width: file names differ at both ends."""
     text = legible(text, font)
-    kept = len(text)
-    gap = "…" if has_glyph(font, "…") else "..."
+    ellipsis = "…" if has_glyph(font, "…") else "..."
+    length = len(text)
     shown = text
-    while kept > 2 and font.getlength(shown) > width:
-        kept -= 1
-        shown = f"{text[: kept // 2]}{gap}{text[len(text) - (kept - kept // 2) :]}"
+    while length > 2 and font.getlength(shown) > width:
+        length -= 1
+        shown = f"{text[: length // 2]}{ellipsis}{text[len(text) - (length - length // 2) :]}"
     return shown

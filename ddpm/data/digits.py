@@ -11,8 +11,7 @@ from ddpm.data import source
 
 
 def digits(image_size, channels, matte):
-    """scikit-learn's 1,797 handwritten digits, 8x8 in 17 grey levels, brought bilinearly to 16 or
-    32 pixels.
+    """scikit-learn's handwritten digits, 8x8 in 17 grey levels, enlarged to 16 or 32 pixels.
 
     Raises ValueError for another size than 8, 16 or 32.
     """
@@ -23,23 +22,23 @@ def digits(image_size, channels, matte):
             f"digits are 8x8 and come as 8, 16 or 32 pixels, not {image_size}; set image_size to "
             "16 or 32"
         )
-    found = load_digits()
-    grey = torch.from_numpy(found.images).unsqueeze(1)
+    data = load_digits()
+    grey = torch.from_numpy(data.images).unsqueeze(1)
     grey = F.interpolate(grey, size=(image_size, image_size), mode="bilinear", align_corners=False)
     grey = (grey * (255 / 16)).round().clamp(0, 255).to(torch.uint8)
     colours = 1 if channels < 3 else 3
     pixels = repeat(grey, "n 1 h w -> n c h w", c=colours)
     if channels != colours:
         pixels = torch.cat([pixels, torch.full_like(grey, 255)], dim=1)
+    pixels = pixels.numpy()
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
     return source.Source(
-        fetch=partial(source.row, pixels.numpy()),
+        fetch=partial(source.row, pixels),
         length=len(pixels),
-        image_shape=tuple(pixels.shape[1:]),
-        fingerprint=source.fingerprint(
-            "digits", pixels.shape, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
-        ),
-        labels=found.target.tolist(),
-        classes=[str(name) for name in found.target_names],
+        image_shape=pixels.shape[1:],
+        fingerprint=source.fingerprint("digits", pixels.shape, digest),
+        labels=data.target.tolist(),
+        classes=[str(name) for name in data.target_names],
         notes=(f"digits: {len(pixels)} images of 8x8 pixels as {image_size}x{image_size}",),
         in_memory=True,
     )

@@ -1,4 +1,4 @@
-"""Batches from a source, by worker processes where asked for."""
+"""Batches from a source, by worker processes if asked for."""
 
 import atexit
 import signal
@@ -10,34 +10,30 @@ POLL_SECONDS = 1  # of waiting for a batch, after which a request to stop is loo
 
 
 class Batches(torch.utils.data.Dataset):
-    """A source by lists of indices: uint8 [b, c, h, w] and labels int64 [b], -1 where there are
-    none.
-    """
+    """A source by lists of indices: (uint8 [b, c, h, w], int64 labels [b], -1 without labels)."""
 
     def __init__(self, source):
         self.source = source
 
     def __getitem__(self, indices):
         labels = self.source.labels
-        return self.source.batch(indices), torch.tensor(
-            [labels[index] if labels else -1 for index in indices]
-        )
+        labels = [labels[index] if labels else -1 for index in indices]
+        return self.source.batch(indices), torch.tensor(labels)
 
 
 def loader(source, batches, num_workers=0, pin_memory=False, check=lambda: None):
-    """Iterate once over an iterable of index lists: (uint8 [b, c, h, w], int64 labels [b], -1 where
-    there are none).
+    """Iterate once over an iterable of index lists, giving what `Batches` does for each.
 
-    The batches are the same for any number of workers, and torch's global generator is left alone.
-    What is in memory needs no workers: they would only carry it from process to process. `check()`
+    Batches are the same for any number of workers, and torch's global generator is left alone. A
+    source in memory is read without workers, which would only copy it between processes. `check()`
     is called before each batch and while workers prepare it; it may raise to end the waiting.
     """
     num_workers = 0 if source.in_memory else num_workers
-    running = iterate(source, batches, num_workers, pin_memory, check)
-    # workers that ignore SIGTERM would hold up the end of a process that left a loader standing
+    iterator = iterate(source, batches, num_workers, pin_memory, check)
+    # workers ignore SIGTERM, so a loader that is left open would delay the end of the process
     if num_workers:
-        atexit.register(close_if_alive, weakref.ref(running))
-    return running
+        atexit.register(close_if_alive, weakref.ref(iterator))
+    return iterator
 
 
 def iterate(source, batches, num_workers, pin_memory, check):
@@ -67,16 +63,15 @@ def iterate(source, batches, num_workers, pin_memory, check):
 
 
 def close_if_alive(reference):
-    running = reference()
-    if running is not None:
-        running.close()
+    iterator = reference()
+    if iterator is not None:
+        iterator.close()
 
 
 def ignore_stop_signals(worker):
-    """Let a worker outlive Ctrl-C and a scheduler's SIGTERM or SIGUSR1, which reach the whole
-    group: the trainer saves first.
+    """Let a worker survive Ctrl-C and a scheduler's SIGTERM or SIGUSR1 while the trainer saves.
 
-    The second SIGTERM counts: it comes from the trainer, which has asked before by the usual way.
+    The second SIGTERM ends it: it comes from the trainer, after an orderly request.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
