@@ -1,9 +1,9 @@
-"""Is this folder fit to train on? `python -m ddpm.doctor data/cats [--image_size=128] [--out=DIR]`,
-or `--config=FILE`.
+"""Is a folder of images fit to train on? `python -m ddpm.doctor data/cats [--image_size=128]
+[--out=DIR]`, or `--config=FILE`.
 
-It reads the folder as training does, with the same functions, and what training would leave out, it
-names. With --out it writes report.json and sheet.png. Exit codes: 0 fit, 1 not fit (with --strict
-also for a warning), 2 your mistake.
+Reads the folder with the functions of training and names what training would leave out. With --out
+it writes report.json and sheet.png. Exit codes: 0 fit, 1 not fit (with --strict also for a
+warning), 2 usage error.
 """
 
 import json
@@ -20,98 +20,102 @@ from ddpm.common.files import atomic_write, make_folder
 from ddpm.common.registry import quantity
 from ddpm.config import flags as config_flags
 from ddpm.config.defaults import OPTIONS, base
-from ddpm.data import decode, duplicates, folder, inspect, order, source
+from ddpm.data import decode, duplicates, folder, inspect, limits, order
 from ddpm.data.contact_sheet import COLUMNS, Cell, draw_sheet
+from ddpm.data.source import shorten
 from ddpm.sampling import formats
 
-IMBALANCE = 10  # times as many images in the largest class as in the smallest
+MAX_IMBALANCE = 10  # times as many images in the largest class as in the smallest
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito 2008
 
 
 def diagnose(path, image_size, fraction):
-    """The report on a folder at a size of images, of which a fraction is held out: what can be
-    written as JSON.
+    """The report on a folder at an image size, with a fraction of the images held out.
 
-    Raises ValueError where there is no such folder.
+    A dict that JSON can write. Raises ValueError where there is no such folder.
     """
-    found = folder.scan_folder(path)
-    faults = found.faults(image_size)
-    kept = [number for number, fault in enumerate(faults) if not fault]
-    names = [found.names[k] for k in kept]
-    facts = [found.facts[k] for k in kept]
+    scan = folder.scan_folder(path)
+    faults = scan.faults(image_size)
+    images = {
+        name: info
+        for name, info, fault in zip(scan.names, scan.infos, faults, strict=True)
+        if not fault
+    }
+    names = list(images)
     labels, classes = folder.classes_of(names) if names else (None, None)
     counts = Counter(labels or ())
-    whole = [one for one in found.facts if not one.fault]
-    sides = sorted(min(one.width, one.height) for one in whole)
-    lost = {
-        name: 1 - min(one.width, one.height) / max(one.width, one.height)
-        for name, one in zip(names, facts, strict=True)
-    }
-    unread = found.unreadable_pictures()
-    unnamed = {
-        name: form
-        for name in found.other_names
-        if name not in unread and (form := inspect.format_of(found.root / name))
-    }
-    alike = duplicates.near_duplicates(found.root, facts)
-    held_out = order.split(len(kept), fraction, 0)[1]
-
-    def named(holds):
-        return [name for name, one in zip(names, facts, strict=True) if holds(name, one)]
-
+    groups = duplicates.near_duplicates(scan.root, list(images.values()))
+    held_out = order.split(len(names), fraction, 0)[1]
     report = {
-        "folder": str(found.root),
+        "folder": str(scan.root),
         "image_size": image_size,
-        "files": len(found.names),
-        "kept": len(kept),
+        "files": len(scan.names),
+        "kept": len(names),
         "held_out": [names[k] for k in held_out],
-        "formats": dict(Counter(one.format for one in whole).most_common()),
-        "shorter_side": dict(
-            zip(
-                ("least", "median", "most"),
-                (sides[0], statistics.median(sides), sides[-1]),
-                strict=True,
-            )
-        )
-        if sides
-        else {},
-        "left_out": {
-            fault: [name for name, one in zip(found.names, faults, strict=True) if one == fault]
-            for fault in decode.FAULTS
-            if fault in faults
-        },
-        "near_duplicates": [[names[k] for k in group] for group in alike],
-        "across": duplicates.split_leakage(alike, held_out),
-        "one_colour": named(lambda _, one: one.one_colour),
-        "turned": named(lambda _, one: one.orientation != 1),
-        "transparent": named(lambda _, one: one.transparent),
-        "cmyk": named(lambda _, one: one.mode == "CMYK"),
-        "animated": named(lambda _, one: one.animated),
-        "misnamed": {
-            name: one.format
-            for name, one in zip(names, facts, strict=True)
-            if one.format != decode.SUFFIXES[Path(name).suffix.lower()]
-        },
-        "without_suffix": unnamed,
-        "other_colours": {
-            name: one.profile for name, one in zip(names, facts, strict=True) if one.profile
-        },
-        "unread_profile": named(lambda _, one: one.unread_profile),
-        "dark": found.dark_images(image_size),
-        "unread": unread,
-        "remarks": found.remarks(image_size),
-        "not_read": found.other_files(),
-        "no_pictures": found.other_files(but={*unread, *unnamed}),
-        "cropped_away": dict(sorted(lost.items(), key=lambda item: -item[1])),
-        "classes": {name: counts[number] for number, name in enumerate(classes)} if classes else {},
+        "near_duplicates": [[names[k] for k in group] for group in groups],
+        "across": duplicates.split_leakage(groups, held_out),
+        "classes": {name: counts[number] for number, name in enumerate(classes or ())},
     }
+    report |= describe_files(scan, image_size, faults) | describe_images(images)
     return report | verdict(report)
 
 
+def describe_files(scan, image_size, faults):
+    """The part of a report on all files of a FolderScan: sizes, faults, and what is not read."""
+    infos = [info for info in scan.infos if not info.fault]
+    sides = sorted(min(info.width, info.height) for info in infos)
+    left_out = {}
+    for fault in limits.FAULTS:
+        if fault in faults:
+            names = zip(scan.names, faults, strict=True)
+            left_out[fault] = [name for name, other in names if other == fault]
+    unreadable = scan.unreadable_pictures()
+    others = [name for name in scan.other_names if name not in unreadable]
+    without_suffix = {name: inspect.format_of(scan.root / name) for name in others}
+    without_suffix = {name: form for name, form in without_suffix.items() if form}
+    report = {
+        "formats": dict(Counter(info.format for info in infos).most_common()),
+        "shorter_side": {},
+        "left_out": left_out,
+        "without_suffix": without_suffix,
+        "dark": scan.dark_images(image_size),
+        "unread": unreadable,
+        "remarks": scan.remarks(image_size),
+        "not_read": scan.other_files(),
+        "no_pictures": scan.other_files(exclude={*unreadable, *without_suffix}),
+    }
+    if sides:
+        median = statistics.median(sides)
+        report["shorter_side"] = {"least": sides[0], "median": median, "most": sides[-1]}
+    return report
+
+
+def describe_images(images):
+    """The part of a report on the images of training, a dict name -> ImageInfo."""
+    cropped = {
+        name: 1 - min(info.width, info.height) / max(info.width, info.height)
+        for name, info in images.items()
+    }
+    suffix_formats = {name: limits.SUFFIXES[folder.suffix_of(name)] for name in images}
+    return {
+        "one_colour": [name for name, info in images.items() if info.one_colour],
+        "turned": [name for name, info in images.items() if info.orientation != 1],
+        "transparent": [name for name, info in images.items() if info.transparent],
+        "cmyk": [name for name, info in images.items() if info.mode == "CMYK"],
+        "animated": [name for name, info in images.items() if info.animated],
+        "unread_profile": [name for name, info in images.items() if info.unread_profile],
+        "other_colours": {name: info.profile for name, info in images.items() if info.profile},
+        "misnamed": {
+            name: info.format
+            for name, info in images.items()
+            if info.format != suffix_formats[name]
+        },
+        "cropped_away": dict(sorted(cropped.items(), key=lambda item: -item[1])),
+    }
+
+
 def verdict(report):
-    """Why a folder is not fit, and what to look at first: `{"not_fit": lines, "warnings":
-    lines}`.
-    """
+    """`{"not_fit": lines, "warnings": lines}`: why a folder is not fit, and what to check first."""
     faults = [fault for fault, names in report["left_out"].items() for _ in names]
     not_fit, warnings = folder.fitness(report["kept"], report["files"], faults)
     if not report["files"]:
@@ -119,13 +123,13 @@ def verdict(report):
     if report["across"]:
         warnings.append(
             f"{report['across']:,} of {len(report['held_out']):,} held-out images have a "
-            "near-duplicate that is learned from, so val/loss and eval/copying flatter: keep one "
-            "of each group"
+            "near-duplicate among the training images, so val/loss and eval/copying look too "
+            "good: keep one image of each group"
         )
     elif report["near_duplicates"]:
         warnings.append(
-            "near-duplicates are learned more often than others, and copied sooner: keep one of "
-            "each group"
+            "near-duplicates are trained on more often than other images and copied sooner: keep "
+            "one image of each group"
         )
     warnings += report["remarks"]
     if report["one_colour"]:
@@ -134,35 +138,51 @@ def verdict(report):
         samples = "samples like it: remove it" if count == 1 else "samples like them: remove them"
         warnings.append(f"{images} of one colour and will lead to {samples}")
     if report["without_suffix"]:
-        unnamed = quantity(len(report["without_suffix"]), "picture is", "pictures are")
-        warnings.append(f"{unnamed} not read for want of a suffix of theirs: rename them")
+        count = len(report["without_suffix"])
+        files = quantity(count, "image is", "images are")
+        warnings.append(
+            f"{files} not read, as the name does not end in an image suffix: rename "
+            f"{'it' if count == 1 else 'them'}"
+        )
     counts = report["classes"].values()
-    if counts and max(counts) > IMBALANCE * min(counts):
+    if counts and max(counts) > MAX_IMBALANCE * min(counts):
         warnings.append(
             f"the largest class has {max(counts) / min(counts):.0f} times as many images as the "
-            "smallest, which will be drawn worse"
+            "smallest, whose samples will be worse"
         )
     return {"not_fit": not_fit, "warnings": warnings}
 
 
 def report_lines(report):
-    """The report in one screen of text."""
-
-    def some(found, most=3):
-        return f"{len(found):,}: {source.shorten(list(found), most)}" if found else ""
-
+    """The report as lines of text, on one screen."""
     advice = folder.verdict(report["not_fit"], report["warnings"])
     if not report["files"]:
-        yield from advice
-        return
-    lost = report["cropped_away"]
-    side = report["shorter_side"]
-    groups = report["near_duplicates"]
-    small = len(report["left_out"].get(decode.TOO_SMALL, ()))
+        return advice
+    size = report["image_size"]
+    header = (
+        f"{shorten([report['folder']])}: {report['kept']:,} of "
+        f"{quantity(report['files'], 'image')} can be used at {size}x{size}, "
+        f"{len(report['held_out']):,} of them held out"
+    )
+    rows = [(name, text) for name, text in file_rows(report) + image_rows(report) if text]
+    width = 2 + max((len(name) for name, _ in rows), default=0)
+    lines = [header, "", *(f"{name:<{width}}{text}" for name, text in rows), "", *advice]
+    if report["not_fit"]:
+        return lines
+    if report["kept"] < folder.FEW_IMAGES:
+        return [*lines, "fit to train on"]
+    is_enough = report["kept"] >= folder.MANY_IMAGES
+    enough = "enough that copies are rare" if is_enough else "enough to start with"
+    return [*lines, f"fit to train on: {report['kept']:,} images are {enough}"]
+
+
+def file_rows(report):
+    """Rows (name, text) of a report on formats, sizes and what is left out or not read."""
     rows = [
         ("formats", ", ".join(f"{count:,} {form}" for form, count in report["formats"].items()))
     ]
-    if side:
+    if side := report["shorter_side"]:
+        small = len(report["left_out"].get(limits.TOO_SMALL, ()))
         rows.append(
             (
                 "shorter side",
@@ -170,173 +190,142 @@ def report_lines(report):
                 f"{small:,} below {report['image_size']}",
             )
         )
-    if lost:
-        worst = next(iter(lost))
+    if shares := report["cropped_away"]:
+        worst = next(iter(shares))
+        median = statistics.median(shares.values())
         rows.append(
             (
                 "cropped away",
-                f"{statistics.median(lost.values()):.0%} of the pixels in the median, at most "
-                f"{lost[worst]:.0%}: {source.shorten([worst])}",
+                f"{median:.0%} of the pixels in the median image, at most {shares[worst]:.0%}: "
+                f"{shorten([worst])}",
             )
         )
     left_out = {fault: list(names) for fault, names in report["left_out"].items()}
     listed = {name for names in left_out.values() for name in names}
-    for name, kind in report["unread"].items():
-        if name not in listed:  # as its suffix is none that is read
-            left_out.setdefault(kind, []).append(name)
+    for name, form in report["unread"].items():
+        if name not in listed:  # its suffix is not of an image that is read
+            left_out.setdefault(form, []).append(name)
     for fault, names in left_out.items():
-        rows.append(
-            (f"left out: {fault}", f"{some(names)} ({decode.FAULTS.get(fault, decode.CONVERT)})")
-        )
-    if groups:
-        rows.append(
-            (
-                "near-duplicates",
-                f"{sum(map(len, groups)):,} images in {quantity(len(groups), 'group')}, such as "
-                f"{source.shorten(groups[0], 3)}",
-            )
-        )
-    misnamed = [f"{name} ({form})" for name, form in report["misnamed"].items()]
-    coloured = [f"{name} ({profile})" for name, profile in report["other_colours"].items()]
-    unnamed = [f"{name} ({form})" for name, form in report["without_suffix"].items()]
-    rows += [
-        ("of one colour", some(report["one_colour"])),
-        ("turned upright", some(report["turned"])),
-        ("transparent", some(report["transparent"])),
-        ("CMYK", some(report["cmyk"])),
-        ("colour profile", f"{some(coloured)}; converted to sRGB" if coloured else ""),
-        (
-            "unread profile",
-            f"{some(report['unread_profile'])}; taken for sRGB" if report["unread_profile"] else "",
-        ),
-        ("dark 16 bits", some([f"{name} (up to {most})" for name, most in report["dark"].items()])),
-        (
-            "animated",
-            f"{some(report['animated'])}; the first frame counts" if report["animated"] else "",
-        ),
-        ("another format", some(misnamed)),
-        ("no image suffix", f"{some(unnamed)}; rename them to be read" if unnamed else ""),
-        ("not read", report["no_pictures"]),
-        (
-            "classes",
-            f"{len(report['classes'])}: "
-            + source.shorten(
-                [
-                    f"{name} ({count:,})"
-                    for name, count in sorted(report["classes"].items(), key=lambda item: -item[1])
-                ],
-                6,
-            )
-            if report["classes"]
-            else "",
-        ),
-    ]
-    size = report["image_size"]
-    files = quantity(report["files"], "image")
-    yield (
-        f"{source.shorten([report['folder']])}: {report['kept']:,} of {files} can be learned "
-        f"from at {size}x{size}, {len(report['held_out']):,} of them held out\n"
+        remedy = limits.FAULTS.get(fault, limits.CONVERT)
+        rows.append((f"left out: {fault}", f"{some(names)} ({remedy})"))
+    rows.append(
+        ("no image suffix", some(report["without_suffix"], "; rename them so that they are read"))
     )
-    width = 2 + max(len(name) for name, _ in rows)
-    yield from (f"{name:<{width}}{text}" for name, text in rows if text)
-    yield ""
-    yield from advice
-    if not report["not_fit"]:
-        enough = (
-            "enough that copies are rare"
-            if report["kept"] >= folder.MANY_IMAGES
-            else "enough to begin with"
-        )
-        yield (
-            f"fit to train on: {report['kept']:,} images are {enough}"
-            if report["kept"] >= folder.FEW_IMAGES
-            else "fit to train on"
-        )
+    return [*rows, ("not read", report["no_pictures"])]
+
+
+def image_rows(report):
+    """Rows (name, text) of a report on what is special in the images of training."""
+    groups = report["near_duplicates"]
+    classes = sorted(report["classes"].items(), key=lambda item: -item[1])
+    sizes = shorten([f"{name} ({count:,})" for name, count in classes], 6)
+    dark = {name: f"up to {value}" for name, value in report["dark"].items()}
+    num_images = sum(map(len, groups))
+    in_groups = f"{num_images:,} images in {quantity(len(groups), 'group')}"
+    return [
+        ("near-duplicates", f"{in_groups}, such as {shorten(groups[0], 3)}" if groups else ""),
+        ("one colour", some(report["one_colour"])),
+        ("rotated by EXIF", some(report["turned"], "; turned upright")),
+        ("transparent", some(report["transparent"], "; laid over data.matte")),
+        ("CMYK", some(report["cmyk"], "; converted to RGB")),
+        ("colour profile", some(report["other_colours"], "; converted to sRGB")),
+        ("unread profile", some(report["unread_profile"], "; treated as sRGB")),
+        ("dark 16 bits", some(dark)),
+        ("animated", some(report["animated"], "; only the first frame is used")),
+        ("wrong suffix", some(report["misnamed"], "; read as what they are")),
+        ("classes", f"{len(classes)}: {sizes}" if classes else ""),
+    ]
+
+
+def some(names, remark="", limit=3):
+    """The number of names, the first few, and a remark; names of a dict with their values."""
+    if not names:
+        return ""
+    if isinstance(names, dict):
+        names = [f"{name} ({value})" for name, value in names.items()]
+    return f"{len(names):,}: {shorten(list(names), limit)}{remark}"
 
 
 def contact_sheet(report, matte):
     """The PIL image of a folder's contact sheet: what training sees, then what is doubtful."""
-    root = Path(report["folder"])
     size = report["image_size"]
-    most = 2 * COLUMNS
-    left_out = {name for names in report["left_out"].values() for name in names}
-    held_out = set(report["held_out"])
-    kept = sorted(set(report["cropped_away"]))
-
-    def seen(name, caption=None, colour=""):
-        try:
-            picture = pixels.picture(
-                formats.channels_last(decode.decode_file(root / name, size, 3, matte)[None])[0]
-            )
-        except decode.UnreadableImage as refused:
-            picture = refused.fault
-        return Cell(picture, source.shorten([name]) if caption is None else caption, colour)
-
-    def cut(name, share):
-        return Cell(show_crop(root / name), f"{share:.0%}  {source.shorten([name])}")
-
-    twins = [
-        seen(
-            name,
-            f"{'held out: ' if name in held_out else ''}{source.shorten([name])}",
-            COLOURS[k % len(COLOURS)],
-        )
-        for k, group in enumerate(report["near_duplicates"][:most])
-        for name in group[:4]
-    ][: 2 * most]
-    unlike = [
+    limit = 2 * COLUMNS
+    see = TrainingView(Path(report["folder"]), size, matte)
+    kept = sorted(report["cropped_away"])
+    cropped = list(report["cropped_away"].items())[:COLUMNS]
+    special = [
         *report["turned"],
         *report["transparent"],
         *report["cmyk"],
         *report["animated"],
         *report["other_colours"],
     ]
-    unlike = [name for name in dict.fromkeys(unlike) if name not in left_out]
-    outside = [
-        Cell(fault, source.shorten([name])) if fault != decode.TOO_SMALL else seen(name)
-        for fault, names in report["left_out"].items()
-        for name in names[:COLUMNS]
-    ]
-    worst = [
-        cut(name, share) for name, share in list(report["cropped_away"].items())[:COLUMNS] if share
-    ]
-    return draw_sheet(
-        f"{source.shorten([report['folder']])}: {quantity(report['kept'], 'image')} at "
-        f"{size}x{size}",
-        [
-            (
-                "As training sees them",
-                [seen(name, "") for name in evenly_spaced(kept, 4 * COLUMNS)],
-            ),
-            (
-                f"Near-duplicates: {quantity(len(report['near_duplicates']), 'group')}, a colour "
-                "each",
-                twins,
-            ),
-            ("Cropped most: what is dimmed is lost", worst),
-            (
-                "Turned, transparent, animated, CMYK or other colours, as training sees them",
-                [seen(name) for name in unlike[:most]],
-            ),
-            ("Of one colour", [seen(name) for name in report["one_colour"][:COLUMNS]]),
-            ("Left out", outside[: 2 * most]),
+    groups = quantity(len(report["near_duplicates"]), "group")
+    sections = {
+        "As training sees them": [
+            see(name, caption="") for name in order.evenly_spaced(kept, 4 * COLUMNS)
         ],
-    )
+        f"Near-duplicates: {groups}, one colour each": twin_cells(report, see)[: 2 * limit],
+        "Cropped most: dimmed parts are lost": [
+            Cell(show_crop(see.root / name), f"{share:.0%}  {shorten([name])}")
+            for name, share in cropped
+            if share
+        ],
+        "Rotated, transparent, animated, CMYK or other colours, as training sees them": [
+            see(name) for name in list(dict.fromkeys(special))[:limit]
+        ],
+        "Of one colour": [see(name) for name in report["one_colour"][:COLUMNS]],
+        "Left out": left_out_cells(report, see)[:limit],
+    }
+    images = quantity(report["kept"], "image")
+    title = f"{shorten([report['folder']])}: {images} at {size}x{size}"
+    return draw_sheet(title, sections.items())
 
 
-def evenly_spaced(names, most):
-    """So many of the names, evenly from first to last."""
-    return [names[k] for k in order.evenly_spaced(range(len(names)), most)] if names else []
+class TrainingView:
+    """`see(name)` is the Cell of an image of a folder as training sees it, or of its fault."""
+
+    def __init__(self, root, size, matte):
+        self.root = root
+        self.size = size
+        self.matte = matte
+
+    def __call__(self, name, caption=None, colour=""):
+        try:
+            image = decode.decode_file(self.root / name, self.size, 3, self.matte)
+            picture = pixels.picture(formats.channels_last(image[None])[0])
+        except limits.UnreadableImage as error:
+            picture = error.fault
+        return Cell(picture, shorten([name]) if caption is None else caption, colour)
+
+
+def twin_cells(report, see):
+    """The Cells of near-duplicates, up to four of a group, with the group's colour."""
+    held_out = set(report["held_out"])
+    cells = []
+    for number, group in enumerate(report["near_duplicates"][: 2 * COLUMNS]):
+        for name in group[:4]:
+            caption = f"{'held out: ' if name in held_out else ''}{shorten([name])}"
+            cells.append(see(name, caption, COLOURS[number % len(COLOURS)]))
+    return cells
+
+
+def left_out_cells(report, see):
+    """The Cells of images that are left out: small ones as they are, others by their fault."""
+    cells = []
+    for fault, names in report["left_out"].items():
+        for name in names[:COLUMNS]:
+            is_small = fault == limits.TOO_SMALL
+            cells.append(see(name) if is_small else Cell(fault, shorten([name])))
+    return cells
 
 
 def show_crop(path):
-    """A whole picture, small, its parts dimmed that the square crop leaves out; the fault in a
-    word where it cannot be read.
-    """
+    """A small copy of a whole image with the parts outside its square crop dimmed, or its fault."""
     try:
         picture = decode.open_thumbnail(path, 224)
-    except decode.UnreadableImage as refused:
-        return refused.fault
+    except limits.UnreadableImage as error:
+        return error.fault
     side = min(picture.size)
     left, top = ((length - side) // 2 for length in picture.size)
     box = (left, top, left + side, top + side)
@@ -346,11 +335,10 @@ def show_crop(path):
 
 
 def parse_arguments(arguments):
-    """(path, image size, held-out fraction, matte) that the command line asks about."""
-    given = flags.FLAGS
+    """(path, image size, held-out fraction, matte) of the command line; raises ValueError."""
     config = base()
     config.data.image_size = 128
-    if given.config is not None:
+    if flags.FLAGS.config is not None:
         config, _, _ = config_flags.given_config()
     if len(arguments) > 1:
         raise ValueError(f"did not expect {arguments[1]!r}; give one folder")
@@ -360,10 +348,9 @@ def parse_arguments(arguments):
             "the doctor looks at folders of files, and config.data.source is "
             f"{config.data.source!r}; write python -m ddpm.doctor data/cats"
         )
-    path = arguments[0] if arguments else options["path"]
     return (
-        path,
-        given.image_size or config.data.image_size,
+        arguments[0] if arguments else options["path"],
+        flags.FLAGS.image_size or config.data.image_size,
         config.data.validation_fraction,
         tuple(config.data.matte),
     )
@@ -389,11 +376,8 @@ def main(arguments):
         with atomic_write(Path(out) / "sheet.png") as part:
             contact_sheet(report, matte).save(part, "PNG")
         print(f"wrote {Path(out) / 'report.json'} and {Path(out) / 'sheet.png'}")
-    return (
-        errors.FAILED
-        if report["not_fit"] or flags.FLAGS.strict and report["warnings"]
-        else errors.DONE
-    )
+    not_fit = report["not_fit"] or flags.FLAGS.strict and report["warnings"]
+    return errors.FAILED if not_fit else errors.DONE
 
 
 if __name__ == "__main__":
@@ -405,9 +389,7 @@ if __name__ == "__main__":
         OPTIONS["data.image_size"].low,
         OPTIONS["data.image_size"].high,
     )
-    flags.DEFINE_string(
-        "out", None, "Folder for report.json and sheet.png, a picture of what is in the folder."
-    )
+    flags.DEFINE_string("out", None, "Folder for report.json and sheet.png, a contact sheet.")
     flags.DEFINE_boolean("strict", False, "Exit with 1 for a warning too.")
     flags.adopt_module_key_flags(config_flags)
     config_flags.run_command(

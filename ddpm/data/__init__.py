@@ -1,8 +1,4 @@
-"""Images to learn from, by name: digits, folder, torchvision or streaming.
-
-A source is a pure function from an index to a uint8 image [c, h, w]; flips and noise belong to the
-training step.
-"""
+"""Images by name: digits, folder, torchvision or streaming; `SOURCES` is the table."""
 
 import torch
 
@@ -12,18 +8,17 @@ from ddpm.data.decode import MODES, WHITE
 
 
 def open_source(text, image_size, channels=3, matte=WHITE):
-    """Build the source that a spec such as `"digits"` or `"folder(path='data/cats')"` names.
+    """Build the Source that `"digits"`, `"folder(path='data/cats')"` or another text names.
 
-    Images come as [channels, image_size, image_size]; transparency is laid over the colour `matte`
-    (r, g, b), or kept as alpha by 2 and 4 channels. Raises ValueError for an unknown source, a
-    wrong option, or data that is not there.
+    Images are uint8 [channels, image_size, image_size]; 1 and 3 channels lay transparency over the
+    colour `matte` (r, g, b), 2 and 4 keep it as alpha. Raises ValueError for an unknown source, a
+    wrong option, or missing data.
     """
     registry.check_choice("number of channels", channels, list(MODES))
-    if not (
-        len(matte) == 3 and all(isinstance(value, int) and 0 <= value <= 255 for value in matte)
-    ):
+    is_colour = all(isinstance(value, int) and 0 <= value <= 255 for value in matte)
+    if not (len(matte) == 3 and is_colour):
         raise ValueError(
-            f"matte {matte!r} is no colour; give three whole numbers from 0 to 255, such as {WHITE}"
+            f"matte {matte!r} is not a colour; give three integers from 0 to 255, such as {WHITE}"
         )
     if image_size < 1:
         raise ValueError(f"image_size {image_size} is not a number of pixels; use 1 or more")
@@ -31,11 +26,11 @@ def open_source(text, image_size, channels=3, matte=WHITE):
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Float images [3, image_size, image_size] in [-1, 1] from a folder, or "digits", for a
-    training loop of one's own.
+    """Float images [3, image_size, image_size] in [-1, 1] from a folder or "digits", for your own
+    training loop.
 
-    With `augment` images are mirrored at random by torch's generator. Raises ValueError as `folder`
-    and `digits` do.
+    With `augment`, images are mirrored at random by torch's generator. Raises ValueError as
+    `open_source` does.
     """
 
     def __init__(self, data_dir, image_size, augment=False):

@@ -1,12 +1,13 @@
-"""What every source of images has: pixels by index, labels, a fingerprint of its content, notes
-for the log.
+"""What every source of images has: pixels by index, labels, a fingerprint, notes for the log.
+
+Nothing here is random: order, split and flips are functions of (seed, step, index) in
+`ddpm.common.rng`, so a resumed run, or one with more workers or GPUs, sees the same images.
 """
 
 import contextlib
 import contextvars
 import hashlib
 import json
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,14 +16,6 @@ import numpy as np
 import torch
 
 from ddpm.common import registry
-
-TRANSIENT_FAULT = (
-    "not readable"  # a fault of the disk or the memory, which may be gone the next time
-)
-SCAN_VERSION = 3  # count it up when `inspect.inspect_image` says other things of the same file
-
-# on a torchvision image
-ItemInfo = namedtuple("ItemInfo", "digest fault label species", defaults=("", "", -1, ""))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,103 +48,19 @@ class Source:
         return self.fetch(int(index))
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """The images at some indices, uint8 [b, c, h, w]; from memory at once, which is several
-        times faster.
-        """
-        return (
-            self.fetch(np.asarray(indices))
-            if self.in_memory
-            else torch.stack([self[index] for index in indices])
-        )
-
-
-def left_out_lines(names, faults):
-    """One line per fault: how many images have it, and all of them by name."""
-    found = {}
-    for name, fault in zip(names, faults, strict=True):
-        if fault:
-            found.setdefault(fault, []).append(name)
-    return [
-        f"left out {len(names)} {fault}: {shorten(names, len(names))}"
-        for fault, names in sorted(found.items())
-    ]
-
-
-def shorten(names, most=5):
-    """The first few names and how many more there are, on one line and safe to print on any
-    terminal.
-    """
-    text = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
-def fingerprint(*parts):
-    """Sha256 in hex over anything that JSON can write."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        """The images at some indices, uint8 [b, c, h, w]; with `in_memory` in one call."""
+        if self.in_memory:
+            return self.fetch(np.asarray(indices))
+        return torch.stack([self[index] for index in indices])
 
 
 def row(pixels, index):
-    """A copy of the image at an index of an array [n, c, h, w], or of a batch at an array of
-    indices.
-    """
+    """A copy, as a tensor, of row `index` of an array [n, c, h, w], or of rows at an array."""
     return torch.from_numpy(pixels.take(index, axis=0))
 
 
-def download_address(make):
-    """Where a torchvision set comes from: the first web address that its class names, else its
-    page in the manual.
-    """
-    found = ""
-    looked = list(vars(make).values())
-    while looked and not found:
-        item = looked.pop(0)
-        looked += (
-            item.values()
-            if isinstance(item, dict)
-            else item
-            if isinstance(item, (list, tuple))
-            else ()
-        )
-        found = item if isinstance(item, str) and item.startswith(("https://", "http://")) else ""
-    page = f"https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.{make.__name__}"
-    return found or f"what {page}.html names"
-
-
-DOWNLOADS = contextvars.ContextVar("DOWNLOADS", default=True)
-
-
-@contextlib.contextmanager
-def without_downloads():
-    """Inside, a source whose data are not on this machine raises ValueError instead of
-    downloading them.
-    """
-    before = DOWNLOADS.set(False)
-    try:
-        yield
-    finally:
-        DOWNLOADS.reset(before)
-
-
-def class_numbers(wanted, classes):
-    """The numbers of classes that are given by name, or else by number: `("dog", "0") -> [1, 0]`,
-    for classes cat and dog.
-
-    Raises ValueError for one that is neither.
-    """
-    known = {str(number): number for number in range(len(classes))} | {
-        name: number for number, name in enumerate(classes)
-    }
-    for one in wanted:
-        if str(one) not in known:
-            raise ValueError(
-                f"unknown class {one!r}{registry.suggest(one, classes)}; choose one of "
-                f"{shorten(list(classes))}, or a number from 0 to {len(classes) - 1}"
-            )
-    return [known[str(one)] for one in wanted]
-
-
 def subset(source, indices):
-    """The source of some of a source's images."""
+    """The Source of the images of a source at some indices."""
     indices = [int(index) for index in indices]
     return replace(
         source,
@@ -169,10 +78,61 @@ def fetch_subset(fetch, indices, index):
     return fetch(indices[index])
 
 
-class DatasetCheck:
-    """What must not change of the data at `source` while a run goes on: a checkpoint part that
-    is compared, not loaded.
+def fingerprint(*parts):
+    """Sha256 in hex of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def left_out_lines(names, faults):
+    """One line per fault: the number of images that have it, and all their names."""
+    by_fault = {}
+    for name, fault in zip(names, faults, strict=True):
+        if fault:
+            by_fault.setdefault(fault, []).append(name)
+    return [
+        f"left out {len(names)} {fault}: {shorten(names, len(names))}"
+        for fault, names in sorted(by_fault.items())
+    ]
+
+
+def shorten(names, limit=5):
+    """The first `limit` names and the number of the others, on one line of printable text."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    text = ", ".join(names[:limit]) + more
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+DOWNLOADS = contextvars.ContextVar("DOWNLOADS", default=True)
+
+
+@contextlib.contextmanager
+def without_downloads():
+    """In the block, a source whose data are not on this machine raises ValueError."""
+    before = DOWNLOADS.set(False)
+    try:
+        yield
+    finally:
+        DOWNLOADS.reset(before)
+
+
+def class_numbers(wanted, classes):
+    """The numbers of classes given by name or number: `("dog", "0") -> [1, 0]` for cat and dog.
+
+    Raises ValueError for one that is neither.
     """
+    known = {str(number): number for number in range(len(classes))}
+    known |= {name: number for number, name in enumerate(classes)}
+    for name in wanted:
+        if str(name) not in known:
+            raise ValueError(
+                f"unknown class {name!r}{registry.suggest(name, classes)}; choose one of "
+                f"{shorten(list(classes))}, or a number from 0 to {len(classes) - 1}"
+            )
+    return [known[str(name)] for name in wanted]
+
+
+class DatasetCheck:
+    """A checkpoint part that compares facts on the data of a run, and loads nothing."""
 
     def __init__(self, source, **facts):
         self.source = source
@@ -182,30 +142,28 @@ class DatasetCheck:
         return dict(self.facts)
 
     def load_state_dict(self, state):
+        """Raise ValueError where the data differ from those of the checkpoint."""
         if changes := self.changes(state):
             raise ValueError(
-                f"the data of this run have changed since its checkpoint ({changes}); bring them "
-                "back, say where they are now by --config.data.source, or begin a new run with "
+                f"the data of this run have changed since its checkpoint ({changes}); bring "
+                "them back, give their new place as --config.data.source, or start a new run with "
                 "--workdir and --config.train.init_from"
             )
 
     def changes(self, state):
-        """What is another than in a state, in words: a fingerprint where nothing else is, and
-        nothing where all is the same.
-        """
-        found = [
+        """What differs from a checkpoint, in words, or ""; the fingerprint only if nothing else."""
+        changes = [
             f"{name} were {in_words(state.get(name))}, are {in_words(fact)}"
             for name, fact in self.facts.items()
             if state.get(name) != fact and name != "fingerprint"
         ]
-        was = state.get("fingerprint")
+        before = state.get("fingerprint")
         now = self.facts["fingerprint"]
-        found = (
-            found if found or was == now else [f"fingerprint was {str(was)[:12]}, is {now[:12]}"]
-        )
-        return "; ".join([f"in {self.source}", *found]) if found else ""
+        if not changes and before != now:
+            changes = [f"fingerprint was {str(before)[:12]}, is {now[:12]}"]
+        return "; ".join([f"in {self.source}", *changes]) if changes else ""
 
 
 def in_words(fact):
-    """A number, or a list of names in brackets."""
+    """A number, or a list of names in parentheses."""
     return f"({shorten(list(fact), 20)})" if isinstance(fact, (list, tuple)) else fact

@@ -7,22 +7,20 @@ import numpy as np
 from PIL import Image
 
 from ddpm.common import files, registry
-from ddpm.data import cache, folder, source
-from ddpm.data import decode as data_decode
-from ddpm.data.decode import UnreadableImage, decode, decode_file
+from ddpm.data import cache, decode, folder, source
+from ddpm.data.limits import UnreadableImage
 
 
 def streaming(
     image_size, channels, matte, *, path, remote="", cache_limit="", image="image", label=""
 ):
-    """Shards that MosaicML Streaming wrote, in the folder `path`: for images beyond one disk or
-    machine.
+    """Shards that MosaicML Streaming wrote, in the folder `path`, for more than one disk holds.
 
-    What is not there is brought from `remote` (a folder, s3://, gs://, ...) when it is first asked
-    for; with a `cache_limit` ("200gb") what came first goes again. The column `image` holds
-    contents of image files, pictures or uint8 arrays [h, w] and [h, w, c]; `label`, if given, class
-    numbers or names, all read once. Images are not looked at beforehand: smaller ones are enlarged.
-    Raises ValueError where that is not so, and at an image that cannot be read.
+    Missing shards are downloaded on demand from `remote` (a folder, s3://, gs://, ...); beyond
+    `cache_limit` ("200gb") the oldest are removed. The column `image` holds contents of image
+    files, PIL images or uint8 arrays [h, w] or [h, w, c]; `label`, if given, numbers or names.
+    Images are not scanned beforehand, and small ones are enlarged. Raises ValueError where shards
+    or columns do not fit, and at an image that cannot be read.
     """
     from ddpm.data.shards import Shards  # its library is optional, and seconds of start-up
 
@@ -38,19 +36,13 @@ def streaming(
     fetch = partial(fetch_sample, shards, image, image_size, channels, matte)
     fetch(0)
     labels, classes = labels_of(shards, label) if label else (None, None)
+    versions = decode.PREPROCESSING, decode.CONVERSION_VERSION
     return source.Source(
         fetch=fetch,
         length=len(shards),
         image_shape=shape,
         fingerprint=source.fingerprint(
-            "streaming",
-            data_decode.PREPROCESSING,
-            folder.CONVERSION_VERSION,
-            shape,
-            matte,
-            image,
-            label,
-            shards.digest,
+            "streaming", *versions, shape, matte, image, label, shards.digest
         ),
         labels=labels,
         classes=classes,
@@ -63,54 +55,52 @@ def streaming(
 
 
 def labels_of(shards, column):
-    """Class numbers of all samples by a column of numbers or names, and the classes' names;
-    remembered once they are read.
+    """(class numbers of all samples, names of the classes) from a column of numbers or names.
+
+    Cached by the shards' index. Raises ValueError for a column of anything else.
     """
-    with files.cached_json(f"labels/{source.fingerprint(shards.digest, column)}") as known:
-        if "labels" not in known:
-            found = cache.map_in_threads(
+    with files.cached_json(f"labels/{source.fingerprint(shards.digest, column)}") as cached:
+        if "labels" not in cached:
+            values = cache.map_in_threads(
                 lambda index: shards[index][column], range(len(shards)), f"reading {column!r}"
             )
-            known["labels"] = [
-                one
-                if isinstance(one, str)
-                else int(one)
-                if isinstance(one, (int, np.integer))
-                else None
-                for one in found
-            ]
-        given = known["labels"]
-    kinds = {type(one) for one in given}
+            cached["labels"] = list(map(as_label, values))
+        labels = cached["labels"]
+    kinds = set(map(type, labels))
     if kinds == {str}:
-        classes = sorted(set(given))
+        classes = sorted(set(labels))
         numbers = {name: number for number, name in enumerate(classes)}
-        return [numbers[name] for name in given], classes
-    if kinds != {int} or min(given) < 0:
+        return [numbers[name] for name in labels], classes
+    if kinds != {int} or min(labels) < 0:
         raise ValueError(
-            f"the column {column!r} holds no labels; give one of numbers from 0 on, or of names"
+            f"the column {column!r} holds no labels; give one of numbers from 0, or of names"
         )
-    return given, [str(number) for number in range(max(given) + 1)]
+    return labels, [str(number) for number in range(max(labels) + 1)]
+
+
+def as_label(value):
+    """A name or a number as JSON can write it, or None for anything else."""
+    if isinstance(value, str):
+        return value
+    return int(value) if isinstance(value, (int, np.integer)) else None
 
 
 def fetch_sample(shards, column, image_size, channels, matte, index):
-    """Image `index` of shards; raises ValueError where their column holds none."""
+    """Image `index` of shards; raises ValueError where the column has no readable image."""
     sample = shards[index]
     try:
         value = sample[column]
         if isinstance(value, bytes):
-            return decode_file(io.BytesIO(value), image_size, channels, matte)
-        if not isinstance(value, (np.ndarray, Image.Image)):
+            return decode.decode_file(io.BytesIO(value), image_size, channels, matte)
+        if isinstance(value, np.ndarray):
+            value = Image.fromarray(value)
+        if not isinstance(value, Image.Image):
             raise UnreadableImage("not an image", type(value).__name__)
-        return decode(
-            Image.fromarray(value) if isinstance(value, np.ndarray) else value,
-            image_size,
-            channels,
-            matte,
-        )
+        return decode.decode(value, image_size, channels, matte)[0]
     except Exception as error:
-        if data_decode.is_our_fault(error):
+        if decode.is_our_fault(error):
             raise
         raise ValueError(
-            f"column {column!r} of sample {index} in {shards.folder} is no image that can be read "
-            f"({type(error).__name__}); name another column by image=, or write the shards anew"
+            f"column {column!r} of sample {index} in {shards.folder} is not a readable image "
+            f"({type(error).__name__}); name another column as image=, or write the shards again"
         ) from None

@@ -157,7 +157,7 @@ def test_a_picture_is_in_the_one_row_that_says_what_to_do(folder):
     notes = data.open_source(f"folder(path={str(folder)!r})", 32, 3).notes
     # which a training does not open
     assert "not read: 1 .txt file, 1 file without a suffix" in notes
-    (remark,) = (note for note in notes if note.startswith("3 pictures are not read"))
+    (remark,) = (note for note in notes if note.startswith("3 images are in a format"))
     assert "2 HEIC, 1 camera raw" in remark
 
 
@@ -226,15 +226,13 @@ def test_a_training_says_what_the_doctor_says(folder, tmp_path):
     )
     assert run(tiny(evaluate__extractor="none", **options), tmp_path / "run")
     log = (tmp_path / "run" / "training.log").read_text()
-    assert (
-        f"look at them with python -m ddpm.doctor {folder}: 2 in 1 group of near-duplicates" in log
-    )
+    assert f"check with python -m ddpm.doctor {folder}: 2 in 1 group of near-duplicates" in log
     assert "1 held-out image has a near-duplicate that is learned from" in log
 
 
 def test_the_command_and_its_exit_codes(folder, tmp_path):
     code, out, err = run_ddpm(folder, "--image_size=64", "--out=out", cwd=tmp_path)
-    assert code == 1 and not err and "16 of 16 images can be learned from at 64x64" in out
+    assert code == 1 and not err and "16 of 16 images can be used at 64x64" in out
     assert "not fit: 16 images are too few" in out
     assert len(out.splitlines()) < 40 and max(map(len, out.splitlines())) < 200
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -316,8 +314,8 @@ def test_files_that_are_no_images_are_counted_by_what_they_are(tmp_path):
     (tmp_path / "zero.jpg").touch()
     (tmp_path / "lost.jpg").symlink_to(tmp_path / "nowhere")
     line = (
-        "look at: 3 files cannot be read as images (1 broken link, 1 empty, 1 not an image): "
-        "left out"
+        "look at: 3 files cannot be read as images (1 broken link, 1 empty, 1 not an image) and "
+        "are left out"
     )
     assert line in doctor.report_lines(report_on(tmp_path))
     assert line in data.open_source(f"folder(path={str(tmp_path)!r})", 32, 3).notes

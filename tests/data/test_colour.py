@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from sklearn.datasets import load_sample_image
 
 from ddpm import data, doctor
-from ddpm.data import colour, decode, inspect
+from ddpm.data import colour, decode, inspect, limits
 from ddpm.data import folder as data_folder
 from ddpm.data import source as data_source
 
@@ -573,7 +573,7 @@ def test_twelve_bits_are_scaled_and_what_is_unsupported_is_called_so():
         with pytest.raises(decode.UnreadableImage) as refused:
             decoded(content, 1)
         assert (
-            refused.value.fault == "unsupported" and "JPEG or PNG" in decode.FAULTS["unsupported"]
+            refused.value.fault == "unsupported" and "JPEG or PNG" in limits.FAULTS["unsupported"]
         )
     with pytest.raises(decode.UnreadableImage, match="signed"):
         decoded(tiff((photo()[..., 0].astype(int) - 128).astype(np.uint8), "<", 8, t339=2), 1)
@@ -624,7 +624,8 @@ def test_formats_of_phones_are_read_or_named_in_the_doctor_and_in_the_log(tmp_pa
     Image.fromarray(pixels).save(tmp_path / "g.png")
     source = data.open_source(folder, 32)
     report = doctor.diagnose(tmp_path, 32, 0)
-    line = "6 pictures are not read (3 HEIC, 2 JPEG XL, 1 camera raw): convert to JPEG or PNG"
+    line = "6 images are in a format that is not read (3 HEIC, 2 JPEG XL, 1 camera raw): "
+    line += "convert to JPEG or PNG"
     assert len(source) == read + 1 and line in source.notes and line in report["warnings"]
     assert report["left_out"] == {"HEIC": ["a.jpg", "f.jpg"], "JPEG XL": ["b.png"]}
     assert not any("cannot be read" in text for text in report["not_fit"] + report["warnings"])
@@ -657,8 +658,8 @@ def test_what_fills_little_of_its_range_is_said_by_the_doctor_and_in_the_log(tmp
     }
     (line,) = [one for one in report["warnings"] if "32640 of 65535" in one]
     assert (
-        "(4) reach" in line
-        and "of 15 bits" in line
+        "(4) have values up to 32640" in line
+        and "(15 bits)" in line
         and line.endswith("multiply their values by 2")
         and line in source.notes
     )
@@ -682,13 +683,13 @@ def test_the_doctor_has_rows_for_profiles(tmp_path):
     rows = {row.split("  ")[0]: row for row in doctor.report_lines(report)}
     assert (
         "wide.jpg (test); converted to sRGB" in rows["colour profile"]
-        and "taken for sRGB" in rows["unread profile"]
+        and "treated as sRGB" in rows["unread profile"]
     )
     assert np.array_equal(decoded((tmp_path / "torn.png").read_bytes()), photo())
     kept = data_folder.scan_folder(tmp_path)
-    marked = [one.conversions for one in kept.facts]
+    marked = [one.conversions for one in kept.infos]
     assert marked == ["", "", "", "test"] and [
-        data_folder.content_id(one) == one.digest for one in kept.facts
+        data_folder.content_id(one) == one.digest for one in kept.infos
     ] == [True] * 3 + [False]
 
 

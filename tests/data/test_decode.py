@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ddpm import data
-from ddpm.data import decode, streaming
+from ddpm.data import decode, limits, streaming
 from ddpm.experiment import drawing
 from support.pictures import attacks, saved
 from support.runs import tiny
@@ -31,7 +31,7 @@ from ddpm.data import decode, folder
 resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)  # beyond which memory is refused
 before = resource.getrusage(resource.RUSAGE_SELF)
 found = folder.scan_folder(sys.argv[1])
-for name, one in zip(found.names, found.facts):
+for name, one in zip(found.names, found.infos):
     try:
         decode.decode_file(found.root / name, 32, 3)
         said = ""
@@ -80,11 +80,11 @@ def test_files_made_to_do_harm_are_refused_in_little_time_and_memory(tmp_path):
 
 def test_pictures_in_shards_and_at_the_commands_are_refused_too(tmp_path):
     bomb = attacks()["size.png"][0]
-    with pytest.raises(ValueError, match="is no image that can be read"):
+    with pytest.raises(ValueError, match="is not a readable image"):
         streaming.fetch_sample(Samples({"image": bomb}), "image", 16, 3, decode.WHITE, 0)
     script = Image.new("RGB", (9, 9))
     script.format = "EPS"  # as another library would open it
-    with pytest.raises(ValueError, match="is no image that can be read"):
+    with pytest.raises(ValueError, match="is not a readable image"):
         streaming.fetch_sample(Samples({"image": script}), "image", 16, 3, decode.WHITE, 0)
     (tmp_path / "bomb.png").write_bytes(bomb)
     os.mkfifo(tmp_path / "pipe.png")
@@ -93,9 +93,9 @@ def test_pictures_in_shards_and_at_the_commands_are_refused_too(tmp_path):
         ("pipe.png", "not a file"),
         ("", "not a file|not readable"),
     ):
-        with pytest.raises(ValueError, match=rf"cannot read .* as a picture \(({fault})"):
+        with pytest.raises(ValueError, match=rf"cannot read .* as an image \(({fault})"):
             drawing.pictures(tiny(), [tmp_path / name])
-    with pytest.raises(ValueError, match="there is no picture"):
+    with pytest.raises(ValueError, match="there is no file"):
         drawing.pictures(tiny(), [tmp_path / "none.png"])
 
 
@@ -124,7 +124,7 @@ def test_a_file_that_changes_or_goes_after_the_scan_is_one_line(tmp_path):
 
 
 def test_large_pictures_wait_for_each_other():
-    room = decode.PixelBudget(10)
+    room = limits.PixelBudget(10)
     most = 10
     inside = [0]
     peak = [0]
@@ -151,7 +151,7 @@ def test_large_pictures_wait_for_each_other():
 
 def test_limits_are_where_they_say():
     assert (
-        Image.MAX_IMAGE_PIXELS * 2 == decode.MAX_PIXELS
+        Image.MAX_IMAGE_PIXELS * 2 == limits.MAX_PIXELS
         and not decode.ImageFile.LOAD_TRUNCATED_IMAGES
     )
     # 134 million pixels

@@ -177,7 +177,7 @@ def test_columns_may_hold_images_in_other_ways(streaming, photos, tmp_path):
     found = opened(f"path={str(tmp_path / 'shards')!r}, image='b'", 40)
     assert all(torch.equal(one, found[k]) for k, one in enumerate(files))
     for options, message in (
-        ("image='y'", "column 'y' of sample 0 .* is no image"),
+        ("image='y'", "column 'y' of sample 0 .* is not a readable image"),
         ("image='x'", "have no column 'x'"),
         ("image='a', label='label'", "no column 'label'.* of a, b, c, d, e, y, z"),
         ("image='a', label='b'", "column 'b' holds no labels"),

@@ -86,7 +86,7 @@ def test_digits_in_colour_and_with_alpha_repeat_the_grey():
         ("digit", 16, 1, RED, "did you mean 'digits'"),
         ("digits(size=3)", 16, 1, RED, "it takes none"),
         ("digits", 16, 5, RED, "unknown number of channels 5"),
-        ("digits", 16, 3, (0, 0, 300), "is no colour"),
+        ("digits", 16, 3, (0, 0, 300), "is not a colour"),
         ("digits", 0, 3, RED, "image_size 0"),
         ("folder", 16, 3, RED, "needs path"),
         ("folder(path='/no/such/place')", 16, 3, RED, "'/no/such/place' does not exist"),
@@ -154,15 +154,14 @@ def test_folder_reads_every_kind_and_names_what_it_leaves_out(zoo):
         "left out 1 too small: small.png",
         "left out 1 truncated: torn.jpg",
         "left out 1 unknown value range: science.tif",
-        "not fit: 12 images are too few: a network draws copies of its training images where it "
-        "has 300 or less; find more, or start from a run on similar images with "
+        "not fit: 12 images are too few: below 300 a network draws copies of its training images; "
+        "find more, or start from a run on similar images with "
         "--config.train.init_from=runs/OTHER",
         "not fit: 2 of 16 files cannot be read as images (1 not an image, 1 truncated): copy the "
         "folder here again",
         "not read: 1 .txt file, 1 file without a suffix",
-        "1 picture is not read (1 HEIC): convert to JPEG or PNG",
-        f"kept, but look at them with python -m ddpm.doctor {zoo}: 10 in 2 groups of "
-        "near-duplicates",
+        "1 image is in a format that is not read (1 HEIC): convert to JPEG or PNG",
+        f"kept, but check with python -m ddpm.doctor {zoo}: 10 in 2 groups of near-duplicates",
     )
     for index, pixels in enumerate(source):
         assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8) and pixels.is_contiguous()
@@ -186,7 +185,7 @@ def test_folder_reads_every_kind_and_names_what_it_leaves_out(zoo):
 
 
 def test_a_folder_with_nothing_to_use_says_why(tmp_path):
-    with pytest.raises(ValueError, match=r"found nothing\); read is \.jpg, \.jpeg"):
+    with pytest.raises(ValueError, match=r"found nothing\); give a folder with \.jpg, \.jpeg"):
         open_folder(tmp_path)
     (tmp_path / "film.mp4").write_text("")
     with pytest.raises(ValueError, match=r"found 1 \.mp4 file\)"):

@@ -415,7 +415,7 @@ def test_the_plan_has_the_same_words():
 @pytest.mark.parametrize(
     "count, said",
     [
-        (1, "not fit: 1 image is too few: a network draws copies"),
+        (1, "not fit: 1 image is too few: below 300 a network draws copies"),
         (299, "not fit: 299 images are too few"),
         (300, "look at: 300 images are few, and some will be copied"),
         (3000, None),
@@ -438,7 +438,7 @@ def test_what_the_doctor_says_of_a_folder_s_size_reaches_the_log(tmp_path, count
     damaged = (
         "not fit: 1 of 2 files cannot be read as images (1 broken): copy the folder here again"
         if count == 1
-        else "look at: 1 file cannot be read as an image (1 broken): left out"
+        else "look at: 1 file cannot be read as an image (1 broken) and is left out"
     )
     assert damaged in found and set(found) <= set(lines)
     assert [note for note in found if said and note.startswith(said)] == [

@@ -7,7 +7,7 @@ from functools import cache
 
 from PIL import Image
 
-from ddpm.data import decode
+from ddpm.data import limits
 
 
 def saved(form, size=(64, 64), mode="RGB", **options):
@@ -94,7 +94,7 @@ def attacks():
     exif = b"".join(
         b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts
     )
-    large = decode.MAX_TAG_VALUES + 1
+    large = limits.MAX_TAG_VALUES + 1
     return {
         "size.png": (png(100_000, 100_000, stream), "too large"),
         "stream.png": (png(64, 64, stream), ""),  # which is not read beyond the picture
