@@ -144,8 +144,8 @@ def test_nobody_waits_for_the_comparing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(duplicates, "group_similar", groups)
     assert (
-        duplicates.near_duplicates(folder, found.facts)
-        == duplicates.near_duplicates(folder, found.facts)
+        duplicates.near_duplicates(folder, found.infos)
+        == duplicates.near_duplicates(folder, found.infos)
         == ()
     )
     assert len(begun) == 1 and begun[0][1].stdout == "in\n" and not begun[0][1].stderr
@@ -287,7 +287,7 @@ def test_a_user_without_a_home_folder_and_a_name(public):
     code, out, err = stranger("doctor", str(folder), "--image_size=16")
     assert (
         code == 1
-        and "8 of 8 images can be learned from" in out
+        and "8 of 8 images can be used" in out
         and err.startswith(kept)
         and err.count("\n") == 1
     )
