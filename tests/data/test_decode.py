@@ -2,6 +2,7 @@
 stays mended.
 """
 
+import hashlib
 import io
 import os
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -162,3 +164,57 @@ def test_limits_are_where_they_say():
     )
     with pytest.raises(decode.UnreadableImage, match="too large"):
         decode.decode_file(io.BytesIO(saved("PNG", (11586, 11586), "1")), 8, 1)
+
+
+def sample_files():
+    """Lossless files of the kinds that decoding treats differently: name -> content."""
+    y, x = np.mgrid[:30, :40]
+    levels = (x * 7 + y * 13 + x * y) % 256
+    grey = Image.fromarray(levels.astype(np.uint8))
+    colours = Image.fromarray(np.dstack([levels, 255 - levels, y * 8]).astype(np.uint8))
+    palette = Image.frombytes("P", (40, 30), (levels // 16).astype(np.uint8).tobytes())
+    palette.putpalette([value * 37 % 256 for value in range(48)])
+    alpha = colours.copy()
+    alpha.putalpha(grey)
+    exif = Image.Exif()
+    exif[decode.ORIENTATION] = 6
+    deep = Image.fromarray((levels * 256 + x).astype(np.uint16))
+    kinds = {
+        "rgb": (colours, "PNG", {}),
+        "alpha": (alpha, "PNG", {}),
+        "palette": (palette, "PNG", {"transparency": 3}),
+        "16 bits": (deep, "PNG", {}),
+        "bits": (grey.point(lambda level: 255 * (level > 99), "1"), "BMP", {}),
+        "CMYK": (colours.convert("CMYK"), "TIFF", {}),
+        "rotated": (colours, "PNG", {"exif": exif}),
+        "square": (colours.crop((0, 0, 30, 30)), "PNG", {}),
+    }
+    contents = {}
+    for name, (image, form, options) in kinds.items():
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        contents[name] = file.getvalue()
+    return contents
+
+
+# what PREPROCESSING and CONVERSION_VERSION stand for: the pixels of `sample_files`
+PIXELS = {
+    (
+        "square crop, bicubic, 1",
+        2,
+    ): "9eb2e3da57b56c1e4ffc77f3619eb36dcfa8946ff17dcc480ada1058cc3dfd2d"
+}
+
+
+def test_other_pixels_need_another_version_of_the_preprocessing():
+    """Or caches and runs would silently mix images of two versions."""
+    digest = hashlib.sha256()
+    for content in sample_files().values():
+        for channels, size in ((3, 16), (1, 30), (4, 8)):
+            pixels = decode.decode_file(io.BytesIO(content), size, channels, (9, 90, 200))
+            digest.update(pixels.numpy().tobytes())
+    version = decode.PREPROCESSING, decode.CONVERSION_VERSION
+    assert PIXELS.get(version) == digest.hexdigest(), (
+        "files give other pixels than before: increase PREPROCESSING or CONVERSION_VERSION in "
+        "ddpm/data/decode.py and enter the new digest here, or restore the old pixels"
+    )
