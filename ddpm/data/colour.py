@@ -1,11 +1,10 @@
-"""The colours of pictures in sRGB: ICC profiles, and what PNG and AVIF say by numbers, converted by
-littleCMS.
+"""Images to sRGB by littleCMS, from ICC profiles and from the numbers in PNG and AVIF files.
 
 The intent is relative colorimetric with black point compensation, Photoshop's default: white stays
-white, black becomes black, and a colour that sRGB lacks is clipped in each channel. Values are
-rounded to the nearest of 256 levels. A picture that is in sRGB already, or does not say, keeps its
-bytes. The conversion takes place at full size, before transparency is laid over a matte and before
-resizing: so a picture gives the pixels of its copy that another program converted to sRGB.
+white, black becomes black, and colours outside sRGB are clipped in each channel. Values are rounded
+to the nearest of 256 levels. An image in sRGB, or without a profile, keeps its bytes. Conversion
+comes before transparency and resizing, so an image gives the same pixels as its copy that another
+program converted to sRGB.
 """
 
 import io
@@ -15,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-# levels by which a profile may move a colour and still be sRGB: what rounded tables of it differ by
+# levels by which a profile may change a colour and still count as sRGB, whose tables are rounded
 SRGB_TOLERANCE = 2
 MAX_PROFILE_BYTES = 2**23  # bytes; printers' profiles have 0.5 to 4 MiB
 BLACK_POINT_COMPENSATION = 0x2000  # littleCMS's
@@ -25,13 +24,11 @@ MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 class UnsupportedColour(ValueError):
-    """Colours that are well defined, and that no one here can bring to sRGB."""
+    """The colours are well defined, but this module cannot convert them to sRGB."""
 
 
 class Profile:
-    """An ICC profile: its `name`, its colour `space`, and whether `is_srgb`. Raises ValueError
-    for bytes that are none.
-    """
+    """An ICC profile: `name`, colour `space`, `is_srgb`; raises ValueError for other bytes."""
 
     def __init__(self, content):
         try:
@@ -41,19 +38,17 @@ class Profile:
             self.transforms = {}
             self.to_rgb = self.transform(MODES[self.space], "RGB")
         except (OSError, KeyError, UnicodeError, ImageCms.PyCMSError) as error:
-            # a damaged one, or of another colour space
-            raise ValueError(f"no profile that can be used: {error}") from None
+            # a corrupt one, or one of another colour space
+            raise ValueError(f"unusable profile: {error}") from None
         levels = np.arange(0, 256, 17 if self.space == "RGB" else 1, dtype=np.uint8)
         if self.space == "RGB":
             colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
         else:
             colours = levels[None]
-        self.is_srgb = self.space != "CMYK" and self.moves(colours) <= SRGB_TOLERANCE
+        self.is_srgb = self.space != "CMYK" and self.largest_change(colours) <= SRGB_TOLERANCE
 
     def transform(self, mode, into):
-        """littleCMS's transform from pictures of a mode to sRGB ones of another; for CMYK it
-        takes a while to make.
-        """
+        """littleCMS's transform from images of a mode to sRGB in mode `into`, made once."""
         if (mode, into) not in self.transforms:
             self.transforms[mode, into] = ImageCms.buildTransform(
                 self.icc,
@@ -65,24 +60,18 @@ class Profile:
             )
         return self.transforms[mode, into]
 
-    def moves(self, colours):
-        """By how many levels the most moved of some colours, uint8 [1, n] or [1, n, 3], differs
-        in sRGB.
-        """
-        moved = np.asarray(self.to_rgb.apply(Image.fromarray(colours)), np.int16)
-        return int(np.abs(moved - (colours if colours.ndim == 3 else colours[..., None])).max())
+    def largest_change(self, colours):
+        """The most levels by which the conversion changes colours, uint8 [1, n] or [1, n, 3]."""
+        converted = np.asarray(self.to_rgb.apply(Image.fromarray(colours)), np.int16)
+        return int(np.abs(converted - (colours if colours.ndim == 3 else colours[..., None])).max())
 
     def tone(self):
         """The level in sRGB of each of 256 grey levels, float64 [256]."""
-        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-        return np.asarray(
-            self.to_rgb.apply(ramp.convert(MODES[self.space])).convert("L"), np.float64
-        )[0]
+        ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None]).convert(MODES[self.space])
+        return np.asarray(self.to_rgb.apply(ramp).convert("L"), np.float64)[0]
 
     def describes(self, mode):
-        """Whether it may belong to a picture of a mode; a profile of RGB does to grey ones too,
-        as viewers hold.
-        """
+        """Whether it can belong to an image of a mode; RGB profiles also to grey, as in viewers."""
         return {
             "CMYK": mode == "CMYK",
             "GRAY": is_grey(mode),
@@ -92,7 +81,7 @@ class Profile:
 
 @lru_cache(maxsize=16)
 def read_profile(content):
-    """The Profile in some bytes, or None where they are none."""
+    """The Profile in some bytes, or None if they are not one."""
     try:
         return Profile(content)
     except ValueError:
@@ -104,36 +93,33 @@ def is_grey(mode):
 
 
 def profile_of(image):
-    """(the Profile that a PIL image is to be converted from, or None; whether it has one that
-    cannot be used).
-    """
+    """(the Profile from which to convert a PIL image, or None; whether it has an unusable one)."""
     content = image.info.get("icc_profile")
     if not content:
         return None, False
-    found = read_profile(bytes(content)) if len(content) <= MAX_PROFILE_BYTES else None
-    if not (found and found.describes(image.mode)):
+    profile = read_profile(bytes(content)) if len(content) <= MAX_PROFILE_BYTES else None
+    if not (profile and profile.describes(image.mode)):
         return None, True
-    return None if found.is_srgb else found, False
+    return None if profile.is_srgb else profile, False
 
 
-def to_srgb(image, found):
-    """A PIL image of 8 bits, described by a Profile, in sRGB: L, LA, RGB or RGBA."""
+def to_srgb(image, profile):
+    """Convert a PIL image of 8 bits from a Profile to sRGB, in mode L, LA, RGB or RGBA."""
     if is_grey(image.mode):
         values = image.convert("LA" if image.has_transparency_data else "L")
-        tone = found.tone().round().astype(np.uint8)
+        tone = profile.tone().round().astype(np.uint8)
         levels = Image.fromarray(tone[np.asarray(values.getchannel(0))])
         if values.mode == "LA":
             levels.putalpha(values.getchannel(1))
         return levels
-    mode = "CMYK" if image.mode == "CMYK" else "RGBA" if image.has_transparency_data else "RGB"
-    into = "RGBA" if mode == "RGBA" else "RGB"
-    result = found.transform(mode, into).apply(image.convert(mode))
+    into = "RGBA" if image.has_transparency_data and image.mode != "CMYK" else "RGB"
+    mode = "CMYK" if image.mode == "CMYK" else into
+    result = profile.transform(mode, into).apply(image.convert(mode))
     result.info.clear()
     return result
 
 
-# Numbers instead of a profile: x and y of white, red, green and blue, and a transfer curve.
-
+# Code points instead of a profile: x and y of white, red, green and blue, and a transfer curve.
 D50 = np.array([0.9642, 1.0, 0.8249])  # of ICC's connection space
 BRADFORD = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
@@ -153,25 +139,17 @@ PRIMARIES = {  # H.273, table 2
     22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
 }
 SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)  # ICC's parametric curve of type 3
-# H.273, table 3. Cameras' curves (1, 6, 14, 15) are not those of displays; as browsers do, sRGB's
-# stands for them.
-CURVES = {
-    1: SRGB_CURVE,
-    6: SRGB_CURVE,
-    14: SRGB_CURVE,
-    15: SRGB_CURVE,
-    13: SRGB_CURVE,
-    4: (2.2,),
-    5: (2.8,),
-    8: (1.0,),
-}
-# brighter than white: how it is to be shown on other displays nobody has agreed on
+# H.273, table 3. Cameras' curves (1, 6, 14, 15) are not those of displays; as in browsers, sRGB's
+# replaces them.
+CURVES = dict.fromkeys((1, 6, 13, 14, 15), SRGB_CURVE) | {4: (2.2,), 5: (2.8,), 8: (1.0,)}
+# brighter than white, which other displays show in no agreed way
 HDR = {16: "PQ", 18: "HLG"}
 
 
 def matrix_profile(chromaticities, curve, name):
-    """The ICC profile (version 4) of white, red, green and blue by x and y, and a curve; None
-    for what is no colour space.
+    """The ICC profile (version 4) of white, red, green and blue in x and y, and a curve.
+
+    None if they do not make a colour space.
     """
     points = np.array(chromaticities, np.float64).reshape(4, 2)
     if (points[:, 1] <= 0).any() or not all(0 < value < 100 for value in curve):
@@ -182,7 +160,7 @@ def matrix_profile(chromaticities, curve, name):
     matrix = np.stack(primaries, axis=1)
     if abs(np.linalg.det(matrix)) < 1e-6:
         return None
-    with np.errstate(all="ignore"):  # what comes of that is not below 100
+    with np.errstate(all="ignore"):  # the result is not below 100
         scale = BRADFORD @ D50 / (BRADFORD @ white)
     to_d50 = np.linalg.inv(BRADFORD) @ np.diag(scale) @ BRADFORD
     columns = (to_d50 @ matrix * np.linalg.solve(matrix, white)).T
@@ -227,29 +205,29 @@ def matrix_profile(chromaticities, curve, name):
 
 
 def from_cicp(primaries, transfer, full):
-    """The profile of code points of H.273, or None where they say nothing that is known; raises
-    Unsupported for HDR.
-    """
-    if transfer in HDR or not full:
-        raise UnsupportedColour(
-            f"{HDR[transfer]}, whose white is not sRGB's"
-            if transfer in HDR
-            else "levels of 16 to 235"
-        )
+    """The profile of code points of H.273, or None if unknown; raises UnsupportedColour for HDR."""
+    if transfer in HDR:
+        raise UnsupportedColour(f"{HDR[transfer]}, whose white is not sRGB's")
+    if not full:
+        raise UnsupportedColour("levels of 16 to 235")
     if primaries not in PRIMARIES or transfer not in CURVES:
         return None
     return matrix_profile(PRIMARIES[primaries], CURVES[transfer], f"CICP {primaries}/{transfer}")
 
 
 def from_png(gamma, chromaticities):
-    """The profile of PNG's gAMA (the power that was encoded with, or None) and cHRM (eight numbers,
-    or None).
+    """The profile of PNG's gAMA (encoding exponent, or None) and cHRM (eight numbers, or empty).
 
-    1/2.2 stands for sRGB's curve, as libpng and ImageMagick take it; so does no gAMA at all. None
-    for a power beyond 10.
+    1/2.2 and no gAMA mean sRGB's curve, as in libpng and ImageMagick. None for exponents beyond 10.
     """
-    usual = gamma is None or 0.45 <= round(gamma, 2) <= 0.46
-    curve = SRGB_CURVE if usual else (1 / gamma,) if 0.1 <= gamma <= 10 else ()
-    named = [f"gAMA {gamma:.5f}"] if gamma is not None else []
-    named += ["cHRM"] if chromaticities else []
-    return matrix_profile(chromaticities or BT709, curve, " ".join(named)) if curve else None
+    curve = SRGB_CURVE
+    name = []
+    if gamma is not None:
+        name.append(f"gAMA {gamma:.5f}")
+        if not 0.45 <= round(gamma, 2) <= 0.46:
+            if not 0.1 <= gamma <= 10:
+                return None
+            curve = (1 / gamma,)
+    if chromaticities:
+        name.append("cHRM")
+    return matrix_profile(chromaticities or BT709, curve, " ".join(name))

@@ -1,9 +1,7 @@
-"""A PNG as PIL is to see it: what makes the pixels and says how they lie, without texts, and its
-colours as an ICC profile.
+"""A PNG prepared for PIL: without texts and broken optional chunks, its colours as an ICC profile.
 
-PIL refuses a picture for its other chunks: for a long text or a wrong checksum, which viewers pass
-over. It does not read cICP, does not apply gAMA and cHRM, and leaves the transparent colour in the
-levels of the file.
+PIL rejects an image for a long text or a wrong checksum, which viewers ignore. It does not read
+cICP, does not apply gAMA and cHRM, and leaves the transparent colour in the levels of the file.
 """
 
 import contextlib
@@ -16,10 +14,9 @@ from ddpm.data import colour
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_TEXT_BYTES = 2**20  # bytes, as many as PIL unpacks
 TEXT_CHUNKS = {b"tEXt", b"zTXt", b"iTXt"}
-MIN_TRNS_BYTES = {b"\0": 2, b"\2": 6}  # bytes of a tRNS, by IHDR's kind of picture
+MIN_TRNS_BYTES = {b"\0": 2, b"\2": 6}  # by IHDR's kind of image
 COLOUR_CHUNKS = {b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM"}
-# Chunks that are not critical and yet looked at, of up to so many bytes. Those of the frames behind
-# the first are not.
+# optional chunks that are read, up to so many bytes; those of frames after the first are not
 MAX_OPTIONAL_BYTES = (
     dict.fromkeys(TEXT_CHUNKS, MAX_TEXT_BYTES)
     | dict.fromkeys(COLOUR_CHUNKS, colour.MAX_PROFILE_BYTES)
@@ -28,8 +25,9 @@ MAX_OPTIONAL_BYTES = (
 
 
 def chunks(file, size):
-    """(kind, place, length) of each chunk of an open file, up to the end of the picture; raises
-    struct.error for none.
+    """Yield (kind, place, length) of each chunk of an open file up to the end of the image.
+
+    Raises struct.error where the file ends too early.
     """
     place = len(SIGNATURE)
     kind = b""
@@ -41,8 +39,9 @@ def chunks(file, size):
 
 
 def prepare_for_pil(file, size):
-    """(a file for PIL, entries for the info of PIL's image) of an open PNG; raises
-    colour.Unsupported for what PIL misreads.
+    """(a file for PIL, entries for PIL's image.info) of an open PNG.
+
+    Raises colour.UnsupportedColour for what PIL misreads.
     """
     pieces = [SIGNATURE]
     found = {}
@@ -78,9 +77,7 @@ def prepare_for_pil(file, size):
 
 
 def tells_orientation(kind, content):
-    """Whether a text is one in which PIL looks for the orientation, and no longer than PIL
-    takes.
-    """
+    """Whether a text is one in which PIL looks for the orientation, within PIL's limit."""
     key, _, text = content.partition(b"\0")
     if key not in (b"Raw profile type exif", b"XML:com.adobe.xmp", b"exif"):
         return False
@@ -94,7 +91,7 @@ def tells_orientation(kind, content):
 
 
 def inflate(content, most):
-    """What zlib packed; None where it is damaged, or longer than `most` bytes."""
+    """The bytes that zlib compressed; None if corrupt, or longer than `most` bytes."""
     unpacking = zlib.decompressobj()
     with contextlib.suppress(zlib.error):
         found = unpacking.decompress(content, most)
@@ -102,10 +99,9 @@ def inflate(content, most):
 
 
 def transparent_colour(found):
-    """tRNS of grey levels and of colours in the levels of PIL's image, as an entry of its info; PIL
-    reads palettes' well.
+    """tRNS of grey and colour images in the levels of PIL's image, as an entry of its info.
 
-    Where PIL leaves it in other levels, `mended` says so.
+    `mended` is set where PIL leaves it in other levels. PIL reads that of palettes correctly.
     """
     depth, kind = found.get(b"IHDR", b"").ljust(13, b"\0")[8:10]
     numbers = {0: 1, 2: 3}.get(kind, 0)
@@ -121,11 +117,9 @@ def transparent_colour(found):
 
 
 def profile_of(found):
-    """The ICC profile of a PNG's colours, or None for sRGB: what counts first of cICP, iCCP, sRGB,
-    and gAMA with cHRM.
+    """The ICC profile of a PNG's colours, None for sRGB: of cICP, iCCP, sRGB, gAMA with cHRM.
 
-    So the standard orders them (PNG, third edition, 4.3). An iCCP that cannot be used is what there
-    is, if no sRGB follows.
+    The first one counts (PNG, third edition, 4.3). An unusable iCCP counts if no sRGB follows.
     """
     if len(found.get(b"cICP", b"")) == 4:
         primaries, transfer, matrix, full = found[b"cICP"]
@@ -134,16 +128,16 @@ def profile_of(found):
     profile = None
     if b"iCCP" in found:
         packed = found[b"iCCP"].partition(b"\0")[2]
-        # which is no profile
+        # b"?" is not a profile
         profile = (packed[:1] == b"\0" and inflate(packed[1:], colour.MAX_PROFILE_BYTES)) or b"?"
     if b"sRGB" in found and not (profile and colour.read_profile(profile)):
         return None
     if profile:
         return profile
-    gamma = (
-        struct.unpack(">I", found[b"gAMA"])[0] / 100000
-        if len(found.get(b"gAMA", b"")) == 4
-        else None
-    )
-    points = struct.unpack(">8I", found[b"cHRM"]) if len(found.get(b"cHRM", b"")) == 32 else ()
-    return colour.from_png(gamma, [value / 100000 for value in points]) if gamma or points else None
+    gamma = None
+    points = []
+    if len(found.get(b"gAMA", b"")) == 4:
+        gamma = struct.unpack(">I", found[b"gAMA"])[0] / 100000
+    if len(found.get(b"cHRM", b"")) == 32:
+        points = [value / 100000 for value in struct.unpack(">8I", found[b"cHRM"])]
+    return colour.from_png(gamma, points) if gamma or points else None
