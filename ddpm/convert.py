@@ -47,7 +47,7 @@ def convert(source, out, classes=None, no_label=None, **theirs):
     )
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out, or remove it")
-    tensors = diffusers.tensors_of(source) if source.is_file() else {}
+    tensors = diffusers.read_tensors(source) if source.is_file() else {}
     openai = "input_blocks.0.0.weight" in tensors
     if given and not openai:
         raise ValueError(
@@ -57,9 +57,9 @@ def convert(source, out, classes=None, no_label=None, **theirs):
         raise ValueError(
             f"{source} is one file of a diffusers model; give the folder, which has its configs too"
         )
-    if not openai and "_class_name" not in diffusers.json_of(
+    if not openai and "_class_name" not in diffusers.read_json(
         source / "model_index.json"
-    ) | diffusers.json_of(diffusers.part_of(source, "unet", "config")):
+    ) | diffusers.read_json(diffusers.config_path(source, "unet", "config")):
         if labels:
             ours = checkpoint.find(source)
             raise ValueError(

@@ -28,11 +28,11 @@ from ddpm.interop.weight_names import (
     SHAPE,
     STORED,
     UNET,
-    allow,
-    factors,
+    channel_multipliers,
     fields_as_options,
-    names,
     options_as_fields,
+    require_supported,
+    tensor_names,
 )
 from ddpm.models.layers import AttentionBlock
 from ddpm.training import weights as training_weights
@@ -42,17 +42,17 @@ def from_diffusers(folder, labels):
     """Return the config and the weights of a diffusers folder, as ours; `labels` as for
     `label_options`.
     """
-    parts = json_of(folder / "model_index.json")
-    allow(
+    parts = read_json(folder / "model_index.json")
+    require_supported(
         folder,
         "model_index.json's list",
         sorted(name for name in parts if name[0] != "_"),
         [["scheduler", "unet"], []],
     )
-    path = part_of(folder, "unet", "config")
-    other = part_of(folder, "scheduler", "scheduler_config")
-    unet = json_of(path)
-    scheduler = json_of(other)
+    path = config_path(folder, "unet", "config")
+    other = config_path(folder, "scheduler", "scheduler_config")
+    unet = read_json(path)
+    scheduler = read_json(other)
     if not scheduler:
         raise ValueError(
             f"there is no {other}; put there the noise that the network was trained with"
@@ -66,13 +66,15 @@ def from_diffusers(folder, labels):
     learned = options["diffusion.variance"] == "learned"
     channels = options["data.channels"]
     options["diffusion.loss"] = "hybrid" if learned else "mse"
-    allow(path, "out_channels", unet.get("out_channels", 3), [channels * (1 + learned)])
-    options["diffusion.beta_schedule"] = our_schedule(
+    require_supported(path, "out_channels", unet.get("out_channels", 3), [channels * (1 + learned)])
+    options["diffusion.beta_schedule"] = find_schedule(
         other, scheduler, options["diffusion.timesteps"]
     )
     rows = unet.get("num_class_embeds")
-    counted = rows is None or type(rows) is int and 0 < rows <= MOST_CLASSES
-    allow(path, "num_class_embeds", rows, [rows] if counted else [None, f"1 to {MOST_CLASSES}"])
+    counted = rows is None or type(rows) is int and 0 < rows <= MAX_CLASSES
+    require_supported(
+        path, "num_class_embeds", rows, [rows] if counted else [None, f"1 to {MAX_CLASSES}"]
+    )
     named, no_label = label_options(path, rows, labels, unet.get(OUR_CLASSES, ()))
     stored = [
         file
@@ -86,9 +88,9 @@ def from_diffusers(folder, labels):
         )
     tensors = {
         re.sub(OLD_PART, lambda old: OLD[old[0]], name): value
-        for name, value in tensors_of(stored[0]).items()
+        for name, value in read_tensors(stored[0]).items()
     }
-    return as_ours(
+    return to_checkpoint(
         stored[0],
         tensors,
         options | named,
@@ -101,7 +103,7 @@ def from_diffusers(folder, labels):
 def shape_as_options(path, unet):
     """The options for what stands in several fields of a UNet2DModel's config."""
     for field in unet:
-        allow(
+        require_supported(
             path,
             field,
             unet[field],
@@ -110,25 +112,32 @@ def shape_as_options(path, unet):
     widths = unet["block_out_channels"]
     groups = unet.get("norm_num_groups", 32)
     size = unet["sample_size"]
-    types = [allow(path, "down_block_types", name, BLOCKS) for name in unet["down_block_types"]]
-    allow(
+    types = [
+        require_supported(path, "down_block_types", name, BLOCKS)
+        for name in unet["down_block_types"]
+    ]
+    require_supported(
         path, "up_block_types", unet["up_block_types"], [[BLOCKS[name][0] for name in types[::-1]]]
     )
     usual = [unet.get(field, "conv") for field in ("downsample_type", "upsample_type")]
     ways = sorted({BLOCKS[name][2] or way for name in types for way in usual})
-    allow(
+    require_supported(
         path,
         "the way to resize in down_block_types, downsample_type, upsample_type",
         ways,
         [["conv"], ["resnet"]],
     )
-    allow(path, "time_embedding_dim", unet.get("time_embedding_dim"), [None, 4 * widths[0]])
+    require_supported(
+        path, "time_embedding_dim", unet.get("time_embedding_dim"), [None, 4 * widths[0]]
+    )
     # else None is no norm in the middle
     silent = [None] if unet.get("resnet_time_scale_shift", "default") == "default" else []
-    allow(path, "attn_norm_num_groups", unet.get("attn_norm_num_groups"), [groups, *silent])
+    require_supported(
+        path, "attn_norm_num_groups", unet.get("attn_norm_num_groups"), [groups, *silent]
+    )
     return {
         "model.model_channels": widths[0],
-        "model.channel_mult": factors(path, "block_out_channels", widths, widths[0]),
+        "model.channel_mult": channel_multipliers(path, "block_out_channels", widths, widths[0]),
         "model.attention_resolutions": tuple(
             size >> level for level, name in enumerate(types) if BLOCKS[name][1]
         ),
@@ -137,11 +146,11 @@ def shape_as_options(path, unet):
     }
 
 
-def our_schedule(path, scheduler, steps):
+def find_schedule(path, scheduler, steps):
     """Our name for the betas of a diffusers scheduler."""
     betas = scheduler.get("trained_betas")
     name = scheduler.get("beta_schedule", "linear")
-    make = BETAS[allow(path, "beta_schedule", name, BETAS)] if betas is None else None
+    make = BETAS[require_supported(path, "beta_schedule", name, BETAS)] if betas is None else None
     try:
         betas = (
             make(scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02), steps)
@@ -203,7 +212,7 @@ def label_options(path, rows, labels, names=()):
     return known | ({"train.label_dropout": 0.0} if no_label is None else {}), no_label
 
 
-def as_ours(path, tensors, options, dialect, cosines_first, legacy=False, no_label=None):
+def to_checkpoint(path, tensors, options, dialect, cosines_first, legacy=False, no_label=None):
     """Return base() with `options`, and their tensors under our names and in our order.
 
     Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head
@@ -223,7 +232,7 @@ def as_ours(path, tensors, options, dialect, cosines_first, legacy=False, no_lab
         net = build.network(config)
     weights = {}
     rest = dict(tensors)
-    for name, theirs, layer in names(net, config.model.num_res_blocks, dialect):
+    for name, theirs, layer in tensor_names(net, config.model.num_res_blocks, dialect):
         if lacking := [one for one in theirs if one not in rest]:
             raise ValueError(
                 f"{path}: the tensor {lacking[0]} is missing, which a network of this config has"
@@ -258,10 +267,10 @@ def to_diffusers(source, out):
     path, _, text, weights = training_weights.load_weights(source)
     config = files.changed(files.from_json(text), {})  # and so checked
     net = load.network_with(config, weights, path)
-    unet = their_unet(path, config, net)
-    scheduler = their_scheduler(path, config)
+    unet = unet_fields(path, config, net)
+    scheduler = scheduler_fields(path, config)
     tensors = {}
-    for name, theirs, layer in names(net, config.model.num_res_blocks, DIFFUSERS):
+    for name, theirs, layer in tensor_names(net, config.model.num_res_blocks, DIFFUSERS):
         value = net.get_parameter(name).detach().float()
         if isinstance(layer, AttentionBlock) and value.dim() == 4:
             value = rearrange(value, "o i 1 1 -> o i")
@@ -290,7 +299,7 @@ def to_diffusers(source, out):
     return out
 
 
-def their_unet(path, config, net):
+def unet_fields(path, config, net):
     """The fields of a UNet2DModel's config for a network of ours."""
     options = defaults.flatten(config)
     usual = defaults.flatten(defaults.base())
@@ -301,18 +310,20 @@ def their_unet(path, config, net):
     for option in [
         option for option in options if option.startswith("model.") and option not in carried
     ]:
-        allow(path, f"config.{option}", options[option], [usual[option]])
+        require_supported(path, f"config.{option}", options[option], [usual[option]])
     model = config.model
     if config.diffusion.timesteps != 1000:
-        allow(
+        require_supported(
             path, "config.diffusion.rescale_timesteps", config.diffusion.rescale_timesteps, [False]
         )
-    allow(path, "config.diffusion.self_condition", config.diffusion.self_condition, [False])
-    allow(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
+    require_supported(
+        path, "config.diffusion.self_condition", config.diffusion.self_condition, [False]
+    )
+    require_supported(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
     groups = sorted(
         {layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)}
     )
-    allow(
+    require_supported(
         path,
         f"config.model.norm_num_groups {model.norm_num_groups}, in groups of its norms,",
         groups,
@@ -321,7 +332,7 @@ def their_unet(path, config, net):
     blocks = [layer for layer in net.modules() if isinstance(layer, AttentionBlock)]
     heads = sorted({layer.norm.num_channels // layer.heads for layer in blocks})
     heads = [None] if all(layer.heads == 1 for layer in blocks) else heads
-    allow(path, "config.model.num_heads, in channels a head,", heads, [heads[:1]])
+    require_supported(path, "config.model.num_heads, in channels a head,", heads, [heads[:1]])
     resize = "resnet" if model.resblock_updown else "conv"
     attends = [
         config.data.image_size >> level in model.attention_resolutions
@@ -358,7 +369,7 @@ def their_unet(path, config, net):
     )
 
 
-def their_scheduler(path, config):
+def scheduler_fields(path, config):
     """The fields of a DDPMScheduler's config for a process of ours: a name for the betas if
     there is one, else themselves.
     """
@@ -383,7 +394,7 @@ def their_scheduler(path, config):
     try:
         betas = get_beta_schedule(name, steps)
     except ValueError:
-        allow(path, "config.diffusion.beta_schedule", name, [])
+        require_supported(path, "config.diffusion.beta_schedule", name, [])
     start, end = (float(f"{beta:.9g}") for beta in betas[[0, -1]].tolist())
     for theirs, make in BETAS.items():
         if torch.allclose(make(start, end, steps), betas, rtol=1e-8, atol=0):
@@ -391,14 +402,14 @@ def their_scheduler(path, config):
     return fields | {"trained_betas": betas.tolist(), OUR_NAME: name}
 
 
-def part_of(folder, part, name):
+def config_path(folder, part, name):
     """The config of a part of a diffusers folder, which has a folder of its own or lies beside
     the others.
     """
     return (folder / part if (folder / part).is_dir() else folder) / f"{name}.json"
 
 
-def json_of(path):
+def read_json(path):
     """The fields in a JSON file; none where there is no file. Raises ValueError where it holds
     something else.
     """
@@ -412,7 +423,7 @@ def json_of(path):
     raise ValueError(f"{path} is damaged or no config; use another file")
 
 
-def tensors_of(path):
+def read_tensors(path):
     """The tensors in a file, on the host; none where it holds something else besides. Raises
     ValueError if it is damaged.
     """
@@ -428,4 +439,4 @@ def tensors_of(path):
     )
 
 
-MOST_CLASSES = 100_000  # four times as many as ImageNet has, the whole of it
+MAX_CLASSES = 100_000  # four times as many as ImageNet has, the whole of it

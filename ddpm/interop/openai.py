@@ -5,7 +5,7 @@ import re
 from absl import flags
 
 from ddpm.interop import diffusers
-from ddpm.interop.weight_names import OPENAI, allow, factors
+from ddpm.interop.weight_names import OPENAI, channel_multipliers, require_supported
 
 
 def from_openai(path, tensors, given, labels):
@@ -31,7 +31,7 @@ def from_openai(path, tensors, given, labels):
         path, len(tensors.get("label_emb.weight", ())), labels
     )
     learned = (
-        allow(
+        require_supported(
             path,
             "the number of channels out (learn_sigma doubles it)",
             len(tensors["out.2.bias"]),
@@ -40,7 +40,9 @@ def from_openai(path, tensors, given, labels):
         > channels
     )
     # else halving has no weights
-    allow(path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True])
+    require_supported(
+        path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True]
+    )
 
     given = {flag: value for flag, value in given.items() if value != -1}  # which is their None
     heads = sorted({"num_heads", "num_head_channels"} & given.keys()) or ["num_heads"]
@@ -52,20 +54,22 @@ def from_openai(path, tensors, given, labels):
     steps = given["diffusion_steps"]
     size = given["image_size"]
     # two of their codes have two defaults
-    rescaled = allow(
+    rescaled = require_supported(
         path,
         "rescale_timesteps",
         given.get("rescale_timesteps"),
         [True, False] if steps != 1000 else [None, True, False],
     )
-    return diffusers.as_ours(
+    return diffusers.to_checkpoint(
         path,
         tensors,
         {
             "data.image_size": size,
             "data.channels": channels,
             "model.model_channels": width,
-            "model.channel_mult": factors(path, "channel_mult", [stem, *widths], width)[1:],
+            "model.channel_mult": channel_multipliers(path, "channel_mult", [stem, *widths], width)[
+                1:
+            ],
             "model.num_res_blocks": blocks,
             "model.resblock_updown": bool(numbers(r"output_blocks\.(\d+)\.[12]\.in_layers")),
             "model.attention_resolutions": tuple(
@@ -84,7 +88,7 @@ def from_openai(path, tensors, given, labels):
             "diffusion.timesteps": steps,
             "diffusion.rescale_timesteps": bool(rescaled),
             "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
-            "diffusion.beta_schedule": allow(
+            "diffusion.beta_schedule": require_supported(
                 path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]
             ),
             "diffusion.variance": "learned" if learned else "large",

@@ -14,7 +14,7 @@ from ddpm.diffusion.schedules import get_beta_schedule, line
 from ddpm.models.layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 
 
-def names(net, blocks, dialect):
+def tensor_names(net, blocks, dialect):
     """Each tensor of a U-Net of `blocks` residual blocks a level: our name, the names of its
     rows in a dialect, its layer.
     """
@@ -38,7 +38,7 @@ def names(net, blocks, dialect):
                 "next": stage + 1,
                 "layer": found[3],
             }
-        for part, theirs in PARTS.get(type(layer), PLAIN).items() if place in PLACES else ():
+        for part, theirs in PARTS.get(type(layer), SAME_NAME).items() if place in PLACES else ():
             for leaf, _ in layer.get_submodule(part).named_parameters():
                 there = [
                     (PLACES[place][dialect].format(**numbers), row, leaf)
@@ -57,14 +57,16 @@ def fields_as_options(path, fields, table):
     for field, (usual, option, values) in table.items():
         value = fields.get(field, usual)
         if isinstance(values, type):
-            allow(
+            require_supported(
                 path,
                 field,
                 value,
                 [value] if isinstance(value, (values, int)) else [f"a {values.__name__}"],
             )
         options[option] = (
-            values(value) if isinstance(values, type) else values[allow(path, field, value, values)]
+            values(value)
+            if isinstance(values, type)
+            else values[require_supported(path, field, value, values)]
         )
     return {option: value for option, value in options.items() if option}
 
@@ -76,19 +78,23 @@ def options_as_fields(path, options, table):
         if isinstance(values, type):
             fields[field] = options[option]
         else:
-            ours = option and allow(path, f"config.{option}", options[option], values.values())
+            ours = option and require_supported(
+                path, f"config.{option}", options[option], values.values()
+            )
             fields[field] = next(there for there, here in values.items() if here == ours)
     return fields
 
 
-def factors(path, field, widths, width):
+def channel_multipliers(path, field, widths, width):
     """Widths in units of the first; raises ValueError where they are not whole multiples of it."""
     whole = widths[0] == width and not any(one % width for one in widths)
-    allow(path, field, list(widths), [list(widths)] if whole else [f"{width} and multiples of it"])
+    require_supported(
+        path, field, list(widths), [list(widths)] if whole else [f"{width} and multiples of it"]
+    )
     return tuple(one // width for one in widths)
 
 
-def allow(path, field, value, allowed):
+def require_supported(path, field, value, allowed):
     """Return the value if it is one of those allowed; raises ValueError, which names field and
     value, if it is not.
     """
@@ -125,7 +131,7 @@ KINDS = {
     Upsample: "resize",
     ResidualBlock: "resize",
 }
-PLAIN = {"": ("", "")}
+SAME_NAME = {"": ("", "")}
 PARTS = {  # what a layer of ours consists of: in diffusers, in OpenAI's code
     ResidualBlock: {
         "norm1": ("norm1", "in_layers.0"),

@@ -266,12 +266,12 @@ def test_schedules_there_and_back(tmp_path, given, name, predict):
     options = weight_names.fields_as_options(
         tmp_path, fields | {"_class_name": "DDPMScheduler"}, weight_names.SCHEDULER
     )
-    assert diffusers.our_schedule(tmp_path, fields, options["diffusion.timesteps"]) == name
+    assert diffusers.find_schedule(tmp_path, fields, options["diffusion.timesteps"]) == name
     made = tiny(**options | {"diffusion.beta_schedule": name})
     assert made.diffusion.variance == "large" and made.diffusion.zero_terminal_snr == (
         predict == "v_prediction"
     )
-    back = DDPMScheduler.from_config(diffusers.their_scheduler(tmp_path, made))
+    back = DDPMScheduler.from_config(diffusers.scheduler_fields(tmp_path, made))
     there = DDPMScheduler(**given)
     # their tables are products of a thousand float32
     torch.testing.assert_close(back.alphas_cumprod, there.alphas_cumprod, rtol=1e-4, atol=1e-7)
@@ -291,7 +291,7 @@ def test_schedules_there_and_back(tmp_path, given, name, predict):
 )
 def test_a_schedule_that_diffusers_has_no_name_for_goes_as_its_betas(tmp_path, name):
     made = tiny(diffusion__beta_schedule=name, diffusion__predict="v")
-    fields = diffusers.their_scheduler(tmp_path, made)
+    fields = diffusers.scheduler_fields(tmp_path, made)
     there = DDPMScheduler.from_config(fields)
     process = build.diffusion(made, None).process
     # theirs are float32
@@ -299,7 +299,7 @@ def test_a_schedule_that_diffusers_has_no_name_for_goes_as_its_betas(tmp_path, n
         there.alphas_cumprod.double(), process.alpha**2, rtol=1e-4, atol=1e-7
     )
     assert (
-        diffusers.our_schedule(tmp_path, json.loads(json.dumps(fields)), made.diffusion.timesteps)
+        diffusers.find_schedule(tmp_path, json.loads(json.dumps(fields)), made.diffusion.timesteps)
         == name
     )
 
