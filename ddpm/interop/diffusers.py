@@ -300,26 +300,13 @@ def to_diffusers(source, out):
 
 
 def unet_fields(path, config, net):
-    """The fields of a UNet2DModel's config for a network of ours."""
+    """The fields of a UNet2DModel's config for a network of ours.
+
+    Raises ValueError for an option that has no counterpart there.
+    """
     options = defaults.flatten(config)
-    usual = defaults.flatten(defaults.base())
-    # trained over
-    carried = {option for _, option, _ in UNET.values()}.union(
-        *SHAPE.values(), ("model.initialization",)
-    )
-    for option in [
-        option for option in options if option.startswith("model.") and option not in carried
-    ]:
-        require_supported(path, f"config.{option}", options[option], [usual[option]])
     model = config.model
-    if config.diffusion.timesteps != 1000:
-        require_supported(
-            path, "config.diffusion.rescale_timesteps", config.diffusion.rescale_timesteps, [False]
-        )
-    require_supported(
-        path, "config.diffusion.self_condition", config.diffusion.self_condition, [False]
-    )
-    require_supported(path, "config.model.channel_mult, its first,", model.channel_mult[0], [1])
+    check_counterparts(path, config, options)
     groups = sorted(
         {layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)}
     )
@@ -334,39 +321,51 @@ def unet_fields(path, config, net):
     heads = [None] if all(layer.heads == 1 for layer in blocks) else heads
     require_supported(path, "config.model.num_heads, in channels a head,", heads, [heads[:1]])
     resize = "resnet" if model.resblock_updown else "conv"
-    attends = [
-        config.data.image_size >> level in model.attention_resolutions
-        for level in range(len(model.channel_mult))
-    ]
-    downs = [
-        next(
-            name
-            for name, (_, attention, way) in BLOCKS.items()
-            if attention == yes and way in (None, resize)
+    downs = down_blocks(config, resize)
+    fields = options_as_fields(path, options, UNET)
+    if classes := list(config.data.classes):
+        fields["num_class_embeds"] = len(classes) + (config.train.label_dropout > 0)
+        fields[OUR_CLASSES] = classes
+    return fields | {
+        "out_channels": net.head[2].out_channels,
+        "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
+        "down_block_types": downs,
+        "up_block_types": [BLOCKS[name][0] for name in downs[::-1]],
+        "downsample_type": resize,
+        "upsample_type": resize,
+        "attention_head_dim": heads[0],
+        "norm_num_groups": groups[0],
+        "attn_norm_num_groups": groups[0],
+    }
+
+
+def check_counterparts(path, config, options):
+    """Raise ValueError for an option of a config, as flat `options` too, that diffusers lacks."""
+    usual = defaults.flatten(defaults.base())
+    # trained weights replace the initial ones
+    carried = {"model.initialization", *(option for _, option, _ in UNET.values())}
+    carried = carried.union(*SHAPE.values())
+    for option, value in options.items():
+        if option.startswith("model.") and option not in carried:
+            require_supported(path, f"config.{option}", value, [usual[option]])
+    process = config.diffusion
+    if process.timesteps != 1000:
+        require_supported(
+            path, "config.diffusion.rescale_timesteps", process.rescale_timesteps, [False]
         )
-        for yes in attends
-    ]
-    classes = list(config.data.classes)
-    labels = (
-        {"num_class_embeds": len(classes) + (config.train.label_dropout > 0), OUR_CLASSES: classes}
-        if classes
-        else {}
-    )
-    return (
-        options_as_fields(path, options, UNET)
-        | labels
-        | {
-            "out_channels": net.head[2].out_channels,
-            "block_out_channels": [model.model_channels * mult for mult in model.channel_mult],
-            "down_block_types": downs,
-            "up_block_types": [BLOCKS[name][0] for name in downs[::-1]],
-            "downsample_type": resize,
-            "upsample_type": resize,
-            "attention_head_dim": heads[0],
-            "norm_num_groups": groups[0],
-            "attn_norm_num_groups": groups[0],
-        }
-    )
+    require_supported(path, "config.diffusion.self_condition", process.self_condition, [False])
+    first = config.model.channel_mult[0]
+    require_supported(path, "config.model.channel_mult, its first,", first, [1])
+
+
+def down_blocks(config, resize):
+    """The names of diffusers' blocks, from the largest images to the smallest."""
+    names = {}
+    for name, (_, attention, kind) in BLOCKS.items():
+        if kind in (None, resize):
+            names.setdefault(attention, name)
+    sizes = [config.data.image_size >> level for level in range(len(config.model.channel_mult))]
+    return [names[size in config.model.attention_resolutions] for size in sizes]
 
 
 def scheduler_fields(path, config):

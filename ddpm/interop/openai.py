@@ -9,41 +9,14 @@ from ddpm.interop.weight_names import OPENAI, channel_multipliers, require_suppo
 
 
 def from_openai(path, tensors, given, labels):
-    """Return the config and the weights of OpenAI's tensors, as ours.
+    """(config, weights) of ours for OpenAI's tensors.
 
     `given` are their flags, for what shapes do not say, and `labels` as for `label_options`.
+    Raises ValueError for a missing flag, and for what has no counterpart here.
     """
-
-    def numbers(pattern):
-        return {int(found[1]) for name in tensors if (found := re.match(pattern, name))}
-
-    ups = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
-    stages = numbers(r"output_blocks\.(\d+)\.")
-    blocks = len(stages) // (len(ups) + 1) - 1
-    # the largest images first
-    firsts = [f"output_blocks.{level * (blocks + 1)}" for level in range(len(ups), -1, -1)]
-    widths = [len(tensors[f"{first}.0.out_layers.3.bias"]) for first in firsts]
-    (stem, channels), width = (
-        tensors["input_blocks.0.0.weight"].shape[:2],
-        tensors["time_embed.0.weight"].shape[1],
-    )
     named, no_label = diffusers.label_options(
         path, len(tensors.get("label_emb.weight", ())), labels
     )
-    learned = (
-        require_supported(
-            path,
-            "the number of channels out (learn_sigma doubles it)",
-            len(tensors["out.2.bias"]),
-            [channels, 2 * channels],
-        )
-        > channels
-    )
-    # else halving has no weights
-    require_supported(
-        path, "conv_resample", len(numbers(r"input_blocks\.(\d+)\.")) == len(stages), [True]
-    )
-
     given = {flag: value for flag, value in given.items() if value != -1}  # which is their None
     heads = sorted({"num_heads", "num_head_channels"} & given.keys()) or ["num_heads"]
     needed = ["image_size", "diffusion_steps", "noise_schedule", *heads, "use_new_attention_order"]
@@ -51,55 +24,78 @@ def from_openai(path, tensors, given, labels):
         raise ValueError(
             f"{path} does not say how it was trained; add what is true of {', '.join(missing)}"
         )
-    steps = given["diffusion_steps"]
-    size = given["image_size"]
-    # two of their codes have two defaults
-    rescaled = require_supported(
-        path,
-        "rescale_timesteps",
-        given.get("rescale_timesteps"),
-        [True, False] if steps != 1000 else [None, True, False],
-    )
     return diffusers.to_checkpoint(
         path,
         tensors,
-        {
-            "data.image_size": size,
-            "data.channels": channels,
-            "model.model_channels": width,
-            "model.channel_mult": channel_multipliers(path, "channel_mult", [stem, *widths], width)[
-                1:
-            ],
-            "model.num_res_blocks": blocks,
-            "model.resblock_updown": bool(numbers(r"output_blocks\.(\d+)\.[12]\.in_layers")),
-            "model.attention_resolutions": tuple(
-                size >> level
-                for level, first in enumerate(firsts)
-                if f"{first}.1.qkv.weight" in tensors
-            ),
-            "model.num_heads": given.get("num_heads", 1),
-            "model.num_head_channels": given.get("num_head_channels", 0),
-            "model.use_scale_shift_norm": len(tensors["middle_block.0.emb_layers.1.bias"])
-            == 2 * widths[-1],
-            "model.freq_shift": 0,
-            "model.downsample_padding": 1,
-            "model.norm_num_groups": 32,
-            "model.norm_eps": 1e-5,
-            "diffusion.timesteps": steps,
-            "diffusion.rescale_timesteps": bool(rescaled),
-            "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
-            "diffusion.beta_schedule": require_supported(
-                path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]
-            ),
-            "diffusion.variance": "learned" if learned else "large",
-            "diffusion.loss": "hybrid" if learned else "mse",
-        }
-        | named,
+        shape_options(path, tensors, given["image_size"]) | flag_options(path, given) | named,
         OPENAI,
         cosines_first=True,
         legacy=not given["use_new_attention_order"],
         no_label=no_label,
     )
+
+
+def shape_options(path, tensors, size):
+    """Our options that the names and shapes of OpenAI's tensors tell, for images of a size."""
+
+    def numbers(pattern):
+        return {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
+
+    ups = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
+    stages = numbers(r"output_blocks\.(\d+)\.")
+    blocks = len(stages) // (len(ups) + 1) - 1
+    # the largest images first
+    firsts = [f"output_blocks.{level * (blocks + 1)}" for level in range(len(ups), -1, -1)]
+    widths = [len(tensors[f"{first}.0.out_layers.3.bias"]) for first in firsts]
+    stem, channels = tensors["input_blocks.0.0.weight"].shape[:2]
+    width = tensors["time_embed.0.weight"].shape[1]
+    outputs = "the number of channels out (learn_sigma doubles it)"
+    require_supported(path, outputs, len(tensors["out.2.bias"]), [channels, 2 * channels])
+    learned = len(tensors["out.2.bias"]) > channels
+    # else downsampling has no weights
+    resamples = len(numbers(r"input_blocks\.(\d+)\.")) == len(stages)
+    require_supported(path, "conv_resample", resamples, [True])
+    _, *multipliers = channel_multipliers(path, "channel_mult", [stem, *widths], width)
+    shift = tensors["middle_block.0.emb_layers.1.bias"]
+    return {
+        "data.image_size": size,
+        "data.channels": channels,
+        "model.model_channels": width,
+        "model.channel_mult": tuple(multipliers),
+        "model.num_res_blocks": blocks,
+        "model.resblock_updown": bool(numbers(r"output_blocks\.(\d+)\.[12]\.in_layers")),
+        "model.attention_resolutions": tuple(
+            size >> level
+            for level, first in enumerate(firsts)
+            if f"{first}.1.qkv.weight" in tensors
+        ),
+        "model.use_scale_shift_norm": len(shift) == 2 * widths[-1],
+        "model.freq_shift": 0,
+        "model.downsample_padding": 1,
+        "model.norm_num_groups": 32,
+        "model.norm_eps": 1e-5,
+        "diffusion.variance": "learned" if learned else "large",
+        "diffusion.loss": "hybrid" if learned else "mse",
+    }
+
+
+def flag_options(path, given):
+    """Our options for OpenAI's flags."""
+    steps = given["diffusion_steps"]
+    # two of their repositories have different defaults
+    allowed = [True, False] if steps != 1000 else [None, True, False]
+    rescaled = require_supported(path, "rescale_timesteps", given.get("rescale_timesteps"), allowed)
+    schedule = require_supported(
+        path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]
+    )
+    return {
+        "model.num_heads": given.get("num_heads", 1),
+        "model.num_head_channels": given.get("num_head_channels", 0),
+        "diffusion.timesteps": steps,
+        "diffusion.rescale_timesteps": bool(rescaled),
+        "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
+        "diffusion.beta_schedule": schedule,
+    }
 
 
 FLAGS = {  # OpenAI's flags, for what shapes do not say
