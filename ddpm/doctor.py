@@ -209,7 +209,7 @@ def file_rows(report):
         remedy = limits.FAULTS.get(fault, limits.CONVERT)
         rows.append((f"left out: {fault}", f"{some(names)} ({remedy})"))
     rows.append(
-        ("no image suffix", some(report["without_suffix"], "; rename them so that they are read"))
+        ("no image suffix", some(report["without_suffix"], "; add the suffix of the format"))
     )
     return [*rows, ("not read", report["no_pictures"])]
 
