@@ -8,13 +8,13 @@ the direction.
     a run folder or checkpoint of ours                      -> a diffusers folder, for
                                                                DDPMPipeline.from_pretrained
 
-The network's output stays the same, and what has no counterpart is refused by its name. No code of
-the others is needed.
+The network's output stays the same; an option without a counterpart is an error that names it. The
+other codebases need not be installed.
 
-Labels are the same too. For no label our network adds zero, and others look up one more row, or do
-without: so a network that was trained with label dropout goes out with a row of zeros as its last,
-and of one that comes in --no_label=10 says which row that is. It is added to the bias before it and
-taken from the other rows, which makes the same network.
+Labels stay the same too. For no label our network adds zero, others look up one more row. So a
+network trained with label dropout is exported with a last row of zeros, and for an import
+--no_label=10 names that row; it is added to the preceding bias and subtracted from the other rows,
+which makes the same network.
 """
 
 from pathlib import Path
@@ -32,12 +32,11 @@ from ddpm.training import weights as training_weights
 
 
 def convert(source, out, classes=None, no_label=None, **theirs):
-    """Convert `source` into `out` as above, `theirs` being OpenAI's flags; returns the path that
-    was written.
+    """Convert `source` into `out` as above; returns the path that was written.
 
-    `classes` are names for those of a network that comes in, by default their numbers; `no_label`
-    is the label by which it was told none. Raises ValueError, one line, for what is damaged, has no
-    counterpart on the other side, or is there already.
+    `classes` names the classes of an imported network, by default their numbers; `no_label` is its
+    label for "none"; `theirs` are OpenAI's flags. Raises ValueError for damaged files, options
+    without a counterpart, and an `out` that exists.
     """
     source = Path(source)
     out = Path(out)
@@ -82,7 +81,7 @@ def convert(source, out, classes=None, no_label=None, **theirs):
         ArithmeticError,
     ) as error:
         raise ValueError(
-            f"{source} is damaged, or no U-Net that ddpm knows: {errors.one_line(error)}"
+            f"{source} is damaged, or not a U-Net that ddpm knows: {errors.one_line(error)}"
         ) from error
     text = files.to_json(config)
     if out.suffix == ".safetensors":
@@ -111,12 +110,12 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "classes",
         None,
-        "Names for the classes of a network of others, in order; by default their numbers.",
+        "Names for the classes of an imported network, in order; by default their numbers.",
     )
     flags.DEFINE_integer(
         "no_label",
         None,
-        "The label by which a network of others was told none: what guidance needs.",
+        "The label that means none in an imported network; guidance needs it.",
     )
     for flag, (define, example) in interop_openai.FLAGS.items():
         define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")

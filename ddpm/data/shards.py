@@ -1,9 +1,7 @@
-"""Samples by index from shards, which may lie elsewhere: the one room that knows MosaicML
-Streaming.
+"""Samples by index from local or remote shards, through MosaicML Streaming.
 
-Of that it takes the shards, their transport and their decompression. The order of the images is
-ours, and whoever uses a folder at the same time, in this job or another, is kept in step by locks
-that the system opens when a process ends.
+That library reads, transports and decompresses shards; the order of images is ours. Processes that
+use a folder at the same time, of any job, wait for each other by file locks.
 """
 
 import hashlib
@@ -25,18 +23,17 @@ except ImportError as error:
         f"{(error.name or 'streaming').partition('.')[0]} is missing; pip install -e '.[streaming]'"
     ) from None
 
-# how often a shard is brought for one sample: another process may remove it before it is read
+# downloads of a shard for one sample: another process may remove it before it is read
 TRIES = 8
 
 
 class Shards:
-    """`shards[index]` is a sample, a dict by column; `columns` are their encodings, `digest`
-    (sha256 in hex) is the index's.
+    """`shards[index]` is a sample, a dict by column; `columns` maps each to its encoding, `digest`
+    is the sha256 of the index in hex.
 
-    What is not in `folder` is brought from `remote`, a folder or an address such as
-    s3://bucket/images, when it is first asked for, and compared with its checksum if it was written
-    with one. Beyond a `cache_limit` ("200gb") those shards go that have been here longest. Raises
-    ValueError where there are none, and where one cannot be had.
+    Missing shards are downloaded on demand from `remote`, a folder or an address such as
+    s3://bucket/images, and compared with their checksums if they have any. Beyond `cache_limit`
+    ("200gb") the oldest are removed. Raises ValueError for missing, corrupt or unreachable shards.
     """
 
     def __init__(self, folder, remote="", cache_limit=""):
@@ -76,10 +73,10 @@ class Shards:
                 return self.shards[number][place]
             except FileNotFoundError:
                 self.bring(number)
-            except Exception as error:  # bytes that are none of its columns'
+            except Exception as error:  # bytes that do not fit the columns
                 raise ValueError(
-                    f"sample {index} in {self.path(number)} is damaged ({one_line(error)}); bring "
-                    "the shard back"
+                    f"sample {index} in {self.path(number)} is damaged ({one_line(error)}); "
+                    "restore the shard"
                 ) from None
         raise ValueError(
             f"shards of {self.folder} are removed before they can be read; raise "
@@ -90,9 +87,7 @@ class Shards:
         return Shards, self.given
 
     def open(self):
-        """Read the index, brought here if it has to be, in this process: a connection does not
-        outlive a fork.
-        """
+        """Read or download the index in this process: connections do not survive a fork."""
         self.process = os.getpid()
         try:
             with (
@@ -126,9 +121,7 @@ class Shards:
         return file_lock(self.folder / f"{number:05}.lock")
 
     def bring(self, number):
-        """Bring a shard here and unpack it, while others who want it wait; make room for it if
-        there is a limit.
-        """
+        """Download and unpack a shard while others wait for it; with a limit, remove old ones."""
         if self.process != os.getpid():
             self.open()
         with self.lock(number):
@@ -139,16 +132,13 @@ class Shards:
                     self.shards[number].evict()
                 raise ValueError(
                     f"cannot get {self.path(number).name} from {self.remote or str(self.folder)!r} "
-                    f"({one_line(error)}); bring it back, or run again when the place can be "
-                    "reached"
+                    f"({one_line(error)}); restore it, or run again when the place can be reached"
                 ) from None
         if self.limit:
             self.make_room()
 
     def make_room(self):
-        """Remove shards, first those that have been here longest, until what is here is within
-        the limit.
-        """
+        """Remove the oldest shards until the folder is within the limit."""
         with file_lock(self.folder / "room.lock"):
             here = []
             for number in range(len(self.shards)):
@@ -161,9 +151,7 @@ class Shards:
                         excess -= self.shards[number].evict()
 
     def bytes_of(self, limit):
-        """A limit in bytes; raises ValueError where shards would not fit, or would be lost for
-        ever.
-        """
+        """A limit in bytes; raises ValueError if shards do not fit or exist only here."""
         try:
             found = bytes_to_int(limit)
         except ValueError:

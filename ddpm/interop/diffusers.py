@@ -1,4 +1,4 @@
-"""Weights of Hugging Face diffusers as a checkpoint of ours, and the other way."""
+"""Weights of Hugging Face diffusers to a checkpoint of ours, and back."""
 
 import contextlib
 import json
@@ -101,7 +101,7 @@ def from_diffusers(folder, labels):
 
 
 def shape_as_options(path, unet):
-    """The options for what stands in several fields of a UNet2DModel's config."""
+    """Our options for what a UNet2DModel's config spreads over several fields."""
     for field in unet:
         require_supported(
             path,
@@ -147,7 +147,7 @@ def shape_as_options(path, unet):
 
 
 def find_schedule(path, scheduler, steps):
-    """Our name for the betas of a diffusers scheduler."""
+    """Our name of the schedule with a diffusers scheduler's betas; raises ValueError for others."""
     betas = scheduler.get("trained_betas")
     name = scheduler.get("beta_schedule", "linear")
     make = BETAS[require_supported(path, "beta_schedule", name, BETAS)] if betas is None else None
@@ -160,7 +160,7 @@ def find_schedule(path, scheduler, steps):
         betas = torch.as_tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError, ArithmeticError):
         raise ValueError(
-            f"{path}: its betas are no numbers that a schedule can have; use another file"
+            f"{path}: its betas are not the numbers of a schedule; use another file"
         ) from None
     ends = "(start={:.9g}, end={:.9g})".format(*(betas[[0, -1]] * steps / 1000).tolist())
     for name in (scheduler.get(OUR_NAME), *SCHEDULES, f"linear{ends}", f"quadratic{ends}"):
@@ -170,23 +170,22 @@ def find_schedule(path, scheduler, steps):
             if ours.shape == betas.shape and torch.allclose(ours, betas, rtol=1e-5, atol=1e-9):
                 return name
     raise ValueError(
-        f"{path}: its betas, {betas[0]:.3g} to {betas[-1]:.3g} in {steps} steps, are those of no "
+        f"{path}: its betas, {betas[0]:.3g} to {betas[-1]:.3g} in {steps} steps, match no "
         "schedule of ddpm"
     )
 
 
 def label_options(path, rows, labels, names=()):
-    """The options for the classes of a network with so many `rows` of labels, or none, and its row
-    for no label, or None.
+    """(our options for the classes of a network, its row for no label or None).
 
-    `labels` are the flags that were given, of "classes" and "no_label"; `names` are those that came
-    with the network, one fewer than rows where the last is for no label. Raises ValueError where
-    they do not fit the rows.
+    `rows` is the length of its label embedding, if any; `labels` has the flags "classes" and
+    "no_label" that the user gave; `names` come with the network, one fewer than rows where the last
+    row means no label. Raises ValueError where these do not fit.
     """
     if not rows:
         if labels:
             raise ValueError(
-                f"--{min(labels)} is for a network with labels, which {path} has not; leave it out"
+                f"--{min(labels)} is for a network with labels, and {path} has none; leave it out"
             )
         return {}, None
     no_label = labels.get("no_label", rows - 1 if len(names) == rows - 1 > 0 else None)
@@ -213,10 +212,11 @@ def label_options(path, rows, labels, names=()):
 
 
 def to_checkpoint(path, tensors, options, dialect, cosines_first, legacy=False, no_label=None):
-    """Return base() with `options`, and their tensors under our names and in our order.
+    """(base() with `options`, their tensors under our names and in our order).
 
-    Theirs may have the cosines of the time first, and `legacy` ones queries, keys and values head
-    by head; what they look up for the label `no_label` is here the zero that is added without one.
+    cosines_first: their time embedding has the cosines before the sines
+    legacy: they have queries, keys and values head by head
+    no_label: their row for no label, which becomes part of a bias here
     """
     steps = options["diffusion.timesteps"]
     unknown = "folder(path='the images it was trained on')"
@@ -235,7 +235,7 @@ def to_checkpoint(path, tensors, options, dialect, cosines_first, legacy=False, 
     for name, theirs, layer in tensor_names(net, config.model.num_res_blocks, dialect):
         if lacking := [one for one in theirs if one not in rest]:
             raise ValueError(
-                f"{path}: the tensor {lacking[0]} is missing, which a network of this config has"
+                f"{path}: the tensor {lacking[0]} is missing, which a network of this config needs"
             )
         value = torch.cat([rest.pop(one).float() for one in theirs])
         if legacy and ".qkv." in name:
@@ -369,12 +369,10 @@ def down_blocks(config, resize):
 
 
 def scheduler_fields(path, config):
-    """The fields of a DDPMScheduler's config for a process of ours: a name for the betas if
-    there is one, else themselves.
-    """
+    """The fields of a DDPMScheduler's config for a process of ours; betas by name if possible."""
     variance = parse(config.sample.sampler)[1].get("variance", config.diffusion.variance)
     spacing = config.sample.spacing
-    # how to draw is anyone's choice, so this is never refused
+    # sampling is the user's choice, so it is never refused
     fields = options_as_fields(
         path,
         defaults.flatten(config)
@@ -402,16 +400,12 @@ def scheduler_fields(path, config):
 
 
 def config_path(folder, part, name):
-    """The config of a part of a diffusers folder, which has a folder of its own or lies beside
-    the others.
-    """
+    """The path of the config of a part of a diffusers folder, in a sub-folder if there is one."""
     return (folder / part if (folder / part).is_dir() else folder) / f"{name}.json"
 
 
 def read_json(path):
-    """The fields in a JSON file; none where there is no file. Raises ValueError where it holds
-    something else.
-    """
+    """The dict in a JSON file, empty without a file; raises ValueError for other content."""
     with contextlib.suppress(ValueError, RecursionError):
         fields = {}
         if path.is_file():
@@ -419,17 +413,15 @@ def read_json(path):
                 fields = json.loads(file.read(safe_load.LONGEST))
         if isinstance(fields, dict):
             return fields
-    raise ValueError(f"{path} is damaged or no config; use another file")
+    raise ValueError(f"{path} is damaged or not a config; use another file")
 
 
 def read_tensors(path):
-    """The tensors in a file, on the host; none where it holds something else besides. Raises
-    ValueError if it is damaged.
-    """
+    """The tensors in a file, on the CPU; empty if it has anything else. Raises ValueError."""
     try:
         found = load_file(path) if path.suffix == ".safetensors" else safe_load.read(path)
     except (OSError, safetensors.SafetensorError):
-        raise ValueError(f"{path} is damaged or no file of weights; use another file") from None
+        raise ValueError(f"{path} is damaged or not a file of weights; use another file") from None
     return (
         found
         if isinstance(found, dict)
@@ -438,4 +430,4 @@ def read_tensors(path):
     )
 
 
-MAX_CLASSES = 100_000  # four times as many as ImageNet has, the whole of it
+MAX_CLASSES = 100_000  # four times those of the full ImageNet

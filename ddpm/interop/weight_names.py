@@ -1,8 +1,6 @@
-"""What others call the same things: a U-Net's tensors in diffusers and in OpenAI's code, and the
-fields of diffusers' configs.
+"""Names of a U-Net's tensors in diffusers and in OpenAI's code, and fields of diffusers' configs.
 
-Tables, and the functions that read them in both directions; `convert` has the files and what needs
-more than a table.
+Tables, and the functions that read them in both directions.
 """
 
 import re
@@ -15,8 +13,9 @@ from ddpm.models.layers import AttentionBlock, Downsample, ResidualBlock, Upsamp
 
 
 def tensor_names(net, blocks, dialect):
-    """Each tensor of a U-Net of `blocks` residual blocks a level: our name, the names of its
-    rows in a dialect, its layer.
+    """Yield (our name, names in a dialect, layer) of each tensor of a U-Net.
+
+    `blocks` is its number of residual blocks a level; several names share the tensor's rows.
     """
     for name, layer in net.named_modules():
         place = name
@@ -52,7 +51,7 @@ def tensor_names(net, blocks, dialect):
 
 
 def fields_as_options(path, fields, table):
-    """Our options for those fields of a diffusers config that a table has."""
+    """Our options for the fields of a diffusers config in a table; raises ValueError for others."""
     options = {}
     for field, (usual, option, values) in table.items():
         value = fields.get(field, usual)
@@ -86,7 +85,7 @@ def options_as_fields(path, options, table):
 
 
 def channel_multipliers(path, field, widths, width):
-    """Widths in units of the first; raises ValueError where they are not whole multiples of it."""
+    """Widths divided by `width`; raises ValueError where they are not multiples of it."""
     whole = widths[0] == width and not any(one % width for one in widths)
     require_supported(
         path, field, list(widths), [list(widths)] if whole else [f"{width} and multiples of it"]
@@ -95,9 +94,7 @@ def channel_multipliers(path, field, widths, width):
 
 
 def require_supported(path, field, value, allowed):
-    """Return the value if it is one of those allowed; raises ValueError, which names field and
-    value, if it is not.
-    """
+    """Return the value of a field if it is allowed, else raise ValueError."""
     if value not in list(allowed):
         others = f"; it can be {', '.join(map(str, allowed))}" if allowed else ""
         raise ValueError(

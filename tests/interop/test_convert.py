@@ -837,7 +837,7 @@ def test_a_field_without_a_counterpart_is_named(tmp_path, small, file, field, va
         (
             "unet/config.json",
             {"block_out_channels": None},
-            "is damaged, or no U-Net that ddpm knows",
+            "is damaged, or not a U-Net that ddpm knows",
         ),
         (
             "unet/config.json",
@@ -921,9 +921,9 @@ def test_files_that_are_missing_or_damaged_are_one_line(tmp_path, small):
         refuses(message, folder, out)
     folder = shutil.copytree(small, tmp_path / "torn")
     (folder / weights).write_bytes(b"torn")
-    refuses("is damaged or no file of weights", folder, out)
+    refuses("is damaged or not a file of weights", folder, out)
     (folder / "unet/config.json").write_text("{")
-    refuses("config.json is damaged or no config", folder, out)
+    refuses("config.json is damaged or not a config", folder, out)
 
 
 @pytest.mark.parametrize(
