@@ -116,7 +116,9 @@ def describe_images(images):
 
 def verdict(report):
     """`{"not_fit": lines, "warnings": lines}`: why a folder is not fit, and what to check first."""
-    faults = [fault for fault, names in report["left_out"].items() for _ in names]
+    faults = []
+    for fault, names in report["left_out"].items():
+        faults += [fault] * len(names)
     not_fit, warnings = folder.fitness(report["kept"], report["files"], faults)
     if not report["files"]:
         not_fit = [folder.no_images_message(report["folder"], report["not_read"])]
@@ -201,7 +203,7 @@ def file_rows(report):
             )
         )
     left_out = {fault: list(names) for fault, names in report["left_out"].items()}
-    listed = {name for names in left_out.values() for name in names}
+    listed = set().union(*left_out.values())
     for name, form in report["unread"].items():
         if name not in listed:  # its suffix is not of an image that is read
             left_out.setdefault(form, []).append(name)

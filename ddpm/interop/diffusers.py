@@ -76,11 +76,8 @@ def from_diffusers(folder, labels):
         path, "num_class_embeds", rows, [rows] if counted else [None, f"1 to {MAX_CLASSES}"]
     )
     named, no_label = label_options(path, rows, labels, unet.get(OUR_CLASSES, ()))
-    stored = [
-        file
-        for suffix in (".safetensors", ".bin")
-        if (file := path.with_name(STORED + suffix)).exists()
-    ]
+    files_of_weights = [path.with_name(STORED + suffix) for suffix in (".safetensors", ".bin")]
+    stored = [file for file in files_of_weights if file.exists()]
     if not stored:
         raise ValueError(
             f"there is no {path.with_name(STORED)}.safetensors; give a folder with weights, in "
@@ -119,8 +116,10 @@ def shape_as_options(path, unet):
     require_supported(
         path, "up_block_types", unet["up_block_types"], [[BLOCKS[name][0] for name in types[::-1]]]
     )
-    usual = [unet.get(field, "conv") for field in ("downsample_type", "upsample_type")]
-    ways = sorted({BLOCKS[name][2] or way for name in types for way in usual})
+    ways = {BLOCKS[name][2] for name in types}
+    if None in ways:
+        ways |= {unet.get(field, "conv") for field in ("downsample_type", "upsample_type")}
+    ways = sorted(ways - {None})
     require_supported(
         path,
         "the way to resize in down_block_types, downsample_type, upsample_type",

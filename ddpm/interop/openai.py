@@ -39,7 +39,8 @@ def shape_options(path, tensors, size):
     """Our options that the names and shapes of OpenAI's tensors tell, for images of a size."""
 
     def numbers(pattern):
-        return {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
+        matches = (re.match(pattern, name) for name in tensors)
+        return {int(match[1]) for match in matches if match}
 
     ups = numbers(r"output_blocks\.(\d+)\.[12]\.(?:conv|in_layers)\.")
     stages = numbers(r"output_blocks\.(\d+)\.")
