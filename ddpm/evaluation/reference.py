@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ddpm.common import files, safe_load
 from ddpm.common.files import atomic_write
-from ddpm.data import cache
+from ddpm.data import cache, order
 from ddpm.evaluation import distances, extractors
 
 MAX_FEATURES = 50_000  # reference images whose features are kept: 400 MB of Inception's
@@ -83,8 +83,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
 
 def reference_indices(n):
     """The indices of the n images whose features are kept: all, or 50,000 at even distances."""
-    count = min(n, MAX_FEATURES)
-    return [i * n // count for i in range(count)]
+    return order.evenly_spaced(range(n), MAX_FEATURES)
 
 
 def load_features(path, extractor, name):
