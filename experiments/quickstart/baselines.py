@@ -46,7 +46,7 @@ def main():
     ):
         numbers, _ = measure(draw)
         print(
-            f"{name:20} eval/fd_digits {numbers['eval/fd_digits']:.2f}   {numbers['eval/made']}",
+            f"{name:20} eval/fd_digits {numbers['eval/fd_digits']:.2f}   {numbers['eval/protocol']}",
             flush=True,
         )
 

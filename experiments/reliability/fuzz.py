@@ -397,7 +397,7 @@ def weights(suffix, edits, head, folder):
 
 PICTURES = {suffix: picture(suffix) for suffix in (".png", ".jpg", ".gif", ".bmp", ".tif", ".webp")}
 ROWS = "".join(
-    json.dumps({"step": step, "train/loss": 0.5, "eval/made": "ddim"}) + "\n"
+    json.dumps({"step": step, "train/loss": 0.5, "eval/protocol": "ddim"}) + "\n"
     for step in range(5, 31, 5)
 ).encode()
 CURVE = [
@@ -406,7 +406,7 @@ CURVE = [
         "train/loss": 0.5,
         "val/loss": 0.4,
         "eval/fid": 30 - step,
-        "eval/made": "a",
+        "eval/protocol": "a",
         "progress/epoch": step / 9,
         "progress/images": step * 8,
         "progress/petaflop": step / 9,

@@ -185,7 +185,7 @@ def test_torchrun_on_two_ranks_trains_as_one_process_does(tmp_path):
             ), key
     assert {
         f"eval/{name}"
-        for name in ("fd_digits", "kd_digits", "copying", "made", "bits_per_dim", "share")
+        for name in ("fd_digits", "kd_digits", "copying", "protocol", "bits_per_dim", "share")
     } <= one.keys()
 
 

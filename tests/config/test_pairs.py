@@ -196,7 +196,9 @@ def test_every_pair_that_can_be_trains_draws_edits_and_is_measured(part, tmp_pat
             raise
         last = rows(folder)[-1]
         bits = [
-            last[key] for key in last if key.startswith("eval/bits") and not key.endswith("made")
+            last[key]
+            for key in last
+            if key.startswith("eval/bits") and not key.endswith("protocol")
         ]
         assert (
             len(bits) == {"none": 0, "bound": 4, "flow": 1, "both": 5}[row["evaluate.likelihood"]]
