@@ -603,7 +603,7 @@ def test_samples_of_strangers_are_left_out_of_the_figure(tmp_path):
     contents = {
         "too large": png(200_000, 200_000),
         "truncated": png(8, 8),
-        "no image": b"words",
+        "not an image": b"words",
         "thin": b"words",
     }
     for steps, (name, content) in enumerate(contents.items(), 1):
