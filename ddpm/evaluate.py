@@ -17,7 +17,7 @@ from ddpm.config import files as config_files
 from ddpm.config import flags as config_flags
 from ddpm.evaluation.scorer import copying_warning, write_texts
 from ddpm.experiment import build, drawing, load
-from ddpm.sampling.draw import joined
+from ddpm.sampling.draw import concatenate
 from ddpm.studies import figures
 from ddpm.studies.tables import plain
 from ddpm.tracking import wandb
@@ -112,7 +112,7 @@ def measure(made, run_or_file, shown=0):
     draw = drawing.drawer(made.config, made.net, made.machine)
     (numbers, pictures), (bits, files) = score(draw), likelihood()
     if numbers and shown:
-        pictures["samples"] = made.machine.gather(joined(draw(range(shown), score.recipe)))
+        pictures["samples"] = made.machine.gather(concatenate(draw(range(shown), score.recipe)))
     return numbers | bits, pictures, files
 
 

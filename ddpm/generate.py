@@ -127,7 +127,7 @@ def edit_images(
     files = written(write, out, drawn, format, count, machine, alone=True)
     first, *others = pictures
     hidden = [] if area is None else [first.masked_fill(area, 127)]
-    cells = [first, *hidden, *draw.joined(results[-1:] if film else results), *others]
+    cells = [first, *hidden, *draw.concatenate(results[-1:] if film else results), *others]
     grid = file_or_in(out, "grid") if format == "grid" else Path(out, "grid.png")
     if machine.main:
         # between two images: in a row

@@ -11,7 +11,7 @@ from ddpm.common import pixels as common_pixels
 from ddpm.common.registry import quantity
 from ddpm.config import flags as config_flags
 from ddpm.experiment import build, cost, drawing, load
-from ddpm.sampling.draw import gathered, joined
+from ddpm.sampling.draw import concatenate, gathered
 
 
 @config_flags.also_called(
@@ -39,7 +39,7 @@ def sample_from_checkpoint(
         f"{cost.evaluations(trained, recipe)} network evaluations an image",
         flush=True,
     )
-    pixels = joined(drawing.drawer(trained, net, machine, gathered)(range(num_images), recipe))
+    pixels = concatenate(drawing.drawer(trained, net, machine, gathered)(range(num_images), recipe))
     if machine.main:
         common_pixels.save_image_grid(pixels, out)
     return [Path(out)]

@@ -29,7 +29,7 @@ def evaluations(config, recipe, edit=None, model=None):
     """How many network evaluations an image takes, drawn or edited, by a DDPM, or that of the
     config; raises ValueError where the recipe cannot make the edit.
     """
-    return draw.evaluations(model or build.diffusion(config, None), recipe, edit)
+    return draw.count_nfe(model or build.diffusion(config, None), recipe, edit)
 
 
 class Operations(NamedTuple):

@@ -19,12 +19,12 @@ from ddpm.diffusion.process import initial_noise
 
 
 class Recipe(NamedTuple):
-    """How images are drawn: a sampler's spec, its number of steps and their spacing, the seed, and
-    how many at once.
+    """How images are drawn: a sampler with its arguments, the number and spacing of its steps, the
+    seed, and the batch size.
 
-    Image k has the k-th of `labels`, which come round again, or no label; `classes` says in words
-    which they are. `guidance`, `interval` and `guide`, which says in words what guides if not the
-    network itself, are of diffusion.denoiser.
+    Image k has label k of `labels`, modulo their number, or none; `classes` names them in words.
+    `guidance` and `interval` are those of diffusion.denoiser.Guidance; `guide` names the network
+    that guides, if it is another one.
     """
 
     sampler: str
@@ -39,21 +39,19 @@ class Recipe(NamedTuple):
     guide: str = ""
 
     def __str__(self):
-        said = f"{self.sampler}, {self.steps} steps, {self.spacing} spacing, seed {self.seed}"
+        text = f"{self.sampler}, {self.steps} steps, {self.spacing} spacing, seed {self.seed}"
         if self.guidance != 1:
-            said += f", guidance {self.guidance}"
-            said += (
-                f" in sigma/alpha {self.interval[0]} to {self.interval[1]}" if self.interval else ""
-            )
-            said += f" by {self.guide}" if self.guide else ""
-        return said + (f", classes {self.classes}" if self.labels else "")
+            text += f", guidance {self.guidance}"
+            if self.interval:
+                text += f" in sigma/alpha {self.interval[0]} to {self.interval[1]}"
+            if self.guide:
+                text += f" by {self.guide}"
+        return text + (f", classes {self.classes}" if self.labels else "")
 
 
-def evaluations(model, recipe, edit=None):
-    """How often networks are asked for an image: by the sampler, or by an Edit, and where guidance
-    applies once more.
-
-    Raises ValueError where the recipe cannot make the edit.
+def count_nfe(model, recipe, edit=None):
+    """The number of function evaluations for an image, drawn or edited, those of guidance included;
+    raises ValueError if the recipe cannot make the edit.
     """
     sampler = registry.resolve("sampler", model.samplers, recipe.sampler)
     guidance = Guidance(None, recipe.guidance, recipe.interval)
@@ -66,16 +64,16 @@ def evaluations(model, recipe, edit=None):
     return len(at) + sum(map(guidance.applies, at))
 
 
-def afresh(sampler, denoiser, levels, noise, seeds):
-    """Walk from noise alone."""
+def walk_from_noise(sampler, denoiser, levels, noise, seeds):
+    """The walk of a sampler from pure noise: yields x after each step."""
     x = initial_noise(levels[0], noise(0))
     yield x
     yield from sampler(denoiser(), x, levels, noise)
 
 
 def edited(edit, pictures, mask, count, machine):
-    """The walk of an Edit of `pictures`, uint8 [c, h, w] each, with a mask [h, w] or None, to
-    the results 0 .. count - 1.
+    """The walk of an Edit of `pictures`, uint8 [c, h, w], with a mask [h, w] or None, to `count`
+    results.
     """
 
     def walk(sampler, denoiser, levels, noise, seeds):
@@ -95,27 +93,28 @@ def edited(edit, pictures, mask, count, machine):
 
 
 def trajectory(
-    model, recipe, seeds, shape, machine, guide=None, walk=afresh, evaluated=lambda: None
+    model, recipe, seeds, shape, machine, guide=None, walk=walk_from_noise, evaluated=lambda: None
 ):
-    """Yield x [b, c, h, w] in about [-1, 1] on the device: where the walk of `seeds` begins, then x
-    after each of its steps.
+    """Yield x [b, c, h, w] in about [-1, 1] on the device: the start of the walk, then x after each
+    step.
 
-    `guide` is the network net(x, t, y) that guides, in evaluation mode, or None for the model's own
-    without labels. `evaluated()` is called after each evaluation of a network.
+    `seeds` are image numbers. `guide` is the network net(x, t, y) that guides, in evaluation mode,
+    or None for the model's own without labels. `evaluated()` is called after each evaluation of a
+    network. Raises StopTraining before one if a training is requested to stop.
     """
 
     def noise(k):
         return machine.to_device(rng.normal(recipe.seed, "sample", k, seeds, shape))
 
     def autocast(net):
-        def ask(x, t, y=None):
+        def call(x, t, y=None):
             machine.stop.check()
             with machine.autocast():
                 out = net(x, t, y).float()
             evaluated()
             return out
 
-        return ask
+        return call
 
     y = (
         machine.to_device(torch.tensor([recipe.labels[k % len(recipe.labels)] for k in seeds]))
@@ -136,21 +135,19 @@ def trajectory(
 
 def progress(model, recipe, count, size, machine, times):
     """The Progress of drawing `count` images, `size` at a time, in `times` network evaluations
-    each, or the recipe's number.
+    each, by default the recipe's.
     """
-    times = evaluations(model, recipe) if times is None else times
+    times = count_nfe(model, recipe) if times is None else times
     return Progress("drawing", count, size, times, shown=machine.main)
 
 
-def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
-    """Yield (seeds, uint8 [b, c, h, w] on the host), batch by batch, for this rank's share of
-    `seeds`.
+def draw(model, recipe, seeds, shape, machine, guide=None, walk=walk_from_noise, times=None):
+    """Yield (seeds, uint8 [b, c, h, w] on the host) in batches for this rank's share of `seeds`,
+    the image numbers; the main rank shows its progress.
 
-    Batches are smaller than the recipe's where memory runs out. The main rank shows its progress.
-
-    `model` is the DDPM around the plain network with the weights to draw from, `shape` is (c, h,
-    w), `guide` as above, `times` the number of network evaluations of a `walk` that is not
-    `afresh`.
+    Batches are smaller than the recipe's if memory runs out. `model` is the DDPM around the plain
+    network with the weights to draw from, `shape` is (c, h, w), `guide` as in `trajectory`, `times`
+    the number of network evaluations of a `walk` other than `walk_from_noise`.
     """
     mine = list(seeds)[machine.rank_slice(len(seeds))]
     with progress(model, recipe, len(mine), recipe.batch_size, machine, times) as shown:
@@ -164,44 +161,40 @@ def draw(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=No
             yield batch, pixels
 
 
-def gathered(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
-    """The same for all of `seeds`, on the main rank and in their order; the others draw their
-    shares and yield nothing.
-    """
+def gathered(model, recipe, seeds, shape, machine, guide=None, walk=walk_from_noise, times=None):
+    """As `draw`, for all of `seeds` in order on the main rank; other ranks yield nothing."""
     if machine.world == 1:
         yield from draw(model, recipe, seeds, shape, machine, guide, walk, times)
         return
     for first in range(0, len(seeds), BLOCK):
         some = seeds[first : first + BLOCK]
         pixels = machine.gather(
-            joined(draw(model, recipe, some, shape, machine, guide, walk, times))
+            concatenate(draw(model, recipe, some, shape, machine, guide, walk, times))
         )
         if machine.main:
             yield list(some), pixels
 
 
-BLOCK = 1024  # images that are held at once where they are gathered
+BLOCK = 1024  # images that are gathered at once
 
 
-def frames(model, recipe, seeds, shape, machine, guide=None, walk=afresh, times=None):
-    """Yield (seeds, uint8 [b, c, h, w]) for each step, once all are done: how the images of
-    `seeds` come out of the noise.
-    """
+def frames(model, recipe, seeds, shape, machine, guide=None, walk=walk_from_noise, times=None):
+    """Yield (seeds, uint8 [b, c, h, w]) for the start and each step of a walk, after its end."""
     seeds = list(seeds)
     parts = []
     with progress(model, recipe, len(seeds), len(seeds), machine, times) as shown:
 
-        def film(batch):
+        def steps_of(batch):
             steps = trajectory(model, recipe, batch, shape, machine, guide, walk, shown.evaluated)
             return torch.stack([common_pixels.decode(x).cpu() for x in steps])
 
-        for batch, part in machine.room.in_batches("drawing", seeds, len(seeds), film):
+        for batch, part in machine.room.in_batches("drawing", seeds, len(seeds), steps_of):
             shown.finished(len(batch))
             parts.append(part)
     for pixels in torch.cat(parts, dim=1):
         yield seeds, pixels
 
 
-def joined(batches):
-    """All images of a drawing in one uint8 tensor [n, c, h, w]; of no images, an empty one."""
+def concatenate(batches):
+    """All images of a drawing, uint8 [n, c, h, w]; an empty tensor if there are none."""
     return torch.cat([images for _, images in batches] or [torch.empty(0, dtype=torch.uint8)])

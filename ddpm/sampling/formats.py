@@ -16,8 +16,8 @@ from ddpm.common.files import atomic_write, make_folder
 
 
 def numbered(suffix):
-    """A writer of one file per image, `000017.png` for seed 17; unsynced, for a sync costs more
-    than the image.
+    """A writer of one file per image, `000017.png` for image 17, without fsync, which would take
+    longer than drawing.
     """
 
     def write(out, batches):
@@ -55,8 +55,8 @@ def npz(out, batches):
     """Write `images.npz`, whose first array `arr_0` is uint8 [n, h, w, c], as guided-diffusion's
     evaluator reads it.
 
-    An array's header holds its length, which is known only at the end: until then pixels wait on
-    disk, not in memory.
+    Its header holds the number of images, which is known only at the end; until then pixels are in
+    a temporary file.
     """
     path = common_pixels.file_or_in(out, "npz")
     count = 0
@@ -79,8 +79,8 @@ def npz(out, batches):
 
 
 def zipped(out, batches):
-    """Write `images.zip`, PNG files stored without a second compression; the same images make
-    the same bytes.
+    """Write `images.zip`, PNG files without further compression; the same images give the same
+    bytes.
     """
     path = common_pixels.file_or_in(out, "zip")
     with atomic_write(path) as part, zipfile.ZipFile(part, "w") as archive:
@@ -95,9 +95,7 @@ def zipped(out, batches):
 
 
 def gif(out, batches):
-    """Write `trajectory.gif`, one grid per batch: batches are the same images at successive
-    steps of the sampler.
-    """
+    """Write `trajectory.gif`, a grid for each batch: the same images at successive steps."""
     path = common_pixels.file_or_in(out, "gif")
     frames = [
         common_pixels.flattened(common_pixels.picture(common_pixels.make_grid(images)))

@@ -244,7 +244,7 @@ class Trainer:
         """Draw a grid of the same latents every time, with the averaged weights."""
         numbers, recipe = self.evaluation.grid
         with self.averaged():
-            images = sampling_draw.joined(self.evaluation.draw(numbers, recipe))
+            images = sampling_draw.concatenate(self.evaluation.draw(numbers, recipe))
             images = self.machine.gather(images)
         if self.machine.main:
             show(self.folder, self.tracker, done, {"samples": images})

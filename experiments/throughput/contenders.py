@@ -22,7 +22,7 @@ from ddpm.config import defaults, files
 from ddpm.experiment import build, cost, trainer
 from ddpm.experiment import drawing as experiment_drawing
 from ddpm.runtime import device
-from ddpm.sampling.draw import joined
+from ddpm.sampling.draw import concatenate
 from ddpm.tracking.tracker import Tracker
 from ddpm.training import weights
 
@@ -98,7 +98,7 @@ class Ours:
         recipe = build.grid_recipe(self.config)._replace(
             sampler=sampler, steps=steps, batch_size=count
         )
-        return joined(
+        return concatenate(
             experiment_drawing.drawer(self.config, self.net, self.machine)(range(count), recipe)
         )
 

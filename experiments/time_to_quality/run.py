@@ -33,7 +33,7 @@ from ddpm.evaluation import reference as evaluation_reference
 from ddpm.experiment import build
 from ddpm.experiment import trainer as experiment_trainer
 from ddpm.runtime import device
-from ddpm.sampling.draw import joined
+from ddpm.sampling.draw import concatenate
 from ddpm.studies import figures
 from ddpm.studies.archive import commit, this_machine
 from ddpm.studies.report import listed
@@ -118,7 +118,7 @@ def ours(size, seed, steps):
         made.tracker.close()
         drawing = build.evaluation_recipe(given, build.dataset(given))
         with made.step.ema.averaged():
-            drawn = joined(made.evaluation.draw(range(size.samples), drawing))
+            drawn = concatenate(made.evaluation.draw(range(size.samples), drawing))
     return row(
         OURS,
         seed,

@@ -312,7 +312,7 @@ def test_the_network_that_draws_without_guidance_is_asked_once_a_step(trained):
     drawing = experiment_drawing.drawer(loaded.config, loaded.net, loaded.machine)
     for guidance, times in ((1.0, 3), (2.0, 6)):
         asked.clear()
-        draw.joined(drawing(range(2), recipe._replace(guidance=guidance)))
+        draw.concatenate(drawing(range(2), recipe._replace(guidance=guidance)))
         assert (
             len(asked)
             == times

@@ -150,8 +150,8 @@ def test_the_network_is_asked_as_often_as_is_said(sampler, guidance, interval):
     list(draw.draw(model, recipe, range(3), (1, 4, 4), machine))
     told = net.labels.count([2, 0, 2])
     dropped = net.labels.count(None)
-    assert told + dropped == len(net.labels) == draw.evaluations(model, recipe)
-    assert told == draw.evaluations(model, recipe._replace(guidance=1.0))
+    assert told + dropped == len(net.labels) == draw.count_nfe(model, recipe)
+    assert told == draw.count_nfe(model, recipe._replace(guidance=1.0))
     if guidance == 1 or not interval:
         assert dropped == (0 if guidance == 1 else told)
     else:

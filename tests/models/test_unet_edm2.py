@@ -26,7 +26,7 @@ from ddpm.models.unet_edm2 import (
     mp_sum,
     unit,
 )
-from ddpm.sampling.draw import joined
+from ddpm.sampling.draw import concatenate
 from ddpm.training import checkpoint
 from support.runs import run, tiny
 
@@ -169,7 +169,7 @@ def test_checkpoints_of_before_fourier_features_draw_the_same():
     made = load.load(OLD, "cpu")
     assert made.config.model.name == "unet_edm2"
     assert made.config.model.noise_embedding == "sines" and made.config.diffusion.predict == "edm"
-    pixels = joined(
+    pixels = concatenate(
         drawing.drawer(made.config, made.net, made.machine)(
             range(2), build.grid_recipe(made.config)
         )

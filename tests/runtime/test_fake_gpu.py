@@ -76,7 +76,7 @@ def learn(settings, dtype=torch.bfloat16):
     return step
 
 
-def drawn(settings, recipe=None, dtype=torch.bfloat16, walk=lambda machine: draw.afresh):
+def drawn(settings, recipe=None, dtype=torch.bfloat16, walk=lambda machine: draw.walk_from_noise):
     """Draw two images while watched, by a recipe that changes some fields of the config's;
     returns the result.
     """

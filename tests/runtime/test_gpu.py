@@ -9,7 +9,7 @@ from ddpm.data import loader
 from ddpm.experiment import build, load, memory, trainer
 from ddpm.experiment import drawing as experiment_drawing
 from ddpm.runtime import device
-from ddpm.sampling.draw import joined
+from ddpm.sampling.draw import concatenate
 from ddpm.tracking.tracker import Tracker
 from ddpm.training import weights as training_weights
 from support.configs import module_of
@@ -99,7 +99,7 @@ def test_a_compiled_network_draws_the_same_through_cuda_graphs(tmp_path, monkeyp
         torch.set_float32_matmul_precision("highest")
         counters.clear()
         drawing = experiment_drawing.drawer(made.config, made.net, made.machine)
-        drawn.append(joined(drawing(range(12), build.grid_recipe(made.config))).int())
+        drawn.append(concatenate(drawing(range(12), build.grid_recipe(made.config))).int())
     assert abs(drawn[0] - drawn[1]).max() <= 1
     said = capsys.readouterr().out
     assert "the network was compiled for drawing in" in said and "torch.compile failed" not in said

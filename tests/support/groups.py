@@ -166,7 +166,7 @@ def drawn(folder):
             range(8), build.grid_recipe(made.config)
         )
     )
-    images = made.machine.gather(draw.joined(batches))
+    images = made.machine.gather(draw.concatenate(batches))
     numbers, _, _ = evaluate.measure(made, folder)
     runtime_ranks.stop()
     return {
