@@ -132,9 +132,9 @@ def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
         path.write_bytes(b"words")
     for given, said in (
         (tmp_path, f"all checkpoints in {tmp_path} are damaged, such as final.safetensors"),
-        (third, third),
+        (third, f"{third} .*damaged"),
     ):
-        with pytest.raises(ValueError, match=f"^{said} .*damaged"):
+        with pytest.raises(ValueError, match=f"^{said}"):
             training_weights.load_weights(given)
     # of before the run was prolonged
     training_weights.export(final, {"a": torch.tensor(1)}, 1, "{}")
