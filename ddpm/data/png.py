@@ -44,7 +44,7 @@ def prepare_for_pil(file, size):
     Raises colour.UnsupportedColour for what PIL misreads.
     """
     pieces = [SIGNATURE]
-    found = {}
+    contents = {}
     with contextlib.suppress(struct.error):  # PIL says that the end is too early
         for kind, place, length in chunks(file, size):
             optional = kind.isalpha() and kind[:1].islower()
@@ -58,20 +58,20 @@ def prepare_for_pil(file, size):
                 continue
             if kind == b"CgBI":
                 raise colour.UnsupportedColour("a PNG of Apple's own kind")
-            found.setdefault(kind, content if kind != b"IDAT" else b"")
+            contents.setdefault(kind, content if kind != b"IDAT" else b"")
             if (
                 kind in COLOUR_CHUNKS
                 or kind == b"acTL"
                 or kind in TEXT_CHUNKS
                 and not tells_orientation(kind, content)
                 or kind == b"tRNS"
-                and len(content) < MIN_TRNS_BYTES.get(found.get(b"IHDR", b"")[9:10], 0)
+                and len(content) < MIN_TRNS_BYTES.get(contents.get(b"IHDR", b"")[9:10], 0)
             ):
                 continue
             pieces.append(chunk)
-    frames = int.from_bytes(found.get(b"acTL", b"")[:4], "big")
-    return io.BytesIO(b"".join(pieces)), transparent_colour(found) | {
-        "icc_profile": profile_of(found),
+    frames = int.from_bytes(contents.get(b"acTL", b"")[:4], "big")
+    return io.BytesIO(b"".join(pieces)), transparent_colour(contents) | {
+        "icc_profile": profile_of(contents),
         "frames": frames,
     }
 
@@ -94,18 +94,18 @@ def inflate(content, most):
     """The bytes that zlib compressed; None if corrupt, or longer than `most` bytes."""
     unpacking = zlib.decompressobj()
     with contextlib.suppress(zlib.error):
-        found = unpacking.decompress(content, most)
-        return found if unpacking.eof else None
+        inflated = unpacking.decompress(content, most)
+        return inflated if unpacking.eof else None
 
 
-def transparent_colour(found):
+def transparent_colour(contents):
     """tRNS of grey and colour images in the levels of PIL's image, as an entry of its info.
 
     `mended` is set where PIL leaves it in other levels. PIL reads that of palettes correctly.
     """
-    depth, kind = found.get(b"IHDR", b"").ljust(13, b"\0")[8:10]
+    depth, kind = contents.get(b"IHDR", b"").ljust(13, b"\0")[8:10]
     numbers = {0: 1, 2: 3}.get(kind, 0)
-    content = found.get(b"tRNS", b"")
+    content = contents.get(b"tRNS", b"")
     if not numbers or not depth or len(content) < 2 * numbers:
         return {}
     key = [value & 2**depth - 1 for value in struct.unpack(f">{numbers}H", content[: 2 * numbers])]
@@ -116,28 +116,28 @@ def transparent_colour(found):
     return mended | {"transparency": tuple(value >> max(depth - 8, 0) for value in key)}
 
 
-def profile_of(found):
+def profile_of(contents):
     """The ICC profile of a PNG's colours, None for sRGB: of cICP, iCCP, sRGB, gAMA with cHRM.
 
     The first one counts (PNG, third edition, 4.3). An unusable iCCP counts if no sRGB follows.
     """
-    if len(found.get(b"cICP", b"")) == 4:
-        primaries, transfer, matrix, full = found[b"cICP"]
+    if len(contents.get(b"cICP", b"")) == 4:
+        primaries, transfer, matrix, full = contents[b"cICP"]
         if not matrix and (profile := colour.from_cicp(primaries, transfer, full)):
             return profile
     profile = None
-    if b"iCCP" in found:
-        packed = found[b"iCCP"].partition(b"\0")[2]
+    if b"iCCP" in contents:
+        packed = contents[b"iCCP"].partition(b"\0")[2]
         # b"?" is not a profile
         profile = (packed[:1] == b"\0" and inflate(packed[1:], colour.MAX_PROFILE_BYTES)) or b"?"
-    if b"sRGB" in found and not (profile and colour.read_profile(profile)):
+    if b"sRGB" in contents and not (profile and colour.read_profile(profile)):
         return None
     if profile:
         return profile
     gamma = None
     points = []
-    if len(found.get(b"gAMA", b"")) == 4:
-        gamma = struct.unpack(">I", found[b"gAMA"])[0] / 100000
-    if len(found.get(b"cHRM", b"")) == 32:
-        points = [value / 100000 for value in struct.unpack(">8I", found[b"cHRM"])]
+    if len(contents.get(b"gAMA", b"")) == 4:
+        gamma = struct.unpack(">I", contents[b"gAMA"])[0] / 100000
+    if len(contents.get(b"cHRM", b"")) == 32:
+        points = [value / 100000 for value in struct.unpack(">8I", contents[b"cHRM"])]
     return colour.from_png(gamma, points) if gamma or points else None

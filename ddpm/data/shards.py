@@ -72,7 +72,7 @@ class Shards:
             try:
                 return self.shards[number][place]
             except FileNotFoundError:
-                self.bring(number)
+                self.download(number)
             except Exception as error:  # bytes that do not fit the columns
                 raise ValueError(
                     f"sample {index} in {self.path(number)} is damaged ({one_line(error)}); "
@@ -120,7 +120,7 @@ class Shards:
     def lock(self, number):
         return file_lock(self.folder / f"{number:05}.lock")
 
-    def bring(self, number):
+    def download(self, number):
         """Download and unpack a shard while others wait for it; with a limit, remove old ones."""
         if self.process != os.getpid():
             self.open()
@@ -153,7 +153,7 @@ class Shards:
     def bytes_of(self, limit):
         """A limit in bytes; raises ValueError if shards do not fit or exist only here."""
         try:
-            found = bytes_to_int(limit)
+            size = bytes_to_int(limit)
         except ValueError:
             raise ValueError(
                 f"cannot read cache_limit={limit!r}; write such as '500mb' or '200gb'"
@@ -164,9 +164,9 @@ class Shards:
                 f"cache_limit={limit!r} would remove the only copy of shards; give remote=, or "
                 "leave it out"
             )
-        if found < 4 * largest:
+        if size < 4 * largest:
             raise ValueError(
                 f"cache_limit={limit!r} is below four shards of {largest:,} bytes; raise it, or "
                 "make them smaller"
             )
-        return found
+        return size

@@ -232,11 +232,11 @@ def to_checkpoint(path, tensors, options, dialect, cosines_first, legacy=False, 
     weights = {}
     rest = dict(tensors)
     for name, theirs, layer in tensor_names(net, config.model.num_res_blocks, dialect):
-        if lacking := [one for one in theirs if one not in rest]:
+        if lacking := [name_there for name_there in theirs if name_there not in rest]:
             raise ValueError(
                 f"{path}: the tensor {lacking[0]} is missing, which a network of this config needs"
             )
-        value = torch.cat([rest.pop(one).float() for one in theirs])
+        value = torch.cat([rest.pop(name_there).float() for name_there in theirs])
         if legacy and ".qkv." in name:
             value = rearrange(
                 value, "(heads three d) ... -> (three heads d) ...", three=3, heads=layer.heads
@@ -278,7 +278,8 @@ def to_diffusers(source, out):
                 [value, value.new_zeros(unet["num_class_embeds"] - len(value), value.shape[1])]
             )
         tensors |= {
-            one: part.clone() for one, part in zip(theirs, value.chunk(len(theirs)), strict=True)
+            name_there: part.clone()
+            for name_there, part in zip(theirs, value.chunk(len(theirs)), strict=True)
         }
     index = {
         "_class_name": "DDPMPipeline",
@@ -418,13 +419,13 @@ def read_json(path):
 def read_tensors(path):
     """The tensors in a file, on the CPU; empty if it has anything else. Raises ValueError."""
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else safe_load.read(path)
+        tensors = load_file(path) if path.suffix == ".safetensors" else safe_load.read(path)
     except (OSError, safetensors.SafetensorError):
         raise ValueError(f"{path} is damaged or not a file of weights; use another file") from None
     return (
-        found
-        if isinstance(found, dict)
-        and all(isinstance(value, torch.Tensor) for value in found.values())
+        tensors
+        if isinstance(tensors, dict)
+        and all(isinstance(value, torch.Tensor) for value in tensors.values())
         else {}
     )
 

@@ -20,22 +20,22 @@ def tensor_names(net, blocks, dialect):
     for name, layer in net.named_modules():
         place = name
         numbers = {}
-        if found := re.fullmatch(r"(encoder|decoder)\.(\d+)\.(\d)", name):
-            stage = int(found[2])
+        if match := re.fullmatch(r"(encoder|decoder)\.(\d+)\.(\d)", name):
+            stage = int(match[2])
             residual = isinstance(layer, ResidualBlock)
             kind = (
                 "block"
                 if residual and isinstance(layer.resize, nn.Identity)
                 else KINDS[type(layer)]
             )
-            place = f"{found[1]} {kind}"
+            place = f"{match[1]} {kind}"
             level, block = divmod(stage, blocks + 1)
             numbers = {
                 "level": level,
                 "block": block,
                 "stage": stage,
                 "next": stage + 1,
-                "layer": found[3],
+                "layer": match[3],
             }
         for part, theirs in PARTS.get(type(layer), SAME_NAME).items() if place in PLACES else ():
             for leaf, _ in layer.get_submodule(part).named_parameters():
@@ -86,11 +86,14 @@ def options_as_fields(path, options, table):
 
 def channel_multipliers(path, field, widths, width):
     """Widths divided by `width`; raises ValueError where they are not multiples of it."""
-    whole = widths[0] == width and not any(one % width for one in widths)
+    are_multiples = widths[0] == width and not any(other % width for other in widths)
     require_supported(
-        path, field, list(widths), [list(widths)] if whole else [f"{width} and multiples of it"]
+        path,
+        field,
+        list(widths),
+        [list(widths)] if are_multiples else [f"{width} and multiples of it"],
     )
-    return tuple(one // width for one in widths)
+    return tuple(other // width for other in widths)
 
 
 def require_supported(path, field, value, allowed):
@@ -232,5 +235,5 @@ BETAS = {  # beta_schedule: its betas from the first to the last
     "squaredcos_cap_v2": lambda start, end, steps: get_beta_schedule("cosine", steps),
 }
 OUR_NAME = "_ddpm_schedule"  # says in a diffusers file which schedule its trained_betas are
-# and what its labels are called, but for the last if that is no label
+# and the names of its labels, without the last one if it means no label
 OUR_CLASSES = "_ddpm_classes"
