@@ -71,7 +71,7 @@ def train_with_rollbacks(config, folder, machine):
     rollbacks = 0
     reason = ""
     while code == AGAIN:
-        with machine.stop.interruptible(), machine.raise_on_all_ranks():
+        with machine.stop.interruptible():
             say = announce if machine.main else silent
             trainer = build_trainer(config, folder, machine, rollbacks=rollbacks, say=say)
         if trainer.finished:

@@ -26,33 +26,35 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
     `rollbacks` is how often the training was rolled back, if the checkpoint does not know of more.
     The folder's tracker is opened last, unless a `tracker` is given or the training is finished:
     then nothing is written. `say(text)` announces what takes long. Raises ValueError for what
-    cannot be run, before anything is written.
+    cannot be run, on all ranks and before anything is written.
     """
-    model = build.check(config)
-    check_batches(config, machine)
-    start = find_start(config, Path(folder))
-    initial = None
-    if start.content is None and config.train.init_from:
-        initial = training_weights.load_weights(config.train.init_from)
-    say(f"reading the images of {config.data.source} ...")
-    config, images = open_images(start.config, start.content)
-    total = durations.steps_of(config.train.length, config.train.batch_size, len(images.learned))
-    flops = cost.operations(config)
-    plan = plan_evaluation(config, len(images.learned), flops, model, start.content)
-    config = plan.config
-    every = intervals(config, len(images.learned), plan.interval)
-    best = Best("val/loss_ema" if len(images.held_out) else "train/loss")
-    net = build.network(config)
-    notes = first_notes(config, images, machine, net, plan, every, best)
-    rollbacks = max(rollbacks, start.rollbacks)
-    step, averages, levels = build_step(
-        config, model, net, machine, images, initial, rollbacks, notes
-    )
-    parts = checkpoint_parts(averages, step, best, images.identity)
-    notes += prepare_step(config, step, say)
-    never = every["evaluate"].never
-    evaluation = build_evaluation(config, images, step, plan, flops, never, say, notes)
-    notes += restore(start, parts, total, config.train.length)
+    with machine.raise_on_all_ranks():
+        model = build.check(config)
+        check_batches(config, machine)
+        start = find_start(config, Path(folder))
+        initial = None
+        if start.content is None and config.train.init_from:
+            initial = training_weights.load_weights(config.train.init_from)
+        say(f"reading the images of {config.data.source} ...")
+        config, images = open_images(start.config, start.content)
+        count = len(images.learned)
+        total = durations.steps_of(config.train.length, config.train.batch_size, count)
+        flops = cost.operations(config)
+        plan = plan_evaluation(config, count, flops, model, start.content)
+        config = plan.config
+        every = intervals(config, count, plan.interval)
+        best = Best("val/loss_ema" if len(images.held_out) else "train/loss")
+        net = build.network(config)
+        notes = first_notes(config, images, machine, net, plan, every, best)
+        rollbacks = max(rollbacks, start.rollbacks)
+        step, averages, levels = build_step(
+            config, model, net, machine, images, initial, rollbacks, notes
+        )
+        parts = checkpoint_parts(averages, step, best, images.identity)
+        notes += prepare_step(config, step, say)
+        never = every["evaluate"].never
+        evaluation = build_evaluation(config, images, step, plan, flops, never, say, notes)
+        notes += restore(start, parts, total, config.train.length)
     tracker = tracker or open_tracker(config, folder, machine, start, parts, total)
     for note in notes:
         tracker.say(note)
@@ -66,11 +68,7 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
         batches=lambda first: batches(config, images, machine, step.seed, first, total),
         step=step,
         speed=meters.Speed(
-            config.train.batch_size,
-            len(images.learned),
-            flops.training,
-            machine.peak(),
-            machine.wait,
+            config.train.batch_size, count, flops.training, machine.peak(), machine.wait
         ),
         every=every,
         evaluation=evaluation,
