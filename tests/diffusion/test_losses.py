@@ -513,7 +513,7 @@ def test_micro_batches_change_nothing_but_rounding(options, tmp_path):
             "predict 'v', 'x0' or 'flow'",
         ),
         (dict(diffusion__predict="edm(sigma_data=0.0)"), "standard deviation"),
-        (dict(sample__sampler="ddpm(variance='learned')"), "learned no variance"),
+        (dict(sample__sampler="ddpm(variance='learned')"), "does not predict a variance"),
     ],
 )
 def test_contradictions_are_refused_with_the_remedy(options, remedy):
