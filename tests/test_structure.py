@@ -63,9 +63,18 @@ BANNED_IN = {  # folder of the package -> words, as above
 }
 # names only: they say nothing, and are words of plain text
 VAGUE = {"asked", "found", "given", "kept", "made", "said", "told", "well", "whole"}
-VAGUE_IN = ("common", "diffusion", "models", "runtime", "tracking")
+VAGUE_IN = ("common", "diffusion", "evaluation", "models", "runtime", "tracking")
 # folders without dense code, see `dense_places`; a folder that is done is added
-PLAIN = ("common", "diffusion", "evaluation", "models", "runtime", "sampling", "tracking")
+PLAIN = (
+    "common",
+    "diffusion",
+    "evaluation",
+    "models",
+    "runtime",
+    "sampling",
+    "studies",
+    "tracking",
+)
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

@@ -116,10 +116,10 @@ def inception(device, weights_path=""):
         ):
             raise ValueError("no dict of tensors")
         # torch-fidelity unpickles anything, so only what has been read here
-        torch.save(state, kept := io.BytesIO())
-        kept.seek(0)
+        torch.save(state, content := io.BytesIO())
+        content.seek(0)
         with torch.random.fork_rng(devices=[]):  # a fresh network draws its first weights
-            net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], kept)
+            net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], content)
     except Exception as error:
         raise ValueError(
             f"{path} holds no Inception weights ({one_line_with_type(error)}); give the path of "

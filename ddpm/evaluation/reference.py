@@ -57,7 +57,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             len(chosen),
         )
     moments = distances.Moments.none(extractor.width)
-    kept_features = [torch.empty(0, extractor.width)]
+    chosen_features = [torch.empty(0, extractor.width)]
     shown = {
         "desc": "features of the real images",
         "unit": "batch",
@@ -70,8 +70,8 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             part = range(first, min(first + batch_size, count))
             features = extractor(torch.stack(list(pool.map(dataset.__getitem__, part))))
             moments.add(features, torch.ones(len(part)))
-            kept_features.append(features[[index in chosen for index in part]])
-    result = Reference(torch.cat(kept_features), moments, name)
+            chosen_features.append(features[[index in chosen for index in part]])
+    result = Reference(torch.cat(chosen_features), moments, name)
     try:
         save_features(result, Path(cache_dir or files.cache_dir()) / f"{name}.safetensors")
     except (OSError, ValueError) as error:

@@ -53,19 +53,19 @@ def read_below(parent):
     return folders, runs, absent
 
 
-def study_source(path, given=None, out=None):
+def study_source(path, runs=None, out=None):
     """The Source of a study, with a line for each point of its grid that has no run.
 
-    The runs are those in the folder `given` or its subfolder of the study's name, by default
+    The runs are those in the folder `runs` or its subfolder of the study's name, by default
     runs/NAME, else the archive of the report. Raises ValueError where there are none.
     """
     wanted = study.read_study(path)
     home = wanted.path.with_suffix("")
-    made, option, folder = runs_folder(wanted, given, home)
+    expected, option, folder = runs_folder(wanted, runs, home)
     folders, runs, absent = read_below(folder) if folder.is_dir() else ([], [], [])
     if not runs:
         raise ValueError(
-            f"{made} has no runs yet; python -m ddpm.sweep {path} makes them, and "
+            f"{expected} has no runs yet; python -m ddpm.sweep {path} makes them, and "
             "--runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"
         )
     grid = wanted.grid() if wanted.method == "grid" else []
@@ -95,37 +95,37 @@ def study_source(path, given=None, out=None):
         wanted.metric[0] if minimized else None,
         reference,
         Path(out or home),
-        how_again(wanted, path, option, made),
+        how_again(wanted, path, option, expected),
     )
 
 
-def runs_folder(wanted, given, home):
+def runs_folder(wanted, runs, home):
     """(Where a study's runs belong, the option that says so, the folder to read them from)."""
-    folder = wanted.folder(given) if given else wanted.folder()
-    if given and not folder.is_dir():  # the folder of the runs itself
-        return Path(given), "", Path(given)
-    option = f" --runs={given}" if given else ""
+    folder = wanted.folder(runs) if runs else wanted.folder()
+    if runs and not folder.is_dir():  # the folder of the runs itself
+        return Path(runs), "", Path(runs)
+    option = f" --runs={runs}" if runs else ""
     return folder, option, folder if folder.is_dir() else home / "runs"
 
 
-def how_again(wanted, path, option, made):
+def how_again(wanted, path, option, folder):
     """How to make the runs and the report of a study again, as markdown."""
     first = ""
     if "checkpoint" in wanted.parameters:
         checkpoints = report.listed(wanted.values("checkpoint"))
         first = f" It measures {checkpoints}, which must be trained first."
-    shown = made if option else f"runs/{wanted.name}"
-    return AGAIN.format(path=path, runs=option, made=shown, first=first)
+    shown = folder if option else f"runs/{wanted.name}"
+    return AGAIN.format(path=path, runs=option, home=shown, first=first)
 
 
 AGAIN = """    python -m ddpm.sweep {path}{runs}
     python -m ddpm.compare {path}{runs}
 
-The first command makes the runs in `{made}`; `--parallel=2` makes two at a time.{first} The second
+The first command makes the runs in `{home}`; `--parallel=2` makes two at a time.{first} The second
 writes this report from them or, where they are missing as in a fresh clone, from the copies below
 `runs/` next to this file. `results.csv` comes out the same, byte for byte."""
 
-AGAIN_FROM_KEPT = """    python -m ddpm.compare {out}/runs --out={out}
+AGAIN_FROM_COPIES = """    python -m ddpm.compare {out}/runs --out={out}
 
 writes this report from the copies of the runs; `results.csv` comes out the same, byte for byte."""
 
@@ -283,7 +283,7 @@ def source_of(arguments, runs, out, downloads):
     if not parts[1]:
         raise ValueError(f"{arguments[0]} has no run that can be read ({'; '.join(parts[2][:3])})")
     out = Path(out) if out else None
-    again = AGAIN_FROM_KEPT.format(out=out)
+    again = AGAIN_FROM_COPIES.format(out=out)
     name = out.name if out else arguments[0]
     return Source(name, "How do these runs compare?", *parts, out=out, again=again)
 

@@ -157,8 +157,8 @@ def code_of(runs):
 def mixed_code(runs):
     """Yield a warning where different code made the runs."""
     if len(codes := code_of(runs)) > 1:
-        made = listed([f"{code} ({quantity(count, 'run')})" for code, count in codes.items()])
-        yield f"Different code made the runs, which may cause a difference: {made}."
+        commits = listed([f"{code} ({quantity(count, 'run')})" for code, count in codes.items()])
+        yield f"Different code made the runs, which may cause a difference: {commits}."
 
 
 def perfect(runs):

@@ -358,8 +358,8 @@ def usual_distribution(entry):
         return "constant"
     if "values" in entry:
         return "categorical"
-    whole = type(entry.get("min")) is type(entry.get("max")) is int
-    return "int_uniform" if whole else "uniform"
+    integers = type(entry.get("min")) is type(entry.get("max")) is int
+    return "int_uniform" if integers else "uniform"
 
 
 def check_type(name, value):

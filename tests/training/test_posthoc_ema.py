@@ -313,7 +313,7 @@ def test_one_training_serves_a_study_of_averages(trained, tmp_path):
             if name != "checkpoint"
         }
         evaluate(trained, "cpu", tmp_path / "runs" / asked.run_name(point), **options)
-    found = archive.study_source(path, given=tmp_path / "runs")
+    found = archive.study_source(path, runs=tmp_path / "runs")
     made = [row["eval/protocol"] for run in found.runs for row in run.rows]
     assert sum("of the EMA sigma_rel 0.07 weights" in text for text in made) == 2
     assert sum("of the EMA decay 0.5 weights" in text for text in made) == 2
