@@ -158,7 +158,9 @@ def mixed_code(runs):
     """Yield a warning where different code made the runs."""
     if len(codes := code_of(runs)) > 1:
         commits = listed([f"{code} ({quantity(count, 'run')})" for code, count in codes.items()])
-        yield f"Different code made the runs, which may cause a difference: {commits}."
+        yield (
+            f"The runs were made by different code, so a difference may come from that: {commits}."
+        )
 
 
 def perfect(runs):

@@ -155,6 +155,6 @@ def test_a_report_goes_by_what_runs_recorded(tmp_path, monkeypatch, capsys):
     assert made == "0494cba; 0494cba, then 76423dd; code that was not recorded"
     for words in (text, said):
         assert (
-            "by different code, so a difference may come from that: 0494cba (2 runs), 0494cba, "
-            "then 76423dd (1 run) and code that was not recorded (1 run)"
+            "by different code, so a difference may come from that: 0494cba (2 runs); 0494cba, "
+            "then 76423dd (1 run); and code that was not recorded (1 run)"
         ) in words
