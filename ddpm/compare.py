@@ -7,20 +7,12 @@ folder. Exit codes: 0 done, with a line for each run that is left out, 2 usage e
 compare.
 """
 
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
+
 from absl import flags
 
-from ddpm.common import errors
 from ddpm.config import flags as config_flags
-from ddpm.studies import archive
-
-
-def main(arguments):
-    """Compare the runs that the command line names; returns the exit code."""
-    archive.compare(
-        *arguments, runs=flags.FLAGS.runs, out=flags.FLAGS.out, machine=flags.FLAGS.machine
-    )
-    return errors.DONE
-
 
 if __name__ == "__main__":
     flags.DEFINE_string(
@@ -39,6 +31,21 @@ if __name__ == "__main__":
         None,
         "Class of the machine that made the runs, '2 CPU cores'; by default this one's.",
     )
-    config_flags.run_command(
-        main, takes="experiments/NAME.yaml, run folders, or a W&B path such as entity/project/sweep"
+    config_flags.read_command_line(
+        takes="experiments/NAME.yaml, run folders, or a W&B path such as entity/project/sweep"
     )
+
+from ddpm.common import errors
+from ddpm.studies import archive
+
+
+def main(arguments):
+    """Compare what the flags say; returns the exit code."""
+    archive.compare(
+        *arguments, runs=flags.FLAGS.runs, out=flags.FLAGS.out, machine=flags.FLAGS.machine
+    )
+    return errors.DONE
+
+
+if __name__ == "__main__":
+    config_flags.run_command(main)

@@ -17,14 +17,39 @@ network trained with label dropout is exported with a last row of zeros, and for
 which makes the same network.
 """
 
-from pathlib import Path
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
 
 from absl import flags
+
+from ddpm.config import flags as config_flags
+from ddpm.interop import OPENAI_FLAGS
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "out", None, "The folder, or the .safetensors file, to write.", required=True
+    )
+    flags.DEFINE_list(
+        "classes",
+        None,
+        "Names for the classes of an imported network, in order; by default their numbers.",
+    )
+    flags.DEFINE_integer(
+        "no_label",
+        None,
+        "The label that means none in an imported network; guidance needs it.",
+    )
+    for flag, (define, example) in OPENAI_FLAGS.items():
+        define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")
+    config_flags.read_command_line(
+        takes="a diffusers folder, a file of OpenAI's weights, or a run or checkpoint of ddpm"
+    )
+
+from pathlib import Path
 
 from ddpm.common import errors
 from ddpm.common.files import atomic_folder
 from ddpm.config import files
-from ddpm.config import flags as config_flags
 from ddpm.interop import diffusers
 from ddpm.interop import openai as interop_openai
 from ddpm.training import checkpoint
@@ -96,31 +121,10 @@ def main(arguments):
     """Convert what the command line names; returns the exit code."""
     if len(arguments) > 1:
         raise ValueError(f"one source at a time; leave out {arguments[1]}")
-    given = {
-        flag: getattr(flags.FLAGS, flag) for flag in (*interop_openai.FLAGS, "classes", "no_label")
-    }
+    given = {flag: getattr(flags.FLAGS, flag) for flag in (*OPENAI_FLAGS, "classes", "no_label")}
     print(f"wrote {convert(arguments[0], flags.FLAGS.out, **given)}")
     return errors.DONE
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "out", None, "The folder, or the .safetensors file, to write.", required=True
-    )
-    flags.DEFINE_list(
-        "classes",
-        None,
-        "Names for the classes of an imported network, in order; by default their numbers.",
-    )
-    flags.DEFINE_integer(
-        "no_label",
-        None,
-        "The label that means none in an imported network; guidance needs it.",
-    )
-    for flag, (define, example) in interop_openai.FLAGS.items():
-        define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")
-    config_flags.run_command(
-        main,
-        takes="a diffusers folder, a file of OpenAI's weights, or a run folder or checkpoint of "
-        "ddpm",
-    )
+    config_flags.run_command(main)

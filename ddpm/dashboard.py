@@ -5,14 +5,12 @@ Runs are grouped by the options that differ, and the seeds of a group form one l
 `--sweep=ID` shows the runs of one study only. Needs a login and `pip install -e '.[study]'`.
 """
 
-import contextlib
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
 
 from absl import flags
 
-from ddpm.common import errors
-from ddpm.config import files
 from ddpm.config import flags as config_flags
-from ddpm.studies import runs as studies_runs
 
 PROJECT = flags.DEFINE_string(
     "project", None, "PROJECT, or ENTITY/PROJECT for an entity not your own.", required=True
@@ -20,6 +18,14 @@ PROJECT = flags.DEFINE_string(
 SWEEP = flags.DEFINE_string(
     "sweep", None, "Id of the sweep whose runs are shown; by default all runs of the project."
 )
+if __name__ == "__main__":
+    config_flags.read_command_line()
+
+import contextlib
+
+from ddpm.common import errors
+from ddpm.config import files
+from ddpm.studies import runs as studies_runs
 
 LOSS = ("train/loss", "val/loss", "val/loss_ema")
 # shown until a run has logged one

@@ -6,20 +6,43 @@ it writes report.json and sheet.png. Exit codes: 0 fit, 1 not fit (with --strict
 warning), 2 usage error.
 """
 
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
+
+from absl import flags
+
+from ddpm.config import flags as config_flags
+from ddpm.config.defaults import OPTIONS, base
+
+if __name__ == "__main__":
+    config_flags.define_config_flag()
+    flags.DEFINE_integer(
+        "image_size",
+        None,
+        "Pixels a side to train at; by default the config's, or 128.",
+        OPTIONS["data.image_size"].low,
+        OPTIONS["data.image_size"].high,
+    )
+    flags.DEFINE_string(
+        "out", None, "Folder for report.json and sheet.png, a picture of what is in the folder."
+    )
+    flags.DEFINE_boolean("strict", False, "Exit with 1 for a warning too.")
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.read_command_line(
+        takes="a folder of images such as data/cats, or --config=configs/cats128.py"
+    )
+
 import json
 import os
 import statistics
 from collections import Counter
 from pathlib import Path
 
-from absl import flags
 from PIL import Image
 
 from ddpm.common import errors, pixels, registry
 from ddpm.common.files import atomic_write, make_folder
 from ddpm.common.registry import quantity
-from ddpm.config import flags as config_flags
-from ddpm.config.defaults import OPTIONS, base
 from ddpm.data import decode, duplicates, folder, inspect, limits, order
 from ddpm.data.contact_sheet import COLUMNS, Cell, draw_sheet
 from ddpm.data.source import shorten
@@ -383,17 +406,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    config_flags.define_config_flag()
-    flags.DEFINE_integer(
-        "image_size",
-        None,
-        "Pixels a side to train at; by default the config's, or 128.",
-        OPTIONS["data.image_size"].low,
-        OPTIONS["data.image_size"].high,
-    )
-    flags.DEFINE_string("out", None, "Folder for report.json and sheet.png, a contact sheet.")
-    flags.DEFINE_boolean("strict", False, "Exit with 1 for a warning too.")
-    flags.adopt_module_key_flags(config_flags)
-    config_flags.run_command(
-        main, takes="a folder of images such as data/cats, or --config=configs/cats128.py"
-    )
+    config_flags.run_command(main)

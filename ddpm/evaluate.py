@@ -5,16 +5,32 @@ training logs.
 sampler and steps.
 """
 
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
+
+from absl import flags
+
+from ddpm.config import flags as config_flags
+
+if __name__ == "__main__":
+    config_flags.define_checkpoint_flags("evaluate")
+    config_flags.define_overrides_flag()
+    flags.DEFINE_alias("num_images", "num_samples")
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder that becomes a run with these numbers; by default they are only printed.",
+    )
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.read_command_line()
+
 import os
 import re
 from pathlib import Path
 
-from absl import flags
-
 from ddpm.common import errors
 from ddpm.common.files import lock_folder
 from ddpm.config import files as config_files
-from ddpm.config import flags as config_flags
 from ddpm.evaluation.scorer import copying_warning, write_texts
 from ddpm.experiment import build, drawing, load
 from ddpm.sampling.draw import concatenate
@@ -144,13 +160,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config_flags.define_checkpoint_flags("evaluate")
-    config_flags.define_overrides_flag()
-    flags.DEFINE_alias("num_images", "num_samples")
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "Folder that becomes a run with these numbers; by default they are only printed.",
-    )
-    flags.adopt_module_key_flags(config_flags)
     config_flags.run_command(main)

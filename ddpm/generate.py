@@ -6,13 +6,46 @@ checkpoint's own config. With `--edit=inpaint --image=PATH --mask=PATH`, or anot
 edits pictures of your own.
 """
 
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
+
+from absl import flags
+
+from ddpm.config import flags as config_flags
+
+if __name__ == "__main__":
+    config_flags.define_checkpoint_flags("sample")
+    flags.DEFINE_integer("num_images", None, "How many images; by default 16.", lower_bound=1)
+    flags.DEFINE_alias("num_samples", "num_images")
+    flags.DEFINE_string(
+        "out", "samples", "Folder for the images, or the one file of a grid, npz, zip or gif."
+    )
+    flags.DEFINE_string(
+        "format",
+        "png",
+        "One of png, jpg, webp, grid, npz, zip, gif; gif shows how images come out of the noise.",
+    )
+    flags.DEFINE_string(
+        "edit",
+        None,
+        "inpaint(resamplings=10), sdedit(strength=0.6), invert or interpolate, of an --image.",
+    )
+    flags.DEFINE_multi_string("image", [], "Picture to edit; given twice to interpolate.")
+    flags.DEFINE_string(
+        "mask",
+        None,
+        "Picture for inpaint, white where the image is painted anew, black or "
+        "transparent elsewhere.",
+    )
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.read_command_line()
+
 import itertools
 from collections import deque
 from functools import partial
 from pathlib import Path
 
 import torch
-from absl import flags
 
 from ddpm.common import errors
 from ddpm.common.files import make_folder
@@ -25,7 +58,6 @@ from ddpm.common.pixels import (
     save_image_grid,
 )
 from ddpm.common.registry import check_choice, quantity
-from ddpm.config import flags as config_flags
 from ddpm.diffusion.editing import EDITS, get_edit
 from ddpm.experiment import build, cost, drawing, load
 from ddpm.sampling import draw
@@ -264,28 +296,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config_flags.define_checkpoint_flags("sample")
-    flags.DEFINE_integer("num_images", None, "How many images; by default 16.", lower_bound=1)
-    flags.DEFINE_alias("num_samples", "num_images")
-    flags.DEFINE_string(
-        "out", "samples", "Folder for the images, or the one file of a grid, npz, zip or gif."
-    )
-    flags.DEFINE_string(
-        "format",
-        "png",
-        f"One of {', '.join(FORMATS)}; gif shows how the images come out of the noise.",
-    )
-    flags.DEFINE_string(
-        "edit",
-        None,
-        "inpaint(resamplings=10), sdedit(strength=0.6), invert or interpolate, of an --image.",
-    )
-    flags.DEFINE_multi_string("image", [], "Picture to edit; given twice to interpolate.")
-    flags.DEFINE_string(
-        "mask",
-        None,
-        "Picture for inpaint, white where the image is painted anew, black or "
-        "transparent elsewhere.",
-    )
-    flags.adopt_module_key_flags(config_flags)
     config_flags.run_command(main)

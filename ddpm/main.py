@@ -5,18 +5,30 @@ The same command again continues the run. Exit codes: 0 done, 1 failed, 2 usage 
 75 interrupted and saved.
 """
 
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
+
+from absl import flags
+
+from ddpm.config import flags as config_flags
+
+config_flags.define_config_flag()
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides."
+)
+if __name__ == "__main__":
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.read_command_line()
+
 import contextlib
 import gc
 import sys
 import traceback
 from pathlib import Path
 
-from absl import flags
-
 from ddpm.common import errors
 from ddpm.common.files import lock_folder
 from ddpm.config import files
-from ddpm.config import flags as config_flags
 from ddpm.experiment import memory
 from ddpm.experiment.trainer import build_trainer
 from ddpm.runtime import device, ranks
@@ -27,11 +39,6 @@ from ddpm.training.trainer import Diverged, train
 
 AGAIN = -1  # no exit code: train again, after a rollback
 CONTINUES = "the same command goes on from the last checkpoint"
-
-config_flags.define_config_flag()
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run folder; by default runs/NAME, named by the config and its overrides."
-)
 
 
 def train_experiment(config, folder):
@@ -210,5 +217,4 @@ def failed(trainer, message):
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(config_flags)
     config_flags.run_command(main)

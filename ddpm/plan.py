@@ -7,17 +7,54 @@ that is reached, which is a guess until it is measured: a training tracks its ow
 step takes no less than the launches of its kernels, which limit small networks.
 """
 
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
+
+from absl import flags
+
+from ddpm.config import flags as config_flags
+
+USUAL = (
+    "RTX 3060,RTX 4060,RTX 4070 Laptop,RTX 4070,RTX 4090,RTX 5070,RTX 5090,RX 7900 "
+    "XTX,T4,L4,A100,H100,H200"
+)
+
+if __name__ == "__main__":
+    config_flags.define_config_flag()
+    flags.DEFINE_float(
+        "vram", 8.0, "Memory of the GPU that is asked about, in GiB.", lower_bound=0.1
+    )
+    flags.DEFINE_float(
+        "mfu",
+        0.4,
+        "Share of a GPU's published peak that is reached.",
+        lower_bound=0.001,
+        upper_bound=1.0,
+    )
+    flags.DEFINE_integer(
+        "num_gpus", 8, "How many GPUs the last columns of the hours are for.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "gpus", USUAL, "GPUs to show, by the names that torch gives them, joined by commas; or all."
+    )
+    flags.DEFINE_integer(
+        "classes",
+        None,
+        "Classes in the data of a class-conditional config; by default as many as there are.",
+        lower_bound=1,
+    )
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.read_command_line()
+
 import contextlib
 import math
 from typing import NamedTuple
 
 import torch
-from absl import flags
 from tqdm import tqdm
 
 from ddpm import data
 from ddpm.common import durations, errors
-from ddpm.config import flags as config_flags
 from ddpm.config.files import changed
 from ddpm.data import source
 from ddpm.experiment import build, cost, trainer
@@ -36,10 +73,6 @@ CLASSES = 1000  # in the data, likewise
 LAUNCH = 3.8e-6
 # (NVIDIA 2019, "Getting Started with CUDA Graphs", without graphs) and on a B200 (arXiv
 # 2512.22219); without what torch adds
-USUAL = (
-    "RTX 3060,RTX 4060,RTX 4070 Laptop,RTX 4070,RTX 4090,RTX 5070,RTX 5090,RX 7900 "
-    "XTX,T4,L4,A100,H100,H200"
-)
 
 
 class Memory(NamedTuple):
@@ -361,28 +394,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config_flags.define_config_flag()
-    flags.DEFINE_float(
-        "vram", 8.0, "Memory of the GPU that is asked about, in GiB.", lower_bound=0.1
-    )
-    flags.DEFINE_float(
-        "mfu",
-        0.4,
-        "Share of a GPU's published peak that is reached.",
-        lower_bound=0.001,
-        upper_bound=1.0,
-    )
-    flags.DEFINE_integer(
-        "num_gpus", 8, "How many GPUs the last columns of the hours are for.", lower_bound=1
-    )
-    flags.DEFINE_string(
-        "gpus", USUAL, "GPUs to show, by the names that torch gives them, joined by commas; or all."
-    )
-    flags.DEFINE_integer(
-        "classes",
-        None,
-        "Classes in the data of a class-conditional config; by default as many as there are.",
-        lower_bound=1,
-    )
-    flags.adopt_module_key_flags(config_flags)
     config_flags.run_command(main)

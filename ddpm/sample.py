@@ -2,14 +2,26 @@
 --out=grid.png --num_images=64`.
 """
 
-from pathlib import Path
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
 
 from absl import flags
+
+from ddpm.config import flags as config_flags
+
+if __name__ == "__main__":
+    config_flags.define_checkpoint_flags("sample")
+    flags.DEFINE_integer("num_images", 16, "How many images.", lower_bound=1)
+    flags.DEFINE_alias("num_samples", "num_images")
+    flags.DEFINE_string("out", "samples.png", "The picture: png, jpg or webp.")
+    flags.adopt_module_key_flags(config_flags)
+    config_flags.read_command_line()
+
+from pathlib import Path
 
 from ddpm.common import errors
 from ddpm.common import pixels as common_pixels
 from ddpm.common.registry import quantity
-from ddpm.config import flags as config_flags
 from ddpm.experiment import build, cost, drawing, load
 from ddpm.sampling.draw import concatenate, gathered
 
@@ -56,9 +68,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config_flags.define_checkpoint_flags("sample")
-    flags.DEFINE_integer("num_images", 16, "How many images.", lower_bound=1)
-    flags.DEFINE_alias("num_samples", "num_images")
-    flags.DEFINE_string("out", "samples.png", "The picture: png, jpg or webp.")
-    flags.adopt_module_key_flags(config_flags)
     config_flags.run_command(main)

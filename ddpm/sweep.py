@@ -6,9 +6,25 @@ continues the others. Exit codes: 0 all done, 1 some are not, 2 usage error, 75 
 same command continues).
 """
 
+# ruff: noqa: E402
+# The command line is read above the imports of torch, which take a second.
+
 from absl import flags
 
 from ddpm.config import flags as config_flags
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("parallel", 1, "Runs at a time.", lower_bound=1)
+    flags.DEFINE_string("runs", "runs", "Folder in which the study has one of its own.")
+    flags.DEFINE_integer(
+        "count",
+        None,
+        "Runs, at most; by default the study's run_cap, or its whole grid.",
+        lower_bound=1,
+    )
+    flags.DEFINE_integer("seed", 0, "Seed of what random and bayes choose.", lower_bound=0)
+    config_flags.read_command_line(takes="experiments/NAME.yaml")
+
 from ddpm.studies import runner
 from ddpm.studies.study import read_study
 
@@ -29,13 +45,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("parallel", 1, "Runs at a time.", lower_bound=1)
-    flags.DEFINE_string("runs", "runs", "Folder in which the study has its own folder.")
-    flags.DEFINE_integer(
-        "count",
-        None,
-        "Runs, at most; by default the study's run_cap, or its whole grid.",
-        lower_bound=1,
-    )
-    flags.DEFINE_integer("seed", 0, "Seed of the methods random and bayes.", lower_bound=0)
-    config_flags.run_command(main, takes="experiments/NAME.yaml")
+    config_flags.run_command(main)

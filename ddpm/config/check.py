@@ -21,10 +21,7 @@ def check(config):
     makes it.
     """
     options = defaults.flatten(config)
-    for key, option in OPTIONS.items():
-        if type(options[key]) is not type(option.default):
-            expected = TYPES[type(option.default)]
-            raise ValueError(f"config.{key} is {options[key]!r}; it takes {expected}")
+    check_types(options)
     check_ranges(options)
     check_source(options["data.source"])
     for key, option in OPTIONS.items():
@@ -33,6 +30,14 @@ def check(config):
                 KINDS[option.kind](key, options[key], option)
     for rule in RULES:
         rule(options)
+
+
+def check_types(options):
+    """Raise a ValueError for a value of another type than the default's."""
+    for key, option in OPTIONS.items():
+        if type(options[key]) is not type(option.default):
+            expected = TYPES[type(option.default)]
+            raise ValueError(f"config.{key} is {options[key]!r}; it takes {expected}")
 
 
 def check_ranges(options):

@@ -22,7 +22,7 @@ from ddpm.common import errors
 from ddpm.common.files import expand_user
 from ddpm.common.registry import suggest
 from ddpm.config import defaults
-from ddpm.config.check import check
+from ddpm.config.check import check, check_ranges, check_types
 from ddpm.config.defaults import TYPES, base, flatten, freeze
 from ddpm.config.files import to_json
 from ddpm.runtime import signals
@@ -377,6 +377,8 @@ def read_flags(argv, values=flags.FLAGS, takes=None):
             else f"has an unknown option {min(options - known)}"
         )
         raise ValueError(f"{path} {fault}; begin get_config with `config = base()`")
+    check_types(flatten(flag.value))
+    check_ranges(flatten(flag.value))
     return rest
 
 
@@ -571,9 +573,38 @@ def name_a_home():
         os.environ["HOME"] = "/"
 
 
-def run_command(main, takes=None):
-    """Run a command: `main()` after the flags are read, its return value the exit code;
-    `main(arguments)` if it takes any.
+COMMAND_LINE = []  # [program, *arguments without a flag], once it is read
+
+
+def read_command_line(takes=None):
+    """Read this process's command line, and answer `--help` or end with a line for a mistake in it.
+
+    Commands call it above their other imports, as torch takes a second. `takes` says what arguments
+    without a flag are, for a command that has them.
+    """
+    open_streams()
+    name_a_home()
+    try:
+        show_help(sys.argv)
+        COMMAND_LINE[:] = read_flags(sys.argv, takes=takes)
+    except (ValueError, BrokenPipeError) as error:
+        end_with_mistake(error)
+    finally:
+        flush_stdout()
+
+
+def end_with_mistake(error):
+    """End the process with one line for a user's mistake; quietly where nobody reads stdout."""
+    if isinstance(error, BrokenPipeError) and stdout_has_no_reader():
+        sys.exit(errors.NO_READER)
+    if os.environ.get("DDPM_TRACEBACK"):
+        traceback.print_exc()
+    fail(errors.USAGE_ERROR, as_typed(errors.one_line(error)))
+
+
+def run_command(main):
+    """Run a command whose command line is read: `main()`, or `main(arguments)` if it takes any; its
+    return value is the exit code.
 
     A user's mistake (ValueError, or a place that cannot be read or written) is one line and exit
     code 2; DDPM_TRACEBACK=1 shows where it was raised. Memory that runs out is one line and exit
@@ -581,22 +612,6 @@ def run_command(main, takes=None):
     second one ends the process at once. Where the reader of stdout goes away, as `head` does, the
     command ends without a word. Warnings of the package are lines on stderr.
     """
-    open_streams()
-    name_a_home()
-
-    def read(argv):
-        try:
-            show_help(argv)
-            return read_flags(argv, takes=takes)
-        except (ValueError, BrokenPipeError) as error:
-            mistake(error)
-
-    def mistake(error):
-        if isinstance(error, BrokenPipeError) and stdout_has_no_reader():
-            sys.exit(errors.NO_READER)
-        if os.environ.get("DDPM_TRACEBACK"):
-            traceback.print_exc()
-        fail(errors.USAGE_ERROR, as_typed(errors.one_line(error)))
 
     def run(argv):
         from ddpm.runtime.out_of_memory import BatchDoesNotFit, ran_out
@@ -607,9 +622,9 @@ def run_command(main, takes=None):
             if "print_config" in flags.FLAGS and flags.FLAGS.print_config:
                 print(to_json(given_config()[0]))
                 return errors.DONE
-            return main(argv[1:]) if takes else main()
+            return main(argv[1:]) if inspect.signature(main).parameters else main()
         except (ValueError, OSError) as error:
-            mistake(error)
+            end_with_mistake(error)
         except Exception as error:
             if not ran_out(error):
                 raise
@@ -623,7 +638,7 @@ def run_command(main, takes=None):
 
     with signals.interruptible():
         try:
-            app.run(run, flags_parser=read)
+            app.run(run, flags_parser=lambda _: COMMAND_LINE)
         except KeyboardInterrupt as error:
             interrupted(error)
         finally:

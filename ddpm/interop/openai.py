@@ -2,9 +2,7 @@
 
 import re
 
-from absl import flags
-
-from ddpm.interop import diffusers
+from ddpm.interop import OPENAI_FLAGS, diffusers
 from ddpm.interop.weight_names import OPENAI, channel_multipliers, require_supported
 
 
@@ -20,7 +18,7 @@ def from_openai(path, tensors, given, labels):
     given = {flag: value for flag, value in given.items() if value != -1}  # which is their None
     heads = sorted({"num_heads", "num_head_channels"} & given.keys()) or ["num_heads"]
     needed = ["image_size", "diffusion_steps", "noise_schedule", *heads, "use_new_attention_order"]
-    if missing := [FLAGS[flag][1] for flag in needed if flag not in given]:
+    if missing := [OPENAI_FLAGS[flag][1] for flag in needed if flag not in given]:
         raise ValueError(
             f"{path} does not say how it was trained; add what is true of {', '.join(missing)}"
         )
@@ -97,15 +95,3 @@ def flag_options(path, given):
         "diffusion.predict": "x0" if given.get("predict_xstart") else "eps",
         "diffusion.beta_schedule": schedule,
     }
-
-
-FLAGS = {  # OpenAI's flags, for what shapes do not say
-    "image_size": (flags.DEFINE_integer, "--image_size=64"),
-    "diffusion_steps": (flags.DEFINE_integer, "--diffusion_steps=1000"),
-    "noise_schedule": (flags.DEFINE_string, "--noise_schedule=linear"),
-    "num_heads": (flags.DEFINE_integer, "--num_heads=4 or --num_head_channels=64"),
-    "num_head_channels": (flags.DEFINE_integer, "--num_head_channels=64"),
-    "use_new_attention_order": (flags.DEFINE_bool, "--use_new_attention_order=False"),
-    "rescale_timesteps": (flags.DEFINE_bool, "--rescale_timesteps=True"),
-    "predict_xstart": (flags.DEFINE_bool, "--predict_xstart=True"),
-}

@@ -593,6 +593,40 @@ def test_a_folder_that_is_written_whole_or_not_at_all(mine, tmp_path, monkeypatc
     ]
 
 
+WITHOUT_TORCH = """
+import os, runpy, sys
+from ddpm.config import base, with_variant
+assert "torch" not in sys.modules, "ddpm.config imports torch"
+config = sys.argv[1]
+lines = [[name, "--help"] for name in sys.argv[2:]] + [
+    ["main", f"--config={config}", "--config.train.lenth=3"],
+    ["main", f"--config={config}", "--config.train.batch_size=0"],
+    ["generate", "--stepz=3"],
+    ["sweep"],
+]
+for name, *words in lines:
+    child = os.fork()
+    if not child:
+        sys.argv = [f"ddpm/{name}.py", *words]
+        code = 99
+        try:
+            runpy.run_module(f"ddpm.{name}", run_name="__main__", alter_sys=True)
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        finally:
+            os._exit(98 if "torch" in sys.modules else code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (0 if words == ["--help"] else 2), (name, words, code)
+"""
+
+
+def test_help_and_mistakes_are_answered_without_importing_torch(tmp_path):
+    words = [sys.executable, "-c", WITHOUT_TORCH, f"{ROOT}/configs/digits.py", *COMMANDS]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == 4
+
+
 def test_help_fits_two_screens_and_says_where_all_options_are(answers):
     said, _ = answers
     assert "!!python" not in str(said)

@@ -902,6 +902,7 @@ def meet(cases):
             sys.argv = ["ddpm/main.py", *arguments]
             code = 99
             try:
+                flags.read_command_line()
                 flags.run_command(main.main)
             except SystemExit as leaving:
                 code = leaving.code or 0
