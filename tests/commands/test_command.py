@@ -408,8 +408,9 @@ def started(*words, cwd, wrapper=("-m",)):
     "words, code", [(["ddpm.plan"], 130), (["ddpm.main"], 75), (["ddpm", "train"], 75)]
 )
 def test_a_command_is_interrupted_while_it_imports(words, code, tmp_path):
-    process = started(*words, "--config=none.py", cwd=tmp_path)
+    process = started(*words, f"--config={ROOT}/configs/digits.py", cwd=tmp_path)
     while b"torch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
+        assert process.poll() is None, "it ended before it imported torch"
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
