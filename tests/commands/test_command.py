@@ -525,7 +525,7 @@ def test_the_evaluations_that_are_counted_are_those_that_are_made(
         lambda: generate_images(
             mine, 5, tmp_path / "a", steps=4, batch_size=2, sampler="heun", guidance=2.0
         ),
-        lambda: generate_images(mine, 5, tmp_path / "a", format="gif", steps=4),
+        lambda: generate_images(mine, 5, tmp_path / "c", format="gif", steps=4),
         lambda: edit_images(
             mine,
             "interpolate",
@@ -730,9 +730,10 @@ def test_names_in_any_script_are_legible_on_a_contact_sheet(monkeypatch):
 def test_one_of_a_thing_is_named_as_one(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     report = doctor.diagnose(tmp_path, 32, 0.1)
-    assert report["not_fit"][0].startswith(
-        "1 image is too few: "
-    ) and "1 of 1 image can be" in next(doctor.report_lines(report))
+    assert (
+        report["not_fit"][0].startswith("1 image is too few: ")
+        and "1 of 1 image can be" in doctor.report_lines(report)[0]
+    )
     with pytest.raises(ValueError, match="choose one of cat, dog"):
         source.class_numbers(("owl",), ("cat", "dog"))
     assert quantity(1, "image") == "1 image" and quantity(1200, "image") == "1,200 images"

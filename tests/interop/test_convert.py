@@ -869,14 +869,14 @@ def test_a_field_without_a_counterpart_is_named(tmp_path, small, file, field, va
         (
             "scheduler/scheduler_config.json",
             {"trained_betas": [0.1, 0.3, 0.2], "num_train_timesteps": 3},
-            "of no schedule of ddpm",
+            "match no schedule of ddpm",
         ),
         (
             "scheduler/scheduler_config.json",
             {"trained_betas": [0.1, 0.2]},
-            "of no schedule of ddpm",
+            "match no schedule of ddpm",
         ),
-        ("scheduler/scheduler_config.json", {"beta_end": 1.5}, "of no schedule of ddpm"),
+        ("scheduler/scheduler_config.json", {"beta_end": 1.5}, "match no schedule of ddpm"),
         (
             "scheduler/scheduler_config.json",
             {"num_train_timesteps": -1},
@@ -947,7 +947,7 @@ def test_labels_that_do_not_fit_are_one_line(tmp_path, flags, message):
 
 def test_labels_that_are_none_are_one_line(tmp_path, small):
     refuses(
-        f"--no_label is for a network with labels, which {small / 'unet/config.json'} has not",
+        f"--no_label is for a network with labels, and {small / 'unet/config.json'} has none",
         small,
         tmp_path / "out",
         no_label=3,
@@ -999,7 +999,7 @@ def test_no_code_is_run(tmp_path):
             {"no_label": 10},
             "has the labels 0 to 9; give one of them",
         ),
-        ({}, {"classes": ["cat"]}, "--classes is for a network with labels, which"),
+        ({}, {"classes": ["cat"]}, "--classes is for a network with labels, and"),
         (
             {"out.2.weight": torch.zeros(9, 32, 3, 3), "out.2.bias": torch.zeros(9)},
             {},
