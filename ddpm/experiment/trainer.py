@@ -413,7 +413,7 @@ def length_remarks(config, dataset_size):
 
 def batch_remarks(batch_size, dataset_size):
     """Of a batch that has more images than there are to learn from."""
-    if batch_size > dataset_size:
+    if 0 < dataset_size < batch_size:
         yield (
             f"train.batch_size is {batch_size}, more than the "
             f"{registry.quantity(dataset_size, 'image')} to learn from, so each step learns from "

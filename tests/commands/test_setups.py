@@ -501,7 +501,7 @@ def test_a_path_that_is_not_found_is_whole_and_with_what_to_change(
         trainer.build_trainer(
             labelled("pets", train__length="4 steps"), moved / "run", device.start()
         )
-    with pytest.raises(ValueError, match=f"there is no picture '{tmp_path}/cat.png'"):
+    with pytest.raises(ValueError, match=f"there is no file '{tmp_path}/cat.png'"):
         edit_images(moved / "run", "sdedit", "cat.png", tmp_path / "out", device="cpu")
     with pytest.raises(ValueError, match=f"image folder '{tmp_path}/pets' does not exist"):
         data_folder.scan_folder("pets")

@@ -403,7 +403,7 @@ def test_the_recipes_are_those_of_their_papers():
     }
     assert held_out and set(held_out.values()) == {0.0}  # they learn from all 50,000 images
     improved = recipe("improved_ddpm_cifar10")
-    told = build.diffusion(improved, None).target.told
+    told = build.diffusion(improved, None).target.c_noise
     assert [told(t, 0.5, 0.5) for t in (0, 1000, 3999)] == [0, 250, 999.75]  # t 1000 / 4000
     assert build.diffusion(recipe("ddpm_cifar10"), None).target.c_noise(999, 0.5, 0.5) == 999
     glorot = {path.stem for path in FILES if recipe(path.stem).model.initialization == "glorot"}

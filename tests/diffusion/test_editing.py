@@ -599,7 +599,7 @@ def test_mistakes_are_one_line(trained, tmp_path):
         (["--edit=inpaint", image], "write --mask=PATH"),
         (["--edit=sdedit", image, mask], "leave out --mask"),
         (["--edit=invert", image, "--num_images=2"], "leave out --num_images"),
-        (["--edit=inpaint", image, f"--mask={tmp_path}/none.png"], "there is no picture"),
+        (["--edit=inpaint", image, f"--mask={tmp_path}/none.png"], "there is no file"),
         (["--edit=sdedit", f"--image={tmp_path}/text.png"], "cannot read"),
         (["--edit=sdedit", f"--image={tmp_path}"], "cannot read"),
         (["--edit=inpaint", f"--image={tmp_path}/wide.png", mask], "is 16x16 and the image 20x16"),
