@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from ddpm import data, doctor
 from ddpm.data import decode, duplicates
 from ddpm.data import source as data_source
 from ddpm.data.contact_sheet import CELL, MARGIN, Cell, draw_sheet
+from support.commands import outcome_of
 from support.runs import run, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -43,15 +42,6 @@ def folder(tmp_path):
 
 def report_on(root, size=32, fraction=0.1):
     return doctor.diagnose(root, size, fraction)
-
-
-def run_ddpm(*words, cwd):
-    command = [sys.executable, "-m", "ddpm.doctor", *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 def test_every_kind_is_named(folder):
@@ -231,7 +221,7 @@ def test_a_training_says_what_the_doctor_says(folder, tmp_path):
 
 
 def test_the_command_and_its_exit_codes(folder, tmp_path):
-    code, out, err = run_ddpm(folder, "--image_size=64", "--out=out", cwd=tmp_path)
+    code, out, err = outcome_of("doctor", folder, "--image_size=64", "--out=out", cwd=tmp_path)
     assert code == 1 and not err and "16 of 16 images can be used at 64x64" in out
     assert "not fit: 16 images are too few" in out
     assert len(out.splitlines()) < 40 and max(map(len, out.splitlines())) < 200
@@ -253,11 +243,11 @@ def test_the_command_and_its_exit_codes(folder, tmp_path):
         ([folder, "--out=README.md/out"], "cannot write to README.md/out: a file is in the way"),
         (["none", "--out=made"], "none' does not exist; give the path of a folder"),
     ):
-        code, out, err = run_ddpm(*words, cwd=tmp_path)
+        code, out, err = outcome_of("doctor", *words, cwd=tmp_path)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "made").exists()
     shutil.copytree(folder, tmp_path / "data" / "cats")
-    code, out, err = run_ddpm(config, cwd=tmp_path)
+    code, out, err = outcome_of("doctor", config, cwd=tmp_path)
     assert code == 1 and "left out: too small  16" in out
 
 

@@ -4,8 +4,6 @@ published peaks.
 
 import re
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,17 +14,11 @@ from ddpm.experiment import build, cost
 from ddpm.experiment import memory as experiment_memory
 from ddpm.runtime import memory
 from ddpm.runtime.gpus import GPUS, gpu_of, known
+from support.commands import ROOT, outcome_of
 from support.configs import FILES, module_of
 from support.runs import tiny
 
 GIB = memory.GIB
-
-
-def run_ddpm(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "ddpm.plan", *arguments], capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr.strip().splitlines()
 
 
 def test_the_most_images_fit_and_one_more_does_not():
@@ -223,12 +215,14 @@ def test_a_gpu_that_is_not_known_has_all_that_may_be_meant(name, near):
 
 def test_the_command():
     small = [f"--config.model.{option}" for option in ("model_channels=8", "num_res_blocks=1")]
-    code, out, _ = run_ddpm(
+    code, out, _ = outcome_of(
+        "plan",
         "--config=configs/digits.py",
         *small,
         "--config.train.length=3 epochs",
         "--vram=2",
         "--num_gpus=3",
+        cwd=ROOT,
     )
     assert (
         code == 0
@@ -304,5 +298,5 @@ def test_snapshots_take_disk():
     ],
 )
 def test_bad_input_is_one_line(flags, message):
-    code, out, err = run_ddpm(*flags)
-    assert code == 2 and out == "" and len(err) == 1 and message in err[0]
+    code, out, err = outcome_of("plan", *flags, cwd=ROOT)
+    assert code == 2 and out == "" and len(err.splitlines()) == 1 and message in err

@@ -5,11 +5,8 @@ what is refused.
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from ddpm.experiment import build, load
 from ddpm.generate import generate_images
 from ddpm.interop import diffusers, weight_names
 from ddpm.training import weights as training_weights
+from support.commands import outcome_of
 from support.runs import run, tiny
 
 # float32 carries 6e-8; some twenty layers in another order of summation make it about a hundred
@@ -734,17 +732,9 @@ def test_the_order_of_heads_matters(tmp_path):
 # mistakes
 
 
-def run_ddpm(*arguments, cwd):
-    """Run the command as a command: its exit code, and what it said."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "ddpm.convert", *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
-
-
 def test_the_command(tmp_path):
     torch.save(OpenAI(classes=2).weights, tmp_path / "model.pt")
-    code, out, err = run_ddpm("model.pt", "--out=ours.safetensors", cwd=tmp_path)
+    code, out, err = outcome_of("convert", "model.pt", "--out=ours.safetensors", cwd=tmp_path)
     assert (
         code == 2
         and out == ""
@@ -755,7 +745,8 @@ def test_the_command(tmp_path):
             "--num_head_channels=64, --use_new_attention_order=False\n"
         )
     )
-    code, out, err = run_ddpm(
+    code, out, err = outcome_of(
+        "convert",
         "model.pt",
         "--out=ours.safetensors",
         "--image_size=8",

@@ -26,6 +26,12 @@ def launcher():
 
 def run_ddpm(name, *flags, cwd):
     """Run a command of the package; returns its exit code and the lines of stdout and stderr."""
+    code, out, err = outcome_of(name, *flags, cwd=cwd)
+    return code, out.splitlines(), err.splitlines()
+
+
+def outcome_of(name, *flags, cwd):
+    """The same with stdout and stderr as text."""
     with tempfile.TemporaryDirectory() as folder:
         files = {key: Path(folder, key) for key in ("out", "err")}
         request = {
@@ -38,4 +44,4 @@ def run_ddpm(name, *flags, cwd):
         process = launcher()
         print(json.dumps(request), file=process.stdin, flush=True)
         code = int(process.stdout.readline())
-        return code, *(path.read_text().splitlines() for path in files.values())
+        return code, *(path.read_text() for path in files.values())
