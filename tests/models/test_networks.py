@@ -24,6 +24,7 @@ from ddpm.models.layers import (
     linear,
     timestep_embedding,
 )
+from support.networks import TINY
 
 HO_CIFAR10 = dict(
     image_size=32,
@@ -34,15 +35,6 @@ HO_CIFAR10 = dict(
     num_res_blocks=2,
     attention_resolutions=(16,),
     dropout=0.1,
-)
-TINY = dict(
-    image_size=8,
-    in_channels=3,
-    out_channels=3,
-    model_channels=8,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
 )
 
 

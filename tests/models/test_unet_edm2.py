@@ -28,17 +28,8 @@ from ddpm.models.unet_edm2 import (
 )
 from ddpm.sampling.draw import concatenate
 from ddpm.training import checkpoint
+from support.networks import TINY
 from support.runs import run, tiny
-
-TINY = dict(
-    image_size=8,
-    in_channels=3,
-    out_channels=3,
-    model_channels=8,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_resolutions=(4,),
-)
 
 
 def network(**changes):
