@@ -34,7 +34,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "mask",
         None,
-        "Picture for inpaint, white where the image is painted anew, black or "
+        "Picture for inpaint, white where the image is painted again, black or "
         "transparent elsewhere.",
     )
     flags.adopt_module_key_flags(config_flags)
@@ -118,7 +118,7 @@ def edit_images(
 
     `edit` names an entry of EDITS, `"inpaint"` or `"sdedit(strength=0.6)"`; `images` is the path of
     a picture, or a list of as many as it takes, `mask` that of a picture that is white where
-    `inpaint` paints anew, and black or transparent elsewhere; the share to be painted is printed,
+    `inpaint` paints again, and black or transparent elsewhere; the share to be painted is printed,
     with a warning where that is everything. There are `num_images` results, 16 by default, and a
     `grid.png` of them with what was given. The rest is as for `generate_images`. Raises ValueError,
     one line, also for pictures that cannot be used, for a mask of nothing and for a sampler that
@@ -236,7 +236,7 @@ def edit_count(edit, made, paths, mask, num_images):
         )
     if made.mask and mask is None:
         raise ValueError(
-            f"edit {edit!r} takes a mask; write --mask=PATH, a picture, white where painted anew"
+            f"edit {edit!r} takes a mask; write --mask=PATH, a picture, white where painted again"
         )
     if mask is not None and not made.mask:
         raise ValueError(f"edit {edit!r} takes no mask; leave out --mask, or write --edit=inpaint")

@@ -6,7 +6,7 @@ DONE = 0
 FAILED = 1
 USAGE_ERROR = 2
 DIVERGED = 3
-INTERRUPTED = GOES_ON = 75  # stopped on request; the same command continues
+INTERRUPTED = 75  # stopped on request; the same command continues
 STOPPED = 130  # stopped on request by a command that starts again
 NO_READER = 141  # the reader of stdout has gone, as a shell reports SIGPIPE
 

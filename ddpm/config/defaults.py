@@ -123,7 +123,7 @@ OPTIONS = {
     "train.learning_rate_decay": entry("constant", "training.optim.DECAYS"),
     # largest norm of the gradient; 0 never clips
     "train.gradient_clip": number(1.0, 0, math.inf),
-    # skip steps whose loss or gradient norm is so many times the largest of late; 0 skips none
+    # skip steps whose loss or gradient norm is this many times the recent maximum; 0 skips none
     "train.spike": number(30.0, 0, 1_000_000),
     # after divergence, go back once and on in another order at this share of the rate; 0 stops
     "train.rollback": number(0.5, 0, 1),

@@ -528,7 +528,7 @@ def interrupted(error):
     kept, if anything.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        goes_on = signals.interrupted_code() == errors.GOES_ON
+        goes_on = signals.interrupted_code() == errors.INTERRUPTED
         kept = str(error) or (
             "the same command goes on" if goes_on else "no half-written file is left"
         )

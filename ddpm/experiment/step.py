@@ -36,7 +36,7 @@ def averages(config, weights):
 
 
 def rate(config, dataset_size, rollbacks=0):
-    """The learning rate as a function of the step, for a run that has been rolled back so often."""
+    """The learning rate as a function of the step, after `rollbacks` rollbacks."""
     section = config.train
 
     def steps(text):
@@ -51,9 +51,7 @@ def rate(config, dataset_size, rollbacks=0):
 
 
 def step(config, model, network, averages, dataset_size, rollbacks=0):
-    """The step that trains a TrainNetwork and its averages, for a run that has been rolled back
-    so often.
-    """
+    """The step that trains a TrainNetwork and its averages, after `rollbacks` rollbacks."""
     section = config.train
     machine = network.machine
     model = model.around(network)

@@ -195,8 +195,8 @@ def split_notes(config, images, every, best):
     """What the held-out images can tell, and by what the best weights are chosen: lines."""
     if twins := duplicates.split_leakage(images.source.near_duplicates, images.held_out):
         yield (
-            f"{twins} held-out image{'s have' if twins > 1 else ' has'} a near-duplicate that is "
-            "learned from: val/loss and eval/copying flatter"
+            f"{registry.quantity(twins, 'held-out image has', 'held-out images have')} a "
+            "near-duplicate that is learned from: val/loss and eval/copying flatter"
         )
     if every["validate"].never:
         return
@@ -258,7 +258,7 @@ def prepare_step(config, step, say):
     layout = "channels last" if section.channels_last else "the usual memory format"
     notes.append(f"convolutions compute in {layout} (train.channels_last)")
     if machine.free() is not None and not machine.peak():
-        notes.append("speed/mfu is not tracked, as ddpm.GPUs lacks this GPU")
+        notes.append("speed/mfu is not tracked, as ddpm/runtime/gpus.py lacks this GPU")
     return notes
 
 

@@ -29,7 +29,8 @@ def interrupted_code():
     """The exit code of this process where it is interrupted, by the command that it runs as
     `python -m`.
     """
-    return errors.GOES_ON if any(name in sys.orig_argv for name in GOING_ON) else errors.STOPPED
+    continues = any(name in sys.orig_argv for name in GOING_ON)
+    return errors.INTERRUPTED if continues else errors.STOPPED
 
 
 def tell(text):
@@ -51,7 +52,7 @@ def end_before_start(*_):
     if os.environ.get("LOCAL_RANK", "0") == "0":  # of the ranks on a machine the first one says it
         again = (
             ": nothing to save, the same command goes on"
-            if interrupted_code() == errors.GOES_ON
+            if interrupted_code() == errors.INTERRUPTED
             else ": nothing is written"
         )
         tell(f"interrupted before the start{again}")
