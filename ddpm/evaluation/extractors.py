@@ -79,6 +79,17 @@ class Extractor:
         """The features of a chunk of images."""
         return self.embed(opaque(images.to(self.device))).float().cpu()
 
+    def on_device(self, work):
+        """The result of `work(device)` on the extractor's GPU; on the CPU where there is none, or
+        where it has too little free memory.
+        """
+        if self.device.type == "cuda":
+            fits, result = self.room.fits(lambda: work(self.device))
+            if fits:
+                return result
+            self.room.say(f"out of memory comparing features ({result}); using the CPU")
+        return work(torch.device("cpu"))
+
     @property
     def computed(self):
         """What features depend on besides images and weights: device type and precision."""

@@ -20,16 +20,33 @@ MAX_FEATURES = 50_000  # reference images whose features are kept: 400 MB of Inc
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images: features [m, d] of at most 50,000, the moments of all, and a unique name."""
+    """Real images: features [m, d] of at most 50,000, the moments of all, and a unique name.
+
+    `root` is that of the Gaussian of the moments; `radii` [m] are the squared distances of the
+    features to their third neighbours. Both are None where a file lacks them.
+    """
 
     features: torch.Tensor
     moments: distances.Moments
     name: str
+    root: torch.Tensor | None = None
+    radii: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, features, name=""):
-        """The Reference of features [n, d]."""
-        return cls(features, distances.Moments.of(features), name)
+    def of(cls, features, name="", moments=None, device=None):
+        """The Reference of features [n, d] and, where there are more images, of their moments."""
+        moments = moments or distances.Moments.of(features)
+        if moments.count == len(features) < features.shape[1]:
+            root = distances.Gaussian.of(features).root
+        else:
+            root = distances.Gaussian.of_moments(moments).root.contiguous()
+        nobody = torch.empty(len(features), 0, device=device)
+        _, radii = distances.within(features.to(device), nobody)
+        return cls(features, moments, name, root, radii.cpu())
+
+    def gaussian(self, device=None):
+        """The Gaussian of all images on a device."""
+        return distances.Gaussian(self.moments.mean.to(device), self.root.to(device))
 
 
 def reference(extractor, dataset, cache_dir=None, batch_size=256):
@@ -41,14 +58,33 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
     cache is computed again; an unwritable one is skipped with a warning.
     """
     name = f"{dataset.fingerprint}-{extractor.name}-{extractor.computed}"
+    stored = None
     try:
         path = Path(cache_dir or files.cache_dir()) / f"{name}.safetensors"
         if path.exists():
-            return load_features(path, extractor, name)
+            stored = load_features(path, extractor, name)
     except (SafetensorError, OSError, ValueError) as error:
         extractors.LOG.warning("features %s cannot be read (%s); computing them again", name, error)
+    if stored and stored.root is not None:
+        return stored
+    if stored:
+        features, moments = stored.features, stored.moments
+    else:
+        features, moments = extract(extractor, dataset, batch_size)
+    result = extractor.on_device(lambda device: Reference.of(features, name, moments, device))
+    try:
+        save_features(result, Path(cache_dir or files.cache_dir()) / f"{name}.safetensors")
+    except (OSError, ValueError) as error:
+        extractors.LOG.warning(
+            "features cannot be kept (%s); the next run computes them again", error
+        )
+    return result
+
+
+def extract(extractor, dataset, batch_size):
+    """(Features of at most 50,000 images of a dataset, Moments of all)."""
     count = len(dataset)
-    chosen = set(reference_indices(len(dataset)))
+    chosen = set(reference_indices(count))
     if len(chosen) < count:
         extractors.LOG.warning(
             "the Frechet distance is to all %d images, the other numbers to %d of them, taken at "
@@ -71,14 +107,7 @@ def reference(extractor, dataset, cache_dir=None, batch_size=256):
             features = extractor(torch.stack(list(pool.map(dataset.__getitem__, part))))
             moments.add(features, torch.ones(len(part)))
             chosen_features.append(features[[index in chosen for index in part]])
-    result = Reference(torch.cat(chosen_features), moments, name)
-    try:
-        save_features(result, Path(cache_dir or files.cache_dir()) / f"{name}.safetensors")
-    except (OSError, ValueError) as error:
-        extractors.LOG.warning(
-            "features cannot be kept (%s); the next run computes them again", error
-        )
-    return result
+    return torch.cat(chosen_features), moments
 
 
 def reference_indices(n):
@@ -91,7 +120,7 @@ def load_features(path, extractor, name):
     with safetensors.safe_open(path, "pt") as file:
         written = (file.metadata() or {}).get("crc32")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    if tensors.keys() != {"features", "count", "mean", "scatter"}:
+    if tensors.keys() - {"root", "radii"} != {"features", "count", "mean", "scatter"}:
         raise ValueError(
             f"it holds {', '.join(sorted(tensors)) or 'nothing'} and not features with the "
             "moments of all images"
@@ -106,6 +135,8 @@ def load_features(path, extractor, name):
         tensors["features"],
         distances.Moments(int(tensors["count"]), tensors["mean"], tensors["scatter"]),
         name,
+        tensors.get("root"),
+        tensors.get("radii"),
     )
 
 
@@ -117,6 +148,8 @@ def save_features(reference, path):
         "count": torch.tensor(moments.count),
         "mean": moments.mean,
         "scatter": moments.scatter,
+        "root": reference.root,
+        "radii": reference.radii,
     }
     own = path.with_suffix(f".{secrets.token_hex(4)}")
     with atomic_write(own) as part:

@@ -74,28 +74,27 @@ class Scorer:
 
     @cached_property
     def reference(self):
-        """The Reference of the real images: one rank computes it, the others read the cache."""
-        reference = None
-        if self.machine.main:
-            reference = evaluation_reference.reference(self.extractor, self.dataset)
-        self.machine.barrier()
-        return reference or evaluation_reference.reference(self.extractor, self.dataset)
+        """The Reference of the real images."""
+        return evaluation_reference.reference(self.extractor, self.dataset)
 
     @cached_property
     def perfect(self):
         """The Frechet distance of a perfect generator at as many samples."""
-        reference = self.reference
-        values = None
-        if self.machine.main:
-            with self.machine.stop.interruptible():
-                values = measures.perfect_generator(reference, len(self.seeds), self.extractor)
-        return self.machine.broadcast(values)
+        return self.extractor.on_device(
+            lambda device: measures.perfect_generator(
+                self.reference, len(self.seeds), self.extractor, device
+            )
+        )
 
     @cached_property
     def unseen(self):
         """The distances [m] of held-out images to their nearest training images."""
         features = self.reference.features
-        return measures.nearest(features[self.held_out], features[self.learned])[0]
+        return self.extractor.on_device(
+            lambda device: measures.nearest(
+                features[self.held_out].to(device), features[self.learned].to(device)
+            )
+        )[0]
 
     def __call__(self, draw):
         """Draw and measure; returns (numbers, pictures), the same on every rank.
@@ -109,21 +108,34 @@ class Scorer:
             self.extractor, self.watched(draw(self.seeds, self.recipe), first)
         )
         drawn = self.machine.gather(drawn)
+        result = None
+        # minutes with Inception on a CPU; the other ranks wait
+        with self.machine.raise_on_all_ranks(), self.machine.stop.interruptible():
+            if self.machine.main:
+                result = self.measure(drawn)
+        numbers, which = self.machine.broadcast(result)
         first = self.machine.gather(torch.cat(first or [torch.empty(0, dtype=torch.uint8)]))
-        reference = self.reference
-        with self.machine.stop.interruptible():  # minutes in other libraries, with Inception
-            numbers = measures.compare(drawn, reference, self.extractor)
-            distances, which = measures.nearest(drawn, reference.features[self.learned])
-        numbers |= self.perfect | {"nfe": self.nfe}
-        if len(self.held_out):
-            numbers |= measures.copying(distances, self.unseen)
         originals = torch.stack(
-            [self.dataset[int(self.places[self.learned[which[k]]])] for k in range(len(first))]
+            [self.dataset[int(self.places[row])] for row in which[: len(first)]]
         )
         pairs = torch.stack([first, originals], dim=1).flatten(0, 1)
         return {f"eval/{name}": value for name, value in numbers.items()} | {
             "eval/protocol": self.protocol
         }, {"eval/nearest": pairs}
+
+    def measure(self, drawn):
+        """(Numbers of drawn features [n, d], the rows of the reference nearest to the first)."""
+        apart = torch.ones(len(self.places), dtype=torch.bool)
+        apart[self.learned] = False
+        numbers, distances, which = self.extractor.on_device(
+            lambda device: measures.compare(
+                drawn.to(device), self.reference, self.extractor, left_out=apart.to(device)
+            )
+        )
+        numbers |= self.perfect | {"nfe": self.nfe}
+        if len(self.held_out):
+            numbers |= measures.copying(distances, self.unseen)
+        return numbers, which[:PAIRS].tolist()
 
     def watched(self, batches, first):
         """Yield the images of `batches`; appends those with the first seeds to `first`."""

@@ -8,6 +8,7 @@ import math
 import random
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch_fidelity
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -30,7 +32,9 @@ from ddpm.evaluation import reference as evaluation_reference
 from ddpm.experiment import build
 from ddpm.experiment import drawing as experiment_drawing
 from ddpm.runtime import device
+from ddpm.runtime.out_of_memory import Room
 from ddpm.studies import compatibility
+from support.fake_gpu import FakeGPU, needs_cuda_build
 from support.runs import tiny
 
 CPU = torch.device("cpu")
@@ -112,10 +116,97 @@ def test_frechet_distance_agrees_with_scipy(real):
     assert distances.frechet(first, second) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
+@pytest.mark.parametrize(
+    ("n", "m", "dead"),
+    [(300, 400, 0), (300, 400, 9), (12, 400, 0), (300, 20, 9), (12, 20, 0)],
+    ids=["full rank", "dead features", "few drawn", "few real", "few of both"],
+)
+def test_frechet_distance_agrees_with_torch_fidelity_and_scipy_at_any_rank(n, m, dead):
+    """In 64 features, whose variances fall by a factor of 1,000.
+
+    Both others take the root of a product that is not symmetric. An eigenvalue of it that should be
+    0 is found as 1e-16 of the largest, and its root as 1e-8: 64 of those are 6e-7 of that root,
+    which is below the distance. In full rank they agree to 1e-9.
+    """
+    scales = torch.logspace(0, -1.5, 64)
+    scales[:dead] = 0
+    first, second = normal(n, 64) * scales * 1.3 + 0.1, normal(m, 64, seed=1) * scales
+    found = distances.frechet(first, second)
+    close = 1e-9 if n > 64 and m > 64 and not dead else 1e-5
+    moments = [fid_features_to_statistics(side.double()) for side in (first, second)]
+    theirs = fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
+    assert found == pytest.approx(theirs, rel=close)
+    covariances = [each["sigma"] for each in moments]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    apart = np.square(moments[0]["mu"] - moments[1]["mu"]).sum()
+    expected = apart + sum(map(np.trace, covariances)) - 2 * np.trace(root)
+    assert found == pytest.approx(expected, rel=close)
+
+
+def test_few_images_take_few_operations():
+    """Twelve against twelve in Inception's 2,048 features: no matrix of features by features."""
+    drawn, real = normal(12, 2048), normal(12, 2048, seed=1)
+    with FlopCounterMode(display=False) as counter:
+        distances.frechet(drawn, real)
+    assert counter.get_total_flops() < 100 * 12 * 2048
+    reference = evaluation_reference.Reference.of(real)
+    with FlopCounterMode(display=False) as counter:
+        distances.compare(drawn, reference, extractors.EXTRACTORS["digits"](CPU))
+    assert counter.get_total_flops() < 100 * 12 * 2048 * 12
+
+
+def test_blocks_change_no_number(extractor, real, monkeypatch):
+    """Blocks of 7 rows against one of all: products of rows alone differ by rounding at most."""
+    reference = evaluation_reference.Reference.of(real[600:])
+    left_out = torch.arange(len(reference.features)) % 3 == 0
+    whole = distances.compare(real[:500], reference, extractor, left_out=left_out)
+    monkeypatch.setattr(distances, "PAIRS", 7 * len(reference.features))
+    parts = distances.compare(real[:500], reference, extractor, left_out=left_out)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-3, abs=1e-6)
+    exact = torch.cdist(real[:500].double(), reference.features[~left_out].double()).min(1).values
+    for numbers, distance, which in (whole, parts):
+        # a squared distance is a difference of squared norms near 30 in float32
+        torch.testing.assert_close(distance.double(), exact, rtol=0, atol=1e-2)
+        assert not left_out[which].any() and len(numbers) == 4
+        apart = (real[:500] - reference.features[which]).norm(dim=1)
+        torch.testing.assert_close(apart.double(), exact, rtol=0, atol=1e-2)
+
+
+def test_memory_that_runs_out_on_a_gpu_moves_the_comparison_to_the_cpu(extractor):
+    said = []
+    gpu = replace(extractor, device=torch.device("cuda", 0), room=Room(said.append))
+
+    def work(device):
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return device
+
+    assert gpu.on_device(work) == CPU and extractor.on_device(work) == CPU
+    assert said == ["out of memory comparing features (CUDA out of memory); using the CPU"]
+
+
+@needs_cuda_build
+def test_features_are_compared_on_the_gpu_they_are_on(real):
+    with FakeGPU():
+        drawn, others = (torch.empty(side, 64, device="cuda") for side in (20, 30))
+        members, _ = distances.subsets(20, 30, 9, 0, "cuda")
+        sums, radii = distances.within(drawn, members)
+        gaussian = distances.Gaussian.of(torch.empty(8, 64, device="cuda"))
+        blocks = list(distances.blocks(drawn, others))
+    for tensor in (members, sums, radii, *gaussian, *blocks[0][1:]):
+        assert tensor.device.type == "cuda"
+    assert (sums.dtype, radii.dtype, gaussian.root.dtype) == (
+        torch.float64,
+        torch.float32,
+        torch.float64,
+    )
+
+
 def test_compare_gives_torch_fidelitys_own_numbers(extractor, real):
     generated = real[:300] * 1.05
     reference = real[200:]
-    found = distances.compare(
+    found, distance, which = distances.compare(
         generated, evaluation_reference.Reference.of(reference), extractor, seed=3
     )
     kernel = kid_features_to_metric(
@@ -125,14 +216,16 @@ def test_compare_gives_torch_fidelitys_own_numbers(extractor, real):
     cover = prc_features_to_metric(generated, reference, verbose=False)
     assert list(found) == ["fd_digits", "kd_digits", "precision_digits", "recall_digits"]
     assert found["fd_digits"] == distances.frechet(generated, reference)
-    assert found["kd_digits"] == kernel["kernel_inception_distance_mean"]
+    # float32 sums of values near 1 in another order: 1e-7 each, and the distance is their difference
+    assert found["kd_digits"] == pytest.approx(kernel["kernel_inception_distance_mean"], abs=1e-6)
     assert (found["precision_digits"], found["recall_digits"]) == (
         cover["precision"],
         cover["recall"],
     )
-    assert found == distances.compare(
+    again, *closest = distances.compare(
         generated, evaluation_reference.Reference.of(reference), extractor, seed=3
     )
+    assert found == again and torch.equal(closest[0], distance) and torch.equal(closest[1], which)
 
 
 def test_calculate_metrics_over_images_gives_the_same_numbers(extractor, digits):
@@ -168,7 +261,7 @@ def test_calculate_metrics_over_images_gives_the_same_numbers(extractor, digits)
         verbose=False,
     )
     reference = evaluation_reference.Reference.of(extractors.extract(extractor, [second]))
-    ours = distances.compare(extractors.extract(extractor, [first]), reference, extractor, seed=0)
+    ours = distances.compare(extractors.extract(extractor, [first]), reference, extractor)[0]
     # batches of other sizes, and grey as the mean of three channels: rounding of 1e-7 in each
     # feature
     assert ours["fd_digits"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
@@ -191,8 +284,8 @@ class ListOfImages(torch.utils.data.Dataset):
 def test_kernel_distance_is_unbiased_at_any_count(extractor):
     for n in (50, 1500):
         reference = evaluation_reference.Reference.of(normal(n, 64, seed=1))
-        numbers = distances.compare(normal(n, 64), reference, extractor)
-        moved = distances.compare(normal(n, 64) + 0.5, reference, extractor)
+        numbers, *_ = distances.compare(normal(n, 64), reference, extractor)
+        moved, *_ = distances.compare(normal(n, 64) + 0.5, reference, extractor)
         # five times below what a shift of half a standard deviation gives, though 50 samples are
         # few
         assert abs(numbers["kd_digits"]) < moved["kd_digits"] / 5
@@ -204,7 +297,7 @@ def test_precision_and_recall_see_a_missing_mode(extractor):
     reference = evaluation_reference.Reference.of(
         torch.cat([normal(100, 64), normal(100, 64, seed=1) + 100])
     )
-    half = distances.compare(normal(100, 64), reference, extractor)
+    half, *_ = distances.compare(normal(100, 64), reference, extractor)
     # the drawn images are those of one mode
     assert (half["precision_digits"], half["recall_digits"]) == (1, 0.5)
 
@@ -219,9 +312,10 @@ def test_a_perfect_generator_of_a_gaussian_in_closed_form(n, m):
     drawn alone the second case would be half.
     """
     d = 16
-    mean, deviation = distances.fid_of_reference_resample(
-        evaluation_reference.Reference.of(normal(m, d)), n
-    )
+    real = normal(m, d)
+    # without distances between 20,000 images, which this number does without
+    reference = evaluation_reference.Reference(real, distances.Moments.of(real), "")
+    mean, deviation = distances.fid_of_reference_resample(reference, n)
     assert mean == pytest.approx((d + d * (d + 1) / 4) * (1 / n + 1 / m), rel=0.1)
     # d squares of normals with weight 1, and d (d + 1) / 2 with weight 1/2: each has a variance of
     # twice its weight squared
@@ -286,7 +380,7 @@ def test_too_few_images_is_one_line(extractor, real):
             ValueError, match="^3 images are too few to compare; measure at least 4[^\n]*$"
         ):
             measure()
-    assert all(np.isfinite(list(distances.compare(real[:4], all_of_them, extractor).values())))
+    assert all(np.isfinite(list(distances.compare(real[:4], all_of_them, extractor)[0].values())))
 
 
 # --- the shipped extractor ---
@@ -542,6 +636,43 @@ def test_a_cache_of_before_there_were_moments_is_computed_again(
     )
 
 
+def test_a_cache_of_before_there_were_radii_is_completed(extractor, digits, tmp_path, caplog):
+    """As commit 3a836ad wrote it: features and moments; no image is read again."""
+    first = evaluation_reference.reference(extractor, Pictures(digits[:80]), tmp_path)
+    (path,) = tmp_path.iterdir()
+    moments = first.moments
+    tensors = {
+        "features": first.features,
+        "count": torch.tensor(moments.count),
+        "mean": moments.mean,
+        "scatter": moments.scatter,
+    }
+    path.write_bytes(
+        safetensors.torch.save(tensors, {"crc32": str(safe_load.checksum({}, tensors))})
+    )
+    for _ in range(2):
+        pictures = Pictures(digits[:80])
+        found = evaluation_reference.reference(extractor, pictures, tmp_path)
+        assert not pictures.read and not caplog.text
+        assert torch.equal(found.root, first.root) and torch.equal(found.radii, first.radii)
+    assert len(safetensors.torch.load_file(path)) == 6
+
+
+def test_what_the_reference_alone_decides_is_computed_once(
+    extractor, digits, tmp_path, monkeypatch
+):
+    """A second evaluation, in another process too, compares drawn images alone."""
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path))
+    reference = evaluation_reference.reference(extractor, Pictures(digits[:300]))
+    drawn = reference.features[:200] * 1.1
+    first = distances.compare(drawn, reference, extractor)[0]
+    again = evaluation_reference.reference(extractor, Pictures(digits[:300]))
+    within = distances.within
+    sizes = []
+    monkeypatch.setattr(distances, "within", lambda *of: (sizes.append(len(of[0])), within(*of))[1])
+    assert distances.compare(drawn, again, extractor)[0] == first and sizes == [200]
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(extractor, digits, tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     found = evaluation_reference.reference(
@@ -575,7 +706,7 @@ def test_a_large_reference_keeps_the_moments_of_all_and_the_features_of_some(
         )
     drawn = real[1000:1100]
     numbers, some = (
-        distances.compare(drawn, one, extractor)
+        distances.compare(drawn, one, extractor)[0]
         for one in (found, evaluation_reference.Reference.of(real[places]))
     )
     assert numbers["fd_digits"] == pytest.approx(distances.frechet(drawn, real[:205]), rel=1e-4)
