@@ -39,6 +39,7 @@ INCEPTION_METRICS = ("fid", "kid", "precision", "recall")
 DIGITS = Path(__file__).parent / "assets" / "digits-e5b6c631.safetensors"
 # floating-point operations of an extractor on one image, of any size
 OPERATIONS = {"inception": 11_422_336_192, "digits": 3_014_656}
+WIDTHS = {"inception": 2048, "digits": 64}  # features
 DIGITS_METRICS = ("fd_digits", "kd_digits", "precision_digits", "recall_digits")
 
 LOG = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def inception(device, weights_path=""):
         return net(images if images.shape[1] == 3 else repeat(images, "b 1 h w -> b c h w", c=3))[0]
 
     name = "inception-v3-compat" if published else f"inception-{digest[:8]}"
-    return Extractor(name, INCEPTION_METRICS, 2048, torch.device(device), embed)
+    return Extractor(name, INCEPTION_METRICS, WIDTHS["inception"], torch.device(device), embed)
 
 
 def published_inception():
@@ -195,7 +196,9 @@ def digits_extractor(path, device):
     def embed(images):
         return digits_features(weights, digits_input(images))
 
-    return Extractor(f"digits-{digest[:8]}", DIGITS_METRICS, 64, torch.device(device), embed)
+    return Extractor(
+        f"digits-{digest[:8]}", DIGITS_METRICS, WIDTHS["digits"], torch.device(device), embed
+    )
 
 
 def digits_input(images):

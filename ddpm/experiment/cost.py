@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.common import durations
 from ddpm.config import defaults, files
-from ddpm.evaluation import extractors
+from ddpm.evaluation import distances, extractors, reference
 from ddpm.experiment import build
 from ddpm.sampling import draw
 from ddpm.training import meters
@@ -71,6 +71,22 @@ def drawing_operations(config, asked, model=None):
     return evaluations(config, recipe, model=model) * asked.forward + looks
 
 
+def comparison_operations(config, images):
+    """The operations of the distances between the drawn images of an evaluation and `images` real
+    ones.
+    """
+    if config.evaluate.extractor == "none":
+        return 0
+    n = config.evaluate.num_samples
+    m = min(images, reference.MAX_FEATURES)
+    width = extractors.WIDTHS[build.extractor_name(config)]
+    pairs = 2 * n * (n + m) * (width + distances.SUBSETS)
+    fewer, more = sorted([min(n, width), min(m, width)])
+    # and its Cholesky factor; below, the product of two roots, its Gram matrix and the eigenvalues
+    covariance = (2 * n * width**2 + width**3 // 3) * (n >= width)
+    return pairs + covariance + 2 * fewer * more * (width + fewer) + 4 * fewer**3 // 3
+
+
 def likelihood_operations(config, asked):
     """The operations, at most, of the bits a dimension in one evaluation."""
     section = config.evaluate
@@ -124,7 +140,7 @@ def plan_evaluation(config, images, flops, before=None, model=None):
     built.
 
     `every.evaluate=auto` is as often as `evaluate.budget` allows, up to MOST times. The features of
-    the real images are cached for all runs, and not counted.
+    the real images, and what they decide alone, are cached for all runs, and not counted.
     """
     train = config.train
     interval = config.every.evaluate
@@ -133,7 +149,11 @@ def plan_evaluation(config, images, flops, before=None, model=None):
     steps = durations.steps_of(train.length, train.batch_size, images)
     training = steps * train.batch_size * flops.training
     drawing = drawing_operations(config, flops, model)
-    cost = section.num_samples * drawing + likelihood_operations(config, flops)
+    cost = (
+        section.num_samples * drawing
+        + comparison_operations(config, images)
+        + likelihood_operations(config, flops)
+    )
     budget = f"evaluate.budget is {section.budget:.1%}"
 
     def never(words):

@@ -8,13 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm.common import durations
 from ddpm.config import files
 from ddpm.evaluate import evaluate
-from ddpm.evaluation import extractors
+from ddpm.evaluation import distances, extractors, reference
 from ddpm.experiment import build, drawing, trainer
 from ddpm.experiment import cost as experiment_cost
 from ddpm.runtime import device
@@ -101,7 +102,8 @@ def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, opt
         * (asked.forward + asked.training)
         * (given.evaluate.likelihood == "both")
     )
-    one = section.num_samples * (section.steps * asked.forward + looks) + bits
+    compared = experiment_cost.comparison_operations(found.config, 1000)
+    one = section.num_samples * (section.steps * asked.forward + looks) + compared + bits
     whole = steps * given.train.batch_size * asked.training
     assert found.operations == one and found.share == pytest.approx(times * one / whole)
     assert Fraction(times * one, whole) <= Fraction(share) and times <= experiment_cost.MOST
@@ -360,13 +362,32 @@ def test_what_is_counted_is_what_is_computed(options, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("n", "m"), [(16, 24), (40, 500), (300, 500), (300, 20)])
+def test_the_comparison_that_is_counted_is_computed(n, m):
+    given = tiny(evaluate__extractor="digits", evaluate__num_samples=n)
+    extractor = extractors.digits("cpu")
+    real = reference.Reference.of(torch.randn(m, extractor.width))
+    # which is cached where the reference has a name
+    alone = counted(lambda: distances.within(real.features, torch.ones(m, distances.SUBSETS)))
+    compared = counted(lambda: distances.compare(torch.randn(n, extractor.width), real, extractor))
+    expected = experiment_cost.comparison_operations(given, m)
+    # torch counts neither a Cholesky factor nor eigenvalues
+    assert 0.9 < (compared - alone) / expected <= 1
+    # 50,000 against 50,000 in Inception's features: less than looking at the images takes
+    large = tiny(evaluate__extractor="inception", evaluate__num_samples=50_000)
+    compared = experiment_cost.comparison_operations(large, 10**6)
+    assert compared == pytest.approx(22e12, rel=0.03)
+    assert compared < 0.05 * 50_000 * extractors.OPERATIONS["inception"]
+
+
 def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):
     """Twelve steps of eight images allow four evaluations of sixteen."""
     given = tiny(
         **OPEN | {"evaluate__num_samples": 16, "evaluate__budget": 0.9, "evaluate__sampler": "ddim"}
     )
     asked = experiment_cost.operations(given)
-    share = 4 * 16 * (3 * asked.forward + extractors.OPERATIONS["digits"]) / (96 * asked.training)
+    drawn = 16 * (3 * asked.forward + extractors.OPERATIONS["digits"])
+    share = 4 * (drawn + experiment_cost.comparison_operations(given, 1617)) / (96 * asked.training)
     assert share <= 0.9 < 5 / 4 * share
     assert run(given, tmp_path)
     measured = [row for row in rows(tmp_path) if "eval/fd_digits" in row]
