@@ -15,34 +15,21 @@ from absl import flags
 from ddpm.config import flags as config_flags
 
 USUAL = (
-    "RTX 3060,RTX 4060,RTX 4070 Laptop,RTX 4070,RTX 4090,RTX 5070,RTX 5090,RX 7900 "
-    "XTX,T4,L4,A100,H100,H200"
+    "RTX 3060,RTX 4060,RTX 4070 Laptop,RTX 4070,RTX 4090,RTX 5070,RTX 5090,RX 7900 XTX,"
+    "T4,L4,A100,H100,H200"
 )
 
 if __name__ == "__main__":
     config_flags.define_config_flag()
-    flags.DEFINE_float(
-        "vram", 8.0, "Memory of the GPU that is asked about, in GiB.", lower_bound=0.1
-    )
-    flags.DEFINE_float(
-        "mfu",
-        0.4,
-        "Share of a GPU's published peak that is reached.",
-        lower_bound=0.001,
-        upper_bound=1.0,
-    )
-    flags.DEFINE_integer(
-        "num_gpus", 8, "How many GPUs the last columns of the hours are for.", lower_bound=1
-    )
-    flags.DEFINE_string(
-        "gpus", USUAL, "GPUs to show, by the names that torch gives them, joined by commas; or all."
-    )
-    flags.DEFINE_integer(
-        "classes",
-        None,
-        "Classes in the data of a class-conditional config; by default as many as there are.",
-        lower_bound=1,
-    )
+    flags.DEFINE_float("vram", 8.0, "Memory of the GPU in GiB.", lower_bound=0.1)
+    help_text = "Share of a GPU's published peak that is reached."
+    flags.DEFINE_float("mfu", 0.4, help_text, lower_bound=0.001, upper_bound=1.0)
+    help_text = "How many GPUs the last columns of the hours are for."
+    flags.DEFINE_integer("num_gpus", 8, help_text, lower_bound=1)
+    help_text = "GPUs to show, by the names that torch gives them, joined by commas; or all."
+    flags.DEFINE_string("gpus", USUAL, help_text)
+    help_text = "Classes of a class-conditional config; by default those in its data."
+    flags.DEFINE_integer("classes", None, help_text, lower_bound=1)
     flags.adopt_module_key_flags(config_flags)
     config_flags.read_command_line()
 
@@ -55,6 +42,7 @@ from tqdm import tqdm
 
 from ddpm import data
 from ddpm.common import durations, errors
+from ddpm.config import defaults
 from ddpm.config.files import changed
 from ddpm.data import source
 from ddpm.experiment import build, cost, trainer
@@ -65,32 +53,117 @@ from ddpm.studies.tables import amount, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = memory.GIB
-# images in the data, where these are not at hand and anything is counted in epochs
-ASSUMED = 10_000
-CLASSES = 1000  # in the data, likewise
-# seconds a kernel takes at least, an assumption: measured on a V100 for kernels that compute 2.9 of
-# them
+ASSUMED = 10_000  # images in the data, where these are missing and a length is in epochs
+CLASSES = 1000  # classes in the data, likewise
+# Seconds that a kernel takes at least, without what torch adds: an assumption. Without graphs, 3.8
+# were measured on a V100 for kernels that compute 2.9 (NVIDIA 2019, "Getting Started with CUDA
+# Graphs"), and on a B200 (arXiv 2512.22219).
 LAUNCH = 3.8e-6
-# (NVIDIA 2019, "Getting Started with CUDA Graphs", without graphs) and on a B200 (arXiv
-# 2512.22219); without what torch adds
+
+
+class Training(NamedTuple):
+    """What is known of a training before it starts."""
+
+    config: defaults.FrozenConfigDict
+    weights: int  # parameters of the network
+    operations: cost.Operations
+    steps: int
+    num_images: int  # in the data; 0 where nothing is counted in epochs
+    data_words: str  # about the images in the data
+    evaluation: cost.EvalPlan
+
+    @property
+    def kernels(self):
+        """The kernels that a step launches on one GPU."""
+        return self.config.train.gradient_accumulation_steps * self.operations.kernels
+
+    def batch_on(self, num_gpus):
+        """The batch size, rounded up to what the ranks and micro-batches divide."""
+        multiple = num_gpus * self.config.train.gradient_accumulation_steps
+        return math.ceil(self.config.train.batch_size / multiple) * multiple
 
 
 class Memory(NamedTuple):
-    """How one arithmetic, with so many levels recomputed, takes memory: at the config's
-    micro-batch, and at most on a GPU.
+    """The memory of the config's micro-batch in one type of number, with or without activation
+    checkpointing.
     """
 
     types: str
     checkpointing: str
     account: memory.Account
-    # images at a time in the memory that was asked about; -1 where not even the weights fit
-    most: int
+    most: int  # images at a time that fit on the GPU; -1 where not even the weights fit
+
+
+def plan(config, vram, mfu, num_gpus, gpus=USUAL):
+    """Yield the plan as lines, with a row for each of `gpus`, or for `all`.
+
+    Raises ValueError for a config that cannot be run and for an unknown GPU.
+    """
+    gpus = listed(gpus)
+    build.check(config)
+    training = training_of(config)
+    shape = "x".join(map(str, build.image_shape(config)[::-1]))
+    yield (
+        f"{config.model.name}: {training.weights:,} parameters, images {shape}, "
+        f"{training.operations.training / 1e9:,.4g} GFLOP an image, forward and backward\n"
+    )
+    yield from memory_lines(config, vram, num_gpus)
+    yield from time_lines(training, mfu, num_gpus, gpus)
+    if remarks := trainer.length_remarks(config, training.num_images):
+        yield "\n".join(remarks) + "\n"
+    yield disk_line(training)
+    if config.ema.profiles:
+        yield snapshot_line(training)
+
+
+def training_of(config):
+    """The Training of a config."""
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in build.network(config).parameters())
+    operations = cost.operations(config)
+    steps, num_images, words = length(config)
+    evaluation = cost.plan_evaluation(config, num_images, operations)
+    return Training(config, weights, operations, steps, num_images, words, evaluation)
+
+
+PARTS = ["weights", "EMA", "optimizer", "gradients", "activations", "workspace"]  # of an Account
+MEMORY_COLUMNS = ["type", "checkpointing", *PARTS, "sum", "GPU has", "most images"]
+
+
+def memory_lines(config, vram, num_gpus):
+    """Yield the table of memory, and advice where a batch fits in fewer micro-batches."""
+    batch_size = config.train.batch_size
+    parts = config.train.gradient_accumulation_steps
+    images = batch_size // parts
+    yield (
+        f"memory of a training step on one GPU, GiB, {images} images at a time (a batch of "
+        f"{batch_size} in {parts} parts); most images at a time on a GPU of {vram:g} GiB"
+    )
+    options = {"train.fully_shard": True, "train.compile": False, "train.channels_last": False}
+    sharded = None
+    with contextlib.suppress(ValueError):  # a network that cannot be sharded
+        sharded = changed(config, options)
+    variants = list(memory_of(config, images, vram * GIB))
+    rows = [memory_row(variant, sharded, num_gpus) for variant in variants]
+    yield (
+        plain([[*MEMORY_COLUMNS, f"of {num_gpus} sharded"], *rows])
+        + "\n'gradients' are those that live at the peak: none at the end of the forward pass of "
+        "a batch in one part;\n'GPU has' is the sum, a tenth and half a GiB: kernels' own "
+        "workspace and gaps are not counted;\n"
+        f"the last column is what each of {num_gpus} GPUs has by train.fully_shard, {images} "
+        "images at a time on each\n"
+    )
+    most = [variant.most for variant in variants if variant.checkpointing == "none"][-1]
+    fewer = [n for n in range(1, parts) if batch_size % n == 0 and batch_size // n <= most]
+    if fewer:
+        yield (
+            "faster in bf16 or fp16 on such a GPU, in fewer parts: "
+            f"--config.train.gradient_accumulation_steps={fewer[0]}\n"
+        )
 
 
 def memory_of(config, images, vram):
-    """A `Memory` for each size of number, without and with activation checkpointing, on a GPU
-    of `vram` bytes.
-    """
+    """Yield a Memory for each type, without and with checkpointing, on a GPU of `vram` bytes."""
     with torch.device("meta"):
         count = len(build.network(config).levels)
     with tqdm(total=8, desc="counting memory", unit="step", leave=False, disable=None) as bar:
@@ -100,209 +173,131 @@ def memory_of(config, images, vram):
                 for n in (images, 2 * images):
                     accounts.append(experiment_memory.account(config, dtype, n, levels))
                     bar.update()
-                one, other = accounts
-                yield Memory(
-                    types, name, one, memory.most_images(one, images, other, 2 * images, vram)
-                )
+                most = memory.most_images(accounts[0], images, accounts[1], 2 * images, vram)
+                yield Memory(types, name, accounts[0], most)
 
 
-def hours(images, flops, gpu, dtype, mfu, num_gpus=1, batch_size=1, weights=0, kernels=0):
-    """Hours for so many images on one GPU or several, and the images a second.
+def memory_row(variant, sharded, num_gpus):
+    """The row of a Memory; `sharded` is the config with sharded weights, None if impossible."""
+    account = variant.account
+    on_each = "cannot be"
+    if sharded:
+        total = experiment_memory.on_each(sharded, account, num_gpus)
+        on_each = f"{memory.with_margin(total) / GIB:.2f}"
+    sizes = (*account.parts, account.total, memory.with_margin(account.total))
+    sizes = [f"{size / GIB:.2f}" for size in sizes]
+    return [variant.types, variant.checkpointing, *sizes, str(max(variant.most, 0)), on_each]
 
-    A step takes no less than the launches of its `kernels`. Several GPUs exchange gradients of
-    `weights` bytes after every step, around a ring (2 (n - 1) / n of them through each link), and
-    nothing of that is taken to be hidden behind computation.
-    """
-    computed = max(batch_size / num_gpus * flops / (mfu * gpu.peak(dtype)), kernels * LAUNCH)
-    step = computed + 2 * (num_gpus - 1) / num_gpus * weights / (gpu.link * 1e9)
-    return images / batch_size * step / 3600, batch_size / step
 
-
-def plan(config, vram, mfu, num_gpus, gpus=USUAL):
-    """Yield the plan as lines, with a row for each of `gpus`, or for `all`.
-
-    Raises ValueError, one line, for a config that cannot be run and for a GPU that is not known.
-    """
-    shown = listed(gpus)
-    build.check(config)
-    section = config.train
-    images = config.train.batch_size // config.train.gradient_accumulation_steps
-    with torch.device("meta"):
-        weights = sum(one.numel() for one in build.network(config).parameters())
-    asked = cost.operations(config)
-    shape = "x".join(map(str, build.image_shape(config)[::-1]))
-    flops = asked.training
-    kernels = section.gradient_accumulation_steps * asked.kernels
-    yield (
-        f"{config.model.name}: {weights:,} parameters, images {shape}, {flops / 1e9:,.4g} GFLOP "
-        "an image, forward and backward\n"
-    )
-
-    yield (
-        f"memory of a training step on one GPU, GiB, {images} images at a time (a batch of "
-        f"{section.batch_size} in {section.gradient_accumulation_steps} parts); most images at a "
-        f"time on a GPU of {vram:g} GiB"
-    )
-    sharded = None
-    with contextlib.suppress(ValueError):  # of a network that cannot be
-        sharded = changed(
-            config,
-            {"train.fully_shard": True, "train.compile": False, "train.channels_last": False},
-        )
-    rows = [
-        [
-            "type",
-            "checkpointing",
-            "weights",
-            "EMA",
-            "optimizer",
-            "gradients",
-            "activations",
-            "workspace",
-            "sum",
-            "GPU has",
-            "most images",
-            f"of {num_gpus} sharded",
-        ]
-    ]
-    for found in memory_of(config, images, vram * GIB):
-        each = sharded
-        if sharded:
-            total = experiment_memory.on_each(sharded, found.account, num_gpus)
-            each = f"{memory.with_margin(total) / GIB:.2f}"
-        parts = (*found.account.parts, found.account.total, memory.with_margin(found.account.total))
-        rows.append(
-            [
-                found.types,
-                found.checkpointing,
-                *(f"{part / GIB:.2f}" for part in parts),
-                str(max(found.most, 0)),
-                each or "cannot be",
-            ]
-        )
-        if found.checkpointing == "none":
-            fewest = next(
-                (
-                    parts
-                    for parts in range(1, section.gradient_accumulation_steps)
-                    if section.batch_size % parts == 0 and section.batch_size // parts <= found.most
-                ),
-                None,
-            )
-    yield (
-        plain(rows)
-        + "\n'gradients' are those that live at the peak: none at the end of the forward pass of "
-        "a batch in one part;\n'GPU has' is the sum, a tenth and half a GiB: kernels' own "
-        "workspace and gaps are not counted;\n"
-        f"the last column is what each of {num_gpus} GPUs has by train.fully_shard, {images} "
-        "images at a time on each\n"
-    )
-    if fewest:
-        yield (
-            "faster in bf16 or fp16 on such a GPU, in fewer parts: "
-            f"--config.train.gradient_accumulation_steps={fewest}\n"
-        )
-
-    total, size, among = length(config)
-    evaluated = cost.plan_evaluation(config, size, asked)
+def time_lines(training, mfu, num_gpus, gpus):
+    """Yield the table of hours on each of `gpus`, and what an evaluation costs."""
+    section = training.config.train
     yield (
         f"time at the least, if a GPU reaches {mfu:.0%} of what its maker publishes (--mfu) and "
-        f"launches each of the {kernels:,} kernels of a step in {LAUNCH * 1e6:g} microseconds: "
-        f"{section.length} are {total * section.batch_size:,} images{among}"
+        f"launches each of the {training.kernels:,} kernels of a step in {LAUNCH * 1e6:g} "
+        f"microseconds: {section.length} are {training.steps * section.batch_size:,} images"
+        f"{training.data_words}"
     )
-    equal = num_gpus * section.gradient_accumulation_steps
-    together = math.ceil(section.batch_size / equal) * equal
-    rows = [
-        [
-            "GPU",
-            "GiB",
-            "type",
-            "images/s",
-            "training",
-            f"images/s, {num_gpus} GPUs",
-            "training",
-            "an evaluation",
-        ]
-    ]
-    for name in shown:
-        gpu = GPUS[name]
-        kind = chosen(section.amp, gpu)
-        rates = [
-            hours(
-                total * section.batch_size,
-                flops,
-                gpu,
-                DTYPES[kind],
-                mfu,
-                n,
-                batch,
-                4 * weights,
-                kernels,
-            )
-            for n, batch in ((1, section.batch_size), (num_gpus, together))
-        ]
-        measured = evaluated.operations / (mfu * gpu.peak(DTYPES[kind])) / 3600
-        rows.append(
-            [
-                name,
-                str(gpu.gib),
-                kind,
-                *(words for spent, rate in rates for words in (amount(rate), spell(spent))),
-                spell(measured),
-            ]
-        )
-    yield plain(rows) + f"\nother GPUs: --gpus=all, or by name, --gpus='{list(GPUS)[0]}'"
+    columns = ["GPU", "GiB", "type", "images/s", "training"]
+    columns += [f"images/s, {num_gpus} GPUs", "training", "an evaluation"]
+    rows = [time_row(training, name, mfu, num_gpus) for name in gpus]
+    yield plain([columns, *rows]) + f"\nother GPUs: --gpus=all, or by name, --gpus='{[*GPUS][0]}'"
+    together = training.batch_on(num_gpus)
     if together != section.batch_size:
         yield (
             f"on {num_gpus} GPUs a batch of {section.batch_size} cannot be cut into {num_gpus} "
             f"ranks x {section.gradient_accumulation_steps} parts: those columns are for "
             f"--config.train.batch_size={together}"
         )
+    evaluation = training.evaluation
+    images = evaluation.operations / training.operations.training
     yield (
-        f"{evaluated.words}\nan evaluation of {evaluated.config.evaluate.num_samples:,} images "
-        f"costs as much as training on {evaluated.operations / flops:,.0f}\n"
+        f"{evaluation.words}\nan evaluation of {evaluation.config.evaluate.num_samples:,} images "
+        f"costs as much as training on {images:,.0f}\n"
     )
 
-    if remarks := trainer.length_remarks(config, size):
-        yield "\n".join(remarks) + "\n"
 
-    file = 4 * weights / GIB
+def time_row(training, name, mfu, num_gpus):
+    """The row of a GPU in the table of hours."""
+    gpu = GPUS[name]
+    section = training.config.train
+    kind = chosen(section.amp, gpu)
+    row = [name, str(gpu.gib), kind]
+    for n, batch_size in ((1, section.batch_size), (num_gpus, training.batch_on(num_gpus))):
+        spent, rate = hours(
+            training.steps * section.batch_size,
+            training.operations.training,
+            gpu,
+            DTYPES[kind],
+            mfu,
+            n,
+            batch_size,
+            4 * training.weights,
+            training.kernels,
+        )
+        row += [amount(rate), spell(spent)]
+    evaluation = training.evaluation.operations / (mfu * gpu.peak(DTYPES[kind])) / 3600
+    return [*row, spell(evaluation)]
+
+
+def hours(images, flops, gpu, dtype, mfu, num_gpus=1, batch_size=1, weights=0, kernels=0):
+    """(hours for so many images on one GPU or several, images a second).
+
+    A step computes `flops` an image and takes no less than the launches of its `kernels`. After it,
+    GPUs exchange gradients of `weights` bytes around a ring (2 (n - 1) / n of them through each
+    link), which no computation hides.
+    """
+    arithmetic = batch_size / num_gpus * flops / (mfu * gpu.peak(dtype))
+    launches = kernels * LAUNCH
+    exchange = 2 * (num_gpus - 1) / num_gpus * weights / (gpu.link * 1e9)
+    step = max(arithmetic, launches) + exchange
+    return images / batch_size * step / 3600, batch_size / step
+
+
+def disk_line(training):
+    """What checkpoints, exported weights and decoded images take."""
+    config = training.config
+    file = 4 * training.weights / GIB
     state = file * (4 + len(config.ema.more) + len(config.ema.profiles))
-    yield (
+    image = math.prod(build.image_shape(config))
+    num_images = training.num_images
+    return (
         f"disk, GiB: {state:.2f} a checkpoint, of which two are kept, beside best and final of "
         f"{file:.2f} each: {2 * state + 2 * file:.2f}, and {state:.2f} more while one is written; "
-        f"{math.prod(build.image_shape(config)):,} bytes for each decoded image of a folder "
-        "(data.cache)"
-        + (f", {size * math.prod(build.image_shape(config)) / GIB:.2f} in all" if size else "")
+        f"{image:,} bytes for each decoded image of a folder (data.cache)"
+        + (f", {num_images * image / GIB:.2f} in all" if num_images else "")
     )
-    if config.ema.profiles:
-        count = len(config.ema.profiles)
-        rhythm = config.every.snapshot
-        times = durations.Every(rhythm, section.batch_size, size).times(total)
-        each = file / 2 * count
-        yield (
-            f"and a snapshot of {count} averages in half precision (every.snapshot={rhythm}) "
-            f"{each:.2f}" + ("" if times is None else f", {times} of them {times * each:.2f}")
-        )
+
+
+def snapshot_line(training):
+    """What the snapshots of averages take, which are half precision."""
+    config = training.config
+    every = config.every.snapshot
+    count = len(config.ema.profiles)
+    size = 2 * training.weights / GIB * count
+    interval = durations.Every(every, config.train.batch_size, training.num_images)
+    times = interval.times(training.steps)
+    total = "" if times is None else f", {times} of them {times * size:.2f}"
+    return (
+        f"and a snapshot of {count} averages in half precision (every.snapshot={every}) "
+        f"{size:.2f}{total}"
+    )
 
 
 def spell(hours):
     """A time for people: `< 1 s`, `35 s`, `3 min`, `12.4 h`, `9.2 days`."""
-    for unit, size, least in (
-        ("days", 24, 100),
-        ("h", 1, 2),
-        ("min", 1 / 60, 2),
-        ("s", 1 / 3600, 1),
-    ):
+    for unit, size, least, places in UNITS:
         if hours >= least * size:
-            return f"{hours / size:.{1 if unit in ('days', 'h') else 0}f} {unit}"
+            return f"{hours / size:.{places}f} {unit}"
     return "< 1 s"
 
 
+# name, hours, from how many on, decimal places
+UNITS = (("days", 24, 100, 1), ("h", 1, 2, 1), ("min", 1 / 60, 2, 0), ("s", 1 / 3600, 1, 0))
+
+
 def listed(gpus):
-    """The names in the table of GPUs that a person names, `"all"` or several joined by commas;
-    raises ValueError for others.
-    """
+    """The names in GPUS of `"all"`, or of names joined by commas; ValueError for unknown ones."""
     if gpus == "all":
         return list(GPUS)
     names = [name.strip() for name in gpus.split(",")]
@@ -324,10 +319,9 @@ def chosen(amp, gpu):
 
 
 def length(config):
-    """(steps, images, words): the length of the training; the data's images, where anything is
-    counted in epochs, else 0.
+    """(steps of the training, images in the data, words about them).
 
-    Where they are not at hand there are taken to be ASSUMED, which the words say.
+    The images are counted where an option is in epochs, else 0; ASSUMED where the data are missing.
     """
     section = config.train
     size = 0
@@ -349,19 +343,16 @@ def cause(error):
 
 
 def at_hand(config):
-    """The images of a config, none of them decoded; raises ValueError where they are not on this
-    machine.
-    """
+    """The Source of a config; raises ValueError where its data are not on this machine."""
     section = config.data
     with source.without_downloads():
         return data.open_source(section.source, section.image_size, section.channels, section.matte)
 
 
 def with_classes(config, count=None):
-    """(config, words): the config with names for its classes, `count` of them; without one they are
-    those of its data.
+    """(the config with names of its classes, words about them).
 
-    Where the data are not at hand there are taken to be CLASSES, which the words say.
+    There are `count` classes, by default those of the data, or CLASSES where the data are missing.
     """
     section = config.data
     words = ""
