@@ -86,9 +86,6 @@ def flip(batch, seed, step, indices, put=lambda tensor: tensor):
 
 
 def drop_labels(labels, probability, seed, step, indices):
-    """Set each of the labels [b] to -1 with a probability, at (seed, "label drop", step, index).
-
-    `indices` are the b places in the effective batch.
-    """
+    """Set labels [b] to -1 with a probability; `indices` are their places in the batch."""
     dropped = rng.uniform(seed, "label drop", step, indices) < probability
     return torch.where(dropped, -1, labels)

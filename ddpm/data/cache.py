@@ -136,10 +136,7 @@ def map_in_threads(work, items, title):
 
 
 class MappedRows:
-    """`rows(index)` is an image of a file of shape [n, c, h, w], `rows(indices)` a batch.
-
-    Each process maps the file when it first reads from it.
-    """
+    """Images or batches by index from a file [n, c, h, w], which each process maps itself."""
 
     def __init__(self, path, shape):
         self.path = path

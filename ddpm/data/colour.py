@@ -147,10 +147,7 @@ HDR = {16: "PQ", 18: "HLG"}
 
 
 def matrix_profile(chromaticities, curve, name):
-    """The ICC profile (version 4) of white, red, green and blue in x and y, and a curve.
-
-    None if they do not make a colour space.
-    """
+    """The ICC profile of white, red, green, blue (x, y) and a curve; None if impossible."""
     points = np.array(chromaticities, np.float64).reshape(4, 2)
     if (points[:, 1] <= 0).any() or not all(0 < value < 100 for value in curve):
         return None

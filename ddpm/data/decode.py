@@ -46,10 +46,7 @@ TiffImagePlugin.OPEN_INFO.setdefault((b"MM", 0, (1,), 1, (16,), ()), ("I;16B", "
 
 
 def decode_file(file, image_size, channels, matte=WHITE):
-    """The first frame of an image file (path or open file), as `decode` gives it, without notes.
-
-    Raises UnreadableImage.
-    """
+    """The pixels of the first frame of a file, path or open; raises UnreadableImage."""
     with open_image(file) as image:
         return decode(image, image_size, channels, matte)[0]
 
@@ -70,10 +67,7 @@ def decode(image, image_size, channels, matte):
 
 
 def open_thumbnail(path, side):
-    """The whole image in a file, upright, in RGB, at most `side` wide and high.
-
-    Raises UnreadableImage.
-    """
+    """The upright image of a file in RGB, at most `side` wide and high; raises UnreadableImage."""
     with open_image(path) as image:
         with loaded(image, side):
             orientation = orientation_of(image)
@@ -83,11 +77,7 @@ def open_thumbnail(path, side):
 
 
 def open_picture(path, image_size, channels, matte=WHITE):
-    """The image file that a user names: (pixels as `decode_file` gives them, (width, height)).
-
-    Width and height are those of the upright image. Raises ValueError where it is missing or
-    cannot be read.
-    """
+    """(pixels, (width, height) upright) of an image file that a user names; raises ValueError."""
     if not os.path.lexists(path):
         raise ValueError(
             f"there is no file {os.path.abspath(path)!r}; give the path of an image file"
@@ -121,10 +111,7 @@ def loaded(image, size):
 
 @contextlib.contextmanager
 def open_image(file):
-    """The PIL image in a file (path or open file), pixels not decoded yet.
-
-    Raises UnreadableImage, also for errors of PIL inside the block.
-    """
+    """The PIL image of a file (path or open), not decoded; PIL's errors are UnreadableImage."""
     is_open = hasattr(file, "read")
     with contextlib.nullcontext(file) if is_open else limits.open_regular_file(file) as file:
         try:
@@ -143,9 +130,7 @@ def open_image(file):
 
 
 def is_our_fault(error):
-    """Whether an exception comes from a fault of this program and not from the file: PIL had no
-    part in it.
-    """
+    """Whether an exception comes from a fault of this program, not of the file: PIL had no part."""
     if isinstance(
         error, (UnreadableImage, OSError, EOFError, MemoryError, colour.UnsupportedColour)
     ):
@@ -318,10 +303,7 @@ def to_srgb_8bit(image):
 
 
 def to_8bit_grey(image, tags, transparent_level, profile):
-    """(a grey PIL image of more bits in mode L or LA, conversions other than dividing by 257).
-
-    The curve of a profile is applied before rounding to 8 bits.
-    """
+    """(a grey PIL image of more bits in mode L or LA, conversions other than dividing by 257)."""
     values = np.asarray(image).astype(np.int32)
     bits = tags.get(BITS, (16,))[0]
     conversions = []

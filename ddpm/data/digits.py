@@ -11,10 +11,7 @@ from ddpm.data import source
 
 
 def digits(image_size, channels, matte):
-    """scikit-learn's handwritten digits, 8x8 in 17 grey levels, enlarged to 16 or 32 pixels.
-
-    Raises ValueError for another size than 8, 16 or 32.
-    """
+    """scikit-learn's 8x8 digits at 8, 16 or 32 pixels; ValueError for another size."""
     from sklearn.datasets import load_digits  # a second of start-up that other sources need not pay
 
     if image_size not in (8, 16, 32):

@@ -75,10 +75,7 @@ def signature(grey):
 
 
 def low_frequencies(grey):
-    """The lowest cosine frequencies of a square image without its mean, [FREQUENCIES ** 2].
-
-    Each is multiplied by its frequency, as photographs have less of the higher ones.
-    """
+    """The lowest cosine frequencies [n ** 2] of a square image, each times its frequency."""
     frequencies = np.arange(FREQUENCIES)[:, None]
     places = np.arange(len(grey)) + 0.5
     basis = np.cos(np.pi * frequencies * places / len(grey))
@@ -167,10 +164,7 @@ def join_similar(views, members, partition, bar):
 
 
 class Partition:
-    """The numbers 0 to count - 1 in disjoint groups: `labels[k]` is the same within a group.
-
-    At first each number is a group of its own.
-    """
+    """The numbers 0 to count - 1 in groups, at first of one: `labels[k]` is the group of k."""
 
     def __init__(self, count):
         self.labels = np.arange(count)

@@ -73,9 +73,7 @@ class FolderScan(NamedTuple):
         return {name: kind for name, kind in kinds.items() if kind in CONVERTIBLE_FAULTS}
 
     def dark_images(self, image_size):
-        """Images of more than 8 bits a channel that use at most half their range: name -> the
-        largest value of 65535.
-        """
+        """Images over 8 bits a channel that stay below DARK_LIMIT: name -> largest value."""
         images = zip(self.names, self.infos, self.faults(image_size), strict=True)
         return {
             name: info.max_value
@@ -123,10 +121,7 @@ def check_folder(path, example="data/cats"):
 
 
 def scan_folder(path, example="data/cats"):
-    """The FolderScan of a folder; files are read once and cached for all runs.
-
-    Raises ValueError as `check_folder` does.
-    """
+    """The FolderScan of a folder, cached for all runs; raises ValueError as `check_folder` does."""
     root = check_folder(path, example)
     names, other_names, num_unreadable = find_images(root)
     return FolderScan(root, names, scan_files(root, names), other_names, num_unreadable)
@@ -265,9 +260,7 @@ def content_id(info):
 
 
 def classes_of(names):
-    """(class numbers of images by their first-level sub-folders, names of those folders), or
-    (None, None) where an image lies next to the sub-folders.
-    """
+    """(class numbers by top folder, class names); (None, None) if an image is in none."""
     if not all("/" in name for name in names):
         return None, None
     tops = [name.split("/")[0] for name in names]

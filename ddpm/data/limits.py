@@ -88,10 +88,7 @@ class UnreadableImage(ValueError):
 
 
 class PixelBudget:
-    """Lets threads decode at the same time while they hold at most `limit` pixels together.
-
-    A larger image is decoded alone.
-    """
+    """Lets threads decode while they hold at most `limit` pixels together, or one larger image."""
 
     def __init__(self, limit):
         self.limit = limit
@@ -164,10 +161,7 @@ def format_by_magic(head):
 
 
 def boxes(file, size):
-    """Yield (kind, place, length) of the boxes of an AVIF or JPEG 2000, nested ones included.
-
-    Of a JPEG 2000 also the segments of its codestream.
-    """
+    """Yield (kind, place, length) of boxes, nested too, or segments of an AVIF or JPEG 2000."""
     place = 0
     file.seek(0)
     if file.read(4) == b"\xff\x4f\xff\x51":
@@ -208,10 +202,7 @@ def gif_blocks(file, size):
 
 
 def tiff_tags(file, size):
-    """Yield at each tag of a TIFF's first image.
-
-    Raises UnreadableImage for a tag with too many values and for tiles that are too large.
-    """
+    """Yield at each tag of a TIFF; UnreadableImage for a tag with many values or large tiles."""
     file.seek(0)
     head = file.read(16)
     order = "<" if head[:1] == b"I" else ">"
@@ -238,10 +229,7 @@ def tiff_tags(file, size):
 
 
 def jpeg_segments(file, size):
-    """Yield at each segment of a JPEG's first image; phones append videos after it.
-
-    Raises UnreadableImage for too many scans or EXIF segments.
-    """
+    """Yield at each segment of a JPEG's first image; UnreadableImage for many scans or EXIFs."""
     file.seek(0)
     content = file.read()
     place = 2

@@ -10,8 +10,7 @@ from ddpm.common import rng
 def split(n, fraction, seed):
     """Hold out a fraction of n images: `(train, validation)`, sorted int64 arrays of indices.
 
-    At least one image on either side where fraction > 0 and n >= 2. Raises ValueError for a
-    fraction outside [0, 1).
+    Each has an image if fraction > 0 and n >= 2. ValueError for a fraction outside [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ValueError(

@@ -25,10 +25,7 @@ MAX_OPTIONAL_BYTES = (
 
 
 def chunks(file, size):
-    """Yield (kind, place, length) of each chunk of an open file up to the end of the image.
-
-    Raises struct.error where the file ends too early.
-    """
+    """Yield (kind, place, length) of the image's chunks; struct.error at an early end."""
     place = len(SIGNATURE)
     kind = b""
     while place < size and kind != b"IEND":
@@ -39,10 +36,7 @@ def chunks(file, size):
 
 
 def prepare_for_pil(file, size):
-    """(a file for PIL, entries for PIL's image.info) of an open PNG.
-
-    Raises colour.UnsupportedColour for what PIL misreads.
-    """
+    """(a file for PIL, entries for image.info) of a PNG; may raise UnsupportedColour."""
     pieces = [SIGNATURE]
     contents = {}
     with contextlib.suppress(struct.error):  # PIL says that the end is too early

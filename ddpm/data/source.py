@@ -116,10 +116,7 @@ def without_downloads():
 
 
 def class_numbers(wanted, classes):
-    """The numbers of classes given by name or number: `("dog", "0") -> [1, 0]` for cat and dog.
-
-    Raises ValueError for one that is neither.
-    """
+    """Classes by name or number: `("dog", "0") -> [1, 0]`; ValueError for others."""
     known = {str(number): number for number in range(len(classes))}
     known |= {name: number for number, name in enumerate(classes)}
     for name in wanted:

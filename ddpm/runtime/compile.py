@@ -66,9 +66,6 @@ def through(net, how):
 
 
 def of_kernels(error):
-    """Whether a kernel raised an exception (out of memory, CUDA failed), and not the compiler.
-
-    Kernels raise RuntimeError or the types below; compilers raise subclasses of their own.
-    """
+    """Whether a kernel raised an exception, not the compiler, which raises its own types."""
     of_cuda = getattr(torch, "AcceleratorError", RuntimeError)  # from torch 2.8 on
     return ran_out(error) or type(error) in (RuntimeError, of_cuda)

@@ -72,10 +72,7 @@ class Machine:
         return tensor
 
     def all_gather(self, value, leaving=False):
-        """The values of all ranks, in rank order.
-
-        Raises StopTraining on all ranks where one of them is `leaving` the work that they share.
-        """
+        """The values of all ranks in order; raises StopTraining on all if one is `leaving`."""
         if self.world == 1:
             return [value]
         gathered = [None] * self.world
@@ -91,9 +88,7 @@ class Machine:
                 self.all_gather(None, leaving=True)
 
     def check_stop(self):
-        """Raise StopTraining if a stop is requested and this process is alone: several ranks stop
-        after the same step.
-        """
+        """Raise StopTraining if requested and alone: several ranks stop after the same step."""
         if self.world == 1:
             self.stop.check()
 

@@ -62,10 +62,7 @@ def known(name):
 
 
 def meant(name, most=6):
-    """At most `most` names in GPUS that an unknown name may mean, the shortest first.
-
-    They have all its words, or all words of the most similar name.
-    """
+    """At most `most` names in GPUS, shortest first, with all words of `name` or of the closest."""
     names = {gpu: set(gpu.lower().split()) for gpu in GPUS}
     words = set(name.lower().split())
     if not any(words <= own for own in names.values()):

@@ -90,9 +90,7 @@ GIB = 2**30
 
 
 def with_margin(size):
-    """Bytes that a GPU must have free for `size` counted ones: workspaces and fragmentation are
-    not counted.
-    """
+    """Bytes that a GPU must have free for `size` counted ones: for workspaces and fragmentation."""
     return size * 1.1 + 2**29
 
 

@@ -55,9 +55,7 @@ class Room:
         self.most = {}
 
     def fits(self, work):
-        """(True, the result of `work()`), or (False, the message) after out of memory, when all
-        memory that it used is free again.
-        """
+        """(True, result of `work()`); (False, message) if out of memory, freed again."""
         try:
             return True, work()
         except Exception as error:

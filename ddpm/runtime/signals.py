@@ -26,17 +26,13 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what interrupts a com
 
 
 def interrupted_code():
-    """The exit code of this process where it is interrupted, by the command that it runs as
-    `python -m`.
-    """
+    """The exit code of this process, the command of `python -m`, where it is interrupted."""
     continues = any(name in sys.orig_argv for name in GOING_ON)
     return errors.INTERRUPTED if continues else errors.STOPPED
 
 
 def tell(text):
-    """Write a line to stderr at once, from a signal handler too; on a terminal below the `^C`
-    and the bar that stand there.
-    """
+    """Write a line to stderr at once, also from a signal handler; on a terminal below the bar."""
     above = "\n" if os.isatty(2) else ""
     with contextlib.suppress(OSError):  # print may be what is interrupted
         os.write(2, f"{above}{text}\n".encode())
@@ -66,9 +62,7 @@ def raise_once(*_):
 
 
 def handle(handler):
-    """Let a handler have the signals of ENDING, except those that are ignored, as by nohup;
-    returns the handlers before.
-    """
+    """Set the handler of the ENDING signals that are not ignored; returns the handlers before."""
     heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 
@@ -123,9 +117,7 @@ class StopRequest:
         return f"by {NAMES.get(self.signal) or signal.Signals(self.signal).name}"
 
     def check(self):
-        """Raise StopTraining if a stop is requested: called between units of work that can be done
-        again (a batch, a network evaluation).
-        """
+        """Raise StopTraining if a stop is requested; called between units that can be repeated."""
         if self.requested:
             raise StopTraining
 

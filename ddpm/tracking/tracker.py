@@ -137,10 +137,7 @@ class Tracker:
 
 
 class Warnings(logging.Handler):
-    """Sends the package's warnings to stderr, and to the tracker once one is open.
-
-    training.log also gets the earlier ones.
-    """
+    """Sends warnings to stderr; once open, to the tracker, whose log gets earlier ones too."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -172,10 +169,7 @@ class Warnings(logging.Handler):
 
 
 def commit():
-    """The commit of this package's source tree, such as "0494cba"; "" where it is unknown.
-
-    A tree with uncommitted changes adds a checksum of the package's code.
-    """
+    """The commit of the source, "0494cba", and a checksum of changed code; "" if unknown."""
     root = Path(__file__).parents[2]
     # GIT_DIR and the like may name another tree
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}

@@ -53,10 +53,7 @@ class Wandb(files.Sink):
     name = "W&B"
 
     def __init__(self, folder, *, config, options, mode, run_id, known, last, summaries, notice):
-        """Start run `run_id`, or continue it if `known`, with the rows up to step `last`.
-
-        `notice(text)` prints a line.
-        """
+        """Start run `run_id`, or continue it if `known`, with rows to `last`; `notice` prints."""
         import wandb  # here: it takes a second, and may fail only runs that use it
 
         if not common_files.is_writable(
@@ -268,9 +265,7 @@ class Wandb(files.Sink):
             raise
 
     def _continue_online(self, last):
-        """Return the run on the server, rewound to step `last`, and its last step (None: it is
-        new there).
-        """
+        """(the run on the server, rewound to step `last`; its last step, None if new there)."""
         errors = self.wandb.errors
         # raised for a run that the server does not know
         with contextlib.suppress(errors.UsageError):
@@ -376,9 +371,7 @@ class Wandb(files.Sink):
 
 
 def check(options):
-    """Raise ValueError for an option of `open_tracker`, or an environment variable, that W&B's
-    client refuses.
-    """
+    """Raise ValueError for an option or environment variable that W&B's client refuses."""
     if wandb_mode(options["mode"]) == "disabled":
         return
     try:
