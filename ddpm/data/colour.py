@@ -17,7 +17,8 @@ from PIL import Image, ImageCms
 # levels by which a profile may change a colour and still count as sRGB, whose tables are rounded
 SRGB_TOLERANCE = 2
 MAX_PROFILE_BYTES = 2**23  # bytes; printers' profiles have 0.5 to 4 MiB
-BLACK_POINT_COMPENSATION = 0x2000  # littleCMS's
+# intent and flags: relative colorimetric, with littleCMS's black point compensation
+INTENT = (ImageCms.Intent.RELATIVE_COLORIMETRIC, 0x2000)
 SRGB = ImageCms.createProfile("sRGB")
 # colour space of a profile -> the mode of the pictures that it describes
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
@@ -50,14 +51,8 @@ class Profile:
     def transform(self, mode, into):
         """littleCMS's transform from images of a mode to sRGB in mode `into`, made once."""
         if (mode, into) not in self.transforms:
-            self.transforms[mode, into] = ImageCms.buildTransform(
-                self.icc,
-                SRGB,
-                mode,
-                into,
-                ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                BLACK_POINT_COMPENSATION,
-            )
+            transform = ImageCms.buildTransform(self.icc, SRGB, mode, into, *INTENT)
+            self.transforms[mode, into] = transform
         return self.transforms[mode, into]
 
     def largest_change(self, colours):
@@ -183,21 +178,8 @@ def matrix_profile(chromaticities, curve, name):
     for tag, value in tags:
         table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(content), len(value))
         content += value + bytes(-len(value) % 4)
-    head = (
-        struct.pack(
-            ">II4s4s4s4s12s4s",
-            132 + len(table) - 4 + len(content),
-            0,
-            b"\4\x30\0\0",
-            b"mntr",
-            b"RGB ",
-            b"XYZ ",
-            bytes(12),
-            b"acsp",
-        )
-        + bytes(28)
-        + numbers(*D50)
-    )
+    head = struct.pack(">I4x", 128 + len(table) + len(content))
+    head += b"\4\x30\0\0mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28) + numbers(*D50)
     return head.ljust(128, b"\0") + table + content
 
 
