@@ -2,7 +2,7 @@
 
 import weakref
 from bisect import bisect_left
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -102,8 +102,7 @@ def size_of_all(tensors):
     return sum(map(size_of, tensors))
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(NamedTuple):
     """Bytes of a training step at its peak, by part; `course` is the sum at each allocation."""
 
     weights: int
@@ -116,14 +115,7 @@ class Account:
 
     @property
     def parts(self):
-        return [
-            self.weights,
-            self.averages,
-            self.optimizer,
-            self.gradients,
-            self.activations,
-            self.workspace,
-        ]
+        return self[:-1]
 
     @property
     def total(self):
@@ -132,7 +124,7 @@ class Account:
     @property
     def shared(self):
         """The bytes that train.fully_shard divides among ranks."""
-        return self.weights + self.averages + self.optimizer + self.gradients
+        return sum(self[:4])
 
 
 def account(ledger, step, batch, weights, averages, accumulated=False):
@@ -153,17 +145,12 @@ def account(ledger, step, batch, weights, averages, accumulated=False):
         start = ledger.live - ledger.gradients()
         ledger.restart()
         step(0, batch)
-    held = ledger.peak - start - ledger.peak_gradients
-    activations = min(ledger.forward - start, held)
-    return Account(
-        weights,
-        averages,
-        optimizer,
-        ledger.peak_gradients,
-        activations,
-        held - activations,
-        ledger.course,
-    )
+    gradients = ledger.peak_gradients
+    rest = ledger.peak - start - gradients
+    activations = min(ledger.forward - start, rest)
+    workspace = rest - activations
+    course = ledger.course
+    return Account(weights, averages, optimizer, gradients, activations, workspace, course)
 
 
 def most_images(smaller, images, larger, more_images, available):
