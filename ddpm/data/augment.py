@@ -17,9 +17,8 @@ from einops import rearrange
 from ddpm.common import rng
 
 NUM_RANDOM = 14  # six decide whether, eight how
-NUM_CONDITIONS = (
-    9  # mirror, flip, log2 of scale, rotation (2), log2 of stretch (2), translation (2)
-)
+# mirror, flip, log2 of scale, rotation (2), log2 of stretch (2), translation (2)
+NUM_CONDITIONS = 9
 
 
 def augment(x, numbers, probability):

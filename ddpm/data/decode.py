@@ -73,7 +73,7 @@ def open_thumbnail(path, side):
             orientation = orientation_of(image)
             image = to_mode(image, 3, WHITE)
             image.thumbnail((side, side))
-    return image.transpose(TURNS[orientation]) if TURNS[orientation] is not None else image
+    return upright(image, orientation)
 
 
 def open_picture(path, image_size, channels, matte=WHITE):
@@ -236,6 +236,11 @@ def orientation_of(image):
         return 1
 
 
+def upright(image, orientation):
+    """The PIL image turned upright."""
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
 def upright_size(size, orientation):
     """(width, height) of an image after it is turned upright."""
     return size[::-1] if orientation >= 5 else size
@@ -254,11 +259,9 @@ def to_pixels(image, image_size, channels, matte, extent, orientation=1):
         left = int(left)
         top = int(top)
     box = (left, top, left + side, top + side)
-    image = to_mode(image, channels, matte).resize(
-        (image_size, image_size), Image.Resampling.BICUBIC, box=box
-    )
-    image = image.transpose(TURNS[orientation]) if TURNS.get(orientation) is not None else image
-    pixels = torch.from_numpy(np.array(image))
+    size = image_size, image_size
+    image = to_mode(image, channels, matte).resize(size, Image.Resampling.BICUBIC, box=box)
+    pixels = torch.from_numpy(np.array(upright(image, orientation)))
     return rearrange(pixels, "h w -> 1 h w" if channels == 1 else "h w c -> c h w").contiguous()
 
 
@@ -356,7 +359,6 @@ BITS = 258
 PHOTOMETRIC = 262
 SAMPLES = 339  # 2 is signed
 TURNS = {
-    1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,

@@ -15,21 +15,9 @@ from PIL import features
 
 from ddpm.data import png
 
-SUFFIXES = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".gif": "GIF",
-    ".avif": "AVIF",
-    ".jp2": "JPEG2000",
-    ".j2k": "JPEG2000",
-    ".jpf": "JPEG2000",
-    ".jpx": "JPEG2000",
-}
+SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
+SUFFIXES |= {".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF", ".avif": "AVIF"}
+SUFFIXES |= dict.fromkeys((".jp2", ".j2k", ".jpf", ".jpx"), "JPEG2000")
 CAMERA_RAW = "camera raw"
 UNREADABLE_SUFFIXES = dict.fromkeys((".heic", ".heif", ".hif"), "HEIC") | {".jxl": "JPEG XL"}
 UNREADABLE_SUFFIXES |= dict.fromkeys(

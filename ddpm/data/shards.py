@@ -53,13 +53,9 @@ class Shards:
         self.spanner = Spanner(np.array(self.sizes))
         self.columns = {}
         for shard in self.shards:
-            self.columns |= dict(
-                zip(
-                    getattr(shard, "column_names", ()),
-                    getattr(shard, "column_encodings", ()),
-                    strict=True,
-                )
-            )
+            names = getattr(shard, "column_names", ())
+            encodings = getattr(shard, "column_encodings", ())
+            self.columns |= dict(zip(names, encodings, strict=True))
         self.digest = hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest()
         self.limit = self.bytes_of(cache_limit) if cache_limit else 0
 
@@ -90,9 +86,8 @@ class Shards:
         """Read or download the index in this process: connections do not survive a fork."""
         self.process = os.getpid()
         try:
-            with (
-                file_lock(make_folder(self.folder) / "index.lock") if self.remote else nullcontext()
-            ):
+            lock = file_lock(make_folder(self.folder) / "index.lock") if self.remote else None
+            with lock or nullcontext():
                 self.stream = Stream(
                     remote=self.remote or None,
                     local=str(self.folder),
