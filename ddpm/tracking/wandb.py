@@ -45,9 +45,8 @@ JPEG_ABOVE = 512  # pixels a side: encoding a larger PNG takes too long
 class Wandb(files.Sink):
     """A run of Weights & Biases whose step is the training step; a thread does all work with it.
 
-    After a failure the thread opens it again at once, then at most every minute, and at the end.
-    Each time it logs from metrics.jsonl the rows that W&B does not have: a killed process had not
-    flushed or sent them, or W&B was off.
+    After a failure the thread opens it again at once, then at most every minute, and at the end,
+    and logs the rows of metrics.jsonl that W&B does not have.
     """
 
     name = "W&B"
@@ -100,7 +99,8 @@ class Wandb(files.Sink):
 
     def summary(self, key, value):
         self.summaries[key] = value
-        self.calls.put((None, self._summarize, key, value))
+        # define_metric(summary="min") would make it a dict, which no sweep can read
+        self.calls.put((None, lambda: self.run.summary.update({key: value})))
 
     def tick(self, step):
         while self.news:
@@ -301,10 +301,6 @@ class Wandb(files.Sink):
         return self.wandb.Image(
             pixels.flattened(pixels.picture(image)), caption=caption, file_type=kind
         )
-
-    def _summarize(self, key, value):
-        # define_metric(summary="min") would make it a dict, which no sweep can read
-        self.run.summary[key] = value
 
     def _finish(self, exit_code):
         run = self.run
