@@ -142,11 +142,8 @@ class Machine:
 
     def memory_format(self, side):
         """The memory format that was measured fastest for sampling images of `side` pixels."""
-        return (
-            torch.channels_last
-            if self.device.type == "cpu" and side >= 32
-            else torch.contiguous_format
-        )
+        on_cpu = self.device.type == "cpu"
+        return torch.channels_last if on_cpu and side >= 32 else torch.contiguous_format
 
     def prefetch(self, batches):
         """The same batches (images, labels); images are copied to a GPU one batch ahead."""
@@ -274,27 +271,23 @@ def start(amp="auto", deterministic=False, device=None, stop=None, cudnn_benchma
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)  # first: calls to CUDA below concern this GPU
     dtype, reason = amp_dtype(amp, chosen)
-    name = (
-        torch.cuda.get_device_name(chosen)
-        if chosen.type == "cuda"
-        else f"{torch.get_num_threads()} threads"
-    )
+    on_gpu = chosen.type == "cuda"
+    name = torch.cuda.get_device_name(chosen) if on_gpu else f"{torch.get_num_threads()} threads"
     notes = [
         f"device {chosen} ({name}), rank {rank} of {world}",
         f"networks compute in {dtype} ({reason})",
     ]
-    if chosen.type == "cuda":
-        torch.backends.cudnn.benchmark = (
-            cudnn_benchmark == "on" or cudnn_benchmark == "auto" and not deterministic
-        )
-    round_float32(chosen.type == "cuda" and dtype != torch.float32)
+    if on_gpu:
+        automatic = cudnn_benchmark == "auto" and not deterministic
+        torch.backends.cudnn.benchmark = cudnn_benchmark == "on" or automatic
+    round_float32(on_gpu and dtype != torch.float32)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     cpu_group = None
     if world > 1:
         if not distributed.is_initialized():
-            ranks.join("nccl" if chosen.type == "cuda" else "gloo")
+            ranks.join("nccl" if on_gpu else "gloo")
         cpu_group = distributed.new_group(backend="gloo", timeout=ranks.PATIENCE)
     notes += busy_cores(chosen)
     return Machine(chosen, dtype, rank, world, notes, cpu_group, stop or StopRequest())
