@@ -10,15 +10,8 @@ import PIL
 
 from ddpm.common import files
 from ddpm.common.registry import quantity
-from ddpm.data import cache, decode, duplicates, inspect, source
-from ddpm.data.limits import (
-    CONVERT,
-    CONVERTIBLE_FAULTS,
-    SUFFIXES,
-    TOO_SMALL,
-    UNREADABLE_SUFFIXES,
-    UnreadableImage,
-)
+from ddpm.data import cache, decode, duplicates, inspect, limits, source
+from ddpm.data.limits import SUFFIXES, TOO_SMALL, UnreadableImage
 
 # of 65535: a 16-bit image that stays below has values of 15 bits or fewer, or signed ones
 DARK_LIMIT = 2**15
@@ -57,20 +50,17 @@ class FolderScan(NamedTuple):
         """What is not read, in words: the number of files of each suffix, without some names."""
         names = [name for name in self.other_names if name not in exclude]
         suffixes = Counter(Path(name).suffix.lower() for name in names)
-        kinds = {
-            (f"{suffix} file", f"{suffix} files"): count
-            for suffix, count in suffixes.items()
-            if suffix
-        }
-        kinds["file without a suffix", "files without a suffix"] = suffixes[""]
+        unnamed = suffixes.pop("", 0)
+        kinds = {(f"{suffix} file", f"{suffix} files"): suffixes[suffix] for suffix in suffixes}
+        kinds["file without a suffix", "files without a suffix"] = unnamed
         kinds["unreadable folder", "unreadable folders"] = self.num_unreadable_folders
         return largest_first(kinds)
 
     def unreadable_pictures(self):
         """The images of formats that are not read: name -> format."""
-        kinds = {name: UNREADABLE_SUFFIXES.get(suffix_of(name)) for name in self.other_names}
+        kinds = {name: limits.UNREADABLE_SUFFIXES.get(suffix_of(name)) for name in self.other_names}
         kinds |= {name: info.fault for name, info in zip(self.names, self.infos, strict=True)}
-        return {name: kind for name, kind in kinds.items() if kind in CONVERTIBLE_FAULTS}
+        return {name: kind for name, kind in kinds.items() if kind in limits.CONVERTIBLE_FAULTS}
 
     def dark_images(self, image_size):
         """Images over 8 bits a channel that stay below DARK_LIMIT: name -> largest value."""
@@ -90,7 +80,7 @@ class FolderScan(NamedTuple):
             formats = Counter((form, form) for form in unreadable.values())
             lines.append(
                 f"{quantity(len(unreadable), 'image is', 'images are')} in a format that is not "
-                f"read ({largest_first(formats)}): {CONVERT}"
+                f"read ({largest_first(formats)}): {limits.CONVERT}"
             )
         if dark:
             largest = max(dark.values())
@@ -177,9 +167,8 @@ def no_images_message(root, other_files):
 def folder(image_size, channels, matte, *, path):
     """Every image in a folder and its sub-folders, in the order of their relative paths.
 
-    Unreadable images and those whose shorter side is below `image_size` are left out and named in
-    the notes. First-level sub-folders are classes if no image lies next to them. Raises ValueError
-    where no image is left.
+    The notes name images that are left out: unreadable, or with a side below `image_size`.
+    First-level folders are classes if no image lies beside them. ValueError if no image is left.
     """
     scan = scan_folder(path, "--config.data.source=\"folder(path='data/cats')\"")
     root = scan.root
