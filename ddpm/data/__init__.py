@@ -26,11 +26,9 @@ def open_source(text, image_size, channels=3, matte=WHITE):
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Float images [3, image_size, image_size] in [-1, 1] from a folder or "digits", for your own
-    training loop.
+    """Float images [3, image_size, image_size] in [-1, 1] for your own loop: a folder or "digits".
 
-    With `augment`, images are mirrored at random by torch's generator. Raises ValueError as
-    `open_source` does.
+    `augment` mirrors at random by torch's generator. Raises ValueError as `open_source` does.
     """
 
     def __init__(self, data_dir, image_size, augment=False):

@@ -113,8 +113,7 @@ def decode_all(source, path, size):
 def thread_pool(count=None):
     """An executor of threads, by default one a core; an error drops what has not started.
 
-    For work that releases the GIL, as decoding does. multiprocessing's ThreadPool needs semaphores,
-    which do not exist where /dev/shm is missing or read-only.
+    multiprocessing's needs semaphores, which need a writable /dev/shm.
     """
     pool = ThreadPoolExecutor(count or os.cpu_count())
     try:

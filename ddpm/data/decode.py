@@ -54,9 +54,8 @@ def decode_file(file, image_size, channels, matte=WHITE):
 def decode(image, image_size, channels, matte):
     """A PIL image -> (uint8 [channels, image_size, image_size] upright, conversions in words).
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least twice `image_size`: a photo
-    of 11 megapixels then takes a fifth of the time, and pixels hardly change. Raises
-    UnreadableImage.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is at least twice `image_size`, which
+    takes a photo a fifth of the time and hardly changes pixels. Raises UnreadableImage.
     """
     if image.format not in (None, "MPO", *FORMATS):  # opened by another library
         raise UnreadableImage("not an image", f"{image.format} is not read")
@@ -247,8 +246,7 @@ def upright_size(size, orientation):
 
 
 def to_pixels(image, image_size, channels, matte, extent, orientation=1):
-    """A PIL image of any mode -> uint8 [channels, image_size, image_size]: converted, cropped,
-    resized and turned upright.
+    """A PIL image of any mode -> uint8 [channels, image_size, image_size], cropped and upright.
 
     `extent` is the width and height of its content, which may end within the last pixel. The filter
     is bicubic with antialiasing, as in clean-fid (Parmar et al. 2022); Lanczos rings more at edges.
@@ -278,8 +276,7 @@ def to_mode(image, channels, matte):
 def to_srgb_8bit(image):
     """(the PIL image in sRGB with 8 bits a channel, the conversions beyond PIL's own in words).
 
-    An image in that form is returned unchanged, with "". Raises UnreadableImage for values of an
-    unknown range.
+    Leaves an image in that form unchanged. Raises UnreadableImage for values of unknown range.
     """
     tags = getattr(image, "tag_v2", {})
     transparent_level = image.info.get("transparency")

@@ -24,9 +24,8 @@ class Batches(torch.utils.data.Dataset):
 def loader(source, batches, num_workers=0, pin_memory=False, check=lambda: None):
     """Iterate once over an iterable of index lists, giving what `Batches` does for each.
 
-    Batches are the same for any number of workers, and torch's global generator is left alone. A
-    source in memory is read without workers, which would only copy it between processes. `check()`
-    is called before each batch and while workers prepare it; it may raise to end the waiting.
+    Batches do not depend on the number of workers or change torch's generator. A source in memory
+    needs no workers. `check()` is called before and while a batch is prepared, and may raise.
     """
     num_workers = 0 if source.in_memory else num_workers
     iterator = iterate(source, batches, num_workers, pin_memory, check)

@@ -28,8 +28,7 @@ TRIES = 8
 
 
 class Shards:
-    """`shards[index]` is a sample, a dict by column; `columns` maps each to its encoding, `digest`
-    is the sha256 of the index in hex.
+    """`shards[index]`: a sample by column; `columns`: encodings; `digest`: sha256 of the index.
 
     Missing shards are downloaded on demand from `remote`, a folder or an address such as
     s3://bucket/images, and compared with their checksums if they have any. Beyond `cache_limit`

@@ -16,8 +16,8 @@ DRAWING = {"mode": "reduce-overhead"}
 class Compiled:
     """Inference wrapper of a network net(x, t, y): torch.compile, with CUDA graphs on a GPU.
 
-    The first call compiles, and `say(text)` gets the time. Batches of a size that is not in `sizes`
-    run in the plain network, as does everything if compiling fails.
+    The first call compiles; `say(text)` gets the time. The plain network runs batches of a size
+    that is not in `sizes`, and all of them if compiling fails.
     """
 
     def __init__(self, net, sizes, say=print):
@@ -55,9 +55,8 @@ class Compiled:
 def through(net, how):
     """Compile a network with options `how`, one graph per batch size.
 
-    torch's default of one graph for all sizes from the second on has slower kernels. Beyond GRAPHS,
-    which training and sampling, with and without labels, share, torch silently runs the network
-    uncompiled.
+    One graph for all sizes, torch's default, has slower kernels. Beyond GRAPHS, which training and
+    sampling share, torch silently runs the network uncompiled.
     """
     torch._dynamo.config.recompile_limit = GRAPHS
     return torch.compile(

@@ -67,8 +67,7 @@ class Room:
         return False, why
 
     def in_batches(self, doing, items, size, work):
-        """Yield (batch, work(batch)) for a sequence, `size` items at a time, or fewer after out of
-        memory.
+        """Yield (batch, work(batch)) for `size` items at a time, or fewer after out of memory.
 
         `doing` names the kind of work in the log. Raises BatchDoesNotFit if one item does not fit.
         """

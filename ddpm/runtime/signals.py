@@ -69,9 +69,7 @@ def handle(handler):
 
 @contextlib.contextmanager
 def interruptible():
-    """Inside, the first signal raises KeyboardInterrupt, so that half-written files are cleaned
-    up; the second ends at once.
-    """
+    """Inside, the first signal raises KeyboardInterrupt; the second ends the process at once."""
     before = handle(raise_once)
     try:
         yield
@@ -91,8 +89,7 @@ class StopTraining(BaseException):
 class StopRequest:
     """Whether this process is requested to stop, by a signal or because `hours` are nearly over.
 
-    With `hours` above 0 the request comes early enough before that many hours after the start of
-    the process to finish twice the longest `reserve_time()` section until then.
+    The time limit leaves twice the longest `reserve_time()` section; 0 hours are no limit.
     """
 
     def __init__(self, hours=0.0):
@@ -123,9 +120,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def install_handlers(self):
-        """Inside, signals request the stop, except those that are ignored, as under nohup; a second
-        Ctrl-C raises KeyboardInterrupt.
-        """
+        """Inside, signals not ignored request the stop; a second Ctrl-C interrupts."""
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, self._request) for number in numbers}
         self._set_alarm()

@@ -72,9 +72,7 @@ class Rows(Sink):
 
 
 class Text(Sink):
-    """training.log, and its lines on stdout; on a terminal, a progress bar in place of the rows
-    without evaluation results.
-    """
+    """training.log and stdout; on a terminal, a progress bar in place of rows without scores."""
 
     name = "training.log"
 

@@ -21,9 +21,7 @@ def rows_of(path, last):
 
 
 def parse_row(line):
-    """Parse a line of metrics.jsonl, in bytes: a step and finite numbers, strings and nulls by
-    name. Returns None for any other line.
-    """
+    """The row in a line (bytes) of metrics.jsonl; None unless it has a step and plain values."""
     with contextlib.suppress(ValueError, RecursionError):
         row = json.loads(line) if line.endswith(b"\n") else None
         is_row = (
