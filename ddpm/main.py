@@ -124,9 +124,7 @@ def main():
 
 
 def finish(trainer):
-    """Train to the end, or to what stops it, and close the tracker; returns the exit code, or AGAIN
-    after a rollback.
-    """
+    """Train, and close the tracker; returns the exit code, or AGAIN after a rollback."""
     code = errors.FAILED
     try:
         code = done(trainer) if train(trainer) else stopped(trainer)
@@ -204,9 +202,7 @@ def out_of_memory(trainer, error):
 
 
 def failed(trainer, message):
-    """Say why a training fails, on rank 0 and on the rank that failed first; returns True on that
-    one.
-    """
+    """Say why a training fails, on rank 0 and the first that failed; returns True on that one."""
     machine = trainer.machine
     mine = message if machine.world == 1 else f"rank {machine.rank}: {message}"
     cause = machine.report_failure(mine)

@@ -40,9 +40,7 @@ def denormalize(images):
 
 
 def decode(images):
-    """Map a network's float images to uint8, the inverse of `encode`: clamped and rounded; NaN
-    becomes 0.
-    """
+    """Clamp and round a network's images to uint8, the inverse of `encode`; NaN becomes 0."""
     return as_pixels(denormalize(images))
 
 

@@ -79,9 +79,7 @@ def read(path, tensors=True):
 
 
 def names_in_zip(file, tensors=True):
-    """The globals that the pickle in torch's zip names, after its checksum is verified; also those
-    of all tensors if `tensors`.
-    """
+    """The globals that torch's zip names; verifies checksums, those of tensors if `tensors`."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if (

@@ -57,9 +57,7 @@ def network(config):
 
 
 def chosen_network(config):
-    """The constructor of a config's network, the arguments of its name set, and the names of
-    those that are left to give.
-    """
+    """A network's constructor with its name's arguments set, and the names of its others."""
     make = registry.resolve("config.model.name", MODELS, config.model.name)
     return make, takes(make.func)
 
@@ -94,9 +92,7 @@ REPLACED = {"num_heads": "num_head_channels", "num_res_blocks": "res_blocks_per_
 
 
 def channels_in(config):
-    """The channels that the network takes: those of the images, and of its last guess where it
-    is given that too.
-    """
+    """The network's input channels: an image and, with self-conditioning, its last estimate."""
     return config.data.channels * (1 + config.diffusion.self_condition)
 
 
@@ -122,9 +118,7 @@ def dataset(config):
 
 
 def split(config, images):
-    """Indices of the images to learn from, and of those held out for validation; the same for
-    every seed.
-    """
+    """Indices of the images to learn from and of those held out; the same for every seed."""
     return data_order.split(len(images), config.data.validation_fraction, 0)
 
 
@@ -175,9 +169,7 @@ def other_data(config, images, run_or_file=None):
 
 
 def with_classes(config, names):
-    """The config with the names of its classes, by which a checkpoint is rebuilt without the
-    data.
-    """
+    """The config with its classes named, so that a checkpoint is rebuilt without the data."""
     return files.changed(config, {"data.classes": names}) if names else config
 
 
@@ -215,9 +207,7 @@ def edit_recipe(config):
 
 
 def evaluation_recipe(config, images):
-    """How the images are drawn that are measured against `images`: of classes in their
-    proportions.
-    """
+    """How images are drawn to be measured against `images`: of classes in their proportions."""
     order = rng.permutation(0, "label", 0, len(images)) if config.data.classes else ()
     return recipe(
         config, config.evaluate, [images.labels[index] for index in order], "as in the data"
@@ -225,9 +215,7 @@ def evaluation_recipe(config, images):
 
 
 def recipe(config, section, labels, usual):
-    """How a section of the config draws images of labels that come round; what it lacks is the
-    section `sample`'s.
-    """
+    """The Recipe of a section, of labels in turn; what it lacks is that of the section `sample`."""
     shared = config.sample
     names = config.data.classes
     said = (
@@ -270,9 +258,7 @@ def extractor_name(config):
 
 
 def remarks(config, section):
-    """What a person should know of how a section of the config, `sample` or `evaluate`, draws:
-    lines, mostly none.
-    """
+    """Remarks on how the section `sample` or `evaluate` of the config draws: lines, mostly none."""
     sampler = registry.parse(config[section].sampler)[0]
     if config.diffusion.variance == "learned" and sampler != "ddpm":
         return [
@@ -299,9 +285,7 @@ def unused_remarks(config):
 
 
 def unconditioned(net):
-    """A note where residual blocks of a network do not depend on time and class: lines, mostly
-    none.
-    """
+    """A remark on residual blocks that do not depend on time and class: lines, mostly none."""
     blocks = [layer for layer in net.modules() if isinstance(layer, ResidualBlock)]
     count = sum(not block.is_conditioned for block in blocks)
     if not count:
@@ -314,9 +298,7 @@ def unconditioned(net):
 
 
 def loss_remarks(config, model):
-    """What a person should know of how a loss weighs the level at which the grids of a config
-    start: lines, mostly none.
-    """
+    """A remark on a loss without weight at the level where grids start: lines, mostly none."""
     weights = model.objective.weights
     start = int(model.process.levels(config.sample.steps, config.sample.spacing)[0].t)
     if weights[start] > 0:

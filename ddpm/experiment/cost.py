@@ -26,16 +26,12 @@ MOST = 20  # evaluations of a training: more show nothing new
 
 
 def evaluations(config, recipe, edit=None, model=None):
-    """How many network evaluations an image takes, drawn or edited, by a DDPM, or that of the
-    config; raises ValueError where the recipe cannot make the edit.
-    """
+    """The network evaluations of an image, drawn or edited; ValueError for an impossible edit."""
     return draw.count_nfe(model or build.diffusion(config, None), recipe, edit)
 
 
 class Operations(NamedTuple):
-    """The floating-point operations of a network on one image, and the kernels that it launches
-    for a micro-batch at least.
-    """
+    """A network's floating-point operations on one image, and the kernels of a micro-batch."""
 
     forward: int
     training: int  # forward and backward
@@ -61,9 +57,7 @@ def operations(config):
 
 
 def drawing_operations(config, asked, model=None):
-    """The operations of one image that an evaluation draws and looks at, by a network that takes
-    the Operations `asked`.
-    """
+    """The operations to draw and measure one image, by a network of these Operations."""
     if config.evaluate.extractor == "none":
         return 0
     looks = extractors.OPERATIONS[build.extractor_name(config)]

@@ -15,9 +15,7 @@ from ddpm.training import weights as training_weights
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint describes, with the network on the machine's device, its averaged
-    weights in it.
-    """
+    """What a checkpoint describes, and its network, averaged, on the machine's device."""
 
     name: str  # for people
     step: int
@@ -57,9 +55,7 @@ def load(run_or_file, device=None, **options):
 
 
 def network_with(config, weights, path):
-    """The network of a config that takes over the weights that a file holds; raises ValueError
-    where they are of another.
-    """
+    """A config's network with the weights of a file; ValueError if they are of another network."""
     with torch.device("meta"):
         net = build.network(config)
     put_weights(net, weights, path, assign=True)
@@ -67,9 +63,7 @@ def network_with(config, weights, path):
 
 
 def check_same_network(config, other, path):
-    """Raise a ValueError for weights whose config makes another network, be it of the same
-    shapes, or is given other times.
-    """
+    """Raise ValueError if a file's config makes another network, or one that gets other times."""
     ours = defaults.flatten(config)
     theirs = defaults.flatten(other)
     if len(config.data.classes) != len(other.data.classes):

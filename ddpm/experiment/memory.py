@@ -45,9 +45,7 @@ def account(config, dtype, images, levels=0):
 
 
 def on_each(config, found, ranks):
-    """The bytes on each of so many GPUs, where `found` is the account of the same micro-batch
-    on one alone.
-    """
+    """The bytes on each of `world` GPUs, from the account of the same micro-batch on one GPU."""
     if ranks == 1:
         return found.total
     if not config.train.fully_shard:
@@ -105,9 +103,7 @@ def recomputed(config, net, machine, note):
 
 
 def savings(config, machine, levels=0):
-    """What would take less memory than a step with one image at a time that recomputes `levels`:
-    words, by what it saves.
-    """
+    """Options that take less memory than one image at a time: words, the largest saving first."""
     alone = account(config, machine.dtype, 1, levels)
     found = []
     now = alone.total

@@ -20,9 +20,7 @@ from ddpm.training.step import TrainStep
 
 
 def averages(config, weights):
-    """The averages of a training by the names of their parts; the first is the one that is drawn
-    and measured.
-    """
+    """A training's averages by the names of their parts; the first is drawn and measured."""
     section = config.ema
     made = {"ema": EMA(weights, section.decay, section.warmup, section.rampup)}
     made |= {
@@ -78,9 +76,7 @@ def step(config, model, network, averages, dataset_size, rollbacks=0):
 
 
 def wrap_network(config, net, machine, levels, note):
-    """The TrainNetwork of a network on the host that recomputes so many levels: on the machine,
-    or shared out over its ranks.
-    """
+    """The TrainNetwork of a network on the host, moved to the machine or sharded over its ranks."""
     section = config.train
     recompute(itertools.chain(*net.levels[:levels]))
     if not section.fully_shard or machine.world == 1:
@@ -108,9 +104,7 @@ def blank(config, count):
 
 
 def compile_network(config, made):
-    """Let a step learn through torch.compile, tried on a blank batch; says how long that took,
-    or why it is not done.
-    """
+    """Let a step learn through torch.compile, tried on a blank batch; returns the outcome."""
     net = made.diffusion.net
     begun = time.monotonic()
     said = []

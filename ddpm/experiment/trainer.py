@@ -81,9 +81,7 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
 
 
 class Start(NamedTuple):
-    """Where a training starts: the content of a checkpoint, or None; `source` is its file if it
-    lies in another folder, `damaged` are newer checkpoints of this folder.
-    """
+    """Where a training starts: a checkpoint's content, or None; `source` is another run's."""
 
     config: defaults.FrozenConfigDict
     content: dict | None
@@ -101,9 +99,7 @@ class Start(NamedTuple):
 
 
 class Images(NamedTuple):
-    """The images of a training: the indices to learn from and those held out, whether they have
-    classes, and the checkpoint part that identifies them.
-    """
+    """A training's images: indices learned from and held out, classes, identifying part."""
 
     source: Any
     learned: Any
@@ -113,9 +109,7 @@ class Images(NamedTuple):
 
 
 def check_batches(config, machine):
-    """Raise ValueError for a batch that ranks and micro-batches cannot share, and for an average
-    that a training does not draw with.
-    """
+    """Raise ValueError for a batch that does not divide, and for an average to draw with."""
     parts = config.train.gradient_accumulation_steps
     if config.train.batch_size % (machine.world * parts):
         raise ValueError(
@@ -144,9 +138,7 @@ def find_start(config, folder):
 
 
 def open_images(config, content):
-    """The config with the names of its classes, and its Images. Raises ValueError if a checkpoint's
-    content is of other images.
-    """
+    """The config with its classes, and Images; ValueError if a checkpoint learned from others."""
     source = build.dataset(config)
     classes = build.class_names(config, source)
     config = build.with_classes(config, classes)
@@ -210,9 +202,7 @@ def split_notes(config, images, every, best):
 
 
 def build_step(config, model, net, machine, images, initial, rollbacks, notes):
-    """The step that trains a network, its averages by the names of their parts, and how many levels
-    of the network compute their activations again.
-    """
+    """The TrainStep, its averages by part name, and the number of recomputed levels."""
     # by the memory that is free before the network is moved there
     levels = memory.recomputed(config, net, machine, notes.append)
     if initial:
@@ -335,9 +325,7 @@ def restore(start, parts, total, length):
 
 
 def open_tracker(config, folder, machine, start, parts, total):
-    """Open the tracker of a run folder, after removing what lies past its start and copying what
-    the folder that it continues has kept; a silent one if the training is finished.
-    """
+    """Remove what lies past the start, take over the continued folder's files, open the Tracker."""
     if start.step >= total and parts["due"].names is None:
         return Tracker()
     home = start.source and checkpoint.run_of(start.source)
@@ -369,9 +357,7 @@ def tracker_state(content, source):
 
 
 def batches(config, images, machine, seed, start, total):
-    """This rank's share of each effective batch from step `start` to `total`: uint8 [b, c, h, w]
-    and labels int64 [b].
-    """
+    """This rank's share of each batch up to `total`: uint8 [b, c, h, w] and labels int64 [b]."""
     size = config.train.batch_size
     share = machine.rank_slice(size)
     order = (
@@ -386,9 +372,7 @@ def batches(config, images, machine, seed, start, total):
 
 
 def length_remarks(config, dataset_size):
-    """What does not fit the length of a training that learns from so many images: lines, mostly
-    none.
-    """
+    """What does not fit the length of a training on so many images: lines, mostly none."""
     section = config.train
 
     def steps(text):

@@ -50,9 +50,7 @@ class Recipe(NamedTuple):
 
 
 def count_nfe(model, recipe, edit=None):
-    """The number of function evaluations for an image, drawn or edited, those of guidance included;
-    raises ValueError if the recipe cannot make the edit.
-    """
+    """The network evaluations of an image, guidance included; ValueError for an impossible edit."""
     sampler = registry.resolve("sampler", model.samplers, recipe.sampler)
     guidance = Guidance(None, recipe.guidance, recipe.interval)
     levels = model.process.levels(recipe.steps, recipe.spacing)
@@ -72,9 +70,7 @@ def walk_from_noise(sampler, denoiser, levels, noise, seeds):
 
 
 def edited(edit, pictures, mask, count, machine):
-    """The walk of an Edit of `pictures`, uint8 [c, h, w], with a mask [h, w] or None, to `count`
-    results.
-    """
+    """The walk of an Edit of `pictures`, uint8 [c, h, w], and a mask [h, w], to `count` results."""
 
     def walk(sampler, denoiser, levels, noise, seeds):
         given = [
@@ -134,9 +130,7 @@ def trajectory(
 
 
 def progress(model, recipe, count, size, machine, times):
-    """The Progress of drawing `count` images, `size` at a time, in `times` network evaluations
-    each, by default the recipe's.
-    """
+    """The Progress of drawing `count` images in batches of `size`, each in `times` NFE."""
     times = count_nfe(model, recipe) if times is None else times
     return Progress("drawing", count, size, times, shown=machine.main)
 

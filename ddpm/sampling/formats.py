@@ -16,9 +16,7 @@ from ddpm.common.files import atomic_write, make_folder
 
 
 def numbered(suffix):
-    """A writer of one file per image, `000017.png` for image 17, without fsync, which would take
-    longer than drawing.
-    """
+    """A writer of one file per image, `000017.png` for image 17; fsync would take too long."""
 
     def write(out, batches):
         make_folder(out)  # also where no image comes
@@ -79,9 +77,7 @@ def npz(out, batches):
 
 
 def zipped(out, batches):
-    """Write `images.zip`, PNG files without further compression; the same images give the same
-    bytes.
-    """
+    """Write `images.zip`, uncompressed PNG files; the same images give the same bytes."""
     path = common_pixels.file_or_in(out, "zip")
     with atomic_write(path) as part, zipfile.ZipFile(part, "w") as archive:
         for seeds, images in batches:

@@ -57,9 +57,7 @@ def save(folder, step, config_json, parts, keep=2, milestone=False, healthy_step
 
 
 def prune(folder, keep=2, healthy_step=math.inf):
-    """Delete old checkpoints, except the newest `keep`, milestones, and the newest one up to
-    `healthy_step`, to roll back to.
-    """
+    """Delete all but milestones, the newest `keep`, and the newest one up to `healthy_step`."""
     found = checkpoints(folder)
     spared = [old for at, old in found if at <= healthy_step][-1:]
     for _, old in [item for item in found if not NAME.fullmatch(item[1].name)[2]][:-keep]:
@@ -93,9 +91,7 @@ def load(path, tensors=True):
 
 
 def describes_itself(content):
-    """True if `content` has a step and a config in a known format; raises KeyError or TypeError if
-    it is no such dict.
-    """
+    """True if `content` has step, config and a known format; KeyError or TypeError otherwise."""
     step = content["step"]
     text = content["config"]
     return content["format"] <= FORMAT and type(step) is int and step >= 0 and type(text) is str
@@ -198,9 +194,7 @@ def quarantine(damaged):
 
 
 def restore(states, parts):
-    """Load the states of a checkpoint into all parts; raises ValueError if one is missing or does
-    not fit.
-    """
+    """Load a checkpoint's states into all parts; ValueError if one is missing or does not fit."""
     for name, part in parts.items():
         if name not in states:
             raise ValueError(
@@ -255,9 +249,7 @@ def folder_of(run_or_file):
 
 
 def newest_run(runs="runs"):
-    """The run folder in `runs`, or in a study's folder there, with the newest weights; raises
-    ValueError without any.
-    """
+    """The folder in `runs`, or in a study there, with the newest weights; ValueError if none."""
     times = {}
     for folder in (
         path for depth in ("*", "*/*") for path in Path(runs).glob(depth) if path.is_dir()
@@ -277,16 +269,12 @@ def newest_run(runs="runs"):
 
 
 def find(run_or_file):
-    """The file of weights that a run folder or a file name means: final weights, if no checkpoint
-    is newer, else the newest checkpoint. Raises ValueError without any.
-    """
+    """The newest file of weights that a run folder or file name means; ValueError without any."""
     return files_of(run_or_file)[0]
 
 
 def files_of(run_or_file):
-    """The files of weights that a run folder or a file name means, the newest first; raises
-    ValueError without any.
-    """
+    """All files of weights of a run folder or file name, the newest first; ValueError if none."""
     path = expand_user(run_or_file)
     if path.is_file():
         return [path]
@@ -318,9 +306,7 @@ def files_of(run_or_file):
 
 
 def header(path):
-    """The header of a file that `export` wrote, a dict of `step`, `config` and more; raises
-    CorruptFile for a damaged or foreign file.
-    """
+    """The dict of step, config and more that `export` wrote; CorruptFile if damaged or foreign."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("ddpm", "")

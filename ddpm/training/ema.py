@@ -96,9 +96,7 @@ class EMA:
 
     @torch.no_grad()
     def restore(self):
-        """Give the model its own weights back, bit for bit; raises RuntimeError if no average is
-        applied.
-        """
+        """Give the model its own weights back, bit for bit; RuntimeError if they are there."""
         if self._weights is None:
             raise RuntimeError(
                 "the averaged weights are not applied; call apply_shadow() before restore()"

@@ -146,9 +146,7 @@ def local_shard(tensor, like):
 
 
 class ShardedPart:
-    """A checkpoint part with a shard on each rank: `collect()` on all ranks, then `state_dict()` on
-    the main one.
-    """
+    """A part with a shard on each rank: all call `collect()`, then the main one `state_dict()`."""
 
     def __init__(self, part, network):
         self.part = part

@@ -111,9 +111,7 @@ class Speed:
         return images / rate if rate else None
 
     def read(self, done):
-        """The rates since the last reading, if a step has counted, and the progress after `done`
-        steps.
-        """
+        """The rates since the last reading, if a step counts, and progress after `done` steps."""
         seconds = max(self.watch.lap(), 1e-9)
         steps = self.steps
         if not steps:

@@ -26,9 +26,7 @@ def _check_options(learning_rate, betas, eps, weight_decay):
 
 
 def adamw(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
-    """AdamW (Loshchilov and Hutter 2019): Adam with decoupled weight decay; raises ValueError for
-    options out of range.
-    """
+    """AdamW (Loshchilov and Hutter 2019), decoupled weight decay; ValueError if out of range."""
     _check_options(learning_rate, betas, eps, weight_decay)
     return torch.optim.AdamW(
         parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True
@@ -36,9 +34,7 @@ def adamw(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_dec
 
 
 def adam(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-    """Adam (Kingma and Ba 2015), with weight decay in the gradient; raises ValueError for options
-    out of range.
-    """
+    """Adam (Kingma and Ba 2015), with weight decay in the gradient; ValueError if out of range."""
     _check_options(learning_rate, betas, eps, weight_decay)
     return torch.optim.Adam(
         parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True
@@ -52,9 +48,7 @@ OPTIMIZERS = {
 
 
 def _fall(step, length, floor, curve):
-    """1 at step 0 and `floor` from step `length` on, along `curve`, which falls from 1 to 0 on
-    [0, 1].
-    """
+    """From 1 at step 0 to `floor` at `length` and after, along `curve`, which falls from 1 to 0."""
     if not 0 < length < math.inf:
         raise ValueError(f"learning-rate decay has length {length}; use 1 step or more")
     if not 0 <= floor <= 1:
@@ -71,9 +65,7 @@ def constant(step):
 
 
 def cosine(step, *, length, floor=0.0):
-    """Half a cosine from 1 to `floor`, a fraction, over `length` steps, then `floor` (SGDR,
-    Loshchilov 2017, eq. 5).
-    """
+    """Half a cosine from 1 to `floor` over `length` steps (SGDR, Loshchilov 2017, eq. 5)."""
     return _fall(step, length, floor, lambda u: 0.5 * (1 + math.cos(math.pi * u)))
 
 

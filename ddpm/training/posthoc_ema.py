@@ -51,9 +51,7 @@ def power_function(sigma_rel):
 
 
 def inner(a, gamma, b, delta):
-    """The integral of profile `gamma` after `a` steps times `delta` after `b`, tensors that
-    broadcast (eq. 151).
-    """
+    """The integral of profile `gamma` after `a` steps times `delta` after `b` (eq. 151)."""
     shorter = torch.minimum(a, b)
     longer = torch.maximum(a, b)
     return (

@@ -42,9 +42,7 @@ class StabilityMonitor:
         self.last_skipped_step = torch.tensor(-1, device=device)
 
     def update(self, step, loss, norm):
-        """Record a step's loss and norm, scalars on the device that are the same on all ranks;
-        returns whether to skip the step, and whether as a spike.
-        """
+        """Record loss and norm, scalars equal on all ranks; returns (skip the step, as a spike)."""
         now = torch.stack([loss, norm])
         finite = now.isfinite().all()
         young = self.num_good_steps < YOUNG

@@ -127,9 +127,7 @@ class TrainStep:
             self.seen.zero_()
 
     def rehearse(self, batch):
-        """Compute the gradients of the first micro-batch and drop them, to set up kernels and to
-        try whether memory suffices: with the optimizer's state and accumulated gradients in place.
-        """
+        """Compute a micro-batch's gradients and drop them, to set up kernels and try the memory."""
         before = self.meters.losses()
         count = len(self.parts[0])
         # some networks scale theirs in training
@@ -148,9 +146,7 @@ class TrainStep:
                     one.copy_(weight)
 
     def diagnosis(self, step, batch):
-        """A description of what goes wrong in a step, from computing its gradients again: the same
-        numbers, if it was skipped and nothing was learned since.
-        """
+        """Compute a skipped step's gradients again; returns words on what goes wrong in it."""
         outputs = {}
         images = []
         before = self.meters.losses()
@@ -238,9 +234,7 @@ class TrainStep:
         self.seen.zero_()
 
     def _set_up_optimizer(self):
-        """Let the optimizer allocate its state, by a step that changes nothing; leaves zero
-        gradients.
-        """
+        """Let the optimizer allocate its state by a step without effect; leaves zero gradients."""
         for one in self.parameters:
             one.grad = torch.zeros_like(one)
         if not self.optimizer.state:
@@ -248,9 +242,7 @@ class TrainStep:
             self.optimizer.step()
 
     def _halve_micro_batches(self):
-        """Halve the micro-batches, or as near as divides the batch; raises BatchDoesNotFit for
-        single images.
-        """
+        """Halve micro-batches, or divide by the next factor; BatchDoesNotFit for single images."""
         count = len(self.parts)
         more = next(
             (n for n in range(2 * count, len(self.places) + 1) if len(self.places) % n == 0), None

@@ -190,9 +190,7 @@ class Trainer:
             raise Diverged(f"{reason}, up to step {done}", self.stability.last_healthy_step.item())
 
     def roll_back(self, diverged):
-        """Delete the checkpoints after the last healthy step; returns a message that says where
-        training restarts.
-        """
+        """Delete checkpoints after the last healthy step; returns where training restarts."""
         if self.machine.main:
             checkpoint.delete_after(self.folder, diverged.healthy_step)
         self.machine.barrier()
@@ -215,9 +213,7 @@ class Trainer:
         return f"step {step + 1}: {self.step.diagnosis(step, next(iter(self.batches(step))))}"
 
     def choose_best(self, done):
-        """Export the averaged weights at their lowest validation loss, which is logged too, or,
-        without held-out images, at the lowest training loss since the last choice.
-        """
+        """Export the averaged weights at their lowest validation loss, or lowest training loss."""
         if self.best.by == "val/loss_ema":
             self.keep_best(self.validate(done), done)
         elif "validate" in self.pending.names or self.best.loss == math.inf:
@@ -271,9 +267,7 @@ class Trainer:
         )
 
     def evaluate(self, done):
-        """Log the distances of drawn images from real ones, the nearest real ones, and bits/dim,
-        all of the averaged weights.
-        """
+        """Log distances, nearest real images and bits/dim, all of the averaged weights."""
         watch = Stopwatch()
         self.warn_of_cost(done)
         with self.averaged():
@@ -299,9 +293,7 @@ class Trainer:
             training_weights.export(self.folder / name, weights, done, self.config_json, **more)
 
     def tidy(self):
-        """Finish an interrupted final save: prune old checkpoints, and export damaged final weights
-        again.
-        """
+        """Finish an interrupted final save: prune checkpoints, repair the final weights."""
         if not self.machine.broadcast(training_weights.has_final(self.folder, self.start)):
             self.export("final.safetensors", self.start)
         if self.machine.main:
@@ -334,9 +326,7 @@ class Trainer:
         self.saved = done, self.pending.names
 
     def stop(self, done, stopped):
-        """Stop together with the other ranks and save, if that is not done: pending events come
-        first in the next start.
-        """
+        """Stop with the other ranks, and save; pending events come first in the next start."""
         self.machine.leave(stopped)
         if self.pending.names is not None:
             self.tracker.forget(done)
@@ -394,9 +384,7 @@ def events(trainer, done):
 
 
 def train(trainer):
-    """Train to the end and return True, or until a stop is requested and return False; either way
-    everything is saved. Raises Diverged.
-    """
+    """Train and save; True at the end, False if a stop is requested before. Raises Diverged."""
     done = trainer.start
     machine = trainer.machine
     if trainer.source:  # which may be gone at the next start

@@ -17,9 +17,7 @@ from ddpm.training import checkpoint
 
 
 def export(path, weights, step, config_json, **more):
-    """Write weights (name -> tensor), and a header with step, config and `more`, to a safetensors
-    file.
-    """
+    """Write name -> tensor to a safetensors file, with step, config and `more` in its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     about = {"format": checkpoint.FORMAT, "step": step, "config": config_json} | more
     about["crc32"] = safe_load.checksum(about, tensors)
@@ -92,9 +90,7 @@ def load_weights(run_or_file):
 
 
 def weights_in(path):
-    """What `load_weights` returns, of one file; raises CorruptFile, and ValueError for a file that
-    is not of ddpm.
-    """
+    """`load_weights` of one file; raises CorruptFile, and ValueError if it is not of ddpm."""
     if path.suffix != ".safetensors":
         content = checkpoint.load(path)
         return path, content["step"], content["config"], ema_weights(path, content, "ema")
@@ -103,9 +99,7 @@ def weights_in(path):
 
 
 def ema_weights(path, content, part):
-    """The averaged weights, name -> tensor, in a part of a checkpoint's content; raises ValueError
-    if it has none.
-    """
+    """The averaged weights, name -> tensor, in a part of a checkpoint; ValueError without any."""
     found = content["parts"].get(part, {}).get("shadow")
     if not isinstance(found, dict) or not all(
         isinstance(value, torch.Tensor) for value in found.values()
@@ -115,9 +109,7 @@ def ema_weights(path, content, part):
 
 
 def exported(path):
-    """(header, name -> tensor on the host) of a file that `export` wrote; raises CorruptFile if its
-    checksum does not fit. Old files have none.
-    """
+    """(header, name -> tensor on the host) of an exported file; CorruptFile if it is damaged."""
     about = checkpoint.header(path)
     tensors = load_file(path)
     if about.pop("crc32", None) not in (None, safe_load.checksum(about, tensors)):
