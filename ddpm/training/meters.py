@@ -6,8 +6,6 @@ import time
 
 import torch
 
-from ddpm.training import step
-
 
 def portion(share, of=""):
     """A share in words: `"4.9%"`, followed by `of`, or from 1.05 on `"1.4 times"` or `"twice"`."""
@@ -133,6 +131,8 @@ class Speed:
 
 
 QUARTILES = 4
+LOGGED = "loss", "count", "steps"  # what Meters sums from one log to the next
+PER_RANK = "loss", "count", "since"  # and what each rank sums for itself
 
 
 class Meters:
@@ -170,7 +170,7 @@ class Meters:
 
     def losses(self):
         """A copy of the sums of `add_losses`, for `forget`."""
-        return {name: self.sums[name].clone() for name in step.PER_RANK}
+        return {name: self.sums[name].clone() for name in PER_RANK}
 
     def forget(self, before):
         """Restore the sums that `losses` returned."""
@@ -200,7 +200,7 @@ class Meters:
 
     def collect(self):
         """Sum over ranks on the main one, whose state is saved."""
-        for name in step.PER_RANK:
+        for name in PER_RANK:
             self.sums[name] = self.machine.sum(self.sums[name]) * self.machine.main
 
     def state_dict(self):
@@ -209,5 +209,5 @@ class Meters:
     def load_state_dict(self, state):
         for name, total in self.sums.items():
             total.copy_(state.get(name, torch.zeros_like(total)))  # `since` is of 2026-12
-        for name in step.PER_RANK:
+        for name in PER_RANK:
             self.sums[name] *= self.machine.main

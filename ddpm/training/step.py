@@ -9,95 +9,71 @@ the effective batch): a resumed run continues exactly, and micro-batches and ran
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from ddpm.common import pixels as common_pixels
 from ddpm.common import rng
 from ddpm.data import augment
+from ddpm.diffusion.ddpm import DDPM
+from ddpm.runtime.device import Machine
 from ddpm.runtime.out_of_memory import BatchDoesNotFit
+from ddpm.training.ema import EMA
+from ddpm.training.meters import Meters
+from ddpm.training.stability import StabilityMonitor
 
-LOGGED = "loss", "count", "steps"  # what Meters sums from one log to the next
-PER_RANK = "loss", "count", "since"  # and what each rank sums for itself
 
-
+@dataclass(kw_only=True, eq=False)
 class TrainStep:
     """One optimizer step on one effective batch: `step(number, (images, labels))`.
 
-    `augmentation` is the probability of each transformation of an image, `label_dropout` the share
-    of labels that are dropped, or None for a network without labels. If memory runs out, the batch
-    is divided further, and `say(text)` prints it.
+    If memory runs out, the batch is divided further, and `say(text)` prints it.
     """
 
-    def __init__(
-        self,
-        *,
-        diffusion,
-        optimizer,
-        scaler,
-        averages,
-        meters,
-        stability,
-        machine,
-        seed,
-        batch_size,
-        micro_batches,
-        learning_rate,
-        gradient_clip,
-        flip,
-        augmentation,
-        label_dropout,
-    ):
-        self.diffusion = diffusion
-        self.net = diffusion.net.net
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.averages = averages
-        self.ema = averages[0]  # the first is sampled and measured
-        self.objective = diffusion.objective
-        self.parameters = [*diffusion.net.params, *self.objective.parameters()]
-        self.meters = meters
-        self.stability = stability
-        self.machine = machine
-        self.seed = seed
-        self.learning_rate = learning_rate
-        self.gradient_clip = gradient_clip
-        self.flip = (
-            partial(augment.flip, put=machine.to_device) if flip else lambda batch, *address: batch
-        )
-        self.augment = (
-            partial(self._augmented, augmentation)
-            if augmentation
-            else lambda x0, *address: (x0, None)
-        )
-        self.label = (
-            (lambda labels, *address: None)
-            if label_dropout is None
-            else (
-                lambda labels, *address: machine.to_device(
-                    augment.drop_labels(labels, label_dropout, *address)
-                )
-            )
-        )
-        self.condition = self._conditioned if diffusion.self_condition else lambda *address: None
-        self.places = range(batch_size)[machine.rank_slice(batch_size)]
-        self.batch_size = batch_size
-        self.say = print
+    diffusion: DDPM  # around a TrainNetwork
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    averages: list[EMA]  # the first is sampled and measured
+    meters: Meters
+    stability: StabilityMonitor
+    machine: Machine
+    seed: int
+    batch_size: int
+    micro_batches: InitVar[int]
+    learning_rate: Callable[[int], float]
+    gradient_clip: float
+    flip: bool
+    augmentation: float  # the probability of each transformation of an image
+    label_dropout: float | None  # the share of labels that are dropped; None for no labels
+    say: Callable[[str], Any] = print
+
+    def __post_init__(self, micro_batches):
+        self.net = self.diffusion.net.net
+        self.ema = self.averages[0]
+        self.objective = self.diffusion.objective
+        self.parameters = [*self.diffusion.net.params, *self.objective.parameters()]
+        self.places = range(self.batch_size)[self.machine.rank_slice(self.batch_size)]
         self.set_micro_batches(micro_batches)
         # alone, a step that has no room is done again
-        self.rehearsed = machine.world == 1 or not diffusion.net.rehearses
+        self.rehearsed = self.machine.world == 1 or not self.diffusion.net.rehearses
         self.watch = lambda t, losses: None
         # t and loss of a batch, for times that learn from them
-        self.seen = torch.zeros(2, batch_size, device=machine.device)
+        self.seen = torch.zeros(2, self.batch_size, device=self.machine.device)
 
     def __call__(self, step, batch):
         """Learn from this rank's share of the effective batch, in the order of the places.
 
         Raises BatchDoesNotFit if memory runs out with one image at a time.
         """
-        while not self.rehearsed:
-            self._rehearse_together(batch)
+        while not self.rehearsed:  # on all ranks, with less at a time if one has no room
+            fitted, _ = self.machine.room.fits(partial(self.rehearse, batch))
+            self.rehearsed = all(self.machine.all_gather(fitted))
+            if not self.rehearsed:
+                self._halve_micro_batches()
         self.diffusion.net.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
@@ -192,13 +168,6 @@ class TrainStep:
         size = len(self.places) // count
         self.parts = [self.places[i * size : (i + 1) * size] for i in range(count)]
 
-    def _rehearse_together(self, batch):
-        """Rehearse on all ranks; divide the batch further if memory ran out on one of them."""
-        fitted, _ = self.machine.room.fits(partial(self.rehearse, batch))
-        self.rehearsed = all(self.machine.all_gather(fitted))
-        if not self.rehearsed:
-            self._halve_micro_batches()
-
     def _gradients_that_fit(self, step, batch):
         """Compute the gradients, with the batch divided until it fits; returns the loss."""
         while True:
@@ -257,43 +226,44 @@ class TrainStep:
         )
 
     def _learn(self, step, micro, places, pixels, labels):
+        """Add the gradients of a micro-batch; returns its part of the loss."""
+        to_device = self.machine.to_device
         rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
-        x0 = common_pixels.encode(
-            self.flip(self.machine.to_device(pixels), self.seed, step, places)
-        )
-        x0, augmentation = self.augment(x0, step, places)
-        times = partial(self._times, step)
+        pixels = to_device(pixels)
+        if self.flip:
+            pixels = augment.flip(pixels, self.seed, step, places, to_device)
+        x0 = common_pixels.encode(pixels)
+        transforms = None
+        if self.augmentation:
+            numbers = rng.normal(self.seed, "augment", step, places, (augment.NUM_RANDOM,))
+            x0, transforms = augment.augment(x0, to_device(numbers), self.augmentation)
+        times = partial(self._uniform_times, step)
         t, importance = self.objective.times(self.diffusion.process, places, self.batch_size, times)
-        t = self.machine.to_device(t)
-        noise = self.machine.to_device(
-            rng.normal(self.seed, "train noise", step, places, x0.shape[1:])
-        )
-        y = self.label(labels, self.seed, step, places)
-        losses = self.diffusion.losses(x0, t, noise, y, self.condition(step, places), augmentation)
+        t = to_device(t)
+        noise = to_device(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
+        y = None
+        if self.label_dropout is not None:
+            labels = augment.drop_labels(labels, self.label_dropout, self.seed, step, places)
+            y = to_device(labels)
+        estimated = None
+        if self.diffusion.self_condition:
+            numbers = rng.uniform(self.seed, "train self-condition", step, places)
+            estimated = to_device(numbers < 0.5)
+        losses = self.diffusion.losses(x0, t, noise, y, estimated, transforms)
         weighted = losses if importance is None else losses * importance
         loss = weighted.mean() / len(self.parts)
         self.scaler.scale(loss).backward()
         self.meters.add_losses(t, losses)
         self.watch(t, losses)
         if self.objective.watches:
-            self.seen[:, places.start : places.stop] = torch.stack(
-                [t.to(losses.dtype), losses.detach()]
-            )
+            seen = torch.stack([t.to(losses.dtype), losses.detach()])
+            self.seen[:, places.start : places.stop] = seen
         return loss.detach()
 
-    def _times(self, step, places):
+    def _uniform_times(self, step, places):
         """Uniform numbers for the distribution of times, on the device if it learns from losses."""
         numbers = rng.uniform(self.seed, "train time", step, places)
         return self.machine.to_device(numbers) if self.objective.watches else numbers
-
-    def _conditioned(self, step, places):
-        return self.machine.to_device(
-            rng.uniform(self.seed, "train self-condition", step, places) < 0.5
-        )
-
-    def _augmented(self, probability, x0, step, places):
-        numbers = rng.normal(self.seed, "augment", step, places, (augment.NUM_RANDOM,))
-        return augment.augment(x0, self.machine.to_device(numbers), probability)
 
 
 def note_output(outputs, name, layer, given, out):

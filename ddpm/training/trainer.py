@@ -22,8 +22,8 @@ from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
 from ddpm.training.ema import EMA
-from ddpm.training.meters import Speed, Stopwatch, portion
-from ddpm.training.step import LOGGED, TrainStep
+from ddpm.training.meters import LOGGED, Speed, Stopwatch, portion
+from ddpm.training.step import TrainStep
 from ddpm.training.validation import Validation
 
 PATIENCE = 50  # more steps skipped than learned from: fp16 finds its loss scale in fewer
