@@ -84,7 +84,9 @@ class DDPM(nn.Module):
                 f"schedule {beta_schedule!r}{suffix} ends in pure noise, where {predict!r} does "
                 "not determine x0; predict 'v', 'x0' or 'flow' instead"
             )
-        self.objective = Objective(self.process, self.target, loss, weighting, times, self.learned)
+        self.objective = Objective(
+            self.process, self.target, loss, weighting, times, self.learns_variance
+        )
         self.samplers = samplers.SAMPLERS | {"ddpm": partial(samplers.ddpm, variance=variance)}
 
     def around(self, net):
@@ -97,7 +99,7 @@ class DDPM(nn.Module):
         return model
 
     @property
-    def learned(self):
+    def learns_variance(self):
         """Whether the network predicts its variance."""
         return self.variance == "learned"
 
@@ -108,7 +110,7 @@ class DDPM(nn.Module):
             predict=self.predict,
             clip=self.clip if clip is None else clip,
             y=y,
-            learned=self.learned,
+            learned=self.learns_variance,
             self_condition=self.self_condition,
             guidance=guidance,
             time_scale=self.time_scale,
@@ -123,7 +125,7 @@ class DDPM(nn.Module):
         level = rounded(self.process.at(t), x.dtype)
         prev_x0 = self.own_estimate(self.net, x, level, y)
         out = call_network(self.net, self.target, x, level, y, prev_x0)
-        x0, _, *frac = to_x0_eps(x, out, level, self.target, self.clip, self.learned)
+        x0, _, *frac = to_x0_eps(x, out, level, self.target, self.clip, self.learns_variance)
         return GaussianStep(*self.process.posterior(x0, x, t, self.variance, *frac), x0)
 
     def losses(self, x0, t, noise, y=None, conditioned=None, augmentation=None):
@@ -138,7 +140,7 @@ class DDPM(nn.Module):
         x = level.alpha * x0 + level.sigma * noise
         prev_x0 = self.own_estimate(net, x, level, y, conditioned)
         out = call_network(net, self.target, x, level, y, prev_x0).float()
-        prediction = out.chunk(2, dim=1)[0] if self.learned else out
+        prediction = out.chunk(2, dim=1)[0] if self.learns_variance else out
         objective = self.objective
         losses = 0
         if objective.mse:
@@ -148,7 +150,7 @@ class DDPM(nn.Module):
         if objective.bound:
             if objective.mse:  # in the hybrid loss the bound trains only the variance
                 out = torch.cat([prediction.detach(), out.chunk(2, dim=1)[1]], dim=1)
-            estimate, _, *frac = to_x0_eps(x, out, level, self.target, False, self.learned)
+            estimate, _, *frac = to_x0_eps(x, out, level, self.target, False, self.learns_variance)
             mean, _, log_variance = self.process.posterior(estimate, x, t, self.variance, *frac)
             weight = objective.bound * self.process.timesteps
             losses = losses + weight * bound_term(self.process, x0, x, t, mean, log_variance)
@@ -163,7 +165,7 @@ class DDPM(nn.Module):
         if conditioned is None:
             return zeros
         out = call_network(net, self.target, x, level, y, zeros)
-        first = to_x0_eps(x, out, level, self.target, self.clip, self.learned)[0]
+        first = to_x0_eps(x, out, level, self.target, self.clip, self.learns_variance)[0]
         return torch.where(rearrange(conditioned, "b -> b 1 1 1"), first, zeros)
 
     def forward(self, x0, y=None, t=None, noise=None):

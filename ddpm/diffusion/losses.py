@@ -49,11 +49,11 @@ class Objective(nn.Module):
 
     def observe(self, t, losses):
         """Update an adaptive distribution of times by an effective batch's t and losses [n]."""
-        if self.watches:
+        if self.adapts_times:
             self.times.observe(t, losses)
 
     @property
-    def watches(self):
+    def adapts_times(self):
         """Whether the distribution of times adapts to the losses."""
         return isinstance(self.times, nn.Module)
 

@@ -60,7 +60,7 @@ class Posterior(NamedTuple):
     small: Number
     large: Number
 
-    def learned(self, frac):
+    def learned_variance(self, frac):
         """Return exp(frac log(large) + (1 - frac) log(small)) for the network's `frac` in [0, 1].
 
         Nichol & Dhariwal 2021, eq. 15; the result has the shape and dtype of `frac`.
@@ -178,7 +178,7 @@ class Process:
         if variance == "learned":
             # at least 1e-20, for with T = 1 there is no t = 1
             small = torch.where(at_zero, inner_step.small, step.small).clamp(min=1e-20)
-            between = step._replace(small=small).learned(frac)
+            between = step._replace(small=small).learned_variance(frac)
             return mean, between, between.log()
         clipped = torch.where(at_zero, inner_step.small, getattr(inner_step, variance))
         log_variance = clipped.clamp(min=1e-20).log()

@@ -54,7 +54,7 @@ def ddpm(denoise, x, levels, noise, *, variance="small"):
             )
         if s.sigma > 0:
             if variance == "learned":
-                deviation = step.learned(*frac).sqrt()
+                deviation = step.learned_variance(*frac).sqrt()
             else:
                 deviation = math.sqrt(getattr(step, variance))
             x = x + deviation * noise(k)

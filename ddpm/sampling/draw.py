@@ -57,7 +57,7 @@ def count_nfe(model, recipe, edit=None):
     at = (
         editing.visited_levels(edit, sampler, levels)
         if edit
-        else samplers.visited_levels(sampler, levels, model.learned)
+        else samplers.visited_levels(sampler, levels, model.learns_variance)
     )
     return len(at) + sum(map(guidance.applies, at))
 

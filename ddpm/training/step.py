@@ -97,7 +97,7 @@ class TrainStep:
         for average in self.averages:
             average.update()
         self.meters.add_step(norm, skipped, spike)
-        if self.objective.watches:
+        if self.objective.adapts_times:
             t, losses = self.machine.sum(self.seen)
             self.objective.observe(t.long(), losses)
             self.seen.zero_()
@@ -255,7 +255,7 @@ class TrainStep:
         self.scaler.scale(loss).backward()
         self.meters.add_losses(t, losses)
         self.watch(t, losses)
-        if self.objective.watches:
+        if self.objective.adapts_times:
             seen = torch.stack([t.to(losses.dtype), losses.detach()])
             self.seen[:, places.start : places.stop] = seen
         return loss.detach()
@@ -263,7 +263,7 @@ class TrainStep:
     def _uniform_times(self, step, places):
         """Uniform numbers for the distribution of times, on the device if it learns from losses."""
         numbers = rng.uniform(self.seed, "train time", step, places)
-        return self.machine.to_device(numbers) if self.objective.watches else numbers
+        return self.machine.to_device(numbers) if self.objective.adapts_times else numbers
 
 
 def note_output(outputs, name, layer, given, out):
