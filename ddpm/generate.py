@@ -85,7 +85,7 @@ def generate_images(
         checkpoint, device, **config_flags.options(options, "sample")
     )
     recipe = build.grid_recipe(trained)
-    times = cost.evaluations(trained, recipe)
+    times = cost.count_nfe(trained, recipe)
     how = draw.gathered if format in SINGLE else draw.draw
     if format == "gif":
         how = draw.frames  # a picture a step, of all images at once
@@ -139,7 +139,7 @@ def edit_images(
     )
     pictures, area, notes = drawing.pictures(trained, paths, mask)
     recipe = build.edit_recipe(trained)
-    times = cost.evaluations(trained, recipe, made)
+    times = cost.count_nfe(trained, recipe, made)
     make_place(out, folder, format, machine)
     say(
         f"{edit}: {quantity(count, 'image')} from {name}: {recipe}; {times} network evaluations an "

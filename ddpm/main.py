@@ -197,7 +197,7 @@ def out_of_memory(trainer, error):
     if not isinstance(error, BatchDoesNotFit):
         what = f"out of memory ({errors.one_line(error)})"
     config = files.from_json(trainer.config_json)
-    helps = memory.savings(config, trainer.machine, trainer.recomputed)
+    helps = memory.suggest_savings(config, trainer.machine, trainer.recomputed)
     return f"{what}; what helps, by what it saves: {', '.join(helps)}"
 
 

@@ -120,7 +120,7 @@ def training_of(config):
     """The Training of a config."""
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in build.network(config).parameters())
-    operations = cost.operations(config)
+    operations = cost.count_flops(config)
     steps, num_images, words = length(config)
     evaluation = cost.plan_evaluation(config, num_images, operations)
     return Training(config, weights, operations, steps, num_images, words, evaluation)
@@ -171,7 +171,7 @@ def memory_of(config, images, vram):
             for name, levels in (("none", 0), ("all", count)):
                 accounts = []
                 for n in (images, 2 * images):
-                    accounts.append(experiment_memory.account(config, dtype, n, levels))
+                    accounts.append(experiment_memory.estimate(config, dtype, n, levels))
                     bar.update()
                 most = memory.most_images(accounts[0], images, accounts[1], 2 * images, vram)
                 yield Memory(types, name, accounts[0], most)
@@ -182,7 +182,7 @@ def memory_row(variant, sharded, num_gpus):
     account = variant.account
     on_each = "cannot be"
     if sharded:
-        total = experiment_memory.on_each(sharded, account, num_gpus)
+        total = experiment_memory.bytes_per_gpu(sharded, account, num_gpus)
         on_each = f"{memory.with_margin(total) / GIB:.2f}"
     sizes = (*account.parts, account.total, memory.with_margin(account.total))
     sizes = [f"{size / GIB:.2f}" for size in sizes]

@@ -48,7 +48,7 @@ def sample_from_checkpoint(
     recipe = build.grid_recipe(trained)
     print(
         f"drawing {quantity(num_images, 'image')} from {name}: {recipe}; "
-        f"{cost.evaluations(trained, recipe)} network evaluations an image",
+        f"{cost.count_nfe(trained, recipe)} network evaluations an image",
         flush=True,
     )
     pixels = concatenate(drawing.drawer(trained, net, machine, gathered)(range(num_images), recipe))

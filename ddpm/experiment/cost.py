@@ -25,12 +25,12 @@ WAY = ("sampler", "steps", "spacing")
 MOST = 20  # evaluations of a training: more show nothing new
 
 
-def evaluations(config, recipe, edit=None, model=None):
+def count_nfe(config, recipe, edit=None, model=None):
     """The network evaluations of an image, drawn or edited; ValueError for an impossible edit."""
     return draw.count_nfe(model or build.diffusion(config, None), recipe, edit)
 
 
-class Operations(NamedTuple):
+class Flops(NamedTuple):
     """A network's floating-point operations on one image, and the kernels of a micro-batch."""
 
     forward: int
@@ -38,8 +38,8 @@ class Operations(NamedTuple):
     kernels: int = 0  # forward and backward, where it is not compiled
 
 
-def operations(config):
-    """The Operations of a config's network, counted without computing any."""
+def count_flops(config):
+    """The Flops of a config's network, counted without computing any."""
     with (
         torch.device("meta"),
         FlopCounterMode(display=False) as counter,
@@ -53,16 +53,16 @@ def operations(config):
         forward = counter.get_total_flops()
         out.sum().backward()
     guess = forward * config.diffusion.self_condition  # which is given its own estimate
-    return Operations(forward, counter.get_total_flops() + guess, launched.count)
+    return Flops(forward, counter.get_total_flops() + guess, launched.count)
 
 
-def drawing_operations(config, asked, model=None):
-    """The operations to draw and measure one image, by a network of these Operations."""
+def drawing_operations(config, flops, model=None):
+    """The operations to draw and measure one image, by a network of these Flops."""
     if config.evaluate.extractor == "none":
         return 0
     looks = extractors.OPERATIONS[build.extractor_name(config)]
     recipe = build.recipe(config, config.evaluate, (), "")
-    return evaluations(config, recipe, model=model) * asked.forward + looks
+    return count_nfe(config, recipe, model=model) * flops.forward + looks
 
 
 def comparison_operations(config, images):
@@ -81,16 +81,16 @@ def comparison_operations(config, images):
     return pairs + covariance + 2 * fewer * more * (width + fewer) + 4 * fewer**3 // 3
 
 
-def likelihood_operations(config, asked):
+def likelihood_operations(config, flops):
     """The operations, at most, of the bits a dimension in one evaluation."""
     section = config.evaluate
-    each = {"none": 0, "bound": asked.forward, "flow": asked.training, "both": sum(asked[:2])}[
+    each = {"none": 0, "bound": flops.forward, "flow": flops.training, "both": sum(flops[:2])}[
         section.likelihood
     ]
     return section.likelihood_images * section.likelihood_evaluations * each
 
 
-def settled(config, images=SAMPLES, before=None):
+def resolve_evaluation(config, images=SAMPLES, before=None):
     """The config with those values of its section `evaluate` filled in that are open: auto or 0.
 
     Where sampler and spacing are both open, they and the steps are those of `before`, the config of
@@ -129,7 +129,7 @@ class EvalPlan(NamedTuple):
 
 
 def plan_evaluation(config, images, flops, before=None, model=None):
-    """The EvalPlan of a training that learns from `images` images, by a network of the Operations
+    """The EvalPlan of a training that learns from `images` images, by a network of the Flops
     `flops`; `before` is the config of the run that it continues, `model` the config's DDPM, if
     built.
 
@@ -138,7 +138,7 @@ def plan_evaluation(config, images, flops, before=None, model=None):
     """
     train = config.train
     interval = config.every.evaluate
-    config = settled(config, images, before)
+    config = resolve_evaluation(config, images, before)
     section = config.evaluate
     steps = durations.steps_of(train.length, train.batch_size, images)
     training = steps * train.batch_size * flops.training

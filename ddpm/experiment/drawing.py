@@ -44,7 +44,7 @@ def scorer(config, images, machine, model=None):
         how,
         config.evaluate.num_samples,
         load.weights_name(config),
-        cost.evaluations(config, how, model=model),
+        cost.count_nfe(config, how, model=model),
         machine,
     )
 

@@ -37,7 +37,7 @@ def load(run_or_file, device=None, **options):
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of a machine tells
             print(f"no checkpoint given: taking the newest run, {run_or_file}", flush=True)
     path, step, text, weights = training_weights.load_weights(run_or_file)
-    config = cost.settled(files.changed(files.from_json(text), options))
+    config = cost.resolve_evaluation(files.changed(files.from_json(text), options))
     if (name := weights_name(config)) != "EMA":
         step, weights = chosen_weights(path, step, config)
     if options.get("sample.guide") and config.sample.guidance == 1:

@@ -14,7 +14,7 @@ from ddpm.runtime import device, memory
 from ddpm.training.network import TrainNetwork
 
 
-def account(config, dtype, images, levels=0):
+def estimate(config, dtype, images, levels=0):
     """The memory of a step of a config on one GPU, by part: `images` at a time, `levels` of the
     network recomputed.
 
@@ -44,8 +44,8 @@ def account(config, dtype, images, levels=0):
     )
 
 
-def on_each(config, found, ranks):
-    """The bytes on each of `world` GPUs, from the account of the same micro-batch on one GPU."""
+def bytes_per_gpu(config, found, ranks):
+    """The bytes on each of `ranks` GPUs, from the account of the same micro-batch on one GPU."""
     if ranks == 1:
         return found.total
     if not config.train.fully_shard:
@@ -59,7 +59,7 @@ def on_each(config, found, ranks):
     return found.shared / ranks + found.total - found.shared + 2 * together
 
 
-def recomputed(config, net, machine, note):
+def choose_recomputed_levels(config, net, machine, note):
     """How many levels of a network keep no activations; `note(text)` is told why.
 
     `auto` is as few as fit into what is free on the GPU beside a training step, and none on a CPU.
@@ -72,7 +72,7 @@ def recomputed(config, net, machine, note):
     @cache  # an account takes seconds
     def needed(levels):
         return memory.with_margin(
-            on_each(config, account(config, machine.dtype, images, levels), machine.world)
+            bytes_per_gpu(config, estimate(config, machine.dtype, images, levels), machine.world)
         )
 
     if wanted == "auto":
@@ -102,9 +102,9 @@ def recomputed(config, net, machine, note):
     return levels
 
 
-def savings(config, machine, levels=0):
+def suggest_savings(config, machine, levels=0):
     """Options that take less memory than one image at a time: words, the largest saving first."""
-    alone = account(config, machine.dtype, 1, levels)
+    alone = estimate(config, machine.dtype, 1, levels)
     found = []
     now = alone.total
     for option, value in (
@@ -117,11 +117,13 @@ def savings(config, machine, levels=0):
         with contextlib.suppress(ValueError):  # of a network that cannot be so
             other = files.changed(config, {option: value})
             build.check(other)
-            saved = now - account(other, dtype, 1, 99 if value == "all" else levels).total
+            saved = now - estimate(other, dtype, 1, 99 if value == "all" else levels).total
             found.append((saved, f"--config.{option}={value} (saves {saved / 2**20:,.1f} MiB)"))
     with contextlib.suppress(ValueError):
         other = files.changed(config, {"train.fully_shard": True})
-        saved = on_each(config, alone, machine.world) - on_each(other, alone, machine.world)
+        saved = bytes_per_gpu(config, alone, machine.world) - bytes_per_gpu(
+            other, alone, machine.world
+        )
         found.append(
             (
                 saved,

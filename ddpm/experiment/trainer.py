@@ -39,7 +39,7 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
         config, images = open_images(start.config, start.content)
         count = len(images.learned)
         total = durations.steps_of(config.train.length, config.train.batch_size, count)
-        flops = cost.operations(config)
+        flops = cost.count_flops(config)
         plan = plan_evaluation(config, count, flops, model, start.content)
         config = plan.config
         every = intervals(config, count, plan.interval)
@@ -204,7 +204,7 @@ def split_notes(config, images, every, best):
 def build_step(config, model, net, machine, images, initial, rollbacks, notes):
     """The TrainStep, its averages by part name, and the number of recomputed levels."""
     # by the memory that is free before the network is moved there
-    levels = memory.recomputed(config, net, machine, notes.append)
+    levels = memory.choose_recomputed_levels(config, net, machine, notes.append)
     if initial:
         path, _, text, weights = initial
         load.check_same_network(config, files.from_json(text), path)

@@ -92,7 +92,7 @@ def planned_protocols(trainings):
     kinds = {(section.source, section.image_size, section.channels) for section in sections}
     for name, config in trainings.items():
         network = (config.model, config.data, config.diffusion)
-        operations[network] = operations.get(network) or cost.operations(config)
+        operations[network] = operations.get(network) or cost.count_flops(config)
         parts = {}
         size = 0
         try:

@@ -118,7 +118,7 @@ def measured(given, machine, levels):
 def planned(given, dtype, levels):
     """What the planner says of the same step, in bytes."""
     images = given.train.batch_size // given.train.gradient_accumulation_steps
-    return experiment_memory.account(given, dtype, images, levels).total
+    return experiment_memory.estimate(given, dtype, images, levels).total
 
 
 def computes(machine):

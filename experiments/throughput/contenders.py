@@ -86,7 +86,7 @@ class Ours:
         self.net = self.made.step.net
         self.machine = self.made.machine
         self.parameters = count(self.net)
-        self.flops = cost.operations(task.config).training
+        self.flops = cost.count_flops(task.config).training
         self.batch = task.pixels, torch.full((len(task.pixels),), -1)
 
     def train(self, steps):

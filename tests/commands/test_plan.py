@@ -29,7 +29,7 @@ def test_the_most_images_fit_and_one_more_does_not():
         dtype = torch.float32 if found.types == "fp32" else torch.bfloat16
         levels = 9 * (found.checkpointing == "all")
         sizes = [
-            memory.with_margin(experiment_memory.account(given, dtype, n, levels).total)
+            memory.with_margin(experiment_memory.estimate(given, dtype, n, levels).total)
             for n in (found.most, found.most + 1)
         ]
         assert sizes[0] <= room < sizes[1]
@@ -40,7 +40,7 @@ def test_the_most_images_fit_and_one_more_does_not():
 def test_cats128_fits_into_8_gib_with_its_batch_of_8():
     given = defaults.freeze(module_of(FILES[0].with_name("cats128.py")).get_config())
     assert given.train.batch_size == 8
-    found = experiment_memory.account(
+    found = experiment_memory.estimate(
         given, torch.bfloat16, 8 // given.train.gradient_accumulation_steps
     )
     assert memory.with_margin(found.total) < 8 * GIB
@@ -139,7 +139,7 @@ def test_small_networks_are_limited_by_their_kernels():
     given = tiny()
     with torch.device("meta"):
         layers = sum(not list(module.children()) for module in build.network(given).modules())
-    assert layers < cost.operations(given).kernels < 20 * layers
+    assert layers < cost.count_flops(given).kernels < 20 * layers
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_a_gpu_with_room_takes_the_batch_in_fewer_parts():
     """
     given = tiny(train__batch_size=12, train__gradient_accumulation_steps=6)
     sizes = [
-        memory.with_margin(experiment_memory.account(given, torch.bfloat16, n).total)
+        memory.with_margin(experiment_memory.estimate(given, torch.bfloat16, n).total)
         for n in (4, 6)
     ]
     said = "\n".join(plan.plan(given, sum(sizes) / 2 / GIB, 0.4, 1))

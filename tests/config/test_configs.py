@@ -182,13 +182,15 @@ def test_the_paper_networks_have_their_size():
     assert parameters("edm_cifar10") == 55_733_891 + 4 * attention - 4 * shortcut
     assert parameters("cats128") == 200_321_475
     cats = module_of(FILES[0].parent / "cats128.py").get_config()
-    assert cost.operations(cats).training == pytest.approx(1583e9, rel=1e-3)
+    assert cost.count_flops(cats).training == pytest.approx(1583e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("name, within", [("digits", 0.04), ("ddpm_cifar10", 0.03)])
 def test_the_dit_spends_what_the_unet_spends(name, within):
     recipes = module_of(FILES[0].parent / f"{name}.py")
-    unet, dit = (cost.operations(recipes.get_config(variant)).training for variant in (None, "dit"))
+    unet, dit = (
+        cost.count_flops(recipes.get_config(variant)).training for variant in (None, "dit")
+    )
     assert abs(dit / unet - 1) < within
 
 

@@ -118,7 +118,7 @@ def refusal(row):
         given = config_of(row)
         build.check(given)
         if "edit" in row:
-            cost.evaluations(given, build.edit_recipe(given), get_edit(row["edit"]))
+            cost.count_nfe(given, build.edit_recipe(given), get_edit(row["edit"]))
     except ValueError as error:
         return str(error)
     return ""

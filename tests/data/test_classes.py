@@ -314,9 +314,7 @@ def test_the_network_that_draws_without_guidance_is_asked_once_a_step(trained):
         asked.clear()
         draw.concatenate(drawing(range(2), recipe._replace(guidance=guidance)))
         assert (
-            len(asked)
-            == times
-            == cost.evaluations(loaded.config, recipe._replace(guidance=guidance))
+            len(asked) == times == cost.count_nfe(loaded.config, recipe._replace(guidance=guidance))
         )
 
 

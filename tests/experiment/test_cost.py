@@ -62,7 +62,7 @@ def test_how_often_an_interval_is_due(text, total):
 
 @lru_cache
 def operations():
-    return experiment_cost.operations(tiny())
+    return experiment_cost.count_flops(tiny())
 
 
 def chosen(**options):
@@ -88,7 +88,7 @@ def chosen(**options):
     ids=str,
 )
 def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, options):
-    given, asked, found = chosen(evaluate__budget=share, train__length=length, **options)
+    given, flops, found = chosen(evaluate__budget=share, train__length=length, **options)
     steps = durations.steps_of(length, given.train.batch_size, 1000)
     every = durations.Every(found.interval, given.train.batch_size, 1000)
     times = sum(
@@ -99,12 +99,12 @@ def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, opt
     bits = (
         given.evaluate.likelihood_images
         * 100
-        * (asked.forward + asked.training)
+        * (flops.forward + flops.training)
         * (given.evaluate.likelihood == "both")
     )
     compared = experiment_cost.comparison_operations(found.config, 1000)
-    one = section.num_samples * (section.steps * asked.forward + looks) + compared + bits
-    whole = steps * given.train.batch_size * asked.training
+    one = section.num_samples * (section.steps * flops.forward + looks) + compared + bits
+    whole = steps * given.train.batch_size * flops.training
     assert found.operations == one and found.share == pytest.approx(times * one / whole)
     assert Fraction(times * one, whole) <= Fraction(share) and times <= experiment_cost.MOST
     # not one more would fit, as the interval is whole steps
@@ -225,7 +225,7 @@ def test_the_default_sampler_brings_a_spacing_and_a_named_one_does_not():
         given, _, found = chosen(**options)
         assert found.config.evaluate.spacing == spacing and found.config.sample == given.sample
         # what ddpm.evaluate draws by afterwards
-        assert experiment_cost.settled(found.config) == found.config
+        assert experiment_cost.resolve_evaluation(found.config) == found.config
         used = build.recipe(found.config, found.config.evaluate, (), "").spacing
         assert used == (given.sample.spacing if spacing == "auto" else spacing)
 
@@ -307,10 +307,10 @@ def test_configs_of_before_the_budget_mean_what_they_meant():
     saved["sample"]["spacing"] = "quadratic"
     loaded = files.from_json(json.dumps(saved))
     assert (
-        build.recipe(experiment_cost.settled(loaded), loaded.evaluate, (), "").spacing
+        build.recipe(experiment_cost.resolve_evaluation(loaded), loaded.evaluate, (), "").spacing
         == "quadratic"
     )
-    found = experiment_cost.plan_evaluation(loaded, 1617, experiment_cost.operations(loaded))
+    found = experiment_cost.plan_evaluation(loaded, 1617, experiment_cost.count_flops(loaded))
     assert found.config == loaded and found.interval == "6 steps" and loaded.evaluate.budget == 0.05
 
 
@@ -346,18 +346,18 @@ def test_what_is_counted_is_what_is_computed(options, tmp_path):
         **options,
     )
     made = trainer.build_trainer(given, tmp_path, device.start(), tracker=Tracker())
-    asked = experiment_cost.operations(given)
+    flops = experiment_cost.count_flops(given)
     batch = next(made.batches(0))
-    assert counted(lambda: made.step(0, batch)) == given.train.batch_size * asked.training
+    assert counted(lambda: made.step(0, batch)) == given.train.batch_size * flops.training
 
     scorer = drawing.scorer(given, build.dataset(given), made.machine)
     drawn = (images for _, images in made.evaluation.draw(scorer.seeds, scorer.recipe))
     assert counted(
         lambda: extractors.extract(scorer.extractor, drawn)
-    ) == 16 * experiment_cost.drawing_operations(given, asked)
+    ) == 16 * experiment_cost.drawing_operations(given, flops)
     assert (
         0.5
-        < counted(made.evaluation.likelihood) / experiment_cost.likelihood_operations(given, asked)
+        < counted(made.evaluation.likelihood) / experiment_cost.likelihood_operations(given, flops)
         <= 1
     )
 
@@ -385,9 +385,9 @@ def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):
     given = tiny(
         **OPEN | {"evaluate__num_samples": 16, "evaluate__budget": 0.9, "evaluate__sampler": "ddim"}
     )
-    asked = experiment_cost.operations(given)
-    drawn = 16 * (3 * asked.forward + extractors.OPERATIONS["digits"])
-    share = 4 * (drawn + experiment_cost.comparison_operations(given, 1617)) / (96 * asked.training)
+    flops = experiment_cost.count_flops(given)
+    drawn = 16 * (3 * flops.forward + extractors.OPERATIONS["digits"])
+    share = 4 * (drawn + experiment_cost.comparison_operations(given, 1617)) / (96 * flops.training)
     assert share <= 0.9 < 5 / 4 * share
     assert run(given, tmp_path)
     measured = [row for row in rows(tmp_path) if "eval/fd_digits" in row]
@@ -417,9 +417,9 @@ def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):
 @pytest.mark.parametrize("name", ["schedules", "architectures", "ema", "targets", "unet_vs_dit"])
 def test_committed_studies_are_measured_as_their_files_say(name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
-    asked = study.read_study(f"experiments/{name}.yaml")
-    given = asked.config(asked.grid()[0])
-    found = experiment_cost.plan_evaluation(given, 1617, experiment_cost.operations(given))
+    flops = study.read_study(f"experiments/{name}.yaml")
+    given = flops.config(flops.grid()[0])
+    found = experiment_cost.plan_evaluation(given, 1617, experiment_cost.count_flops(given))
     assert found.config == given and found.interval == given.every.evaluate
     assert (
         f"1,000 images by {given.evaluate.sampler} in {given.evaluate.steps} steps" in found.words

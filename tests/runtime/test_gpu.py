@@ -116,5 +116,5 @@ def test_the_account_of_a_step_is_what_the_gpu_takes(amp, levels):
     given = tiny(model__model_channels=32, train__batch_size=512)
     if not MEASURE.computes(machine):
         pytest.skip("this GPU has no bf16")
-    found = memory.account(given, machine.dtype, given.train.batch_size, levels)
+    found = memory.estimate(given, machine.dtype, given.train.batch_size, levels)
     assert found.total == pytest.approx(MEASURE.measured(given, machine, levels), rel=0.1)

@@ -48,7 +48,7 @@ def test_the_account_of_a_step_is_what_the_profiler_sees(options, dtype, levels)
         )
     given = tiny(**WIDE | options)
     images = given.train.batch_size // given.train.gradient_accumulation_steps
-    found = memory.account(given, dtype, images, levels)
+    found = memory.estimate(given, dtype, images, levels)
     machine = device.Machine(torch.device("cpu"), dtype)
     assert found.total == pytest.approx(MEASURE.measured(given, machine, levels), rel=0.1)
     weights = sum(map(runtime_memory.size_of, build.network(given).state_dict().values()))
@@ -139,18 +139,18 @@ def test_auto_recomputes_as_few_levels_as_the_gpu_needs(share, levels, monkeypat
     told = []
     room = (
         runtime_memory.with_margin(
-            memory.account(given, torch.float32, given.train.batch_size).total
+            memory.estimate(given, torch.float32, given.train.batch_size).total
         )
         * share
     )
     monkeypatch.setattr(device.Machine, "free", lambda self: room)
-    assert memory.recomputed(given, net, machine, told.append) == levels
+    assert memory.choose_recomputed_levels(given, net, machine, told.append) == levels
     (line,) = told
     assert "activation_checkpointing is auto" in line and ("all activations are kept" in line) == (
         levels == 0
     )
     monkeypatch.setattr(device.Machine, "free", lambda self: None)
-    assert memory.recomputed(given, net, machine, told.append) == 0
+    assert memory.choose_recomputed_levels(given, net, machine, told.append) == 0
 
 
 def test_every_module_of_the_levels_is_one_that_recomputes(tmp_path):
