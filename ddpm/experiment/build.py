@@ -1,6 +1,4 @@
-"""Config -> objects. With `assemble`, which puts a training together, the only reader of config
-sections.
-"""
+"""Config -> network, data, DDPM, recipes and remarks; only this folder reads config sections."""
 
 import inspect
 import math
@@ -27,10 +25,9 @@ from ddpm.training import checkpoint
 
 
 def network(config):
-    """The plain network of a config, its weights drawn at the config's seed; it gets those options
-    of `model` that it takes.
+    """The plain network of a config, its weights drawn at the seed, by the options that it takes.
 
-    Raises ValueError for what the network cannot be.
+    Raises ValueError for options of which no network can be built.
     """
     make, taken = chosen_network(config)
     if config.data.augment and "augmentation" not in taken:
@@ -63,14 +60,14 @@ def chosen_network(config):
 
 
 def takes(make):
-    """The names of a network's arguments but for those that stand in `model.name`."""
+    """The names of a network's arguments, except those that stand in `model.name`."""
     return {
         p.name for p in inspect.signature(make).parameters.values() if p.kind is not p.KEYWORD_ONLY
     }
 
 
 def unused(config):
-    """The options that do nothing in a config, each with the option whose value makes it so."""
+    """The options without effect in a config: name -> the option whose value is the reason."""
     _, taken = chosen_network(config)
     found = {
         f"model.{name}": "model.name"
@@ -107,7 +104,7 @@ def image_shape(config):
 
 
 def dataset(config):
-    """The images of a config, all of them; raises ValueError where there are none."""
+    """All images of a config; raises ValueError if there are none."""
     section = config.data
     images = data.open_source(section.source, section.image_size, section.channels, section.matte)
     # which may be more than a disk holds
@@ -123,9 +120,9 @@ def split(config, images):
 
 
 def class_names(config, images):
-    """The names of the classes that a config learns from its images; none where it learns none.
+    """The names of the classes that a config learns from its images, or ().
 
-    Raises ValueError where the images have no labels, or other classes than the config names.
+    Raises ValueError for images without labels, or of other classes than the config names.
     """
     given = config.data.classes
     if not config.data.class_labels:
@@ -157,7 +154,7 @@ def same_data(config, images):
 
 
 def other_data(config, images, run_or_file=None):
-    """A note where the images are not those that a run learned from: lines, mostly none."""
+    """A remark if the images are not those that a run learned from: lines, mostly none."""
     try:
         content, _ = checkpoint.newest(
             checkpoint.folder_of(run_or_file or checkpoint.newest_run()), tensors=False
@@ -175,21 +172,15 @@ def with_classes(config, names):
 
 def grid_recipe(config):
     """How the grids of a config are drawn: of its classes, one after the other."""
-    numbers = range(len(config.data.classes))
-    return recipe(
-        config,
-        config.sample,
-        data_source.class_numbers(config.sample.classes, config.data.classes) or numbers,
-        "in turn",
-    )
+    names = config.data.classes
+    labels = data_source.class_numbers(config.sample.classes, names) or range(len(names))
+    return recipe(config, config.sample, labels, "in turn")
 
 
 def edit_recipe(config):
-    """How pictures are edited: as images of the classes that the config names, and without a label
-    where it names none.
+    """The Recipe of edits: images of the classes in sample.classes, or without labels.
 
-    Raises ValueError where the network has never done without a label, and for a guidance without
-    one to be guided to.
+    Raises ValueError if the network has only learned with labels, and for guidance without a class.
     """
     classes = config.data.classes
     section = config.sample
@@ -218,10 +209,7 @@ def recipe(config, section, labels, usual):
     """The Recipe of a section, of labels in turn; what it lacks is that of the section `sample`."""
     shared = config.sample
     names = config.data.classes
-    said = (
-        ", ".join(names[number] for number in data_source.class_numbers(section.classes, names))
-        or usual
-    )
+    chosen = [names[number] for number in data_source.class_numbers(section.classes, names)]
     spacing = section.spacing if section.spacing != "auto" else shared.spacing
     return draw.Recipe(
         section.sampler,
@@ -230,7 +218,7 @@ def recipe(config, section, labels, usual):
         shared.seed,
         section.batch_size,
         labels,
-        said,
+        ", ".join(chosen) or usual,
         shared.guidance,
         shared.guidance_interval,
         shared.guide,
@@ -238,7 +226,7 @@ def recipe(config, section, labels, usual):
 
 
 def extractor(config, machine):
-    """The feature extractor of a config; raises ValueError where its weights are not to be had."""
+    """The feature extractor of a config; raises ValueError if its weights are unavailable."""
     found = extractors.EXTRACTORS[extractor_name(config)](
         machine.device, config.evaluate.inception_weights
     )
@@ -247,14 +235,9 @@ def extractor(config, machine):
 
 def extractor_name(config):
     """The name of the extractor of a config, what `auto` means for its data."""
-    name = config.evaluate.extractor
-    return (
-        name
-        if name != "auto"
-        else "digits"
-        if registry.parse(config.data.source)[0] == "digits"
-        else "inception"
-    )
+    if config.evaluate.extractor != "auto":
+        return config.evaluate.extractor
+    return "digits" if registry.parse(config.data.source)[0] == "digits" else "inception"
 
 
 def remarks(config, section):
@@ -269,19 +252,19 @@ def remarks(config, section):
 
 
 def unused_remarks(config):
-    """A note on options that are set and do nothing in a config: lines, mostly none."""
+    """A remark on options that are set and have no effect: lines, mostly none."""
     given = defaults.flatten(config)
     usual = defaults.flatten(defaults.base())
     idle = {key: other for key, other in unused(config).items() if given[key] != usual[key]}
+    if not idle:
+        return []
     options = ", ".join(f"{key}={given[key]}" for key in idle)
     names = {
         key: registry.parse(given[key])[0] if isinstance(given[key], str) else given[key]
         for key in idle.values()
     }
     causes = " and ".join(f"{key}={name}" for key, name in names.items())
-    return (
-        [f"{options} {'have' if len(idle) > 1 else 'has'} no effect with {causes}"] if idle else []
-    )
+    return [f"{options} {'have' if len(idle) > 1 else 'has'} no effect with {causes}"]
 
 
 def unconditioned(net):
@@ -312,10 +295,7 @@ def loss_remarks(config, model):
 
 
 def check(config):
-    """The DDPM of a config, without its network; no memory is taken.
-
-    Raises ValueError for what only network, process and W&B know to be impossible.
-    """
+    """The DDPM of a config, without a network; ValueError if one, a process or W&B refuses it."""
     wandb.check(dict(config.wandb))
     with torch.device("meta"):
         network(config)
@@ -323,7 +303,7 @@ def check(config):
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operations inside that compute something, and so launch a kernel or more."""
+    """Counts the operations in it that compute something: each launches a kernel or more."""
 
     def __init__(self):
         super().__init__()
@@ -335,11 +315,9 @@ class Kernels(TorchDispatchMode):
 
 
 def tracker(config, folder, machine, start, total, state=None, source=None):
-    """Write a run's config.json and open its tracker, whose rows continue after step `start` of
-    `total`.
+    """Write a run's config.json and open its tracker, whose rows continue after step `start`.
 
-    Both record the code, beside that which ran the folder until now, or ran the folder `source`
-    where the run was begun.
+    Both record the commits of the code that ran the folder, or `source`, where the run began.
     """
     code = tracking_tracker.commit()
     shown = files.tracked(config)

@@ -25,12 +25,10 @@ class Loaded(NamedTuple):
 
 
 def load(run_or_file, device=None, **options):
-    """Rebuild what a checkpoint describes; of the newest run of runs/, which is said, where none is
-    given.
+    """Rebuild what a checkpoint describes; for None, that of the newest run in runs/.
 
-    `options` that are not None take the place of those in the checkpoint's config,
-    `{"sample.steps": 25}`. Raises ValueError for a missing, damaged or foreign file, and for
-    options that cannot be.
+    `options` that are not None replace those of the checkpoint's config, `{"sample.steps": 25}`.
+    Raises ValueError for a missing, damaged or foreign file, and for impossible options.
     """
     if run_or_file is None:
         run_or_file = checkpoint.newest_run()
@@ -68,8 +66,8 @@ def check_same_network(config, other, path):
     theirs = defaults.flatten(other)
     if len(config.data.classes) != len(other.data.classes):
         were, are = (
-            source.in_words(one.data.classes) if one.data.classes else "none"
-            for one in (other, config)
+            source.in_words(each.data.classes) if each.data.classes else "none"
+            for each in (other, config)
         )
         raise ValueError(
             f"{path} was trained with other classes: they were {were}, are {are} in "
@@ -111,21 +109,18 @@ def weights_name(config):
 
 
 def chosen_weights(path, step, config):
-    """(step, weights) of the average that config.sample.ema asks for, up to the step of a file of
-    weights.
+    """(step, weights) of the average that config.sample.ema selects, up to the step of a file.
 
-    A further decay is in the checkpoint of that step; a sigma_rel is made from the snapshots.
-    Raises ValueError where there are none, or where they come nowhere near it.
+    Another decay is in the checkpoint of that step; a sigma_rel is made from the snapshots. Raises
+    ValueError if there are none, or if they do not span it.
     """
     chosen = config.sample.ema
     section = config.ema
     folder = checkpoint.folder_of(path)
     if chosen in section.more:
-        found = (
-            [path]
-            if path.suffix == ".pt"
-            else [other for at, other in checkpoint.checkpoints(folder) if at == step]
-        )
+        found = [other for at, other in checkpoint.checkpoints(folder) if at == step]
+        if path.suffix == ".pt":
+            found = [path]
         if found:
             return step, training_weights.ema_weights(
                 found[-1], checkpoint.load(found[-1]), part_name(chosen)
@@ -137,11 +132,9 @@ def chosen_weights(path, step, config):
     found = [item for item in checkpoint.snapshots(folder) if item[0] <= step]
     if chosen > posthoc_ema.WIDEST or not found:
         decays = ", ".join(map(str, (section.decay, *section.more)))
-        others = (
-            f", and {len(found)} snapshots for any sigma_rel up to 0.288; choose one of those, or"
-            if found
-            else ";"
-        )
+        others = ";"
+        if found:
+            others = f", and {len(found)} snapshots for any sigma_rel up to 0.288; choose one, or"
         raise ValueError(
             f"{folder} has no weights averaged with {weights_name(config)}. It has EMA decay "
             f"{decays}{others} train with config.ema.more for another decay, or with "

@@ -15,12 +15,11 @@ from ddpm.training.network import TrainNetwork
 
 
 def estimate(config, dtype, images, levels=0):
-    """The memory of a step of a config on one GPU, by part: `images` at a time, `levels` of the
-    network recomputed.
+    """The memory.Account of a step on one GPU, `images` at a time, `levels` recomputed.
 
-    Nothing is allocated or computed. Gradients are accumulated where the config does so.
+    Nothing is allocated or computed. Gradients are accumulated if the config does so.
     """
-    parts = config.train.gradient_accumulation_steps
+    accumulated = config.train.gradient_accumulation_steps > 1
     config = files.changed(
         config, {"train.batch_size": images, "train.gradient_accumulation_steps": 1}
     )
@@ -34,13 +33,9 @@ def estimate(config, dtype, images, levels=0):
         averaged = list(step.averages(config, net).values())
     network = TrainNetwork(net, device.Machine(torch.device("cpu"), dtype))
     made = step.step(config, build.diffusion(config, None), network, averaged, dataset_size=images)
+    batch = step.blank(config, images)
     return memory.account(
-        ledger,
-        made,
-        step.blank(config, images),
-        weights,
-        ledger.live - weights,
-        accumulated=parts > 1,
+        ledger, made, batch, weights, ledger.live - weights, accumulated=accumulated
     )
 
 
@@ -60,9 +55,9 @@ def bytes_per_gpu(config, found, ranks):
 
 
 def choose_recomputed_levels(config, net, machine, note):
-    """How many levels of a network keep no activations; `note(text)` is told why.
+    """The number of a network's levels that keep no activations; `note(text)` receives the reason.
 
-    `auto` is as few as fit into what is free on the GPU beside a training step, and none on a CPU.
+    `auto` is the smallest that lets a step fit into the GPU's free memory, and 0 on a CPU.
     """
     wanted = config.train.activation_checkpointing
     free = machine.free()
@@ -75,14 +70,9 @@ def choose_recomputed_levels(config, net, machine, note):
             bytes_per_gpu(config, estimate(config, machine.dtype, images, levels), machine.world)
         )
 
-    if wanted == "auto":
-        levels = (
-            0
-            if free is None
-            else min(bisect_left(range(count + 1), True, key=lambda n: needed(n) <= free), count)
-        )
-    else:
-        levels = count if wanted == "all" else 0
+    levels = count if wanted == "all" else 0
+    if wanted == "auto" and free is not None:
+        levels = min(bisect_left(range(count + 1), True, key=lambda n: needed(n) <= free), count)
     if levels:
         sizes = f"{needed(0) / memory.GIB:.1f} GiB without, {needed(levels) / memory.GIB:.1f} so"
         sizes += "" if free is None else f", {free / memory.GIB:.1f} free"
@@ -91,13 +81,9 @@ def choose_recomputed_levels(config, net, machine, note):
             f"as train.activation_checkpointing is {wanted}: {sizes}"
         )
     else:
-        why = (
-            ""
-            if wanted == "none"
-            else ", no GPU"
-            if free is None
-            else (f": {needed(0) / memory.GIB:.1f} GiB of {free / memory.GIB:.1f} that are free")
-        )
+        why = "" if wanted == "none" else ", no GPU"
+        if wanted != "none" and free is not None:
+            why = f": {needed(0) / memory.GIB:.1f} GiB of {free / memory.GIB:.1f} that are free"
         note(f"all activations are kept (train.activation_checkpointing is {wanted}{why})")
     return levels
 
@@ -124,11 +110,8 @@ def suggest_savings(config, machine, levels=0):
         saved = bytes_per_gpu(config, alone, machine.world) - bytes_per_gpu(
             other, alone, machine.world
         )
+        place = f"MiB on {machine.world} ranks"
         found.append(
-            (
-                saved,
-                f"--config.train.fully_shard=True (saves {saved / 2**20:,.1f} MiB on "
-                f"{machine.world} ranks)",
-            )
+            (saved, f"--config.train.fully_shard=True (saves {saved / 2**20:,.1f} {place})")
         )
     return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]

@@ -239,7 +239,7 @@ def test_any_average_can_be_loaded(trained):
         (
             0.7,
             "has no weights averaged with EMA decay 0.7. It has EMA decay 0.9, 0.5, 0.99, and 4 "
-            "snapshots for any sigma_rel up to 0.288; choose one of those, or train with",
+            "snapshots for any sigma_rel up to 0.288; choose one, or train with",
         ),
         (0.01, "sigma_rel 0.01 cannot be made from 4 snapshots of 0.05, 0.1"),
         (1.5, "config.sample.ema is 1.5; it must lie between"),
