@@ -107,11 +107,7 @@ def suggest_savings(config, machine, levels=0):
             found.append((saved, f"--config.{option}={value} (saves {saved / 2**20:,.1f} MiB)"))
     with contextlib.suppress(ValueError):
         other = files.changed(config, {"train.fully_shard": True})
-        saved = bytes_per_gpu(config, alone, machine.world) - bytes_per_gpu(
-            other, alone, machine.world
-        )
-        place = f"MiB on {machine.world} ranks"
-        found.append(
-            (saved, f"--config.train.fully_shard=True (saves {saved / 2**20:,.1f} {place})")
-        )
+        now_each, then = (bytes_per_gpu(each, alone, machine.world) for each in (config, other))
+        size = f"{(now_each - then) / 2**20:,.1f} MiB on {machine.world} ranks"
+        found.append((now_each - then, f"--config.train.fully_shard=True (saves {size})"))
     return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]

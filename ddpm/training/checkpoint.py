@@ -11,7 +11,6 @@ size: a `.pt` may name only what tensors consist of, and its tensors stay mapped
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -79,33 +78,30 @@ def load(path, tensors=True):
     corrupt file, and ValueError for one that is no checkpoint of ddpm.
     """
     content = safe_load.read(path, tensors)
-    try:
-        ours = describes_itself(content) and all(
-            isinstance(state, dict) for state in content["parts"].values()
-        )
-    except (KeyError, TypeError, AttributeError):
-        ours = False
-    if not ours:
+    parts = content.get("parts") if describes_itself(content) else None
+    if not isinstance(parts, dict) or not all(isinstance(part, dict) for part in parts.values()):
         raise ValueError(f"{path} is not a checkpoint of this version of ddpm; use another file")
     return content
 
 
 def describes_itself(content):
-    """True if `content` has step, config and a known format; KeyError or TypeError otherwise."""
-    step = content["step"]
-    text = content["config"]
-    return content["format"] <= FORMAT and type(step) is int and step >= 0 and type(text) is str
+    """True if `content` is a dict with a known format, a step and a config."""
+    types = {"format": int, "step": int, "config": str}
+    return (
+        isinstance(content, dict)
+        and all(type(content.get(key)) is kind for key, kind in types.items())
+        and content["format"] <= FORMAT
+        and content["step"] >= 0
+    )
 
 
 def newest(folder, tensors=True):
-    """(content of the newest undamaged checkpoint of a run folder, [CorruptFile of newer ones]), or
-    (None, []) without any.
+    """(content of a run's newest undamaged checkpoint or None, [CorruptFile of newer ones]).
 
     `tensors` is as for `load`. Raises ValueError if all are damaged.
     """
     damaged = []
-    found = checkpoints(folder)
-    for _, path in reversed(found):
+    for _, path in reversed(checkpoints(folder)):
         try:
             return load(path, tensors), damaged
         except safe_load.CorruptFile as error:
@@ -184,12 +180,11 @@ def all_damaged(damaged):
 
 def quarantine(damaged):
     """Rename a CorruptFile checkpoint so that nothing reads it; returns the new path."""
-    numbers = itertools.chain([""], itertools.count(2))
-    place = next(
-        place
-        for number in numbers
-        if not (place := Path(f"{damaged.path}.damaged{number}")).exists()
-    )
+    place = Path(f"{damaged.path}.damaged")
+    number = 1
+    while place.exists():
+        number += 1
+        place = Path(f"{damaged.path}.damaged{number}")
     return damaged.path.replace(place)
 
 
@@ -239,27 +234,17 @@ def snapshots(folder):
 def folder_of(run_or_file):
     """The run folder that a run folder or a file in one means."""
     path = Path(run_or_file)
-    return (
-        path
-        if path.is_dir()
-        else path.parent.parent
-        if path.parent.name == "checkpoints"
-        else path.parent
-    )
+    return path if path.is_dir() else run_of(path) or path.parent
 
 
 def newest_run(runs="runs"):
     """The folder in `runs`, or in a study there, with the newest weights; ValueError if none."""
     times = {}
-    for folder in (
-        path for depth in ("*", "*/*") for path in Path(runs).glob(depth) if path.is_dir()
-    ):
-        final = folder / "final.safetensors"
-        for weights in (
-            *([final] if final.is_file() else ()),
-            *([folder / "checkpoints"] if checkpoints(folder) else ()),
-        ):
-            times[weights.stat().st_mtime_ns] = folder
+    for folder in (*Path(runs).glob("*/"), *Path(runs).glob("*/*/")):
+        if (folder / "final.safetensors").is_file():
+            times[(folder / "final.safetensors").stat().st_mtime_ns] = folder
+        if checkpoints(folder):
+            times[(folder / "checkpoints").stat().st_mtime_ns] = folder
     if not times:
         raise ValueError(
             f"no checkpoint given, and {Path(runs).absolute()} holds no run with weights; write "
@@ -302,7 +287,7 @@ def files_of(run_or_file):
             "another run"
         )
     # final weights before a checkpoint of that step
-    return [one for _, one in sorted(found, key=lambda item: item[0])][::-1]
+    return [file for _, file in sorted(found, key=lambda item: item[0])][::-1]
 
 
 def header(path):
@@ -311,11 +296,10 @@ def header(path):
         with safetensors.safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("ddpm", "")
         about = json.loads(text) if len(text) <= safe_load.LONGEST else {}
-        ours = describes_itself(about)
     except (OSError, safetensors.SafetensorError) as error:
         raise safe_load.CorruptFile(path, error) from None
-    except (KeyError, ValueError, TypeError, RecursionError):
-        ours = False
-    if not ours:
+    except (ValueError, RecursionError):
+        about = {}
+    if not describes_itself(about):
         raise safe_load.CorruptFile(path, "it has no header of ddpm's")
     return about

@@ -134,11 +134,9 @@ class EMA:
         saved = state["shadow"]
         faults = [f"{name} is missing" for name in self.shadow if name not in saved]
         faults += [f"{name} is unknown" for name in saved if name not in self.shadow]
-        faults += [
-            f"{name} is {tuple(saved[name].shape)}, not {tuple(value.shape)}"
-            for name, value in self.shadow.items()
-            if name in saved and saved[name].shape != value.shape
-        ]
+        for name, value in self.shadow.items():
+            if name in saved and saved[name].shape != value.shape:
+                faults.append(f"{name} is {tuple(saved[name].shape)}, not {tuple(value.shape)}")
         if faults:
             more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
             raise ValueError(

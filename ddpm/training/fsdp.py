@@ -112,14 +112,9 @@ class ShardedNetwork(TrainNetwork):
         """
         known = dict(enumerate(self.sharded.values())) | self.sharded
         if isinstance(state, dict):
-            return {
-                key: self.each(change, value, known.get(key, like)) for key, value in state.items()
-            }
-        return (
-            change(state, like)
-            if like is not None and isinstance(state, torch.Tensor) and state.ndim
-            else state
-        )
+            return {key: self.each(change, v, known.get(key, like)) for key, v in state.items()}
+        changes = like is not None and isinstance(state, torch.Tensor) and state.ndim
+        return change(state, like) if changes else state
 
 
 def all_gather_rows(rows, like):

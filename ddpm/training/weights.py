@@ -1,6 +1,4 @@
-"""Weights alone: exported safetensors, snapshots of averages, and loading them from a checkpoint
-or file.
-"""
+"""Weights alone: exported safetensors, snapshots of averages, and the weights of a checkpoint."""
 
 import json
 import os
@@ -33,18 +31,12 @@ def save_snapshot(folder, step, config_json, averages, buffers=()):
     than averages differ by. Tensors named in `buffers` keep their precision.
     """
     path = Path(folder, "snapshots", f"step_{step:08d}.safetensors")
-    export(
-        path,
-        {
-            f"{word}/{name}": value.half()
-            if value.is_floating_point() and name not in buffers
-            else value
-            for word, average in averages.items()
-            for name, value in average.items()
-        },
-        step,
-        config_json,
-    )
+    tensors = {}
+    for word, average in averages.items():
+        for name, value in average.items():
+            halved = value.is_floating_point() and name not in buffers
+            tensors[f"{word}/{name}"] = value.half() if halved else value
+    export(path, tensors, step, config_json)
     return path
 
 
@@ -60,32 +52,30 @@ def load_snapshot(path, word):
 
 def delete_snapshots_after(folder, step):
     """Delete the snapshots after the step at which a training starts."""
-    for _, path in [item for item in checkpoint.snapshots(folder) if item[0] > step]:
-        path.unlink()
+    for at, path in checkpoint.snapshots(folder):
+        if at > step:
+            path.unlink()
 
 
 def load_weights(run_or_file):
-    """The averaged weights of a run folder or file: (path, step, config JSON, name -> float32
-    tensor on the host).
+    """(path, step, config JSON, name -> float32 tensor on the host) of a run folder or file.
 
-    In a run folder these are of the newest undamaged file, and a line on stderr names newer ones.
-    Raises ValueError for a missing or damaged file.
+    The weights are averaged, of a folder's newest undamaged file; a line on stderr names damaged
+    ones. Raises ValueError for a missing or damaged file.
     """
     damaged = []
     files = checkpoint.files_of(run_or_file)
     for file in files:
         try:
-            path, step, *found = weights_in(file)
+            path, step, text, tensors = weights_in(file)
         except safe_load.CorruptFile as error:
             damaged.append(error)
             continue
-        # the first rank of a machine prints
-        for one in damaged if os.environ.get("LOCAL_RANK", "0") == "0" else ():
-            print(
-                f"{one.path} is damaged ({one.why}); {path.name}, of step {step}, takes its place",
-                file=sys.stderr,
-            )
-        return path, step, *found
+        for corrupt in damaged:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the first rank of a machine
+                print(f"{corrupt.path} is damaged ({corrupt.why}); ", end="", file=sys.stderr)
+                print(f"{path.name}, of step {step}, takes its place", file=sys.stderr)
+        return path, step, text, tensors
     raise damaged[0] if len(files) == 1 else checkpoint.all_damaged(damaged)
 
 
