@@ -191,12 +191,14 @@ def folder_of(out, format, only=False):
     if kind is None or Path(out).is_dir():
         return Path(out)
     if only or kind != format:
+        if format in SINGLE and not only:
+            raise ValueError(
+                f"--out={out} is not named like a file of --format={format}; end it with "
+                f"{SINGLE[format][1][0]}"
+            )
         raise ValueError(
             f"--out={out} is named like a file, and --format={format} writes a folder; write "
             f"--format={kind}, or --out={Path(out).with_suffix('')}"
-            if format not in SINGLE or only
-            else f"--out={out} is not named like a file of --format={format}; end it with "
-            f"{SINGLE[format][1][0]}"
         )
     return Path(out).parent
 

@@ -42,23 +42,19 @@ def read(path, tensors=True):
     and ValueError for other content, or tensors larger than their data.
     """
     with open(path, "rb") as file:
+        reason = "its end is missing, or torch did not write it"
         try:
             zipped = file.read(4) == b"PK\3\4"  # torch's own test
             file.seek(0)
-            named = set(
-                names_in_zip(file, tensors)
-                if zipped
-                else itertools.chain(*(names_in(file) for _ in range(LEGACY)))
-            )
+            if zipped:
+                reason = "the list of records at its end is incomplete"
+                named = set(names_in_zip(file, tensors))
+            else:
+                named = set(itertools.chain(*(names_in(file) for _ in range(LEGACY))))
         except WrongFormat as error:
             raise CorruptFile(path, error) from None
         except Exception:  # zipfile and pickletools raise many types
-            why = (
-                "the list of records at its end is incomplete"
-                if zipped
-                else "its end is missing, or torch did not write it"
-            )
-            raise CorruptFile(path, why) from None
+            raise CorruptFile(path, reason) from None
     if unknown := sorted(name for name in named if not HARMLESS.fullmatch(name)):
         raise ValueError(
             f"{path} holds more than tensors, numbers and words: {unknown[0]!r}; use another file"

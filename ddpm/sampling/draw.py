@@ -19,8 +19,7 @@ from ddpm.diffusion.process import initial_noise
 
 
 class Recipe(NamedTuple):
-    """How images are drawn: a sampler with its arguments, the number and spacing of its steps, the
-    seed, and the batch size.
+    """How images are drawn; `sampler` and `spacing` are names with arguments.
 
     Image k has label k of `labels`, modulo their number, or none; `classes` names them in words.
     `guidance` and `interval` are those of diffusion.denoiser.Guidance; `guide` names the network
@@ -54,12 +53,11 @@ def count_nfe(model, recipe, edit=None):
     sampler = registry.resolve("sampler", model.samplers, recipe.sampler)
     guidance = Guidance(None, recipe.guidance, recipe.interval)
     levels = model.process.levels(recipe.steps, recipe.spacing)
-    at = (
-        editing.visited_levels(edit, sampler, levels)
-        if edit
-        else samplers.visited_levels(sampler, levels, model.learns_variance)
-    )
-    return len(at) + sum(map(guidance.applies, at))
+    if edit:
+        visited = editing.visited_levels(edit, sampler, levels)
+    else:
+        visited = samplers.visited_levels(sampler, levels, model.learns_variance)
+    return len(visited) + sum(map(guidance.applies, visited))
 
 
 def walk_from_noise(sampler, denoiser, levels, noise, seeds):
@@ -73,17 +71,12 @@ def edited(edit, pictures, mask, count, machine):
     """The walk of an Edit of `pictures`, uint8 [c, h, w], and a mask [h, w], to `count` results."""
 
     def walk(sampler, denoiser, levels, noise, seeds):
-        given = [
-            repeat(
-                machine.to_device(common_pixels.encode(pixels)), "c h w -> b c h w", b=len(seeds)
-            )
-            for pixels in pictures
-        ]
-        places = machine.to_device(torch.tensor(seeds, dtype=torch.float64) / max(count - 1, 1))
+        images = [machine.to_device(common_pixels.encode(pixels)) for pixels in pictures]
+        images = tuple(repeat(image, "c h w -> b c h w", b=len(seeds)) for image in images)
+        share = machine.to_device(torch.tensor(seeds, dtype=torch.float64) / max(count - 1, 1))
         area = None if mask is None else rearrange(machine.to_device(mask), "h w -> 1 1 h w")
-        yield from edit.walk(
-            sampler, denoiser, levels, noise, editing.EditInput(tuple(given), area, places)
-        )
+        inputs = editing.EditInput(images, area, share)
+        yield from edit.walk(sampler, denoiser, levels, noise, inputs)
 
     return walk
 
@@ -91,8 +84,7 @@ def edited(edit, pictures, mask, count, machine):
 def trajectory(
     model, recipe, seeds, shape, machine, guide=None, walk=walk_from_noise, evaluated=lambda: None
 ):
-    """Yield x [b, c, h, w] in about [-1, 1] on the device: the start of the walk, then x after each
-    step.
+    """Yield x [b, c, h, w] in about [-1, 1] on the device: a walk's start, then x after each step.
 
     `seeds` are image numbers. `guide` is the network net(x, t, y) that guides, in evaluation mode,
     or None for the model's own without labels. `evaluated()` is called after each evaluation of a
@@ -112,21 +104,23 @@ def trajectory(
 
         return call
 
+    labels = recipe.labels
     y = (
-        machine.to_device(torch.tensor([recipe.labels[k % len(recipe.labels)] for k in seeds]))
-        if recipe.labels
+        machine.to_device(torch.tensor([labels[k % len(labels)] for k in seeds]))
+        if labels
         else None
     )
-    guidance = Guidance(
-        autocast(guide or unconditional(model.net)), recipe.guidance, recipe.interval
-    )
+    weaker = autocast(guide or unconditional(model.net))
+    guidance = Guidance(weaker, recipe.guidance, recipe.interval)
     sampler = registry.resolve("sampler", model.samplers, recipe.sampler)
     levels = model.process.levels(recipe.steps, recipe.spacing)
     model.net.eval()
+
+    def denoiser():
+        return model.denoiser(autocast(model.net), y, guidance)
+
     with torch.no_grad():
-        yield from walk(
-            sampler, lambda: model.denoiser(autocast(model.net), y, guidance), levels, noise, seeds
-        )
+        yield from walk(sampler, denoiser, levels, noise, seeds)
 
 
 def progress(model, recipe, count, size, machine, times):
@@ -162,9 +156,8 @@ def gathered(model, recipe, seeds, shape, machine, guide=None, walk=walk_from_no
         return
     for first in range(0, len(seeds), BLOCK):
         some = seeds[first : first + BLOCK]
-        pixels = machine.gather(
-            concatenate(draw(model, recipe, some, shape, machine, guide, walk, times))
-        )
+        drawn = draw(model, recipe, some, shape, machine, guide, walk, times)
+        pixels = machine.gather(concatenate(drawn))
         if machine.main:
             yield list(some), pixels
 

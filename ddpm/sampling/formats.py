@@ -62,7 +62,7 @@ def npz(out, batches):
     with atomic_write(path) as part, tempfile.TemporaryFile(dir=path.parent) as waiting:
         for _, images in batches:
             pixels = channels_last(images)
-            count = count + len(pixels)
+            count += len(pixels)
             shape = pixels.shape[1:]
             waiting.write(pixels)
         waiting.seek(0)
@@ -93,10 +93,8 @@ def zipped(out, batches):
 def gif(out, batches):
     """Write `trajectory.gif`, a grid for each batch: the same images at successive steps."""
     path = common_pixels.file_or_in(out, "gif")
-    frames = [
-        common_pixels.flattened(common_pixels.picture(common_pixels.make_grid(images)))
-        for _, images in batches
-    ]
+    grids = [common_pixels.make_grid(images) for _, images in batches]
+    frames = [common_pixels.flattened(common_pixels.picture(pixels)) for pixels in grids]
     if not frames:
         raise ValueError(
             "an animation needs at least one frame; give a sampler that takes at least one step"

@@ -5,7 +5,6 @@
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,11 +66,9 @@ class Best:
 
 
 class PendingEvents:
-    """The names of the events that are due at the last step and not over yet, or None; a
-    checkpoint part.
+    """The names of the events due at the last step and not over yet, or None; a checkpoint part.
 
-    A training that was stopped during its events continues with them: intervals in minutes cannot
-    be computed again.
+    A stopped training continues with them: intervals in minutes cannot be computed again.
     """
 
     def __init__(self):
@@ -142,10 +139,6 @@ class Trainer:
         with self.step.ema.averaged(), self.network.summon_full_params():
             yield
 
-    def gathered(self, average):
-        """The full weights of an average, by name, on the main rank."""
-        return self.network.full_state_dict(average.shadow)
-
     def log_training(self, done):
         """Log what the steps since the last log measured."""
         self.last_line = time.monotonic()
@@ -215,13 +208,11 @@ class Trainer:
     def choose_best(self, done):
         """Export the averaged weights at their lowest validation loss, or lowest training loss."""
         if self.best.by == "val/loss_ema":
-            self.keep_best(self.validate(done), done)
+            loss = self.validate(done)
         elif "validate" in self.pending.names or self.best.loss == math.inf:
-            # at the end there may be few steps to average over
-            self.keep_best(self.meters.loss_since(), done)
-
-    def keep_best(self, loss, done):
-        """Export the averaged weights if their loss is the lowest until now."""
+            loss = self.meters.loss_since()
+        else:  # at the end there may be few steps to average over
+            return
         if self.best.improved(loss):
             self.tracker.summary(f"best/{self.best.by.replace('/', '_')}", loss)
             self.export(self.best.file, done, {"by": self.best.by, "loss": loss})
@@ -252,12 +243,10 @@ class Trainer:
             return
         training = self.speed.seconds(images)
         evaluation = self.speed.seconds(self.evaluation.images)
-        seconds = (
-            ""
-            if training is None
-            else f", about {in_words(evaluation)} against {in_words(training)} at the speed "
-            "measured so far"
-        )
+        seconds = ""
+        if training is not None:
+            words = f"{in_words(evaluation)} against {in_words(training)}"
+            seconds = f", about {words} at the speed measured so far"
         share = portion(self.evaluation.images / max(images, 1), " of")
         self.tracker.say_once(
             "cost",
@@ -287,7 +276,7 @@ class Trainer:
 
     def export(self, name, done, best=None):
         """Write the averaged weights to the file `name`, with the loss by which they are `best`."""
-        weights = self.gathered(self.step.ema)
+        weights = self.network.full_state_dict(self.step.ema.shadow)
         if self.machine.main:
             more = {"best": best} if best else {}
             training_weights.export(self.folder / name, weights, done, self.config_json, **more)
@@ -301,11 +290,11 @@ class Trainer:
 
     def snapshot(self, done):
         """Store the power-function averages, from which any profile is computed later."""
-        averages = {name: self.gathered(average) for name, average in self.snapshots.items()}
+        full = self.network.full_state_dict
+        averages = {name: full(average.shadow) for name, average in self.snapshots.items()}
         if self.machine.main:
-            training_weights.save_snapshot(
-                self.folder, done, self.config_json, averages, dict(self.step.net.named_buffers())
-            )
+            buffers = dict(self.step.net.named_buffers())
+            training_weights.save_snapshot(self.folder, done, self.config_json, averages, buffers)
 
     def save(self, done, milestone=False):
         """Save all that is needed to continue, after the rows up to here are on disk."""
@@ -315,13 +304,9 @@ class Trainer:
                 if hasattr(part, "collect"):  # each rank has a share of it
                     part.collect()
             if self.machine.main:
+                healthy = self.stability.last_healthy_step.item()
                 checkpoint.save(
-                    self.folder,
-                    done,
-                    self.config_json,
-                    self.parts,
-                    milestone=milestone,
-                    healthy_step=self.stability.last_healthy_step.item(),
+                    self.folder, done, self.config_json, self.parts, 2, milestone, healthy
                 )
         self.saved = done, self.pending.names
 
@@ -419,7 +404,3 @@ def train(trainer):
         except StopTraining as stopped:
             trainer.stop(done, stopped)
     return done == trainer.total and trainer.pending.names is None
-
-
-if __name__ == "__main__":
-    sys.exit("error: the command that trains is `python -m ddpm.main --config=configs/digits.py`")
