@@ -42,10 +42,7 @@ CONTINUES = "the same command goes on from the last checkpoint"
 
 
 def train_experiment(config, folder):
-    """Train a frozen config in a folder, or continue what is there; returns the exit code.
-
-    Raises ValueError, one line, for what cannot be run, before anything is written.
-    """
+    """Train a frozen config in a folder; returns the exit code; ValueError if it cannot run."""
     stop = StopRequest(config.train.max_hours)
     try:
         with stop.install_handlers(), contextlib.ExitStack() as locks:

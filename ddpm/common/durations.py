@@ -16,10 +16,7 @@ COUNTS = ("step", "epoch", "image")
 
 
 def parse_duration(text, times=True):
-    """Parse `"2.5 epochs"` into `(Fraction(5, 2), "epoch")`; exact, so intervals do not drift.
-
-    Raises ValueError for other text, and for units of time unless `times`.
-    """
+    """Parse `"2.5 epochs"` into `(Fraction(5, 2), "epoch")`; `times` allows units of time."""
     units = COUNTS + (tuple(SECONDS) if times else ())
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d\d?)?)\s*([a-z]+?)s?\s*", str(text))
     if not match or match[2] not in units:
@@ -35,10 +32,7 @@ def parse_duration(text, times=True):
 
 
 def steps_of(text, batch_size, dataset_size):
-    """The number of optimizer steps in a duration of steps, epochs or images, rounded up.
-
-    Raises ValueError for a duration in units of time.
-    """
+    """The optimizer steps of steps, epochs or images, rounded up; ValueError for units of time."""
     amount, unit = parse_duration(text, times=False)
     images = {"step": batch_size, "epoch": dataset_size, "image": 1}[unit] * amount
     return math.ceil(images / batch_size)

@@ -14,19 +14,13 @@ FULL = errno.ENOSPC, errno.EDQUOT  # the disk, or the user's quota, is full
 
 
 def one_line_with_type(error, limit=200):
-    """`"OSError: no space left"`: type and message on one line, cut after `limit` characters.
-
-    W&B's UsageError comes without its type.
-    """
+    """`"OSError: no space left"`: type (not of W&B's UsageError) and message on one line."""
     kind = "" if type(error).__name__ == "UsageError" else f"{type(error).__name__}: "
     return " ".join(f"{kind}{error}".split())[:limit]
 
 
 def one_line(error):
-    """The message of an exception on one line, with its type where the message is a single word.
-
-    An OSError names the file and the remedy.
-    """
+    """The message of an exception on one line; an OSError names the file and the remedy."""
     if isinstance(error, OSError) and error.strerror:
         remedy = "free some space, or " if error.errno in FULL else ""
         return (

@@ -61,10 +61,9 @@ def atomic_folder(folder):
 def lock_folder(folder):
     """Hold an exclusive lock on a folder, creating it, and removing it if it stays empty.
 
-    Raises ValueError where another process holds the lock, or a file is in the way. The lock ends
-    with the process. Machines that share a folder must pass flock on: NFS does (Linux, unless
-    mounted with local_lock or nolock) for files open for writing, not for folders, so there a file
-    `.lock` is locked; Lustre needs the option flock. A file system without locks excludes nobody.
+    Raises ValueError if another process holds the lock, or a file is in the way. On NFS, which does
+    not lock folders, a file `.lock` is locked. Lustre needs the mount option flock. A file system
+    without locks excludes nobody.
     """
     new = [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
     folder = make_folder(folder)
@@ -196,10 +195,7 @@ def write_cached_json(name, content):
 
 @contextlib.contextmanager
 def file_lock(path, reason=""):
-    """Hold an exclusive lock on a file; prints `reason`, if there is one, before it waits.
-
-    The lock ends with the process. A file system without locks excludes nobody.
-    """
+    """Hold an exclusive lock on a file; prints `reason`, if there is one, before it waits."""
     handle = lock_file(path)
     try:
         with contextlib.suppress(OSError):  # a file system without locks

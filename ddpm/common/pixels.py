@@ -71,10 +71,7 @@ def as_pixels(images, value_range=(0, 1)):
 
 
 def make_grid(images, nrow=None, padding=2):
-    """Arrange uint8 images [b, c, h, w] on white as a uint8 numpy picture [h, w, c].
-
-    `nrow` images per row, by default as square as possible. Raises ValueError for an empty grid.
-    """
+    """Arrange uint8 images [b, c, h, w] on white as numpy [h, w, c]; ValueError for no images."""
     count = len(images)
     if count == 0 or (nrow is not None and nrow < 1):
         raise ValueError(
@@ -89,11 +86,7 @@ def make_grid(images, nrow=None, padding=2):
 
 
 def save_image_grid(images, path, nrow=None, value_range=(0, 1)):
-    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`.
-
-    Raises ValueError for a suffix that is not in `PICTURES`, another shape, and floats outside the
-    range.
-    """
+    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`."""
     suffix = check_picture(path)
     if images.ndim != 4:
         raise ValueError(
@@ -155,8 +148,7 @@ def recorded(folder):
 def remove_drawing(folder, others_stay=False):
     """Remove the recorded pictures of an earlier drawing from a folder; returns their number.
 
-    Raises ValueError, before it removes any, for numbered pictures that differ from the record;
-    with `others_stay` it leaves those.
+    Raises ValueError for pictures that differ from the record; with `others_stay` they stay.
     """
     known = recorded(folder)
     numbered = sorted(path for path in Path(folder).iterdir() if NUMBERED.fullmatch(path.name))
@@ -182,10 +174,7 @@ def file_or_in(out, format):
 
 
 def folder_of(out, format, only=False):
-    """The folder that a format writes to, where `out` is a folder or, unless `only`, its one file.
-
-    Raises ValueError if `out` is named like a file that the format does not write.
-    """
+    """The folder that a format writes to; `out` is it or, unless `only`, the format's one file."""
     suffix = Path(out).suffix.lower()
     kind = next((kind for kind, (_, suffixes) in SINGLE.items() if suffix in suffixes), None)
     if kind is None or Path(out).is_dir():

@@ -11,11 +11,9 @@ SECONDS = 10  # between two lines
 
 
 class Progress:
-    """A context that counts the network evaluations for `images` images, in batches of `size`
-    images with `times` evaluations each.
+    """A context that counts network evaluations: `images` images in batches of `size`.
 
-    `evaluated()` counts an evaluation of a batch, `finished(count)` a batch of `count` images.
-    Prints nothing unless `shown`.
+    A batch takes `times` evaluations. Prints nothing unless `shown`.
     """
 
     def __init__(self, doing, images, size, times, shown=True):

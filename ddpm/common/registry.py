@@ -16,10 +16,7 @@ STRAY = re.compile("[\ud800-\udfff]")
 
 
 def parse(text):
-    """Parse `"name(key=value, ...)"` into `(name, {key: value})`; values are Python literals.
-
-    Raises ValueError for other text.
-    """
+    """Parse `"name(key=value, ...)"`, values Python literals, into `(name, {key: value})`."""
     mistake = ValueError(
         f'cannot read {text!r}; write a name, or a name with arguments such as "name(key=0.5)"'
     )
@@ -68,8 +65,7 @@ def check_choice(kind, value, allowed):
 def resolve(kind, table, text):
     """Return the entry of `table` that `text` names, as a partial with its arguments set.
 
-    Raises ValueError for an unknown name, an unknown or missing argument, or a value whose type is
-    not that of the default.
+    Raises ValueError for an unknown name, or a wrong, missing or mistyped argument.
     """
     name, arguments = parse(text)
     entry = table[check_choice(kind, name, list(table))]

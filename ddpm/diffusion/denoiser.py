@@ -50,10 +50,7 @@ class Guidance(NamedTuple):
         return self.scale != 1 and low < level.ratio <= high
 
     def combine(self, out, guide_out, channels):
-        """Return guide_out + scale (out - guide_out) in the first `channels`, the target.
-
-        The other channels, a learned variance, stay those of `out`.
-        """
+        """Return guide_out + scale (out - guide_out) in the first `channels`, else `out`."""
         target = out[:, :channels]
         guide_target = guide_out[:, :channels]
         guided = guide_target + self.scale * (target - guide_target)
@@ -69,10 +66,7 @@ def unconditional(net: Network) -> Network:
 
 
 def call_network(net, target, x, level, y=None, prev_x0=None):
-    """Return a network's output at x and a level, in x's dtype.
-
-    `prev_x0` [b, c, h, w] is the previous estimate of x0 for a network with self-conditioning.
-    """
+    """Return a network's output in x's dtype; `prev_x0`: its last estimate, which it also takes."""
     scaled = target.scale_input(x, level.alpha, level.sigma)
     time = target.c_noise(level.t, level.alpha, level.sigma)
     if prev_x0 is not None:
@@ -85,10 +79,7 @@ def call_network(net, target, x, level, y=None, prev_x0=None):
 
 
 def to_x0_eps(x, out, level, target, clip, learned=False):
-    """Return (x0, eps), or (x0, eps, frac) with a learned variance, from a network's output.
-
-    `clip` limits x0 to [-1, 1]; eps follows from the clipped x0.
-    """
+    """Return (x0, eps), or (x0, eps, frac) with a learned variance; `clip` limits x0, then eps."""
     prediction, *variance = out.chunk(2, dim=1) if learned else [out]
     x0 = target.x0(x, prediction, level.alpha, level.sigma)
     x0 = x0.clamp(-1, 1) if clip else x0

@@ -88,10 +88,7 @@ def resampled(steps, jump_length, resamplings):
 
 
 def redraw(sampler, denoise, image, levels, noise, strength):
-    """Noise an image and denoise it by the last `strength` of the steps (SDEdit, algorithm 1).
-
-    Meng et al. 2022. Strength 0 returns the image bit for bit; strength 1 is sampling from noise.
-    """
+    """Noise an image, denoise it by the last `strength` of the steps (SDEdit, Meng et al. 2022)."""
     steps = len(levels) - 1
     start = steps - round(strength * steps)
     level = levels[start]
@@ -209,10 +206,7 @@ def get_edit(text):
 
 
 def visited_levels(edit, sampler, levels):
-    """Return the levels at which an edit calls the denoiser, by running it on one pixel.
-
-    Raises ValueError for a sampler or a number of steps that the edit does not support.
-    """
+    """Return the levels of an edit's network calls; ValueError for what the edit cannot use."""
     visited = []
     zero = torch.zeros(1, 1, 1, 1)
 

@@ -63,8 +63,7 @@ def bound_term(process, x0, x_t, t, mean, log_variance):
 def prior_term(process, x0):
     """Return KL(q(x_{T-1} | x_0) || N(0, alpha^2 + sigma^2)), bits per dimension [b].
 
-    The second is the distribution of `initial_noise`. The term does not depend on the network and
-    is 0 where the tables end in pure noise.
+    It does not depend on the network, and is 0 where the tables end in pure noise.
     """
     level = process.at(torch.full((len(x0),), process.timesteps - 1, device=x0.device))
     start = (level.alpha**2 + level.sigma**2).log()
@@ -158,11 +157,7 @@ def flow(denoise, y, levels, divergence):
 
 
 def hutchinson(probe):
-    """Return `divergence(f, y) -> (f(y), v (df/dy) v)` for a probe v of signs (Hutchinson 1990).
-
-    v is [b, c, h, w]. One vector-Jacobian product, unbiased over probes (Song et al. 2021, eq. 40);
-    signs have the least variance.
-    """
+    """Return `divergence(f, y) -> (f(y), v (df/dy) v)` for a probe v of signs (Hutchinson 1990)."""
 
     def divergence(f, y):
         with torch.enable_grad():

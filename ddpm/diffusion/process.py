@@ -61,10 +61,7 @@ class Posterior(NamedTuple):
     large: Number
 
     def learned_variance(self, frac):
-        """Return exp(frac log(large) + (1 - frac) log(small)) for the network's `frac` in [0, 1].
-
-        Nichol & Dhariwal 2021, eq. 15; the result has the shape and dtype of `frac`.
-        """
+        """Return exp(frac log(large) + (1 - frac) log(small)) (Nichol & Dhariwal 2021, eq. 15)."""
         low = log(self.small)
         width = log(self.large) - low
         if isinstance(low, torch.Tensor):
@@ -100,10 +97,9 @@ class Process:
         self.tables = {tables.device: tables}
 
     def level(self, t: float) -> Level:
-        """Return the level at time t in [0, T-1]; log(sigma/alpha) is linear between integers.
+        """Return the level at time t; log(sigma/alpha) and the norm are interpolated geometrically.
 
-        Where one of NORMS is 1 at all integers it is 1 between them too, so that the level lies on
-        the path. Raises ValueError for a time outside the tables.
+        Levels lie on the path if one of NORMS is 1. Raises ValueError outside [0, T-1].
         """
         if not 0 <= t <= self.timesteps - 1:
             raise ValueError(
@@ -132,11 +128,7 @@ class Process:
         return self.level(above - 1 + math.log(ratio / low) / math.log(high / low))
 
     def levels(self, steps: int, spacing: str = "linear") -> Levels:
-        """Return the steps + 1 Levels of a sampling run, from the noisiest down to CLEAN.
-
-        `spacing` names an entry of SPACINGS. Raises ValueError for steps outside 1 .. T, and for
-        steps for which the spacing has no distinct times.
-        """
+        """Return steps + 1 Levels, noisiest first, CLEAN last; ValueError for impossible steps."""
         space = registry.resolve("spacing", SPACINGS, spacing)
         if not isinstance(steps, int) or not 1 <= steps <= self.timesteps:
             raise ValueError(

@@ -39,8 +39,7 @@ class Sampler(Protocol):
 def ddpm(denoise, x, levels, noise, *, variance="small"):
     """Ancestral sampling (Ho et al. 2020, algorithm 2); with `small` variance it is `ddim(eta=1)`.
 
-    Raises ValueError for a variance that is not one of VARIANCES, and for `learned` if the network
-    does not predict its variance.
+    Raises ValueError for an unknown variance, or `learned` if the network predicts none.
     """
     registry.check_choice("variance", variance, VARIANCES)
     for k, (t, s) in enumerate(pairwise(levels), start=1):
@@ -185,8 +184,7 @@ def check_eta(eta):
 def unipc(denoise, x, levels, noise, *, order=2):
     """UniPC with B_2(h) (Zhao et al. 2023): `dpmpp` steps corrected by the next step's evaluation.
 
-    The correction raises the order by one at no further NFE. Raises ValueError for orders other
-    than 1, 2, 3.
+    That raises the order by one at no further NFE. Raises ValueError for orders not in 1, 2, 3.
     """
     return multistep(denoise, x, levels, noise, order, correct=True)
 
@@ -260,11 +258,7 @@ def count_nfe(sampler, levels, learned=False):
 
 
 def visited_levels(sampler, levels, learned=False):
-    """Return the levels at which a sampler calls the denoiser, by running it on one number.
-
-    `learned`: whether the network predicts its variance. Raises ValueError for the sampler's
-    invalid options.
-    """
+    """Return the levels at which a sampler calls the denoiser; ValueError for its options."""
     visited = []
 
     def denoise(x, level):

@@ -27,10 +27,7 @@ class Schedule(Protocol):
 
 
 def tables(betas):
-    """Return alpha = sqrt(alpha_bar) and sigma = sqrt(1 - alpha_bar) of betas [T].
-
-    Both have full relative precision.
-    """
+    """Return alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) of betas [T], fully precise."""
     log_alpha_bar = torch.log1p(-betas).cumsum(0)
     return torch.exp(log_alpha_bar / 2), torch.sqrt(-torch.expm1(log_alpha_bar))
 
@@ -97,8 +94,7 @@ def shifted_cosine(timesteps, *, resolution=128, base=64):
 def flow(timesteps, *, shift=1.0):
     """The straight path alpha = 1 - t, sigma = t to pure noise (rectified flow, Liu et al. 2023).
 
-    `shift` > 1 adds noise for large images: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024,
-    eq. 23).
+    `shift` > 1 adds noise for large images (Esser et al. 2024, eq. 23).
     """
     t = line(0, 1, timesteps + 1)[1:]
     t = shift * t / (1 + (shift - 1) * t)
@@ -112,10 +108,7 @@ def edm(timesteps, *, sigma_min=0.002, sigma_max=80.0):
 
 
 def zero_terminal_snr(alpha, sigma):
-    """Shift and scale alpha to end at 0, its first value unchanged (Lin et al. 2024, algorithm 1).
-
-    alpha^2 + sigma^2 stays the same at every t.
-    """
+    """Shift and scale alpha to end at 0, alpha^2 + sigma^2 unchanged (Lin et al. 2024, alg. 1)."""
     radius = torch.hypot(alpha, sigma)
     cos = alpha / radius
     cos = (cos - cos[-1]) * (cos[0] / (cos[0] - cos[-1]))
@@ -154,10 +147,7 @@ def get_schedule(
 
 
 def get_beta_schedule(name: str, timesteps: int) -> torch.Tensor:
-    """Return the betas, float64 [T] in (0, 1], of a variance-preserving schedule, exact to 1e-15.
-
-    Raises ValueError as `get_schedule` does, and where alpha^2 + sigma^2 is not 1.
-    """
+    """Return the betas, float64 [T], exact to 1e-15; ValueError if not variance preserving."""
     alpha, sigma = get_schedule(name, timesteps)
     if (alpha**2 + sigma**2 - 1).abs().max() > 1e-9:
         raise ValueError(

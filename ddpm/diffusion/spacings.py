@@ -24,21 +24,15 @@ def leading(process, steps):
 
 
 def quadratic(process, steps):
-    """Square roots evenly from sqrt(T-1) to 0 (Song et al. 2021, DDIM, appendix D.2).
-
-    Times are fractional, because integers, as published, would coincide near 0. (The authors' code
-    begins at 0.8 T.)
-    """
+    """Square roots evenly from sqrt(T-1) to 0; fractional (Song et al. 2021, DDIM, app. D.2)."""
     roots = torch.linspace(1, 0, steps, dtype=torch.float64)
     return (roots**2 * (process.timesteps - 1)).tolist()
 
 
 def karras(process, steps, *, rho=7.0, sigma_max=80.0):
-    """(sigma/alpha)^(1/rho) evenly down to t = 0 (Karras et al. 2022, eq. 5 and table 1).
+    """(sigma/alpha)^(1/rho) evenly down to t = 0, fractional (Karras et al. 2022, eq. 5, table 1).
 
-    Begins at sigma/alpha = sigma_max, or at the tables' noisiest level if that is lower: a cosine
-    schedule reaches 20,000, where steps are wasted. Times are fractional. Raises ValueError for
-    rho <= 0.
+    Begins at sigma_max, or the noisiest level if that is lower. Raises ValueError for rho <= 0.
     """
     if not 0 < rho < math.inf:
         raise ValueError(f"rho {rho} is out of range; give a number above 0, such as 7")

@@ -55,10 +55,7 @@ class Sigmoid(nn.Module):
 
 
 def log_snr_slope(process):
-    """Return -dlog(SNR)/dt over its mean, float64 [T], by central differences of the tables.
-
-    Pure noise, whose log-SNR is infinite, has slope 1: there the weight on eps is 0 at any slope.
-    """
+    """Return -dlog(SNR)/dt over its mean, float64 [T]; 1 in pure noise, whose weight is 0."""
     log_snr = 2 * (process.alpha / process.sigma).log()
     slope = torch.ones_like(log_snr)
     finite = int((process.alpha > 0).sum())
@@ -74,10 +71,7 @@ def sigmoid_eps(error, level, target, *, bias=2.0):
 
 
 def edm(error, level, target, *, sigma_data=0.5):
-    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 on x0 (Karras et al. 2022, table 1).
-
-    Their sigma is sigma/alpha here. On the target `edm` this is `simple`.
-    """
+    """SNR + 1 / sigma_data^2 on x0 (Karras et al. 2022, table 1); on the target `edm`, `simple`."""
     return on_x0(error, level, target, snr(level) + 1 / sigma_data**2)
 
 

@@ -25,10 +25,7 @@ from ddpm.training import checkpoint
 
 
 def network(config):
-    """The plain network of a config, its weights drawn at the seed, by the options that it takes.
-
-    Raises ValueError for options of which no network can be built.
-    """
+    """The plain network of a config, weights drawn at its seed; ValueError if it is impossible."""
     make, taken = chosen_network(config)
     if config.data.augment and "augmentation" not in taken:
         able = " or ".join(name for name in MODELS if "augmentation" in takes(MODELS[name]))

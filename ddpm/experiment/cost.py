@@ -91,11 +91,11 @@ def likelihood_operations(config, flops):
 
 
 def resolve_evaluation(config, images=SAMPLES, before=None):
-    """The config with those values of its section `evaluate` filled in that are open: auto or 0.
+    """The config with the open values of its section `evaluate`, auto or 0, filled in.
 
-    Where sampler and spacing are both open, they and the steps are those of `before`, the config of
-    a run that is resumed, else the defaults above; where one is named, the others are those of the
-    section `sample`. `images` is what the training learns from.
+    If sampler and spacing are open, they and the steps are those of `before`, a resumed run's
+    config, else the defaults above; if one is named, the others are those of `sample`. `images`
+    is the number that the training learns from.
     """
     section = config.evaluate
     sampler, steps, spacing = config.sample.sampler, config.sample.steps, "auto"
@@ -129,12 +129,10 @@ class EvalPlan(NamedTuple):
 
 
 def plan_evaluation(config, images, flops, before=None, model=None):
-    """The EvalPlan of a training that learns from `images` images, by a network of the Flops
-    `flops`; `before` is the config of the run that it continues, `model` the config's DDPM, if
-    built.
+    """The EvalPlan of a training on so many images, by a network of the Flops `flops`.
 
-    `every.evaluate=auto` is as often as `evaluate.budget` allows, up to MOST times. The features of
-    the real images, and what they decide alone, are cached for all runs, and not counted.
+    `before` is the config of a continued run, `model` the DDPM, if built. `every.evaluate=auto` is
+    as often as `evaluate.budget` allows, up to MOST times; what is cached of the reference does not count.
     """
     train = config.train
     interval = config.every.evaluate

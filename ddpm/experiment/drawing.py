@@ -15,11 +15,7 @@ from ddpm.training import weights as training_weights
 
 
 def scorer(config, images, machine, model=None):
-    """What measures drawn images as the config says.
-
-    Raises ValueError where the images have other classes than the config, or too few of those that
-    it measures.
-    """
+    """The Scorer of a config; ValueError for images of other classes, or too few of some."""
     if config.evaluate.extractor == "none":
         return evaluation_scorer.NullScorer()
     config = build.with_classes(config, build.class_names(config, images))
@@ -57,11 +53,7 @@ def at_a_time(config, machine):
 
 
 def likelihood(config, net, images, machine, model=None):
-    """What measures bits a dimension as the config says: of held-out images or, where there are
-    none, of those learned from.
-
-    Raises ValueError where the images have other classes than the config.
-    """
+    """The bits per dimension of held-out images, or training ones; ValueError for other classes."""
     section, (learned, held_out) = config.evaluate, build.split(config, images)
     if section.likelihood == "none":
         return evaluation_scorer.NullScorer()
@@ -82,11 +74,7 @@ def likelihood(config, net, images, machine, model=None):
 
 
 def drawer(config, net, machine, how=draw.draw, model=None):
-    """`f(seeds, recipe)`: draw with the weights in the plain network at the time; `how` is
-    draw.draw or draw.frames.
-
-    Raises ValueError where the config names a guide that cannot be one.
-    """
+    """`f(seeds, recipe)` draws with the network's weights at the time, by `how` of draw.py."""
     sizes = {config.sample.batch_size, config.evaluate.batch_size}
     net = compile.Compiled(net, sizes) if config.sample.compile else net
     model = (model or build.diffusion(config, None)).around(net)
@@ -97,11 +85,9 @@ def drawer(config, net, machine, how=draw.draw, model=None):
 
 
 def guide(config, machine):
-    """The network net(x, t, y) that guides the drawing of a config, its averaged weights in it;
-    None where none is asked.
+    """The network net(x, t, y) that guides a config's drawing, with its averaged weights, or None.
 
-    It may be of any size, and without classes. Raises ValueError where it is of another process or
-    target.
+    It may be of any size, without classes. Raises ValueError for another process or target.
     """
     if config.sample.guidance == 1 or not config.sample.guide:
         return None
@@ -134,12 +120,10 @@ SHARED = (  # what a guide's config has in common with that of the network it gu
 
 
 def pictures(config, paths, mask=None):
-    """(pictures, mask, notes): the files at `paths` as uint8 [c, h, w], prepared as the training
-    data are; the mask as bool [h, w], or None; lines on pictures that had to be enlarged.
+    """(pictures uint8 [c, h, w], mask bool [h, w] or None, notes) of files, made as for training.
 
-    The mask is True where its picture is white; what is transparent there is not masked. Raises
-    ValueError for a file that cannot be read, and a mask that does not lie over the first picture
-    or has nothing white.
+    The mask is True where its picture is white and opaque. Raises ValueError for an unreadable file
+    and for a mask that is empty or does not fit the first picture.
     """
     section = config.data
     read = [

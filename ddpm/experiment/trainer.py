@@ -281,11 +281,7 @@ def build_evaluation(config, images, step, plan, flops, never, say, notes):
 
 
 def training_scorer(config, never, images, machine, model, notes):
-    """The scorer of a training: none if it never evaluates or, with a note, if its extractor is
-    unavailable.
-
-    Raises ValueError for a file of weights that the config names and that cannot be used.
-    """
+    """The scorer, or NullScorer if never used or, with a note, if its extractor is unavailable."""
     if never:
         return evaluation_scorer.NullScorer()
     try:
@@ -300,11 +296,7 @@ def training_scorer(config, never, images, machine, model, notes):
 
 
 def restore(start, parts, total, length):
-    """Put the content of a checkpoint into the parts; returns lines on where the training goes on.
-
-    Raises ValueError if it does not fit, or if a training that continues another's checkpoint is
-    not longer than that.
-    """
+    """Load a checkpoint into the parts; returns lines on it. ValueError if nothing is left."""
     if start.content is None:
         return []
     checkpoint.restore(start.content["parts"], parts)

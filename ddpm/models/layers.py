@@ -33,11 +33,7 @@ def timestep_embedding(t, dim, max_period=10000, freq_shift=1):
 
 
 def without_autocast(x):
-    """Return the context in which an operation on x keeps x's dtype.
-
-    On a GPU autocast runs norms and resizing in float32, which would double what a network keeps
-    for its backward pass.
-    """
+    """Return the context in which x keeps its dtype: float32 norms would double the memory."""
     kind = "cpu" if x.is_meta else x.device.type  # meta has no autocast to turn off
     return torch.autocast(kind, enabled=False)
 
@@ -62,10 +58,7 @@ def norm_groups(channels):
 
 
 def group_norm(channels, most=0, eps=1e-6):
-    """Return a GroupNorm with the largest number of groups up to `most` that divides `channels`.
-
-    `most` 0 is `norm_groups(channels)`; epsilon as in Ho's code.
-    """
+    """Return a GroupNorm of the most groups, up to `most` or `norm_groups`, that divide evenly."""
     groups = max(n for n in range(1, (most or norm_groups(channels)) + 1) if channels % n == 0)
     return GroupNorm(groups, channels, eps=eps)
 
@@ -131,11 +124,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2: [b, c, 2h, 2w] -> [b, c, h, w].
-
-    Centred on the first pixel of each pair with `padding` 1 (OpenAI's code), on the second with 0
-    (Ho's).
-    """
+    """3x3 convolution, stride 2, centred on the second of two pixels, or first with `padding` 1."""
 
     def __init__(self, channels, padding=0):
         super().__init__()
@@ -273,10 +262,7 @@ class ConditionedNetwork(nn.Module):
 
 
 def head_count(channels, num_heads, num_head_channels=None):
-    """Return the number of heads: `num_heads`, or channels / num_head_channels if that is given.
-
-    Raises ValueError for a number that does not divide the channels.
-    """
+    """Return `num_heads` or channels / num_head_channels; ValueError if it does not divide."""
     by_heads = num_head_channels is None
     divisor = num_heads if by_heads else num_head_channels
     divisors = [n for n in range(1, channels + 1) if channels % n == 0]

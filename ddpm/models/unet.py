@@ -58,11 +58,7 @@ def check_shape(counts, model_channels, channel_mult, blocks, num_classes):
 
 
 def level_sides(image_size, levels, attention_resolutions):
-    """Return the shorter side of the feature maps at each level, for `image_size` int or (h, w).
-
-    Raises ValueError for a size that cannot be halved often enough, and for an attention resolution
-    that is not one of the sides.
-    """
+    """Return each level's shorter side; ValueError for sizes that do not halve or never occur."""
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     check_size(size, levels - 1)
     sides = [min(size) >> level for level in range(levels)]

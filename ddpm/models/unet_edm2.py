@@ -60,11 +60,7 @@ class MPSines(nn.Module):
 
 
 class MPFourier(nn.Module):
-    """Random Fourier features of a log noise level, c_noise [b] -> [b, dim] (eq. 75).
-
-    Mean square 1. Frequencies are 2 pi N(0, 1), phases uniform, the same in every network of
-    a width.
-    """
+    """Random Fourier features of c_noise [b] -> [b, dim], equal in all networks (eq. 75)."""
 
     def __init__(self, dim):
         super().__init__()

@@ -130,12 +130,11 @@ def progress(model, recipe, count, size, machine, times):
 
 
 def draw(model, recipe, seeds, shape, machine, guide=None, walk=walk_from_noise, times=None):
-    """Yield (seeds, uint8 [b, c, h, w] on the host) in batches for this rank's share of `seeds`,
-    the image numbers; the main rank shows its progress.
+    """Yield (seeds, uint8 [b, c, h, w] on the host) in batches for this rank's share of `seeds`.
 
     Batches are smaller than the recipe's if memory runs out. `model` is the DDPM around the plain
     network with the weights to draw from, `shape` is (c, h, w), `guide` as in `trajectory`, `times`
-    the number of network evaluations of a `walk` other than `walk_from_noise`.
+    the NFE of a `walk` other than `walk_from_noise`. The main rank shows its progress.
     """
     mine = list(seeds)[machine.rank_slice(len(seeds))]
     with progress(model, recipe, len(mine), recipe.batch_size, machine, times) as shown:

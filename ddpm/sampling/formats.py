@@ -50,11 +50,9 @@ def grid(out, batches):
 
 
 def npz(out, batches):
-    """Write `images.npz`, whose first array `arr_0` is uint8 [n, h, w, c], as guided-diffusion's
-    evaluator reads it.
+    """Write `images.npz`, uint8 [n, h, w, c] as `arr_0`, for guided-diffusion's evaluator.
 
-    Its header holds the number of images, which is known only at the end; until then pixels are in
-    a temporary file.
+    Its header holds the number of images, known only at the end: pixels wait in a temporary file.
     """
     path = common_pixels.file_or_in(out, "npz")
     count = 0

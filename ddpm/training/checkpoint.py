@@ -71,11 +71,10 @@ def delete_after(folder, step):
 
 
 def load(path, tensors=True):
-    """Read a checkpoint onto the host: dict of `step`, `config` (JSON text) and `parts` (name ->
-    state).
+    """Read a checkpoint onto the host: dict of `step`, `config` (JSON) and `parts` (name -> state).
 
-    Without `tensors` the bytes of tensors are neither read nor checked. Raises CorruptFile for a
-    corrupt file, and ValueError for one that is no checkpoint of ddpm.
+    Without `tensors` their bytes are neither read nor checked. Raises CorruptFile for a damaged
+    file, and ValueError for one that is no checkpoint of ddpm.
     """
     content = safe_load.read(path, tensors)
     parts = content.get("parts") if describes_itself(content) else None
@@ -96,10 +95,7 @@ def describes_itself(content):
 
 
 def newest(folder, tensors=True):
-    """(content of a run's newest undamaged checkpoint or None, [CorruptFile of newer ones]).
-
-    `tensors` is as for `load`. Raises ValueError if all are damaged.
-    """
+    """(newest undamaged checkpoint's content or None, damaged newer ones); else ValueError."""
     damaged = []
     for _, path in reversed(checkpoints(folder)):
         try:
@@ -114,10 +110,7 @@ def newest(folder, tensors=True):
 
 
 def chosen(run_or_file):
-    """(path, content) of a named checkpoint, or of the newest undamaged one of a run folder.
-
-    Raises ValueError if there is none, and for a file or folder with weights only.
-    """
+    """(path, content) of a named checkpoint, or a run's newest; ValueError without any."""
     path = expand_user(run_or_file)
     if not path.exists():
         raise ValueError(

@@ -22,11 +22,9 @@ from ddpm.training.network import TrainNetwork
 
 
 class ShardedNetwork(TrainNetwork):
-    """A TrainNetwork whose `net` has tensors only inside `summon_full_params()`, and is on "meta"
-    otherwise; its twin `module` has this rank's rows.
+    """A TrainNetwork with this rank's rows in `module`; `net` is full in `summon_full_params()`.
 
-    The optimizer and averages work on the rows as plain tensors, with the same results as on full
-    ones.
+    The optimizer and averages work on the rows as plain tensors, with the results of full ones.
     """
 
     # stages come together in each micro-step: a rank without room would leave the others waiting
@@ -105,10 +103,9 @@ class ShardedNetwork(TrainNetwork):
             value.copy_(state[name])
 
     def each(self, change, state, like=None):
-        """A nested state with `change(tensor, like)` in place of each tensor that has the shape of
-        a parameter `like`.
+        """A nested state with `change(tensor, like)` for each tensor shaped as a parameter `like`.
 
-        The nearest key says which that is: the parameter's name or, in an optimiser, its number.
+        The nearest key is that parameter's name or, in an optimizer, its number.
         """
         known = dict(enumerate(self.sharded.values())) | self.sharded
         if isinstance(state, dict):

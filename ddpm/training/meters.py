@@ -45,8 +45,7 @@ class Stopwatch:
 
 
 class Speed:
-    """The speed of a training: images and steps a second, and the share of time spent waiting for
-    images.
+    """Images and steps a second, and the share of time spent waiting for images.
 
     The first WARM_UP steps of a process and pauses do not count; `wait()` waits for the device.
     With `peak`, the devices' operations a second, also model FLOPs utilization (Chowdhery et al.
@@ -136,8 +135,7 @@ PER_RANK = "loss", "count", "since"  # and what each rank sums for itself
 
 
 class Meters:
-    """Sums over the steps since the last log, on the device so that no step waits; a checkpoint
-    part.
+    """Sums over the steps since the last log, on the device; a checkpoint part.
 
     Each rank sums for its own images `loss` and `count` [4] by quartile of t, and loss and count
     [2] `since` the last choice of the best weights. `steps` [4] is the same on all ranks: steps,

@@ -64,11 +64,9 @@ def inner(a, gamma, b, delta):
 
 
 def coefficients(steps, gammas, step, gamma):
-    """The combination [k] of stored averages nearest to profile `gamma` after `step` steps, and its
-    distance over the norm.
+    """(combination [k] of stored averages nearest to `gamma` after `step` steps, relative error).
 
-    Least squares over all of time (algorithm 3), with averages scaled to length 1, since they
-    differ by powers of ten.
+    Least squares over all of time (algorithm 3), with averages scaled to length 1.
     """
     steps, gammas, step, gamma = (
         torch.as_tensor(value, dtype=torch.float64) for value in (steps, gammas, step, gamma)
@@ -86,11 +84,10 @@ def coefficients(steps, gammas, step, gamma):
 
 
 def reconstruct(stored, sigma_rel):
-    """The average of width `sigma_rel` at the last stored step, float32, from `[(step, sigma_rel,
-    read)]` in order of steps.
+    """The average of width `sigma_rel`, float32, from `[(step, sigma_rel, read)]` by step.
 
     `read()` returns the average stored there, name -> tensor; one is held at a time. Integers are
-    the last one's. Raises ValueError where the stored ones come nowhere near the profile.
+    the last one's. Raises ValueError if the stored ones do not span the profile.
     """
     steps, widths, reads = zip(*stored, strict=True)
     found, misfit = coefficients(

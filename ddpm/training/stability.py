@@ -20,14 +20,12 @@ KEYS = {
 
 
 class StabilityMonitor:
-    """Judges each step by its loss and gradient norm, on the device so that no step waits; a
-    checkpoint part.
+    """Judges each step by its loss and gradient norm, on the device; a checkpoint part.
 
     A step is skipped if one of them is not finite, or is a spike: more than `spike` times the
     recent maximum, which halves in 350 steps. Skipped steps do not enter the maximum, so one spike
-    hides no other, and a level that has risen for good is skipped until `divergence_reason` reports
-    it, as it reports a geometric mean of the loss that has risen `spike` times. `rollbacks` counts
-    how often the training went back to a healthy step.
+    hides no other. `divergence_reason` reports a level that has risen for good, and a geometric
+    mean of the loss that has risen `spike` times. `rollbacks` counts those of the training.
     """
 
     def __init__(self, spike, machine, rollbacks=0):

@@ -65,10 +65,7 @@ class TrainStep:
         self.seen = torch.zeros(2, self.batch_size, device=self.machine.device)
 
     def __call__(self, step, batch):
-        """Learn from this rank's share of the effective batch, in the order of the places.
-
-        Raises BatchDoesNotFit if memory runs out with one image at a time.
-        """
+        """Learn from this rank's share of the batch; BatchDoesNotFit if no image fits."""
         while not self.rehearsed:  # on all ranks, with less at a time if one has no room
             fitted, _ = self.machine.room.fits(partial(self.rehearse, batch))
             self.rehearsed = all(self.machine.all_gather(fitted))

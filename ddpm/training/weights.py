@@ -27,8 +27,7 @@ def export(path, weights, step, config_json, **more):
 def save_snapshot(folder, step, config_json, averages, buffers=()):
     """Write averages, word -> (name -> tensor), to one file; returns its path.
 
-    They are in half precision, as in Karras et al. 2024: rounding by 2^-11 of a weight is far less
-    than averages differ by. Tensors named in `buffers` keep their precision.
+    Tensors, except those named in `buffers`, are in half precision, as in Karras et al. 2024.
     """
     path = Path(folder, "snapshots", f"step_{step:08d}.safetensors")
     tensors = {}

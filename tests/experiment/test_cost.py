@@ -417,8 +417,8 @@ def test_a_training_says_what_it_picked_does_it_and_logs_it(tmp_path):
 @pytest.mark.parametrize("name", ["schedules", "architectures", "ema", "targets", "unet_vs_dit"])
 def test_committed_studies_are_measured_as_their_files_say(name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
-    flops = study.read_study(f"experiments/{name}.yaml")
-    given = flops.config(flops.grid()[0])
+    read = study.read_study(f"experiments/{name}.yaml")
+    given = read.config(read.grid()[0])
     found = experiment_cost.plan_evaluation(given, 1617, experiment_cost.count_flops(given))
     assert found.config == given and found.interval == given.every.evaluate
     assert (
