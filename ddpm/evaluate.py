@@ -32,7 +32,7 @@ from ddpm.common import errors
 from ddpm.common.files import lock_folder
 from ddpm.config import files as config_files
 from ddpm.evaluation.scorer import copying_warning, write_texts
-from ddpm.experiment import build, drawing, load
+from ddpm.experiment import build, drawing, load, remarks
 from ddpm.sampling.draw import concatenate
 from ddpm.studies import figures
 from ddpm.studies.tables import plain
@@ -120,7 +120,7 @@ def measure(made, run_or_file, shown=0):
     # by name, for people
     how = re.sub(f"(of )?{images.fingerprint[:12]}", lambda _: f"of {made.config.data.source}", how)
     notes = [
-        *map(config_flags.as_typed, build.remarks(made.config, "evaluate")),
+        *map(config_flags.as_typed, remarks.sampling_remarks(made.config, "evaluate")),
         *score.notes,
         *build.other_data(made.config, images, run_or_file),
     ]

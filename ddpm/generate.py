@@ -59,7 +59,7 @@ from ddpm.common.pixels import (
 )
 from ddpm.common.registry import check_choice, quantity
 from ddpm.diffusion.editing import EDITS, get_edit
-from ddpm.experiment import build, cost, drawing, load
+from ddpm.experiment import build, cost, drawing, load, remarks
 from ddpm.sampling import draw
 from ddpm.sampling.formats import FORMATS
 
@@ -207,10 +207,8 @@ def written(write, out, batches, format, count, machine, alone):
 
 def say(text, config, *more):
     """Say how a config draws, with what a person should know of it."""
-    print(
-        "\n".join([text, *map(config_flags.as_typed, build.remarks(config, "sample")), *more]),
-        flush=True,
-    )
+    lines = map(config_flags.as_typed, remarks.sampling_remarks(config, "sample"))
+    print("\n".join([text, *lines, *more]), flush=True)
 
 
 def masked_words(mask, area):

@@ -45,7 +45,7 @@ from ddpm.common import durations, errors
 from ddpm.config import defaults
 from ddpm.config.files import changed
 from ddpm.data import source
-from ddpm.experiment import build, cost, trainer
+from ddpm.experiment import build, cost, remarks
 from ddpm.experiment import memory as experiment_memory
 from ddpm.runtime import memory
 from ddpm.runtime.gpus import GPUS, known, meant
@@ -109,8 +109,8 @@ def plan(config, vram, mfu, num_gpus, gpus=USUAL):
     )
     yield from memory_lines(config, vram, num_gpus)
     yield from time_lines(training, mfu, num_gpus, gpus)
-    if remarks := trainer.length_remarks(config, training.num_images):
-        yield "\n".join(remarks) + "\n"
+    if lines := remarks.length_remarks(config, training.num_images):
+        yield "\n".join(lines) + "\n"
     yield disk_line(training)
     if config.ema.profiles:
         yield snapshot_line(training)

@@ -1,7 +1,6 @@
-"""Config -> network, data, DDPM, recipes and remarks; only this folder reads config sections."""
+"""Config -> network, data, DDPM and recipes; only this folder reads sections of a config."""
 
 import inspect
-import math
 from dataclasses import replace
 
 import torch
@@ -9,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import data
 from ddpm.common import registry, rng
-from ddpm.config import defaults, files
+from ddpm.config import files
 from ddpm.data import augment, cache
 from ddpm.data import order as data_order
 from ddpm.data import source as data_source
@@ -17,7 +16,6 @@ from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.targets import get_target
 from ddpm.evaluation import extractors
 from ddpm.models import MODELS
-from ddpm.models.layers import ResidualBlock
 from ddpm.sampling import draw
 from ddpm.tracking import tracker as tracking_tracker
 from ddpm.tracking import wandb
@@ -235,60 +233,6 @@ def extractor_name(config):
     if config.evaluate.extractor != "auto":
         return config.evaluate.extractor
     return "digits" if registry.parse(config.data.source)[0] == "digits" else "inception"
-
-
-def remarks(config, section):
-    """Remarks on how the section `sample` or `evaluate` of the config draws: lines, mostly none."""
-    sampler = registry.parse(config[section].sampler)[0]
-    if config.diffusion.variance == "learned" and sampler != "ddpm":
-        return [
-            f"the sampler {sampler!r} has no use for the learned variance; {section}.sampler=ddpm "
-            "has"
-        ]
-    return []
-
-
-def unused_remarks(config):
-    """A remark on options that are set and have no effect: lines, mostly none."""
-    given = defaults.flatten(config)
-    usual = defaults.flatten(defaults.base())
-    idle = {key: other for key, other in unused(config).items() if given[key] != usual[key]}
-    if not idle:
-        return []
-    options = ", ".join(f"{key}={given[key]}" for key in idle)
-    names = {
-        key: registry.parse(given[key])[0] if isinstance(given[key], str) else given[key]
-        for key in idle.values()
-    }
-    causes = " and ".join(f"{key}={name}" for key, name in names.items())
-    return [f"{options} {'have' if len(idle) > 1 else 'has'} no effect with {causes}"]
-
-
-def unconditioned(net):
-    """A remark on residual blocks that do not depend on time and class: lines, mostly none."""
-    blocks = [layer for layer in net.modules() if isinstance(layer, ResidualBlock)]
-    count = sum(not block.is_conditioned for block in blocks)
-    if not count:
-        return []
-    return [
-        f"{count} of {len(blocks)} residual blocks do not depend on time and class, because a "
-        "norm with one channel a group removes what is added before it; for a new run leave "
-        "model.norm_num_groups at 0"
-    ]
-
-
-def loss_remarks(config, model):
-    """A remark on a loss without weight at the level where grids start: lines, mostly none."""
-    weights = model.objective.weights
-    start = int(model.process.levels(config.sample.steps, config.sample.spacing)[0].t)
-    if weights[start] > 0:
-        return []
-    share = weights[-math.ceil(len(weights) / 20) :].sum() / weights.sum()
-    return [
-        f"the loss gives no weight to t = {start}, where sampling starts, and {share:.1e} of its "
-        "weight to the last 5 % of t, so the network hardly learns what it predicts there; "
-        "diffusion.weighting=simple weighs every t"
-    ]
 
 
 def check(config):

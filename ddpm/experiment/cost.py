@@ -132,7 +132,7 @@ def plan_evaluation(config, images, flops, before=None, model=None):
     """The EvalPlan of a training on so many images, by a network of the Flops `flops`.
 
     `before` is the config of a continued run, `model` the DDPM, if built. `every.evaluate=auto` is
-    as often as `evaluate.budget` allows, up to MOST times; what is cached of the reference does not count.
+    as often as `evaluate.budget` allows, up to MOST times; the cached reference does not count.
     """
     train = config.train
     interval = config.every.evaluate

@@ -9,15 +9,13 @@ from ddpm.config import defaults, files
 from ddpm.data import duplicates, loader
 from ddpm.data import order as data_order
 from ddpm.evaluation import scorer as evaluation_scorer
-from ddpm.experiment import build, cost, drawing, load, memory
+from ddpm.experiment import build, cost, drawing, load, memory, remarks
 from ddpm.experiment import step as experiment_step
 from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint, meters
 from ddpm.training import weights as training_weights
 from ddpm.training.trainer import ROLLBACKS, Best, Evaluation, PendingEvents, Trainer
 from ddpm.training.validation import Validation
-
-UNTRAINED = 0.05  # share of the first weights in an average that blurs or greys what is drawn
 
 
 def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lambda text: None):
@@ -170,15 +168,15 @@ def first_notes(config, images, machine, net, plan, every, best):
     return [
         *machine.notes,
         *images.source.notes,
-        *build.remarks(config, "sample"),
-        *build.unused_remarks(config),
-        *build.unconditioned(net),
+        *remarks.sampling_remarks(config, "sample"),
+        *remarks.unused_remarks(config),
+        *remarks.conditioning_remarks(net),
         f"{registry.quantity(len(images.learned), 'image')} to learn from, "
         f"{len(images.held_out)} held out",
         f"a step learns from a batch of {config.train.batch_size}, "
         f"{drawing.at_a_time(config, machine)} at a time{ranks}",
         plan.words,
-        *length_remarks(config, len(images.learned)),
+        *remarks.length_remarks(config, len(images.learned)),
         *split_notes(config, images, every, best),
     ]
 
@@ -214,7 +212,7 @@ def build_step(config, model, net, machine, images, initial, rollbacks, notes):
     step = experiment_step.step(
         config, model, network, list(averages.values()), len(images.learned), rollbacks
     )
-    notes += build.loss_remarks(config, step.diffusion)
+    notes += remarks.loss_remarks(config, step.diffusion)
     return step, averages, levels
 
 
@@ -361,98 +359,3 @@ def batches(config, images, machine, seed, start, total):
     return machine.prefetch(
         loader.loader(images.source, order, workers, pin, check=machine.check_stop)
     )
-
-
-def length_remarks(config, dataset_size):
-    """What does not fit the length of a training on so many images: lines, mostly none."""
-    section = config.train
-
-    def steps(text):
-        return durations.steps_of(text, section.batch_size, dataset_size)
-
-    total = steps(section.length)
-    intervals = {
-        key: durations.Every(text, section.batch_size, dataset_size)
-        for key, text in config.every.items()
-        if text != "auto"
-    }
-    return [
-        *batch_remarks(section.batch_size, dataset_size),
-        *warmup_remarks(
-            section, steps(section.warmup), total, experiment_step.rate(config, dataset_size)
-        ),
-        *decay_remarks(section, steps, total),
-        *average_remarks(config.ema, total),
-        *interval_remarks(intervals, total),
-    ]
-
-
-def batch_remarks(batch_size, dataset_size):
-    """Of a batch that has more images than there are to learn from."""
-    if 0 < dataset_size < batch_size:
-        yield (
-            f"train.batch_size is {batch_size}, more than the "
-            f"{registry.quantity(dataset_size, 'image')} to learn from, so each step learns from "
-            f"an image {batch_size / dataset_size:.2g} times on average; set "
-            f"train.batch_size={dataset_size} or less"
-        )
-
-
-def warmup_remarks(section, warmup, total, rate):
-    """Of a warm-up that takes more than half of a training."""
-    if 2 * warmup > total:
-        ends = (
-            f", which ends at the rate {rate(total - 1):.2g} of {section.learning_rate:.2g}"
-            if warmup > total
-            else ""
-        )
-        # commas join durations
-        shorter = registry.quantity(max(total // 20, 1), "step").replace(",", "")
-        yield (
-            f"train.warmup is {section.warmup!r}, "
-            f"{'longer than' if ends else 'more than half of'} the training of "
-            f"{registry.quantity(total, 'step')}{ends}; set train.warmup={shorter!r}"
-        )
-
-
-def decay_remarks(section, steps, total):
-    """Of a decay of the learning rate that ends long before a training, or long after it."""
-    name, arguments = registry.parse(section.learning_rate_decay)
-    length = steps(arguments["length"]) if "length" in arguments else total
-    # which falls on and on
-    if 0.95 * total <= length <= 1.05 * total or name == "inverse_sqrt" and length < total:
-        return
-    late = "begins after the end" if name == "inverse_sqrt" else "goes on after the end"
-    what = late if length > total else "is over before the end"
-    yield (
-        f"train.learning_rate_decay is {section.learning_rate_decay!r}, which {what} of the "
-        f"training of {registry.quantity(total, 'step')}; give it the length {section.length!r}"
-    )
-
-
-def average_remarks(section, total):
-    """Of averages in which much is left of the weights that a training begins with."""
-    for decay in (section.decay, *section.more):
-        if not section.warmup and not section.rampup and decay**total > UNTRAINED:
-            yield (
-                f"{decay**total:.0%} of an average of decay {decay:g} without ema.warmup are "
-                f"untrained weights after {registry.quantity(total, 'step')}; set ema.warmup=True, "
-                f"or a decay up to {UNTRAINED ** (1 / total):.3g}"
-            )
-
-
-def interval_remarks(intervals, total):
-    """Of intervals, by their names in the section `every`, that do not end within a training."""
-    late = [key for key, every in intervals.items() if (every.first() or 0) > total]
-    if "milestone" in late:
-        late.remove("milestone")
-        yield (
-            f"every.milestone is longer than the training of {registry.quantity(total, 'step')}, "
-            "which keeps no milestone"
-        )
-    if late:
-        names = ", ".join(f"every.{key}" for key in late)
-        yield (
-            f"{names}: longer than the training of {registry.quantity(total, 'step')}, so only "
-            "once, at its end"
-        )

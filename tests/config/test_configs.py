@@ -17,7 +17,7 @@ from ddpm.diffusion.editing import EDITS
 from ddpm.diffusion.process import VARIANCES
 from ddpm.diffusion.schedules import SCHEDULES
 from ddpm.diffusion.targets import TARGETS
-from ddpm.experiment import build, cost, load
+from ddpm.experiment import build, cost, load, remarks
 from ddpm.models import MODELS
 from ddpm.sampling import formats
 from support.configs import FILES, module_of
@@ -327,17 +327,17 @@ def test_an_option_that_another_replaces_is_named(name, option, other, value, sa
 
     one = {f"model__{option}": 3 if option == "num_res_blocks" else 2}
     two = {f"model__{other}": value}
-    assert build.unused_remarks(tiny(model__name=name, **one, **two)) == [said]
+    assert remarks.unused_remarks(tiny(model__name=name, **one, **two)) == [said]
     with_both = network(**one, **two)
     assert same(with_both, network(**two)) == (f"model.{option}=" in said)
     assert same(with_both, network(**one)) == (f"model.{other}=" in said.partition(" no effect")[0])
-    assert build.unused_remarks(tiny(model__name=name, **one)) == []
+    assert remarks.unused_remarks(tiny(model__name=name, **one)) == []
     assert not same(network(**one), network())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_shipped_config_sets_an_option_without_effect(path):
-    assert build.unused_remarks(defaults.freeze(module_of(path).get_config())) == []
+    assert remarks.unused_remarks(defaults.freeze(module_of(path).get_config())) == []
 
 
 def test_the_log_names_the_options_that_have_no_effect(tmp_path):
@@ -371,7 +371,7 @@ def test_the_log_names_the_options_that_have_no_effect(tmp_path):
         ]
         idle = build.unused(tiny(diffusion__predict=predict))
         assert ("diffusion.rescale_timesteps" in idle) == (asked[0] == asked[1]), predict
-    assert build.unused_remarks(defaults.freeze(defaults.base())) == []
+    assert remarks.unused_remarks(defaults.freeze(defaults.base())) == []
     one, other = (
         tiny(model__name="dit(depth=1, width=16, heads=2)", model__num_heads=number)
         for number in (1, 2)

@@ -25,7 +25,7 @@ from ddpm.diffusion.schedules import SCHEDULES, get_schedule
 from ddpm.diffusion.targets import TARGETS, get_target
 from ddpm.diffusion.timesteps import TIMES, Importance
 from ddpm.diffusion.weightings import WEIGHTINGS, Uncertainty
-from ddpm.experiment import build, load
+from ddpm.experiment import build, load, remarks
 from ddpm.studies import runs
 from ddpm.training import weights as training_weights
 from support.runs import rows, run, tiny
@@ -212,7 +212,7 @@ def test_a_loss_that_weighs_nothing_where_sampling_starts_is_told(path, zero_ter
             ("leading", False),
             ("karras", False),
         ):
-            told = build.loss_remarks(tiny(sample__steps=12, sample__spacing=spacing), model)
+            told = remarks.loss_remarks(tiny(sample__steps=12, sample__spacing=spacing), model)
             assert bool(told) == (begins and ends and name in VANISHING), (target, name, spacing)
 
 
@@ -221,7 +221,7 @@ def test_the_share_of_the_last_times_is_told(tmp_path):
         return (1 - u) ** 2 / ((1 - u) ** 2 + u**2)
 
     model = DDPM(None, 1000, "flow", "x0", weighting="p2")
-    (line,) = build.loss_remarks(tiny(), model)
+    (line,) = remarks.loss_remarks(tiny(), model)
     share = float(
         re.search(r"no weight to t = 999, where sampling starts, and (\S+) of its weight", line)[1]
     )

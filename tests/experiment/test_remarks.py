@@ -16,7 +16,7 @@ from ddpm import data, doctor, plan
 from ddpm.common import durations
 from ddpm.config import defaults
 from ddpm.evaluation import distances, extractors, scorer
-from ddpm.experiment import build, cost, drawing, trainer
+from ddpm.experiment import build, cost, drawing, remarks, trainer
 from ddpm.main import train_experiment
 from ddpm.runtime import compile, device
 from ddpm.training import checkpoint, meters, weights
@@ -273,7 +273,7 @@ def test_cheap_evaluations_are_measured_without_a_word_and_in_percent():
 # lengths
 
 
-def remarks(images=1000, **options):
+def lines_about(images=1000, **options):
     given = dict(
         train__length="200 steps",
         train__warmup="10 steps",
@@ -284,7 +284,7 @@ def remarks(images=1000, **options):
         every__milestone="0 steps",
         train__batch_size=8,
     )
-    return trainer.length_remarks(tiny(**given | options), images)
+    return remarks.length_remarks(tiny(**given | options), images)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def remarks(images=1000, **options):
     ],
 )
 def test_what_does_not_fit_the_length_of_the_training_is_said(options, said):
-    lines = remarks(**options)
+    lines = lines_about(**options)
     assert len(lines) == 1 and said in lines[0], lines
 
 
@@ -388,12 +388,12 @@ def test_a_rate_that_never_arrives_is_told_as_the_optimizer_gets_it(tmp_path):
     ],
 )
 def test_what_fits_is_not_remarked_on(options):
-    assert remarks(**options) == []
+    assert lines_about(**options) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_no_shipped_config_is_remarked_on(path):
-    assert trainer.length_remarks(defaults.freeze(module_of(path).get_config()), 10_000) == []
+    assert remarks.length_remarks(defaults.freeze(module_of(path).get_config()), 10_000) == []
 
 
 def test_the_plan_has_the_same_words():
@@ -405,7 +405,7 @@ def test_the_plan_has_the_same_words():
         model__attention_resolutions=(),
     )
     lines = "\n".join(plan.plan(given, 8, 0.4, 2)).splitlines()
-    expected = trainer.length_remarks(given, plan.ASSUMED)
+    expected = remarks.length_remarks(given, plan.ASSUMED)
     assert len(expected) == 2 and set(expected) <= set(lines)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ddpm.config import defaults, files
-from ddpm.experiment import build
+from ddpm.experiment import build, remarks
 from ddpm.models import MODELS
 from ddpm.models.dit import Block
 from ddpm.models.layers import ResidualBlock
@@ -184,7 +184,7 @@ def test_groups_of_one_channel_are_said(tmp_path):
         True,
         True,
     ]
-    (said,) = build.unconditioned(net)
+    (said,) = remarks.conditioning_remarks(net)
     assert said.startswith(
         "3 of 8 residual blocks do not depend on time and class, because a norm with one channel "
         "a group"
@@ -195,5 +195,8 @@ def test_groups_of_one_channel_are_said(tmp_path):
         in (tmp_path / "training.log").read_text()
     )
     for options in (dict(norm_num_groups=32, use_scale_shift_norm=True), dict()):
-        assert build.unconditioned(network("unet", UNET | dict(model_channels=16) | options)) == []
-    assert build.unconditioned(nn.Identity()) == []
+        assert (
+            remarks.conditioning_remarks(network("unet", UNET | dict(model_channels=16) | options))
+            == []
+        )
+    assert remarks.conditioning_remarks(nn.Identity()) == []
