@@ -231,7 +231,7 @@ def check_levels(options):
         if options[key] != "auto":
             with about(key):  # a sampler refuses arguments when it runs
                 sampler = resolve(f"config.{key}", samplers.SAMPLERS, options[key])
-                samplers.count_nfe(sampler, rehearsal, learned)
+                samplers.visited_levels(sampler, rehearsal, learned)
     names = ("beta_schedule", "timesteps", "zero_terminal_snr")
     with about("diffusion.beta_schedule"):
         levels = process_of(*(options[f"diffusion.{name}"] for name in names))

@@ -252,11 +252,6 @@ def integrate(x, t, s, estimates, eta=0.0, published=False):
     return s.sigma / t.sigma * fall**eta * x + s.alpha * mean
 
 
-def count_nfe(sampler, levels, learned=False):
-    """Return the number of function evaluations of a sampler; see `visited_levels`."""
-    return len(visited_levels(sampler, levels, learned))
-
-
 def visited_levels(sampler, levels, learned=False):
     """Return the levels at which a sampler calls the denoiser; ValueError for its options."""
     visited = []
