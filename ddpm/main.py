@@ -24,6 +24,7 @@ import contextlib
 import gc
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 from ddpm.common import errors
@@ -76,7 +77,7 @@ def train_with_rollbacks(config, folder, machine):
     reason = ""
     while code == AGAIN:
         with machine.stop.interruptible():
-            say = announce if machine.main else silent
+            say = partial(announce, machine)
             trainer = build_trainer(config, folder, machine, rollbacks=rollbacks, say=say)
         if trainer.finished:
             trainer.tidy()
@@ -88,8 +89,8 @@ def train_with_rollbacks(config, folder, machine):
             return errors.DONE
         if rollbacks:
             trainer.begin_after_rollback(reason)
-        elif machine.main:
-            announce(f"config: {Path(folder, 'config.json')} (--print_config shows it)")
+        else:
+            say(f"config: {Path(folder, 'config.json')} (--print_config shows it)")
         code = finish(trainer)
         reason = trainer.diverged
         rollbacks = trainer.stability.rollbacks + 1
@@ -103,14 +104,11 @@ def train_with_rollbacks(config, folder, machine):
     return code
 
 
-def announce(text):
-    """Print a line before the training has its log."""
-    with contextlib.suppress(OSError):  # of a console on a full disk
-        print(text, flush=True)
-
-
-def silent(text):
-    """Print nothing, on ranks that write nothing."""
+def announce(machine, text):
+    """Print a line on the main rank, before the training has its log."""
+    if machine.main:
+        with contextlib.suppress(OSError):  # of a console on a full disk
+            print(text, flush=True)
 
 
 def main():
@@ -124,7 +122,12 @@ def finish(trainer):
     """Train, and close the tracker; returns the exit code, or AGAIN after a rollback."""
     code = errors.FAILED
     try:
-        code = done(trainer) if train(trainer) else stopped(trainer)
+        if train(trainer):
+            command = f"python -m ddpm.generate --checkpoint={trainer.folder}"
+            trainer.tracker.say(f"done; draw images with: {command}")
+            code = errors.DONE
+        else:
+            code = stopped(trainer)
     except Diverged as error:
         code = diverged(trainer, error)
     except OSError as error:
@@ -142,17 +145,10 @@ def finish(trainer):
     return code
 
 
-def done(trainer):
-    """Say what to do next; returns the exit code."""
-    trainer.tracker.say(
-        f"done; draw images with: python -m ddpm.generate --checkpoint={trainer.folder}"
-    )
-    return errors.DONE
-
-
 def stopped(trainer):
-    """Say where the training stopped; returns the exit code, a failure if the time limit leaves no
-    time for anything: a scheduler would start it again forever.
+    """Say where the training stopped; returns the exit code.
+
+    It is a failure if the time limit left no time for a step: a scheduler would restart it forever.
     """
     stop = trainer.machine.stop
     step, pending = trainer.saved
