@@ -65,12 +65,8 @@ def sigmoid(timesteps, *, start=-3.0, end=3.0, tau=1.0):
     before = u[:-1]
     after = u[1:]
     # 1 - (S(u_T) - S(after)) / (S(u_T) - S(before)), S the logistic function, without cancellation
-    betas = (
-        torch.sigmoid(after)
-        / torch.sigmoid(u[-1])
-        * torch.expm1(before - after)
-        / torch.expm1(before - u[-1])
-    )
+    ratio = torch.sigmoid(after) / torch.sigmoid(u[-1])
+    betas = ratio * torch.expm1(before - after) / torch.expm1(before - u[-1])
     return tables(betas.clamp(max=MAX_BETA))
 
 

@@ -13,14 +13,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from ddpm.common.registry import check_choice
-from ddpm.models.layers import (
-    ConditionedNetwork,
-    check_counts,
-    check_multiple,
-    linear,
-    query_key_norms,
-    timestep_embedding,
-)
+from ddpm.models import layers
 
 # limits beyond any network, so that a number in a file cannot fill the memory
 LARGEST = 65536
@@ -31,7 +24,8 @@ FREQUENCIES = 256  # sines and cosines of the time, at any width
 def positions(h, w, width, device):
     """Return fixed position embeddings [h w, width]: half sines of the column, half of the row."""
     column, row = (
-        timestep_embedding(torch.arange(n, device=device), width // 2, freq_shift=0) for n in (w, h)
+        layers.timestep_embedding(torch.arange(n, device=device), width // 2, freq_shift=0)
+        for n in (w, h)
     )
     return torch.cat(
         [repeat(column, "w d -> (h w) d", h=h), repeat(row, "h d -> (h w) d", w=w)], dim=1
@@ -49,9 +43,9 @@ class Attention(nn.Module):
     def __init__(self, width, heads, qk_norm=False):
         super().__init__()
         self.heads = heads
-        self.qkv = linear(width, 3 * width)
-        self.norm_q, self.norm_k = query_key_norms(width // heads, qk_norm)
-        self.project = linear(width, width)
+        self.qkv = layers.linear(width, 3 * width)
+        self.norm_q, self.norm_k = layers.query_key_norms(width // heads, qk_norm)
+        self.project = layers.linear(width, width)
 
     def forward(self, tokens):
         q, k, v = rearrange(
@@ -69,10 +63,10 @@ class Block(nn.Module):
 
     def __init__(self, width, heads, dropout=0, qk_norm=False):
         super().__init__()
-        self.modulation = nn.Sequential(nn.SiLU(), linear(width, 6 * width, zero=True))
+        self.modulation = nn.Sequential(nn.SiLU(), layers.linear(width, 6 * width, zero=True))
         self.attention = Attention(width, heads, qk_norm)
         self.perceptron = nn.Sequential(
-            linear(width, 4 * width), nn.GELU("tanh"), linear(4 * width, width)
+            layers.linear(width, 4 * width), nn.GELU("tanh"), layers.linear(4 * width, width)
         )
         self.dropout = nn.Dropout(dropout)
 
@@ -91,7 +85,7 @@ def resolved_size(size, depth, width, heads):
     return depth or default_depth, width or default_width, heads or default_heads
 
 
-class DiT(ConditionedNetwork):
+class DiT(layers.ConditionedNetwork):
     """A transformer on image patches with fixed sine positions, conditioned by adaLN-Zero.
 
     image_size      int or (h, w); the network runs on any size that `patch_size` divides
@@ -125,18 +119,11 @@ class DiT(ConditionedNetwork):
     ):
         super().__init__()
         depth, width, heads = resolved_size(size, depth, width, heads)
-        check_counts(
-            {
-                "in_channels": in_channels,
-                "out_channels": out_channels,
-                "patch_size": patch_size,
-                "depth": depth,
-                "width": width,
-                "heads": heads,
-                "num_classes": 1 if num_classes is None else num_classes,
-            },
-            LARGEST,
-        )
+        counts = dict(in_channels=in_channels, out_channels=out_channels, patch_size=patch_size)
+        counts |= dict(depth=depth, width=width, heads=heads)
+        if num_classes is not None:
+            counts["num_classes"] = num_classes
+        layers.check_counts(counts, LARGEST)
         if depth > DEEPEST:
             raise ValueError(f"depth is {depth}; use up to {DEEPEST} blocks")
         self.patch_size = patch_size
@@ -149,12 +136,12 @@ class DiT(ConditionedNetwork):
             )
 
         # weights are drawn in this order, the same as in recorded runs
-        self.patches = linear(in_channels * patch_size**2, width)
+        self.patches = layers.linear(in_channels * patch_size**2, width)
         self.add_embeddings(FREQUENCIES, width, num_classes, augmentation, augmentation_place)
         self.blocks = nn.ModuleList(Block(width, heads, dropout, qk_norm) for _ in range(depth))
         self.levels = [[block] for block in self.blocks]  # all at one size of the image
-        self.modulation = nn.Sequential(nn.SiLU(), linear(width, 2 * width, zero=True))
-        self.head = linear(width, out_channels * patch_size**2, zero=True)
+        self.modulation = nn.Sequential(nn.SiLU(), layers.linear(width, 2 * width, zero=True))
+        self.head = layers.linear(width, out_channels * patch_size**2, zero=True)
         for layer in (self.time_embedding[0], self.time_embedding[2], self.class_embedding):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=0.02)  # as in the paper's code
@@ -162,7 +149,7 @@ class DiT(ConditionedNetwork):
     def check_size(self, sides):
         """Raise ValueError if the patch does not divide both sides (h, w)."""
         fitting = ", ".join(str(n) for n in (1, 2, 4, 8, 16) if gcd(*sides) % n == 0)
-        check_multiple(
+        layers.check_multiple(
             sides,
             self.patch_size,
             f"cannot be cut into patches of {self.patch_size}",
@@ -177,8 +164,8 @@ class DiT(ConditionedNetwork):
         augmentation: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.check_size(x.shape[-2:])
-        # the paper has cosines first
-        features = timestep_embedding(t, FREQUENCIES, freq_shift=0).roll(FREQUENCIES // 2, dims=1)
+        features = layers.timestep_embedding(t, FREQUENCIES, freq_shift=0)
+        features = features.roll(FREQUENCIES // 2, dims=1)  # the paper has cosines first
         emb = self.embed(features.to(x.dtype), y, augmentation)
         p = self.patch_size
         h, w = (side // p for side in x.shape[-2:])
@@ -187,14 +174,8 @@ class DiT(ConditionedNetwork):
         for block in self.blocks:
             tokens = block(tokens, emb)
         shift, scale = rearrange(self.modulation(emb), "b (two d) -> two b 1 d", two=2)
-        return rearrange(
-            self.head(modulated(tokens, shift, scale)),
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=h,
-            w=w,
-            p=p,
-            q=p,
-        )
+        out = self.head(modulated(tokens, shift, scale))
+        return rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
 
 SIZES = {  # depth, width, heads: the paper's table 1

@@ -318,12 +318,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x):
         # the fused attention kernels need channels to be contiguous in memory
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
-        q, k, v = rearrange(
-            dense(self.qkv, tokens),
-            "b n (three heads d) -> three b heads n d",
-            three=3,
-            heads=self.heads,
-        )
+        qkv = dense(self.qkv, tokens)
+        pattern = "b n (three heads d) -> three b heads n d"
+        q, k, v = rearrange(qkv, pattern, three=3, heads=self.heads)
         out = F.scaled_dot_product_attention(self.norm_q(q), self.norm_k(k), v)
         out = dense(self.project, rearrange(out, "b heads n d -> b n (heads d)"))
         return x + rearrange(out, "b (h w) c -> b c h w", h=x.shape[-2])

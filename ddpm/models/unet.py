@@ -10,38 +10,23 @@ import torch
 from torch import nn
 
 from ddpm.common.registry import quantity
-from ddpm.models.layers import (
-    AttentionBlock,
-    ConditionedNetwork,
-    Downsample,
-    ResidualBlock,
-    Upsample,
-    check_counts,
-    check_multiple,
-    conv,
-    group_norm,
-    initialize_as_torch,
-    norm_groups,
-    timestep_embedding,
-)
+from ddpm.models import layers
 
 
 def check_size(size, halvings):
     """Raise ValueError if a side of `size` (h, w) cannot be halved `halvings` times."""
     trouble = f"cannot be halved {quantity(halvings, 'time')}"
-    check_multiple(size, 2**halvings, trouble, "a shorter channel_mult")
+    layers.check_multiple(size, 2**halvings, trouble, "a shorter channel_mult")
 
 
 def check_shape(counts, model_channels, channel_mult, blocks, num_classes):
     """Raise ValueError for numbers of which no U-Net can be built; `counts`: others of them."""
-    check_counts(
-        counts
-        | {
-            "model_channels": model_channels,
-            "num_classes": 1 if num_classes is None else num_classes,
-            "res_blocks_per_level": min(blocks, default=1),
-        }
+    counts = counts | dict(
+        model_channels=model_channels, res_blocks_per_level=min(blocks, default=1)
     )
+    if num_classes is not None:
+        counts["num_classes"] = num_classes
+    layers.check_counts(counts)
     if model_channels == 1:
         raise ValueError(
             "model_channels is 1, too few for a sine and a cosine of the time; use 2 or more"
@@ -74,7 +59,7 @@ def level_sides(image_size, levels, attention_resolutions):
 def resizers(block, resblock_updown, padding):
     """Return two functions, of the channels, that create a layer of half and of twice the size."""
     if not resblock_updown:
-        return partial(Downsample, padding=padding), Upsample
+        return partial(layers.Downsample, padding=padding), layers.Upsample
     return (lambda channels: block(channels, channels, down=True)), (
         lambda channels: block(channels, channels, up=True)
     )
@@ -85,11 +70,11 @@ class Stage(nn.Sequential):
 
     def forward(self, x, emb):
         for layer in self:
-            x = layer(x, emb) if isinstance(layer, ResidualBlock) else layer(x)
+            x = layer(x, emb) if isinstance(layer, layers.ResidualBlock) else layer(x)
         return x
 
 
-class UNet(ConditionedNetwork):
+class UNet(layers.ConditionedNetwork):
     """A U-Net of residual blocks with attention at chosen sizes and always in the middle.
 
     image_size             int or (h, w); the network runs on any size that can be halved as often
@@ -152,32 +137,32 @@ class UNet(ConditionedNetwork):
         self.add_embeddings(model_channels, width, num_classes, augmentation, augmentation_place)
 
         # one number for the network, as in the published ones, which diffusers' files can express
-        groups = norm_num_groups or norm_groups(min(channel_mult) * model_channels)
-        norm = partial(group_norm, most=groups, eps=norm_eps)
-        block = partial(ResidualBlock, embedding_channels=width, dropout=dropout, norm=norm)
+        groups = norm_num_groups or layers.norm_groups(min(channel_mult) * model_channels)
+        norm = partial(layers.group_norm, most=groups, eps=norm_eps)
+        block = partial(layers.ResidualBlock, embedding_channels=width, dropout=dropout, norm=norm)
         block = partial(block, use_scale_shift_norm=use_scale_shift_norm)
         attention = partial(
-            AttentionBlock, num_heads=num_heads, num_head_channels=num_head_channels
+            layers.AttentionBlock, num_heads=num_heads, num_head_channels=num_head_channels
         )
         attention = partial(attention, norm=norm, qk_norm=qk_norm)
         resizing = resizers(block, resblock_updown, downsample_padding)
 
         channels = [mult * model_channels for mult in channel_mult]
-        self.stem = conv(in_channels, model_channels, 3)
+        self.stem = layers.conv(in_channels, model_channels, 3)
         self._add_levels(channels, blocks, attends, block, attention, *resizing)
-        last = conv(channels[0], out_channels, 3, zero=True)
+        last = layers.conv(channels[0], out_channels, 3, zero=True)
         self.head = nn.Sequential(norm(channels[0]), nn.SiLU(), last)
         if initialization == "torch":
-            initialize_as_torch(self)
+            layers.initialize_as_torch(self)
 
     def _add_levels(self, widths, blocks, attends, block, attention, downsample, upsample):
         """Add encoder, middle and decoder; weights are drawn in this order."""
 
         def stage(level, inputs):
-            layers = [block(inputs, widths[level])]
+            parts = [block(inputs, widths[level])]
             if attends[level]:
-                layers.append(attention(widths[level]))
-            return Stage(*layers)
+                parts.append(attention(widths[level]))
+            return Stage(*parts)
 
         self.levels = [[] for _ in widths]  # the stages by size of the image, the largest first
         channels = self.model_channels
@@ -214,7 +199,7 @@ class UNet(ConditionedNetwork):
         augmentation: torch.Tensor | None = None,
     ) -> torch.Tensor:
         check_size(x.shape[-2:], self.halvings)
-        features = timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift)
+        features = layers.timestep_embedding(t, self.model_channels, freq_shift=self.freq_shift)
         emb = self.embed(features.to(x.dtype), y, augmentation)
         h = self.stem(x)
         skips = [h]

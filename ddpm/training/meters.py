@@ -67,6 +67,7 @@ class Speed:
         self.peak = peak
         self.wait = wait
         self.watch = Stopwatch(now)
+        self.pause = self.watch.pause
         self.steps = 0
         self.waited = 0.0
         self.rate = None  # images a second, as of the last reading
@@ -87,10 +88,6 @@ class Speed:
                 return
             self.steps += count >= WARM_UP
             yield batch
-
-    def pause(self):
-        """The context whose time does not count."""
-        return self.watch.pause()
 
     def progress(self, done):
         """Epochs, images and 10^15 operations (forward and backward) after `done` steps."""
@@ -114,16 +111,15 @@ class Speed:
         if not steps:
             return self.progress(done)
         rate = self.rate = steps * self.batch_size / seconds
-        readings = (
-            {
-                "speed/images_per_second": rate,
-                "speed/step_ms": 1000 * seconds / steps,
-                "speed/loader_wait": self.waited / seconds,
-                "progress/epoch_seconds": self.dataset_size / rate,
-            }
-            | ({"speed/mfu": rate * self.flops_per_image / self.peak} if self.peak else {})
-            | self.progress(done)
-        )
+        readings = {
+            "speed/images_per_second": rate,
+            "speed/step_ms": 1000 * seconds / steps,
+            "speed/loader_wait": self.waited / seconds,
+            "progress/epoch_seconds": self.dataset_size / rate,
+        }
+        if self.peak:
+            readings["speed/mfu"] = rate * self.flops_per_image / self.peak
+        readings |= self.progress(done)
         self.steps = 0
         self.waited = 0.0
         return readings
@@ -145,15 +141,8 @@ class Meters:
     def __init__(self, timesteps, machine):
         self.timesteps = timesteps
         self.machine = machine
-        self.sums = {
-            name: torch.zeros(size, device=machine.device)
-            for name, size in (
-                ("loss", QUARTILES),
-                ("count", QUARTILES),
-                ("since", 2),
-                ("steps", 4),
-            )
-        }
+        sizes = {"loss": QUARTILES, "count": QUARTILES, "since": 2, "steps": 4}
+        self.sums = {name: torch.zeros(n, device=machine.device) for name, n in sizes.items()}
 
     def add_losses(self, t, losses):
         quartile = t * QUARTILES // self.timesteps

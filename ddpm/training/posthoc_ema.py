@@ -54,13 +54,8 @@ def inner(a, gamma, b, delta):
     """The integral of profile `gamma` after `a` steps times `delta` after `b` (eq. 151)."""
     shorter = torch.minimum(a, b)
     longer = torch.maximum(a, b)
-    return (
-        (gamma + 1)
-        * (delta + 1)
-        / (gamma + delta + 1)
-        * (shorter / longer) ** torch.where(a < b, delta, gamma)
-        / longer
-    )
+    scale = (gamma + 1) * (delta + 1) / (gamma + delta + 1)
+    return scale * (shorter / longer) ** torch.where(a < b, delta, gamma) / longer
 
 
 def coefficients(steps, gammas, step, gamma):
