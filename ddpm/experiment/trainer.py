@@ -38,7 +38,9 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
         count = len(images.learned)
         total = durations.steps_of(config.train.length, config.train.batch_size, count)
         flops = cost.count_flops(config)
-        plan = plan_evaluation(config, count, flops, model, start.content)
+        # what a continued run evaluated with stays, so that its distances compare
+        before = files.from_json(start.content["config"]) if start.content else None
+        plan = cost.plan_evaluation(config, count, flops, before, model)
         config = plan.config
         every = intervals(config, count, plan.interval)
         best = Best("val/loss_ema" if len(images.held_out) else "train/loss")
@@ -144,12 +146,6 @@ def open_images(config, content):
     if content is not None:  # before the network, whose shapes follow the classes
         checkpoint.restore(content["parts"], {"data": identity})
     return config, Images(source, *build.split(config, source), bool(classes), identity)
-
-
-def plan_evaluation(config, count, flops, model, content):
-    """cost.plan_evaluation; what a continued run evaluated with stays, so its distances compare."""
-    before = files.from_json(content["config"]) if content else None
-    return cost.plan_evaluation(config, count, flops, before, model)
 
 
 def intervals(config, count, evaluate):

@@ -10,35 +10,28 @@ import math
 import torch
 
 
-def _check_options(learning_rate, betas, eps, weight_decay):
-    """Raise ValueError for an option of Adam out of its range."""
-    for name, number in (
-        ("learning_rate", learning_rate),
-        ("eps", eps),
-        ("weight_decay", weight_decay),
-    ):
+def _fused(optimizer, parameters, learning_rate, betas, eps, weight_decay):
+    """The fused kind of an optimizer of torch; raises ValueError for an option out of its range."""
+    options = {"learning_rate": learning_rate, "eps": eps, "weight_decay": weight_decay}
+    for name, number in options.items():
         if not 0 <= number < math.inf:
             raise ValueError(f"{name} is {number}; use a finite number from 0 up")
     if len(betas) != 2 or not all(
         isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas
     ):
         raise ValueError(f"betas are {betas}; use two numbers in [0, 1), such as (0.9, 0.999)")
+    betas = tuple(map(float, betas))
+    return optimizer(parameters, learning_rate, betas, eps, weight_decay, fused=True)
 
 
 def adamw(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01):
     """AdamW (Loshchilov and Hutter 2019), decoupled weight decay; ValueError if out of range."""
-    _check_options(learning_rate, betas, eps, weight_decay)
-    return torch.optim.AdamW(
-        parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True
-    )
+    return _fused(torch.optim.AdamW, parameters, learning_rate, betas, eps, weight_decay)
 
 
 def adam(parameters, learning_rate, *, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
     """Adam (Kingma and Ba 2015), with weight decay in the gradient; ValueError if out of range."""
-    _check_options(learning_rate, betas, eps, weight_decay)
-    return torch.optim.Adam(
-        parameters, learning_rate, tuple(map(float, betas)), eps, weight_decay, fused=True
-    )
+    return _fused(torch.optim.Adam, parameters, learning_rate, betas, eps, weight_decay)
 
 
 OPTIMIZERS = {
@@ -47,10 +40,15 @@ OPTIMIZERS = {
 }
 
 
-def _fall(step, length, floor, curve):
-    """From 1 at step 0 to `floor` at `length` and after, along `curve`, which falls from 1 to 0."""
+def _check_length(length):
+    """Raise ValueError for a length that is not a positive, finite number."""
     if not 0 < length < math.inf:
         raise ValueError(f"learning-rate decay has length {length}; use 1 step or more")
+
+
+def _fall(step, length, floor, curve):
+    """From 1 at step 0 to `floor` at `length` and after, along `curve`, which falls from 1 to 0."""
+    _check_length(length)
     if not 0 <= floor <= 1:
         raise ValueError(
             f"learning-rate decay has floor {floor}; use a fraction of the learning rate from 0 "
@@ -76,8 +74,7 @@ def linear(step, *, length, floor=0.0):
 
 def inverse_sqrt(step, *, length):
     """1 for `length` steps, then sqrt(length / step) (Karras et al. 2024, EDM2): for any length."""
-    if not 0 < length < math.inf:
-        raise ValueError(f"learning-rate decay has length {length}; use 1 step or more")
+    _check_length(length)
     return math.sqrt(length / max(step, length))
 
 
