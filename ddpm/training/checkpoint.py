@@ -57,17 +57,18 @@ def save(folder, step, config_json, parts, keep=2, milestone=False, healthy_step
 
 def prune(folder, keep=2, healthy_step=math.inf):
     """Delete all but milestones, the newest `keep`, and the newest one up to `healthy_step`."""
-    found = checkpoints(folder)
-    spared = [old for at, old in found if at <= healthy_step][-1:]
-    for _, old in [item for item in found if not NAME.fullmatch(item[1].name)[2]][:-keep]:
-        if old not in spared:
-            old.unlink()
+    spared = [path for step, path in checkpoints(folder) if step <= healthy_step][-1:]
+    paths = [path for _, path in checkpoints(folder) if not path.name.endswith(".keep.pt")]
+    for path in paths[:-keep]:
+        if path not in spared:
+            path.unlink()
 
 
 def delete_after(folder, step):
     """Delete the checkpoints past a step, the newest first."""
-    for _, path in reversed([item for item in checkpoints(folder) if item[0] > step]):
-        path.unlink()
+    for at, path in reversed(checkpoints(folder)):
+        if at > step:
+            path.unlink()
 
 
 def load(path, tensors=True):
