@@ -120,8 +120,6 @@ def compile_network(config, made):
         net.give_up(error)
     if not fitted:
         return "the network is compiled at the first step that has room (train.compile)"
-    return (
-        said[0]
-        if said
-        else f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"
-    )
+    if said:
+        return said[0]
+    return f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"

@@ -255,20 +255,17 @@ def build_evaluation(config, images, step, plan, flops, never, say, notes):
     operations = plan.operations
     if not scorer.protocol:
         operations = 0 if never else cost.likelihood_operations(config, flops)
+    source = images.source
+    size = drawing.at_a_time(config, machine)
+    labels = source.labels if images.has_classes else None
     return Evaluation(
         validation=Validation(
-            images.source,
-            images.held_out,
-            step.net,
-            step.diffusion,
-            machine,
-            drawing.at_a_time(config, machine),
-            images.source.labels if images.has_classes else None,
+            source, images.held_out, step.net, step.diffusion, machine, size, labels
         ),
         draw=drawing.drawer(config, step.net, machine, model=step.diffusion),
         grid=(range(config.sample.num_images), build.grid_recipe(config)),
         score=scorer,
-        likelihood=drawing.likelihood(config, step.net, images.source, machine, step.diffusion),
+        likelihood=drawing.likelihood(config, step.net, source, machine, step.diffusion),
         images=operations / flops.training,
         share=plan.share,
     )
@@ -304,9 +301,8 @@ def restore(start, parts, total, length):
     if start.source:
         notes.append(f"continues {start.source} from step {start.step} (train.resume_from)")
     if pending is not None:
-        notes.append(
-            f"first what is still to do at step {start.step}: {', '.join(sorted(pending))}"
-        )
+        names = ", ".join(sorted(pending))
+        notes.append(f"first what is still to do at step {start.step}: {names}")
     return notes
 
 
@@ -322,16 +318,15 @@ def open_tracker(config, folder, machine, start, parts, total):
         training_weights.delete_snapshots_after(folder, start.step)
         for damaged in start.damaged:
             name = checkpoint.quarantine(damaged).name
-            notes.insert(
-                0,
+            notes.append(
                 f"{damaged.path} is damaged ({damaged.why}); it is called {name} now, and the run "
-                f"goes on from step {start.step}",
+                f"goes on from step {start.step}"
             )
     # the last step whose row may be written: not that of pending events
     logged = start.step - (parts["due"].names is not None)
     state = start.content and tracker_state(start.content, start.source)
     tracker = build.tracker(config, folder, machine, logged, total, state, home)
-    for note in notes:
+    for note in reversed(notes):  # the oldest file first
         tracker.say(note)
     return tracker
 

@@ -104,7 +104,7 @@ class TrainStep:
         before = self.meters.losses()
         count = len(self.parts[0])
         # some networks scale theirs in training
-        weights = [one.detach().to("cpu", copy=True) for one in self.parameters]
+        weights = [value.detach().to("cpu", copy=True) for value in self.parameters]
         self.diffusion.net.train()
         try:
             self._set_up_optimizer()
@@ -115,8 +115,8 @@ class TrainStep:
         finally:
             self._forget(before)
             with torch.no_grad():
-                for one, weight in zip(self.parameters, weights, strict=True):
-                    one.copy_(weight)
+                for value, weight in zip(self.parameters, weights, strict=True):
+                    value.copy_(weight)
 
     def diagnosis(self, step, batch):
         """Compute a skipped step's gradients again; returns words on what goes wrong in it."""
@@ -137,11 +137,10 @@ class TrainStep:
                 *self.diffusion.net.module.named_parameters(),
                 *self.objective.named_parameters(),
             ]
-            weights = {name: size_of(one) for name, one in named}
+            weights = {name: size_of(value) for name, value in named}
             scale = self.scaler.get_scale()
-            gradients = {
-                name: size_of(one.grad) / scale for name, one in named if one.grad is not None
-            }
+            trained = {name: value.grad for name, value in named if value.grad is not None}
+            gradients = {name: size_of(grad) / scale for name, grad in trained.items()}
         finally:
             self._forget(before)
             self.watch = lambda t, losses: None
@@ -168,9 +167,9 @@ class TrainStep:
     def _gradients_that_fit(self, step, batch):
         """Compute the gradients, with the batch divided until it fits; returns the loss."""
         while True:
-            fitted, found = self.machine.room.fits(partial(self._gradients, step, batch))
+            fitted, loss = self.machine.room.fits(partial(self._gradients, step, batch))
             if fitted:
-                return found
+                return loss
             if self.machine.world > 1:  # the others wait in the middle of a collective
                 raise BatchDoesNotFit(
                     f"rank {self.machine.rank} is out of memory with {len(self.parts[0])} images "
@@ -201,8 +200,8 @@ class TrainStep:
 
     def _set_up_optimizer(self):
         """Let the optimizer allocate its state by a step without effect; leaves zero gradients."""
-        for one in self.parameters:
-            one.grad = torch.zeros_like(one)
+        for value in self.parameters:
+            value.grad = torch.zeros_like(value)
         if not self.optimizer.state:
             self.optimizer.found_inf = torch.ones((), device=self.machine.device)
             self.optimizer.step()
@@ -210,14 +209,13 @@ class TrainStep:
     def _halve_micro_batches(self):
         """Halve micro-batches, or divide by the next factor; BatchDoesNotFit for single images."""
         count = len(self.parts)
-        more = next(
-            (n for n in range(2 * count, len(self.places) + 1) if len(self.places) % n == 0), None
-        )
-        if more is None and count == len(self.places):
+        total = len(self.places)
+        if count == total:
             raise BatchDoesNotFit("out of memory with one image at a time")
-        self.set_micro_batches(more or len(self.places))
+        divisors = (n for n in range(2 * count, total) if total % n == 0)
+        self.set_micro_batches(next(divisors, total))
         self.say(
-            f"out of memory with {len(self.places) // count} images at a time; continuing with "
+            f"out of memory with {total // count} images at a time; continuing with "
             f"{len(self.parts[0])} at a time, with the same results except for dropout; to start "
             f"with this size, set train.gradient_accumulation_steps={len(self.parts)}"
         )
