@@ -32,26 +32,28 @@ def estimate(config, dtype, images, levels=0):
         recompute(itertools.chain(*net.levels[:levels]))
         averaged = list(step.averages(config, net).values())
     network = TrainNetwork(net, device.Machine(torch.device("cpu"), dtype))
-    made = step.step(config, build.diffusion(config, None), network, averaged, dataset_size=images)
+    train_step = step.step(
+        config, build.diffusion(config, None), network, averaged, dataset_size=images
+    )
     batch = step.blank(config, images)
     return memory.account(
-        ledger, made, batch, weights, ledger.live - weights, accumulated=accumulated
+        ledger, train_step, batch, weights, ledger.live - weights, accumulated=accumulated
     )
 
 
-def bytes_per_gpu(config, found, ranks):
+def bytes_per_gpu(config, account, ranks):
     """The bytes on each of `ranks` GPUs, from the account of the same micro-batch on one GPU."""
     if ranks == 1:
-        return found.total
+        return account.total
     if not config.train.fully_shard:
-        return found.total + found.weights  # a copy of the gradients to exchange
+        return account.total + account.weights  # a copy of the gradients to exchange
     with torch.device("meta"):
         net = build.network(config)
     stages = [memory.size_of_all(stage.parameters()) for stage in itertools.chain(*net.levels)]
     # what is in no stage, and the stage at work and the next
-    together = found.weights - sum(stages) + sum(sorted(stages)[-2:])
+    together = account.weights - sum(stages) + sum(sorted(stages)[-2:])
     # as weights and as gradients
-    return found.shared / ranks + found.total - found.shared + 2 * together
+    return account.shared / ranks + account.total - account.shared + 2 * together
 
 
 def choose_recomputed_levels(config, net, machine, note):
@@ -91,7 +93,7 @@ def choose_recomputed_levels(config, net, machine, note):
 def suggest_savings(config, machine, levels=0):
     """Options that take less memory than one image at a time: words, the largest saving first."""
     alone = estimate(config, machine.dtype, 1, levels)
-    found = []
+    options = []
     now = alone.total
     for option, value in (
         ("train.activation_checkpointing", "all"),
@@ -104,10 +106,10 @@ def suggest_savings(config, machine, levels=0):
             other = files.changed(config, {option: value})
             build.check(other)
             saved = now - estimate(other, dtype, 1, 99 if value == "all" else levels).total
-            found.append((saved, f"--config.{option}={value} (saves {saved / 2**20:,.1f} MiB)"))
+            options.append((saved, f"--config.{option}={value} (saves {saved / 2**20:,.1f} MiB)"))
     with contextlib.suppress(ValueError):
         other = files.changed(config, {"train.fully_shard": True})
         now_each, then = (bytes_per_gpu(each, alone, machine.world) for each in (config, other))
         size = f"{(now_each - then) / 2**20:,.1f} MiB on {machine.world} ranks"
-        found.append((now_each - then, f"--config.train.fully_shard=True (saves {size})"))
-    return [words for saved, words in sorted(found, reverse=True) if saved > 0.01 * now]
+        options.append((now_each - then, f"--config.train.fully_shard=True (saves {size})"))
+    return [words for saved, words in sorted(options, reverse=True) if saved > 0.01 * now]

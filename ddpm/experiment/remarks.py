@@ -24,14 +24,14 @@ def sampling_remarks(config, section):
 
 def unused_remarks(config):
     """A remark on options that are set and have no effect: lines, mostly none."""
-    given = defaults.flatten(config)
+    values = defaults.flatten(config)
     usual = defaults.flatten(defaults.base())
-    idle = {key: other for key, other in build.unused(config).items() if given[key] != usual[key]}
+    idle = {key: other for key, other in build.unused(config).items() if values[key] != usual[key]}
     if not idle:
         return []
-    options = ", ".join(f"{key}={given[key]}" for key in idle)
+    options = ", ".join(f"{key}={values[key]}" for key in idle)
     names = {
-        key: registry.parse(given[key])[0] if isinstance(given[key], str) else given[key]
+        key: registry.parse(values[key])[0] if isinstance(values[key], str) else values[key]
         for key in idle.values()
     }
     causes = " and ".join(f"{key}={name}" for key, name in names.items())

@@ -22,12 +22,12 @@ from ddpm.training.step import TrainStep
 def averages(config, weights):
     """A training's averages by the names of their parts; the first is drawn and measured."""
     section = config.ema
-    made = {"ema": EMA(weights, section.decay, section.warmup, section.rampup)}
-    made |= {
+    named = {"ema": EMA(weights, section.decay, section.warmup, section.rampup)}
+    named |= {
         load.part_name(decay): EMA(weights, decay, section.warmup, section.rampup)
         for decay in section.more
     }
-    return made | {
+    return named | {
         load.part_name(width): EMA(weights, posthoc_ema.power_function(width))
         for width in section.profiles
     }
@@ -103,23 +103,25 @@ def blank(config, count):
     return torch.zeros(count, *build.image_shape(config), dtype=torch.uint8), labels
 
 
-def compile_network(config, made):
+def compile_network(config, train_step):
     """Let a step learn through torch.compile, tried on a blank batch; returns the outcome."""
-    net = made.diffusion.net
+    net = train_step.diffusion.net
     begun = time.monotonic()
-    said = []
+    messages = []
     fitted = True
     net.use_compiler()
-    net.say = said.append
+    net.say = messages.append
     try:
-        fitted, _ = made.machine.room.fits(partial(made.rehearse, blank(config, len(made.places))))
-        made.machine.wait()
+        fitted, _ = train_step.machine.room.fits(
+            partial(train_step.rehearse, blank(config, len(train_step.places)))
+        )
+        train_step.machine.wait()
     except Exception as error:  # of the backward pass
         if of_kernels(error):
             raise
         net.give_up(error)
     if not fitted:
         return "the network is compiled at the first step that has room (train.compile)"
-    if said:
-        return said[0]
+    if messages:
+        return messages[0]
     return f"the network was compiled in {time.monotonic() - begun:.0f} s (train.compile)"

@@ -20,7 +20,7 @@ def check_size(size, halvings):
 
 
 def check_shape(counts, model_channels, channel_mult, blocks, num_classes):
-    """Raise ValueError for numbers of which no U-Net can be built; `counts`: others of them."""
+    """Raise ValueError for numbers that make no U-Net; `counts` are further ones, 1 or more."""
     counts = counts | dict(
         model_channels=model_channels, res_blocks_per_level=min(blocks, default=1)
     )

@@ -117,9 +117,9 @@ def chosen(run_or_file):
         raise ValueError(
             f"train.resume_from: {os.path.abspath(path)} is not found; {continuable(path)}"
         )
-    if path.is_dir() and (found := checkpoints(path)):
+    if path.is_dir() and (available := checkpoints(path)):
         content, _ = newest(path)
-        return next(file for step, file in reversed(found) if step == content["step"]), content
+        return next(file for step, file in reversed(available) if step == content["step"]), content
     file = find(path)
     if file.suffix == ".safetensors":
         raise ValueError(
@@ -153,21 +153,21 @@ def run_of(file):
 def take_over(home, folder, step):
     """Copy rows, snapshots and best weights up to a step from one run folder to another."""
     folder = make_folder(folder)
-    kept = [path for at, path in snapshots(home) if at <= step] + [home / "metrics.jsonl"]
+    copied = [path for at, path in snapshots(home) if at <= step] + [home / "metrics.jsonl"]
     for path in home.glob("best*.safetensors"):
         with contextlib.suppress(safe_load.CorruptFile):
-            kept += [path] if header(path)["step"] <= step else []
-    for path in kept:
+            copied += [path] if header(path)["step"] <= step else []
+    for path in copied:
         if path.is_file():
             with atomic_write(folder / path.relative_to(home)) as part:
                 shutil.copyfile(path, part)
 
 
 def all_damaged(damaged):
-    """The ValueError for a run folder of which all files are damaged, a list of CorruptFile."""
-    one = damaged[0]
+    """The ValueError for a run folder whose checkpoints are all damaged, a list of CorruptFile."""
+    path = damaged[0].path
     return ValueError(
-        f"all checkpoints in {one.path.parent} are damaged, such as {one.path.name} ({one.why}); "
+        f"all checkpoints in {path.parent} are damaged, such as {path.name} ({damaged[0].why}); "
         "restore one from a copy, or move them away to start again"
     )
 
@@ -209,12 +209,12 @@ def reclaimable(folder):
         "damaged file": "checkpoints/*.damaged*",
         "snapshot": "snapshots/*",
     }
-    found = []
+    lines = []
     for kind, pattern in kinds.items():
         sizes = [path.stat().st_size for path in Path(folder).glob(pattern) if path not in newest]
         if sizes:
-            found.append(f"{quantity(len(sizes), kind)}, {pattern} ({sum(sizes) / 2**20:,.1f} MiB)")
-    return ", ".join(found)
+            lines.append(f"{quantity(len(sizes), kind)}, {pattern} ({sum(sizes) / 2**20:,.1f} MiB)")
+    return ", ".join(lines)
 
 
 def snapshots(folder):
@@ -269,19 +269,19 @@ def files_of(run_or_file):
             "or a .pt or .safetensors file"
         )
     final = path / "final.safetensors"
-    found = checkpoints(path)
+    numbered = checkpoints(path)
     if final.is_file():
         try:
-            found.append((header(final)["step"], final))  # a prolonged run has newer checkpoints
+            numbered.append((header(final)["step"], final))  # a prolonged run has newer checkpoints
         except safe_load.CorruptFile:
-            found.append((math.inf, final))
-    if not found:
+            numbered.append((math.inf, final))
+    if not numbered:
         raise ValueError(
             f"{path} has no final.safetensors and no checkpoint yet; train longer, or give "
             "another run"
         )
     # final weights before a checkpoint of that step
-    return [file for _, file in sorted(found, key=lambda item: item[0])][::-1]
+    return [file for _, file in sorted(numbered, key=lambda item: item[0])][::-1]
 
 
 def header(path):

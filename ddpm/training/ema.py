@@ -152,7 +152,7 @@ def exchange(first, second):
     """Swap the values of two tensors, some rows at a time to save memory."""
     first, second = torch.atleast_1d(first, second)
     rows = max(SLICE * len(first) // max(first.numel(), 1), 1)
-    for one, other in zip(first.split(rows), second.split(rows), strict=True):
-        kept = one.clone()
-        one.copy_(other)
-        other.copy_(kept)
+    for mine, theirs in zip(first.split(rows), second.split(rows), strict=True):
+        copy = mine.clone()
+        mine.copy_(theirs)
+        theirs.copy_(copy)

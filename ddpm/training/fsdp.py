@@ -38,7 +38,8 @@ class ShardedNetwork(TrainNetwork):
         self.module = self.eval_module = module
         self.sharded = dict(module.named_parameters())
         self.rows = {
-            name: torch.nn.Parameter(one.to_local().detach()) for name, one in self.sharded.items()
+            name: torch.nn.Parameter(param.to_local().detach())
+            for name, param in self.sharded.items()
         }
         self.weights, self.params = self, list(self.rows.values())
 
@@ -56,18 +57,18 @@ class ShardedNetwork(TrainNetwork):
         )
 
     def sync_grads(self):
-        for rows, one in zip(self.params, self.sharded.values(), strict=True):
-            rows.grad = None if one.grad is None else one.grad.to_local()
-            one.grad = None
+        for rows, param in zip(self.params, self.sharded.values(), strict=True):
+            rows.grad = None if param.grad is None else param.grad.to_local()
+            param.grad = None
 
     def norm(self, others=()):
-        mine, same = (
-            get_total_norm([one.grad for one in some if one.grad is not None]).to(
+        own, common = (
+            get_total_norm([param.grad for param in params if param.grad is not None]).to(
                 self.machine.device
             )
-            for some in (self.params, others)
+            for params in (self.params, others)
         )
-        return (self.machine.sum(mine**2) + same**2).sqrt()
+        return (self.machine.sum(own**2) + common**2).sqrt()
 
     @contextlib.contextmanager
     def summon_full_params(self):
@@ -117,7 +118,7 @@ class ShardedNetwork(TrainNetwork):
 def all_gather_rows(rows, like):
     """The full tensor, on every rank, from rows that are distributed as those of `like` are."""
     world = like.device_mesh.size()
-    most = -(-len(like) // world)  # the ranks have as many, but for the last that have any
+    most = -(-len(like) // world)  # rows of each rank, except the last one with any
     mine, full = (rows.new_zeros(n * most, *like.shape[1:]) for n in (1, world))
     mine[: len(rows)] = rows
     distributed.all_gather(list(full.chunk(world)), mine)

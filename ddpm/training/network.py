@@ -1,6 +1,4 @@
-"""The network as the step calls it: autocast, DDP or shards, compilation; the plain module stays
-beside it.
-"""
+"""The network as the step calls it: autocast, DDP, compilation; the plain module stays plain."""
 
 import contextlib
 from functools import cached_property

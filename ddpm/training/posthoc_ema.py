@@ -72,9 +72,9 @@ def coefficients(steps, gammas, step, gamma):
     ) / torch.outer(lengths, lengths)
     length = inner(step, gamma, step, gamma).sqrt()
     wanted = inner(steps, gammas, step, gamma) / lengths / length
-    found = torch.linalg.solve(products, wanted)
-    misfit = (1 - 2 * found @ wanted + found @ products @ found).clamp(min=0).sqrt().item()
-    combination = found / lengths
+    solution = torch.linalg.solve(products, wanted)
+    misfit = (1 - 2 * solution @ wanted + solution @ products @ solution).clamp(min=0).sqrt().item()
+    combination = solution / lengths
     return combination / combination.sum(), misfit
 
 
@@ -85,7 +85,7 @@ def reconstruct(stored, sigma_rel):
     the last one's. Raises ValueError if the stored ones do not span the profile.
     """
     steps, widths, reads = zip(*stored, strict=True)
-    found, misfit = coefficients(
+    weights, misfit = coefficients(
         steps, [gamma_of(width) for width in widths], steps[-1], gamma_of(sigma_rel)
     )
     if misfit > MISFIT:
@@ -96,7 +96,7 @@ def reconstruct(stored, sigma_rel):
             "every.snapshot"
         )
     total = {}
-    for coefficient, read in zip(found.tolist(), reads, strict=True):
+    for coefficient, read in zip(weights.tolist(), reads, strict=True):
         for name, value in read().items():
             if not value.is_floating_point():
                 total[name] = value

@@ -150,7 +150,7 @@ class TrainStep:
         return "; ".join(
             [
                 f"loss {loss.item():.3g}",
-                "worst images at " + ", ".join(f"t = {t} ({one:.3g})" for t, one in images[:3]),
+                "worst images at " + ", ".join(f"t = {t} ({value:.3g})" for t, value in images[:3]),
                 largest("weights", weights),
                 largest("outputs", {name: value.item() for name, value in outputs.items()}),
                 largest("gradients", gradients),
@@ -261,7 +261,7 @@ class TrainStep:
         return self.machine.to_device(numbers) if self.objective.adapts_times else numbers
 
 
-def note_output(outputs, name, layer, given, out):
+def note_output(outputs, name, layer, inputs, out):
     """A layer's forward hook: keep the largest magnitude of its first output."""
     if isinstance(out, torch.Tensor):
         outputs.setdefault(name, out.detach().abs().max())

@@ -194,7 +194,7 @@ class Trainer:
         )
 
     def begin_after_rollback(self, reason):
-        """Track why the training was rolled back, and save: a restart then takes the same way."""
+        """Track why the training was rolled back, and save, so that a restart does the same."""
         self.tracker.summary("train/diverged", reason)
         self.best.loss = math.inf  # the best weights may come from the diverged steps
         self.save(self.start)

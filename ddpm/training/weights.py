@@ -89,12 +89,12 @@ def weights_in(path):
 
 def ema_weights(path, content, part):
     """The averaged weights, name -> tensor, in a part of a checkpoint; ValueError without any."""
-    found = content["parts"].get(part, {}).get("shadow")
-    if not isinstance(found, dict) or not all(
-        isinstance(value, torch.Tensor) for value in found.values()
+    shadow = content["parts"].get(part, {}).get("shadow")
+    if not isinstance(shadow, dict) or not all(
+        isinstance(value, torch.Tensor) for value in shadow.values()
     ):
         raise ValueError(f"{path} has no averaged weights {part!r}; use another file")
-    return found
+    return shadow
 
 
 def exported(path):
