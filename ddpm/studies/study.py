@@ -24,35 +24,21 @@ from ddpm.config.flags import config_of
 from ddpm.studies.runs import MEASURE_STUDY
 
 OPTIONS = defaults.flatten(defaults.base())
-KEYS = (
-    "method",
-    "metric",
-    "parameters",
-    "command",
-    "program",
-    "name",
-    "description",
-    "project",
-    "entity",
-    "run_cap",
-    "early_terminate",
-)
+KEYS = ["method", "metric", "parameters", "command", "program", "name", "description", "project"]
+KEYS += ["entity", "run_cap", "early_terminate"]
 COMMAND = '["${env}", "${interpreter}", "-m", "ddpm.main", "--config=configs/digits.py", "${args}"]'
 MACROS = ("${env}", "${interpreter}", "${program}", "${args}")  # those that our commands read
 PROGRAMS = {"ddpm.main": "config", "ddpm.evaluate": "checkpoint"}  # the parameter that is no option
 # vary only to show the noise; `archive.checkpoint_axes` finds what else tells checkpoints apart
 REPEATS = ("config.seed", "config.sample.seed", "checkpoint")
 # by program: options that decide how grids are drawn -> those that decide how runs are measured
+DRAWN = {
+    f"config.sample.{leaf}": f"config.evaluate.{leaf}" for leaf in ("sampler", "steps", "classes")
+}
 MEASURED_BY = {
-    "ddpm.main": {
-        f"config.sample.{leaf}": f"config.evaluate.{leaf}"
-        for leaf in ("sampler", "steps", "spacing", "classes")
-    }
-    | {"config.sample.ema": "config.ema.decay"},
-    "ddpm.evaluate": {
-        f"config.sample.{leaf}": f"config.evaluate.{leaf}"
-        for leaf in ("sampler", "steps", "classes")
-    },
+    "ddpm.main": DRAWN
+    | {"config.sample.spacing": "config.evaluate.spacing", "config.sample.ema": "config.ema.decay"},
+    "ddpm.evaluate": DRAWN,
 }
 SHORT = {("ddpm.evaluate", "ema"): "config.sample.ema"}  # a flag that is an option
 TRY_ALL_UP_TO = 200  # points of a grid checked before the first run; of a larger one, each value
@@ -100,21 +86,15 @@ class Study:
         return [arguments["value"]] if kind == "constant" else arguments.get("values")
 
     def grid(self):
-        """Every point in W&B's order: by sorted names, the last varying fastest; raises ValueError
-        where there are too many.
-        """
+        """Every point in W&B's order: sorted names, the last varies fastest; raises ValueError."""
         lists = {name: self.values(name) for name in sorted(self.parameters)}
         for name, values in lists.items():
             if values is None:
-                raise ValueError(
-                    f"{name} has no end of values; for a grid give values, or whole numbers as "
-                    "min and max"
-                )
+                remedy = "for a grid give values, or whole numbers as min and max"
+                raise ValueError(f"{name} has no end of values; {remedy}")
         if math.prod(map(len, lists.values())) > MAX_POINTS:
-            raise ValueError(
-                f"the grid has more than {MAX_POINTS} points; give fewer values, or use method "
-                "random"
-            )
+            remedy = "give fewer values, or use method random"
+            raise ValueError(f"the grid has more than {MAX_POINTS} points; {remedy}")
         points = itertools.product(*lists.values())
         return [dict(zip(lists, point, strict=True)) for point in points]
 
@@ -135,9 +115,7 @@ class Study:
         return [*self.command[:at], *self.words(point), *self.command[at + 1 :]]
 
     def config(self, point):
-        """The config that a point trains with, or base() with the options it measures with; raises
-        ValueError where it cannot run.
-        """
+        """The config that a point trains with, or base() with what it measures with; ValueError."""
         if self.program == "ddpm.main":
             words = self.command_of(point)
             return config_of(words[words.index(self.program) + 1 :])[0]
@@ -170,15 +148,16 @@ class Study:
         return full if len(full) <= 120 else f"{full[:110]}-{zlib.crc32(full.encode()):08x}"
 
     def check(self):
-        """Raise a ValueError for a value that a run would refuse, for two points with one folder,
-        and for a varied parameter that does not affect the measurement.
+        """Raise ValueError for a value that a run would refuse, for two points with one folder, and
+        for a varied parameter that does not affect the measurement.
         """
+        training = self.program == "ddpm.main"
         for name in self.varied:
             if decides := MEASURED_BY[self.program].get(name):
-                once = f", or train once and vary it in {MEASURE_STUDY}"
+                once = f", or train once and vary it in {MEASURE_STUDY}" if training else ""
                 raise ValueError(
                     f"{name} varies, and runs of {self.program} are measured by {decides}; vary "
-                    f"that{once * (self.program == 'ddpm.main')}"
+                    f"that{once}"
                 )
         points = self.grid() if self.method == "grid" else []
         for name, count in Counter(map(self.run_name, points)).items():
@@ -200,18 +179,6 @@ class Study:
         ]
 
 
-class NoAliasLoader(yaml.SafeLoader):
-    """YAML without aliases (`*name`), by which a few lines can expand to more than fits in
-    memory.
-    """
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            line = self.peek_event().start_mark.line + 1
-            raise ValueError(f"line {line} has an alias; write out what it stands for")
-        return super().compose_node(parent, index)
-
-
 def read_study(path):
     """The checked Study in a YAML file; raises ValueError, one line, for any mistake in it."""
     path = Path(path)
@@ -219,28 +186,30 @@ def read_study(path):
     if not path.is_file():
         raise ValueError(f"there is no study {path}; {example}")
     try:
-        study = parse_study(path, NoAliasLoader(path.read_text()).get_single_data())
+        text = path.read_text()
+        for token in yaml.scan(
+            text
+        ):  # by aliases, a few lines can expand to more than fits in memory
+            if isinstance(token, yaml.AliasToken):
+                line = token.start_mark.line + 1
+                raise ValueError(f"line {line} has an alias; write out what it stands for")
+        study = parse_study(path, yaml.safe_load(text))
         study.check()
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply for a study; {example}") from None
     except yaml.MarkedYAMLError as error:
-        raise ValueError(
-            f"{path}, line {error.problem_mark.line + 1} is not YAML: {error.problem}; correct the "
-            "line, or use quotes"
-        ) from None
+        fault = f"line {error.problem_mark.line + 1} is not YAML: {error.problem}"
+        raise ValueError(f"{path}, {fault}; correct the line, or use quotes") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path} is not text: {one_line(error)}; save it as UTF-8, or {example}"
-        ) from None
+        remedy = f"save it as UTF-8, or {example}"
+        raise ValueError(f"{path} is not text: {one_line(error)}; {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
     return study
 
 
 def parse_study(path, content):
-    """The Study in a file's content, with values not yet checked; raises ValueError for a missing
-    or unknown entry.
-    """
+    """The Study in a file's content, its values unchecked; raises ValueError for a bad entry."""
     for key in content if isinstance(content, dict) else ():
         check_choice("key", key, KEYS)
     for key, kind in {"method": str, "parameters": dict, "command": list}.items():
@@ -271,9 +240,7 @@ def parse_study(path, content):
 
 
 def parse_command(content):
-    """(Words of the command, the program it starts); raises ValueError for a command that a sweep
-    cannot run.
-    """
+    """(Words of the command, program); raises ValueError for a command that a sweep cannot run."""
     program = content.get("program")
     words = [program if word == "${program}" else word for word in content["command"]]
     words = tuple(map(str, words))
@@ -281,15 +248,11 @@ def parse_command(content):
         if word.startswith("${"):
             check_choice("macro in command", word, MACROS)
         if word.startswith("--workdir"):
-            raise ValueError(
-                "command gives --workdir; leave it out, since each run has a folder of its own"
-            )
+            raise ValueError("command gives --workdir; leave it out, each run has its own folder")
     program = next((word for word in words if word in PROGRAMS), None)
     if program is None or words.count("${args}") != 1:
-        raise ValueError(
-            f"command starts ddpm.main or ddpm.evaluate with ${{args}} among its words, such as "
-            f"{COMMAND}"
-        )
+        form = f"with ${{args}} among its words, such as {COMMAND}"
+        raise ValueError(f"command starts ddpm.main or ddpm.evaluate {form}")
     own = PROGRAMS[program]
     in_command = any(word.startswith(f"--{own}=") for word in words)
     if (own in content["parameters"]) == in_command:
@@ -363,9 +326,7 @@ def usual_distribution(entry):
 
 
 def check_type(name, value):
-    """Raise a ValueError for a value of another type than the parameter takes; YAML converts
-    unquoted words.
-    """
+    """Raise a ValueError for a value of another type than the parameter takes."""
     default = OPTIONS.get(name.removeprefix("config."), "")
     takes = {bool: bool, int: int, float: (int, float), str: str, tuple: (list, str)}[type(default)]
     if not isinstance(value, takes) or isinstance(value, bool) != isinstance(default, bool):
@@ -377,9 +338,7 @@ def check_type(name, value):
 
 
 def folder_word(name, value):
-    """A value in letters that a folder's name can hold; of a config file or checkpoint, its own
-    name.
-    """
+    """A value in letters that a folder's name can hold; a config file or checkpoint by its name."""
     if name == "config":
         path, _, variant = value.partition(":")
         value = f"{Path(path).stem}-{variant}"
@@ -393,18 +352,18 @@ def quantize(value, q):
     return round(value / q) * q if isinstance(q, int) else float(f"{round(value / q) * q:.12g}")
 
 
+def categorical(random, *, values, probabilities=None):
+    return values[random.choice(len(values), p=probabilities)]
+
+
 def log_uniform(random, low, high):
     return math.exp(random.uniform(math.log(low), math.log(high)))
 
 
 DISTRIBUTIONS = {  # W&B's names and defaults
     "constant": lambda random, *, value: value,
-    "categorical": lambda random, *, values, probabilities=None: values[
-        random.choice(len(values), p=probabilities)
-    ],
-    "categorical_w_probabilities": lambda random, *, values, probabilities: values[
-        random.choice(len(values), p=probabilities)
-    ],
+    "categorical": categorical,
+    "categorical_w_probabilities": categorical,
     "int_uniform": lambda random, *, min, max: int(random.integers(min, max, endpoint=True)),
     "uniform": lambda random, *, min, max: random.uniform(min, max),
     "q_uniform": lambda random, *, min, max, q=1: quantize(random.uniform(min, max), q),
