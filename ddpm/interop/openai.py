@@ -3,7 +3,7 @@
 import re
 
 from ddpm.interop import OPENAI_FLAGS, diffusers
-from ddpm.interop.weight_names import OPENAI, channel_multipliers, require_supported
+from ddpm.interop.weight_names import OPENAI, channel_multipliers, require
 
 
 def from_openai(path, tensors, given, labels):
@@ -12,25 +12,17 @@ def from_openai(path, tensors, given, labels):
     `given` are their flags, for what shapes do not say, and `labels` as for `label_options`.
     Raises ValueError for a missing flag, and for what has no counterpart here.
     """
-    named, no_label = diffusers.label_options(
-        path, len(tensors.get("label_emb.weight", ())), labels
-    )
+    rows = len(tensors.get("label_emb.weight", ()))
+    named, no_label = diffusers.label_options(path, rows, labels)
     given = {flag: value for flag, value in given.items() if value != -1}  # which is their None
     heads = sorted({"num_heads", "num_head_channels"} & given.keys()) or ["num_heads"]
     needed = ["image_size", "diffusion_steps", "noise_schedule", *heads, "use_new_attention_order"]
     if missing := [OPENAI_FLAGS[flag][1] for flag in needed if flag not in given]:
-        raise ValueError(
-            f"{path} does not say how it was trained; add what is true of {', '.join(missing)}"
-        )
-    return diffusers.to_checkpoint(
-        path,
-        tensors,
-        shape_options(path, tensors, given["image_size"]) | flag_options(path, given) | named,
-        OPENAI,
-        cosines_first=True,
-        legacy=not given["use_new_attention_order"],
-        no_label=no_label,
-    )
+        remedy = f"add what is true of {', '.join(missing)}"
+        raise ValueError(f"{path} does not say how it was trained; {remedy}")
+    options = shape_options(path, tensors, given["image_size"]) | flag_options(path, given) | named
+    legacy = not given["use_new_attention_order"]
+    return diffusers.to_checkpoint(path, tensors, options, OPENAI, True, legacy, no_label)
 
 
 def shape_options(path, tensors, size):
@@ -49,11 +41,11 @@ def shape_options(path, tensors, size):
     stem, channels = tensors["input_blocks.0.0.weight"].shape[:2]
     width = tensors["time_embed.0.weight"].shape[1]
     outputs = "the number of channels out (learn_sigma doubles it)"
-    require_supported(path, outputs, len(tensors["out.2.bias"]), [channels, 2 * channels])
+    require(path, outputs, len(tensors["out.2.bias"]), [channels, 2 * channels])
     learned = len(tensors["out.2.bias"]) > channels
     # else downsampling has no weights
     resamples = len(numbers(r"input_blocks\.(\d+)\.")) == len(stages)
-    require_supported(path, "conv_resample", resamples, [True])
+    require(path, "conv_resample", resamples, [True])
     _, *multipliers = channel_multipliers(path, "channel_mult", [stem, *widths], width)
     shift = tensors["middle_block.0.emb_layers.1.bias"]
     return {
@@ -83,10 +75,8 @@ def flag_options(path, given):
     steps = given["diffusion_steps"]
     # two of their repositories have different defaults
     allowed = [True, False] if steps != 1000 else [None, True, False]
-    rescaled = require_supported(path, "rescale_timesteps", given.get("rescale_timesteps"), allowed)
-    schedule = require_supported(
-        path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"]
-    )
+    rescaled = require(path, "rescale_timesteps", given.get("rescale_timesteps"), allowed)
+    schedule = require(path, "noise_schedule", given["noise_schedule"], ["linear", "cosine"])
     return {
         "model.num_heads": given.get("num_heads", 1),
         "model.num_head_channels": given.get("num_head_channels", 0),

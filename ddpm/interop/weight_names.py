@@ -22,32 +22,24 @@ def tensor_names(net, blocks, dialect):
         numbers = {}
         if match := re.fullmatch(r"(encoder|decoder)\.(\d+)\.(\d)", name):
             stage = int(match[2])
-            residual = isinstance(layer, ResidualBlock)
-            kind = (
-                "block"
-                if residual and isinstance(layer.resize, nn.Identity)
-                else KINDS[type(layer)]
-            )
+            kind = "attention" if isinstance(layer, AttentionBlock) else "resize"
+            if isinstance(layer, ResidualBlock) and isinstance(layer.resize, nn.Identity):
+                kind = "block"
             place = f"{match[1]} {kind}"
             level, block = divmod(stage, blocks + 1)
-            numbers = {
-                "level": level,
-                "block": block,
-                "stage": stage,
-                "next": stage + 1,
-                "layer": match[3],
-            }
-        for part, theirs in PARTS.get(type(layer), SAME_NAME).items() if place in PLACES else ():
+            numbers = {"level": level, "block": block, "stage": stage, "layer": match[3]}
+            numbers["next"] = stage + 1
+        if place not in PLACES:
+            continue
+        prefix = PLACES[place][dialect].format(**numbers)
+        for part, theirs in PARTS.get(type(layer), SAME_NAME).items():
             for leaf, _ in layer.get_submodule(part).named_parameters():
-                there = [
-                    (PLACES[place][dialect].format(**numbers), row, leaf)
-                    for row in theirs[dialect].split(" ")
-                ]
-                yield (
-                    ".".join(filter(None, (name, part, leaf))),
-                    [".".join(filter(None, words)) for words in there],
-                    layer,
-                )
+                rows = theirs[dialect].split(" ")
+                yield dotted(name, part, leaf), [dotted(prefix, row, leaf) for row in rows], layer
+
+
+def dotted(*words):
+    return ".".join(filter(None, words))
 
 
 def fields_as_options(path, fields, table):
@@ -55,18 +47,12 @@ def fields_as_options(path, fields, table):
     options = {}
     for field, (usual, option, values) in table.items():
         value = fields.get(field, usual)
-        if isinstance(values, type):
-            require_supported(
-                path,
-                field,
-                value,
-                [value] if isinstance(value, (values, int)) else [f"a {values.__name__}"],
-            )
-        options[option] = (
-            values(value)
-            if isinstance(values, type)
-            else values[require_supported(path, field, value, values)]
-        )
+        if not isinstance(values, type):
+            options[option] = values[require(path, field, value, values)]
+        elif isinstance(value, (values, int)):
+            options[option] = values(value)
+        else:
+            require(path, field, value, [f"a {values.__name__}"])
     return {option: value for option, value in options.items() if option}
 
 
@@ -77,26 +63,19 @@ def options_as_fields(path, options, table):
         if isinstance(values, type):
             fields[field] = options[option]
         else:
-            ours = option and require_supported(
-                path, f"config.{option}", options[option], values.values()
-            )
+            ours = option and require(path, f"config.{option}", options[option], values.values())
             fields[field] = next(there for there, here in values.items() if here == ours)
     return fields
 
 
 def channel_multipliers(path, field, widths, width):
     """Widths divided by `width`; raises ValueError where they are not multiples of it."""
-    are_multiples = widths[0] == width and not any(other % width for other in widths)
-    require_supported(
-        path,
-        field,
-        list(widths),
-        [list(widths)] if are_multiples else [f"{width} and multiples of it"],
-    )
+    if widths[0] != width or any(other % width for other in widths):
+        require(path, field, list(widths), [f"{width} and multiples of it"])
     return tuple(other // width for other in widths)
 
 
-def require_supported(path, field, value, allowed):
+def require(path, field, value, allowed):
     """Return the value of a field if it is allowed, else raise ValueError."""
     if value not in list(allowed):
         others = f"; it can be {', '.join(map(str, allowed))}" if allowed else ""
@@ -124,12 +103,6 @@ PLACES = {  # where a layer of ours is: in a UNet2DModel, in OpenAI's UNetModel
     "decoder resize": ("up_blocks.{level}.upsamplers.0", "output_blocks.{stage}.{layer}"),
     "head.0": ("conv_norm_out", "out.0"),
     "head.2": ("conv_out", "out.2"),
-}
-KINDS = {
-    AttentionBlock: "attention",
-    Downsample: "resize",
-    Upsample: "resize",
-    ResidualBlock: "resize",
 }
 SAME_NAME = {"": ("", "")}
 PARTS = {  # what a layer of ours consists of: in diffusers, in OpenAI's code
@@ -200,6 +173,8 @@ BLOCKS = {
     "AttnDownBlock2D": ("AttnUpBlock2D", True, None),
     "ResnetDownsampleBlock2D": ("ResnetUpsampleBlock2D", False, "resnet"),
 }
+VARIANCES = {"fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large"}
+VARIANCES |= {"learned_range": "learned"}
 SCHEDULER = {  # a field of DDPMScheduler, as in UNET
     "_class_name": (None, None, {"DDPMScheduler": None}),
     "num_train_timesteps": (1000, "diffusion.timesteps", int),
@@ -210,16 +185,7 @@ SCHEDULER = {  # a field of DDPMScheduler, as in UNET
     ),
     "clip_sample": (True, "diffusion.clip", {True: True, False: False}),
     "clip_sample_range": (1.0, None, {1.0: None}),
-    "variance_type": (
-        "fixed_small",
-        "diffusion.variance",
-        {
-            "fixed_small": "small",
-            "fixed_small_log": "small",
-            "fixed_large": "large",
-            "learned_range": "learned",
-        },
-    ),
+    "variance_type": ("fixed_small", "diffusion.variance", VARIANCES),
     "timestep_spacing": (
         "leading",
         "sample.spacing",
