@@ -16,16 +16,11 @@ from ddpm.config.defaults import OPTIONS, base
 
 if __name__ == "__main__":
     config_flags.define_config_flag()
-    flags.DEFINE_integer(
-        "image_size",
-        None,
-        "Pixels a side to train at; by default the config's, or 128.",
-        OPTIONS["data.image_size"].low,
-        OPTIONS["data.image_size"].high,
-    )
-    flags.DEFINE_string(
-        "out", None, "Folder for report.json and sheet.png, a picture of what is in the folder."
-    )
+    SIZE = OPTIONS["data.image_size"]
+    SIZE_HELP = "Pixels a side to train at; by default the config's, or 128."
+    flags.DEFINE_integer("image_size", None, SIZE_HELP, SIZE.low, SIZE.high)
+    OUT_HELP = "Folder for report.json and sheet.png, a picture of what is in the folder."
+    flags.DEFINE_string("out", None, OUT_HELP)
     flags.DEFINE_boolean("strict", False, "Exit with 1 for a warning too.")
     flags.adopt_module_key_flags(config_flags)
     config_flags.read_command_line(
@@ -87,18 +82,21 @@ def describe_files(scan, image_size, faults):
     """The part of a report on all files of a FolderScan: sizes, faults, and what is not read."""
     infos = [info for info in scan.infos if not info.fault]
     sides = sorted(min(info.width, info.height) for info in infos)
-    left_out = {}
-    for fault in limits.FAULTS:
-        if fault in faults:
-            names = zip(scan.names, faults, strict=True)
-            left_out[fault] = [name for name, other in names if other == fault]
+    left_out = {fault: [] for fault in limits.FAULTS if fault in faults}
+    for name, fault in zip(scan.names, faults, strict=True):
+        if fault in left_out:
+            left_out[fault].append(name)
     unreadable = scan.unreadable_pictures()
     others = [name for name in scan.other_names if name not in unreadable]
     without_suffix = {name: inspect.format_of(scan.root / name) for name in others}
     without_suffix = {name: form for name, form in without_suffix.items() if form}
-    report = {
+    shorter_side = {}
+    if sides:
+        median = statistics.median(sides)
+        shorter_side = {"least": sides[0], "median": median, "most": sides[-1]}
+    return {
         "formats": dict(Counter(info.format for info in infos).most_common()),
-        "shorter_side": {},
+        "shorter_side": shorter_side,
         "left_out": left_out,
         "without_suffix": without_suffix,
         "dark": scan.dark_images(image_size),
@@ -107,19 +105,16 @@ def describe_files(scan, image_size, faults):
         "not_read": scan.other_files(),
         "no_pictures": scan.other_files(exclude={*unreadable, *without_suffix}),
     }
-    if sides:
-        median = statistics.median(sides)
-        report["shorter_side"] = {"least": sides[0], "median": median, "most": sides[-1]}
-    return report
 
 
 def describe_images(images):
     """The part of a report on the images of training, a dict name -> ImageInfo."""
-    cropped = {
-        name: 1 - min(info.width, info.height) / max(info.width, info.height)
-        for name, info in images.items()
-    }
-    suffix_formats = {name: limits.SUFFIXES[folder.suffix_of(name)] for name in images}
+    cropped = {}
+    misnamed = {}
+    for name, info in images.items():
+        cropped[name] = 1 - min(info.width, info.height) / max(info.width, info.height)
+        if info.format != limits.SUFFIXES[folder.suffix_of(name)]:
+            misnamed[name] = info.format
     return {
         "one_colour": [name for name, info in images.items() if info.one_colour],
         "turned": [name for name, info in images.items() if info.orientation != 1],
@@ -128,20 +123,15 @@ def describe_images(images):
         "animated": [name for name, info in images.items() if info.animated],
         "unread_profile": [name for name, info in images.items() if info.unread_profile],
         "other_colours": {name: info.profile for name, info in images.items() if info.profile},
-        "misnamed": {
-            name: info.format
-            for name, info in images.items()
-            if info.format != suffix_formats[name]
-        },
+        "misnamed": misnamed,
         "cropped_away": dict(sorted(cropped.items(), key=lambda item: -item[1])),
     }
 
 
 def verdict(report):
     """`{"not_fit": lines, "warnings": lines}`: why a folder is not fit, and what to check first."""
-    faults = []
-    for fault, names in report["left_out"].items():
-        faults += [fault] * len(names)
+    counted = Counter({fault: len(names) for fault, names in report["left_out"].items()})
+    faults = list(counted.elements())
     not_fit, warnings = folder.fitness(report["kept"], report["files"], faults)
     if not report["files"]:
         not_fit = [folder.no_images_message(report["folder"], report["not_read"])]
@@ -157,24 +147,19 @@ def verdict(report):
             "one image of each group"
         )
     warnings += report["remarks"]
-    if report["one_colour"]:
-        count = len(report["one_colour"])
-        images = "1 image is" if count == 1 else f"{count:,} images are"
-        samples = "samples like it: remove it" if count == 1 else "samples like them: remove them"
-        warnings.append(f"{images} of one colour and will lead to {samples}")
-    if report["without_suffix"]:
-        count = len(report["without_suffix"])
-        files = quantity(count, "image is", "images are")
-        warnings.append(
-            f"{files} not read, as the name does not end in an image suffix: rename "
-            f"{'it' if count == 1 else 'them'}"
-        )
+    if names := report["one_colour"]:
+        it = "it" if len(names) == 1 else "them"
+        images = quantity(len(names), "image is", "images are")
+        warnings.append(f"{images} of one colour and will lead to samples like {it}: remove {it}")
+    if names := report["without_suffix"]:
+        it = "it" if len(names) == 1 else "them"
+        why = "as the name does not end in an image suffix"
+        images = quantity(len(names), "image is", "images are")
+        warnings.append(f"{images} not read, {why}: rename {it}")
     counts = report["classes"].values()
     if counts and max(counts) > MAX_IMBALANCE * min(counts):
-        warnings.append(
-            f"the largest class has {max(counts) / min(counts):.0f} times as many images as the "
-            "smallest, whose samples will be worse"
-        )
+        more = f"{max(counts) / min(counts):.0f} times as many images as the smallest"
+        warnings.append(f"the largest class has {more}, whose samples will be worse")
     return {"not_fit": not_fit, "warnings": warnings}
 
 
@@ -184,14 +169,12 @@ def report_lines(report):
     if not report["files"]:
         return advice
     size = report["image_size"]
-    header = (
-        f"{shorten([report['folder']])}: {report['kept']:,} of "
-        f"{quantity(report['files'], 'image')} can be used at {size}x{size}, "
-        f"{len(report['held_out']):,} of them held out"
-    )
-    rows = [(name, text) for name, text in file_rows(report) + image_rows(report) if text]
-    width = 2 + max((len(name) for name, _ in rows), default=0)
-    lines = [header, "", *(f"{name:<{width}}{text}" for name, text in rows), "", *advice]
+    images = f"{report['kept']:,} of {quantity(report['files'], 'image')}"
+    header = f"{shorten([report['folder']])}: {images} can be used at {size}x{size}, "
+    header += f"{len(report['held_out']):,} of them held out"
+    rows = {name: text for name, text in (file_rows(report) | image_rows(report)).items() if text}
+    width = 2 + max(map(len, rows), default=0)
+    lines = [header, "", *(f"{name:<{width}}{text}" for name, text in rows.items()), "", *advice]
     if report["not_fit"]:
         return lines
     if report["kept"] < folder.FEW_IMAGES:
@@ -202,29 +185,17 @@ def report_lines(report):
 
 
 def file_rows(report):
-    """Rows (name, text) of a report on formats, sizes and what is left out or not read."""
-    rows = [
-        ("formats", ", ".join(f"{count:,} {form}" for form, count in report["formats"].items()))
-    ]
+    """{name: text} of the rows on formats, sizes and what is left out or not read."""
+    formats = [f"{count:,} {form}" for form, count in report["formats"].items()]
+    rows = {"formats": ", ".join(formats)}
     if side := report["shorter_side"]:
+        span = f"{side['least']:,} to {side['most']:,} pixels, median {side['median']:,.0f}"
         small = len(report["left_out"].get(limits.TOO_SMALL, ()))
-        rows.append(
-            (
-                "shorter side",
-                f"{side['least']:,} to {side['most']:,} pixels, median {side['median']:,.0f}; "
-                f"{small:,} below {report['image_size']}",
-            )
-        )
+        rows["shorter side"] = f"{span}; {small:,} below {report['image_size']}"
     if shares := report["cropped_away"]:
-        worst = next(iter(shares))
-        median = statistics.median(shares.values())
-        rows.append(
-            (
-                "cropped away",
-                f"{median:.0%} of the pixels in the median image, at most {shares[worst]:.0%}: "
-                f"{shorten([worst])}",
-            )
-        )
+        worst, share = next(iter(shares.items()))
+        usual = f"{statistics.median(shares.values()):.0%} of the pixels in the median image"
+        rows["cropped away"] = f"{usual}, at most {share:.0%}: {shorten([worst])}"
     left_out = {fault: list(names) for fault, names in report["left_out"].items()}
     listed = set().union(*left_out.values())
     for name, form in report["unread"].items():
@@ -232,34 +203,38 @@ def file_rows(report):
             left_out.setdefault(form, []).append(name)
     for fault, names in left_out.items():
         remedy = limits.FAULTS.get(fault, limits.CONVERT)
-        rows.append((f"left out: {fault}", f"{some(names)} ({remedy})"))
-    rows.append(
-        ("no image suffix", some(report["without_suffix"], "; add the suffix of the format"))
-    )
-    return [*rows, ("not read", report["no_pictures"])]
+        rows[f"left out: {fault}"] = f"{some(names)} ({remedy})"
+    rows["no image suffix"] = some(report["without_suffix"], "; add the suffix of the format")
+    return rows | {"not read": report["no_pictures"]}
 
 
 def image_rows(report):
-    """Rows (name, text) of a report on what is special in the images of training."""
-    groups = report["near_duplicates"]
-    classes = sorted(report["classes"].items(), key=lambda item: -item[1])
-    sizes = shorten([f"{name} ({count:,})" for name, count in classes], 6)
+    """{name: text} of the rows on what is special in the images of training."""
+    rows = {"near-duplicates": ""}
+    if groups := report["near_duplicates"]:
+        images = f"{sum(map(len, groups)):,} images in {quantity(len(groups), 'group')}"
+        rows["near-duplicates"] = f"{images}, such as {shorten(groups[0], 3)}"
     dark = {name: f"up to {value}" for name, value in report["dark"].items()}
-    num_images = sum(map(len, groups))
-    in_groups = f"{num_images:,} images in {quantity(len(groups), 'group')}"
-    return [
-        ("near-duplicates", f"{in_groups}, such as {shorten(groups[0], 3)}" if groups else ""),
-        ("one colour", some(report["one_colour"])),
-        ("rotated by EXIF", some(report["turned"], "; turned upright")),
-        ("transparent", some(report["transparent"], "; laid over data.matte")),
-        ("CMYK", some(report["cmyk"], "; converted to RGB")),
-        ("colour profile", some(report["other_colours"], "; converted to sRGB")),
-        ("unread profile", some(report["unread_profile"], "; treated as sRGB")),
-        ("dark 16 bits", some(dark)),
-        ("animated", some(report["animated"], "; only the first frame is used")),
-        ("wrong suffix", some(report["misnamed"], "; read as what they are")),
-        ("classes", f"{len(classes)}: {sizes}" if classes else ""),
-    ]
+    for name, key, remark in SPECIAL:
+        rows[name] = some(dark if key == "dark" else report[key], remark)
+    classes = sorted(report["classes"].items(), key=lambda item: -item[1])
+    if classes:
+        sizes = shorten([f"{name} ({count:,})" for name, count in classes], 6)
+        rows["classes"] = f"{len(classes)}: {sizes}"
+    return rows
+
+
+SPECIAL = (  # name of a row, its key in the report, what training does with the images
+    ("one colour", "one_colour", ""),
+    ("rotated by EXIF", "turned", "; turned upright"),
+    ("transparent", "transparent", "; laid over data.matte"),
+    ("CMYK", "cmyk", "; converted to RGB"),
+    ("colour profile", "other_colours", "; converted to sRGB"),
+    ("unread profile", "unread_profile", "; treated as sRGB"),
+    ("dark 16 bits", "dark", ""),
+    ("animated", "animated", "; only the first frame is used"),
+    ("wrong suffix", "misnamed", "; read as what they are"),
+)
 
 
 def some(names, remark="", limit=3):
@@ -276,29 +251,22 @@ def contact_sheet(report, matte):
     size = report["image_size"]
     limit = 2 * COLUMNS
     see = TrainingView(Path(report["folder"]), size, matte)
-    kept = sorted(report["cropped_away"])
-    cropped = list(report["cropped_away"].items())[:COLUMNS]
-    special = [
-        *report["turned"],
-        *report["transparent"],
-        *report["cmyk"],
-        *report["animated"],
-        *report["other_colours"],
+    shown = order.evenly_spaced(sorted(report["cropped_away"]), 4 * COLUMNS)
+    cropped = [
+        Cell(show_crop(see.root / name), f"{share:.0%}  {shorten([name])}")
+        for name, share in list(report["cropped_away"].items())[:COLUMNS]
+        if share
     ]
+    special = {}  # names, in order
+    for key in ("turned", "transparent", "cmyk", "animated", "other_colours"):
+        special |= dict.fromkeys(report[key])
     groups = quantity(len(report["near_duplicates"]), "group")
+    heading = "Rotated, transparent, animated, CMYK or other colours, as training sees them"
     sections = {
-        "As training sees them": [
-            see(name, caption="") for name in order.evenly_spaced(kept, 4 * COLUMNS)
-        ],
+        "As training sees them": [see(name, caption="") for name in shown],
         f"Near-duplicates: {groups}, one colour each": twin_cells(report, see)[: 2 * limit],
-        "Cropped most: dimmed parts are lost": [
-            Cell(show_crop(see.root / name), f"{share:.0%}  {shorten([name])}")
-            for name, share in cropped
-            if share
-        ],
-        "Rotated, transparent, animated, CMYK or other colours, as training sees them": [
-            see(name) for name in list(dict.fromkeys(special))[:limit]
-        ],
+        "Cropped most: dimmed parts are lost": cropped,
+        heading: [see(name) for name in list(special)[:limit]],
         "Of one colour": [see(name) for name in report["one_colour"][:COLUMNS]],
         "Left out": left_out_cells(report, see)[:limit],
     }
@@ -369,30 +337,21 @@ def parse_arguments(arguments):
         raise ValueError(f"did not expect {arguments[1]!r}; give one folder")
     name, options = registry.parse(config.data.source)
     if not arguments and name != "folder":
-        raise ValueError(
-            "the doctor looks at folders of files, and config.data.source is "
-            f"{config.data.source!r}; write python -m ddpm.doctor data/cats"
-        )
-    return (
-        arguments[0] if arguments else options["path"],
-        flags.FLAGS.image_size or config.data.image_size,
-        config.data.validation_fraction,
-        tuple(config.data.matte),
-    )
-
-
-def check_writable(out):
-    """Make the folder of --out; raises ValueError where no file can be written to it."""
-    if not os.access(make_folder(out), os.W_OK):
-        raise ValueError(f"cannot write to {out}: permission denied; give another folder as --out")
+        given = f"config.data.source is {config.data.source!r}"
+        remedy = "write python -m ddpm.doctor data/cats"
+        raise ValueError(f"the doctor looks at folders of files, and {given}; {remedy}")
+    path = arguments[0] if arguments else options["path"]
+    size = flags.FLAGS.image_size or config.data.image_size
+    return path, size, config.data.validation_fraction, tuple(config.data.matte)
 
 
 def main(arguments):
     """Report on the folder that the command line names; returns the exit code."""
     path, image_size, fraction, matte = parse_arguments(arguments)
     folder.check_folder(path)
-    if out := flags.FLAGS.out:
-        check_writable(out)
+    out = flags.FLAGS.out
+    if out and not os.access(make_folder(out), os.W_OK):
+        raise ValueError(f"cannot write to {out}: permission denied; give another folder as --out")
     report = diagnose(path, image_size, fraction)
     print("\n".join(report_lines(report)))
     if out:
