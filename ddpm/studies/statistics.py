@@ -62,9 +62,7 @@ class Group:
         return interval(self.values(lambda run: run.final(key)).values())
 
     def curve(self, key):
-        """[(step, compute in petaflop or None, mean, half-width or None)] at the steps that all
-        runs have logged.
-        """
+        """[(step, petaflop or None, mean, half-width or None)] at the steps that all runs logged."""
         logged = {run.name: dict(run.points(key)) for run in self.runs}
         points = []
         for step in sorted(set.intersection(*map(set, logged.values()))):
@@ -93,9 +91,7 @@ def option_text(value):
 
 
 def group_runs(runs, axes, reference=None):
-    """The groups of runs, sorted by setting: numbers rise, and words follow those of the
-    reference.
-    """
+    """The groups of runs, sorted by setting: numbers rise, and the reference's words come first."""
     seeds, drawn = ({run.options[name] for run in runs} for name in studies_runs.UNITS)
     unit = "sample.seed" if len(seeds) == 1 and len(drawn) > 1 else "seed"
     members = defaultdict(list)
@@ -156,20 +152,18 @@ def t_critical(freedom, tests=1):
 
 @dataclass(frozen=True)
 class Difference:
-    """The metric of group `better` lies below that of `worse` by a mean over shared seeds and its
-    95 % half-width.
+    """How far the metric of group `better` lies below that of `worse`, over the seeds they share.
 
-    `wins` counts the seeds in which it is lower. p is that of the paired t-test after Holm's
-    correction; half-width and p are None for fewer than MIN_SEEDS seeds.
+    Half-width and p are None for fewer than MIN_SEEDS seeds.
     """
 
     better: Group
     worse: Group
-    by: float
-    half: float | None
-    wins: int
+    by: float  # the mean
+    half: float | None  # of its 95 % interval
+    wins: int  # seeds in which it is lower
     seeds: int
-    p: float | None
+    p: float | None  # of the paired t-test, after Holm's correction
 
     @property
     def clear(self):
@@ -206,9 +200,7 @@ def paired_p(gaps):
 
 
 def holm(ps):
-    """p-values corrected for their number (Holm 1979), which bounds the chance of any false
-    alarm.
-    """
+    """p-values corrected for their number, to bound the chance of any false alarm (Holm 1979)."""
     order = sorted(range(len(ps)), key=ps.__getitem__)
     scaled = [min(1.0, (len(ps) - rank) * ps[index]) for rank, index in enumerate(order)]
     corrected = dict(zip(order, itertools.accumulate(scaled, max), strict=True))
@@ -245,9 +237,7 @@ def compared_pairs(groups, reference=None):
 
 
 def differences(groups, metric, reference=None):
-    """The Differences between groups in the final value of a metric, p corrected for their
-    number.
-    """
+    """The Differences between groups in the final value of a metric, p corrected."""
     pairs = compared_pairs(groups, reference)
     gaps = [difference(first, second, metric) for first, second in pairs]
     gaps = [gap for gap in gaps if gap]
@@ -257,15 +247,13 @@ def differences(groups, metric, reference=None):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs, with a fault where they do not count; the groups of the others; the deciding metric and
-    the differences in it.
-    """
+    """A comparison of runs in one metric."""
 
-    runs: list
+    runs: list  # with a fault where they do not count
     axes: list
-    groups: list
+    groups: list  # of the runs that count
     metric: str
-    gaps: list
+    gaps: list  # the Differences in it
 
     @property
     def counted(self):
@@ -309,9 +297,7 @@ class Comparison:
 
     @property
     def unlike(self):
-        """The varied options under which a loss is not the same quantity: other noise levels,
-        targets or images.
-        """
+        """The varied options under which a loss is not the same quantity."""
         options = studies_runs.varied(self.counted)
         return [option for option in options if option in studies_runs.LOSS_OPTIONS]
 
