@@ -20,23 +20,13 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "out", "samples", "Folder for the images, or the one file of a grid, npz, zip or gif."
     )
-    flags.DEFINE_string(
-        "format",
-        "png",
-        "One of png, jpg, webp, grid, npz, zip, gif; gif shows how images come out of the noise.",
-    )
-    flags.DEFINE_string(
-        "edit",
-        None,
-        "inpaint(resamplings=10), sdedit(strength=0.6), invert or interpolate, of an --image.",
-    )
+    HELP = "One of png, jpg, webp, grid, npz, zip, gif; gif shows how images come out of the noise."
+    flags.DEFINE_string("format", "png", HELP)
+    HELP = "inpaint(resamplings=10), sdedit(strength=0.6), invert or interpolate, of an --image."
+    flags.DEFINE_string("edit", None, HELP)
     flags.DEFINE_multi_string("image", [], "Picture to edit; given twice to interpolate.")
-    flags.DEFINE_string(
-        "mask",
-        None,
-        "Picture for inpaint, white where the image is painted again, black or "
-        "transparent elsewhere.",
-    )
+    HELP = "Picture for inpaint: white where it paints again, black or transparent elsewhere."
+    flags.DEFINE_string("mask", None, HELP)
     flags.adopt_module_key_flags(config_flags)
     config_flags.read_command_line()
 
@@ -81,9 +71,8 @@ def generate_images(
     write = FORMATS[check_choice("format", format, list(FORMATS))]
     config_flags.check_count(num_images)
     folder = folder_of(out, format)
-    name, _, trained, machine, net = load.load(
-        checkpoint, device, **config_flags.options(options, "sample")
-    )
+    options = config_flags.options(options, "sample")
+    name, _, trained, machine, net = load.load(checkpoint, device, **options)
     recipe = build.grid_recipe(trained)
     times = cost.count_nfe(trained, recipe)
     how = draw.gathered if format in SINGLE else draw.draw
@@ -91,11 +80,7 @@ def generate_images(
         how = draw.frames  # a picture a step, of all images at once
     drawn = drawing.drawer(trained, net, machine, how)(range(num_images), recipe)
     make_place(out, folder, format, machine)
-    say(
-        f"drawing {quantity(num_images, 'image')} from {name}: {recipe}; {times} network "
-        "evaluations an image",
-        trained,
-    )
+    say(f"drawing {quantity(num_images, 'image')} from {name}", trained, recipe, times)
     return written(write, out, drawn, format, num_images, machine, alone=format in SINGLE)
 
 
@@ -117,44 +102,28 @@ def edit_images(
     written.
 
     `edit` names an entry of EDITS, `"inpaint"` or `"sdedit(strength=0.6)"`; `images` is the path of
-    a picture, or a list of as many as it takes, `mask` that of a picture that is white where
-    `inpaint` paints again, and black or transparent elsewhere; the share to be painted is printed,
-    with a warning where that is everything. There are `num_images` results, 16 by default, and a
-    `grid.png` of them with what was given. The rest is as for `generate_images`. Raises ValueError,
-    one line, also for pictures that cannot be used, for a mask of nothing and for a sampler that
-    cannot make the edit.
+    a picture, or a list of as many as it takes; `mask` is a picture, white where `inpaint` paints
+    again. Makes `num_images` results, 16 by default, and a `grid.png` of pictures and results. The
+    rest is as for `generate_images`. Raises ValueError also for pictures that cannot be used, an
+    empty mask, and a sampler that cannot make the edit.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
-    made = edit_named(edit)
+    method = edit_named(edit)
     paths = list(images) if isinstance(images, (list, tuple)) else [images]
-    for path in paths:
-        if not isinstance(path, (str, Path)):
-            raise ValueError(
-                f"images has a {type(path).__name__}; give the path of a picture, or a list of them"
-            )
-    count = edit_count(edit, made, paths, mask, num_images)
+    count = edit_count(edit, method, paths, mask, num_images)
     folder = folder_of(out, format, only=format != "grid")
-    name, _, trained, machine, net = load.load(
-        checkpoint, device, **config_flags.options(options, "sample")
-    )
+    options = config_flags.options(options, "sample")
+    name, _, trained, machine, net = load.load(checkpoint, device, **options)
     pictures, area, notes = drawing.pictures(trained, paths, mask)
     recipe = build.edit_recipe(trained)
-    times = cost.count_nfe(trained, recipe, made)
+    times = cost.count_nfe(trained, recipe, method)
     make_place(out, folder, format, machine)
-    say(
-        f"{edit}: {quantity(count, 'image')} from {name}: {recipe}; {times} network evaluations an "
-        "image",
-        trained,
-        *notes,
-        *masked_words(mask, area),
-    )
+    notes += masked_words(mask, area)
+    say(f"{edit}: {quantity(count, 'image')} from {name}", trained, recipe, times, notes)
     film = format == "gif"
+    walk = draw.edited(method, pictures, area, count, machine)
+    how = partial(draw.frames if film else draw.gathered, walk=walk, times=times)
     results = []
-    how = partial(
-        draw.frames if film else draw.gathered,
-        walk=draw.edited(made, pictures, area, count, machine),
-        times=times,
-    )
     drawn = remembered(drawing.drawer(trained, net, machine, how)(range(count), recipe), results)
     files = written(write, out, drawn, format, count, machine, alone=True)
     first, *others = pictures
@@ -177,9 +146,7 @@ def edit_named(text):
 
 
 def make_place(out, folder, format, machine):
-    """Make the folder of a drawing, and remove the numbered pictures of an earlier one; beside a
-    file that `out` names they stay.
-    """
+    """Make a drawing's folder; where `out` is a folder, remove an earlier drawing's pictures."""
     with machine.raise_on_all_ranks():
         make_folder(folder)
         removed = 0
@@ -190,8 +157,7 @@ def make_place(out, folder, format, machine):
 
 
 def written(write, out, batches, format, count, machine, alone):
-    """Write batches in a format, on all ranks or on the main one `file_lock`; returns the paths of
-    all ranks.
+    """Write batches in a format, on all ranks or `alone` on the main one; returns all paths.
 
     A KeyboardInterrupt says how many of `count` images are kept.
     """
@@ -205,10 +171,11 @@ def written(write, out, batches, format, count, machine, alone):
         raise KeyboardInterrupt(whole if kept else f"nothing is written to {out}") from None
 
 
-def say(text, config, *more):
-    """Say how a config draws, with what a person should know of it."""
+def say(text, config, recipe, times, notes=()):
+    """Print what is drawn by which recipe, in how many network evaluations, and remarks."""
     lines = map(config_flags.as_typed, remarks.sampling_remarks(config, "sample"))
-    print("\n".join([text, *lines, *more]), flush=True)
+    text = f"{text}: {recipe}; {times} network evaluations an image"
+    print("\n".join([text, *lines, *notes]), flush=True)
 
 
 def masked_words(mask, area):
@@ -216,32 +183,32 @@ def masked_words(mask, area):
     if area is None:
         return []
     if area.all():
-        return [
-            f"warning: mask {str(mask)!r} is white everywhere, so nothing of the picture is kept; "
-            "make it black or transparent where the picture is to stay"
-        ]
+        fault = f"mask {str(mask)!r} is white everywhere, so nothing of the picture is kept"
+        return [f"warning: {fault}; make it black or transparent where the picture is to stay"]
     return [f"painting {area.float().mean():.1%} of the picture"]
 
 
-def edit_count(edit, made, paths, mask, num_images):
-    """How many results an edit makes; raises ValueError where it takes other pictures than it
-    was given, or another number.
-    """
-    if len(paths) != made.images:
-        raise ValueError(
-            f"edit {edit!r} takes {quantity(made.images, 'image')}, not {len(paths)}; write "
-            f"{' '.join(['--image=PATH'] * made.images)}"
-        )
-    if made.mask and mask is None:
-        raise ValueError(
-            f"edit {edit!r} takes a mask; write --mask=PATH, a picture, white where painted again"
-        )
-    if mask is not None and not made.mask:
-        raise ValueError(f"edit {edit!r} takes no mask; leave out --mask, or write --edit=inpaint")
-    if made.single and num_images not in (None, 1):
-        raise ValueError(f"edit {edit!r} makes one image; leave out --num_images")
+def edit_count(edit, method, paths, mask, num_images):
+    """How many results an edit makes; raises ValueError for pictures that it does not take."""
+    for path in paths:
+        if not isinstance(path, (str, Path)):
+            remedy = "give the path of a picture, or a list of them"
+            raise ValueError(f"images has a {type(path).__name__}; {remedy}")
+    fault = ""
+    if len(paths) != method.images:
+        flags_needed = " ".join(["--image=PATH"] * method.images)
+        images = quantity(method.images, "image")
+        fault = f"takes {images}, not {len(paths)}; write {flags_needed}"
+    elif method.mask and mask is None:
+        fault = "takes a mask; write --mask=PATH, a picture, white where painted again"
+    elif mask is not None and not method.mask:
+        fault = "takes no mask; leave out --mask, or write --edit=inpaint"
+    elif method.single and num_images not in (None, 1):
+        fault = "makes one image; leave out --num_images"
+    if fault:
+        raise ValueError(f"edit {edit!r} {fault}")
     config_flags.check_count(1 if num_images is None else num_images)
-    return 1 if made.single else num_images or 16
+    return 1 if method.single else num_images or 16
 
 
 def remembered(batches, kept):
@@ -264,31 +231,20 @@ def main():
     """Draw what the flags say; returns the exit code."""
     given = flags.FLAGS
     options = config_flags.drawing()
+    options |= {name: given[name].value for name in ("checkpoint", "out", "device", "format")}
     if given.edit:
         paths = edit_images(
-            given.checkpoint,
-            given.edit,
-            given.image,
-            given.out,
-            given.mask,
-            given.num_images,
-            given.device,
-            given.format,
+            edit=given.edit,
+            images=given.image,
+            mask=given.mask,
+            num_images=given.num_images,
             **options,
         )
     elif given.image or given.mask:
-        raise ValueError(
-            f"--image and --mask are for an edit; write --edit= and one of {', '.join(EDITS)}"
-        )
+        remedy = f"write --edit= and one of {', '.join(EDITS)}"
+        raise ValueError(f"--image and --mask are for an edit; {remedy}")
     else:
-        paths = generate_images(
-            given.checkpoint,
-            given.num_images or 16,
-            given.out,
-            given.device,
-            given.format,
-            **options,
-        )
+        paths = generate_images(num_images=given.num_images or 16, **options)
     print(wrote(paths))
     return errors.DONE
 

@@ -42,14 +42,13 @@ def sample_from_checkpoint(
     """
     common_pixels.check_picture(out)
     config_flags.check_count(num_images)
-    name, _, trained, machine, net = load.load(
-        checkpoint, device, **config_flags.options(options, "sample")
-    )
+    options = config_flags.options(options, "sample")
+    name, _, trained, machine, net = load.load(checkpoint, device, **options)
     recipe = build.grid_recipe(trained)
+    images = quantity(num_images, "image")
+    times = cost.count_nfe(trained, recipe)
     print(
-        f"drawing {quantity(num_images, 'image')} from {name}: {recipe}; "
-        f"{cost.count_nfe(trained, recipe)} network evaluations an image",
-        flush=True,
+        f"drawing {images} from {name}: {recipe}; {times} network evaluations an image", flush=True
     )
     pixels = concatenate(drawing.drawer(trained, net, machine, gathered)(range(num_images), recipe))
     if machine.main:
