@@ -15,22 +15,12 @@ from absl import flags
 from ddpm.config import flags as config_flags
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "runs",
-        None,
-        "Folder in which the study has its own folder, as for ddpm.sweep, or the study's folder, "
-        "or a W&B path; by default runs.",
-    )
-    flags.DEFINE_string(
-        "out",
-        None,
-        "Folder of the report; by default experiments/NAME for a study, and none for other runs.",
-    )
-    flags.DEFINE_string(
-        "machine",
-        None,
-        "Class of the machine that made the runs, '2 CPU cores'; by default this one's.",
-    )
+    HELP = "Folder above the study's folder, or the study's folder, or a W&B path; by default runs."
+    flags.DEFINE_string("runs", None, HELP)
+    HELP = "Folder of the report; by default experiments/NAME for a study, none for other runs."
+    flags.DEFINE_string("out", None, HELP)
+    HELP = "Class of the machine that made the runs, '2 CPU cores'; by default this one's."
+    flags.DEFINE_string("machine", None, HELP)
     config_flags.read_command_line(
         takes="experiments/NAME.yaml, run folders, or a W&B path such as entity/project/sweep"
     )
@@ -41,9 +31,8 @@ from ddpm.studies import archive
 
 def main(arguments):
     """Compare what the flags say; returns the exit code."""
-    archive.compare(
-        *arguments, runs=flags.FLAGS.runs, out=flags.FLAGS.out, machine=flags.FLAGS.machine
-    )
+    given = flags.FLAGS
+    archive.compare(*arguments, runs=given.runs, out=given.out, machine=given.machine)
     return errors.DONE
 
 

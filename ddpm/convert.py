@@ -26,19 +26,12 @@ from ddpm.config import flags as config_flags
 from ddpm.interop import OPENAI_FLAGS
 
 if __name__ == "__main__":
-    flags.DEFINE_string(
-        "out", None, "The folder, or the .safetensors file, to write.", required=True
-    )
-    flags.DEFINE_list(
-        "classes",
-        None,
-        "Names for the classes of an imported network, in order; by default their numbers.",
-    )
-    flags.DEFINE_integer(
-        "no_label",
-        None,
-        "The label that means none in an imported network; guidance needs it.",
-    )
+    HELP = "The folder, or the .safetensors file, to write."
+    flags.DEFINE_string("out", None, HELP, required=True)
+    HELP = "Names for the classes of an imported network, in order; by default their numbers."
+    flags.DEFINE_list("classes", None, HELP)
+    HELP = "The label that means none in an imported network; guidance needs it."
+    flags.DEFINE_integer("no_label", None, HELP)
     for flag, (define, example) in OPENAI_FLAGS.items():
         define(flag, None, f"For weights of OpenAI, as they were trained: {example}.")
     config_flags.read_command_line(
@@ -50,10 +43,12 @@ from pathlib import Path
 from ddpm.common import errors
 from ddpm.common.files import atomic_folder
 from ddpm.config import files
-from ddpm.interop import diffusers
-from ddpm.interop import openai as interop_openai
+from ddpm.interop import diffusers, openai
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
+
+# by which reading a damaged or strange file fails
+DAMAGE = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ArithmeticError)
 
 
 def convert(source, out, classes=None, no_label=None, **theirs):
@@ -66,48 +61,32 @@ def convert(source, out, classes=None, no_label=None, **theirs):
     source = Path(source)
     out = Path(out)
     given = {flag: value for flag, value in theirs.items() if value is not None}
-    labels = ({"classes": tuple(classes)} if classes else {}) | (
-        {} if no_label is None else {"no_label": no_label}
-    )
+    labels = {"classes": tuple(classes)} if classes else {}
+    if no_label is not None:
+        labels["no_label"] = no_label
     if out.exists():
         raise ValueError(f"{out} is there already; give another --out, or remove it")
     tensors = diffusers.read_tensors(source) if source.is_file() else {}
-    openai = "input_blocks.0.0.weight" in tensors
-    if given and not openai:
-        raise ValueError(
-            f"--{min(given)} is for weights of OpenAI, which {source} does not hold; leave it out"
-        )
+    is_openai = "input_blocks.0.0.weight" in tensors
+    if given and not is_openai:
+        fault = f"is for weights of OpenAI, which {source} does not hold; leave it out"
+        raise ValueError(f"--{min(given)} {fault}")
     if "conv_in.weight" in tensors:
-        raise ValueError(
-            f"{source} is one file of a diffusers model; give the folder, which has its configs too"
-        )
-    if not openai and "_class_name" not in diffusers.read_json(
-        source / "model_index.json"
-    ) | diffusers.read_json(diffusers.config_path(source, "unet", "config")):
+        remedy = "give the folder, which has its configs too"
+        raise ValueError(f"{source} is one file of a diffusers model; {remedy}")
+    if not is_openai and not diffusers.is_model(source):
         if labels:
-            ours = checkpoint.find(source)
-            raise ValueError(
-                f"--{min(labels)} is for a network of others, and {ours} is one of ddpm; leave it "
-                "out"
-            )
+            fault = f"is for a network of others, and {checkpoint.find(source)} is one of ddpm"
+            raise ValueError(f"--{min(labels)} {fault}; leave it out")
         return diffusers.to_diffusers(source, out)
     try:
-        config, weights = (
-            interop_openai.from_openai(source, tensors, given, labels)
-            if openai
-            else diffusers.from_diffusers(source, labels)
-        )
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        RuntimeError,
-        TypeError,
-        ArithmeticError,
-    ) as error:
-        raise ValueError(
-            f"{source} is damaged, or not a U-Net that ddpm knows: {errors.one_line(error)}"
-        ) from error
+        if is_openai:
+            config, weights = openai.from_openai(source, tensors, given, labels)
+        else:
+            config, weights = diffusers.from_diffusers(source, labels)
+    except DAMAGE as error:
+        fault = "is damaged, or not a U-Net that ddpm knows"
+        raise ValueError(f"{source} {fault}: {errors.one_line(error)}") from error
     text = files.to_json(config)
     if out.suffix == ".safetensors":
         training_weights.export(out, weights, 0, text)

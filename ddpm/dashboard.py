@@ -49,20 +49,18 @@ def main():
         raise ValueError(f"{package} is missing; pip install -e '.[study]'") from None
     wandb.setup(wandb.Settings(silent=True))
     if not wandb.login(prompt=False, verify=False):
-        raise ValueError(
-            "not logged in to W&B; use `wandb login`, or set WANDB_API_KEY "
-            "(runs that were logged offline: `wandb leet` shows them, `wandb sync` uploads them)"
+        offline = (
+            "runs that were logged offline: `wandb leet` shows them, `wandb sync` uploads them"
         )
+        remedy = "use `wandb login`, or set WANDB_API_KEY"
+        raise ValueError(f"not logged in to W&B; {remedy} ({offline})")
     entity, _, project = PROJECT.value.rpartition("/")
     with errors_of_wandb():
         api = wandb.Api()
         entity = entity or api.default_entity
         sweep = api.sweep(f"{entity}/{project}/{SWEEP.value}") if SWEEP.value else None
-        runs = list(
-            api.runs(
-                f"{entity}/{project}", filters={"sweep": SWEEP.value} if sweep else None, lazy=False
-            )
-        )
+        filters = {"sweep": SWEEP.value} if sweep else None
+        runs = list(api.runs(f"{entity}/{project}", filters=filters, lazy=False))
     saved = workspace(entity, project, sweep, runs)
     with errors_of_wandb():
         saved.save()
@@ -80,9 +78,7 @@ def errors_of_wandb():
 
 
 def varied(sweep, runs):
-    """The options that differ between the runs except the seed, by a sweep's parameters or else by
-    the configs of the runs.
-    """
+    """The options except the seed that a sweep varies, or in which the runs' configs differ."""
     if sweep:
         axes = sweep.config["parameters"]
         names = {name for name, axis in axes.items() if len(axis.get("values", axis)) > 1}
@@ -95,15 +91,13 @@ def varied(sweep, runs):
 
 
 def measured(runs):
-    """The logged results of evaluations, each with that of a perfect generator if there is one:
-    [["eval/fid", "eval/fid_perfect"], ["eval/kid"]].
+    """The logged results of evaluations, each with a perfect generator's: [["eval/fid",
+    "eval/fid_perfect"], ["eval/kid"]].
     """
-    logged = {
-        key
-        for run in runs
-        for key, value in run.summary_metrics.items()
-        if key.startswith("eval/") and isinstance(value, (int, float))
-    }
+    logged = set()
+    for run in runs:
+        numbers = {key for key, value in run.summary_metrics.items() if type(value) in (int, float)}
+        logged |= {key for key in numbers if key.startswith("eval/")}
     return [
         [key, *({f"{key}_perfect"} & logged)]
         for key in sorted(logged or DISTANCES)
@@ -135,10 +129,8 @@ def influences(axes, metric):
                 model.accessor = f"config:{self.metric.name}.value"
             return model
 
-    columns = [
-        Column(reports.Config(name), display_name=name.removeprefix("config."))
-        for name in [*axes, SEED]
-    ]
+    names = {name: name.removeprefix("config.") for name in [*axes, SEED]}
+    columns = [Column(reports.Config(name), display_name=names[name]) for name in names]
     return [
         reports.ParameterImportancePlot(with_respect_to=metric),
         reports.ParallelCoordinatesPlot(columns=[*columns, Column(reports.SummaryMetric(metric))]),

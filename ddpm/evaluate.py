@@ -16,11 +16,8 @@ if __name__ == "__main__":
     config_flags.define_checkpoint_flags("evaluate")
     config_flags.define_overrides_flag()
     flags.DEFINE_alias("num_images", "num_samples")
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "Folder that becomes a run with these numbers; by default they are only printed.",
-    )
+    HELP = "Folder that becomes a run with these numbers; by default they are only printed."
+    flags.DEFINE_string("workdir", None, HELP)
     flags.adopt_module_key_flags(config_flags)
     config_flags.read_command_line()
 
@@ -50,44 +47,35 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
     ddpm.evaluate --help` by the same names, `num_samples=5000`, or any by its full name,
     `**{"diffusion.clip": False}`; `workdir` is a folder that becomes a run with config.json,
     metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training
-    images and, where the bound is measured, likelihood.csv and its picture. Raises ValueError, one
-    line, for a missing checkpoint, data or extractor, for nothing to measure, for a folder that
-    holds something else, and for a sample.spacing that would not be used.
+    images and, where the bound is measured, likelihood.csv and its picture. Raises ValueError for
+    a missing checkpoint, data or extractor, for nothing to measure, for a folder that holds
+    something else, and for a sample.spacing that would not be used.
     """
     options = config_flags.options(options, "evaluate")
-    made = load.load(checkpoint, device, **options)
-    if (
-        options.get("sample.spacing")
-        and options.get("evaluate.spacing") is None
-        and made.config.evaluate.spacing != "auto"
-    ):
-        raise ValueError(
-            f"sample.spacing is given, and {made.name} is measured in evaluate.spacing "
-            f"{made.config.evaluate.spacing!r}; give "
-            f"evaluate.spacing={options['sample.spacing']!r} in its place"
-        )
+    loaded = load.load(checkpoint, device, **options)
+    config = loaded.config
+    spacing = options.get("sample.spacing")
+    own = config.evaluate.spacing
+    if spacing and options.get("evaluate.spacing") is None and own != "auto":
+        fault = f"{loaded.name} is measured in evaluate.spacing {own!r}"
+        remedy = f"give evaluate.spacing={spacing!r} in its place"
+        raise ValueError(f"sample.spacing is given, and {fault}; {remedy}")
     if workdir is None:
-        numbers, _, _ = measure(made, checkpoint)
-        print(
-            "".join(
-                f"{line}\n"
-                for line in copying_warning(numbers, "--workdir=DIR keeps a picture that shows it")
-            ),
-            end="",
-        )
+        numbers, _, _ = measure(loaded, checkpoint)
+        for line in copying_warning(numbers, "--workdir=DIR keeps a picture that shows it"):
+            print(line)
         return numbers
-    wandb.check(dict(made.config.wandb))
+    wandb.check(dict(config.wandb))
     with lock_folder(workdir):
-        config_files.check_measures(made.config, workdir)
-        numbers, pictures, files = measure(made, checkpoint, made.config.sample.num_images)
-        tracker = build.tracker(made.config, workdir, made.machine, 0, made.step)
-        tracker.log(made.step, numbers)
-        show(workdir, tracker, made.step, pictures)
-        for line in copying_warning(
-            numbers, f"look at {grid_file(workdir, 'eval/nearest', made.step)}"
-        ):
+        config_files.check_measures(config, workdir)
+        numbers, pictures, files = measure(loaded, checkpoint, config.sample.num_images)
+        tracker = build.tracker(config, workdir, loaded.machine, 0, loaded.step)
+        tracker.log(loaded.step, numbers)
+        show(workdir, tracker, loaded.step, pictures)
+        nearest = grid_file(workdir, "eval/nearest", loaded.step)
+        for line in copying_warning(numbers, f"look at {nearest}"):
             tracker.say(line)
-        if made.machine.main:
+        if loaded.machine.main:
             write_texts(workdir, files)
             picture(workdir, files)
         tracker.close()
@@ -95,48 +83,49 @@ def evaluate(checkpoint=None, device=None, workdir=None, **options):
 
 
 def picture(workdir, files):
-    """Draw the terms of the bound, if they were measured, beside their csv; without matplotlib
-    that is told, and no more.
-    """
+    """Draw the terms of the bound, if they were measured, next to their csv."""
     for name, text in files.items():
         try:
             figures.save(figures.likelihood(text), Path(workdir, name).with_suffix(".png"))
-        except ValueError as error:
+        except ValueError as error:  # matplotlib is missing
             print(f"{name} is not drawn: {error}")
 
 
-def measure(made, run_or_file, shown=0):
-    """Numbers and pictures of what a checkpoint draws, of which the first are `shown`; numbers
-    and files of the likelihood.
+def measure(loaded, run_or_file, shown=0):
+    """(Numbers, pictures, files of the likelihood) of a `load.Loaded`.
+
+    The pictures include the first `shown` images that it draws.
     """
-    images = build.dataset(made.config)
-    score = drawing.scorer(made.config, images, made.machine)
-    likelihood = drawing.likelihood(made.config, made.net, images, made.machine)
-    if not (how := "; ".join(filter(None, [score.protocol, likelihood.protocol]))):
-        raise ValueError(
-            "nothing to measure: evaluate.extractor and evaluate.likelihood are both none; set "
-            "one of them"
-        )
+    config = loaded.config
+    images = build.dataset(config)
+    score = drawing.scorer(config, images, loaded.machine)
+    likelihood = drawing.likelihood(config, loaded.net, images, loaded.machine)
+    protocol = "; ".join(filter(None, [score.protocol, likelihood.protocol]))
+    if not protocol:
+        fault = "evaluate.extractor and evaluate.likelihood are both none; set one of them"
+        raise ValueError(f"nothing to measure: {fault}")
     # by name, for people
-    how = re.sub(f"(of )?{images.fingerprint[:12]}", lambda _: f"of {made.config.data.source}", how)
-    notes = [
-        *map(config_flags.as_typed, remarks.sampling_remarks(made.config, "evaluate")),
-        *score.notes,
-        *build.other_data(made.config, images, run_or_file),
-    ]
-    print("\n".join([f"measuring {made.name}: {how}", *notes]), flush=True)
-    draw = drawing.drawer(made.config, made.net, made.machine)
-    (numbers, pictures), (bits, files) = score(draw), likelihood()
+    source = f"of {config.data.source}"
+    protocol = re.sub(f"(of )?{images.fingerprint[:12]}", lambda _: source, protocol)
+    lines = remarks.sampling_remarks(config, "evaluate")
+    notes = [*map(config_flags.as_typed, lines), *score.notes]
+    notes += build.other_data(config, images, run_or_file)
+    print("\n".join([f"measuring {loaded.name}: {protocol}", *notes]), flush=True)
+    draw = drawing.drawer(config, loaded.net, loaded.machine)
+    numbers, pictures = score(draw)
+    bits, files = likelihood()
     if numbers and shown:
-        pictures["samples"] = made.machine.gather(concatenate(draw(range(shown), score.recipe)))
+        pictures["samples"] = loaded.machine.gather(concatenate(draw(range(shown), score.recipe)))
     return numbers | bits, pictures, files
 
 
 def four_digits(value):
-    """A number for people: `0.2617`, `88.70`, `6.123e-10`."""
-    return (
-        f"{value:.4f}" if value == 0 or 0.1 <= abs(value) < 1 else f"{value:#.4g}".removesuffix(".")
-    )
+    """A value for people: `0.2617`, `88.70`, `6.123e-10`; other than floats as they are."""
+    if not isinstance(value, float):
+        return str(value)
+    if value == 0 or 0.1 <= abs(value) < 1:
+        return f"{value:.4f}"
+    return f"{value:#.4g}".removesuffix(".")
 
 
 def main():
@@ -148,14 +137,7 @@ def main():
         workdir = config_files.default_workdir(f"{path.stem}-measured", config_flags.overrides())
     others = {f"config.{option}": value for option, value in config_flags.overrides().items()}
     numbers = evaluate(given.checkpoint, given.device, workdir, **config_flags.drawing(), **others)
-    print(
-        plain(
-            [
-                [name, four_digits(value) if isinstance(value, float) else str(value)]
-                for name, value in numbers.items()
-            ]
-        )
-    )
+    print(plain([[name, four_digits(value)] for name, value in numbers.items()]))
     return errors.DONE
 
 

@@ -16,12 +16,8 @@ from ddpm.config import flags as config_flags
 if __name__ == "__main__":
     flags.DEFINE_integer("parallel", 1, "Runs at a time.", lower_bound=1)
     flags.DEFINE_string("runs", "runs", "Folder in which the study has one of its own.")
-    flags.DEFINE_integer(
-        "count",
-        None,
-        "Runs, at most; by default the study's run_cap, or its whole grid.",
-        lower_bound=1,
-    )
+    HELP = "Runs, at most; by default the study's run_cap, or its whole grid."
+    flags.DEFINE_integer("count", None, HELP, lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Seed of what random and bayes choose.", lower_bound=0)
     config_flags.read_command_line(takes="experiments/NAME.yaml")
 
@@ -37,10 +33,8 @@ def main(arguments):
     study = read_study(arguments[0])
     count = given.count or study.run_cap
     if count is None and study.method != "grid":
-        raise ValueError(
-            f"{study.path}: method {study.method} has no end of its own; give --count=20, or set "
-            "run_cap in the file"
-        )
+        remedy = "give --count=20, or set run_cap in the file"
+        raise ValueError(f"{study.path}: method {study.method} has no end of its own; {remedy}")
     return runner.sweep(study, study.folder(given.runs), given.parallel, count, given.seed)
 
 

@@ -319,6 +319,12 @@ def config_path(folder, part, name):
     return (folder / part if (folder / part).is_dir() else folder) / f"{name}.json"
 
 
+def is_model(folder):
+    """True where a folder has diffusers' config of a pipeline or a network."""
+    paths = folder / "model_index.json", config_path(folder, "unet", "config")
+    return any("_class_name" in read_json(path) for path in paths)
+
+
 def read_json(path):
     """The dict in a JSON file, empty without a file; raises ValueError for other content."""
     if not path.is_file():
