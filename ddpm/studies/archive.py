@@ -54,20 +54,19 @@ def read_below(parent):
 
 
 def study_source(path, runs=None, out=None):
-    """The Source of a study, with a line for each point of its grid that has no run.
+    """The Source of a study; raises ValueError where it has no runs.
 
-    The runs are those in the folder `runs` or its subfolder of the study's name, by default
-    runs/NAME, else the archive of the report. Raises ValueError where there are none.
+    They are those in the folder `runs` or its subfolder of the study's name, by default runs/NAME,
+    else the archive of the report.
     """
     wanted = study.read_study(path)
     home = wanted.path.with_suffix("")
     expected, option, folder = runs_folder(wanted, runs, home)
     folders, runs, absent = read_below(folder) if folder.is_dir() else ([], [], [])
     if not runs:
-        raise ValueError(
-            f"{expected} has no runs yet; python -m ddpm.sweep {path} makes them, and "
-            "--runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"
-        )
+        remedy = f"python -m ddpm.sweep {path} makes them"
+        remote = "--runs=ENTITY/PROJECT/SWEEP takes those of a W&B sweep"
+        raise ValueError(f"{expected} has no runs yet; {remedy}, and {remote}")
     grid = wanted.grid() if wanted.method == "grid" else []
     points = {wanted.run_name(point): point for point in grid}
     if studies_runs.CONFIG_AXIS in wanted.axes:
@@ -140,9 +139,7 @@ def setting_of(wanted, point, axes):
 
 
 def config_file_name(wanted, file):
-    """A short name of a config file of a study: its variant where all are one file, else the
-    full name.
-    """
+    """A short name of a study's config file: its variant where all are of one file."""
     if len({other.partition(":")[0] for other in wanted.values(studies_runs.CONFIG_AXIS)}) > 1:
         return wanted.label(studies_runs.CONFIG_AXIS, file)
     return file.partition(":")[2] or Path(file).stem
@@ -165,11 +162,9 @@ def with_config_file(wanted, points, run):
         if all(run.options[option] == options[option] for option in related):
             file = candidate
     if file is None:
-        raise ValueError(
-            f"{run.folder} is of another study: no config file of this one makes its config; move "
-            "it away"
-        )
-    return dataclasses.replace(run, options=run.options | {axis: config_file_name(wanted, file)})
+        fault = "no config file of this one makes its config"
+        raise ValueError(f"{run.folder} is of another study: {fault}; move it away")
+    return run.with_options({axis: config_file_name(wanted, file)})
 
 
 def checkpoint_axes(wanted, runs):
@@ -180,21 +175,18 @@ def checkpoint_axes(wanted, runs):
     """
     files = {run.name: checkpoint_of(wanted, run.name) for run in runs}
     known = [run for run in runs if files[run.name] and not run.fault]
-    axes = [
-        option
-        for option in (studies_runs.varied(known) if known else [])
-        if studies_runs.is_related(option) and option not in wanted.axes
-    ]
+    axes = filter(studies_runs.is_related, studies_runs.varied(known))
+    axes = [option for option in axes if option not in wanted.axes]
     trainings = defaultdict(list)
     for run in known:
         options = (*wanted.axes, *axes, *studies_runs.UNITS)
         trainings[tuple(run.options[option] for option in options)].append(run.name)
 
     def suffices(values):
-        return all(
-            len({values[name] for name in names}) == len({files[name] for name in names})
-            for names in trainings.values()
-        )
+        def count(names, labels):
+            return len({labels[name] for name in names})
+
+        return all(count(names, values) == count(names, files) for names in trainings.values())
 
     if suffices(dict.fromkeys(files)):
         return axes, runs
@@ -203,9 +195,7 @@ def checkpoint_axes(wanted, runs):
     paths = {name: file or name for name, file in files.items()}
     choices = (("step", steps), ("checkpoint", names), ("checkpoint", paths))
     axis, values = next(choice for choice in choices if suffices(choice[1]))
-    return [*axes, axis], [
-        dataclasses.replace(run, options=run.options | {axis: values[run.name]}) for run in runs
-    ]
+    return [*axes, axis], [run.with_options({axis: values[run.name]}) for run in runs]
 
 
 def checkpoint_of(wanted, name):
@@ -216,9 +206,7 @@ def checkpoint_of(wanted, name):
 
 
 def missing_runs(wanted, points, runs):
-    """The names of the points of a grid that have no run; raises ValueError for a run at no
-    point.
-    """
+    """The names of a grid's points that have no run; raises ValueError for a run at no point."""
     if not points:
         return []
     known = [name.removeprefix("config.") for name in wanted.parameters]
@@ -232,9 +220,10 @@ def missing_runs(wanted, points, runs):
         for axis in axes:
             values = sorted({place[axis] for place in there}, key=str)
             if own[axis] not in values:
+                fault = f"config.{axis} is {own[axis]!r} there"
+                here = ", ".join(map(repr, values))
                 raise ValueError(
-                    f"{run.folder} is of another study: config.{axis} is {own[axis]!r} there, "
-                    f"this one has {', '.join(map(repr, values))}; move it away"
+                    f"{run.folder} is of another study: {fault}, this one has {here}; move it away"
                 )
         same = [name for name in free if free[name] == own]
         free.pop(run.name if run.name in places else next(iter(same), None), None)
@@ -242,11 +231,11 @@ def missing_runs(wanted, points, runs):
 
 
 def read_folders(folders):
-    """The runs in these folders or, of a folder that is no run, in the folders in it.
+    """As `read_below`, of these folders that are runs, and of the runs in the others.
 
-    Returns the same as `read_below`; raises ValueError for a folder without a run.
+    Raises ValueError for a folder without a run.
     """
-    parts = ([], [], [])
+    paths, runs, absent = [], [], []
     for folder in map(Path, folders):
         # ddpm.sweep writes these next to the runs, and runs/NAME/* has them too
         if folder.name == "sweep.json" or folder.suffix == ".log":
@@ -257,9 +246,9 @@ def read_folders(folders):
             inside = [folder], [studies_runs.read_run(folder)], []
         else:
             inside = read_below(folder)
-        for collected, more in zip(parts, inside, strict=True):
-            collected += more
-    paths, runs, absent = parts
+        paths += inside[0]
+        runs += inside[1]
+        absent += inside[2]
     name, count = Counter(path.name for path in paths).most_common(1)[0] if paths else ("", 0)
     if count > 1:
         raise ValueError(f"two run folders are named {name}; give one of them another name")
@@ -300,26 +289,16 @@ def network_parameters(shape):
 def parameters(run):
     """The number of parameters of a run's network."""
     options = run.options.items()
-    return network_parameters(
-        tuple(item for item in options if item[0].startswith("model.") or item[0] in SHAPES)
-    )
+    return network_parameters(tuple(item for item in options if item[0].startswith(SHAPES)))
 
 
-SHAPES = (  # options outside of the section `model` that give the network its size
-    "data.image_size",
-    "data.channels",
-    "data.class_labels",
-    "data.classes",
-    "data.augment",
-    "diffusion.variance",
-    "diffusion.self_condition",
-)
+# sections and options that give the network its size
+SHAPES = ("model.", "data.image_size", "data.channels", "data.class_labels", "data.classes")
+SHAPES += ("data.augment", "diffusion.variance", "diffusion.self_condition")
 
 
 def provenance(out, runs, machine=None):
-    """Commit, torch version and machine of the runs, as archived with the very same runs, else of
-    this process; `machine` overrides the machine.
-    """
+    """Commit, torch version and machine as archived with these runs, else of this process."""
     digest = hashlib.sha256()
     for run in runs:
         for name in ("config.json", "metrics.jsonl"):
@@ -366,26 +345,16 @@ def archive_runs(folders, out):
 
 
 def write_report(source, comparison, columns, machine=None):
-    """Write the report; returns the names of its files. Raises ValueError before it overwrites
-    runs that no report archived.
-    """
+    """Write the report and return its files' names; ValueError before it overwrites other runs."""
     out = source.out
     if (out / "runs").exists() and not (out / "made.json").exists():
         raise ValueError(f"{out} holds runs that no report keeps; give another --out")
     drawn = figures.draw(comparison)
     record = provenance(out, comparison.runs, machine)
     pictures = [(name, caption) for name, caption, _ in drawn]
-    missing = left_out(source, comparison)
     texts = {
         "README.md": report.readme(
-            source.name,
-            source.question,
-            comparison,
-            columns,
-            pictures,
-            record,
-            missing,
-            source.again,
+            source, comparison, columns, pictures, record, left_out(source, comparison)
         ),
         "results.csv": tables.csv(comparison.groups, columns),
         "made.json": json.dumps(record, indent=2) + "\n",
@@ -421,23 +390,20 @@ def compare(*arguments, runs=None, out=None, machine=None):
         columns = tables.columns(comparison.groups, parameters)
         files = write_report(source, comparison, columns, machine) if source.out else []
     main = ("val/loss_ema", comparison.metric, f"best {comparison.metric}")
+    shown = [column for column in columns if column.table]
     shown = [
         column
-        for column in columns
-        if column.table and (column.name in main or not column.name.startswith(("best ", "val/")))
+        for column in shown
+        if column.name in main or not column.name.startswith(("best ", "val/"))
     ]
     settings = quantity(len(comparison.groups), "setting")
     print(f"{source.name}: {quantity(len(comparison.counted), 'run')} in {settings}\n")
     print(tables.plain(tables.table(comparison.groups, shown)))
     if comparison.tested:
         print("", tables.plain(report.verdicts(comparison)), sep="\n")
-    for line in left_out(source, comparison):
-        print(f"left out: {line}")
-    print(
-        *report.mixed_code(comparison.counted), f"\nAnswer: {report.answer(comparison)}", sep="\n"
-    )
-    if files:
-        print(f"{source.out}: {', '.join(files)}")
-    else:
-        print("nothing is written; --out=DIR writes a report")
+    lines = [f"left out: {line}" for line in left_out(source, comparison)]
+    lines += [*report.mixed_code(comparison.counted), f"\nAnswer: {report.answer(comparison)}"]
+    print(*lines, sep="\n")
+    written = f"{source.out}: {', '.join(files)}"
+    print(written if files else "nothing is written; --out=DIR writes a report")
     return comparison

@@ -49,21 +49,16 @@ def p_of(p):
 
 
 def answer(comparison):
-    """The setting with the lowest mean, which settings it is better than, and which it cannot be
-    told apart from.
-    """
+    """The setting with the lowest mean, what it is better than, and what may be as good."""
     groups = comparison.groups
+    metric = label(comparison.metric)
     if comparison.metric in LOSSES and comparison.unlike:
-        return (
-            f"Cannot tell: no distance was measured, and the {label(comparison.metric)} is a "
-            f"different quantity for each {listed_options(comparison.unlike)}."
-        )
+        unlike = f"a different quantity for each {listed_options(comparison.unlike)}"
+        return f"Cannot tell: no distance was measured, and the {metric} is {unlike}."
     enough = min(MIN_SEEDS, max(map(layout.count_seeds, groups)))
-    best = min(
-        (group for group in groups if layout.count_seeds(group) >= enough),
-        key=lambda group: group.final(comparison.metric)[0],
-    )
-    reached = f"{label(comparison.metric)} {layout.amount(*best.final(comparison.metric))}"
+    repeated = [group for group in groups if layout.count_seeds(group) >= enough]
+    best = min(repeated, key=lambda group: group.final(comparison.metric)[0])
+    reached = f"{metric} {layout.amount(*best.final(comparison.metric))}"
     over = f"{layout.seeds_in_words(groups)} per setting"
     if len(groups) == 1:
         return f"There is only one setting, so nothing is compared: {reached}, {over}."
@@ -125,11 +120,10 @@ def protocol(comparison, record):
     repeated = "of the training"
     if comparison.groups[0].unit != "seed":
         repeated = "of the sampling, from one training,"
-    yield (
-        f"{quantity(len(runs), 'run')}: {quantity(len(comparison.groups), 'setting')} of "
-        f"{listed_options(comparison.axes or ['nothing'])}, "
-        f"{layout.seeds_in_words(comparison.groups)} {repeated} each."
-    )
+    axes = listed_options(comparison.axes or ["nothing"])
+    settings = f"{quantity(len(comparison.groups), 'setting')} of {axes}"
+    seeds = layout.seeds_in_words(comparison.groups)
+    yield f"{quantity(len(runs), 'run')}: {settings}, {seeds} {repeated} each."
     if studies_runs.is_training(runs) and fixed(comparison):
         yield f"Fixed: {', '.join(fixed(comparison))}."
     if parts := comparison.protocol:
@@ -138,18 +132,14 @@ def protocol(comparison, record):
     if likelihoods:
         yield f"Likelihood: {listed(sorted({text for _, text in likelihoods}))}."
     if known := list(perfect(runs)):
-        yield (
-            f"A perfect generator would get {listed(known)} (± standard deviation of one "
-            "evaluation) from as many samples."
-        )
-    commit = [f"Commit {record['commit']}"] if record["commit"] else []
-    yield f"{', '.join([*commit, 'torch ' + record['torch'], record['machine']])}."
+        known = f"{listed(known)} (± standard deviation of one evaluation)"
+        yield f"A perfect generator would get {known} from as many samples."
+    commit = f"Commit {record['commit']}, " if record["commit"] else ""
+    yield f"{commit}torch {record['torch']}, {record['machine']}."
 
 
 def code_of(runs):
-    """The commits that made runs, {"0494cba": number of runs}, the most frequent first; {} where
-    no run recorded them.
-    """
+    """{"0494cba": number of runs}, the most frequent commit first; {} where none is recorded."""
     counts = Counter(", then ".join(run.code) or "code that was not recorded" for run in runs)
     return dict(counts.most_common()) if any(run.code for run in runs) else {}
 
@@ -157,10 +147,8 @@ def code_of(runs):
 def mixed_code(runs):
     """Yield a warning where different code made the runs."""
     if len(codes := code_of(runs)) > 1:
-        commits = listed([f"{code} ({quantity(count, 'run')})" for code, count in codes.items()])
-        yield (
-            f"The runs were made by different code, so a difference may come from that: {commits}."
-        )
+        codes = listed([f"{code} ({quantity(count, 'run')})" for code, count in codes.items()])
+        yield f"The runs were made by different code, so a difference may come from that: {codes}."
 
 
 def perfect(runs):
@@ -181,29 +169,21 @@ def limits(comparison):
         yield f"Smallest visible difference: unknown with {seeds}; tests need {MIN_SEEDS} seeds."
     else:
         first, alone, count = comparison.visible
-        several = ""
-        if count > 1:
-            several = f" (for the clearest of {count} comparisons; {alone:.2g} for a single one)"
-        yield (
-            f"Smallest visible difference: with {seeds}, most studies miss a difference in "
-            f"{metric} below about {first:.2g}{several}."
-        )
+        several = f" (for the clearest of {count} comparisons; {alone:.2g} for a single one)"
+        smallest = f"{metric} below about {first:.2g}{several if count > 1 else ''}"
+        most = f"with {seeds}, most studies miss a difference in {smallest}"
+        yield f"Smallest visible difference: {most}."
     yield from mixed_code(comparison.counted)
     if comparison.groups[0].unit != "seed":
         yield "All numbers come from one training: another seed may order the settings differently."
     parts = comparison.protocol
     same = {part: value for part, value in parts.items() if value != statistics.VARIED}
     drawn = [form.format(same[part]) for part, form in DRAWING.items() if part in same]
-    if conditions := fixed(comparison) + drawn:
-        yield (
-            f"Conditions: {', '.join(conditions)}. Under others the settings may come in another "
-            "order."
-        )
-    if parts.get("seed", statistics.VARIED) != statistics.VARIED:
-        yield (
-            f"Sampling noise: all samples have seed {parts['seed']}, so the intervals over "
-            "trainings do not include it."
-        )
+    if conditions := ", ".join(fixed(comparison) + drawn):
+        yield f"Conditions: {conditions}. Under others the settings may come in another order."
+    if "seed" in same:
+        seed = f"all samples have seed {same['seed']}"
+        yield f"Sampling noise: {seed}, so the intervals over trainings do not include it."
     yield "Tuning: all settings share one recipe, which favours those that it suits."
     if comparison.unlike:
         yield (
@@ -270,39 +250,35 @@ def meanings(columns):
     return notes
 
 
-def readme(title, question, comparison, columns, pictures, record, left_out, again):
-    """The report as markdown.
+def readme(source, comparison, columns, pictures, record, left_out):
+    """The report on an `archive.Source` as markdown.
 
     `columns` are those of `tables.columns`, `pictures` pairs (file name, caption), `record` what
-    `archive.provenance` returns, `left_out` lines on runs that do not count, and `again` says how
-    to repeat the report.
+    `archive.provenance` returns, `left_out` lines on runs that do not count.
     """
-    results = []
-    for name in ("distances", "losses", "cost"):
-        some = [column for column in columns if column.table == name]
-        if some and some[0].name != "parameters":
-            results.append(layout.markdown(layout.table(comparison.groups, some)))
-    notes = meanings(columns)
     sections = [
-        f"# {title}",
-        f"**Question.** {question}",
+        f"# {source.name}",
+        f"**Question.** {source.question}",
         f"**Answer.** {answer(comparison)}",
         f"**Protocol.** {' '.join(protocol(comparison, record))}",
         "## Result",
-        *results,
-        INTERVALS,
-        *([bullets(notes)] if notes else []),
-        *(picture(name, caption) for name, caption in pictures),
-        "## Differences",
-        *(
-            [layout.markdown(verdicts(comparison)), METHOD]
-            if comparison.tested
-            else ["None is tested."]
-        ),
-        *(["## Left out", "In no average and no figure:", bullets(left_out)] if left_out else []),
+    ]
+    for name in ("distances", "losses", "cost"):
+        some = [column for column in columns if column.table == name]
+        if some and some[0].name != "parameters":
+            sections.append(layout.markdown(layout.table(comparison.groups, some)))
+    sections.append(INTERVALS)
+    if notes := meanings(columns):
+        sections.append(bullets(notes))
+    sections += [picture(name, caption) for name, caption in pictures]
+    tested = [layout.markdown(verdicts(comparison)), METHOD]
+    sections += ["## Differences", *(tested if comparison.tested else ["None is tested."])]
+    if left_out:
+        sections += ["## Left out", "In no average and no figure:", bullets(left_out)]
+    sections += [
         "## What this does not show",
         bullets(limits(comparison)),
         "## Again",
-        again,
+        source.again,
     ]
     return "\n\n".join(sections) + "\n"

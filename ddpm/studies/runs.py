@@ -58,8 +58,7 @@ LABELS = {
 # the axis of a study that varies the config file itself; its runs have it among their options
 CONFIG_AXIS = "config"
 UNITS = ("seed", "sample.seed")
-UNRELATED = (  # options that do not touch what is compared
-    "wandb.",
+UNRELATED = (  # besides the section wandb, options that do not touch what is compared
     "every.log",
     "every.sample",
     "every.save",
@@ -97,6 +96,9 @@ class Run:
     grid: Path | None = None
     fault: str = ""
     code: tuple = ()
+
+    def with_options(self, options):
+        return replace(self, options=self.options | options)
 
     def points(self, key):
         """The (step, value) of a tracked key, where it is finite."""
@@ -136,9 +138,7 @@ def finite(value):
 
 
 def read_run(folder):
-    """The run in a folder, up to its first damaged row; raises ValueError without a readable
-    config.
-    """
+    """The run in a folder, up to its first damaged row; ValueError without a readable config."""
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
@@ -202,9 +202,7 @@ def mark_unfinished(runs):
 
 
 def mark_repeats(runs, axes):
-    """The runs, marked with a fault where they have the options, seeds and protocol of an earlier
-    one.
-    """
+    """The runs, with a fault where they repeat options, seeds and protocol of an earlier one."""
     training = is_training(runs)
     first = {}
     marked = []
@@ -228,12 +226,8 @@ def mark_unmeasured(runs, metric):
     for run in runs:
         last = run.rows[-1] if run.rows else {}
         if not run.fault and not finite(last.get(metric)):
-            fault = (
-                f"{metric} is not finite at the end"
-                if metric in last
-                else f"no {metric} at the end"
-            )
-            run = replace(run, fault=fault)
+            fault = f"{metric} is not finite" if metric in last else f"no {metric}"
+            run = replace(run, fault=f"{fault} at the end")
         marked.append(run)
     return marked
 
@@ -247,30 +241,23 @@ def keys(runs, pattern=".*"):
 
 
 def main_metric(runs, wanted=None):
-    """The metric that decides: the wanted one, else a Frechet distance, else the validation loss.
-
-    Raises ValueError where no run has any of them.
-    """
+    """The metric that decides: the wanted, a Frechet distance, or a loss; ValueError if none."""
     known = keys(runs)
     for key in (wanted, *keys(runs, FRECHET), *LOSSES):
         if key in known:
             return key
-    raise ValueError(
-        "no run has a distance or a validation loss; set --config.every.evaluate or "
-        "--config.every.validate"
-    )
+    remedy = "set --config.every.evaluate or --config.every.validate"
+    raise ValueError(f"no run has a distance or a validation loss; {remedy}")
 
 
 # settings
 
 
 def is_related(option, training=True):
-    """True for an option that may change what is compared; `check_same_protocol` judges how
-    trainings are measured.
-    """
-    ignored = UNRELATED + (("evaluate.",) if training else ())
-    sections = tuple(name for name in ignored if name.endswith("."))
-    return option not in UNITS and option not in ignored and not option.startswith(sections)
+    """True for an option that may change what is compared."""
+    # `check_same_protocol` judges how trainings are measured
+    sections = ("wandb.", "evaluate.") if training else ("wandb.",)
+    return option not in UNITS + UNRELATED and not option.startswith(sections)
 
 
 def varied(runs):
@@ -278,6 +265,6 @@ def varied(runs):
     training = is_training(runs)
     return [
         option
-        for option in runs[0].options
+        for option in (runs[0].options if runs else ())
         if is_related(option, training) and len({run.options[option] for run in runs}) > 1
     ]

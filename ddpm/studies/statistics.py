@@ -62,7 +62,7 @@ class Group:
         return interval(self.values(lambda run: run.final(key)).values())
 
     def curve(self, key):
-        """[(step, petaflop or None, mean, half-width or None)] at the steps that all runs logged."""
+        """[(step, petaflop or None, mean, half-width or None)], at steps that all runs logged."""
         logged = {run.name: dict(run.points(key)) for run in self.runs}
         points = []
         for step in sorted(set.intersection(*map(set, logged.values()))):

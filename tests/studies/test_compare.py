@@ -21,7 +21,7 @@ from PIL import Image
 from ddpm.config import files as config_files
 from ddpm.evaluate import evaluate
 from ddpm.experiment import build
-from ddpm.studies import compatibility, figures, report, statistics, tables
+from ddpm.studies import archive, compatibility, figures, report, statistics, tables
 from ddpm.studies import runs as studies_runs
 from ddpm.studies import study as studies_study
 from ddpm.studies.archive import compare
@@ -174,9 +174,9 @@ def test_a_perfect_generator_stands_in_the_protocol_and_the_old_floor_nowhere(tm
             [dataclasses.replace(run, rows=[run.rows[0] | more]) for run in runs]
         )
         columns = tables.columns(found.groups, lambda run: 1)
-        text = report.readme(
-            name, "?", found, columns, [], {"commit": "", "torch": "2", "machine": "m"}, [], ""
-        )
+        source = archive.Source(name, "?", [], [], [])
+        record = {"commit": "", "torch": "2", "machine": "m"}
+        text = report.readme(source, found, columns, [], record, [])
         assert found.metric == "eval/fd_digits" and "0.114" not in text + tables.csv(
             found.groups, columns
         )
@@ -367,16 +367,9 @@ def test_best_values_are_shown_where_they_are_not_the_last(tmp_path, first, show
     found = statistics.compare(runs)
     columns = tables.columns(found.groups, lambda run: 1)
     assert "best eval/fd_digits" in tables.csv(found.groups, columns).splitlines()[0]
-    text = report.readme(
-        "best",
-        "?",
-        found,
-        columns,
-        [],
-        {"commit": "", "torch": "2", "machine": "the test's"},
-        [],
-        "",
-    )
+    source = archive.Source("best", "?", [], [], [])
+    record = {"commit": "", "torch": "2", "machine": "the test's"}
+    text = report.readme(source, found, columns, [], record, [])
     assert ("best FD (digits)" in text) is shown and (
         "a run's best is its last" in text
     ) is not shown
