@@ -9,18 +9,17 @@ from ddpm.studies import runs as studies_runs
 # as evaluation.scorer and bits_per_dim write it; few parts are `.+`, which takes hours on a text
 # that nearly matches
 PROTOCOL_FORMS = [
-    re.compile(text)
-    for text in (
+    re.compile(
         r"(?P<extractor>[^;]+); (?P<samples>\d+) samples of the (?P<weights>[^;]+) weights in "
-        r"(?P<arithmetic>\w+); "
-        r"(?P<sampler>[^;]+), (?P<steps>\d+) steps, (?P<spacing>[^;]+?) spacing, seed "
-        r"(?P<seed>\d+)(, guidance (?P<guidance>.+?))?"
-        r"(, classes (?P<classes>.+?))?; against (?P<images>\d+) images (?P<data>\w+)"
-        r"(, by (?P<kept>\d+) of them except for the Frechet distance)?",
+        r"(?P<arithmetic>\w+); (?P<sampler>[^;]+), (?P<steps>\d+) steps, (?P<spacing>[^;]+?) "
+        r"spacing, seed (?P<seed>\d+)(, guidance (?P<guidance>.+?))?(, classes (?P<classes>.+?))?; "
+        r"against (?P<images>\d+) images (?P<data>\w+)"
+        r"(, by (?P<kept>\d+) of them except for the Frechet distance)?"
+    ),
+    re.compile(
         r"bits/dim of (?P<likelihood_images>[^,]+)(, given (?P<given>.+),)? under the "
-        r"(?P<weights>[^,]+) weights, "
-        r"by (?P<evaluations>\d+) evaluations",
-    )
+        r"(?P<weights>[^,]+) weights, by (?P<evaluations>\d+) evaluations"
+    ),
 ]
 # part of a protocol -> options that, as an axis, let it differ; data and extractor never do
 VARIED_BY = {
@@ -38,9 +37,7 @@ VARIED_BY = {
 
 
 def check_same_options(runs, axes):
-    """Raise a ValueError that names a run and the option, no axis, in which it differs from the
-    others of its config file.
-    """
+    """Raise ValueError where a run differs from others of its config file in more than the axes."""
     files = defaultdict(list)
     for run in runs:
         files[run.options.get(studies_runs.CONFIG_AXIS)].append(run)
@@ -49,10 +46,9 @@ def check_same_options(runs, axes):
             if option not in axes:
                 usual = Counter(run.options[option] for run in alike).most_common(1)[0][0]
                 other = next(run for run in alike if run.options[option] != usual)
-                raise ValueError(
-                    f"{other.folder} is of another study: config.{option} is "
-                    f"{other.options[option]!r} there and {usual!r} elsewhere; move it away"
-                )
+                values = f"{other.options[option]!r} there and {usual!r} elsewhere"
+                fault = f"config.{option} is {values}"
+                raise ValueError(f"{other.folder} is of another study: {fault}; move it away")
 
 
 def parse_protocol(text):
@@ -64,18 +60,14 @@ def parse_protocol(text):
 
 
 def check_same_protocol(runs, axes):
-    """Raise a ValueError that names the part and the runs where protocols differ in more than the
-    axes and the seed.
-    """
+    """Raise ValueError where protocols of runs differ in more than the axes and the seed."""
     for key in studies_runs.PROTOCOLS:
         named = studies_runs.protocols_of(runs, key)
         check_same_parts([(name, parse_protocol(text)) for name, text in named], axes)
 
 
 def check_same_parts(protocols, axes):
-    """Raise a ValueError where the parts in pairs (name, parts) differ in more than the axes and
-    the seed.
-    """
+    """Raise ValueError where the parts in pairs (name, parts) differ in more than axes and seed."""
     for part in dict.fromkeys(itertools.chain.from_iterable(parts for _, parts in protocols)):
         names = defaultdict(list)
         for name, parts in protocols:

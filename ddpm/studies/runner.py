@@ -1,6 +1,7 @@
 """Runs the points of a study on this machine, several at a time, each in its own process."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -40,14 +41,12 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A run of the study: its folder's name, point, command, and a checksum of its config and
-    checkpoint.
-    """
+    """A run of the study."""
 
-    name: str
+    name: str  # of its folder
     point: dict
-    words: list
-    content: int
+    words: list  # its command
+    content: int  # a checksum of its config and checkpoint
 
 
 def trial_of(study, point):
@@ -75,31 +74,21 @@ def check_comparable(study, points):
 
 def planned_protocols(trainings):
     """Yield (name, parts of its `eval/protocol`) for each training of {name: config} that will be
-    measured.
-
-    Opens the data where the parts depend on them, and leaves out a training without its data.
+    measured; leaves out a training without its data.
     """
     operations = {}
-    opened = {}
-
-    def images(config):
-        section = config.data
-        key = section.source, section.image_size, section.channels, section.matte
-        opened[key] = opened.get(key) or data.open_source(*key)
-        return opened[key]
-
-    sections = [config.data for config in trainings.values()]
-    kinds = {(section.source, section.image_size, section.channels) for section in sections}
+    open_source = functools.cache(data.open_source)
+    several = len({source_arguments(config)[:3] for config in trainings.values()}) > 1
     for name, config in trainings.items():
         network = (config.model, config.data, config.diffusion)
         operations[network] = operations.get(network) or cost.count_flops(config)
         parts = {}
         size = 0
         try:
-            if len(kinds) > 1:
-                parts["data"] = images(config).fingerprint[:12]
+            if several:
+                parts["data"] = open_source(*source_arguments(config)).fingerprint[:12]
             if "epoch" in config.train.length + config.every.evaluate:
-                size = len(build.split(config, images(config))[0])
+                size = len(build.split(config, open_source(*source_arguments(config)))[0])
         except ValueError:
             continue
         evaluated = cost.plan_evaluation(config, size, operations[network])
@@ -111,6 +100,12 @@ def planned_protocols(trainings):
             for part in ("sampler", "steps", "spacing", "guidance"):
                 parts[part] = str(getattr(recipe, part))
             yield name, parts
+
+
+def source_arguments(config):
+    """The arguments of `data.open_source` for the images of a config."""
+    section = config.data
+    return section.source, section.image_size, section.channels, section.matte
 
 
 class Record:
@@ -133,13 +128,8 @@ class Record:
 
     def put(self, trial, code=None, result=None):
         """Record that a run started or, with a code, how it ended."""
-        self.runs[trial.name] = {
-            "point": trial.point,
-            "command": trial.words,
-            "content": trial.content,
-            "code": code,
-            "result": result,
-        }
+        entry = {"point": trial.point, "command": trial.words, "content": trial.content}
+        self.runs[trial.name] = entry | {"code": code, "result": result}
         with atomic_write(self.path) as part:
             part.write_text(json.dumps({"runs": self.runs}, indent=1) + "\n")
 
@@ -152,22 +142,17 @@ class Record:
 
 
 class RunPool:
-    """The processes of the runs. SIGINT, SIGTERM and SIGUSR1 ask them to save and end; a second
-    signal kills them.
-    """
+    """The processes of the runs; a first signal asks them to save and end, a second kills them."""
 
     def __init__(self, study, folder, parallel):
         self.folder = folder
         self.processes = set()
         self.stop_requests = 0
         self.places = list(range(parallel))  # lines of the terminal without a progress bar
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
-        else:
-            cores = os.cpu_count() or 1
-        inherited = {name: value for name, value in os.environ.items() if name not in ONE_RUN}
-        threads = str(max(1, cores // parallel))
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+        threads = str(max(1, len(affinity(0)) // parallel))
         own = {"WANDB_RUN_GROUP": study.name, "OMP_NUM_THREADS": threads}
+        inherited = {name: value for name, value in os.environ.items() if name not in ONE_RUN}
         self.environment = own | inherited
 
     def stop(self, *_):
@@ -236,9 +221,7 @@ class RunPool:
 
 
 def result_of(run, metric):
-    """The last value of a metric, or the best where it is named best/val_loss; None where the run
-    has none.
-    """
+    """The last value of a metric, or the best of one named best/val_loss; None if there is none."""
     if metric is None:
         return None
     name, goal = metric
@@ -257,7 +240,7 @@ class Sweep:
         self.total = total
         self.record = record
         self.pool = pool
-        self.numbers = {}
+        self.numbers = {}  # of the trials, by name
         self.before = 0
         self.done = 0
         self.failed = []
@@ -298,10 +281,8 @@ class Sweep:
                 result = result_of(run, self.study.metric)
                 self.record.put(trial, code, result)
                 self.done += 1
-                shown = ""
-                if self.study.metric:
-                    number = "missing" if result is None else f"{result:.4g}"
-                    shown = f", {self.study.metric[0]} {number}"
+                number = "missing" if result is None else f"{result:.4g}"
+                shown = f", {self.study.metric[0]} {number}" if self.study.metric else ""
                 self.report(trial, f"done {after}{shown}")
         elif self.pool.stop_requests:
             self.report(trial, f"interrupted {after}")
@@ -318,10 +299,8 @@ class Sweep:
         """Print what is done and what is not; returns the exit code."""
         total = self.total if self.pool.stop_requests else len(self.numbers)
         took = tqdm.format_interval(time.monotonic() - self.began)
-        say(
-            f"{self.study.name}: {self.before + self.done} of {total} runs are done, "
-            f"{self.before} of them before, in {took}"
-        )
+        done = f"{self.before + self.done} of {total} runs are done"
+        say(f"{self.study.name}: {done}, {self.before} of them before, in {took}")
         for name in self.failed:
             say(f"not done: {name}")
         if self.pool.stop_requests:
@@ -355,10 +334,8 @@ def sweep(study, folder, parallel=1, count=None, seed=0):
             trials = iter(list(trials))  # checks each before the first runs
         if study.program == "ddpm.main":
             check_comparable(study, study.probes() if bayes else points)
-        say(
-            f"{study.name}: {progress.total} runs by {study.method}, {parallel} at a time, in "
-            f"{folder}"
-        )
+        total = f"{progress.total} runs by {study.method}"
+        say(f"{study.name}: {total}, {parallel} at a time, in {folder}")
         if study.early_terminate:
             say("early_terminate is for W&B's server; here every run goes to its end")
         running = {}

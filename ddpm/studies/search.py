@@ -6,9 +6,7 @@ from ddpm.common import rng
 
 
 def choose_points(study, count, seed, record):
-    """At most `count` points of a study: a list, or for bayes an iterator that chooses each point
-    when it is due.
-    """
+    """At most `count` points of a study: a list, or for bayes an iterator that chooses when due."""
     if study.method == "grid":
         return study.grid()[:count]
     if study.method == "random":
@@ -18,11 +16,10 @@ def choose_points(study, count, seed, record):
 
 
 def bayes_points(study, count, seed, record):
-    """Yield the points in the record, then points by optuna's TPE (Bergstra et al. 2011), which
-    learns from the results recorded at that time.
+    """Yield the recorded points, then those that optuna's TPE (Bergstra et al. 2011) chooses by the
+    results at that time.
 
-    A failed run counts as the worst result, as in W&B's own search. Raises ValueError without
-    optuna.
+    A failed run counts as the worst result, as in W&B's search. Raises ValueError without optuna.
     """
     try:
         import optuna
@@ -38,15 +35,13 @@ def bayes_points(study, count, seed, record):
         )
         search = optuna.create_study(direction=study.metric[1], sampler=sampler)
         search.add_trials([trial for _, trial in past_trials(study, record, space, lists)])
-        params = search.ask(space).params
-        yield {
-            name: lists[name][value] if name in lists else value for name, value in params.items()
-        }
+        chosen = search.ask(space).params
+        yield chosen | {name: values[chosen[name]] for name, values in lists.items()}
 
 
 def search_space(study, distributions):
-    """({parameter: optuna's distribution}, {parameter: values}, for those that are indices into a
-    list); raises ValueError for a distribution that optuna lacks.
+    """({parameter: optuna's distribution}, {parameter: values} of those chosen by their index);
+    raises ValueError for a distribution that optuna lacks.
     """
     space = {}
     lists = {}
@@ -57,9 +52,9 @@ def search_space(study, distributions):
             lists[name] = values
             space[name] = distributions.CategoricalDistribution(range(len(values)))
         else:
+            known = ", ".join(SPACES)
             raise ValueError(
-                f"bayes cannot choose {name} by {kind}; use a list of values or one of "
-                f"{', '.join(SPACES)}"
+                f"bayes cannot choose {name} by {kind}; use a list of values or one of {known}"
             )
     return space, lists
 
@@ -78,21 +73,21 @@ def past_trials(study, record, space, lists):
         if entry["code"] is None:
             state = TrialState.RUNNING
         with contextlib.suppress(ValueError, KeyError):  # of a space that was changed since
-            params = {
-                name: lists[name].index(point[name]) if name in lists else point[name]
-                for name in space
-            }
+            params = {name: point[name] for name in space}
+            params |= {name: values.index(point[name]) for name, values in lists.items()}
             value = value if state is TrialState.COMPLETE else None
             yield point, create_trial(state=state, value=value, params=params, distributions=space)
+
+
+def q_uniform(known, min, max, q=1):
+    is_integer = {type(min), type(max), type(q)} == {int}
+    kind = known.IntDistribution if is_integer else known.FloatDistribution
+    return kind(min, max, step=q)
 
 
 SPACES = {  # W&B's distributions as optuna's
     "int_uniform": lambda known, min, max: known.IntDistribution(min, max),
     "uniform": lambda known, min, max: known.FloatDistribution(min, max),
-    "q_uniform": lambda known, min, max, q=1: (
-        known.IntDistribution
-        if {type(min), type(max), type(q)} == {int}
-        else known.FloatDistribution
-    )(min, max, step=q),
+    "q_uniform": q_uniform,
     "log_uniform_values": lambda known, min, max: known.FloatDistribution(min, max, log=True),
 }

@@ -14,9 +14,7 @@ def is_remote(path):
 
 
 def download(path, folder):
-    """Write the runs of a W&B project or sweep below a folder; raises ValueError where there are
-    none.
-    """
+    """Write the runs of a W&B project or sweep below a folder; raises ValueError if none."""
     import wandb  # a second of start-up
 
     try:
@@ -26,24 +24,17 @@ def download(path, folder):
             name = re.sub("[^A-Za-z0-9_.=+-]+", "_", run.name).removesuffix(f"-{run.id}")
             write_run_folder(run, Path(folder, f"{name}-{run.id}"))
     except Exception as error:  # W&B has many for a server that does not answer properly
-        raise ValueError(
-            f"{path} is no folder here and cannot be read from W&B: {errors.one_line(error)[:200]}"
-        ) from None
+        fault = f"cannot be read from W&B: {errors.one_line(error)[:200]}"
+        raise ValueError(f"{path} is no folder here and {fault}") from None
     if not any(Path(folder).glob("*/config.json")):
         raise ValueError(f"{path} has no runs of ddpm yet")
 
 
 def write_run_folder(run, folder):
-    """Write a run of W&B's public API as a run folder, without config.json where it is not a run
-    of ddpm.
-    """
+    """Write a run of W&B's API as a run folder, without config.json if it is not one of ddpm."""
     folder.mkdir()
-    options = {
-        key.removeprefix("config."): value
-        for key, value in run.config.items()
-        if key.startswith("config.")
-    }
-    if options:
+    keys = [key for key in run.config if key.startswith("config.")]
+    if options := {key.removeprefix("config."): run.config[key] for key in keys}:
         text = json.dumps(options)
         try:
             files.write(files.from_json(text), folder, run.config.get("code"))
@@ -52,11 +43,8 @@ def write_run_folder(run, folder):
     grid = step = None
     with open(folder / "metrics.jsonl", "w") as file:
         for row in run.scan_history():
-            numbers = {
-                key: value
-                for key, value in row.items()
-                if not key.startswith("_") and not isinstance(value, dict)
-            }
+            keys = [key for key in row if not (key.startswith("_") or isinstance(row[key], dict))]
+            numbers = {key: row[key] for key in keys}
             if "train/step" in numbers:
                 file.write(json.dumps({"step": numbers.pop("train/step"), **numbers}) + "\n")
                 if isinstance(picture := row.get("samples"), dict):
