@@ -17,18 +17,8 @@ from ddpm.data import decode
 from ddpm.studies.runs import MIN_SEEDS, NFE, TRAIN_LOSS, is_training
 from ddpm.studies.statistics import label, lines_along, numeric_axes, runs_of
 
-COLOURS = (  # Okabe and Ito 2008, and two of Tol 2021
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#E69F00",
-    "#000000",
-    "#7F7F7F",
-    "#882255",
-    "#999933",
-)
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]  # Okabe and Ito 2008
+COLOURS += ["#E69F00", "#000000", "#7F7F7F", "#882255", "#999933"]  # the last two: Tol 2021
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1))]
 DASHES += [(0, (1, 3)), (0, (8, 3)), (0, (2, 2)), (0, (10, 2, 2, 2))]
 MARKERS = "osD^vPX*hp"
@@ -58,9 +48,7 @@ WIDTH = 7  # inches, the text of a page
 
 @contextlib.contextmanager
 def style():
-    """Draw in the block with STYLE, whatever matplotlib's settings; raises ValueError where it is
-    missing.
-    """
+    """Draw in the block with STYLE alone; raises ValueError where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError:
@@ -85,9 +73,7 @@ def line_style(number):
 
 @style()
 def curves(groups, keys):
-    """Each key against steps and training compute: the mean over seeds, its 95 % interval as a
-    band.
-    """
+    """Each key against steps and compute: the mean over seeds, its 95 % interval as a band."""
     compute = counts_compute(groups)
     rows = len(keys)
     figure, axes = canvas(rows, 1 + compute, height=0.5 + 1.9 * rows, sharex="col", sharey="row")
@@ -125,7 +111,8 @@ def draw_curve(axis, x, points, group, number):
     marker = MARKERS[number % MAX_LINES] if len(x) < 12 else None
     axis.plot(x, mean, label=group.short, marker=marker, **line_style(number))
     if points and has_band(group):
-        low, high = ([point[2] + side * point[3] for point in points] for side in (-1, 1))
+        low = [point[2] - point[3] for point in points]
+        high = [point[2] + point[3] for point in points]
         colour = COLOURS[number % MAX_LINES]
         axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
@@ -148,9 +135,7 @@ def label_panels(axes):
 
 
 def scale(axis, which, values):
-    """Use a logarithmic axis with readable numbers for positive values that span more than a
-    factor of 4.
-    """
+    """Make an axis logarithmic, with readable numbers, for positive values beyond a factor of 4."""
     if not values or min(values) <= 0 or max(values) <= 4 * min(values):
         return
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -161,18 +146,14 @@ def scale(axis, which, values):
     # limits by the means: an interval may reach to zero and below
     getattr(axis, f"set_{which}lim")(low / 1.3, high * 1.3)
     ticks = getattr(axis, f"{which}axis")
-    labelled = (1, 2, 3, 5, 7)
-    if high >= 10 * low:
-        labelled = (1, 2, 5) if high < 100 * low else (1,)
-    ticks.set_major_locator(LogLocator(subs=labelled))
+    labelled = (1, 2, 5) if high >= 10 * low else (1, 2, 3, 5, 7)
+    ticks.set_major_locator(LogLocator(subs=labelled if high < 100 * low else (1,)))
     ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks.set_minor_formatter(NullFormatter())
 
 
 def balanced_columns(count, most):
-    """The number of columns, at most `most`, that makes the rows of `count` items about equally
-    long.
-    """
+    """The number of columns, at most `most`, that makes rows of `count` items equally long."""
     return math.ceil(count / math.ceil(count / most))
 
 
@@ -203,9 +184,7 @@ def settings(groups, metric):
 
 @style()
 def metric_along(groups, metric, option):
-    """The metric against a numeric axis, a line for each setting of the other axes: mean and 95 %
-    interval over seeds.
-    """
+    """The metric against a numeric axis: a line for each setting of the others, over seeds."""
     counted = counts_nfe(groups, option)
 
     def value_of(group):
@@ -223,15 +202,9 @@ def metric_along(groups, metric, option):
         words = zip(line[0].setting, line[0].labels, strict=True)
         others = ", ".join(text for key, text in words if key != option)
         x = [at(value_of(group)) for group in line]
-        axis.errorbar(
-            offset_line(x, (number + 0.5) / len(lines) - 0.5, len(lines), kind),
-            means,
-            [half or 0 for half in halves],
-            label=others,
-            marker=MARKERS[number % MAX_LINES],
-            capsize=2.5,
-            **line_style(number),
-        )
+        x = offset_line(x, (number + 0.5) / len(lines) - 0.5, len(lines), kind)
+        look = {"label": others, "marker": MARKERS[number % MAX_LINES], "capsize": 2.5}
+        axis.errorbar(x, means, [half or 0 for half in halves], **look, **line_style(number))
     if kind != "linear":
         axis.set_xscale("log")
     if kind == "towards one":
@@ -261,10 +234,8 @@ AXES = dict.fromkeys(STEPS, "steps of the sampler") | {
 
 
 def position(values):
-    """(Position of a value on an axis, the kind of axis): logarithmic for positive values, in 1 - x
-    for values that approach one.
-    """
-    if values[-1] < 1 and values[-1] >= 0.9 and values[0] >= 0:
+    """(Position of a value on an axis, its kind): log for positive values, in 1 - x towards one."""
+    if 0.9 <= values[-1] < 1 and values[0] >= 0:
         return (lambda value: 1 - value), "towards one"
     return (lambda value: value), "log" if values[0] > 0 else "linear"
 
@@ -320,8 +291,8 @@ def samples(groups, seed):
 
 @style()
 def likelihood(text):
-    """The terms of a variational bound in likelihood.csv: for each step t (Nichol and Dhariwal
-    2021, figure 2), and their sum from pure noise down to t.
+    """A variational bound's terms in likelihood.csv, each (Nichol and Dhariwal 2021, figure 2) and
+    summed from pure noise down to t.
     """
     terms = list(csv.DictReader(text.splitlines()))
     # t counts from 1; the last term, the prior, is no step
@@ -331,8 +302,8 @@ def likelihood(text):
     figure, axes = canvas(1, 2, height=2.8, sharex=True)
     label_panels(axes)
     ((each, summed),) = axes
-    lengths = [end - first for first, end in itertools.pairwise(edges)]
-    rates = [value / length for value, length in zip(bits, lengths, strict=False)]
+    spans = zip(bits, itertools.pairwise(edges), strict=False)
+    rates = [value / (end - first) for value, (first, end) in spans]
     each.stairs(rates, edges, baseline=None, color=COLOURS[0])
     x = "t, counted from 1"
     each.set(xscale="log", yscale="log", xlabel=x, ylabel="bits/dim for one step t")
@@ -371,9 +342,8 @@ def draw(comparison):
     if shared := set.intersection(*with_grids):
         seed = min(shared)
         drawn.append(("samples.png", grid_caption(few, seed, best), samples(few, seed)))
-    rows = ""
-    if any(group.short != group.name for group in groups):
-        rows = " Rows are those of the first table."
+    are_rows = any(group.short != group.name for group in groups)
+    rows = " Rows are those of the first table." if are_rows else ""
     return [(name, caption + rows, figure) for name, caption, figure in drawn]
 
 
@@ -385,17 +355,12 @@ def draw_metric(comparison):
     for option in axes:
         axis = EVALUATIONS if counts_nfe(groups, option) else f"`{option}`"
         apart = ", drawn side by side" * (len(groups[0].setting) > 1)
-        yield (
-            f"along_{option.rpartition('.')[2]}.pdf",
-            f"{metric} against {axis}: mean and 95 % interval over seeds{apart}.",
-            metric_along(groups, comparison.metric, option),
-        )
+        caption = f"{metric} against {axis}: mean and 95 % interval over seeds{apart}."
+        name = f"along_{option.rpartition('.')[2]}.pdf"
+        yield name, caption, metric_along(groups, comparison.metric, option)
     if not axes:
-        yield (
-            "settings.pdf",
-            f"{metric} of each setting: every seed, mean and 95 % interval.",
-            settings(groups, comparison.metric),
-        )
+        caption = f"{metric} of each setting: every seed, mean and 95 % interval."
+        yield "settings.pdf", caption, settings(groups, comparison.metric)
 
 
 def draw_curves(comparison, groups, best):
@@ -410,11 +375,8 @@ def draw_curves(comparison, groups, best):
         if not all(map(has_band, groups)):
             band += f" from {MIN_SEEDS} seeds on"
         against = " and training compute (right)" * counts_compute(groups)
-        yield (
-            "curves.pdf",
-            f"Learning curves{best} against steps{against}: mean over seeds, {band}.",
-            curves(groups, keys),
-        )
+        caption = f"Learning curves{best} against steps{against}: mean over seeds, {band}."
+        yield "curves.pdf", caption, curves(groups, keys)
 
 
 def grid_caption(groups, seed, best):
@@ -425,16 +387,9 @@ def grid_caption(groups, seed, best):
     section = "sample" if is_training(runs) else "evaluate"
     spacing = "sample.spacing" if options["evaluate.spacing"] == "auto" else f"{section}.spacing"
     forms = {f"{section}.sampler": "{}", f"{section}.steps": "{} steps", spacing: "{} spacing"}
-    how = [
-        form.format(options[key])
-        for key, form in forms.items()
-        if len({run.options[key] for run in runs}) == 1
-    ]
-    latents = (
-        f"images 0 to {options['sample.num_images'] - 1} from the same latents (seed "
-        f"{options['sample.seed']})"
-    )
-    return (
-        f"Samples{best}, seed {seed}, after {step} steps: {latents}, averaged weights, "
-        f"{', '.join(how)}."
-    )
+    shared = [key for key in forms if len({run.options[key] for run in runs}) == 1]
+    how = ", ".join(forms[key].format(options[key]) for key in shared)
+    images = f"images 0 to {options['sample.num_images'] - 1}"
+    latents = f"{images} from the same latents (seed {options['sample.seed']})"
+    shown = f"Samples{best}, seed {seed}, after {step} steps"
+    return f"{shown}: {latents}, averaged weights, {how}."

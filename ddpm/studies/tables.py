@@ -9,17 +9,7 @@ from typing import NamedTuple
 from ddpm.common.registry import quantity
 from ddpm.studies import runs as studies_runs
 from ddpm.studies import statistics
-from ddpm.studies.runs import (
-    FRECHET,
-    KERNEL,
-    LOSSES,
-    NFE,
-    OLD_FLOOR,
-    PERFECT,
-    TRAIN_LOSS,
-    Run,
-    keys,
-)
+from ddpm.studies.runs import LOSSES, NFE, PERFECT, TRAIN_LOSS, Run, keys
 from ddpm.studies.statistics import interval, label
 
 
@@ -36,7 +26,7 @@ class Column(NamedTuple):
 def columns(groups, parameters):
     """The columns that these groups can fill; `parameters(run)` counts those of its network."""
     runs = statistics.runs_of(groups)
-    distances = keys(runs, FRECHET) + keys(runs, KERNEL)
+    distances = keys(runs, studies_runs.FRECHET) + keys(runs, studies_runs.KERNEL)
     losses = [key for key in (*LOSSES, TRAIN_LOSS) if key in keys(runs)]
     listed = []
     for key in distances:
@@ -44,7 +34,7 @@ def columns(groups, parameters):
     for key in losses:
         listed += value_columns(runs, key, "losses")
     for key in keys(runs, "eval/.*"):
-        if key in distances or key.endswith(OLD_FLOOR):
+        if key in distances or key.endswith(studies_runs.OLD_FLOOR):
             continue
         varies = key != NFE or len({run.final(key) for run in runs}) > 1
         table = "distances" if key in studies_runs.LABELS and varies else ""
@@ -67,9 +57,7 @@ def last_value(key):
 
 
 def value_columns(runs, key, table):
-    """The columns of a key's last and best values; the best are always in results.csv, and in the
-    table where they differ from the last.
-    """
+    """The columns of a key's last and best values; a table shows the best if they differ."""
     listed = [Column(key, label(key), last_value(key), table)]
     if key != TRAIN_LOSS and any(len(run.points(key)) > 1 for run in runs):
         shown = table if best_differs(runs, key) else ""
