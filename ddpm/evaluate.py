@@ -40,11 +40,10 @@ from ddpm.training.trainer import grid_file, show
 
 @config_flags.also_called(checkpoint_path="checkpoint", num_images="num_samples")
 def evaluate(checkpoint=None, device=None, workdir=None, **options):
-    """Draw images from a run folder or checkpoint file and measure them against its data; returns
-    {"eval/fid": ...}.
+    """Draw images from a run folder or checkpoint file, by default the newest run of runs/, and
+    measure them against its data; returns {"eval/fid": ...}.
 
-    The newest run of runs/ is taken where none is given. `options` are those of `python -m
-    ddpm.evaluate --help` by the same names, `num_samples=5000`, or any by its full name,
+    `options` are the flags of `python -m ddpm.evaluate`, `num_samples=5000`, or any option,
     `**{"diffusion.clip": False}`; `workdir` is a folder that becomes a run with config.json,
     metrics.jsonl, a grid of the first `sample.num_images` that are measured, the nearest training
     images and, where the bound is measured, likelihood.csv and its picture. Raises ValueError for

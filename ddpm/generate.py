@@ -37,16 +37,9 @@ from pathlib import Path
 
 import torch
 
-from ddpm.common import errors
+from ddpm.common import errors, pixels
 from ddpm.common.files import make_folder
-from ddpm.common.pixels import (
-    SINGLE,
-    file_or_in,
-    folder_of,
-    recorded,
-    remove_drawing,
-    save_image_grid,
-)
+from ddpm.common.pixels import SINGLE
 from ddpm.common.registry import check_choice, quantity
 from ddpm.diffusion.editing import EDITS, get_edit
 from ddpm.experiment import build, cost, drawing, load, remarks
@@ -58,19 +51,18 @@ from ddpm.sampling.formats import FORMATS
 def generate_images(
     checkpoint=None, num_images=16, out="samples", device=None, format="png", **options
 ):
-    """Draw `num_images` images from a run folder or checkpoint file into the folder `out`; returns
-    the paths written.
+    """Draw images from a run folder or checkpoint file, by default the newest run of runs/, into
+    the folder `out`; returns the paths written.
 
-    The newest run of runs/ is taken where none is given. `format` is one of FORMATS; `out` may also
-    name the one file that it makes, such as a grid's. `options` are those of `python -m
-    ddpm.generate --help` by the same names, `steps=25`, or any by its full name,
-    `**{"diffusion.clip": False}`. Numbered pictures that an earlier drawing left in the folder are
-    removed. Raises ValueError, one line, for a missing or damaged checkpoint, for options that
-    cannot be, and for a folder that holds numbered pictures which no drawing wrote.
+    `format` is one of FORMATS; `out` may also name the one file that it makes, such as a grid's.
+    `options` are the flags of `python -m ddpm.generate`, `steps=25`, or any option,
+    `**{"diffusion.clip": False}`. Removes numbered pictures of an earlier drawing. Raises
+    ValueError for a missing or damaged checkpoint, options that cannot be, and a folder with
+    numbered pictures that no drawing wrote.
     """
     write = FORMATS[check_choice("format", format, list(FORMATS))]
     config_flags.check_count(num_images)
-    folder = folder_of(out, format)
+    folder = pixels.folder_of(out, format)
     options = config_flags.options(options, "sample")
     name, _, trained, machine, net = load.load(checkpoint, device, **options)
     recipe = build.grid_recipe(trained)
@@ -98,8 +90,7 @@ def edit_images(
     format="png",
     **options,
 ):
-    """Edit pictures by a run folder or checkpoint file into the folder `out`; returns the paths
-    written.
+    """Edit pictures by a run folder or checkpoint file into a folder; returns the paths written.
 
     `edit` names an entry of EDITS, `"inpaint"` or `"sdedit(strength=0.6)"`; `images` is the path of
     a picture, or a list of as many as it takes; `mask` is a picture, white where `inpaint` paints
@@ -111,7 +102,7 @@ def edit_images(
     method = edit_named(edit)
     paths = list(images) if isinstance(images, (list, tuple)) else [images]
     count = edit_count(edit, method, paths, mask, num_images)
-    folder = folder_of(out, format, only=format != "grid")
+    folder = pixels.folder_of(out, format, only=format != "grid")
     options = config_flags.options(options, "sample")
     name, _, trained, machine, net = load.load(checkpoint, device, **options)
     pictures, area, notes = drawing.pictures(trained, paths, mask)
@@ -129,10 +120,10 @@ def edit_images(
     first, *others = pictures
     hidden = [] if area is None else [first.masked_fill(area, 127)]
     cells = [first, *hidden, *draw.concatenate(results[-1:] if film else results), *others]
-    grid = file_or_in(out, "grid") if format == "grid" else Path(out, "grid.png")
+    grid = pixels.file_or_in(out, "grid") if format == "grid" else Path(out, "grid.png")
     if machine.main:
         # between two images: in a row
-        save_image_grid(torch.stack(cells), grid, nrow=len(cells) if others else None)
+        pixels.save_image_grid(torch.stack(cells), grid, nrow=len(cells) if others else None)
     return list(dict.fromkeys([*files, grid]))
 
 
@@ -151,7 +142,7 @@ def make_place(out, folder, format, machine):
         make_folder(folder)
         removed = 0
         if machine.main and Path(out) == folder:
-            removed = remove_drawing(folder, others_stay=format in SINGLE)
+            removed = pixels.remove_drawing(folder, others_stay=format in SINGLE)
         if removed:
             print(f"removed {quantity(removed, 'image')} of an earlier drawing from {folder}")
 
@@ -166,9 +157,10 @@ def written(write, out, batches, format, count, machine, alone):
         deque(batches, maxlen=0)  # of a rank that writes nothing: it draws its share
         return list(itertools.chain(*machine.all_gather(paths)))
     except KeyboardInterrupt:
-        kept = 0 if format in SINGLE else len(recorded(out))
-        whole = f"{kept} of {quantity(count, 'image')} {'is' if kept == 1 else 'are'} in {out}"
-        raise KeyboardInterrupt(whole if kept else f"nothing is written to {out}") from None
+        complete = 0 if format in SINGLE else len(pixels.recorded(out))
+        are = "is" if complete == 1 else "are"
+        text = f"{complete} of {quantity(count, 'image')} {are} in {out}"
+        raise KeyboardInterrupt(text if complete else f"nothing is written to {out}") from None
 
 
 def say(text, config, recipe, times, notes=()):

@@ -32,24 +32,20 @@ from ddpm.sampling.draw import concatenate, gathered
 def sample_from_checkpoint(
     checkpoint=None, out="samples.png", num_images=16, device=None, **options
 ):
-    """Draw a grid of `num_images` images from a run folder or checkpoint file into the picture
-    `out`; returns [its path].
+    """Draw a grid from a run folder or checkpoint file, by default the newest run of runs/, into
+    the picture `out`; returns [its path].
 
-    The newest run of runs/ is taken where none is given. `options` are those of `python -m
-    ddpm.sample --help` by the same names, `steps=25`, or any by its full name,
-    `**{"diffusion.clip": False}`. Raises ValueError, one line, for a missing or damaged checkpoint,
-    for options that cannot be, and for a picture format that is not known.
+    `options` are the flags of `python -m ddpm.sample`, `steps=25`, or any option,
+    `**{"diffusion.clip": False}`. Raises ValueError for a missing or damaged checkpoint, options
+    that cannot be, and an unknown picture format.
     """
     common_pixels.check_picture(out)
     config_flags.check_count(num_images)
     options = config_flags.options(options, "sample")
     name, _, trained, machine, net = load.load(checkpoint, device, **options)
     recipe = build.grid_recipe(trained)
-    images = quantity(num_images, "image")
-    times = cost.count_nfe(trained, recipe)
-    print(
-        f"drawing {images} from {name}: {recipe}; {times} network evaluations an image", flush=True
-    )
+    times = f"{cost.count_nfe(trained, recipe)} network evaluations an image"
+    print(f"drawing {quantity(num_images, 'image')} from {name}: {recipe}; {times}", flush=True)
     pixels = concatenate(drawing.drawer(trained, net, machine, gathered)(range(num_images), recipe))
     if machine.main:
         common_pixels.save_image_grid(pixels, out)

@@ -142,14 +142,13 @@ def label_options(path, rows, labels, names=()):
     numbers = tuple(str(row) for row in range(rows) if row != no_label)
     names = labels.get("classes", tuple(names) or numbers)
     if not len(names) == len(set(names)) == len(numbers):
-        raise ValueError(
-            f"{path} has {len(numbers)} classes, and {len(names)} are named, {len(set(names))} "
-            "differently; give --classes= and a name for each, and --no_label= if a label means "
-            "none"
-        )
-    known = {"data.class_labels": True, "data.classes": names}
-    # by which guidance is refused
-    return known | ({"train.label_dropout": 0.0} if no_label is None else {}), no_label
+        named = f"{len(names)} are named, {len(set(names))} differently"
+        remedy = "give --classes= and a name for each, and --no_label= if a label means none"
+        raise ValueError(f"{path} has {len(numbers)} classes, and {named}; {remedy}")
+    options = {"data.class_labels": True, "data.classes": names}
+    if no_label is None:
+        options["train.label_dropout"] = 0.0  # by which guidance is refused
+    return options, no_label
 
 
 def to_checkpoint(path, tensors, options, dialect, cosines_first, legacy=False, no_label=None):

@@ -381,8 +381,7 @@ def compare(*arguments, runs=None, out=None, machine=None):
     `statistics.Comparison`.
 
     `runs` is where the runs of a study are, a folder or a W&B path, `out` the folder of the report,
-    `machine` the class of machine that made the runs. Raises ValueError, one line, and writes
-    nothing, where there is nothing to compare or the runs do not belong together.
+    `machine` the class of machine that made the runs. Raises ValueError before it writes anything.
     """
     with tempfile.TemporaryDirectory() as downloads:
         source = source_of(arguments, runs, out, downloads)

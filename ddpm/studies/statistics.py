@@ -208,12 +208,11 @@ def holm(ps):
 
 
 def compared_pairs(groups, reference=None):
-    """The pairs of groups to compare: those that differ in one axis, since each comparison makes
-    the others less certain.
+    """The pairs of groups to compare: few, since each comparison makes the others less certain.
 
-    Along a numeric axis they are neighbours; on an axis of more than ALL_PAIRS_UP_TO words one is
-    the reference, a setting {axis: value}, if there is one. A group without a partner is compared
-    with all others.
+    They differ in one axis. Along a numeric axis they are neighbours; on an axis of more than
+    ALL_PAIRS_UP_TO words one is the reference {axis: value}, if there is one. A group without a
+    partner is compared with all others.
     """
     numeric = numeric_axes(groups)
     pairs = []
@@ -279,11 +278,8 @@ class Comparison:
 
     @property
     def visible(self):
-        """The smallest differences that half of the comparisons would show: (after correction for
-        the clearest of all, alone, number of comparisons); None where none shows its noise.
-
-        Half of the median 95 % interval is what a single test shows; Holm's rule asks more of the
-        clearest of several.
+        """(Smallest difference that half of the comparisons would show after correction for the
+        clearest of all, the same alone, number of comparisons); None where none shows its noise.
         """
         tested = [gap for gap in self.gaps if gap.half]
         if not tested:
@@ -303,11 +299,10 @@ class Comparison:
 
 
 def compare(runs, axes=None, wanted=None, reference=None):
-    """Compare runs by a wanted metric, else by the one they have; returns a Comparison.
+    """The Comparison of runs by a wanted metric, else by the one they have.
 
     `axes` are the options that vary on purpose, by default all; `reference` is the setting that
-    others are compared with. Raises ValueError for runs that do not belong together, and where none
-    is finished.
+    others are compared with. Raises ValueError for runs of several studies, and where none counts.
     """
     runs = studies_runs.mark_unfinished(runs)
     axes = studies_runs.varied(runs) if axes is None else list(axes)
@@ -321,9 +316,8 @@ def compare(runs, axes=None, wanted=None, reference=None):
     counted = [run for run in runs if not run.fault]
     if not counted:
         faults = "; ".join(f"{run.name}: {run.fault}" for run in runs[:3])
-        raise ValueError(
-            f"none of {len(runs)} runs is finished ({faults}{' ...' * (len(runs) > 3)})"
-        )
+        faults += " ..." * (len(runs) > 3)
+        raise ValueError(f"none of {len(runs)} runs is finished ({faults})")
     comparison = Comparison(runs, axes, group_runs(counted, axes, reference), metric, [])
     if metric in studies_runs.LOSSES and comparison.unlike:
         return comparison

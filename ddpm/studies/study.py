@@ -155,10 +155,8 @@ class Study:
         for name in self.varied:
             if decides := MEASURED_BY[self.program].get(name):
                 once = f", or train once and vary it in {MEASURE_STUDY}" if training else ""
-                raise ValueError(
-                    f"{name} varies, and runs of {self.program} are measured by {decides}; vary "
-                    f"that{once}"
-                )
+                fault = f"runs of {self.program} are measured by {decides}; vary that{once}"
+                raise ValueError(f"{name} varies, and {fault}")
         points = self.grid() if self.method == "grid" else []
         for name, count in Counter(map(self.run_name, points)).items():
             if count > 1:
@@ -266,9 +264,8 @@ def parse_metric(content):
     if metric is None:
         return None
     if not isinstance(metric, dict) or "name" not in metric or metric.keys() - {"name", "goal"}:
-        raise ValueError(
-            "metric is missing or of another form; write metric: {name: eval/fid, goal: minimize}"
-        )
+        remedy = "write metric: {name: eval/fid, goal: minimize}"
+        raise ValueError(f"metric is missing or of another form; {remedy}")
     goal = check_choice("goal", metric.get("goal", "minimize"), ("minimize", "maximize"))
     return str(metric["name"]), goal
 
@@ -278,16 +275,12 @@ def parse_distribution(program, name, entry):
     known = [PROGRAMS[program], *(f"config.{key}" for key in OPTIONS)]
     forms = "{value: ...}, {values: [...]} or {min: ..., max: ...}"
     if isinstance(entry, dict) and "parameters" in entry:
-        raise ValueError(
-            f"{name} holds nested parameters, which reach a run as one word; write "
-            "config.SECTION.OPTION in full"
-        )
+        fault = "holds nested parameters, which reach a run as one word"
+        raise ValueError(f"{name} {fault}; write config.SECTION.OPTION in full")
     if name not in known:
-        raise ValueError(
-            f"unknown parameter {name!r}{suggest(name, known)}; {program} takes "
-            f"{PROGRAMS[program]} and config.SECTION.OPTION; base() in ddpm/config/defaults.py "
-            "shows them all"
-        )
+        takes = f"{program} takes {PROGRAMS[program]} and config.SECTION.OPTION"
+        hint = f"{suggest(name, known)}; {takes}; base() in ddpm/config/defaults.py shows them all"
+        raise ValueError(f"unknown parameter {name!r}{hint}")
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is {entry!r}; write {forms}")
     kind = entry.get("distribution", usual_distribution(entry))
@@ -301,9 +294,8 @@ def parse_distribution(program, name, entry):
         if key in ("values", "probabilities") and not (isinstance(value, list) and value):
             raise ValueError(f"{key} of {name} is {value!r}; it takes a list such as [1, 2]")
         if key in ("min", "max", "mu", "sigma", "q") and type(value) not in (int, float):
-            raise ValueError(
-                f"{key} of {name} is {value!r}; it takes a number; YAML's need a point: 1.0e-4"
-            )
+            takes = "it takes a number; YAML's need a point: 1.0e-4"
+            raise ValueError(f"{key} of {name} is {value!r}; {takes}")
     try:
         drawn = DISTRIBUTIONS[kind](rng.generator(0, "probes"), **arguments)
         if not arguments.get("min", 0) < arguments.get("max", 1):  # False for NaN too
