@@ -31,6 +31,7 @@ import json
 import os
 import statistics
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -250,10 +251,11 @@ def contact_sheet(report, matte):
     """The PIL image of a folder's contact sheet: what training sees, then what is doubtful."""
     size = report["image_size"]
     limit = 2 * COLUMNS
-    see = TrainingView(Path(report["folder"]), size, matte)
+    root = Path(report["folder"])
+    see = partial(training_cell, root, size, matte)
     shown = order.evenly_spaced(sorted(report["cropped_away"]), 4 * COLUMNS)
     cropped = [
-        Cell(show_crop(see.root / name), f"{share:.0%}  {shorten([name])}")
+        Cell(show_crop(root / name), f"{share:.0%}  {shorten([name])}")
         for name, share in list(report["cropped_away"].items())[:COLUMNS]
         if share
     ]
@@ -275,21 +277,14 @@ def contact_sheet(report, matte):
     return draw_sheet(title, sections.items())
 
 
-class TrainingView:
-    """`see(name)` is the Cell of an image of a folder as training sees it, or of its fault."""
-
-    def __init__(self, root, size, matte):
-        self.root = root
-        self.size = size
-        self.matte = matte
-
-    def __call__(self, name, caption=None, colour=""):
-        try:
-            image = decode.decode_file(self.root / name, self.size, 3, self.matte)
-            picture = pixels.picture(formats.channels_last(image[None])[0])
-        except limits.UnreadableImage as error:
-            picture = error.fault
-        return Cell(picture, shorten([name]) if caption is None else caption, colour)
+def training_cell(root, size, matte, name, caption=None, colour=""):
+    """The Cell of an image of a folder as training sees it, or of its fault."""
+    try:
+        image = decode.decode_file(root / name, size, 3, matte)
+        picture = pixels.picture(formats.channels_last(image[None])[0])
+    except limits.UnreadableImage as error:
+        picture = error.fault
+    return Cell(picture, shorten([name]) if caption is None else caption, colour)
 
 
 def twin_cells(report, see):

@@ -182,11 +182,11 @@ def checkpoint_axes(wanted, runs):
         options = (*wanted.axes, *axes, *studies_runs.UNITS)
         trainings[tuple(run.options[option] for option in options)].append(run.name)
 
-    def suffices(values):
-        def count(names, labels):
-            return len({labels[name] for name in names})
+    def count(names, labels):
+        return len({labels[name] for name in names})
 
-        return all(count(names, values) == count(names, files) for names in trainings.values())
+    def suffices(labels):
+        return all(count(names, labels) == count(names, files) for names in trainings.values())
 
     if suffices(dict.fromkeys(files)):
         return axes, runs
