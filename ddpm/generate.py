@@ -114,9 +114,9 @@ def edit_images(
     film = format == "gif"
     walk = draw.edited(method, pictures, area, count, machine)
     how = partial(draw.frames if film else draw.gathered, walk=walk, times=times)
-    results = []
-    drawn = remembered(drawing.drawer(trained, net, machine, how)(range(count), recipe), results)
+    drawn, again = itertools.tee(drawing.drawer(trained, net, machine, how)(range(count), recipe))
     files = written(write, out, drawn, format, count, machine, alone=True)
+    results = list(again)
     first, *others = pictures
     hidden = [] if area is None else [first.masked_fill(area, 127)]
     cells = [first, *hidden, *draw.concatenate(results[-1:] if film else results), *others]
@@ -201,13 +201,6 @@ def edit_count(edit, method, paths, mask, num_images):
         raise ValueError(f"edit {edit!r} {fault}")
     config_flags.check_count(1 if num_images is None else num_images)
     return 1 if method.single else num_images or 16
-
-
-def remembered(batches, kept):
-    """The same batches, which are also put into the list `kept`."""
-    for batch in batches:
-        kept.append(batch)
-        yield batch
 
 
 def wrote(paths):

@@ -195,7 +195,7 @@ def why_unfinished(run):
 
 
 def mark_unfinished(runs):
-    """The runs, unfinished ones marked with a fault."""
+    """The runs, unfinished trainings marked with a fault."""
     if not is_training(runs):
         return runs
     return [run if run.fault else replace(run, fault=why_unfinished(run)) for run in runs]
