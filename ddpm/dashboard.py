@@ -91,9 +91,7 @@ def varied(sweep, runs):
 
 
 def measured(runs):
-    """The logged results of evaluations, each with a perfect generator's: [["eval/fid",
-    "eval/fid_perfect"], ["eval/kid"]].
-    """
+    """The logged results of evaluations, [["eval/fid", "eval/fid_perfect"], ["eval/kid"]]."""
     logged = set()
     for run in runs:
         numbers = {key for key, value in run.summary_metrics.items() if type(value) in (int, float)}

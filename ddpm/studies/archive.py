@@ -231,10 +231,7 @@ def missing_runs(wanted, points, runs):
 
 
 def read_folders(folders):
-    """As `read_below`, of these folders that are runs, and of the runs in the others.
-
-    Raises ValueError for a folder without a run.
-    """
+    """As `read_below`, of folders that are runs or hold runs; ValueError for one without a run."""
     paths, runs, absent = [], [], []
     for folder in map(Path, folders):
         # ddpm.sweep writes these next to the runs, and runs/NAME/* has them too

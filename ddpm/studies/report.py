@@ -13,10 +13,7 @@ from ddpm.studies.statistics import label
 
 
 def verdicts(comparison):
-    """A table of all comparisons, heads first: difference, interval, seeds, p and verdict.
-
-    The first setting of a row has the lower mean.
-    """
+    """A table of all comparisons, heads first; the first setting of a row has the lower mean."""
     heads = ["setting", "compared with", f"{label(comparison.metric)} lower by", "95 % interval"]
     rows = [[*heads, "lower in", "p (Holm)", "verdict"]]
     for gap in comparison.gaps:
@@ -152,9 +149,7 @@ def mixed_code(runs):
 
 
 def perfect(runs):
-    """Yield what a perfect generator gets, `FD (digits) 0.179 ± 0.058`, for each number on which
-    all runs agree.
-    """
+    """Yield a perfect generator's `FD (digits) 0.179 ± 0.058`, where all runs agree on it."""
     for key in keys(runs, "eval/.*"):
         values = {tuple(run.final(f"{key}{end}") for end in PERFECT) for run in runs}
         if len(values) == 1 and None not in (only := values.pop()):

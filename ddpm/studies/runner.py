@@ -73,9 +73,7 @@ def check_comparable(study, points):
 
 
 def planned_protocols(trainings):
-    """Yield (name, parts of its `eval/protocol`) for each training of {name: config} that will be
-    measured; leaves out a training without its data.
-    """
+    """Yield (name, parts of its `eval/protocol`) of the {name: config} that will be measured."""
     operations = {}
     open_source = functools.cache(data.open_source)
     several = len({source_arguments(config)[:3] for config in trainings.values()}) > 1
@@ -89,7 +87,7 @@ def planned_protocols(trainings):
                 parts["data"] = open_source(*source_arguments(config)).fingerprint[:12]
             if "epoch" in config.train.length + config.every.evaluate:
                 size = len(build.split(config, open_source(*source_arguments(config)))[0])
-        except ValueError:
+        except ValueError:  # without its data
             continue
         evaluated = cost.plan_evaluation(config, size, operations[network])
         if evaluated.interval != "0 steps" and config.evaluate.extractor != "none":
@@ -109,9 +107,7 @@ def source_arguments(config):
 
 
 class Record:
-    """sweep.json: {"runs": {RUN: {point, command, content, code, result}}}; code is null until the
-    run has ended.
-    """
+    """sweep.json: {"runs": {RUN: {point, command, content, code, result}}}; code null at first."""
 
     def __init__(self, folder):
         self.folder = folder

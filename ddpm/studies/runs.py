@@ -83,19 +83,15 @@ MEASURE_STUDY = "a study of ddpm.evaluate, as experiments/samplers.yaml does"
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder: flat options, rows of metrics.jsonl, the last grid drawn.
-
-    `fault` says why the run does not count, if so; `code` has the commits that ran it, in order,
-    and is empty where they were not recorded.
-    """
+    """The content of a run folder."""
 
     name: str
     folder: Path
-    options: dict
-    rows: list
-    grid: Path | None = None
-    fault: str = ""
-    code: tuple = ()
+    options: dict  # flat
+    rows: list  # of metrics.jsonl
+    grid: Path | None = None  # the last one drawn
+    fault: str = ""  # why the run does not count
+    code: tuple = ()  # the commits that ran it, in order, if they were recorded
 
     def with_options(self, options):
         return replace(self, options=self.options | options)

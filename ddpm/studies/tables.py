@@ -106,11 +106,8 @@ def seeds_in_words(groups):
 
 
 def table(groups, columns):
-    """Rows of words, heads first: setting, seeds, each column as mean ± half of the 95 % interval.
-
-    Rows are numbered where figures name a setting by its row.
-    """
-    numbered = any(group.short != group.name for group in groups)
+    """Rows of words, heads first: setting, seeds, columns as mean ± half of the 95 % interval."""
+    numbered = any(group.short != group.name for group in groups)  # figures name rows by number
     axes = [axis.rpartition(".")[2] for axis in groups[0].setting]
     rows = [["row"] * numbered + axes + ["seeds", *(column.heading for column in columns)]]
     for group in groups:
