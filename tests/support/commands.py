@@ -1,8 +1,9 @@
 """A command in a process of its own."""
 
+import atexit
 import functools
-import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,15 +14,25 @@ PYTHONPATH = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of a script in
 
 
 @functools.cache
-def launcher():
-    """The process that forks commands, one for each process of the tests; it ends with them."""
-    return subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("launcher.py")],
+def python():
+    """The path of an interpreter, named `python`, that has the libraries when it starts, as a fork
+    of a process that has them; there is one for each process of the tests.
+    """
+    folder = Path(tempfile.mkdtemp())
+    source = Path(__file__).with_name("standin.py").read_text()
+    standin = folder / "python"
+    standin.write_text(f"#!{sys.executable} -IS\n{source}")
+    standin.chmod(0o755)
+    launcher = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("launcher.py"), folder / "socket", standin],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
+    atexit.register(shutil.rmtree, folder)
+    atexit.register(launcher.communicate)  # it ends with its stdin
+    launcher.stdout.readline()
+    return str(standin)
 
 
 def run_ddpm(name, *flags, cwd):
@@ -30,18 +41,16 @@ def run_ddpm(name, *flags, cwd):
     return code, out.splitlines(), err.splitlines()
 
 
-def outcome_of(name, *flags, cwd):
+def outcome_of(name, *flags, cwd, **environment):
     """The same with stdout and stderr as text."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = {key: Path(folder, key) for key in ("out", "err")}
-        request = {
-            "module": f"ddpm.{name}",
-            "flags": list(map(str, flags)),
-            "cwd": str(cwd),
-            "env": os.environ | {"PYTHONPATH": str(ROOT)},
-            **{key: str(path) for key, path in files.items()},
-        }
-        process = launcher()
-        print(json.dumps(request), file=process.stdin, flush=True)
-        code = int(process.stdout.readline())
-        return code, *(path.read_text() for path in files.values())
+    done = subprocess.run(
+        [python(), "-m", f"ddpm.{name}", *map(str, flags)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
