@@ -35,6 +35,7 @@ from ddpm.generate import edit_images, generate_images, wrote
 from ddpm.main import train_experiment
 from ddpm.sample import sample_from_checkpoint
 from ddpm.training import checkpoint
+from support.commands import python
 from support.documents import DOCUMENTS, commands
 from support.runs import run, tiny
 
@@ -120,7 +121,7 @@ def answers(place, tmp_path_factory):
         ["sample", at, *ASKED, "--out=q.png"],
         *([name, at, *words] for (name, *words), _ in MESSAGES),
     ]
-    words = [sys.executable, "-c", TOGETHER, json.dumps(lines)]
+    words = [python(), "-c", TOGETHER, json.dumps(lines)]
     done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     keys = [
@@ -393,9 +394,9 @@ def test_a_drawing_that_was_interrupted_keeps_what_is_done_and_can_be_repeated(
     assert bytes_of(generate_images(mine, 4, tmp_path / "out", steps=2, batch_size=2)) == whole
 
 
-def started(*words, cwd, wrapper=("-m",)):
+def started(*words, cwd, wrapper=("-m",), interpreter=None):
     return subprocess.Popen(
-        [sys.executable, *wrapper, *words],
+        [interpreter or python(), *wrapper, *words],
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -408,7 +409,9 @@ def started(*words, cwd, wrapper=("-m",)):
     "words, code", [(["ddpm.plan"], 130), (["ddpm.main"], 75), (["ddpm", "train"], 75)]
 )
 def test_a_command_is_interrupted_while_it_imports(words, code, tmp_path):
-    process = started(*words, f"--config={ROOT}/configs/digits.py", cwd=tmp_path)
+    process = started(
+        *words, f"--config={ROOT}/configs/digits.py", cwd=tmp_path, interpreter=sys.executable
+    )
     while b"torch" not in Path(f"/proc/{process.pid}/maps").read_bytes():
         assert process.poll() is None, "it ended before it imported torch"
         time.sleep(0.01)

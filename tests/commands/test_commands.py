@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -20,7 +19,7 @@ from ddpm.main import train_experiment
 from ddpm.sample import sample_from_checkpoint
 from ddpm.sampling import formats
 from ddpm.training import checkpoint
-from support.commands import ROOT, run_ddpm
+from support.commands import ROOT, python, run_ddpm
 from support.runs import rows, run, tiny
 
 
@@ -59,7 +58,7 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
     console may be full.
     """
     command = [
-        sys.executable,
+        python(),
         "-m",
         "ddpm.main",
         f"--config={ROOT}/configs/digits.py",
@@ -94,7 +93,7 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
         (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"),
         key=lambda log: log.stat().st_mtime,
     ):
-        inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        inspect = [python(), "-m", "wandb", "leet", "inspect", "--json", str(log)]
         for line in subprocess.run(inspect, capture_output=True, check=True).stdout.splitlines():
             record = json.loads(line)
             if record["type"] == "history":
@@ -158,7 +157,7 @@ def test_torchrun_on_two_ranks_trains_as_one_process_does(tmp_path):
     ]
     assert run_ddpm("main", *flags, f"--workdir={tmp_path}/one", cwd=tmp_path)[0] == 0
     launch = [
-        sys.executable,
+        python(),
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -271,7 +270,7 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(words, codes, unb
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", *words],
+        [python(), "-m", *words],
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
         stdout=writer,
         stderr=subprocess.PIPE,
@@ -460,7 +459,7 @@ def test_a_full_disk_is_said_in_a_line_and_keeps_the_checkpoint_before(tmp_path)
     assert run_ddpm("main", *flags, "--config.train.length=2 steps", cwd=tmp_path)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.pt")}
     longer = ["--config.train.length=4 steps", "--config.every.save=3 steps"]
-    command = [sys.executable, "-c", FULL_DISK, "ddpm.main", *flags, *longer]
+    command = [python(), "-c", FULL_DISK, "ddpm.main", *flags, *longer]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

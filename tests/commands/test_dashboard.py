@@ -5,7 +5,6 @@ anything.
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,14 +13,14 @@ import wandb
 
 from ddpm import dashboard
 from ddpm.config import files
+from support.commands import python
 from support.runs import tiny
 from support.wandb_server import Run, Sweep
 from support.wandb_server import server as server
 
 ROOT = Path(dashboard.__file__).parents[1]
-COMMAND = [sys.executable, "-m", "ddpm.dashboard"]
+COMMAND = ["-m", "ddpm.dashboard"]
 WITHOUT = [
-    sys.executable,
     "-c",
     """
 import runpy, sys
@@ -42,7 +41,7 @@ parameters:
 
 def run_ddpm(*words, command=COMMAND, **environment):
     done = subprocess.run(
-        [*command, *words],
+        [python(), *command, *words],
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         text=True,
         capture_output=True,

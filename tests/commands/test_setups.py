@@ -30,9 +30,9 @@ from ddpm.evaluation import reference as evaluation_reference
 from ddpm.experiment import build, trainer
 from ddpm.generate import edit_images
 from ddpm.runtime import device
+from support.commands import ROOT, outcome_of
 from support.runs import rows, run, tiny
 
-ROOT = Path(__file__).parents[2]
 REAL_USERS = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
 
@@ -228,20 +228,6 @@ def test_users_of_a_group_share_a_cache(public, monkeypatch):
 # no home folder
 
 
-def command(name, *words, cwd, **environment):
-    """A command as a process: (exit code, stdout, stderr)."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"ddpm.{name}", *map(str, words)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 TINY = [
     f"--config={ROOT}/configs/digits.py",
     "--config.model.model_channels=8",
@@ -313,13 +299,13 @@ def test_the_home_of_a_user_who_does_not_exist(tmp_path):
         ["generate", "--checkpoint=~nobody-here/x"],
         ["main", *TINY, "--config.train.init_from=~nobody-here/x"],
     ):
-        code, out, err = command(*words, cwd=tmp_path)
+        code, out, err = outcome_of(*words, cwd=tmp_path)
         assert (
             code == 2
             and "'~nobody-here/x' starts with a home folder" in err
             and err.count("\n") == 1
         ), words
-    code, out, err = command(
+    code, out, err = outcome_of(
         "doctor",
         photos(tmp_path / "p"),
         "--image_size=16",
@@ -331,7 +317,7 @@ def test_the_home_of_a_user_who_does_not_exist(tmp_path):
         and "8 of 8" in out
         and "cannot be cached ('~nobody-here/c' starts with a home folder" in err
     )
-    code, out, err = command(
+    code, out, err = outcome_of(
         "doctor", "~/p", "--image_size=16", "--out=~/report", cwd=tmp_path, HOME=str(tmp_path)
     )
     assert (tmp_path / "report" / "report.json").is_file() and not (tmp_path / "~").exists()
@@ -384,12 +370,12 @@ def test_what_wandb_refuses_ends_every_command_before_the_first_step(tmp_path):
         ["evaluate", "--checkpoint=run", "--workdir=new", *bad],
         ["main", *TINY, f"--config.wandb.tags=('{'t' * 65}',)", "--workdir=new"],
     ):
-        code, out, err = command(*asked, cwd=tmp_path)
+        code, out, err = outcome_of(*asked, cwd=tmp_path)
         assert code == 2 and err.count("\n") == 1 and not out and not (tmp_path / "new").exists(), (
             asked
         )
         assert "which W&B refuses" in err or "takes" in err
-    code, out, err = command("main", *TINY, "--workdir=new", cwd=tmp_path, WANDB_RUN_ID="a/b")
+    code, out, err = outcome_of("main", *TINY, "--workdir=new", cwd=tmp_path, WANDB_RUN_ID="a/b")
     assert code == 2 and err.startswith("error: WANDB_RUN_ID is 'a/b', which W&B refuses")
 
 
@@ -405,7 +391,7 @@ def test_the_runs_of_a_sweep_are_wandb_runs_of_their_own(tmp_path):
             }
         )
     )
-    code, out, err = command(
+    code, out, err = outcome_of(
         "sweep",
         study,
         "--runs=runs",
@@ -419,7 +405,7 @@ def test_the_runs_of_a_sweep_are_wandb_runs_of_their_own(tmp_path):
     logs = {log.stem for log in tmp_path.glob("runs/asked/*/wandb/offline-run-*/*.wandb")}
     assert len(logs) == 2 and "run-mine" not in logs
     # as by an agent
-    code, out, err = command(
+    code, out, err = outcome_of(
         "main", *TINY, cwd=tmp_path, WANDB_RUN_ID="agents", WANDB_SWEEP_ID="theirs"
     )
     assert (
@@ -557,12 +543,12 @@ def test_warnings_reach_the_console_and_the_log_of_a_training(tmp_path, monkeypa
         "--config.evaluate.num_samples=8",
         "--config.wandb.mode=disabled",
     ]
-    code, out, err = command("main", *words, "--workdir=run", cwd=tmp_path)
+    code, out, err = outcome_of("main", *words, "--workdir=run", cwd=tmp_path)
     assert code == 0 and "cannot be read" not in out + err
     for asked in (["evaluate", "--checkpoint=run"], ["main", *words, "--workdir=again"]):
         (kept,) = (tmp_path / "cache").glob("*-digits-*.safetensors")
         kept.write_bytes(b"garbage")
-        code, out, err = command(*asked, cwd=tmp_path)
+        code, out, err = outcome_of(*asked, cwd=tmp_path)
         assert code == 0 and (out + err).count("cannot be read (") == 1, err
     assert (tmp_path / "again" / "training.log").read_text().count("; computing them again") == 1
 
@@ -586,7 +572,7 @@ def test_names_in_another_encoding(tmp_path):
         "--config.data.class_labels=True",
         "--workdir=run",
     ]
-    code, out, err = command("main", *words, cwd=tmp_path, PYTHONIOENCODING="ascii:strict")
+    code, out, err = outcome_of("main", *words, cwd=tmp_path, PYTHONIOENCODING="ascii:strict")
     assert code == 0 and "2 classes: f?t? (8), sub (8)" in out and "upload it: wandb sync" in out, (
         err
     )

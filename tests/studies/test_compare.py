@@ -26,6 +26,7 @@ from ddpm.studies import runs as studies_runs
 from ddpm.studies import study as studies_study
 from ddpm.studies.archive import compare
 from ddpm.studies.wandb_io import write_run_folder
+from support.commands import python
 from support.runs import DONE, TINY, run, written
 from support.wandb_server import Run, Sweep
 from support.wandb_server import server as server
@@ -70,6 +71,7 @@ def here(trained, tmp_path, monkeypatch):
     light = shutil.ignore_patterns("checkpoints", "*.safetensors", "training.log", "cache")
     shutil.copytree(trained, tmp_path / "home", ignore=light)
     monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of tiny.py
     return tmp_path / "home"
 
 
@@ -895,7 +897,7 @@ def test_checkpoints_of_one_training_are_settings(here, trained):
 def test_the_command(here):
     def run_ddpm(*arguments):
         done = subprocess.run(
-            [sys.executable, "-m", "ddpm.compare", *arguments],
+            [python(), "-m", "ddpm.compare", *arguments],
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -925,7 +927,7 @@ def test_runs_on_a_server(here, server):
     environment = os.environ | server.login | {"PYTHONPATH": str(ROOT)}
 
     def run_ddpm(name, *arguments):
-        command = [sys.executable, "-m", f"ddpm.{name}", *arguments]
+        command = [python(), "-m", f"ddpm.{name}", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout

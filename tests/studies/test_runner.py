@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -30,8 +29,8 @@ from ddpm.studies.runner import (
 )
 from ddpm.studies.search import bayes_points, choose_points
 from ddpm.studies.study import read_study
+from support.commands import ROOT, python
 
-ROOT = Path(__file__).parents[2]
 TRAIN = [
     "${env}",
     "${interpreter}",
@@ -52,6 +51,12 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """The runs of a sweep start at once."""
+    monkeypatch.setattr(sys, "executable", python())
+
+
 def study(folder, parameters, **said):
     """A study of tiny runs, in a file of that folder."""
     path = folder / "asked.yaml"
@@ -64,7 +69,7 @@ def study(folder, parameters, **said):
 def run_ddpm(folder, *flags, **options):
     """`python -m ddpm.sweep` on that study as a process."""
     words = [
-        sys.executable,
+        python(),
         "-m",
         "ddpm.sweep",
         str(folder / "asked.yaml"),
