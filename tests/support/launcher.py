@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import threading
+import weakref
 
 OWN_PATH = list(sys.path[1:])
 
@@ -31,6 +32,8 @@ def become(request, streams, standin):
         os.close(handle)
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False  # the launcher's temporary folders stay for the other children
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -170,6 +173,9 @@ if __name__ == "__main__":
     import sklearn.datasets  # noqa: F401
     import torch  # noqa: F401
     import torchvision  # noqa: F401
-    import wandb  # noqa: F401
+    from wandb.sdk.artifacts.artifact import Artifact
+    from wandb.sdk.data_types import _private as media
 
+    for folder in (Artifact._TMP_DIR, media.MEDIA_TMP):
+        atexit.unregister(folder.cleanup)  # each child would remove what all share
     serve(*sys.argv[1:])

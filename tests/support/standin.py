@@ -48,7 +48,8 @@ def main(words):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         code = read_number(lines)
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code in PASSED_ON:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
