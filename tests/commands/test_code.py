@@ -5,7 +5,6 @@ by that.
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from ddpm.config import defaults, files
 from ddpm.studies import runs
 from ddpm.studies.archive import compare
 from ddpm.tracking import tracker
+from support.commands import python
 from support.runs import DONE, run, tiny, written
 
 PACKAGE = Path(tracker.__file__).parents[1]
@@ -43,7 +43,7 @@ def commit_of(folder, **environment):
         "print(tracker.commit())"
     )
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [python(), "-c", code],
         cwd=elsewhere,
         capture_output=True,
         text=True,

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import pytest
 import torch
 
 from ddpm.training import checkpoint, weights
-from support.commands import PYTHONPATH
+from support.commands import PYTHONPATH, python
 from support.runs import equal, final_state, rows, tiny
 
 TRAINED = (
@@ -35,7 +34,7 @@ TRAINED = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, Path(__file__).parents[1] / "support" / "groups.py", folder]
+    command = [python(), Path(__file__).parents[1] / "support" / "groups.py", folder]
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

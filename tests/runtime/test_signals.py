@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from ddpm.main import finish, train_experiment
 from ddpm.runtime import device
 from ddpm.runtime.signals import BEGAN, SLACK, StopRequest, StopTraining
 from ddpm.training import checkpoint
+from support.commands import python
 from support.runs import assert_same_run, rows, run, tiny
 
 EVENTFUL = dict(
@@ -103,7 +103,7 @@ def command(folder, **options):
         if value != defaults.flatten(defaults.base())[key] and value != ""
     ]
     config = Path(__file__).parents[2] / "configs" / "digits.py"
-    return [sys.executable, "-m", "ddpm.main", f"--config={config}", *flags, f"--workdir={folder}"]
+    return [python(), "-m", "ddpm.main", f"--config={config}", *flags, f"--workdir={folder}"]
 
 
 def wait_for(there, process, seconds=120):

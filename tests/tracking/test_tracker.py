@@ -18,6 +18,7 @@ from PIL import Image
 
 from ddpm.tracking import tracker as tracking_tracker
 from ddpm.tracking import wandb
+from support.commands import python
 from support.wandb_logs import lines, rows_of, segments, synced
 from support.wandb_server import server as server
 
@@ -244,7 +245,7 @@ EXPECTED = [
 def run_training(folder, kill_at=0, cores="one", mode="offline", **environment):
     folder.mkdir(exist_ok=True)
     command = [
-        sys.executable,
+        python(),
         "-c",
         TRAINING,
         str(folder),
@@ -402,7 +403,7 @@ tracker.close()
 
 
 def test_a_full_disk_does_not_end_the_training(tmp_path):
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    command = [python(), "-c", FULL_DISK, str(tmp_path)]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True
     )

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from support import troubled
-from support.commands import PYTHONPATH
+from support.commands import PYTHONPATH, python
 from support.wandb_server import FAULTS, Run
 from support.wandb_server import server as server
 
@@ -112,7 +112,7 @@ def test_a_server_that_fails_while_runs_are_read_is_one_line(server, tmp_path):
     asked = itertools.count()
     server.fault = lambda handler: next(asked) > 1 and FAULTS["403"](handler)
     done = subprocess.run(
-        [sys.executable, "-m", "ddpm.compare", "me/p"],
+        [python(), "-m", "ddpm.compare", "me/p"],
         cwd=tmp_path,
         timeout=120,
         env=os.environ | server.login | {"PYTHONPATH": PYTHONPATH},
@@ -146,7 +146,7 @@ def test_a_signal_while_wandb_waits_for_a_silent_server(server, tmp_path, at, nu
         "every.evaluate": "0 steps",
     }
     command = [
-        sys.executable,
+        python(),
         "-m",
         "ddpm.main",
         f"--config={troubled.ROOT}/configs/digits.py",
