@@ -31,7 +31,7 @@ def python():
     )
     atexit.register(shutil.rmtree, folder)
     atexit.register(launcher.communicate)  # it ends with its stdin
-    launcher.stdout.readline()
+    assert launcher.stdout.readline(), "the launcher has not started"
     return str(standin)
 
 
