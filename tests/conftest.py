@@ -53,9 +53,39 @@ QUICK = {
 }
 
 
+# files that take longest, the longest first: pytest-xdist hands out files in this order, so that
+# none of them is left to one process at the end
+LONGEST = [
+    "studies/test_agent.py",
+    "commands/test_commands.py",
+    "test_reliability.py",
+    "studies/test_compare.py",
+    "training/test_trainer.py",
+    "config/test_pairs.py",
+    "tracking/test_tracker.py",
+    "commands/test_setups.py",
+    "tracking/test_wandb.py",
+    "runtime/test_signals.py",
+    "runtime/test_compile.py",
+    "commands/test_plan.py",
+    "runtime/test_memory.py",
+    "runtime/test_fake_gpu.py",
+    "runtime/test_ranks.py",
+    "config/test_configs.py",
+    "training/test_stability.py",
+    "interop/test_convert.py",
+    "test_structure.py",
+]
+
+
+def name_of(path):
+    """The name of a file of tests, from this folder."""
+    return path.relative_to(Path(__file__).parent).as_posix()
+
+
 def is_quick(path):
     """Whether a file of tests belongs to the quick tier."""
-    return path.relative_to(Path(__file__).parent).as_posix() in QUICK
+    return name_of(path) in QUICK
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -65,7 +95,9 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of QUICK."""
+    """Mark the tests of QUICK, and put the files of LONGEST first."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(name_of(item.path), len(ranks)))
     for item in items:
         if is_quick(item.path):
             item.add_marker(pytest.mark.quick)
