@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +20,8 @@ from PIL import Image
 
 from ddpm.config import files as config_files
 from ddpm.studies import runs as studies_runs
-from support import wandb_server
+from support import commands, wandb_server
 from support.runs import run, tiny
-
-ROOT = Path(__file__).parents[2]
 
 CONFIG_FILE = """
 import os
@@ -61,7 +58,7 @@ class Desk:
     def __init__(self, folder):
         self.folder = folder
         self.server = wandb_server.Server()
-        python = Path(sys.executable).parent  # W&B's agent runs the bare word `python`
+        python = Path(commands.python()).parent  # W&B's agent runs the bare word `python`
         mine = ("WANDB_", "XDG_", "NETRC", "RANK", "WORLD_SIZE")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
         self.environment = (
@@ -70,7 +67,7 @@ class Desk:
             | {
                 "HOME": str(folder / "home"),
                 "DDPM_CACHE": str(folder / "cache"),
-                "PYTHONPATH": str(ROOT),
+                "PYTHONPATH": str(commands.ROOT),
                 "OMP_NUM_THREADS": "1",
                 "PATH": f"{python}{os.pathsep}{os.environ['PATH']}",
             }
@@ -87,7 +84,7 @@ class Desk:
 
     def wandb(self, *words):
         """Run the client to its end; returns what it printed."""
-        command = [sys.executable, "-m", "wandb", *words]
+        command = [commands.python(), "-m", "wandb", *words]
         done = subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True
         )
@@ -105,7 +102,7 @@ class Desk:
         """`wandb agent` of a sweep; returns its process."""
         with open(self.folder / "agent.log", "w") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "wandb", "agent", f"me/study/{sweep.id}"],
+                [commands.python(), "-m", "wandb", "agent", f"me/study/{sweep.id}"],
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -266,7 +263,7 @@ def test_one_command_reports_a_study_that_agents_ran(desk, study):
 
     def compare(*words):
         done = subprocess.run(
-            [sys.executable, "-m", "ddpm.compare", *words],
+            [commands.python(), "-m", "ddpm.compare", *words],
             cwd=desk.folder,
             env=desk.environment,
             capture_output=True,
@@ -415,7 +412,7 @@ def test_a_run_that_is_stopped_on_its_page_saves_and_is_not_handed_out_again(des
     """The client asks every 15 seconds whether it was stopped."""
     desk.set_length(100_000)
     command = [
-        sys.executable,
+        commands.python(),
         "-m",
         "ddpm.main",
         "--config=tiny.py",
