@@ -228,7 +228,7 @@ def image_rows(report):
 SPECIAL = (  # name of a row, its key in the report, what training does with the images
     ("one colour", "one_colour", ""),
     ("rotated by EXIF", "turned", "; turned upright"),
-    ("transparent", "transparent", "; laid over data.matte"),
+    ("transparent", "transparent", "; laid over data.background"),
     ("CMYK", "cmyk", "; converted to RGB"),
     ("colour profile", "other_colours", "; converted to sRGB"),
     ("unread profile", "unread_profile", "; treated as sRGB"),
@@ -337,7 +337,7 @@ def parse_arguments(arguments):
         raise ValueError(f"the doctor looks at folders of files, and {given}; {remedy}")
     path = arguments[0] if arguments else options["path"]
     size = flags.FLAGS.image_size or config.data.image_size
-    return path, size, config.data.validation_fraction, tuple(config.data.matte)
+    return path, size, config.data.validation_fraction, tuple(config.data.background)
 
 
 def main(arguments):

@@ -112,7 +112,7 @@ def plan(config, vram, mfu, num_gpus, gpus=USUAL):
     if lines := remarks.length_remarks(config, training.num_images):
         yield "\n".join(lines) + "\n"
     yield disk_line(training)
-    if config.ema.profiles:
+    if config.ema.sigma_rels:
         yield snapshot_line(training)
 
 
@@ -258,7 +258,7 @@ def disk_line(training):
     """What checkpoints, exported weights and decoded images take."""
     config = training.config
     file = 4 * training.weights / GIB
-    state = file * (4 + len(config.ema.more) + len(config.ema.profiles))
+    state = file * (4 + len(config.ema.extra_decays) + len(config.ema.sigma_rels))
     image = math.prod(build.image_shape(config))
     num_images = training.num_images
     return (
@@ -273,7 +273,7 @@ def snapshot_line(training):
     """What the snapshots of averages take, which are half precision."""
     config = training.config
     every = config.every.snapshot
-    count = len(config.ema.profiles)
+    count = len(config.ema.sigma_rels)
     size = 2 * training.weights / GIB * count
     interval = durations.Every(every, config.train.batch_size, training.num_images)
     times = interval.times(training.steps)
@@ -346,7 +346,9 @@ def at_hand(config):
     """The Source of a config; raises ValueError where its data are not on this machine."""
     section = config.data
     with source.without_downloads():
-        return data.open_source(section.source, section.image_size, section.channels, section.matte)
+        return data.open_source(
+            section.source, section.image_size, section.channels, section.background
+        )
 
 
 def with_classes(config, count=None):

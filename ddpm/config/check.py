@@ -143,25 +143,25 @@ KINDS = {
 
 def check_averages(options):
     """Raise a ValueError for averages that are asked for twice, or never stored."""
-    for key in ("ema.more", "ema.profiles"):
+    for key in ("ema.extra_decays", "ema.sigma_rels"):
         if len({*options[key], options["ema.decay"]}) <= len(options[key]):
             raise ValueError(
                 f"config.{key} is {options[key]} beside ema.decay {options['ema.decay']}; give "
                 "each number once"
             )
-    if options["ema.profiles"] and durations.Every(options["every.snapshot"], 1, 1).never:
+    if options["ema.sigma_rels"] and durations.Every(options["every.snapshot"], 1, 1).never:
         raise ValueError(
-            f"config.ema.profiles is {options['ema.profiles']}, but never stored; set "
+            f"config.ema.sigma_rels is {options['ema.sigma_rels']}, but never stored; set "
             "config.every.snapshot, such as '500 steps'"
         )
 
 
 def check_tuples(options):
     """Raise a ValueError for tuples with too few items, or with items that are no words."""
-    if len(options["data.matte"]) != 3:
+    if len(options["data.background"]) != 3:
         raise ValueError(
-            f"config.data.matte is {options['data.matte']}; it takes red, green and blue, such as "
-            "(255, 255, 255)"
+            f"config.data.background is {options['data.background']}; it takes red, green and "
+            "blue, such as (255, 255, 255)"
         )
     if not options["model.channel_mult"]:
         raise ValueError(
@@ -308,10 +308,10 @@ def check_classes(options):
             f"config.sample.guidance_interval is {between}; it takes two noise levels "
             "sigma/alpha, the lower first, such as (0.2, 5.0), or () for all"
         )
-    if options["sample.guidance"] == 1 or options["sample.guide"]:
+    if options["sample.guidance"] == 1 or options["sample.guide_checkpoint"]:
         return
     given = f"config.sample.guidance is {options['sample.guidance']}, and the network"
-    otherwise = "name a weaker run as sample.guide, or set sample.guidance=1"
+    otherwise = "name a weaker run as sample.guide_checkpoint, or set sample.guidance=1"
     if not learned:
         raise ValueError(
             f"{given} knows no classes to be guided by; train with data.class_labels=True, "

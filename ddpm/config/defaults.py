@@ -50,7 +50,8 @@ OPTIONS = {
     "data.source": entry("digits", "data.SOURCES"),
     "data.image_size": number(16, 1, 4096),  # pixels a side
     "data.channels": choice(1, 1, 3, 4),  # 1 grey, 3 colour, 4 colour and transparency
-    "data.matte": numbers((255, 255, 255), 0, 255),  # red, green, blue behind transparent pixels
+    # red, green, blue behind transparent pixels
+    "data.background": numbers((255, 255, 255), 0, 255),
     "data.flip": flag(False),  # mirror images left to right at random: for photos, not for digits
     # learn the classes too: the sub-folders of a folder, or the labels of a data set
     "data.class_labels": flag(False),
@@ -124,7 +125,7 @@ OPTIONS = {
     # largest norm of the gradient; 0 never clips
     "train.gradient_clip": number(1.0, 0, math.inf),
     # skip steps whose loss or gradient norm is this many times the recent maximum; 0 skips none
-    "train.spike": number(30.0, 0, 1_000_000),
+    "train.spike_threshold": number(30.0, 0, 1_000_000),
     # after divergence, go back once and on in another order at this share of the rate; 0 stops
     "train.rollback": number(0.5, 0, 1),
     # type of the network's arithmetic
@@ -153,9 +154,9 @@ OPTIONS = {
     # half-life at most this share of the steps until now: 0.05 in EDM's code; 0 sets no limit
     "ema.rampup": number(0.0, 0, 1),
     # further decays to average with, for --ema=0.999
-    "ema.more": numbers((), 0.3, 0.999999999),
+    "ema.extra_decays": numbers((), 0.3, 0.999999999),
     # power-function averages to store, by sigma_rel: (0.05, 0.1) makes any --ema up to 0.288
-    "ema.profiles": numbers((), 0.001, 0.288),
+    "ema.sigma_rels": numbers((), 0.001, 0.288),
     # --- sample ---
     # ddpm, ddim(eta=0.0), euler, euler_ancestral, heun(churn=0.0), dpmpp(order=2), dpmpp_sde, unipc
     "sample.sampler": entry("ddim", "diffusion.samplers.SAMPLERS"),
@@ -169,12 +170,12 @@ OPTIONS = {
     # two noise levels sigma/alpha between which to guide, such as (0.2, 5.0); empty is all
     "sample.guidance_interval": Option("levels", ()),
     # run folder or file of a weaker training that guides, in place of the network without labels
-    "sample.guide": text(),
+    "sample.guide_checkpoint": text(),
     "sample.num_images": number(64, 1, 4096),  # in the grids drawn while training
     "sample.batch_size": number(64, 1, 65536),  # images drawn at once
     # torch.compile, with CUDA graphs on a GPU: for many images, as the first wait minutes
     "sample.compile": flag(False),
-    # weights after training: 0 is ema.decay's, from 0.3 another of ema.more, below a sigma_rel
+    # averaged weights: 0 is ema.decay's, from 0.3 one of ema.extra_decays, below that a sigma_rel
     "sample.ema": number(0.0, 0, 0.999999999),
     # of the noise, apart from the training's seed so that grids of different seeds compare
     "sample.seed": number(0, 0, 2**63 - 1),
@@ -208,7 +209,7 @@ OPTIONS = {
     "every.validate": interval("500 steps"),
     "every.evaluate": interval("auto"),  # auto is up to 20 times and at the end, by evaluate.budget
     "every.save": interval("5000 steps, 10 minutes"),
-    "every.snapshot": interval("0 steps"),  # stores ema.profiles: 16 to 64 times a training
+    "every.snapshot": interval("0 steps"),  # stores ema.sigma_rels: 16 to 64 times a training
     "every.milestone": interval("0 steps"),  # checkpoints that are never deleted
     # --- wandb ---
     # auto is online when logged in, else offline
@@ -278,3 +279,20 @@ RENAMED = (
     ("diffusion.weighting", "sigmoid", "sigmoid_eps", 2),
     ("model.name", "unet_mp", "unet_edm2", None),
 )
+
+# option of an earlier version: the option that has its value now
+MOVED = {
+    "data.matte": "data.background",
+    "train.spike": "train.spike_threshold",
+    "ema.more": "ema.extra_decays",
+    "ema.profiles": "ema.sigma_rels",
+    "sample.guide": "sample.guide_checkpoint",
+}
+
+
+def moved(key):
+    """A note on what an option of an earlier version is now, `" (it is data.background now)"`; ""
+    for another key.
+    """
+    key = key.removeprefix("config.")
+    return f" (it is {MOVED[key]} now)" if key in MOVED else ""

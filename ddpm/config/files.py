@@ -53,7 +53,9 @@ def from_json(text):
         saved = json.loads(text if len(text) <= LONGEST else "")
         version = saved.pop("format", 1)
         _ = saved.pop("code", None)
-        options = defaults.flatten(saved)
+        options = {
+            defaults.MOVED.get(key, key): value for key, value in defaults.flatten(saved).items()
+        }
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise ValueError(
             "the saved config is not a JSON object; the file is damaged or not one of ours"

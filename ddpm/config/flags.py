@@ -93,7 +93,7 @@ DRAWING = {
         "Noise levels sigma/alpha to guide between, such as 0.2,5; empty for all.",
     ),
     "guide": (
-        "sample.guide",
+        "sample.guide_checkpoint",
         flags.DEFINE_string,
         "A weaker run or its file that guides, in place of the network without its label.",
     ),
@@ -189,7 +189,7 @@ def options(given, section):
         option = names.get(name, name.removeprefix("config."))
         # the training's own seed is config.seed
         if option not in known or option == name and "." not in name:
-            near = suggest(name, [*names, *known])
+            near = defaults.moved(name) or suggest(name, [*names, *known])
             raise ValueError(
                 f"there is no option {name!r}{near}; there are {', '.join(names)}, and those of "
                 "base() in ddpm/config/defaults.py by their full names, such as "
@@ -395,8 +395,9 @@ def check_options_exist(argv):
                     f"--config.{inside[0]}"
                 )
             raise ValueError(
-                f"there is no option config.{match[1]}{suggest(match[1], known)}; "
-                "base() in ddpm/config/defaults.py shows them all"
+                f"there is no option config.{match[1]}"
+                f"{defaults.moved(match[1]) or suggest(match[1], known)}; base() in "
+                "ddpm/config/defaults.py shows them all"
             )
 
 
@@ -484,9 +485,12 @@ def plainly(said):
     ):
         kinds = {kind.__name__: words for kind, words in TYPES.items()}
         return f"{field[1]} cannot be {field[2]!r}; it takes {kinds.get(field[3], field[3])}"
+    names = {key.rpartition(".")[2]: key for key in defaults.MOVED}
+    key = re.search(r'Key "(\w+)" does not exist', said)
+    now = defaults.moved(names[key[1]]) if key and key[1] in names else ""
     return re.sub(
         r" and cannot be added.*?\.( Other fields present: .*?\}\S*)?(?= Did you mean|$)",
-        "; base() in ddpm/config/defaults.py shows every option.",
+        f"{now}; base() in ddpm/config/defaults.py shows every option.",
         said,
     )
 

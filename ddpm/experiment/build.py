@@ -101,7 +101,9 @@ def image_shape(config):
 def dataset(config):
     """All images of a config; raises ValueError if there are none."""
     section = config.data
-    images = data.open_source(section.source, section.image_size, section.channels, section.matte)
+    images = data.open_source(
+        section.source, section.image_size, section.channels, section.background
+    )
     # which may be more than a disk holds
     direct = images.in_memory or registry.parse(section.source)[0] == "streaming"
     if section.cache == "none" or section.cache == "auto" and direct:
@@ -184,7 +186,7 @@ def edit_recipe(config):
             f"the network has never done without its label; write --classes={classes[0]}, or "
             "another class"
         )
-    if section.guidance != 1 and not section.classes and not section.guide:
+    if section.guidance != 1 and not section.classes and not section.guide_checkpoint:
         raise ValueError(
             f"guidance {section.guidance} of an edit has no class to guide to; write --classes=, "
             "or --guidance=1"
@@ -216,7 +218,7 @@ def recipe(config, section, labels, usual):
         ", ".join(chosen) or usual,
         shared.guidance,
         shared.guidance_interval,
-        shared.guide,
+        shared.guide_checkpoint,
     )
 
 

@@ -89,9 +89,9 @@ def guide(config, machine):
 
     It may be of any size, without classes. Raises ValueError for another process or target.
     """
-    if config.sample.guidance == 1 or not config.sample.guide:
+    if config.sample.guidance == 1 or not config.sample.guide_checkpoint:
         return None
-    path, _, text, weights = training_weights.load_weights(config.sample.guide)
+    path, _, text, weights = training_weights.load_weights(config.sample.guide_checkpoint)
     other = files.changed(files.from_json(text), {})  # and so checked
     ours = defaults.flatten(config)
     theirs = defaults.flatten(other)
@@ -99,8 +99,8 @@ def guide(config, machine):
         if theirs[key] != ours[key] and (key != "data.classes" or theirs[key]):
             raise ValueError(
                 f"{path} cannot guide: its config.{key} is {theirs[key]!r}, not {ours[key]!r}; "
-                "give as sample.guide a training that differs in network, length and optimiser "
-                "alone"
+                "give as sample.guide_checkpoint a training that differs in network, length and "
+                "optimiser alone"
             )
     net = load.network_with(other, weights, path).to(machine.device).eval()
     return net if other.data.classes else unconditional(net)
@@ -127,7 +127,8 @@ def pictures(config, paths, mask=None):
     """
     section = config.data
     read = [
-        open_picture(path, section.image_size, section.channels, section.matte) for path in paths
+        open_picture(path, section.image_size, section.channels, section.background)
+        for path in paths
     ]
     pictures = [pixels for pixels, _ in read]
     target = section.image_size

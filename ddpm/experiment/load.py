@@ -38,10 +38,10 @@ def load(run_or_file, device=None, **options):
     config = cost.resolve_evaluation(files.changed(files.from_json(text), options))
     if (name := weights_name(config)) != "EMA":
         step, weights = chosen_weights(path, step, config)
-    if options.get("sample.guide") and config.sample.guidance == 1:
+    if options.get("sample.guide_checkpoint") and config.sample.guidance == 1:
         raise ValueError(
-            f"the guide {config.sample.guide} is not asked where guidance is 1; give such as "
-            "--guidance=2 too"
+            f"the guide {config.sample.guide_checkpoint} is not asked where guidance is 1; give "
+            "such as --guidance=2 too"
         )
     net = network_with(config, weights, path)
     section = config.train
@@ -117,7 +117,7 @@ def chosen_weights(path, step, config):
     chosen = config.sample.ema
     section = config.ema
     folder = checkpoint.folder_of(path)
-    if chosen in section.more:
+    if chosen in section.extra_decays:
         found = [other for at, other in checkpoint.checkpoints(folder) if at == step]
         if path.suffix == ".pt":
             found = [path]
@@ -131,18 +131,18 @@ def chosen_weights(path, step, config):
         )
     found = [item for item in checkpoint.snapshots(folder) if item[0] <= step]
     if chosen > posthoc_ema.WIDEST or not found:
-        decays = ", ".join(map(str, (section.decay, *section.more)))
+        decays = ", ".join(map(str, (section.decay, *section.extra_decays)))
         others = ";"
         if found:
             others = f", and {len(found)} snapshots for any sigma_rel up to 0.288; choose one, or"
         raise ValueError(
             f"{folder} has no weights averaged with {weights_name(config)}. It has EMA decay "
-            f"{decays}{others} train with config.ema.more for another decay, or with "
-            "config.ema.profiles and config.every.snapshot for a sigma_rel"
+            f"{decays}{others} train with config.ema.extra_decays for another decay, or with "
+            "config.ema.sigma_rels and config.every.snapshot for a sigma_rel"
         )
     stored = [
         (at, width, partial(training_weights.load_snapshot, snapshot, part_name(width)))
         for at, snapshot in found
-        for width in section.profiles
+        for width in section.sigma_rels
     ]
     return found[-1][0], posthoc_ema.reconstruct(stored, chosen)

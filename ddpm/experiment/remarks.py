@@ -87,7 +87,7 @@ def length_remarks(config, dataset_size):
             f"train.batch_size={dataset_size} or less"
         )
     lines += rate_remarks(config.train, steps, total, rate)
-    for decay in (config.ema.decay, *config.ema.more):
+    for decay in (config.ema.decay, *config.ema.extra_decays):
         if not config.ema.warmup and not config.ema.rampup and decay**total > UNTRAINED:
             lines.append(
                 f"{decay**total:.0%} of an average of decay {decay:g} without ema.warmup are "

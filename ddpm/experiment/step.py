@@ -25,11 +25,11 @@ def averages(config, weights):
     named = {"ema": EMA(weights, section.decay, section.warmup, section.rampup)}
     named |= {
         load.part_name(decay): EMA(weights, decay, section.warmup, section.rampup)
-        for decay in section.more
+        for decay in section.extra_decays
     }
     return named | {
         load.part_name(width): EMA(weights, posthoc_ema.power_function(width))
-        for width in section.profiles
+        for width in section.sigma_rels
     }
 
 
@@ -59,7 +59,7 @@ def step(config, model, network, averages, dataset_size, rollbacks=0):
         averages=averages,
         machine=machine,
         meters=Meters(config.diffusion.timesteps, machine),
-        stability=StabilityMonitor(section.spike, machine, rollbacks),
+        stability=StabilityMonitor(section.spike_threshold, machine, rollbacks),
         scaler=network.scaler(),
         optimizer=registry.resolve("optimizer", optim.OPTIMIZERS, section.optimizer)(
             [*network.params, *model.objective.parameters()], section.learning_rate

@@ -73,7 +73,7 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
         every=every,
         evaluation=evaluation,
         parts=parts,
-        snapshots={name: averages[name] for name in map(load.part_name, config.ema.profiles)},
+        snapshots={name: averages[name] for name in map(load.part_name, config.ema.sigma_rels)},
         rollback=config.train.rollback if rollbacks < ROLLBACKS else 0,
         recomputed=levels,
         source=start.source,
@@ -151,7 +151,7 @@ def open_images(config, content):
 def intervals(config, count, evaluate):
     """Event -> Every, for a training that learns from `count` images."""
     texts = dict(config.every) | {"evaluate": evaluate}
-    if not config.ema.profiles:
+    if not config.ema.sigma_rels:
         texts["snapshot"] = "0 steps"
     return {
         name: durations.Every(text, config.train.batch_size, count) for name, text in texts.items()

@@ -32,7 +32,7 @@ VARIED_BY = {
     "evaluations": {"evaluate.likelihood_evaluations"},
     "classes": {"data.class_labels", "evaluate.classes"},
     "given": {"data.class_labels"},
-    "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide"},
+    "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide_checkpoint"},
 }
 
 

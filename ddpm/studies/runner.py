@@ -103,7 +103,7 @@ def planned_protocols(trainings):
 def source_arguments(config):
     """The arguments of `data.open_source` for the images of a config."""
     section = config.data
-    return section.source, section.image_size, section.channels, section.matte
+    return section.source, section.image_size, section.channels, section.background
 
 
 class Record:

@@ -42,7 +42,7 @@ LOSS_OPTIONS = (  # options that decide what the validation loss is a mean of
     "data.source",
     "data.image_size",
     "data.channels",
-    "data.matte",
+    "data.background",
     "data.validation_fraction",
 )
 LABELS = {

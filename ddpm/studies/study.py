@@ -279,8 +279,9 @@ def parse_distribution(program, name, entry):
         raise ValueError(f"{name} {fault}; write config.SECTION.OPTION in full")
     if name not in known:
         takes = f"{program} takes {PROGRAMS[program]} and config.SECTION.OPTION"
-        hint = f"{suggest(name, known)}; {takes}; base() in ddpm/config/defaults.py shows them all"
-        raise ValueError(f"unknown parameter {name!r}{hint}")
+        note = defaults.moved(name) or suggest(name, known)
+        hint = f"{takes}; base() in ddpm/config/defaults.py shows them all"
+        raise ValueError(f"unknown parameter {name!r}{note}; {hint}")
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is {entry!r}; write {forms}")
     kind = entry.get("distribution", usual_distribution(entry))

@@ -94,14 +94,14 @@ NUMBERS = {
     "evaluate.likelihood_evaluations": [4, 5, 9],
 }
 TUPLES = {
-    "data.matte": st.lists(st.integers(-1, 256), max_size=4),
+    "data.background": st.lists(st.integers(-1, 256), max_size=4),
     "model.channel_mult": st.lists(st.integers(0, 3), max_size=4),
     "model.res_blocks_per_level": st.lists(st.integers(0, 2), max_size=3),
     "model.attention_resolutions": st.lists(
         st.sampled_from([0, 1, 2, 4, 7, 8, 16, 32]), max_size=3
     ),
-    "ema.more": st.lists(st.floats(0, 1.1), max_size=2),
-    "ema.profiles": st.lists(st.sampled_from([0.05, 0.1, 0.5, 0.0]), max_size=2),
+    "ema.extra_decays": st.lists(st.floats(0, 1.1), max_size=2),
+    "ema.sigma_rels": st.lists(st.sampled_from([0.05, 0.1, 0.5, 0.0]), max_size=2),
     "sample.guidance_interval": st.lists(st.floats(-1, 5), max_size=3),
     "wandb.tags": st.lists(st.sampled_from(["a", "b c", ""]), max_size=2),
     "data.classes": st.lists(st.sampled_from(["0", "1", "cat"]), max_size=2),
@@ -133,7 +133,7 @@ OTHER = {  # options that name files, or decide how long it takes
     "data.cache": st.sampled_from(["auto", "none", "cache", "/dev/null/x"]),
     "evaluate.inception_weights": st.sampled_from(["", "nowhere.pth"]),
     "train.init_from": st.sampled_from(["", "nowhere", "/dev/null"]),
-    "sample.guide": st.sampled_from(["", "nowhere"]),
+    "sample.guide_checkpoint": st.sampled_from(["", "nowhere"]),
 }
 
 

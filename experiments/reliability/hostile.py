@@ -365,7 +365,7 @@ def commands(folder, trained):
         "generate": (lambda path: generate_images(path, 1, out), both),
         "generate, guide": (
             lambda path: generate_images(
-                trained, 1, out, **{"sample.guide": str(path), "sample.guidance": 2.0}
+                trained, 1, out, **{"sample.guide_checkpoint": str(path), "sample.guidance": 2.0}
             ),
             both,
         ),

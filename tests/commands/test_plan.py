@@ -270,7 +270,7 @@ def test_a_gpu_with_room_takes_the_batch_in_fewer_parts():
 
 
 def test_snapshots_take_disk():
-    given = tiny(ema__profiles=(0.05, 0.1), every__snapshot="5 steps")
+    given = tiny(ema__sigma_rels=(0.05, 0.1), every__snapshot="5 steps")
     *_, line = plan.plan(given, 8, 0.4, 8)
     with torch.device("meta"):
         size = sum(one.numel() for one in build.network(given).parameters()) * 2 * 2 / GIB

@@ -26,7 +26,7 @@ FREE_TEXT = {
     "data.cache",
     "train.init_from",
     "train.resume_from",
-    "sample.guide",
+    "sample.guide_checkpoint",
     "evaluate.inception_weights",
     "wandb.project",
     "wandb.entity",
@@ -268,7 +268,7 @@ def test_tuples_of_whole_numbers(key):
 
 
 def test_tuples_of_the_wrong_length():
-    assert "takes red, green and blue" in refusal("data.matte", (255, 255))
+    assert "takes red, green and blue" in refusal("data.background", (255, 255))
     assert refusal("model.channel_mult", ()).startswith("config.model.channel_mult is empty; ")
     check(with_options(model__attention_resolutions=()))
 
@@ -319,7 +319,7 @@ def odd():
         seed=2**63 - 1,
         data__source="folder(path='data/\"cats\"\\n é')",
         data__flip=True,
-        data__matte=(0, 1, 2),
+        data__background=(0, 1, 2),
         model__channel_mult=(1,),
         model__attention_resolutions=(),
         train__learning_rate=1 / 3,
@@ -391,6 +391,36 @@ def test_a_renamed_value_goes_on_in_saved_configs_and_is_explained_in_given_ones
             f"config.model.name is {old!r}, which is called 'unet_edm2' now; write "
             "--config.model.name=unet_edm2"
         )
+
+
+def saved_before():
+    """A config.json of the version with 106 options, most of those that moved unlike default."""
+    return (ROOT / "tests/golden/options_before_moving.json").read_text()
+
+
+MOVED_TO = {  # the options of that file that moved
+    "data.background": (1, 2, 3),
+    "train.spike_threshold": 20.0,
+    "ema.extra_decays": (0.999,),
+    "ema.sigma_rels": (0.05, 0.1),
+    "sample.guide_checkpoint": "",
+}
+
+
+def test_options_of_earlier_versions_are_read_where_they_are_now():
+    back = from_json(saved_before())
+    check(back)
+    options = flatten(back)
+    assert {key: options[key] for key in MOVED_TO} == MOVED_TO
+    assert from_json(to_json(back)) == back
+    flat = flatten(json.loads(saved_before()))  # as W&B has it
+    assert flat["data.matte"] == [1, 2, 3] and from_json(json.dumps(flat)) == back
+
+
+def test_every_option_that_moved_is_one_that_is_gone_and_goes_to_one_that_is_there():
+    for key, option in defaults.MOVED.items():
+        assert key not in defaults.OPTIONS and option in defaults.OPTIONS, key
+        assert defaults.moved(key) == defaults.moved(f"config.{key}") == f" (it is {option} now)"
 
 
 @pytest.mark.parametrize("version", [0, 3, "2", 2.0, True, None, {"a": 1}])
@@ -714,6 +744,9 @@ FILES = {  # config files that people write
     "typo.py": "from ddpm.config import base\n\n\ndef get_config(variant=None):\n    config = "
     "base()\n"
     "    config.train.lenght = '5 steps'\n    return config\n",
+    "moved.py": "from ddpm.config import base\n\n\ndef get_config(variant=None):\n    config = "
+    "base()\n"
+    "    config.data.matte = (0, 0, 0)\n    return config\n",
     "wrong_type.py": "from ddpm.config import base\n\n\ndef get_config(variant=None):\n    config "
     "= base()\n"
     "    config.train.batch_size = '64'\n    return config\n",
@@ -786,6 +819,11 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
         [DIGITS, "--config.nonsense=5"],
         "there is no option config.nonsense; base() in ddpm/config/defaults.py shows them all",
     ),
+    (
+        [DIGITS, "--config.data.matte=(0,0,0)"],
+        "there is no option config.data.matte (it is data.background now); base() in ",
+    ),
+    (["--config=(moved.py)"], '(moved.py), line 6: Key "matte" does not exist (it is data.ba'),
     (
         [DIGITS, "--config.train=5"],
         "config.train is a section; set one of its options, such as --config.train.",

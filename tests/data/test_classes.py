@@ -235,7 +235,7 @@ def test_classes_and_guidance_at_the_commands(trained, tmp_path):
             r"unknown class '11' .*; choose one of 0, 1, 2, 3, 4 and 5 more, or a number from 0",
         ),
         (
-            {"sample.guidance": 2.0, "sample.guide": "/no/such/run"},
+            {"sample.guidance": 2.0, "sample.guide_checkpoint": "/no/such/run"},
             "neither a file nor a run folder",
         ),
     ]:

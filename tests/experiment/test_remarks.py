@@ -332,7 +332,7 @@ def lines_about(images=1000, **options):
             "82% of an average of decay 0.999 without ema.warmup are untrained weights",
         ),
         (
-            {"ema__more": (0.5, 0.99), "ema__warmup": False},
+            {"ema__extra_decays": (0.5, 0.99), "ema__warmup": False},
             "13% of an average of decay 0.99 without",
         ),
         (

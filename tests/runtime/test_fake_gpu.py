@@ -140,7 +140,11 @@ CASES = [
     ),
     *({"train.optimizer": name} for name in OPTIMIZERS),
     {"diffusion.weighting": "uncertainty"},
-    {"diffusion.times": "importance", "train.gradient_accumulation_steps": 2, "ema.more": (0.5,)},
+    {
+        "diffusion.times": "importance",
+        "train.gradient_accumulation_steps": 2,
+        "ema.extra_decays": (0.5,),
+    },
 ]
 
 

@@ -51,7 +51,7 @@ RUN = tiny(
     model__channel_mult=(1,),
     model__attention_resolutions=(),
     model__norm_num_groups=4,
-    ema__profiles=(0.1,),
+    ema__sigma_rels=(0.1,),
     every__snapshot="6 steps",
 )
 

@@ -147,7 +147,9 @@ def test_integers_are_the_last_ones():
 # in a run
 
 ONE = dict(every__sample="0 steps")
-SEVERAL = ONE | dict(ema__more=(0.5, 0.99), ema__profiles=(0.05, 0.1), every__snapshot="3 steps")
+SEVERAL = ONE | dict(
+    ema__extra_decays=(0.5, 0.99), ema__sigma_rels=(0.05, 0.1), every__snapshot="3 steps"
+)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +262,7 @@ def test_runs_without_them_say_what_to_do(trained, tmp_path):
     run(tiny(train__length="1 steps"), tmp_path / "plain")
     with pytest.raises(
         ValueError,
-        match=r"averaged with EMA sigma_rel 0.1\. It has EMA decay 0.9; train .*config.ema.profiles",
+        match=r"averaged with EMA sigma_rel 0.1\. It has EMA decay 0.9; train .*config.ema.sigma_rels",
     ):
         experiment_load.load(tmp_path / "plain", **{"sample.ema": 0.1})
     (tmp_path / "alone.safetensors").write_bytes((trained / "final.safetensors").read_bytes())
@@ -272,15 +274,18 @@ def test_runs_without_them_say_what_to_do(trained, tmp_path):
     with pytest.raises(ValueError, match="leave it at 0, and give --ema to generate"):
         run(tiny(sample__ema=0.1), tmp_path / "trained")
     for options, said in [
-        ({"ema__profiles": (0.1,)}, "never stored; set config.every.snapshot"),
-        ({"ema__more": (0.1,)}, r"takes numbers between 0.3 and .*, such as \(0.999, 0.9995\)"),
+        ({"ema__sigma_rels": (0.1,)}, "never stored; set config.every.snapshot"),
         (
-            {"ema__profiles": (0.3,), "every__snapshot": "1 step"},
+            {"ema__extra_decays": (0.1,)},
+            r"takes numbers between 0.3 and .*, such as \(0.999, 0.9995\)",
+        ),
+        (
+            {"ema__sigma_rels": (0.3,), "every__snapshot": "1 step"},
             "takes numbers between 0.001 and 0.288",
         ),
-        ({"ema__more": (0.5, 0.5)}, "give each number once"),
-        ({"ema__more": (0.9,)}, "beside ema.decay 0.9"),
-        ({"ema__more": (1,)}, "takes numbers"),
+        ({"ema__extra_decays": (0.5, 0.5)}, "give each number once"),
+        ({"ema__extra_decays": (0.9,)}, "beside ema.decay 0.9"),
+        ({"ema__extra_decays": (1,)}, "takes numbers"),
     ]:
         with pytest.raises(ValueError, match=said):
             tiny(**options)
