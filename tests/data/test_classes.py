@@ -186,23 +186,23 @@ def test_another_training_guides(trained, unlabelled, tmp_path):
 
     plain = drawn(trained)
     # worse + scale (out - worse) rounds where out and worse are the same: less than a grey level
-    assert np.abs(np.subtract(drawn(trained, guide=str(trained), guidance=2.0), plain)).max() <= 1
+    assert np.abs(np.subtract(drawn(trained, guide_checkpoint=str(trained), guidance=2.0), plain)).max() <= 1
     weak = tmp_path / "weak"
     run(learning(model__model_channels=4, train__length="3 steps", seed=1), weak)
     for guide in (weak, unlabelled):
-        assert not np.array_equal(drawn(trained, guide=str(guide), guidance=3.0), plain)
+        assert not np.array_equal(drawn(trained, guide_checkpoint=str(guide), guidance=3.0), plain)
     with pytest.raises(ValueError, match="cannot guide: its config.data.classes is"):
-        drawn(unlabelled, guide=str(weak), guidance=3.0)
+        drawn(unlabelled, guide_checkpoint=str(weak), guidance=3.0)
     other = tmp_path / "other"
     run(tiny(train__length="1 steps", diffusion__predict="v"), other)
     with pytest.raises(
         ValueError, match="cannot guide: its config.diffusion.predict is 'v', not 'eps'"
     ):
-        drawn(trained, guide=str(other), guidance=2.0)
+        drawn(trained, guide_checkpoint=str(other), guidance=2.0)
     with pytest.raises(
         ValueError, match="is not asked where guidance is 1; give such as --guidance=2"
     ):
-        drawn(trained, guide=str(weak))
+        drawn(trained, guide_checkpoint=str(weak))
 
 
 def test_classes_and_guidance_at_the_commands(trained, tmp_path):

@@ -335,8 +335,8 @@ def test_one_training_serves_a_study_of_averages(trained, tmp_path):
 def test_a_config_from_before_has_none(trained):
     text = json.loads(files.to_json(tiny()))
     for section, option in (
-        ("ema", "more"),
-        ("ema", "profiles"),
+        ("ema", "extra_decays"),
+        ("ema", "sigma_rels"),
         ("sample", "ema"),
         ("every", "snapshot"),
     ):
