@@ -11,7 +11,7 @@ from ddpm.config.defaults import base, with_variant
 
 ORIGINAL = {
     "model.use_scale_shift_norm": False,
-    "model.norm_num_groups": 32,
+    "model.conventions": "ho(norm_num_groups=32)",
     "diffusion.beta_schedule": "cosine",
     "diffusion.predict": "v",
     "diffusion.weighting": "simple",

@@ -40,6 +40,12 @@ def parse(text):
     return node.func.id, arguments
 
 
+def spell(name, arguments):
+    """The text that `parse` reads as a name and its arguments."""
+    words = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"{name}({words})" if arguments else name
+
+
 def suggest(name, allowed):
     """`" (did you mean 'cosine'?)"` if an allowed name is similar, else ""."""
     names = [candidate for candidate in allowed if isinstance(candidate, str)]

@@ -211,6 +211,14 @@ def check_training(options):
         )
 
 
+def check_conventions(options):
+    """Raise a ValueError for a convention of networks that is out of range."""
+    from ddpm.models.conventions import CONVENTIONS
+
+    with about("model.conventions"):
+        resolve("config.model.conventions", CONVENTIONS, options["model.conventions"])()
+
+
 @cache
 def process_of(beta_schedule, timesteps, zero_terminal_snr):
     """The Process of a config, built once: a start checks several configs that differ elsewhere."""
@@ -327,6 +335,7 @@ def check_classes(options):
 RULES = (
     check_tuples,
     check_averages,
+    check_conventions,
     check_classes,
     check_sharded,
     check_training,

@@ -67,8 +67,9 @@ OPTIONS = {
     "model.name": entry("unet", "models.MODELS"),
     "model.dropout": number(0.0, 0, 0.99),  # share of activations dropped in every block
     "model.qk_norm": flag(False),  # attention normalizes the queries and keys of each head
-    # where data.augment enters: before the layers of the time embedding, as in EDM, or after them
-    "model.augmentation_place": choice("before", "before", "after"),
+    # details of a code: ho, openai; arguments norm_num_groups, initialization and others, which
+    # ddpm/models/conventions.py has
+    "model.conventions": entry("ho", "models.conventions.CONVENTIONS"),
     # from here on: of the U-Nets alone
     "model.model_channels": number(64, 1, 65536),  # width of the first level
     # width of each level in model_channels; each level after the first halves the image
@@ -81,16 +82,6 @@ OPTIONS = {
     "model.num_head_channels": number(0, 0, 65536),  # channels a head; 0 counts by num_heads
     "model.use_scale_shift_norm": flag(False),  # time scales and shifts the norm; else it is added
     "model.resblock_updown": flag(False),  # residual blocks resample, instead of convolutions
-    "model.freq_shift": number(1, 0, 1),  # of the time embedding: 1 in Ho's code, 0 in OpenAI's
-    # zeros where an image is halved: 0 at its far end as in Ho's code, 1 at both as in OpenAI's
-    "model.downsample_padding": number(0, 0, 1),
-    # most groups of a norm; 0 is 32 with 4 channels or more each: a group of 1 removes the time
-    "model.norm_num_groups": number(0, 0, 1024),
-    # unet_edm2: auto is random Fourier features with predict=edm, else sines
-    "model.noise_embedding": choice("auto", "auto", "sines"),
-    # added to the variance of a group: 1e-6 in Ho's code, 1e-5 in OpenAI's
-    "model.norm_eps": number(1e-6, 0, 1),
-    "model.initialization": choice("glorot", "glorot", "torch"),  # as in Ho's code, in OpenAI's
     # --- diffusion ---
     "diffusion.timesteps": number(1000, 1, 10_000),  # T, noise levels
     # linear, quadratic, cosine, sigmoid, laplace, shifted_cosine(resolution=128), flow, edm
@@ -280,9 +271,16 @@ RENAMED = (
     ("model.name", "unet_mp", "unet_edm2", None),
 )
 
-# option of an earlier version: the option that has its value now
+# option of an earlier version: the option that has its value now, or `option(argument)`
 MOVED = {
     "data.matte": "data.background",
+    "model.augmentation_place": "model.conventions(augmentation_place)",
+    "model.downsample_padding": "model.conventions(downsample_padding)",
+    "model.freq_shift": "model.conventions(freq_shift)",
+    "model.initialization": "model.conventions(initialization)",
+    "model.noise_embedding": "model.conventions(noise_embedding)",
+    "model.norm_eps": "model.conventions(norm_eps)",
+    "model.norm_num_groups": "model.conventions(norm_num_groups)",
     "train.spike": "train.spike_threshold",
     "ema.more": "ema.extra_decays",
     "ema.profiles": "ema.sigma_rels",
@@ -294,5 +292,8 @@ def moved(key):
     """A note on what an option of an earlier version is now, `" (it is data.background now)"`; ""
     for another key.
     """
-    key = key.removeprefix("config.")
-    return f" (it is {MOVED[key]} now)" if key in MOVED else ""
+    now = MOVED.get(key.removeprefix("config."), "")
+    option, _, argument = now.rstrip(")").partition("(")
+    if argument:
+        return f" (it is an argument now: {option}='NAME({argument}=...)')"
+    return f" (it is {now} now)" if now else ""

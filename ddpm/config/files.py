@@ -2,6 +2,7 @@
 named.
 """
 
+import inspect
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ddpm.common.files import atomic_write
-from ddpm.common.registry import parse, suggest
+from ddpm.common.registry import parse, spell, suggest
 from ddpm.config import check, defaults
 
 # What may change between two starts of one run: nothing here touches the numbers of a step.
@@ -70,7 +71,11 @@ def from_json(text):
             options[key] = re.sub(rf"^\s*{before}\b", name, options[key])
     config = defaults.base()
     known = defaults.flatten(config)
+    arguments = {}
     for key, value in options.items():
+        if key in defaults.MOVED.values() and key not in known:
+            arguments[key] = value
+            continue
         if key not in known:
             raise ValueError(
                 f"the saved config has an option {key!r} that this version does not know"
@@ -90,18 +95,68 @@ def from_json(text):
                 f"the saved config has {value!r} for {key}; it takes {defaults.TYPES[kind]}"
             )
         config.update_from_flattened_dict({key: value})
-    for key in BEFORE.keys() - options.keys():
-        config.update_from_flattened_dict({key: BEFORE[key](config)})
-    if version < 2 and same_groups(config):
-        # as configs are written now, so that a run goes on by the same command
-        config.model.norm_num_groups = 0
+    if "model.conventions" not in options:
+        arguments = saved_conventions(config, arguments, version)
+    named = {key: options[key] for key in map(option_of, arguments) if key in options}
+    config.update_from_flattened_dict(gather(named | arguments))
     return defaults.freeze(config)
 
 
-def same_groups(config):
-    """Whether the 32 groups of a config are what 0, the default since format 2, comes to: in
-    wide U-Nets and without norms.
+def option_of(key):
+    """The option of `option(argument)`."""
+    return key.partition("(")[0]
+
+
+def gather(options):
+    """Options in which `{"model.conventions(norm_eps)": 1e-5}` are texts of their entries,
+    `{"model.conventions": "ho(norm_eps=1e-05)"}`.
+
+    An entry named among the options keeps its name, else the one with the fewest arguments is
+    taken. Arguments that an entry has anyway, or does not take, are left out.
     """
+    gathered = {key: value for key, value in options.items() if "(" not in key}
+    for option in {option_of(key) for key in options if "(" in key}:
+        arguments = {
+            key.rstrip(")").partition("(")[2]: value
+            for key, value in options.items()
+            if key.startswith(f"{option}(")
+        }
+        table = check.table(defaults.OPTIONS[option].choices[-1])
+        texts = []
+        for name in [gathered[option]] if option in gathered else table:
+            usual = usual_arguments(table[name]) if name in table else {}
+            differing = {
+                key: value for key, value in arguments.items() if usual.get(key, value) != value
+            }
+            texts.append((len(differing), spell(name, differing)))
+        gathered[option] = min(texts)[1]
+    return gathered
+
+
+def usual_arguments(entry):
+    """The arguments of a table's entry that a text may set, with their defaults."""
+    parameters = inspect.signature(entry).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def saved_conventions(config, arguments, version):
+    """The arguments of model.conventions that a config saved as options of their own, in a format;
+    what was no option yet is as it was before.
+
+    Where the 32 groups of an old format are what 0 comes to, and where padding does nothing, they
+    are as configs are written now, so that a run goes on by the same command.
+    """
+    groups = "model.conventions(norm_num_groups)"
+    arguments = {key: meaning(config) for key, meaning in BEFORE.items()} | arguments
+    if version < 2 and arguments[groups] == 32 and has_32_groups(config):
+        arguments[groups] = 0
+    if config.model.resblock_updown:
+        arguments.pop("model.conventions(downsample_padding)", None)
+    return arguments
+
+
+def has_32_groups(config):
+    """Whether norms have 32 groups anyway: in wide U-Nets, and in networks without group norms."""
     from ddpm.models.layers import norm_groups
 
     model = config.model
@@ -109,13 +164,15 @@ def same_groups(config):
         bool(model.channel_mult)
         and norm_groups(min(model.channel_mult) * model.model_channels) == 32
     )
-    return model.norm_num_groups == 32 and (wide or parse(model.name)[0] != "unet")
+    return wide or parse(model.name)[0] != "unet"
 
 
-BEFORE = {  # what an option that a saved config lacks meant, where that is not its default
-    "model.augmentation_place": lambda config: "after" if config.data.augment else "before",
-    "model.norm_num_groups": lambda config: 32,
-    "model.noise_embedding": lambda config: (
+BEFORE = {  # what a convention was before it was an option, where that is not its default
+    "model.conventions(augmentation_place)": lambda config: (
+        "after" if config.data.augment else "before"
+    ),
+    "model.conventions(norm_num_groups)": lambda config: 32,
+    "model.conventions(noise_embedding)": lambda config: (
         "sines"
         if parse(config.model.name)[0] == "unet_edm2"
         and parse(config.diffusion.predict)[0] == "edm"

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import data
 from ddpm.common import registry, rng
-from ddpm.config import files
+from ddpm.config import defaults, files
 from ddpm.data import augment, cache
 from ddpm.data import order as data_order
 from ddpm.data import source as data_source
@@ -16,6 +16,7 @@ from ddpm.diffusion.ddpm import DDPM
 from ddpm.diffusion.targets import get_target
 from ddpm.evaluation import extractors
 from ddpm.models import MODELS
+from ddpm.models.conventions import CONVENTIONS
 from ddpm.sampling import draw
 from ddpm.tracking import tracker as tracking_tracker
 from ddpm.tracking import wandb
@@ -32,14 +33,18 @@ def network(config):
             "cannot be conditioned on augmentation, so samples would be augmented too; use "
             f"data.augment=0, or {able}"
         )
-    given = dict(config.model) | {
-        "image_size": config.data.image_size,
-        "in_channels": channels_in(config),
-        "out_channels": config.data.channels * (1 + (config.diffusion.variance == "learned")),
-        "num_classes": len(config.data.classes) or None,
-        "augmentation": augment.NUM_CONDITIONS if config.data.augment else 0,
-        "num_head_channels": config.model.num_head_channels or None,
-    }
+    given = (
+        dict(config.model)
+        | conventions(config)
+        | {
+            "image_size": config.data.image_size,
+            "in_channels": channels_in(config),
+            "out_channels": config.data.channels * (1 + (config.diffusion.variance == "learned")),
+            "num_classes": len(config.data.classes) or None,
+            "augmentation": augment.NUM_CONDITIONS if config.data.augment else 0,
+            "num_head_channels": config.model.num_head_channels or None,
+        }
+    )
     if given["noise_embedding"] == "auto":
         given["noise_embedding"] = (
             "fourier" if get_target(config.diffusion.predict).is_log_noise else "sines"
@@ -61,13 +66,34 @@ def takes(make):
     }
 
 
+def conventions(config):
+    """The arguments that `model.conventions` stands for."""
+    return registry.resolve("config.model.conventions", CONVENTIONS, config.model.conventions)()
+
+
+def spelled_out(config):
+    """The options as a flat dict, with `model.conventions(norm_eps)` and its other arguments in
+    place of `model.conventions`.
+    """
+    options = defaults.flatten(config)
+    del options["model.conventions"]
+    return options | {
+        f"model.conventions({name})": value for name, value in conventions(config).items()
+    }
+
+
 def unused(config):
-    """The options without effect in a config: name -> the option whose value is the reason."""
+    """Options without effect, named as by `spelled_out`: name -> the option that is the reason."""
     _, taken = chosen_network(config)
     found = {
         f"model.{name}": "model.name"
         for name in config.model
-        if name != "name" and name not in taken
+        if name not in ("name", "conventions") and name not in taken
+    }
+    found |= {
+        f"model.conventions({name})": "model.name"
+        for name in conventions(config)
+        if name not in taken
     }
     found |= {
         f"model.{name}": f"model.{other}"

@@ -62,8 +62,8 @@ def network_with(config, weights, path):
 
 def check_same_network(config, other, path):
     """Raise ValueError if a file's config makes another network, or one that gets other times."""
-    ours = defaults.flatten(config)
-    theirs = defaults.flatten(other)
+    ours = build.spelled_out(config)
+    theirs = build.spelled_out(other)
     if len(config.data.classes) != len(other.data.classes):
         were, are = (
             source.in_words(each.data.classes) if each.data.classes else "none"
@@ -73,14 +73,15 @@ def check_same_network(config, other, path):
             f"{path} was trained with other classes: they were {were}, are {are} in "
             f"{config.data.source}; begin from a run with as many, or train without train.init_from"
         )
-    free = {"model.dropout", "model.initialization", *build.unused(config)}
+    free = {"model.dropout", "model.conventions(initialization)", *build.unused(config)}
     keys = [key for key in ours if key.startswith("model.") or key == "diffusion.rescale_timesteps"]
     differing = [key for key in keys if key not in free and ours[key] != theirs[key]]
     if differing:
         unlike = "; ".join(f"{key} {theirs[key]!r}, not {ours[key]!r}" for key in differing)
+        options = dict.fromkeys(map(files.option_of, differing))
         raise ValueError(
             f"{path} was trained with {unlike}; to begin from it add "
-            f"{files.as_flags(other, differing)}"
+            f"{files.as_flags(other, options)}"
         )
 
 

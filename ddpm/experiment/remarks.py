@@ -24,8 +24,8 @@ def sampling_remarks(config, section):
 
 def unused_remarks(config):
     """A remark on options that are set and have no effect: lines, mostly none."""
-    values = defaults.flatten(config)
-    usual = defaults.flatten(defaults.base())
+    values = build.spelled_out(config)
+    usual = build.spelled_out(defaults.base())
     idle = {key: other for key, other in build.unused(config).items() if values[key] != usual[key]}
     if not idle:
         return []
@@ -47,7 +47,7 @@ def conditioning_remarks(net):
     return [
         f"{count} of {len(blocks)} residual blocks do not depend on time and class, because a "
         "norm with one channel a group removes what is added before it; for a new run leave "
-        "model.norm_num_groups at 0"
+        "norm_num_groups of model.conventions at 0"
     ]
 
 

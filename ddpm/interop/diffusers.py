@@ -34,9 +34,11 @@ def from_diffusers(folder, labels):
     if not scheduler:
         remedy = "put there the noise that the network was trained with"
         raise ValueError(f"there is no {other}; {remedy}")
-    options = tables.fields_as_options(path, unet, tables.UNET)
-    options |= shape_as_options(path, unet)
-    options |= tables.fields_as_options(other, scheduler, tables.SCHEDULER)
+    options = files.gather(
+        tables.fields_as_options(path, unet, tables.UNET)
+        | shape_as_options(path, unet)
+        | tables.fields_as_options(other, scheduler, tables.SCHEDULER)
+    )
     check.check_ranges(options)  # before anything is as long as they say
     learned = options["diffusion.variance"] == "learned"
     channels = options["data.channels"]
@@ -232,13 +234,13 @@ def to_diffusers(source, out):
 
 def unet_fields(path, config, net):
     """The fields of a UNet2DModel's config for a network; ValueError where it lacks an option."""
-    options = defaults.flatten(config)
+    options = build.spelled_out(config)
     model = config.model
     check_counterparts(path, config, options)
     groups = sorted(
         {layer.num_groups for layer in net.modules() if isinstance(layer, nn.GroupNorm)}
     )
-    field = f"config.model.norm_num_groups {model.norm_num_groups}, in groups of its norms,"
+    field = f"config.model.conventions {model.conventions}, in groups of its norms,"
     require(path, field, groups, [groups[:1]])
     blocks = [layer for layer in net.modules() if isinstance(layer, AttentionBlock)]
     heads = sorted({layer.norm.num_channels // layer.heads for layer in blocks})
@@ -265,9 +267,12 @@ def unet_fields(path, config, net):
 
 def check_counterparts(path, config, options):
     """Raise ValueError for an option of a config, as flat `options` too, that diffusers lacks."""
-    usual = defaults.flatten(defaults.base())
+    usual = build.spelled_out(defaults.base())
     # trained weights replace the initial ones
-    carried = {"model.initialization", *(option for _, option, _ in tables.UNET.values())}
+    carried = {
+        "model.conventions(initialization)",
+        *(option for _, option, _ in tables.UNET.values()),
+    }
     carried = carried.union(*tables.SHAPE.values())
     for option, value in options.items():
         if option.startswith("model.") and option not in carried:

@@ -61,10 +61,7 @@ def shape_options(path, tensors, size):
             if f"{first}.1.qkv.weight" in tensors
         ),
         "model.use_scale_shift_norm": len(shift) == 2 * widths[-1],
-        "model.freq_shift": 0,
-        "model.downsample_padding": 1,
-        "model.norm_num_groups": 32,
-        "model.norm_eps": 1e-5,
+        "model.conventions": "openai(norm_num_groups=32)",
         "diffusion.variance": "learned" if learned else "large",
         "diffusion.loss": "hybrid" if learned else "mse",
     }

@@ -80,7 +80,6 @@ NUMBERS = {
     "model.num_res_blocks": [1, 2],
     "model.num_heads": [1, 2, 3, 4],
     "model.num_head_channels": [0, 1, 2, 3, 4, 8],
-    "model.norm_num_groups": [1, 2, 3, 32],
     "diffusion.timesteps": [1, 2, 3, 10, 20, 1000],
     "train.batch_size": [1, 2, 3, 4, 7, 8, 16],
     "train.gradient_accumulation_steps": [1, 2, 3, 4, 8],

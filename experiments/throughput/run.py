@@ -55,7 +55,11 @@ TOY = {
     "toy 16x16x1": (
         "digits",
         None,
-        {"model.model_channels": 8, "model.channel_mult": (1, 2), "model.norm_num_groups": 8},
+        {
+            "model.model_channels": 8,
+            "model.channel_mult": (1, 2),
+            "model.conventions": "ho(norm_num_groups=8)",
+        },
         16,
         16,
         8,

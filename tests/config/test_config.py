@@ -20,6 +20,7 @@ from ddpm.config import files as config_files
 from ddpm.config.check import check
 from ddpm.config.defaults import base, flatten, freeze
 from ddpm.config.files import changed, from_json, to_json
+from ddpm.experiment import build
 
 ROOT = Path(__file__).parents[2]
 FREE_TEXT = {
@@ -400,6 +401,7 @@ def saved_before():
 
 MOVED_TO = {  # the options of that file that moved
     "data.background": (1, 2, 3),
+    "model.conventions": "openai(augmentation_place='after', norm_num_groups=2)",
     "train.spike_threshold": 20.0,
     "ema.extra_decays": (0.999,),
     "ema.sigma_rels": (0.05, 0.1),
@@ -418,9 +420,77 @@ def test_options_of_earlier_versions_are_read_where_they_are_now():
 
 
 def test_every_option_that_moved_is_one_that_is_gone_and_goes_to_one_that_is_there():
-    for key, option in defaults.MOVED.items():
+    for key, now in defaults.MOVED.items():
+        option = config_files.option_of(now)
         assert key not in defaults.OPTIONS and option in defaults.OPTIONS, key
-        assert defaults.moved(key) == defaults.moved(f"config.{key}") == f" (it is {option} now)"
+        note = defaults.moved(key)
+        assert note == defaults.moved(f"config.{key}") and option in note
+        if now != option:
+            entries = config_check.table(defaults.OPTIONS[option].choices[-1]).values()
+            argument = now.rstrip(")").partition("(")[2]
+            assert any(argument in config_files.usual_arguments(entry) for entry in entries), key
+    assert defaults.moved("data.matte") == " (it is data.background now)"
+    assert defaults.moved("model.norm_eps") == (
+        " (it is an argument now: model.conventions='NAME(norm_eps=...)')"
+    )
+
+
+@pytest.mark.parametrize(
+    "model, conventions",
+    [
+        ({}, "ho"),
+        ({"norm_num_groups": 32}, "ho(norm_num_groups=32)"),
+        # what ADM's recipe and improved DDPM's saved; padding has no effect with resblock_updown
+        (
+            {"freq_shift": 0, "norm_eps": 1e-5, "initialization": "torch"},
+            "openai(downsample_padding=0)",
+        ),
+        (
+            {"freq_shift": 0, "norm_eps": 1e-5, "initialization": "torch", "resblock_updown": True},
+            "openai",
+        ),
+        (
+            {"freq_shift": 0, "norm_eps": 1e-5, "initialization": "torch", "downsample_padding": 1},
+            "openai",
+        ),
+        ({"freq_shift": 0}, "ho(freq_shift=0)"),
+        ({"norm_eps": 0.001, "downsample_padding": 1}, "ho(downsample_padding=1, norm_eps=0.001)"),
+    ],
+)
+def test_the_conventions_of_a_saved_config_have_the_fewest_arguments(model, conventions):
+    """So that a run goes on by the command that has the code's name alone."""
+    usual = {
+        "augmentation_place": "before",
+        "downsample_padding": 0,
+        "freq_shift": 1,
+        "initialization": "glorot",
+        "noise_embedding": "auto",
+        "norm_eps": 1e-6,
+        "norm_num_groups": 0,
+    }
+    back = from_json(json.dumps({"format": 2, "model": usual | model}))
+    assert back.model.conventions == conventions
+    check(back)
+    assert build.conventions(back) == usual | {
+        key: value for key, value in model.items() if key != "resblock_updown"
+    } | ({"downsample_padding": 1} if "resblock_updown" in model else {})
+    assert from_json(to_json(back)) == back
+
+
+@pytest.mark.parametrize(
+    "value, line",
+    [
+        ("ho(freq_shift=2)", "freq_shift is 2; it must lie between 0 and 1"),
+        ("openai(downsample_padding=-1)", "downsample_padding is -1; it must lie between 0 and 1"),
+        ("ho(norm_eps=1.5)", "norm_eps is 1.5; it must lie between 0 and 1"),
+        ("ho(norm_num_groups=1025)", "norm_num_groups is 1025; it must lie between 0 and 1024"),
+        ("ho(initialization='he')", "unknown initialization 'he'; choose one of glorot, torch"),
+        ("ho(augmentation_place='in')", "unknown augmentation_place 'in'; choose one of before"),
+        ("ho(noise_embedding='cos')", "unknown noise_embedding 'cos'; choose one of auto, sines"),
+    ],
+)
+def test_conventions_out_of_range(value, line):
+    assert refusal("model.conventions", value).startswith(f"config.model.conventions: {line}")
 
 
 @pytest.mark.parametrize("version", [0, 3, "2", 2.0, True, None, {"a": 1}])
@@ -1048,6 +1118,7 @@ def test_groups_of_a_config_from_before_make_the_same_network(changes, groups):
     options = defaults.flatten(config_files.changed(defaults.freeze(defaults.base()), changes)) | {
         "model.norm_num_groups": 32
     }
+    del options["model.conventions"]
     nested = {}
     for key, value in options.items():
         section, _, leaf = key.rpartition(".")
@@ -1055,16 +1126,9 @@ def test_groups_of_a_config_from_before_make_the_same_network(changes, groups):
     for lacking in (False, True):
         if lacking:
             del nested["model"]["norm_num_groups"]
-        assert config_files.from_json(json.dumps(nested)).model.norm_num_groups == groups
-        assert (
-            config_files.from_json(json.dumps({"format": 1} | nested)).model.norm_num_groups
-            == groups
-        )
-    assert (
-        config_files.from_json(
-            json.dumps(
-                {"format": 2} | nested | {"model": nested["model"] | {"norm_num_groups": 32}}
-            )
-        ).model.norm_num_groups
-        == 32
-    )
+        for form in ({}, {"format": 1}):
+            back = config_files.from_json(json.dumps(form | nested))
+            assert build.conventions(back)["norm_num_groups"] == groups
+    nested["model"]["norm_num_groups"] = 32
+    back = config_files.from_json(json.dumps({"format": 2} | nested))
+    assert build.conventions(back)["norm_num_groups"] == 32

@@ -226,13 +226,13 @@ OTHERWISE = {  # another value of each option of `model`
     "num_head_channels": 4,
     "use_scale_shift_norm": True,
     "resblock_updown": True,
-    "freq_shift": 0,
-    "downsample_padding": 1,
-    "norm_num_groups": 1,
-    "noise_embedding": "sines",
-    "norm_eps": 0.1,
-    "initialization": "torch",
-    "augmentation_place": "after",
+    "conventions(freq_shift)": 0,
+    "conventions(downsample_padding)": 1,
+    "conventions(norm_num_groups)": 1,
+    "conventions(noise_embedding)": "sines",
+    "conventions(norm_eps)": 0.1,
+    "conventions(initialization)": "torch",
+    "conventions(augmentation_place)": "after",
 }
 
 
@@ -274,10 +274,14 @@ def test_options_are_unused_where_the_network_is_the_same_without_them(name):
         data__augment=0.0 if name == "unet_edm2" else 0.5,
     )
     plain = traits(given)
-    assert same(plain, traits(given)) and OTHERWISE.keys() == dict(given.model).keys() - {"name"}
+    assert same(plain, traits(given))
+    assert {f"model.{option}" for option in (*OTHERWISE, "name")} == {
+        option for option in build.spelled_out(given) if option.startswith("model.")
+    }
     idle = []
     for option, value in OTHERWISE.items():
-        changed = files.changed(given, {f"model.{option}": value})
+        option_and_name = {"model.conventions": "ho"} if "(" in option else {}
+        changed = files.changed(given, files.gather(option_and_name | {f"model.{option}": value}))
         assert changed != given
         if same(plain, traits(changed)):
             idle.append(f"model.{option}")
@@ -347,13 +351,13 @@ def test_the_log_names_the_options_that_have_no_effect(tmp_path):
             diffusion__predict="edm",
             diffusion__rescale_timesteps=True,
             diffusion__timesteps=20,
-            model__initialization="torch",
+            model__conventions="ho(initialization='torch')",
             train__length="1 steps",
         ),
         tmp_path,
     )
     said = (
-        "model.initialization=torch, diffusion.rescale_timesteps=True have no effect with "
+        "model.conventions(initialization)=torch, diffusion.rescale_timesteps=True have no effect with "
         "model.name=dit and diffusion.predict=edm"
     )
     assert said.split(", ", 1)[1] in (tmp_path / "training.log").read_text()
@@ -408,8 +412,7 @@ def test_the_recipes_are_those_of_their_papers():
     told = build.diffusion(improved, None).target.c_noise
     assert [told(t, 0.5, 0.5) for t in (0, 1000, 3999)] == [0, 250, 999.75]  # t 1000 / 4000
     assert build.diffusion(recipe("ddpm_cifar10"), None).target.c_noise(999, 0.5, 0.5) == 999
-    glorot = {path.stem for path in FILES if recipe(path.stem).model.initialization == "glorot"}
-    assert {path.stem for path in FILES} - glorot == {
+    assert {path.stem for path in FILES if recipe(path.stem).model.conventions == "openai"} == {
         "improved_ddpm_cifar10",
         "adm_imagenet64",
         "adm_imagenet128",
@@ -421,7 +424,11 @@ def test_the_recipes_are_those_of_their_papers():
     flow = recipe("rectified_flow_cifar10")
     assert flow.ema.decay == 0.999999 and flow.ema.warmup
     old = files.from_json('{"model": {"model_channels": 32}}')
-    assert (old.model.initialization, old.diffusion.rescale_timesteps, old.ema.rampup) == (
+    assert (
+        build.conventions(old)["initialization"],
+        old.diffusion.rescale_timesteps,
+        old.ema.rampup,
+    ) == (
         "glorot",
         False,
         0.0,

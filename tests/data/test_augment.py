@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ddpm.common import rng
 from ddpm.config import files
 from ddpm.data.augment import NUM_CONDITIONS, NUM_RANDOM, augment
-from ddpm.experiment import load
+from ddpm.experiment import build, load
 from ddpm.models.dit import Block, DiT
 from ddpm.models.layers import ResidualBlock
 from ddpm.models.unet import UNet
@@ -185,7 +185,7 @@ def test_a_checkpoint_of_before_is_told_of_augmentation_as_it_was():
     entered after the layers.
     """
     made = load.load(OLD, "cpu")
-    assert made.config.model.augmentation_place == "after"
+    assert build.conventions(made.config)["augmentation_place"] == "after"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 1, 8, 8, generator=generator)
     told = torch.randn(2, NUM_CONDITIONS, generator=generator)
@@ -200,9 +200,12 @@ def test_a_checkpoint_of_before_is_told_of_augmentation_as_it_was():
     assert (out - untold).abs().max() > 100 * 1e-4
     for changes, place in (({}, "before"), ({"data.augment": 0.3}, "after")):
         saved = json.loads(files.to_json(files.changed(tiny(), changes)))
-        assert files.from_json(json.dumps(saved)).model.augmentation_place == "before"
-        del saved["model"]["augmentation_place"]
-        assert files.from_json(json.dumps(saved)).model.augmentation_place == place
+        del saved["model"]["conventions"]
+        back = files.from_json(json.dumps(saved))
+        assert build.conventions(back)["augmentation_place"] == place
+        saved["model"]["augmentation_place"] = "before"
+        back = files.from_json(json.dumps(saved))
+        assert build.conventions(back)["augmentation_place"] == "before"
 
 
 def test_a_training_is_continued_and_cut_into_micro_batches(tmp_path):

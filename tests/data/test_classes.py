@@ -29,7 +29,9 @@ def learning(**options):
     """A tiny training that learns classes; in a norm of one channel a group, labels and times
     would have no effect.
     """
-    return tiny(**{"data__class_labels": True, "model__norm_num_groups": 4} | options)
+    return tiny(
+        **{"data__class_labels": True, "model__conventions": "ho(norm_num_groups=4)"} | options
+    )
 
 
 def pictures(folder, classes=("white", "black"), copies=4):
@@ -67,7 +69,7 @@ def two(tmp_path_factory):
             data__image_size=8,
             data__validation_fraction=0.0,
             model__attention_resolutions=(),
-            model__norm_num_groups=2,
+            model__conventions="ho(norm_num_groups=2)",
             diffusion__predict="x0",
             train__length="60 steps",
             train__learning_rate=1e-2,
@@ -186,7 +188,12 @@ def test_another_training_guides(trained, unlabelled, tmp_path):
 
     plain = drawn(trained)
     # worse + scale (out - worse) rounds where out and worse are the same: less than a grey level
-    assert np.abs(np.subtract(drawn(trained, guide_checkpoint=str(trained), guidance=2.0), plain)).max() <= 1
+    assert (
+        np.abs(
+            np.subtract(drawn(trained, guide_checkpoint=str(trained), guidance=2.0), plain)
+        ).max()
+        <= 1
+    )
     weak = tmp_path / "weak"
     run(learning(model__model_channels=4, train__length="3 steps", seed=1), weak)
     for guide in (weak, unlabelled):

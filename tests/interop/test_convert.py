@@ -329,7 +329,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run(
         tiny(
-            model__norm_num_groups=8,
+            model__conventions="ho(norm_num_groups=8)",
             model__num_head_channels=4,
             sample__sampler="ddpm(variance='large')",
         ),
@@ -356,7 +356,7 @@ def test_a_run_goes_out_and_comes_back(tmp_path, trained, file):
 def test_classes_go_out_and_come_back(tmp_path, dropout):
     """With one more label, the last, where the network knows what it is to have none."""
     made = tiny(
-        model__norm_num_groups=8,
+        model__conventions="ho(norm_num_groups=8)",
         data__class_labels=True,
         data__classes=("cat", "dog"),
         train__label_dropout=dropout,
@@ -388,7 +388,7 @@ def test_classes_go_out_and_come_back(tmp_path, dropout):
 def test_a_learned_variance_goes_out_and_comes_back(tmp_path):
     run(
         tiny(
-            model__norm_num_groups=8,
+            model__conventions="ho(norm_num_groups=8)",
             diffusion__variance="learned",
             diffusion__loss="hybrid",
             train__length="4 steps",
@@ -417,7 +417,7 @@ def test_what_their_process_cannot_be_is_refused(tmp_path):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         run(
             tiny(
-                model__norm_num_groups=8,
+                model__conventions="ho(norm_num_groups=8)",
                 train__length="1 steps",
                 train__warmup="0 steps",
                 **options,
@@ -1032,16 +1032,18 @@ def test_openais_that_do_not_fit_are_one_line(tmp_path, change, flags, message):
     "options, message",
     [
         (
-            dict(model__norm_num_groups=32),
-            "config.model.norm_num_groups 32, in groups of its norms, is [8, 16, 24, 32]",
+            dict(model__conventions="ho(norm_num_groups=32)"),
+            "config.model.conventions ho(norm_num_groups=32), in groups of its norms, is [8, 16, 24, 32]",
         ),
         (
-            dict(model__norm_num_groups=8, model__channel_mult=(2, 2)),
+            dict(model__conventions="ho(norm_num_groups=8)", model__channel_mult=(2, 2)),
             "config.model.channel_mult, its first, is 2",
         ),
         (
             dict(
-                model__norm_num_groups=8, model__attention_resolutions=(16, 8), model__num_heads=2
+                model__conventions="ho(norm_num_groups=8)",
+                model__attention_resolutions=(16, 8),
+                model__num_heads=2,
             ),
             "config.model.num_heads, in channels a head, is [4, 8]",
         ),

@@ -189,7 +189,14 @@ def test_groups_of_one_channel_are_said(tmp_path):
         "3 of 8 residual blocks do not depend on time and class, because a norm with one channel "
         "a group"
     )
-    run(tiny(model__norm_num_groups=32, train__length="1 steps", train__warmup="0 steps"), tmp_path)
+    run(
+        tiny(
+            model__conventions="ho(norm_num_groups=32)",
+            train__length="1 steps",
+            train__warmup="0 steps",
+        ),
+        tmp_path,
+    )
     assert (
         "8 of 8 residual blocks do not depend on time and class"
         in (tmp_path / "training.log").read_text()

@@ -50,7 +50,7 @@ RUN = tiny(
     diffusion__weighting="uncertainty",
     model__channel_mult=(1,),
     model__attention_resolutions=(),
-    model__norm_num_groups=4,
+    model__conventions="ho(norm_num_groups=4)",
     ema__sigma_rels=(0.1,),
     every__snapshot="6 steps",
 )

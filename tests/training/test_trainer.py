@@ -269,7 +269,7 @@ def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
     # which has the same shapes
     cases = [
         ("model__model_channels", 16, "8"),
-        ("model__norm_num_groups", 4, "0"),
+        ("model__conventions", "ho(norm_num_groups=4)", "ho"),
         ("diffusion__rescale_timesteps", True, "False"),
     ]
     for option, value, theirs in cases:
@@ -278,6 +278,11 @@ def test_init_from_starts_with_the_averaged_weights_of_another_run(tmp_path):
             f"was trained with {key} {theirs}, not {value}; to begin from it add "
             f"--config.{key}={theirs}"
         )
+        if option == "model__conventions":
+            said = (
+                r"was trained with model.conventions\(norm_num_groups\) 0, not 4; to begin from it "
+                "add --config.model.conventions=ho"
+            )
         with pytest.raises(ValueError, match=said):
             trainer.build_trainer(
                 tiny(train__init_from=str(tmp_path / "a"), **{option: value}),
