@@ -211,12 +211,11 @@ def check_training(options):
         )
 
 
-def check_conventions(options):
-    """Raise a ValueError for a convention of networks that is out of range."""
-    from ddpm.models.conventions import CONVENTIONS
-
-    with about("model.conventions"):
-        resolve("config.model.conventions", CONVENTIONS, options["model.conventions"])()
+def check_arguments(options):
+    """Raise a ValueError for arguments out of range, of entries that need nothing else."""
+    for key in ("model.conventions", "evaluate.likelihood"):
+        with about(key):
+            resolve(f"config.{key}", table(OPTIONS[key].choices[-1]), options[key])()
 
 
 @cache
@@ -335,7 +334,7 @@ def check_classes(options):
 RULES = (
     check_tuples,
     check_averages,
-    check_conventions,
+    check_arguments,
     check_classes,
     check_sharded,
     check_training,

@@ -189,11 +189,9 @@ OPTIONS = {
     "evaluate.classes": words(),
     "evaluate.batch_size": number(256, 1, 65536),  # images drawn and measured at once
     # bits/dim of held-out images: bound (of ancestral sampling), flow (of the ODE), both
-    "evaluate.likelihood": choice("none", "diffusion.likelihood.LIKELIHOODS"),
-    # held-out images that it is the mean of, at most
-    "evaluate.likelihood_images": number(256, 1, 10_000_000),
-    # network evaluations an image: at so many t, and in a quarter of steps of the ODE
-    "evaluate.likelihood_evaluations": number(100, 4, 10_000),
+    # by argument images=256 the mean of so many at most, and by nfe=100 so many network evaluations
+    # an image: at as many t, or in a quarter of as many steps of the ODE
+    "evaluate.likelihood": entry("none", "diffusion.likelihood.LIKELIHOODS"),
     # --- intervals in steps, epochs, images or minutes ---
     "every.log": interval("50 steps"),
     "every.sample": interval("1000 steps"),
@@ -285,6 +283,8 @@ MOVED = {
     "ema.more": "ema.extra_decays",
     "ema.profiles": "ema.sigma_rels",
     "sample.guide": "sample.guide_checkpoint",
+    "evaluate.likelihood_images": "evaluate.likelihood(images)",
+    "evaluate.likelihood_evaluations": "evaluate.likelihood(nfe)",
 }
 
 

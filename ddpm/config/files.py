@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import zlib
+from operator import itemgetter
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -126,10 +127,10 @@ def gather(options):
         for name in [gathered[option]] if option in gathered else table:
             usual = usual_arguments(table[name]) if name in table else {}
             differing = {
-                key: value for key, value in arguments.items() if usual.get(key, value) != value
+                key: arguments[key] for key in usual if arguments.get(key, usual[key]) != usual[key]
             }
             texts.append((len(differing), spell(name, differing)))
-        gathered[option] = min(texts)[1]
+        _, gathered[option] = min(texts, key=itemgetter(0))
     return gathered
 
 

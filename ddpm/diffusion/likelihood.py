@@ -9,6 +9,7 @@ al. 2021, Score SDE, eq. 39). Both run without guidance and without self-conditi
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,7 +18,24 @@ from einops import reduce
 
 BITS = 1 / math.log(2)  # in a nat
 HALF_PIXEL = 1 / 255  # half the distance of the 256 pixel values in [-1, 1]
-LIKELIHOODS = ("none", "bound", "flow", "both")
+
+
+class Measurement(NamedTuple):
+    """What is measured: `by` bound, flow or both, of at most so many images, by so many NFE an
+    image.
+    """
+
+    by: tuple = ()
+    images: int = 0
+    nfe: int = 0
+
+
+def measurement(*by, images=256, nfe=100):
+    """The Measurement of some of bound and flow; raises ValueError for counts out of range."""
+    for name, value, low, high in (("images", images, 1, 10_000_000), ("nfe", nfe, 4, 10_000)):
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; it must lie between {low} and {high}")
+    return Measurement(by, images, nfe)
 
 
 def normal_kl(mean, log_variance, other_mean, other_log_variance):
@@ -184,3 +202,12 @@ def flow_bits(model, x0, levels, u, probe, y=None):
 
     log_density = flow(denoise, x0 + (2 * u - 1) * HALF_PIXEL, levels, hutchinson(probe))
     return (-log_density / x0[0].numel() * BITS - math.log2(2 * HALF_PIXEL)).float()
+
+
+# name -> f(*, images, nfe) -> Measurement
+LIKELIHOODS = {
+    "none": Measurement,
+    "bound": partial(measurement, "bound"),
+    "flow": partial(measurement, "flow"),
+    "both": partial(measurement, "bound", "flow"),
+}

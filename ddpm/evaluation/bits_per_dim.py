@@ -12,7 +12,7 @@ from ddpm.runtime.device import exact
 
 
 class Likelihood:
-    """Measures bits per dimension of the images at `indices`, by the `kind` of LIKELIHOODS.
+    """Measures bits per dimension of the images at `indices`, `by` bound, flow or both.
 
     `whose` (training, held-out) and `weights` name images and weights in the protocol; `labels`
     are those of all images, for a class-conditional network. An image takes `evaluations` network
@@ -27,7 +27,7 @@ class Likelihood:
         indices,
         whose,
         model,
-        kind,
+        by,
         evaluations,
         batch_size,
         weights,
@@ -40,7 +40,7 @@ class Likelihood:
         self.batch_size = batch_size
         self.machine = machine
         self.labels = labels
-        self.by = [name for name in ("bound", "flow") if kind in (name, "both")]
+        self.by = by
         process = model.process
         self.edges = likelihood.timestep_strata(process, evaluations)
         self.levels = process.levels(min(evaluations // 4 + 1, process.timesteps), "karras")[:-1]

@@ -13,6 +13,7 @@ from ddpm.data import augment, cache
 from ddpm.data import order as data_order
 from ddpm.data import source as data_source
 from ddpm.diffusion.ddpm import DDPM
+from ddpm.diffusion.likelihood import LIKELIHOODS
 from ddpm.diffusion.targets import get_target
 from ddpm.evaluation import extractors
 from ddpm.models import MODELS
@@ -246,6 +247,11 @@ def recipe(config, section, labels, usual):
         shared.guidance_interval,
         shared.guide_checkpoint,
     )
+
+
+def likelihood(config):
+    """The Measurement of likelihood that a config asks for."""
+    return registry.resolve("likelihood", LIKELIHOODS, config.evaluate.likelihood)()
 
 
 def extractor(config, machine):

@@ -83,11 +83,9 @@ def comparison_operations(config, images):
 
 def likelihood_operations(config, flops):
     """The operations, at most, of the bits a dimension in one evaluation."""
-    section = config.evaluate
-    each = {"none": 0, "bound": flops.forward, "flow": flops.training, "both": sum(flops[:2])}[
-        section.likelihood
-    ]
-    return section.likelihood_images * section.likelihood_evaluations * each
+    by, images, nfe = build.likelihood(config)
+    each = {"bound": flops.forward, "flow": flops.training}
+    return images * nfe * sum(each[name] for name in by)
 
 
 def resolve_evaluation(config, images=SAMPLES, before=None):

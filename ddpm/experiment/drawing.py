@@ -54,19 +54,20 @@ def at_a_time(config, machine):
 
 def likelihood(config, net, images, machine, model=None):
     """The bits per dimension of held-out images, or training ones; ValueError for other classes."""
-    section, (learned, held_out) = config.evaluate, build.split(config, images)
-    if section.likelihood == "none":
+    measurement = build.likelihood(config)
+    learned, held_out = build.split(config, images)
+    if not measurement.by:
         return evaluation_scorer.NullScorer()
     whose, indices = ("held-out", held_out) if len(held_out) else ("training", learned)
-    indices = order.evenly_spaced(indices, section.likelihood_images)
+    indices = order.evenly_spaced(indices, measurement.images)
     return bits_per_dim.Likelihood(
         images,
         indices,
         whose,
         (model or build.diffusion(config, None)).around(net),
-        section.likelihood,
-        section.likelihood_evaluations,
-        min(section.batch_size, at_a_time(config, machine)),
+        measurement.by,
+        measurement.nfe,
+        min(config.evaluate.batch_size, at_a_time(config, machine)),
         load.weights_name(config),
         machine,
         images.labels if build.class_names(config, images) else None,

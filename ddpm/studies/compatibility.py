@@ -29,7 +29,7 @@ VARIED_BY = {
     "sampler": {"evaluate.sampler"},
     "steps": {"evaluate.steps"},
     "spacing": {"evaluate.spacing", "sample.spacing"},
-    "evaluations": {"evaluate.likelihood_evaluations"},
+    "evaluations": {"evaluate.likelihood"},
     "classes": {"data.class_labels", "evaluate.classes"},
     "given": {"data.class_labels"},
     "guidance": {"sample.guidance", "sample.guidance_interval", "sample.guide_checkpoint"},

@@ -89,8 +89,6 @@ NUMBERS = {
     "evaluate.num_samples": [0, 1, 2, 4, 5, 16],
     "evaluate.steps": [0, 1, 2, 3],
     "evaluate.batch_size": [1, 2, 3, 64],
-    "evaluate.likelihood_images": [1, 2, 3],
-    "evaluate.likelihood_evaluations": [4, 5, 9],
 }
 TUPLES = {
     "data.background": st.lists(st.integers(-1, 256), max_size=4),

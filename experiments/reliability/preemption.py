@@ -23,9 +23,7 @@ EVENTFUL = dict(
     every__evaluate="6 steps",
     evaluate__steps=10,
     evaluate__num_samples=32,
-    evaluate__likelihood="both",
-    evaluate__likelihood_images=8,
-    evaluate__likelihood_evaluations=16,
+    evaluate__likelihood="both(images=8, nfe=16)",
 )
 
 

@@ -437,9 +437,8 @@ def test_commands_are_interrupted_with_a_line_and_leave_nothing_half_written(min
             [
                 f"--checkpoint={mine}",
                 "--extractor=none",
-                "--likelihood=flow",
+                "--likelihood=flow(nfe=4000)",
                 "--workdir=e",
-                "--config.evaluate.likelihood_evaluations=4000",
             ],
             "no half-written file is left",
         ),
@@ -542,11 +541,10 @@ def test_the_evaluations_that_are_counted_are_those_that_are_made(
         lambda: sample_from_checkpoint(mine, tmp_path / "q.png", 3, steps=4),
         lambda: evaluate(
             mine,
-            likelihood="both",
+            likelihood="both(images=9, nfe=40)",
             num_samples=16,
             batch_size=8,
             steps=3,
-            **{"evaluate.likelihood_images": 9, "evaluate.likelihood_evaluations": 40},
         ),
     ):
         asked = []

@@ -151,9 +151,7 @@ def test_torchrun_on_two_ranks_trains_as_one_process_does(tmp_path):
         "--config.sample.steps=2",
         "--config.sample.num_images=4",
         "--config.wandb.mode=disabled",
-        "--config.evaluate.likelihood=both",
-        "--config.evaluate.likelihood_images=5",
-        "--config.evaluate.likelihood_evaluations=8",
+        "--config.evaluate.likelihood=both(images=5, nfe=8)",
     ]
     assert run_ddpm("main", *flags, f"--workdir={tmp_path}/one", cwd=tmp_path)[0] == 0
     launch = [
@@ -300,7 +298,7 @@ def test_evaluate_repeats_the_number_of_the_training(tmp_path, capsys):
     run(tiny(every__evaluate="12 steps"), tmp_path)
     logged = rows(tmp_path)[-1]
     capsys.readouterr()
-    again = evaluate(tmp_path, **{"evaluate.likelihood": "flow", "evaluate.likelihood_images": 2})
+    again = evaluate(tmp_path, **{"evaluate.likelihood": "flow(images=2)"})
     said = capsys.readouterr().out
     # recorded by a hash
     assert "against 1797 images of digits; bits/dim of 2 held-out images of digits under" in said

@@ -443,8 +443,7 @@ def labelled(path, **options):
             "data__class_labels": True,
             "train__length": "2 steps",
             "evaluate__extractor": "none",
-            "evaluate__likelihood": "bound",
-            "evaluate__likelihood_evaluations": 4,
+            "evaluate__likelihood": "bound(nfe=4)",
             "every__save": "2 steps",
         }
         | options

@@ -401,11 +401,12 @@ def saved_before():
 
 MOVED_TO = {  # the options of that file that moved
     "data.background": (1, 2, 3),
-    "model.conventions": "openai(augmentation_place='after', norm_num_groups=2)",
+    "model.conventions": "openai(norm_num_groups=2, augmentation_place='after')",
     "train.spike_threshold": 20.0,
     "ema.extra_decays": (0.999,),
     "ema.sigma_rels": (0.05, 0.1),
     "sample.guide_checkpoint": "",
+    "evaluate.likelihood": "both(images=8, nfe=16)",
 }
 
 
@@ -475,6 +476,31 @@ def test_the_conventions_of_a_saved_config_have_the_fewest_arguments(model, conv
         key: value for key, value in model.items() if key != "resblock_updown"
     } | ({"downsample_padding": 1} if "resblock_updown" in model else {})
     assert from_json(to_json(back)) == back
+
+
+@pytest.mark.parametrize(
+    "given, likelihood",
+    [
+        ({}, "none"),
+        ({"likelihood": "none", "likelihood_images": 5}, "none"),
+        ({"likelihood": "bound"}, "bound"),
+        ({"likelihood": "flow", "likelihood_images": 256, "likelihood_evaluations": 100}, "flow"),
+        ({"likelihood": "both", "likelihood_evaluations": 40}, "both(nfe=40)"),
+    ],
+)
+def test_the_counts_of_a_saved_likelihood_are_its_arguments(given, likelihood):
+    assert from_json(json.dumps({"evaluate": given})).evaluate.likelihood == likelihood
+
+
+@pytest.mark.parametrize(
+    "value, line",
+    [
+        ("bound(images=0)", "images is 0; it must lie between 1 and 10000000"),
+        ("both(nfe=3)", "nfe is 3; it must lie between 4 and 10000"),
+    ],
+)
+def test_counts_of_the_likelihood_out_of_range(value, line):
+    assert refusal("evaluate.likelihood", value) == f"config.evaluate.likelihood: {line}"
 
 
 @pytest.mark.parametrize(

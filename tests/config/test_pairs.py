@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm.common import registry
 from ddpm.diffusion.editing import EDITS, get_edit
 from ddpm.diffusion.likelihood import LIKELIHOODS
 from ddpm.diffusion.losses import LOSSES
@@ -58,7 +59,9 @@ AXES = {
     "edit": [
         "inpaint(jump_length=1, resamplings=2)" if name == "inpaint" else name for name in EDITS
     ],
-    "evaluate.likelihood": list(LIKELIHOODS),
+    "evaluate.likelihood": [
+        name if name == "none" else f"{name}(images=2, nfe=4)" for name in LIKELIHOODS
+    ],
     "train.optimizer": list(OPTIMIZERS),
     "train.learning_rate_decay": [DECAY.get(name, name) for name in DECAYS],
 }
@@ -106,8 +109,6 @@ def config_of(row):
         evaluate__steps=3,
         every__evaluate="2 steps",
         evaluate__extractor="none",
-        evaluate__likelihood_images=2,
-        evaluate__likelihood_evaluations=4,
         **given,
     )
 
@@ -201,7 +202,10 @@ def test_every_pair_that_can_be_trains_draws_edits_and_is_measured(part, tmp_pat
             if key.startswith("eval/bits") and not key.endswith("protocol")
         ]
         assert (
-            len(bits) == {"none": 0, "bound": 4, "flow": 1, "both": 5}[row["evaluate.likelihood"]]
+            len(bits)
+            == {"none": 0, "bound": 4, "flow": 1, "both": 5}[
+                registry.parse(row["evaluate.likelihood"])[0]
+            ]
         ), row
         assert torch.tensor([last["train/loss"], *bits]).isfinite().all(), row
         assert len(pictures) == (2 if get_edit(row["edit"]).single else 3), row

@@ -328,9 +328,7 @@ def test_the_network_that_draws_without_guidance_is_asked_once_a_step(trained):
 def test_validation_and_likelihood_are_told_the_labels(tmp_path):
     made = trainer.build_trainer(
         learning(
-            evaluate__likelihood="bound",
-            evaluate__likelihood_images=4,
-            evaluate__likelihood_evaluations=4,
+            evaluate__likelihood="bound(images=4, nfe=4)",
         ),
         tmp_path,
         device.start(),

@@ -281,9 +281,7 @@ def test_bits_under_the_flow_are_those_of_the_pixels():
 
 LIKELIHOOD = dict(
     evaluate__extractor="none",
-    evaluate__likelihood="both",
-    evaluate__likelihood_images=5,
-    evaluate__likelihood_evaluations=8,
+    evaluate__likelihood="both(images=5, nfe=8)",
     every__evaluate="6 steps",
 )
 
@@ -340,7 +338,7 @@ def test_bits_are_tracked_repeated_by_the_command_and_add_up(tmp_path, monkeypat
 def test_without_held_out_images_it_says_whose_bits_they_are(tmp_path):
     run(
         tiny(
-            **LIKELIHOOD | dict(evaluate__likelihood="bound"),
+            **LIKELIHOOD | dict(evaluate__likelihood="bound(images=5, nfe=8)"),
             data__validation_fraction=0.0,
             diffusion__self_condition=True,
             diffusion__beta_schedule="flow",
@@ -374,5 +372,5 @@ def test_bits_made_in_different_ways_do_not_compare():
             [measured(text(9, 100)), measured(text(9, 40))], ["diffusion.timesteps"]
         )
     compatibility.check_same_protocol(
-        [measured(text(9, 100)), measured(text(9, 40))], ["evaluate.likelihood_evaluations"]
+        [measured(text(9, 100)), measured(text(9, 40))], ["evaluate.likelihood"]
     )

@@ -83,7 +83,7 @@ def chosen(**options):
         {},
         {"sample__sampler": "ddpm", "sample__steps": 40},
         {"evaluate__num_samples": 300},
-        {"evaluate__likelihood": "both", "evaluate__likelihood_images": 20},
+        {"evaluate__likelihood": "both(images=20)"},
     ],
     ids=str,
 )
@@ -97,10 +97,10 @@ def test_all_evaluations_of_a_training_stay_within_the_budget(share, length, opt
     section = found.config.evaluate
     looks = extractors.OPERATIONS["digits"]
     bits = (
-        given.evaluate.likelihood_images
+        20
         * 100
         * (flops.forward + flops.training)
-        * (given.evaluate.likelihood == "both")
+        * (given.evaluate.likelihood == "both(images=20)")
     )
     compared = experiment_cost.comparison_operations(found.config, 1000)
     one = section.num_samples * (section.steps * flops.forward + looks) + compared + bits
@@ -340,9 +340,7 @@ def counted(work):
 def test_what_is_counted_is_what_is_computed(options, tmp_path):
     """A real step, a real drawing through the extractor, and real bits a dimension."""
     given = tiny(
-        evaluate__likelihood="both",
-        evaluate__likelihood_images=3,
-        evaluate__likelihood_evaluations=8,
+        evaluate__likelihood="both(images=3, nfe=8)",
         **options,
     )
     made = trainer.build_trainer(given, tmp_path, device.start(), tracker=Tracker())

@@ -204,9 +204,7 @@ def test_measuring_goes_on_with_the_same_numbers(trained):
     """
     options = {
         "evaluate.num_samples": 16,
-        "evaluate.likelihood": "both",
-        "evaluate.likelihood_images": 6,
-        "evaluate.likelihood_evaluations": 8,
+        "evaluate.likelihood": "both(images=6, nfe=8)",
     }
     expected = evaluate.evaluate(trained, "cpu", **options, **{"evaluate.batch_size": 2})
     with crowded(3) as asked:
@@ -252,9 +250,7 @@ def test_a_training_validates_draws_and_measures_with_what_fits(tmp_path):
         every__sample="4 steps",
         every__evaluate="4 steps",
         data__source="digits",
-        evaluate__likelihood="bound",
-        evaluate__likelihood_images=8,
-        evaluate__likelihood_evaluations=4,
+        evaluate__likelihood="bound(images=8, nfe=4)",
     )
     run(tiny(**given), tmp_path / "plain")
     made = trainer.build_trainer(tiny(**given), tmp_path / "crowded", device.start())

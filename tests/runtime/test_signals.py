@@ -28,10 +28,8 @@ EVENTFUL = dict(
     every__validate="4 steps",
     every__sample="4 steps",
     every__evaluate="4 steps",
-    evaluate__likelihood="both",
-    evaluate__likelihood_images=8,
+    evaluate__likelihood="both(images=8, nfe=8)",
     sample__steps=5,
-    evaluate__likelihood_evaluations=8,
     data__cache="none",
 )
 LONG = dict(  # minutes of drawing

@@ -81,9 +81,7 @@ def test_the_likelihood_is_measured_exactly_and_what_is_drawn_is_not(tmp_path):
         tmp_path,
         "cpu",
         **{
-            "evaluate.likelihood": "both",
-            "evaluate.likelihood_images": 4,
-            "evaluate.likelihood_evaluations": 8,
+            "evaluate.likelihood": "both(images=4, nfe=8)",
         },
     )
     seen = []
