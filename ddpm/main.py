@@ -62,7 +62,7 @@ def train_experiment(config, folder):
 def start(config, folder, stop, locks):
     """The Machine of a training, after checks that need no images; rank 0 locks the folder."""
     section = config.train
-    machine = device.start(section.amp, section.deterministic, None, stop, section.cudnn_benchmark)
+    machine = device.start(section.amp, section.deterministic, None, stop)
     with machine.raise_on_all_ranks():
         files.check_continues(config, folder)
         if machine.main:

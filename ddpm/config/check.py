@@ -189,12 +189,6 @@ def check_training(options):
         if "length" in arguments:
             arguments["length"] = durations.steps_of(arguments["length"], 1, 1)
         DECAYS[name](0, **arguments)
-    if options["train.deterministic"] and options["train.cudnn_benchmark"] == "on":
-        raise ValueError(
-            "config.train.deterministic is True and config.train.cudnn_benchmark is 'on', which "
-            "takes whichever convolution was faster this time; set train.cudnn_benchmark=auto, or "
-            "train.deterministic=False"
-        )
     if options["train.init_from"] and options["train.resume_from"]:
         raise ValueError(
             f"config.train.init_from is {options['train.init_from']!r} and "

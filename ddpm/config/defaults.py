@@ -121,9 +121,8 @@ OPTIONS = {
     "train.rollback": number(0.5, 0, 1),
     # type of the network's arithmetic
     "train.amp": choice("auto", "runtime.device.AMP"),
-    "train.deterministic": flag(False),  # on a GPU, bitwise repeatable and slower
-    # on a GPU, cuDNN tries its convolutions and takes the fastest: auto is on
-    "train.cudnn_benchmark": choice("auto", "runtime.device.BENCHMARK"),
+    # on a GPU, bitwise repeatable and slower: cuDNN does not try its convolutions for the fastest
+    "train.deterministic": flag(False),
     # torch.compile: a minute or more at the start, then fewer kernels; rounds differently
     "train.compile": flag(False),
     # memory format of convolutions: may pay in half precision on a GPU; rounds differently
@@ -269,7 +268,7 @@ RENAMED = (
     ("model.name", "unet_mp", "unet_edm2", None),
 )
 
-# option of an earlier version: the option that has its value now, or `option(argument)`
+# option of an earlier version: the option that has its value now, or `option(argument)`; or ""
 MOVED = {
     "data.matte": "data.background",
     "model.augmentation_place": "model.conventions(augmentation_place)",
@@ -279,6 +278,7 @@ MOVED = {
     "model.noise_embedding": "model.conventions(noise_embedding)",
     "model.norm_eps": "model.conventions(norm_eps)",
     "model.norm_num_groups": "model.conventions(norm_num_groups)",
+    "train.cudnn_benchmark": "",
     "train.spike": "train.spike_threshold",
     "ema.more": "ema.extra_decays",
     "ema.profiles": "ema.sigma_rels",
@@ -292,8 +292,12 @@ def moved(key):
     """A note on what an option of an earlier version is now, `" (it is data.background now)"`; ""
     for another key.
     """
-    now = MOVED.get(key.removeprefix("config."), "")
+    now = MOVED.get(key.removeprefix("config."))
+    if now == "":
+        return " (it was removed)"
+    if now is None:
+        return ""
     option, _, argument = now.rstrip(")").partition("(")
     if argument:
         return f" (it is an argument now: {option}='NAME({argument}=...)')"
-    return f" (it is {now} now)" if now else ""
+    return f" (it is {now} now)"

@@ -58,6 +58,7 @@ def from_json(text):
         options = {
             defaults.MOVED.get(key, key): value for key, value in defaults.flatten(saved).items()
         }
+        _ = options.pop("", None)  # of those that are gone
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise ValueError(
             "the saved config is not a JSON object; the file is damaged or not one of ours"

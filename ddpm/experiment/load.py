@@ -45,9 +45,7 @@ def load(run_or_file, device=None, **options):
         )
     net = network_with(config, weights, path)
     section = config.train
-    machine = runtime_device.start(
-        section.amp, section.deterministic, device, cudnn_benchmark=section.cudnn_benchmark
-    )
+    machine = runtime_device.start(section.amp, section.deterministic, device)
     net = net.to(machine.device, memory_format=machine.memory_format(config.data.image_size))
     return Loaded(f"{path} ({name} weights, step {step})", step, config, machine, net)
 

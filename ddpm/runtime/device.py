@@ -18,7 +18,6 @@ from ddpm.runtime.out_of_memory import Room
 from ddpm.runtime.signals import StopRequest, StopTraining
 
 AMP = ("auto", "off", "bf16", "fp16")
-BENCHMARK = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -244,11 +243,11 @@ def busy_cores(device):
     ]
 
 
-def start(amp="auto", deterministic=False, device=None, stop=None, cudnn_benchmark="auto"):
+def start(amp="auto", deterministic=False, device=None, stop=None):
     """Choose device, dtype and rank, configure torch and join the other ranks under torchrun.
 
     `device` is a torch device string, by default this rank's GPU, else the CPU. `stop` is the
-    StopRequest of this process. `cudnn_benchmark`, one of BENCHMARK, is by default on unless
+    StopRequest of this process. cuDNN tries its convolutions for the fastest unless
     `deterministic`. Raises ValueError for a device that is not available and an invalid rank.
     """
     # the first is the name from torch 2.9 on
@@ -278,8 +277,7 @@ def start(amp="auto", deterministic=False, device=None, stop=None, cudnn_benchma
         f"networks compute in {dtype} ({reason})",
     ]
     if on_gpu:
-        automatic = cudnn_benchmark == "auto" and not deterministic
-        torch.backends.cudnn.benchmark = cudnn_benchmark == "on" or automatic
+        torch.backends.cudnn.benchmark = not deterministic
     round_float32(on_gpu and dtype != torch.float32)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -422,6 +422,9 @@ def test_options_of_earlier_versions_are_read_where_they_are_now():
 
 def test_every_option_that_moved_is_one_that_is_gone_and_goes_to_one_that_is_there():
     for key, now in defaults.MOVED.items():
+        if not now:
+            assert key not in defaults.OPTIONS and defaults.moved(key) == " (it was removed)"
+            continue
         option = config_files.option_of(now)
         assert key not in defaults.OPTIONS and option in defaults.OPTIONS, key
         note = defaults.moved(key)

@@ -147,30 +147,15 @@ def test_a_gpu_rounds_only_beside_mixed_precision(monkeypatch, amp, expected):
     assert precision() == expected
 
 
-@pytest.mark.parametrize(
-    "choice, deterministic, expected",
-    [
-        ("auto", False, True),
-        ("auto", True, False),
-        ("on", False, True),
-        ("off", False, False),
-        ("off", True, False),
-    ],
-)
-def test_cudnn_s_benchmark_is_an_option_of_its_own(monkeypatch, choice, deterministic, expected):
-    """Of a training and of what draws from it; both are as they were where it is not given."""
-    given = tiny(train__deterministic=deterministic, train__cudnn_benchmark=choice).train
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_tries_its_convolutions_unless_it_is_deterministic(monkeypatch, deterministic):
     monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda wanted: None)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not expected)
-    runtime_device.start("off", deterministic, "cuda", cudnn_benchmark=given.cudnn_benchmark)
-    assert torch.backends.cudnn.benchmark == expected
-    with pytest.raises(
-        ValueError, match="set train.cudnn_benchmark=auto, or train.deterministic=False"
-    ):
-        tiny(train__deterministic=True, train__cudnn_benchmark="on")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    runtime_device.start("off", deterministic, "cuda")
+    assert torch.backends.cudnn.benchmark != deterministic
 
 
 def test_features_of_another_device_or_precision_are_not_taken(tmp_path):
