@@ -207,7 +207,6 @@ OPTIONS = {
     "wandb.name": text(),  # of the run; empty is $WANDB_NAME, else the run folder's
     "wandb.group": text(),  # runs shown together
     "wandb.tags": words(),
-    "wandb.notes": text(),  # a sentence about the run
 }
 
 
@@ -285,6 +284,7 @@ MOVED = {
     "sample.guide": "sample.guide_checkpoint",
     "evaluate.likelihood_images": "evaluate.likelihood(images)",
     "evaluate.likelihood_evaluations": "evaluate.likelihood(nfe)",
+    "wandb.notes": "",  # W&B reads $WANDB_NOTES
 }
 
 

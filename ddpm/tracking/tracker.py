@@ -198,7 +198,7 @@ def open_tracker(folder, *, config, wandb, start_step, total_steps, state=None, 
     """Return the tracker of the run in `folder`; one without sinks unless `main`.
 
     Rows continue after `start_step`. `config` is a flat dict of plain values, `config.a.b`. `wandb`
-    is a dict of mode (one of `MODES`), project, entity, name, group, tags and notes; an empty value
+    is a dict of mode (one of `MODES`), project, entity, name, group and tags; an empty value
     leaves W&B's default, or the folder's name. `state` is the `state_dict()` in the checkpoint of
     `start_step`, None for a new run. `code` is the commit of the code.
     """

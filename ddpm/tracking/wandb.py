@@ -236,7 +236,7 @@ class Wandb(files.Sink):
         return tracking_rows.rows_of(self.folder / files.Rows.name, self.reached)
 
     def _begin(self, mode, **which):
-        named = {key: self.options[key] or None for key in ("entity", "group", "tags", "notes")}
+        named = {key: self.options[key] or None for key in ("entity", "group", "tags")}
         settings = self.wandb.Settings(  # a new object each time: `init` changes it
             silent=True,
             reinit="create_new",
@@ -470,7 +470,6 @@ SETTINGS = {  # W&B's names for options
     "name": "run_name",
     "group": "run_group",
     "tags": "run_tags",
-    "notes": "run_notes",
 }
 ENVIRONMENT = {  # W&B's name, and the option that it replaces
     "WANDB_PROJECT": ("project", "project"),

@@ -33,7 +33,6 @@ FREE_TEXT = {
     "wandb.entity",
     "wandb.name",
     "wandb.group",
-    "wandb.notes",
 }
 # and pairs of numbers
 WORDS = {
@@ -327,7 +326,7 @@ def odd():
         train__gradient_clip=2,
         ema__decay=1e-300,
         wandb__tags=("a, b", "é"),
-        wandb__notes="two\nlines",
+        wandb__group="two\nlines",
     )
     check(given)
     return given
@@ -384,8 +383,8 @@ def test_a_renamed_value_goes_on_in_saved_configs_and_is_explained_in_given_ones
         (" unet_mp ( )", "unet_edm2 ( )"),
         ("dit(width=32)", "dit(width=32)"),
     ):
-        back = from_json(json.dumps(said | {"model": {"name": old}, "wandb": {"notes": "unet_mp"}}))
-        assert back.model.name == new and back.wandb.notes == "unet_mp"
+        back = from_json(json.dumps(said | {"model": {"name": old}, "wandb": {"group": "unet_mp"}}))
+        assert back.model.name == new and back.wandb.group == "unet_mp"
         check(back)
     for old in ("unet_mp", "unet_mp()"):
         assert complaint(check, with_options(model__name=old)) == (
@@ -715,7 +714,7 @@ def test_check_continues(tmp_path):
         ),
         (
             "configs/digits.py",
-            {"train.length": "9 steps", "every.log": "1 step", "wandb.notes": "x y"},
+            {"train.length": "9 steps", "every.log": "1 step", "wandb.group": "x y"},
             "digits",
         ),
     ],

@@ -85,7 +85,7 @@ class Trial:
         }
 
     def open(self, start):
-        options = dict.fromkeys(("project", "entity", "name", "group", "notes"), "") | {
+        options = dict.fromkeys(("project", "entity", "name", "group"), "") | {
             "mode": self.mode,
             "tags": (),
         }

@@ -29,7 +29,6 @@ OFFLINE = {
     "name": "",
     "group": "",
     "tags": (),
-    "notes": "",
 }
 ROOT = str(Path(__file__).parents[2])
 CONFIG = {
@@ -86,8 +85,9 @@ def test_a_written_row_is_closed(tmp_path):
         tracker.log(10, {"val/loss": 1.0})
 
 
-def test_what_wandb_is_told_of_the_run(tmp_path):
-    tracker = begin(tmp_path / "digits-a", tags=("one", "two"), group="g", notes="a sentence")
+def test_what_wandb_is_told_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_NOTES", "a sentence")
+    tracker = begin(tmp_path / "digits-a", tags=("one", "two"), group="g")
     tracker.summary("best/val_loss", 0.5)
     tracker.log(1, {"train/loss": 1.0})
     tracker.close(exit_code=3)
