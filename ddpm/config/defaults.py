@@ -170,10 +170,9 @@ OPTIONS = {
     # of the noise, apart from the training's seed so that grids of different seeds compare
     "sample.seed": number(0, 0, 2**63 - 1),
     # --- evaluate ---
-    # auto is digits for the digits, else inception; none draws nothing
-    "evaluate.extractor": choice("auto", "auto", "evaluation.extractors.EXTRACTORS", "none"),
-    # path of torch-fidelity's Inception weights; empty looks in its cache, then downloads
-    "evaluate.inception_weights": text(),
+    # auto is digits for the digits, else inception; none draws nothing. inception(weights='PATH')
+    # reads torch-fidelity's file there, else from its cache, else downloads it
+    "evaluate.extractor": entry("auto", "auto", "none", "evaluation.extractors.EXTRACTORS"),
     # share of the training's operations that evaluations may take, where every.evaluate is auto
     "evaluate.budget": number(0.05, 0, 1),
     # images drawn for the Frechet distance; 0 is 10,000, or the number in the data if smaller
@@ -282,6 +281,7 @@ MOVED = {
     "ema.more": "ema.extra_decays",
     "ema.profiles": "ema.sigma_rels",
     "sample.guide": "sample.guide_checkpoint",
+    "evaluate.inception_weights": "evaluate.extractor(weights)",
     "evaluate.likelihood_images": "evaluate.likelihood(images)",
     "evaluate.likelihood_evaluations": "evaluate.likelihood(nfe)",
     "wandb.notes": "",  # W&B reads $WANDB_NOTES

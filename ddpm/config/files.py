@@ -100,6 +100,10 @@ def from_json(text):
     if "model.conventions" not in options:
         arguments = saved_conventions(config, arguments, version)
     named = {key: options[key] for key in map(option_of, arguments) if key in options}
+    weights = arguments.get("evaluate.extractor(weights)")
+    automatic = config.evaluate.extractor == "auto"
+    if weights and automatic and parse(config.data.source)[0] != "digits":
+        named["evaluate.extractor"] = "inception"
     config.update_from_flattened_dict(gather(named | arguments))
     return defaults.freeze(config)
 

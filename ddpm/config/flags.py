@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from ddpm.common import errors
 from ddpm.common.files import expand_user
-from ddpm.common.registry import suggest
+from ddpm.common.registry import spell, suggest
 from ddpm.config import defaults
 from ddpm.config.check import check, check_ranges, check_types
 from ddpm.config.defaults import TYPES, base, flatten, freeze
@@ -122,17 +122,12 @@ MEASURING = {  # the same for a measurement alone
     "extractor": (
         "evaluate.extractor",
         flags.DEFINE_string,
-        "auto, digits, inception or none; by default the checkpoint's.",
+        "auto, digits, inception(weights='PATH') or none; by default the checkpoint's.",
     ),
     "likelihood": (
         "evaluate.likelihood",
         flags.DEFINE_string,
         "Bits/dim by bound, flow, both or none; by default the checkpoint's.",
-    ),
-    "inception_weights": (
-        "evaluate.inception_weights",
-        flags.DEFINE_string,
-        "Path of torch-fidelity's Inception weights; by default the checkpoint's.",
     ),
     "source": (
         "data.source",
@@ -141,6 +136,7 @@ MEASURING = {  # the same for a measurement alone
     ),
 }
 SECTIONS = {"sample": DRAWING, "evaluate": DRAWING | MEASURING}
+WEIGHTS = "inception_weights"  # a flag for an argument of evaluate.extractor
 BEHIND = {}  # the flags of this command, by the options behind them
 
 
@@ -165,14 +161,18 @@ def define_checkpoint_flags(section):
     flags.DEFINE_string("device", None, "cpu, cuda or cuda:1; by default the GPU if there is one.")
     for name, (_, define, words) in SECTIONS[section].items():
         define(name, None, words)
+    if section == "evaluate":
+        flags.DEFINE_string(
+            WEIGHTS, None, "PATH, which is short for --extractor=\"inception(weights='PATH')\"."
+        )
     BEHIND.update({option: name for name, option in names_of(section).items()})
 
 
 def drawing():
     """The flags of DRAWING and MEASURING that the command line gives, by name."""
-    return {
-        name: value for name in BEHIND.values() if (value := flags.FLAGS[name].value) is not None
-    }
+    names = [name for name in (*BEHIND.values(), WEIGHTS) if name in flags.FLAGS]
+    values = {name: flags.FLAGS[name].value for name in names}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def options(given, section):
@@ -185,6 +185,9 @@ def options(given, section):
     names = names_of(section)
     known = flatten(base())
     found = {}
+    if section == "evaluate" and given.get(WEIGHTS):
+        given = given | {"extractor": spell("inception", {"weights": str(given[WEIGHTS])})}
+    given = {name: value for name, value in given.items() if name != WEIGHTS}
     for name, value in given.items():
         option = names.get(name, name.removeprefix("config."))
         # the training's own seed is config.seed

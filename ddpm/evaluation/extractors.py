@@ -97,12 +97,12 @@ class Extractor:
         return f"{self.device.type}-float32"
 
 
-def inception(device, weights_path=""):
+def inception(device, *, weights=""):
     """The Inception v3 of FID (Heusel et al. 2017), converted from TensorFlow by torch-fidelity:
     2048 features.
 
-    The weights are the file at `weights_path`, else torch-fidelity's own below `$TORCH_HOME`, else
-    a download. Raises ValueError where they are missing, damaged or of another format.
+    The weights are the file at the path `weights`, else torch-fidelity's own below `$TORCH_HOME`,
+    else a download. Raises ValueError where they are missing, damaged or of another format.
     """
     # 1.6 s of start-up
     from torch_fidelity.feature_extractor_inceptionv3 import (
@@ -110,7 +110,7 @@ def inception(device, weights_path=""):
         FeatureExtractorInceptionV3,
     )
 
-    path = expand_user(weights_path) if weights_path else published_inception()
+    path = expand_user(weights) if weights else published_inception()
     digest = digest_of(
         path, f"leave it empty, or give the path of {INCEPTION} from {URL_INCEPTION_V3}"
     )
@@ -165,18 +165,15 @@ def published_inception():
         raise ValueError(
             f"no Inception weights: {path} is not there and cannot be downloaded "
             f"({one_line_with_type(error)}); download {URL_INCEPTION_V3} elsewhere and put it "
-            "there, or give its path: --config.evaluate.inception_weights=PATH to ddpm.main, "
-            "--inception_weights=PATH to ddpm.evaluate"
+            "there, or give its path: evaluate.extractor=\"inception(weights='PATH')\""
         ) from None
     finally:
         socket.setdefaulttimeout(patience)
     return path
 
 
-def digits(device, inception_weights=""):
-    """The small network shipped for scikit-learn's digits, 64 features; ignores
-    `inception_weights`.
-    """
+def digits(device):
+    """The small network shipped for scikit-learn's digits, 64 features."""
     return digits_extractor(DIGITS, device)
 
 
@@ -240,7 +237,7 @@ def extract(extractor, batches):
     return torch.cat([torch.empty(0, extractor.width), *map(extractor, batches)])
 
 
-# name -> f(device, inception_weights) -> Extractor, which checks its files at start-up
+# name -> f(device, *, arguments) -> Extractor, which checks its files at start-up
 EXTRACTORS = {
     "inception": inception,
     "digits": digits,

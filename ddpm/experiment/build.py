@@ -256,16 +256,18 @@ def likelihood(config):
 
 def extractor(config, machine):
     """The feature extractor of a config; raises ValueError if its weights are unavailable."""
-    found = extractors.EXTRACTORS[extractor_name(config)](
-        machine.device, config.evaluate.inception_weights
-    )
-    return replace(found, room=machine.room)
+    text = config.evaluate.extractor
+    if text == "auto":
+        text = extractor_name(config)
+    make = registry.resolve("config.evaluate.extractor", extractors.EXTRACTORS, text)
+    return replace(make(machine.device), room=machine.room)
 
 
 def extractor_name(config):
     """The name of the extractor of a config, what `auto` means for its data."""
-    if config.evaluate.extractor != "auto":
-        return config.evaluate.extractor
+    name, _ = registry.parse(config.evaluate.extractor)
+    if name != "auto":
+        return name
     return "digits" if registry.parse(config.data.source)[0] == "digits" else "inception"
 
 

@@ -280,7 +280,8 @@ def training_scorer(config, never, images, machine, model, notes):
         notes += scorer.notes
         return scorer
     except ValueError as error:
-        if config.evaluate.inception_weights:  # named, so a mistake and not a lack of network
+        # named, so a mistake and not a lack of network
+        if registry.parse(config.evaluate.extractor)[1].get("weights"):
             raise
         notes.append(f"going on without evaluation: {error}")
         return evaluation_scorer.NullScorer()

@@ -70,7 +70,7 @@ UNRELATED = (  # besides the section wandb, options that do not touch what is co
     "data.classes",
     "sample.batch_size",
     "evaluate.batch_size",
-    "evaluate.inception_weights",
+    "evaluate.extractor",
 )
 PROTOCOLS = ("eval/protocol", "eval/bits_per_dim_protocol")
 RENAMED_KEYS = {  # tracked keys of runs made before 2026-11-28: their names today

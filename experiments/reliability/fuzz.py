@@ -111,7 +111,9 @@ OTHER = {  # options that name files, or decide how long it takes
     "train.compile": st.just(False),
     "sample.compile": st.just(False),
     "wandb.mode": st.sampled_from(["disabled", "onlin", ""]),
-    "evaluate.extractor": st.sampled_from(["auto", "digits", "none", "incept"]),
+    "evaluate.extractor": st.sampled_from(
+        ["auto", "digits", "none", "incept", "inception(weights='nowhere.pth')"]
+    ),
     # the fuzzer's own process grows old
     "train.max_hours": st.sampled_from([0.0, 24.0, -1.0, float("nan")]),
     "data.source": st.sampled_from(
@@ -128,7 +130,6 @@ OTHER = {  # options that name files, or decide how long it takes
         ]
     ),
     "data.cache": st.sampled_from(["auto", "none", "cache", "/dev/null/x"]),
-    "evaluate.inception_weights": st.sampled_from(["", "nowhere.pth"]),
     "train.init_from": st.sampled_from(["", "nowhere", "/dev/null"]),
     "sample.guide_checkpoint": st.sampled_from(["", "nowhere"]),
 }

@@ -106,8 +106,7 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
 def test_fid_while_training_and_after(tmp_path, inception_file):
     """Through torch-fidelity's own network, with random weights from a file."""
     given = tiny(
-        evaluate__extractor="inception",
-        evaluate__inception_weights=str(inception_file),
+        evaluate__extractor=f"inception(weights='{inception_file}')",
         every__evaluate="2 steps",
         train__length="2 steps",
         data__source=f"folder(path='{photos(tmp_path)}')",
@@ -194,7 +193,7 @@ def test_without_inception_weights_the_training_goes_on_and_says_so(tmp_path, mo
     log = (tmp_path / "training.log").read_text()
     assert (
         "going on without evaluation: no Inception weights" in log
-        and "--config.evaluate.inception_weights=PATH" in log
+        and "evaluate.extractor=\"inception(weights='PATH')\"" in log
     )
     address = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
     assert f"; download {address} elsewhere and put it there" in log
@@ -203,8 +202,7 @@ def test_without_inception_weights_the_training_goes_on_and_says_so(tmp_path, mo
     with pytest.raises(ValueError, match=f"/no/such/file.* from {address}"):
         run(
             tiny(
-                evaluate__extractor="inception",
-                evaluate__inception_weights="/no/such/file",
+                evaluate__extractor="inception(weights='/no/such/file')",
                 every__evaluate="12 steps",
             ),
             tmp_path / "named",

@@ -28,7 +28,6 @@ FREE_TEXT = {
     "train.init_from",
     "train.resume_from",
     "sample.guide_checkpoint",
-    "evaluate.inception_weights",
     "wandb.project",
     "wandb.entity",
     "wandb.name",
@@ -405,6 +404,7 @@ MOVED_TO = {  # the options of that file that moved
     "ema.extra_decays": (0.999,),
     "ema.sigma_rels": (0.05, 0.1),
     "sample.guide_checkpoint": "",
+    "evaluate.extractor": "inception(weights='weights.pth')",
     "evaluate.likelihood": "both(images=8, nfe=16)",
 }
 
@@ -478,6 +478,27 @@ def test_the_conventions_of_a_saved_config_have_the_fewest_arguments(model, conv
         key: value for key, value in model.items() if key != "resblock_updown"
     } | ({"downsample_padding": 1} if "resblock_updown" in model else {})
     assert from_json(to_json(back)) == back
+
+
+@pytest.mark.parametrize(
+    "source, extractor, weights, now",
+    [
+        ("digits", "auto", "", "auto"),
+        ("digits", "auto", "a.pth", "auto"),
+        ("folder(path='cats')", "auto", "", "auto"),
+        ("folder(path='cats')", "auto", "a.pth", "inception(weights='a.pth')"),
+        ("folder(path='cats')", "none", "a.pth", "none"),
+        ("digits", "inception", "", "inception"),
+        ("digits", "inception", "a.pth", "inception(weights='a.pth')"),
+        ("digits", "digits", "a.pth", "digits"),
+    ],
+)
+def test_the_weights_of_a_saved_extractor_are_its_argument(source, extractor, weights, now):
+    saved = {
+        "data": {"source": source},
+        "evaluate": {"extractor": extractor, "inception_weights": weights},
+    }
+    assert from_json(json.dumps(saved)).evaluate.extractor == now
 
 
 @pytest.mark.parametrize(

@@ -472,8 +472,8 @@ def test_scoring_disturbs_no_generator(digits, inception_file, tmp_path):
         )
 
     before = states()
-    extractors.EXTRACTORS["inception"](CPU, inception_file)
-    extractor = extractors.EXTRACTORS["digits"](CPU, "")
+    extractors.EXTRACTORS["inception"](CPU, weights=inception_file)
+    extractor = extractors.EXTRACTORS["digits"](CPU)
     real = evaluation_reference.reference(extractor, Pictures(digits[:50]), tmp_path)
     distances.compare(real.features[:20], real, extractor)
     distances.perfect_generator(real, 20, extractor)
@@ -490,7 +490,7 @@ def test_autocast_and_gradients_outside_do_not_reach_in(extractor, digits, real)
 
 
 def test_inception_goes_through_torch_fidelitys_own_network(inception_file):
-    extractor = extractors.EXTRACTORS["inception"](CPU, str(inception_file))
+    extractor = extractors.EXTRACTORS["inception"](CPU, weights=str(inception_file))
     theirs = FeatureExtractorInceptionV3("theirs", ["2048"], inception_file)
     colour = (
         rng.uniform(0, "pixels", 0, range(3 * 3 * 16 * 12))
@@ -513,9 +513,9 @@ def test_extractors_take_the_operations_that_budgets_count(inception_file):
     for name, count in extractors.OPERATIONS.items():
         for size in (16, 40):
             with FlopCounterMode(display=False) as counter:
-                extractors.EXTRACTORS[name](CPU, str(inception_file))(
-                    torch.zeros(1, 3, size, size, dtype=torch.uint8)
-                )
+                weights = {"weights": str(inception_file)} if name == "inception" else {}
+                extractor = extractors.EXTRACTORS[name](CPU, **weights)
+                extractor(torch.zeros(1, 3, size, size, dtype=torch.uint8))
             assert counter.get_total_flops() == count
     assert set(extractors.OPERATIONS) == set(extractors.EXTRACTORS)
 
@@ -529,12 +529,12 @@ def test_no_inception_weights_and_no_network_is_one_line(tmp_path, monkeypatch):
     patience = socket.getdefaulttimeout()
     start = time.monotonic()
     with pytest.raises(ValueError) as error:
-        extractors.EXTRACTORS["inception"](CPU, "")
+        extractors.EXTRACTORS["inception"](CPU)
     line = str(error.value)
     assert (
         "\n" not in line
         and extractors.INCEPTION in line
-        and "--config.evaluate.inception_weights=PATH" in line
+        and "evaluate.extractor=\"inception(weights='PATH')\"" in line
     )
     assert str(tmp_path / "hub" / "checkpoints") in line
     assert time.monotonic() - start < 20 and socket.getdefaulttimeout() == patience
@@ -547,15 +547,15 @@ def test_weights_that_are_not_what_they_say_are_refused(tmp_path, monkeypatch):
     cached.parent.mkdir(parents=True)
     cached.write_bytes(b"half a download")
     with pytest.raises(ValueError, match="is damaged .*delete it to download it again$"):
-        extractors.EXTRACTORS["inception"](CPU, "")
+        extractors.EXTRACTORS["inception"](CPU)
     with pytest.raises(
         ValueError, match="^cannot read the extractor's weights .*No such file.*; leave it empty"
     ):
-        extractors.EXTRACTORS["inception"](CPU, tmp_path / "nowhere.pth")
+        extractors.EXTRACTORS["inception"](CPU, weights=tmp_path / "nowhere.pth")
     other = tmp_path / "other.pth"
     torch.save({"fc.weight": torch.zeros(3)}, other)
     with pytest.raises(ValueError, match="^[^\n]*holds no Inception weights[^\n]*$"):
-        extractors.EXTRACTORS["inception"](CPU, other)
+        extractors.EXTRACTORS["inception"](CPU, weights=other)
 
 
 class Trap:
@@ -569,7 +569,7 @@ class Trap:
 def test_a_weights_file_runs_no_code(tmp_path):
     torch.save(Trap(tmp_path / "sprung"), tmp_path / "trap.pth")
     with pytest.raises(ValueError, match="holds no Inception weights"):
-        extractors.EXTRACTORS["inception"](CPU, tmp_path / "trap.pth")
+        extractors.EXTRACTORS["inception"](CPU, weights=tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()
 
 
