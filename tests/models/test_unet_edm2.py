@@ -138,7 +138,11 @@ def test_fourier_features_tell_levels_of_noise_apart_as_published():
     ],
 )
 def test_the_target_chooses_the_embedding(predict, chosen, kind):
-    given = tiny(model__name="unet_edm2", diffusion__predict=predict, model__noise_embedding=chosen)
+    given = tiny(
+        model__name="unet_edm2",
+        diffusion__predict=predict,
+        model__conventions=f"ho(noise_embedding='{chosen}')",
+    )
     net = build.network(given)
     assert type(net.noise_features) is kind
     other = build.network(files.changed(given, {"diffusion.predict": "eps"}))
@@ -159,7 +163,8 @@ def test_checkpoints_of_before_fourier_features_draw_the_same():
     """
     made = load.load(OLD, "cpu")
     assert made.config.model.name == "unet_edm2"
-    assert made.config.model.noise_embedding == "sines" and made.config.diffusion.predict == "edm"
+    assert made.config.model.conventions == "ho(noise_embedding='sines')"
+    assert made.config.diffusion.predict == "edm"
     pixels = concatenate(
         drawing.drawer(made.config, made.net, made.machine)(
             range(2), build.grid_recipe(made.config)
@@ -177,9 +182,12 @@ def test_only_old_configs_of_unet_edm2_with_edm_mean_sines():
         ({"model.name": "unet_edm2", "diffusion.predict": "edm(sigma_data=0.4)"}, "sines"),
     ):
         saved = json.loads(files.to_json(files.changed(tiny(), changes)))
-        assert files.from_json(json.dumps(saved)).model.noise_embedding == "auto"
-        del saved["model"]["noise_embedding"]
-        assert files.from_json(json.dumps(saved)).model.noise_embedding == meant
+        del saved["model"]["conventions"]
+        back = files.from_json(json.dumps(saved))
+        assert build.conventions(back)["noise_embedding"] == meant
+        saved["model"]["noise_embedding"] = "auto"
+        back = files.from_json(json.dumps(saved))
+        assert build.conventions(back)["noise_embedding"] == "auto"
 
 
 @pytest.mark.parametrize(
