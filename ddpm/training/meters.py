@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import time
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass
 
 import torch
 
@@ -44,6 +46,7 @@ class Stopwatch:
         return seconds
 
 
+@dataclass
 class Speed:
     """Images and steps a second, and the share of time spent waiting for images.
 
@@ -52,20 +55,14 @@ class Speed:
     2022, appendix B: activations computed again do not count).
     """
 
-    def __init__(
-        self,
-        batch_size,
-        dataset_size,
-        flops_per_image=0,
-        peak=0,
-        wait=lambda: None,
-        now=time.monotonic,
-    ):
-        self.batch_size = batch_size
-        self.dataset_size = dataset_size
-        self.flops_per_image = flops_per_image
-        self.peak = peak
-        self.wait = wait
+    batch_size: int
+    dataset_size: int
+    flops_per_image: float = 0
+    peak: float = 0
+    wait: Callable[[], None] = lambda: None
+    now: InitVar[Callable[[], float]] = time.monotonic
+
+    def __post_init__(self, now):
         self.watch = Stopwatch(now)
         self.pause = self.watch.pause
         self.steps = 0
