@@ -23,14 +23,11 @@ def averages(config, weights):
     """A training's averages by the names of their parts; the first is drawn and measured."""
     section = config.ema
     named = {"ema": EMA(weights, section.decay, section.warmup, section.rampup)}
-    named |= {
-        load.part_name(decay): EMA(weights, decay, section.warmup, section.rampup)
-        for decay in section.extra_decays
-    }
-    return named | {
-        load.part_name(width): EMA(weights, posthoc_ema.power_function(width))
-        for width in section.sigma_rels
-    }
+    for decay in section.extra_decays:
+        named[load.part_name(decay)] = EMA(weights, decay, section.warmup, section.rampup)
+    for width in section.sigma_rels:
+        named[load.part_name(width)] = EMA(weights, posthoc_ema.power_function(width))
+    return named
 
 
 def rate(config, dataset_size, rollbacks=0):

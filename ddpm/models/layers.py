@@ -128,9 +128,8 @@ class Downsample(nn.Module):
 
     def __init__(self, channels, padding=0):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
-        nn.init.xavier_uniform_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)
+        layer = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = initialized(layer, zero=False)
 
     def forward(self, x):
         # TensorFlow's "SAME" padding, as Ho's weights expect: one row of zeros, at the far end
