@@ -38,16 +38,9 @@ def augment(x, numbers, probability):
     stretch = applied[:, 4] * 0.2 * stretch
     direction = 2 * math.pi * torch.special.ndtr(direction)
     translation = rearrange(applied[:, 5], "b -> b 1") * numbers[:, 12:14] / 8
-    conditions = [
-        *flips.T,
-        scale,
-        rotation.cos() - 1,
-        rotation.sin(),
-        stretch * (2 * direction).cos(),
-        stretch * (2 * direction).sin(),
-        *translation.T,
-    ]
-    conditions = torch.stack(conditions, dim=1)
+    turns = rotation.cos() - 1, rotation.sin()
+    stretches = stretch * (2 * direction).cos(), stretch * (2 * direction).sin()
+    conditions = torch.stack([*flips.T, scale, *turns, *stretches, *translation.T], dim=1)
 
     mirrored = torch.diag_embed(1.0 - 2.0 * flips)
     stretched = torch.diag_embed(torch.stack([2**stretch, 2**-stretch], dim=1))
