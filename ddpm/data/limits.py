@@ -209,9 +209,9 @@ def tiff_tags(file, size):
         if kind not in (1, 2, 7) and MAX_TAG_VALUES < count <= size:
             raise UnreadableImage("too large", f"{count:,} values in tag {tag}")
         if tag in tile:
-            if kind == 3:  # 16 bits at the start of the field
-                value = value >> (48 if big else 16) if order == ">" else value & 0xFFFF
-            tile[tag] = value
+            if kind == 3 and order == ">":  # 16 bits at the start of the field
+                value >>= 48 if big else 16
+            tile[tag] = value & 0xFFFF if kind == 3 else value
     if tile[322] * tile[323] > MAX_PIXELS:
         raise UnreadableImage("too large", f"tiles of {tile[322]}x{tile[323]} pixels")
 

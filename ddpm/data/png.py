@@ -53,16 +53,14 @@ def prepare_for_pil(file, size):
             if kind == b"CgBI":
                 raise colour.UnsupportedColour("a PNG of Apple's own kind")
             contents.setdefault(kind, content if kind != b"IDAT" else b"")
-            if (
-                kind in COLOUR_CHUNKS
-                or kind == b"acTL"
-                or kind in TEXT_CHUNKS
-                and not tells_orientation(kind, content)
-                or kind == b"tRNS"
-                and len(content) < MIN_TRNS_BYTES.get(contents.get(b"IHDR", b"")[9:10], 0)
-            ):
-                continue
-            pieces.append(chunk)
+            if kind == b"tRNS":
+                is_read = len(content) >= MIN_TRNS_BYTES.get(contents.get(b"IHDR", b"")[9:10], 0)
+            elif kind in TEXT_CHUNKS:
+                is_read = tells_orientation(kind, content)
+            else:
+                is_read = kind not in COLOUR_CHUNKS | {b"acTL"}
+            if is_read:
+                pieces.append(chunk)
     frames = int.from_bytes(contents.get(b"acTL", b"")[:4], "big")
     return io.BytesIO(b"".join(pieces)), transparent_colour(contents) | {
         "icc_profile": profile_of(contents),
