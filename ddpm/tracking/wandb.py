@@ -374,17 +374,11 @@ def check(options):
         import wandb
     except ImportError:  # a run says so and continues without
         return
-    settings = {
-        f"config.wandb.{key}": (setting, options[key])
-        for key, setting in SETTINGS.items()
-        if options[key]
-    }
-    settings |= {
-        name: (setting, os.environ[name])
-        for name, (setting, key) in ENVIRONMENT.items()
-        if os.environ.get(name) and not options.get(key)
-    }
-    for name, (setting, value) in settings.items():
+    for key, (setting, variable) in SETTINGS.items():
+        name = f"config.wandb.{key}" if options.get(key) else variable
+        value = options.get(key) or os.environ.get(variable)
+        if not value:
+            continue
         try:
             wandb.Settings(**{setting: value})
         except Exception as error:  # pydantic's, or W&B's own
@@ -464,15 +458,12 @@ def seconds_in_environment(name, default):
 
 MODES = ("auto", "online", "offline", "disabled")
 
-SETTINGS = {  # W&B's names for options
-    "project": "project",
-    "entity": "entity",
-    "name": "run_name",
-    "group": "run_group",
-    "tags": "run_tags",
-}
-ENVIRONMENT = {  # W&B's name, and the option that it replaces
-    "WANDB_PROJECT": ("project", "project"),
-    "WANDB_NAME": ("run_name", "name"),
-    "WANDB_RUN_ID": ("run_id", ""),
+# option -> W&B's name for it, and the environment variable that counts where it is empty
+SETTINGS = {
+    "project": ("project", "WANDB_PROJECT"),
+    "entity": ("entity", ""),
+    "name": ("run_name", "WANDB_NAME"),
+    "group": ("run_group", ""),
+    "tags": ("run_tags", ""),
+    "run_id": ("run_id", "WANDB_RUN_ID"),
 }
