@@ -137,8 +137,7 @@ def split_by_side(views, normals):
 def join_similar(views, members, partition, bar):
     """Join images of a bucket in a Partition if a view of one is similar to the other's first.
 
-    `members` are rising indices of views. View k belongs to image k modulo the number of images,
-    whose first view is the image as it is.
+    `members` are rising indices of views; the first view of image k is k, its next k + count, ...
     """
     count = len(partition.labels)
     pending = members[members < count]

@@ -107,8 +107,7 @@ class Machine:
     def raise_on_all_ranks(self):
         """Context for a block without collectives that must succeed on all ranks or on none.
 
-        Where ranks raise ValueError or OSError, rank 0 raises that of the lowest such rank, and the
-        other ranks exit with code 2 and no message.
+        On a ValueError or OSError, rank 0 raises that of the lowest rank, and others exit with 2.
         """
         refusal = None
         try:
@@ -223,10 +222,7 @@ WITHOUT_BF16 = ("gfx8", "gfx900", "gfx902", "gfx906", "gfx909", "gfx90c", "gfx10
 
 
 def busy_cores(device):
-    """Lines that advise OMP_WAIT_POLICY=PASSIVE on a busy machine; usually none.
-
-    There, threads that spin while they wait are three times as slow as threads that sleep, or more.
-    """
+    """Advice, if any, for a busy machine, where threads that spin are a third as fast, or less."""
     load = os.getloadavg()[0]
     cores = os.cpu_count() or 1
     if (

@@ -130,8 +130,8 @@ class Account(NamedTuple):
 def account(ledger, step, batch, weights, averages, accumulated=False):
     """The Account of a training step `step(number, batch)` on fake weights.
 
-    An optimizer step on zero gradients first creates the optimizer's state. If `accumulated`,
-    `batch` is a micro-batch whose gradients are added to existing ones.
+    A step on zero gradients first creates the optimizer's state. `accumulated`: gradients of the
+    micro-batch `batch` are added to existing ones.
     """
     ledger.parameters = step.parameters
     with ledger:
@@ -156,8 +156,8 @@ def account(ledger, step, batch, weights, averages, accumulated=False):
 def most_images(smaller, images, larger, more_images, available):
     """The largest batch whose step fits, with its margin, into `available` bytes.
 
-    Extrapolates from the accounts of a batch of `images` (`smaller`) and of `more_images`
-    (`larger`): at each moment of a step the live bytes are linear in the number of images.
+    Extrapolates from the accounts of `images` (`smaller`) and `more_images` (`larger`) at a time:
+    at each moment of a step the live bytes are linear in their number.
     """
     course = np.array(smaller.course)
     per_image = (np.array(larger.course) - course) / (more_images - images)

@@ -14,13 +14,13 @@ import time
 
 from ddpm.common import errors
 
-# of this process, nearly: so far it has hardly waited
+# when this process started, nearly: until now it has hardly waited
 BEGAN = time.monotonic() - time.process_time()
 NAMES = {signal.SIGINT: "Ctrl-C"}  # of signals, for people
 # the last is our own alarm clock
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
-SLACK = 0.02
-MOST_SLACK = 60  # share of the hours, and seconds at most, that are left unused
+SLACK = 0.02  # share of the hours that is left unused
+MOST_SLACK = 60  # seconds of it at most
 GOING_ON = ("ddpm.main", "ddpm.sweep")  # such commands
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what interrupts a command
 
@@ -134,9 +134,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self):
-        """Inside, a request raises StopTraining at once, at any point: for minutes of work that
-        saves nothing and cannot call `check()` (the start of a training, other libraries' code).
-        """
+        """Inside, a request raises StopTraining at once: for work that cannot call `check()`."""
         self.check()
         self.raises = True
         try:

@@ -129,9 +129,7 @@ class Text(Sink):
             self.bar.set_postfix_str(f"loss {loss:.4f}")
 
     def seconds_left(self, step, row):
-        """Seconds to the end: the steps at the speed last measured, and pauses (drawing, measuring)
-        as long per step as since the first measurement.
-        """
+        """Seconds to the end: steps at the last speed, with pauses (drawing ...) as until now."""
         now = time.monotonic()
         if "speed/step_ms" in row:
             seconds = row["speed/step_ms"] / 1000
