@@ -106,6 +106,7 @@ def config_of(row):
     return tiny(
         train__length="2 steps",
         train__warmup="1 steps",
+        data__validation_fraction=0.02,
         evaluate__steps=3,
         every__evaluate="2 steps",
         evaluate__extractor="none",
