@@ -1,5 +1,5 @@
-"""What every test stands on: no trace outside its own folder, one thread, and a run small enough
-to train in a second.
+"""Settings of every test: no trace outside its own folder, one thread; which files are quick, and
+which start first.
 """
 
 import os

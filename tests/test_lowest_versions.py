@@ -15,7 +15,7 @@ def test_the_floors_of_setup_py_were_installed_and_tested():
     # not among the requirements of the tests, as setup.py says, and tools that run no code of ours
     del floors["mosaicml-streaming"], floors["import-linter"], floors["mypy"]
     for name, floor in floors.items():
-        # of which there may only be a release that mends it, such as 1.11.1
+        # a floor may be the release that mends a fault, such as 1.11.1
         lowest = Version(floor).release
         assert Version(tested[name]).release[: len(lowest)] == lowest, (
             f"run experiments/lowest_versions/run.py again for {name}"

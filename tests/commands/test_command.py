@@ -426,7 +426,7 @@ def test_a_command_is_interrupted_while_it_imports(words, code, tmp_path):
 
 
 def test_commands_are_interrupted_with_a_line_and_leave_nothing_half_written(mine, tmp_path):
-    """Where lines are told every 0.3 seconds, the first line says that the work has begun."""
+    """Where progress is printed every 0.3 seconds, the first line says that the work has begun."""
     long = [f"--checkpoint={mine}", "--steps=1000", "--sampler=ddpm"]
     for number, name, words, kept in [
         (signal.SIGINT, "sample", [*long, "--out=q.png"], "no half-written file is left"),

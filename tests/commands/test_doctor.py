@@ -297,7 +297,7 @@ def test_a_verdict_needs_what_it_says():
 
 
 def test_files_that_are_no_images_are_counted_by_what_they_are(tmp_path):
-    """Of each kind one, named alike by the doctor and in the log; nothing is called damaged."""
+    """One of each kind, with one name in the doctor and the log; nothing is called damaged."""
     for number in range(31):
         photo(number).save(tmp_path / f"{number:02}.png")
     (tmp_path / "page.jpg").write_text("<html>404</html>")

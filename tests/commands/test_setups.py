@@ -247,7 +247,7 @@ RGB = ["--config.data.channels=3", "--config.evaluate.extractor=none"]
 
 @REAL_USERS
 def test_a_user_without_a_home_folder_and_a_name(public):
-    """As `docker run --user 54321`: nothing is kept, which is said, and the rest goes on, W&B
+    """As `docker run --user 54321`: nothing is cached, a line says so, and the rest goes on, W&B
     too.
     """
     folder = photos(public / "photos")

@@ -201,7 +201,7 @@ def test_joined_intervals_are_due_with_any_of_them_and_share_a_clock():
         now.move(8)  # 7.5 steps a minute: the eighth step is the first after a minute
         if every.due(step):
             due.append(step)
-    # time begins anew at each: 8 by time, 10 by count, 18 by time, 20 by count, 28 by time, 30 by
+    # time begins again at each: 8 by time, 10 by count, 18 by time, 20 by count, 28 by time, 30 by
     # count
     assert due == [8, 10, 18, 20, 28, 30]
 

@@ -67,7 +67,7 @@ AXES = {
 }
 INPAINT = AXES["edit"][0]
 CONTRADICTIONS = (
-    {  # pairs that no other choice can bring together, and what is said of them
+    {  # pairs that contradict each other whatever the rest is, and words of their error
         (
             ("data.augment", 0.5),
             ("model.name", "unet_edm2"),
@@ -115,7 +115,7 @@ def config_of(row):
 
 
 def refusal(row):
-    """What is said of a row that cannot be; nothing if it can."""
+    """The error of a row that is refused; an empty string where it is accepted."""
     try:
         given = config_of(row)
         build.check(given)

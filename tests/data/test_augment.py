@@ -1,4 +1,4 @@
-"""Augmentation: each transformation against its closed form, and what the network is told of it."""
+"""Augmentation: each transformation against its closed form, and what the network is conditioned on."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def images(*shape):
 
 
 def numbers(coin, **how):
-    """Numbers that toss one coin alone; the quantiles that say how stand at 6 to 13."""
+    """Numbers that toss a single coin; the quantiles that say how stand at 6 to 13."""
     given = torch.full((2, NUM_RANDOM), 9.0)
     if coin != NEVER:
         given[:, coin] = -9.0

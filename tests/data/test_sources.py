@@ -711,7 +711,7 @@ def test_a_process_that_leaves_a_loader_standing_ends():
         "data.open_source('digits', 8, 1)\n"
     )
     code += "running = loader.loader(source, ([k] for k in range(999)), 2)\nnext(running)\nraise SystemExit(9)\n"
-    # It takes seconds, nearly all of them imports; workers that were not told to stop would hold it
+    # It takes seconds, nearly all of them imports; workers without a stop request would hold it
     # for ever.
     ended = subprocess.run(
         [sys.executable, "-c", code], timeout=60, stderr=subprocess.PIPE, text=True

@@ -46,7 +46,7 @@ from support.oracles import (
 )
 from support.runs import run, tiny
 
-# of SHAPE, the left half painted anew
+# of SHAPE, the left half painted again
 HALF = torch.tensor([True, True, False, False]).expand(1, 1, 4, 4)
 
 

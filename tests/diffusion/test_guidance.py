@@ -79,7 +79,7 @@ def test_the_score_is_that_of_the_tilted_gaussian(predict, scale, level):
         / precision
     )
     score = -precision * (x - centre)
-    # float64 throughout but for sums of five terms of size ten
+    # float64 throughout except for sums of five terms of size ten
     torch.testing.assert_close(eps, -level.sigma * score, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(
         x0, (x + level.sigma**2 * score) / level.alpha, rtol=1e-11, atol=1e-11
@@ -123,7 +123,7 @@ def test_guidance_comes_before_clipping_and_leaves_a_learned_variance_alone():
 
 
 class Tiny(nn.Module):
-    """A network that knows its label and counts how often it is asked."""
+    """A network that knows its label and counts how often it is called."""
 
     def __init__(self):
         super().__init__()

@@ -240,7 +240,7 @@ def test_the_flow_has_the_exact_density_with_an_error_of_fourth_order(path):
 
 
 def exact_trace(f, y):
-    """f(y) and its divergence by its whole Jacobian."""
+    """f(y) and its divergence by its full Jacobian."""
     # images are independent: [c h w, b, c h w]
     jacobian = torch.autograd.functional.jacobian(lambda y: f(y).sum(0), y)
     size = y[0].numel()

@@ -97,7 +97,7 @@ def test_rescaling_keeps_the_end_as_noisy_at_any_length(name):
         return 2 * get_schedule(name, timesteps)[0][-1].log().item()
 
     # a sum of log(1 - beta), -7 to -10: its second-order term, the sum of beta^2 / 2, is 0.07 at T
-    # = 1000 and ten times that at T = 100; without the rescaling the whole sum would be four times
+    # = 1000 and ten times that at T = 100; without the rescaling the full sum would be four times
     # as large at T = 4000
     assert log_alpha_bar(100) == pytest.approx(log_alpha_bar(1000), rel=0.1)
     assert log_alpha_bar(4000) == pytest.approx(log_alpha_bar(1000), rel=0.01)

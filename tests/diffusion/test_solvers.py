@@ -1,4 +1,4 @@
-"""Solvers and spacings: orders on data whose flow is known, whole trajectories of diffusers,
+"""Solvers and spacings: orders on data whose flow is known, full trajectories of diffusers,
 both ends, and off the circle.
 """
 
@@ -346,7 +346,7 @@ def test_heun_stays_near_the_flow_where_the_first_step_is_huge(steps):
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
     errors = {}
     levels = process("cosine").levels(steps)
-    # a whole correction there would be off by a thousand differences of x0
+    # a full correction there would be off by a thousand differences of x0
     assert levels[0].ratio > 100 * levels[1].ratio
     for name in ("heun", "euler"):
         x = last(sampler(name)(gaussian, initial_noise(levels[0], noise), levels, noises()))
@@ -394,7 +394,7 @@ def test_mistakes_are_refused_at_the_start_of_a_run(name, remedy):
 
 
 def compare(scheduler, name, steps, tolerance, scaled=False, calls=1, given=lambda k: {}):
-    """Hold a whole walk against a scheduler of diffusers at its own timesteps; `scaled` ones
+    """Compare a full trajectory with a scheduler of diffusers at its own timesteps; `scaled` ones
     walk in x / alpha.
     """
     scheduler.set_timesteps(steps)

@@ -31,7 +31,7 @@ SAME = dict(rtol=0, atol=1e-5)
 
 
 def randomize(net, seed=0):
-    """Weights of which none is special, and outputs of order one."""
+    """Random weights, none of them zero or one, and outputs of order one."""
     torch.manual_seed(seed)
     for name, weight in net.named_parameters():
         # as it is at first, so that labels make a difference

@@ -110,7 +110,7 @@ def changes(net, first, second):
 
 
 def arguments(kind):
-    """Two calls of a network that differ in the time, the class or the augmentation alone."""
+    """Two calls of a network that differ only in the time, the class or the augmentation."""
     x = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     t = torch.full((2,), 500.0)
     y = torch.tensor([0, 1])

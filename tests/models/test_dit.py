@@ -217,7 +217,7 @@ def test_normed_queries_and_keys_do_not_depend_on_their_scale():
         before = attention(tokens)
         for values in (attention.qkv.weight.data, attention.qkv.bias.data):
             values[:64] *= 3  # those of queries and keys
-        # float32, and epsilon 1e-6 beside squares of about 1
+        # float32, and epsilon 1e-6 next to squares of about 1
         assert torch.allclose(attention(tokens), before, rtol=0, atol=1e-4) == qk_norm
 
 

@@ -682,7 +682,7 @@ def test_normed_queries_and_keys_do_not_depend_on_their_scale():
                 queries_and_keys = 2 * layer.norm.num_channels
                 layer.qkv.weight.data[:queries_and_keys] *= 3
                 layer.qkv.bias.data[:queries_and_keys] *= 3
-        # float32 through twenty layers, and epsilon 1e-6 beside squares of about 1
+        # float32 through twenty layers, and epsilon 1e-6 next to squares of about 1
         assert (
             torch.allclose(net(x, t), before, rtol=0, atol=1e-4 * before.abs().max().item())
             == qk_norm

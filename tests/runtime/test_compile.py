@@ -162,7 +162,7 @@ def test_a_network_is_one_graph(name, training):
 
 
 def test_each_size_of_batch_has_a_graph_of_fixed_shapes(monkeypatch):
-    """More of them than torch makes unless it is told: it then runs the plain network."""
+    """More of them than torch compiles by default: it then runs the plain network."""
     shapes = []
 
     def note(graph, inputs):

@@ -113,7 +113,7 @@ PUBLIC = {
 
 
 def close(value, published):
-    """Equal but for rounding to one decimal place, or to three digits."""
+    """Equal except for rounding to one decimal place, or to three digits."""
     return value == pytest.approx(published, rel=0.008, abs=0.06)
 
 

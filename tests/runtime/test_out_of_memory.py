@@ -286,7 +286,7 @@ def test_without_room_for_one_image_a_training_says_where(tmp_path):
 
 
 def test_a_command_without_room_is_one_line(trained, tmp_path):
-    """In a process of its own, each layer of which asks for more memory than there is."""
+    """In a separate process, where each layer asks for more memory than there is."""
     code = (
         "import runpy, sys, torch\n"
         "from torch.nn.modules.module import register_module_forward_pre_hook\n"

@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def seen(folder):
-    """Of each group, what each rank answered."""
+    """What each rank of each group returned."""
     return {
         name: [rank["answer"] for rank in ranks]
         for name, ranks in json.loads((folder / "seen.json").read_text()).items()
@@ -52,7 +52,7 @@ def seen(folder):
 
 @pytest.fixture(scope="module")
 def said(folder):
-    """Of each group, what each rank said."""
+    """What each rank of each group printed."""
     return {
         name: [rank["said"] for rank in ranks]
         for name, ranks in json.loads((folder / "seen.json").read_text()).items()

@@ -38,8 +38,8 @@ LONG = dict(  # minutes of drawing
 
 
 def asked_at(made, question, number=signal.SIGUSR1):
-    """Let a run be asked to stop while its network, not learning, is asked for the so-manieth
-    time.
+    """Send a run a stop signal at the call of its network with this number, not counting those of
+    training steps.
     """
     left = [question]
 
@@ -52,7 +52,7 @@ def asked_at(made, question, number=signal.SIGUSR1):
 
 
 def test_stopped_in_every_event_and_continued_to_the_same_bits(tmp_path):
-    """By step 4 the network is asked 6 times by validation, 5 by the grid, 4 by the distance,
+    """By step 4 the network is called 6 times by validation, 5 by the grid, 4 by the distance,
     and then by both likelihoods.
     """
     given = tiny(**EVENTFUL)

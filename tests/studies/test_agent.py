@@ -129,7 +129,7 @@ class Desk:
         return one, self.folder_of(one), int((self.folder / "pid").read_text())
 
     def content(self, sweep):
-        """All that is kept of a sweep's runs: files here, rows on the server."""
+        """All that a sweep's runs leave: files here, rows on the server."""
         files = [
             path
             for one in self.runs_of(sweep)
@@ -313,7 +313,7 @@ def bad_day(desk, study):
     agent.send_signal(signal.SIGINT)
     until(
         lambda: "again to terminate" in (desk.folder / "agent.log").read_text(),
-        "the agent has heard Ctrl-C",
+        "the agent has received Ctrl-C",
     )
     agent.send_signal(signal.SIGINT)
     assert agent.wait(timeout=120) == 0

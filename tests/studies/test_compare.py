@@ -776,7 +776,7 @@ def test_a_run_of_another_study_is_refused(here):
 
 
 def test_folders_without_a_study(here, capsys):
-    """What varies is found; without --out nothing is written."""
+    """The report finds what varies; without --out nothing is written."""
     (here / "runs" / "schedules" / "sweep.json").write_text("{}")
     found = compare(*map(str, sorted((here / "runs" / "schedules").iterdir())))
     assert (

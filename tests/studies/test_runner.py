@@ -82,7 +82,7 @@ def run_ddpm(folder, *flags, **options):
 
 
 def test_a_grid_with_broken_runs(tmp_path, capsys):
-    """Broken runs are told and the rest goes on; the same again runs only what is not done, and
+    """Broken runs are reported and the rest goes on; the same again runs only what is not done, and
     at last nothing.
     """
     photos = tmp_path / "photos"

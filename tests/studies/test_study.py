@@ -24,7 +24,7 @@ MEASURE = ["${env}", "${interpreter}", "-m", "ddpm.evaluate", "${args}"]
 
 @pytest.fixture
 def study(tmp_path):
-    """Read a study from parameters and what else is said."""
+    """Read a study from parameters and other keys."""
 
     def make(parameters, **said):
         path = tmp_path / "asked.yaml"

@@ -1,4 +1,4 @@
-"""The interfaces of CONTRIBUTING.md beside those who provide and use them; mypy checks this file.
+"""The interfaces of CONTRIBUTING.md next to those who provide and use them; mypy checks this file.
 
 Nothing here runs: an assignment states that its right side has the type on the left.
 """

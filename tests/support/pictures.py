@@ -78,7 +78,7 @@ def tiff(tags, content=b"", order="<"):
 
 @cache
 def attacks():
-    """name -> (content, the fault that it has, or "" for a picture that is whole)."""
+    """name -> (content, the fault that it has, or "" for an undamaged picture)."""
     plain = zlib.compress(bytes(64 * (3 * 64 + 1)))
     stream = inflating(256)
     jpeg = saved("JPEG")

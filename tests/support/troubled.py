@@ -104,7 +104,7 @@ class Trial:
         self.tracker.log(step, row(step), images)
 
     def rows(self):
-        """The steps that metrics.jsonl has whole and right."""
+        """The steps whose rows in metrics.jsonl are complete and right."""
         lines = [
             json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
         ]
@@ -119,7 +119,7 @@ class Trial:
         )
 
     def sent(self):
-        """The steps that the server has whole and right."""
+        """The steps whose rows on the server are complete and right."""
         run = self.server.runs.get(self.tracker.state["wandb_id"])
         return (
             [line["_step"] for line in run.history if row(line["_step"]).items() <= line.items()]
@@ -287,7 +287,7 @@ def losses(found):
     return lost
 
 
-# W&B takes a status of 200 for yes, and makes a deleted run anew
+# W&B takes a status of 200 for yes, and makes a deleted run again
 UNTOLD = ("garbled", "cut off", "deleted")
 UNHEALED = ("log disk full, offline",)  # until the training goes on
 

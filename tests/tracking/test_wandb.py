@@ -1,4 +1,4 @@
-"""Whatever is wrong with W&B: no row is lost, nothing waits for it, and it is said once. Kinds:
+"""Whatever is wrong with W&B: no row is lost, nothing waits for it, and one line reports it. Kinds:
 tests/support/troubled.py.
 """
 

@@ -1,4 +1,4 @@
-"""Files of weights: what older versions and other programs wrote is read, and what may go is told.
+"""Files of weights: what older versions and other programs wrote is read, and what may be deleted is named.
 
 Damage, hostile files, kills and full disks are faults of experiments/reliability
 (tests/test_reliability.py).

@@ -84,7 +84,7 @@ def test_ramp_up_is_edms(model):
     decays = [0.5 ** (20 / max(min(400, 0.05 * 20 * n), 1e-8)) for n in range(600)]
     assert decays[0] == 0 and decays[399] < decays[400] == decays[599]  # both branches are met
     values = walk(model, ema, 600)
-    # a float32 rounding of 6e-8 each step, of which the last 30 count
+    # a float32 rounding of 6e-8 each step; the last 30 steps count
     torch.testing.assert_close(
         ema.shadow["weight"].double(), weighted_sum(values, decays, "weight"), rtol=0, atol=5e-6
     )
@@ -182,7 +182,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_the_average_is_applied_without_a_second_copy_of_the_weights():
-    """At most one tensor's worth is allocated, of 40, and nothing of it is kept."""
+    """At most one tensor's worth is allocated, of 40, and none of it is kept."""
     net = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40)))
     ema = EMA(net)
     one = 64 * 64 * 4

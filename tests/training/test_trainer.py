@@ -1,4 +1,4 @@
-"""A run as a whole: what it leaves in its folder, and that stopping it anywhere changes nothing."""
+"""A full run: what it leaves in its folder, and that stopping it anywhere changes nothing."""
 
 import os
 import re
