@@ -66,7 +66,7 @@ class Training(NamedTuple):
 
     config: defaults.FrozenConfigDict
     weights: int  # parameters of the network
-    operations: cost.Operations
+    flops: cost.Flops
     steps: int
     num_images: int  # in the data; 0 where nothing is counted in epochs
     data_words: str  # about the images in the data
@@ -75,7 +75,7 @@ class Training(NamedTuple):
     @property
     def kernels(self):
         """The kernels that a step launches on one GPU."""
-        return self.config.train.gradient_accumulation_steps * self.operations.kernels
+        return self.config.train.gradient_accumulation_steps * self.flops.kernels
 
     def batch_on(self, num_gpus):
         """The batch size, rounded up to what the ranks and micro-batches divide."""
@@ -105,7 +105,7 @@ def plan(config, vram, mfu, num_gpus, gpus=USUAL):
     shape = "x".join(map(str, build.image_shape(config)[::-1]))
     yield (
         f"{config.model.name}: {training.weights:,} parameters, images {shape}, "
-        f"{training.operations.training / 1e9:,.4g} GFLOP an image, forward and backward\n"
+        f"{training.flops.training / 1e9:,.4g} GFLOP an image, forward and backward\n"
     )
     yield from memory_lines(config, vram, num_gpus)
     yield from time_lines(training, mfu, num_gpus, gpus)
@@ -120,10 +120,10 @@ def training_of(config):
     """The Training of a config."""
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in build.network(config).parameters())
-    operations = cost.count_flops(config)
+    flops = cost.count_flops(config)
     steps, num_images, words = length(config)
-    evaluation = cost.plan_evaluation(config, num_images, operations)
-    return Training(config, weights, operations, steps, num_images, words, evaluation)
+    evaluation = cost.plan_evaluation(config, num_images, flops)
+    return Training(config, weights, flops, steps, num_images, words, evaluation)
 
 
 PARTS = ["weights", "EMA", "optimizer", "gradients", "activations", "workspace"]  # of an Account
@@ -210,7 +210,7 @@ def time_lines(training, mfu, num_gpus, gpus):
             f"--config.train.batch_size={together}"
         )
     evaluation = training.evaluation
-    images = evaluation.operations / training.operations.training
+    images = evaluation.operations / training.flops.training
     yield (
         f"{evaluation.words}\nan evaluation of {evaluation.config.evaluate.num_samples:,} images "
         f"costs as much as training on {images:,.0f}\n"
@@ -226,7 +226,7 @@ def time_row(training, name, mfu, num_gpus):
     for n, batch_size in ((1, section.batch_size), (num_gpus, training.batch_on(num_gpus))):
         spent, rate = hours(
             training.steps * section.batch_size,
-            training.operations.training,
+            training.flops.training,
             gpu,
             DTYPES[kind],
             mfu,
