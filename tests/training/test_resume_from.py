@@ -5,6 +5,7 @@ refused in one line.
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,3 +244,26 @@ def test_the_folder_s_name_tells_two_starts_apart():
         for path in ("runs/a", "runs/b")
     )
     assert one != other and one != "digits"
+
+
+def test_a_run_that_an_earlier_version_began_goes_on_to_the_bit(tmp_path):
+    """Its config.json and its checkpoint name options that are arguments or gone now."""
+    text = (Path(__file__).parents[1] / "golden/options_before_moving.json").read_text()
+    given = files.from_json(text)
+    assert run(given, tmp_path / "whole")
+    old = tmp_path / "old"
+    assert run(files.changed(given, {"train.length": "2 steps"}), old)
+    path = old / "checkpoints/step_00000002.pt"
+    content = checkpoint.load(path) | {"config": text}
+    torch.save(content, old / "checkpoint")  # not over the file, whose tensors are mapped
+    os.replace(old / "checkpoint", path)
+    (old / "config.json").write_text(text)
+    assert run(given, old)
+    name = "step_00000004.pt"
+    assert equal(parts(old, name), parts(tmp_path / "whole", name))
+    assert rows(old) == rows(tmp_path / "whole")
+    written = files.read(old / "config.json")
+    assert (written.model, written.ema, written.data) == (given.model, given.ema, given.data)
+    other = files.changed(given, {"model.conventions": "ho"})
+    with pytest.raises(ValueError, match=r"model.conventions: .openai\(norm.* there, .ho. here"):
+        files.check_continues(other, old)
