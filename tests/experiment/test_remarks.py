@@ -225,8 +225,9 @@ def test_an_evaluation_that_costs_more_than_its_training_is_said_before_it_begin
     lines = log_of(tmp_path).splitlines()
     (at,) = (k for k, line in enumerate(lines) if "the evaluation that begins costs" in line)
     assert "eval/fd_digits" not in "".join(lines[:at]) and "eval/fd_digits" in "".join(lines[at:])
-    asked = cost.count_flops(given)
-    ratio = (64 * (20 * asked.forward + extractors.OPERATIONS["digits"])) / (6 * 8 * asked.training)
+    flops = cost.count_flops(given)
+    drawing = 64 * (20 * flops.forward + extractors.OPERATIONS["digits"])
+    ratio = (drawing + cost.comparison_operations(given, 1797)) / (6 * 8 * flops.training)
     said = (
         r"costs ([\d.]+) times what the training up to step 6 did, about (\S+ \S+) against "
         r"(\S+ \S+) at the speed measured"
