@@ -48,7 +48,7 @@ def main(words):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         code = read_number(lines)
     if code < 0:
-        if -code in PASSED_ON:
+        if -code != signal.SIGKILL:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
