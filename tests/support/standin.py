@@ -5,6 +5,7 @@ other options Python itself runs.
 commands.python() copies this file as `python` next to the launcher's socket.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -43,8 +44,13 @@ def main(words):
     connection.sendall(text[sent:])
     with connection.makefile() as lines:
         child = read_number(lines)
-        for number in set(PASSED_ON).difference(request["ignored"]):
-            signal.signal(number, lambda number, _: os.kill(child, number))
+
+        def pass_on(number, _):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(child, number)
+
+        for number in PASSED_ON.difference(request["ignored"]):
+            signal.signal(number, pass_on)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         code = read_number(lines)
     if code < 0:
