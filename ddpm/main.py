@@ -115,6 +115,7 @@ def main():
     """Train what the flags say; returns the exit code."""
     config, file, overrides = config_flags.given_config()
     code = train_experiment(config, WORKDIR.value or files.default_workdir(file, overrides))
+    config_flags.flush_stdout()  # what cannot be written there is in training.log
     return errors.DONE if code == errors.INTERRUPTED and ranks.restarted() else code
 
 

@@ -563,10 +563,10 @@ def stdout_has_no_reader():
 
 
 def flush_stdout():
-    """Write what stdout holds, or drop it where nobody reads: Python would complain at its end."""
+    """Write what stdout holds, or drop it if that fails: Python would complain at its end."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:  # nobody reads, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -626,10 +626,13 @@ def run_command(main):
 
         WARNINGS.attach()
         try:
+            code = errors.DONE
             if "print_config" in flags.FLAGS and flags.FLAGS.print_config:
                 print(to_json(given_config()[0]))
-                return errors.DONE
-            return main(argv[1:]) if inspect.signature(main).parameters else main()
+            else:
+                code = main(argv[1:]) if inspect.signature(main).parameters else main()
+            sys.stdout.flush()  # fails here, not after the exit code, if the disk is full
+            return code
         except (ValueError, OSError) as error:
             end_with_mistake(error)
         except Exception as error:

@@ -83,6 +83,7 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
     stopped = checkpoint.checkpoints(tmp_path / "run")[-1][0]
     # the next start logs the rest
     assert 10 <= stopped < 60 and rows(tmp_path / "run")[-1]["step"] in (stopped - 1, stopped)
+    environment |= {"PYTHONUNBUFFERED": ""}  # so that the last write fails as well
     with open("/dev/full", "w") as console:
         assert (
             subprocess.run(command, cwd=tmp_path, env=environment, stdout=console).returncode == 0
@@ -274,6 +275,20 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(words, codes, unb
     )
     os.close(writer)
     assert done.returncode in codes and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_result_that_cannot_be_written_is_one_line_and_no_success(unbuffered):
+    """As `python -m ddpm.plan ... > file` does on a full disk."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    command = [python(), "-m", "ddpm.plan", f"--config={ROOT}/configs/digits.py"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "No space left on device" in line
 
 
 @pytest.mark.parametrize(
