@@ -106,7 +106,7 @@ def test_names_of_folders_tell_points_apart(study):
     names = [asked.run_name(point) for point in asked.grid()]
     assert len(set(names)) == 4 and names[0].startswith("evaluate.sampler=ddim_eta=0.5-")
     assert names[0].endswith("-evaluate.steps=5")
-    long = study({"config.wandb.notes": {"values": ["a" * 200, "a" * 201]}})
+    long = study({"config.wandb.group": {"values": ["a" * 200, "a" * 201]}})
     assert (
         len({long.run_name(point) for point in long.grid()}) == 2
         and len(long.run_name(long.grid()[0])) < 128
