@@ -16,7 +16,10 @@ COUNTS = ("step", "epoch", "image")
 
 
 def parse_duration(text, times=True):
-    """Parse `"2.5 epochs"` into `(Fraction(5, 2), "epoch")`; `times` allows units of time."""
+    """Parse `"2.5 epochs"` into `(Fraction(5, 2), "epoch")`; `times` allows units of time.
+
+    Raises ValueError for any other text.
+    """
     units = COUNTS + (tuple(SECONDS) if times else ())
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d\d?)?)\s*([a-z]+?)s?\s*", str(text))
     if not match or match[2] not in units:

@@ -86,7 +86,11 @@ def make_grid(images, nrow=None, padding=2):
 
 
 def save_image_grid(images, path, nrow=None, value_range=(0, 1)):
-    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`."""
+    """Save images [b, c, h, w], uint8 or floats in `value_range`, as one picture at `path`.
+
+    `nrow` images per row, by default as square as possible. Raises ValueError for another shape,
+    values outside the range, or a suffix that is not in `PICTURES`.
+    """
     suffix = check_picture(path)
     if images.ndim != 4:
         raise ValueError(
@@ -174,7 +178,10 @@ def file_or_in(out, format):
 
 
 def folder_of(out, format, only=False):
-    """The folder that a format writes to; `out` is it or, unless `only`, the format's one file."""
+    """The folder that a format writes to; `out` is it or, unless `only`, the format's one file.
+
+    Raises ValueError if `out` is named like a file that the format does not write.
+    """
     suffix = Path(out).suffix.lower()
     kind = next((kind for kind, (_, suffixes) in SINGLE.items() if suffix in suffixes), None)
     if kind is None or Path(out).is_dir():

@@ -16,7 +16,10 @@ STRAY = re.compile("[\ud800-\udfff]")
 
 
 def parse(text):
-    """Parse `"name(key=value, ...)"`, values Python literals, into `(name, {key: value})`."""
+    """Parse `"name(key=value, ...)"`, values Python literals, into `(name, {key: value})`.
+
+    Raises ValueError for any other text.
+    """
     mistake = ValueError(
         f'cannot read {text!r}; write a name, or a name with arguments such as "name(key=0.5)"'
     )

@@ -92,7 +92,10 @@ def edm(*, sigma_data=0.5):
 
 
 def get_target(name: str, time_scale: float = 1) -> Target:
-    """Return the Target of a name such as `"v"`; the network gets t times `time_scale`."""
+    """Return the Target of a name such as `"v"`; the network gets t times `time_scale`.
+
+    Raises ValueError for an unknown name.
+    """
     target = registry.resolve("target", TARGETS, name)()
     if time_scale == 1:
         return target

@@ -75,7 +75,10 @@ def likelihood(config, net, images, machine, model=None):
 
 
 def drawer(config, net, machine, how=draw.draw, model=None):
-    """`f(seeds, recipe)` draws with the network's weights at the time, by `how` of draw.py."""
+    """`f(seeds, recipe)` draws with the network's weights at the time, by `how` of draw.py.
+
+    Raises ValueError if `sample.guide_checkpoint` cannot guide this network.
+    """
     sizes = {config.sample.batch_size, config.evaluate.batch_size}
     net = compile.Compiled(net, sizes) if config.sample.compile else net
     model = (model or build.diffusion(config, None)).around(net)
