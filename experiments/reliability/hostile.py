@@ -372,7 +372,10 @@ def commands(folder, trained):
         "sample": (lambda path: sample_from_checkpoint(path, out / "grid.png", 1), both),
         "evaluate": (lambda path: evaluate(path), both),
         # all that it does with them
-        "evaluate, Inception": (lambda path: extractors.inception("cpu", str(path)), (".pt",)),
+        "evaluate, Inception": (
+            lambda path: extractors.inception("cpu", weights=str(path)),
+            (".pt",),
+        ),
         "convert": (lambda path: convert.convert(path, out / "converted"), (*both, ".diffusers")),
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb as wandb_client
 from PIL import Image
 
 from ddpm.tracking import tracker as tracking_tracker
@@ -86,6 +87,7 @@ def test_a_written_row_is_closed(tmp_path):
 
 
 def test_what_wandb_is_told_of_the_run(tmp_path, monkeypatch):
+    wandb_client.teardown()  # the client reads its environment once a process
     monkeypatch.setenv("WANDB_NOTES", "a sentence")
     tracker = begin(tmp_path / "digits-a", tags=("one", "two"), group="g")
     tracker.summary("best/val_loss", 0.5)
