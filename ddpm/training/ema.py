@@ -1,8 +1,8 @@
 """Exponential moving average of a network's weights: the copy that samples are drawn from.
 
 `shadow`: name -> tensor, named as in `model.state_dict()`; floating tensors are averaged in
-float32, integer ones copied. It lives on the model's device: move the model first. It sees the
-plain network, never a compiled or DDP-wrapped one.
+float32, integer ones copied. It lives on the model's device: move the model first, and change its
+weights in place from then on. It sees the plain network, never a compiled or DDP-wrapped one.
 """
 
 import contextlib
@@ -34,6 +34,7 @@ class EMA:
         self.rampup = rampup
         self.updates = 0
         self._weights = None  # the raw weights by name, while the averaged ones are in the model
+        self._pairs = None  # averages with their weights: state_dict() takes a millisecond
         state = model.state_dict()
         wrapped = [name for name in state if name.startswith("module.") or "_orig_mod." in name]
         assert not wrapped, f"EMA wants the plain network, not one with {wrapped[0]}"
@@ -56,15 +57,24 @@ class EMA:
         """Add the model's weights to the average; raises RuntimeError while it is applied."""
         if self._weights is not None:
             raise RuntimeError("the averaged weights are applied; call restore() before update()")
-        decay = self.next_decay()
-        state = self.model.state_dict()
-        floating = [name for name, value in state.items() if value.is_floating_point()]
-        averages = [self.shadow[name] for name in floating]
-        weights = [state[name].float() for name in floating]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        for name in state.keys() - set(floating):
-            self.shadow[name].copy_(state[name])
+        if self._pairs is None:
+            self._pairs = self._averages_and_weights()
+        floating, integer = self._pairs
+        weights = [value.float() for value in floating[1]]  # the same tensors in float32
+        torch._foreach_lerp_(floating[0], weights, 1 - self.next_decay())
+        for average, value in zip(*integer, strict=True):
+            average.copy_(value)
         self.updates += 1
+
+    def _averages_and_weights(self):
+        """The lists of floating averages and their weights, then of integer ones and theirs."""
+        state = self.model.state_dict()
+        pairs = [[[], []], [[], []]]
+        for name, value in state.items():
+            averages, weights = pairs[not value.is_floating_point()]
+            averages.append(self.shadow[name])
+            weights.append(value)
+        return pairs
 
     @torch.no_grad()
     def apply_shadow(self):
