@@ -50,10 +50,13 @@ def permutation(seed, purpose, step, n):
 
 
 def reseed_torch(seed, *address):
-    """Seed torch's global generators, which dropout uses, by `seed` and a tuple of integers."""
+    """Seed the generators of the CPU and this GPU, for dropout, by `seed` and integers."""
     # passed as entropy, (5,) and (5, 0) would be the same address
     sequence = np.random.SeedSequence(seed, spawn_key=address)
-    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    number = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():  # torch.manual_seed visits all kinds of devices each time
+        torch.cuda.manual_seed(number)
 
 
 def another(seed, count):

@@ -56,6 +56,8 @@ class TrainStep:
         self.ema = self.averages[0]
         self.objective = self.diffusion.objective
         self.parameters = [*self.diffusion.net.params, *self.objective.parameters()]
+        layers = self.diffusion.net.module.modules()
+        self.drops = any(isinstance(layer, torch.nn.Dropout) and layer.p for layer in layers)
         self.places = range(self.batch_size)[self.machine.rank_slice(self.batch_size)]
         self.set_micro_batches(micro_batches)
         # alone, a step that has no room is done again
@@ -223,7 +225,8 @@ class TrainStep:
     def _learn(self, step, micro, places, pixels, labels):
         """Add the gradients of a micro-batch; returns its part of the loss."""
         to_device = self.machine.to_device
-        rng.reseed_torch(self.seed, step, self.machine.rank, micro)  # dropout
+        if self.drops:
+            rng.reseed_torch(self.seed, step, self.machine.rank, micro)
         pixels = to_device(pixels)
         if self.flip:
             pixels = augment.flip(pixels, self.seed, step, places, to_device)
