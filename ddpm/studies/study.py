@@ -41,6 +41,7 @@ MEASURED_BY = {
     "ddpm.evaluate": DRAWN,
 }
 SHORT = {("ddpm.evaluate", "ema"): "config.sample.ema"}  # a flag that is an option
+MAX_DEPTH = 50  # lists and maps within each other in a study's file
 TRY_ALL_UP_TO = 200  # points of a grid checked before the first run; of a larger one, each value
 MAX_POINTS = 10_000  # of a grid
 
@@ -185,16 +186,18 @@ def read_study(path):
         raise ValueError(f"there is no study {path}; {example}")
     try:
         text = path.read_text()
-        for token in yaml.scan(
-            text
-        ):  # by aliases, a few lines can expand to more than fits in memory
-            if isinstance(token, yaml.AliasToken):
-                line = token.start_mark.line + 1
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            # by aliases, a few lines can expand to more than fits in memory
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
                 raise ValueError(f"line {line} has an alias; write out what it stands for")
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested too deeply for a study; {example}")
         study = parse_study(path, yaml.safe_load(text))
         study.check()
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply for a study; {example}") from None
     except yaml.MarkedYAMLError as error:
         fault = f"line {error.problem_mark.line + 1} is not YAML: {error.problem}"
         raise ValueError(f"{path}, {fault}; correct the line, or use quotes") from None
