@@ -42,24 +42,25 @@ class StabilityMonitor:
     def update(self, step, loss, norm):
         """Record loss and norm, scalars equal on all ranks; returns (skip the step, as a spike)."""
         now = torch.stack([loss, norm])
-        finite = now.isfinite().all()
-        young = self.num_good_steps < YOUNG
-        spike = finite & ~young & (now > self.spike * self.recent_max).any()
-        skipped = spike | ~finite
+        finite = (now.abs() < math.inf).all()
+        high = (now > self.spike * self.recent_max).any() & (self.num_good_steps >= YOUNG)
+        spike = high & finite
+        skipped = high | ~finite
+        used = ~skipped
         largest = torch.maximum(FORGET * self.recent_max, now)
-        weight = (1 / (self.num_good_steps + 1)).clamp(min=1 / YOUNG)
-        mean = torch.lerp(self.mean_log_loss, loss.clamp(min=1e-30).log(), weight)
-        self.recent_max.copy_(torch.where(skipped, self.recent_max, largest))
-        self.mean_log_loss.copy_(torch.where(skipped, self.mean_log_loss, mean))
+        weight = (self.num_good_steps + 1).reciprocal().clamp_(min=1 / YOUNG)
+        mean = torch.lerp(self.mean_log_loss, loss.clamp(min=1e-30).log_(), weight)
+        torch.where(used, largest, self.recent_max, out=self.recent_max)
+        torch.where(used, mean, self.mean_log_loss, out=self.mean_log_loss)
         lowest = torch.minimum(self.lowest_mean, self.mean_log_loss)
         first = self.num_good_steps < YOUNG / 4
-        self.lowest_mean.copy_(torch.where(first, self.mean_log_loss, lowest))
-        self.num_good_steps += ~skipped
-        self.skip_excess.add_(2 * skipped - 1).clamp_(min=0)
+        torch.where(first, self.mean_log_loss, lowest, out=self.lowest_mean)
+        self.num_good_steps += used
+        self.skip_excess.add_(skipped).add_(used, alpha=-1).clamp_(min=0)
         risen = self.mean_log_loss - self.lowest_mean
         healthy = (self.skip_excess == 0) & (risen <= math.log(self.spike) / 2)
-        self.last_healthy_step.copy_(torch.where(healthy, step, self.last_healthy_step))
-        self.last_skipped_step.copy_(torch.where(skipped, step, self.last_skipped_step))
+        self.last_healthy_step.masked_fill_(healthy, step)
+        self.last_skipped_step.masked_fill_(skipped, step)
         return skipped, spike
 
     def divergence_reason(self, patience):
