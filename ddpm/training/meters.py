@@ -125,6 +125,7 @@ class Speed:
 QUARTILES = 4
 LOGGED = "loss", "count", "steps"  # what Meters sums from one log to the next
 PER_RANK = "loss", "count", "since"  # and what each rank sums for itself
+HELD = 64  # micro-batches whose losses are summed at once: sums of each would delay the host
 
 
 class Meters:
@@ -132,7 +133,8 @@ class Meters:
 
     Each rank sums for its own images `loss` and `count` [4] by quartile of t, and loss and count
     [2] `since` the last choice of the best weights. `steps` [4] is the same on all ranks: steps,
-    gradient norms of those not skipped, skipped steps, and spikes among them.
+    gradient norms of those not skipped, skipped steps, and spikes among them. What is added stays
+    in lists until it is read or HELD is reached.
     """
 
     def __init__(self, timesteps, machine):
@@ -140,29 +142,42 @@ class Meters:
         self.machine = machine
         sizes = {"loss": QUARTILES, "count": QUARTILES, "since": 2, "steps": 4}
         self.sums = {name: torch.zeros(n, device=machine.device) for name, n in sizes.items()}
+        self.losses = []  # (t, losses) of a micro-batch
+        self.steps = []  # (norm, skipped, spike) of a step
 
     def add_losses(self, t, losses):
-        quartile = t * QUARTILES // self.timesteps
-        self.sums["loss"].index_add_(0, quartile, losses.detach())
-        self.sums["count"].index_add_(0, quartile, ones := torch.ones_like(losses))
-        self.sums["since"] += torch.stack([losses.detach(), ones]).sum(1)
+        self.losses.append((t, losses.detach()))
 
     def add_step(self, norm, skipped, spike):
-        self.sums["steps"] += torch.stack(
-            [torch.ones_like(norm), norm.masked_fill(skipped, 0), skipped.float(), spike.float()]
-        )
+        self.steps.append((norm, skipped, spike))
+        if len(self.losses) >= HELD:
+            self.sum_up()
 
-    def losses(self):
-        """A copy of the sums of `add_losses`, for `forget`."""
-        return {name: self.sums[name].clone() for name in PER_RANK}
+    def forget(self, count):
+        """Drop all but the first `count` of the micro-batches in `losses`."""
+        del self.losses[count:]
 
-    def forget(self, before):
-        """Restore the sums that `losses` returned."""
-        for name, total in before.items():
-            self.sums[name].copy_(total)
+    def sum_up(self):
+        """Add what was held to the sums, in the order of the steps."""
+        if self.losses:
+            times, losses = zip(*self.losses, strict=True)
+            t = torch.cat(times)
+            quartile = t * QUARTILES // self.timesteps
+            self.sums["loss"].index_add_(0, quartile, torch.cat(losses))
+            self.sums["count"].index_add_(0, quartile, torch.ones(len(t), device=t.device))
+            add_in_order(self.sums["since"][:1], torch.stack([each.sum() for each in losses]))
+            self.sums["since"][1] += len(t)
+            self.losses.clear()
+        if self.steps:
+            norm, skipped, spike = map(torch.stack, zip(*self.steps, strict=True))
+            add_in_order(self.sums["steps"][1:2], norm.masked_fill(skipped, 0))
+            self.sums["steps"][0] += len(norm)
+            self.sums["steps"][2:] += torch.stack([skipped, spike]).sum(1)
+            self.steps.clear()
 
     def read(self):
         """The means under their tracked keys; the host waits for the device here."""
+        self.sum_up()
         loss, count = (
             self.machine.sum(self.sums[name].clone()).tolist() for name in ("loss", "count")
         )
@@ -174,24 +189,36 @@ class Meters:
 
     def loss_since(self):
         """The mean loss since the last choice of the best weights; the host waits here."""
+        self.sum_up()
         loss, count = self.machine.sum(self.sums["since"].clone()).tolist()
         return loss / max(count, 1)
 
     def reset(self, *names):
         """Set these sums to zero."""
+        self.sum_up()
         for name in names:
             self.sums[name].zero_()
 
     def collect(self):
         """Sum over ranks on the main one, whose state is saved."""
+        self.sum_up()
         for name in PER_RANK:
             self.sums[name] = self.machine.sum(self.sums[name]) * self.machine.main
 
     def state_dict(self):
+        self.sum_up()
         return dict(self.sums)
 
     def load_state_dict(self, state):
+        self.losses.clear()
+        self.steps.clear()
         for name, total in self.sums.items():
             total.copy_(state.get(name, torch.zeros_like(total)))  # `since` is of 2026-12
         for name in PER_RANK:
             self.sums[name] *= self.machine.main
+
+
+def add_in_order(total, values):
+    """Add the values [n] to total [1] one after another, as adding each at its step would."""
+    index = torch.zeros(len(values), dtype=torch.long, device=values.device)
+    total.index_add_(0, index, values)

@@ -103,7 +103,7 @@ class TrainStep:
 
     def rehearse(self, batch):
         """Compute a micro-batch's gradients and drop them, to set up kernels and try the memory."""
-        before = self.meters.losses()
+        before = len(self.meters.losses)
         count = len(self.parts[0])
         # some networks scale theirs in training
         weights = [value.detach().to("cpu", copy=True) for value in self.parameters]
@@ -124,7 +124,7 @@ class TrainStep:
         """Compute a skipped step's gradients again; returns words on what goes wrong in it."""
         outputs = {}
         images = []
-        before = self.meters.losses()
+        before = len(self.meters.losses)
         hooks = [
             layer.register_forward_hook(partial(note_output, outputs, name))
             for name, layer in self.diffusion.net.module.named_modules()
@@ -183,7 +183,7 @@ class TrainStep:
     def _gradients(self, step, batch):
         """Compute the gradients of this rank's share; returns its loss."""
         loss = 0
-        before = self.meters.losses()
+        before = len(self.meters.losses)
         split = (tensor.split(len(self.parts[0])) for tensor in batch)
         try:
             for micro, (places, pixels, labels) in enumerate(zip(self.parts, *split, strict=True)):
@@ -195,7 +195,7 @@ class TrainStep:
             raise
 
     def _forget(self, before):
-        """Drop gradients, and the losses that were added since `before`."""
+        """Drop gradients, and the losses of all but the first `before` micro-batches held."""
         self.optimizer.zero_grad(set_to_none=True)
         self.meters.forget(before)
         self.seen.zero_()
