@@ -82,7 +82,8 @@ class TrainStep:
             parameter.grad = self.machine.sum(parameter.grad) / self.machine.world
         self.scaler.unscale_(self.optimizer)
         norm = self.diffusion.net.norm(list(self.objective.parameters()))
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
+        if self.gradient_clip < math.inf:  # or each gradient would be multiplied by 1
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
         loss = self.machine.sum(loss) / self.machine.world
         # a loss with a learned weighting has no zero to compare with
         if next(self.objective.parameters(), None) is not None:
