@@ -36,10 +36,9 @@ def checkpoints(folder):
     return sorted((int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name)))
 
 
-def save(folder, step, config_json, parts, keep=2, milestone=False, healthy_step=math.inf):
-    """Write a run's checkpoint, then `prune` older ones; returns the path."""
+def save(folder, step, config_json, states, keep=2, milestone=False, healthy_step=math.inf):
+    """Write a run's checkpoint, part name -> state, then `prune` older ones; returns the path."""
     path = Path(folder, "checkpoints", f"step_{step:08d}{'.keep' if milestone else ''}.pt")
-    states = {name: part.state_dict() for name, part in parts.items()}
     content = {"format": FORMAT, "step": step, "config": config_json, "parts": states}
     for torn in path.parent.glob("*.part"):  # of a process that was killed while it saved
         torn.unlink()

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ddpm.sampling import draw as sampling_draw
 from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint
 from ddpm.training import weights as training_weights
+from ddpm.training.background import BackgroundWriter
 from ddpm.training.ema import EMA
 from ddpm.training.meters import LOGGED, Speed, Stopwatch, portion
 from ddpm.training.step import TrainStep
@@ -124,6 +126,7 @@ class Trainer:
         self.best = self.parts["best"]
         self.parts["tracker"] = self.tracker
         self.step.say = self.network.say = self.machine.room.say = self.tracker.say
+        self.write = BackgroundWriter(self.machine)
         self.begun = self.start, self.pending.names
         self.saved = self.begun  # the newest checkpoint: its step and pending events
         self.last_line = time.monotonic()
@@ -278,13 +281,14 @@ class Trainer:
         """Write the averaged weights to the file `name`, with the loss by which they are `best`."""
         weights = self.network.full_state_dict(self.step.ema.shadow)
         if self.machine.main:
-            more = {"best": best} if best else {}
-            training_weights.export(self.folder / name, weights, done, self.config_json, **more)
+            export = partial(training_weights.export, **({"best": best} if best else {}))
+            self.write(export, self.folder / name, weights, done, self.config_json)
 
     def tidy(self):
         """Finish an interrupted final save: prune checkpoints, repair the final weights."""
         if not self.machine.broadcast(training_weights.has_final(self.folder, self.start)):
             self.export("final.safetensors", self.start)
+        self.write.wait()
         if self.machine.main:
             checkpoint.prune(self.folder, healthy_step=self.stability.last_healthy_step.item())
 
@@ -293,21 +297,21 @@ class Trainer:
         full = self.network.full_state_dict
         averages = {name: full(average.shadow) for name, average in self.snapshots.items()}
         if self.machine.main:
-            buffers = dict(self.step.net.named_buffers())
-            training_weights.save_snapshot(self.folder, done, self.config_json, averages, buffers)
+            buffers = set(dict(self.step.net.named_buffers()))
+            save = training_weights.save_snapshot
+            self.write(save, self.folder, done, self.config_json, averages, buffers)
 
     def save(self, done, milestone=False):
-        """Save all that is needed to continue, after the rows up to here are on disk."""
+        """Begin to save all that is needed to continue, after the rows up to here are on disk."""
         with self.machine.stop.reserve_time():
             self.tracker.flush()
             for part in self.parts.values():
                 if hasattr(part, "collect"):  # each rank has a share of it
                     part.collect()
             if self.machine.main:
-                healthy = self.stability.last_healthy_step.item()
-                checkpoint.save(
-                    self.folder, done, self.config_json, self.parts, 2, milestone, healthy
-                )
+                states = {name: part.state_dict() for name, part in self.parts.items()}
+                rest = 2, milestone, self.stability.last_healthy_step.item()
+                self.write(checkpoint.save, self.folder, done, self.config_json, states, *rest)
         self.saved = done, self.pending.names
 
     def stop(self, done, stopped):
@@ -374,13 +378,14 @@ def train(trainer):
     machine = trainer.machine
     if trainer.source:  # which may be gone at the next start
         trainer.save(done)
-    with machine.stop.install_handlers() as stop:
+    with machine.stop.install_handlers() as stop, trainer.write:
         try:
             if trainer.pending.names is not None:
                 events(trainer, done)
             for step, batch in enumerate(trainer.speed.timed(trainer.batches(done)), done):
                 with stop.reserve_time():
                     trainer.step(step, batch)
+                trainer.write.check()
                 done = step + 1
                 trainer.tracker.tick(done)
                 if step == trainer.start:

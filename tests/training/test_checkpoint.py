@@ -29,11 +29,6 @@ WEIGHTS = {
 }
 
 
-class State(dict):
-    def state_dict(self):
-        return dict(self)
-
-
 def test_weights_without_a_checksum_are_read(tmp_path):
     about = {"format": 1, "step": 7, "config": config_files.to_json(tiny())}
     (tmp_path / "old.safetensors").write_bytes(save(WEIGHTS, {"ddpm": json.dumps(about)}))
@@ -78,7 +73,7 @@ def test_data_are_compared_without_reading_the_weights(tmp_path):
             tmp_path,
             step,
             config_files.to_json(given),
-            {"data": State(data), "net": State(w=weights)},
+            {"data": data, "net": {"w": weights}},
         )
 
     def damaged(record):
@@ -105,7 +100,7 @@ def test_data_are_compared_without_reading_the_weights(tmp_path):
 def test_a_run_folder_is_drawn_from_by_its_newest_whole_file(tmp_path, capsys):
     for step in (1, 2, 3):
         checkpoint.save(
-            tmp_path, step, "{}", {"ema": State({"shadow": {"a": torch.tensor(step)}})}, keep=3
+            tmp_path, step, "{}", {"ema": {"shadow": {"a": torch.tensor(step)}}}, keep=3
         )
     final, (*_, (_, second), (_, third)) = (
         tmp_path / "final.safetensors",
@@ -166,9 +161,9 @@ def test_damage_is_said_in_plain_words(content, said, tmp_path):
 
 def test_what_may_go_is_told(tmp_path):
     assert checkpoint.reclaimable(tmp_path) == ""
-    parts = {"net": State(WEIGHTS)}
+    states = {"net": WEIGHTS}
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, "{}", parts, milestone=True)
+        checkpoint.save(tmp_path, step, "{}", states, milestone=True)
         if step == 2:
             assert (
                 checkpoint.reclaimable(tmp_path) == "1 milestone, checkpoints/*.keep.pt (0.0 MiB)"

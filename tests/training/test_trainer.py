@@ -361,6 +361,7 @@ def test_a_prolonged_run_is_drawn_from_its_newest_weights(tmp_path):
     run(tiny(train__length="6 steps", every__save="6 steps"), tmp_path)
     made = trainer.build_trainer(tiny(train__length="12 steps"), tmp_path, device.start())
     made.save(9)
+    made.write.wait()
     made.tracker.close()
     assert checkpoint.find(tmp_path).name == "step_00000009.pt"
 
