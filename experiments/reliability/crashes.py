@@ -22,6 +22,7 @@ from faults import Found, before_call, die, differences, forked, small, training
 from ddpm.common import pixels as common_pixels
 from ddpm.generate import generate_images
 from ddpm.tracking import wandb
+from ddpm.training.background import BackgroundWriter
 from support.wandb_logs import lines, rows_of, synced
 
 
@@ -267,6 +268,7 @@ def unsynced(run):
 # name -> f(at): let this process die at its `at`-th coming there; returns a function that says how
 # often it came
 POINTS = {
+    "staging": before(BackgroundWriter, "copied"),
     "serialising": half(torch, "save", 1),
     "fsync": before(os, "fsync"),
     "rename": before(os, "replace"),

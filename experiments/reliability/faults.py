@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,27 @@ def before_call(home, attribute, at, then=die):
 
     setattr(home, attribute, counted)
     return lambda: next(calls) - 1
+
+
+def on_a_slow_disk(fault, seconds=0.1):
+    """The same fault while each fsync takes some seconds more: a save is nearly always under way,
+    and the next one waits for it.
+    """
+
+    def do(folder, times, seed):
+        original = os.fsync
+
+        def slowly(handle):
+            time.sleep(seconds)
+            original(handle)
+
+        os.fsync = slowly
+        try:
+            return fault(folder, times, seed)
+        finally:
+            os.fsync = original
+
+    return do
 
 
 def last_line(log):

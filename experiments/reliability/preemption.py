@@ -25,6 +25,13 @@ EVENTFUL = dict(
     evaluate__num_samples=32,
     evaluate__likelihood="both(images=8, nfe=16)",
 )
+# hardly more than steps and saves
+SAVING = dict(
+    every__save="1 step",
+    every__milestone="8 steps",
+    every__validate="10 steps",
+    every__sample="0 steps",
+)
 
 
 def plainly(work):
@@ -32,12 +39,17 @@ def plainly(work):
     return lambda: (signal.signal(signal.SIGINT, signal.SIG_DFL), work())[1]
 
 
-def at_any_time(folder, times, seed):
+def while_saving(folder, times, seed):
+    """Signals at moments of a training that saves at each step."""
+    return at_any_time(folder, times, seed, SAVING)
+
+
+def at_any_time(folder, times, seed, options=EVENTFUL):
     """Signals at moments that are drawn from the seconds that a training has left, which
     measures itself twice.
     """
     rng = np.random.default_rng(seed)
-    given = small(**EVENTFUL)
+    given = small(**options)
     done = 0
     waits = []
     begun = time.monotonic()

@@ -26,7 +26,7 @@ import hostile
 import preemption
 import ranks
 import torch
-from faults import Fault, Found
+from faults import Fault, Found, on_a_slow_disk
 
 import tracking
 from ddpm.common.files import atomic_write
@@ -41,6 +41,17 @@ SAME = (
 
 FAULTS = {
     "kill": Fault(crashes.at_any_time, "SIGKILL at random moments of a training", SAME, 300, 2),
+    "kill in staging": Fault(
+        crashes.inside("staging"), "SIGKILL with half of the copy made that is saved", SAME, 20, 1
+    ),
+    "kill on a slow disk": Fault(
+        on_a_slow_disk(crashes.at_any_time),
+        "SIGKILL at random moments while each fsync takes 0.1 s: in the middle of a save, with the "
+        "next one waiting",
+        SAME,
+        40,
+        1,
+    ),
     "kill in serialising": Fault(
         crashes.inside("serialising"), "SIGKILL with half of a checkpoint written", SAME, 20, 1
     ),
@@ -141,6 +152,13 @@ FAULTS = {
         "it saves and exits with 75; " + SAME,
         50,
         2,
+    ),
+    "pre-emption on a slow disk": Fault(
+        on_a_slow_disk(preemption.while_saving),
+        "the same signals to a training that saves at each step, while each fsync takes 0.1 s",
+        "it saves and exits with 75; " + SAME,
+        30,
+        1,
     ),
     "divergence": Fault(
         divergence.in_turn,
