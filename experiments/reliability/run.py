@@ -4,7 +4,8 @@ experiments/reliability/run.py`.
 Each fault of the table is done so many times and writes its row to results.json; README.md is made
 from that alone (`--report` does no more). Rows of this commit stay, so the same command goes on
 where it was stopped; `--only=NAME,...` does those again. `--short` is what the tests do, in a
-minute, into a new folder. Needs `pip install -e '.[test]'`. Exit code 1 where anything was lost.
+minute, into a new folder; `--times=10` does each at most ten times. Needs `pip install -e
+'.[test]'`. Exit code 1 where anything was lost.
 """
 
 import argparse
@@ -237,16 +238,16 @@ def found_of(fault, folder, times):
         )
 
 
-def do(names, short, out, again):
-    """Do the faults of these names and keep a row for each as it ends; those that have one of
-    this commit only `again`.
+def do(names, short, most, out, again):
+    """Do the faults of these names, at most so many times each, and keep a row for each as it ends;
+    those that have one of this commit only `again`.
     """
     head = commit()
     path = out / "results.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
         fault = FAULTS[name]
-        times = fault.short if short else fault.times
+        times = min(fault.short if short else fault.times, most or fault.times)
         if not times:
             print(f"{name}: in full only")
             continue
@@ -341,6 +342,9 @@ def main(arguments=None):
         "--only", default="", help=f"some of the faults, again: {', '.join(FAULTS)}"
     )
     parser.add_argument(
+        "--times", type=int, default=0, help="at most so many times each; 0, the default, for all"
+    )
+    parser.add_argument(
         "--report", action="store_true", help="write the report of results.json anew"
     )
     parser.add_argument(
@@ -358,7 +362,7 @@ def main(arguments=None):
     if not given.report:
         with tempfile.TemporaryDirectory(prefix="ddpm-home-") as home:
             isolated(home)
-            do(names or FAULTS, given.short, given.out, again=bool(names))
+            do(names or FAULTS, given.short, given.times, given.out, again=bool(names))
         print(f"wrote {given.out / 'README.md'}")
     return 0 if not (given.out / "results.json").is_file() or report(given.out) else 1
 
