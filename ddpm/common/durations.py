@@ -75,13 +75,16 @@ class Every:
         """The first step at which it is due; None if never, or if that depends on time."""
         return None if self.never or self.seconds else math.ceil(min(self.images) / self.batch_size)
 
-    def due(self, step):
-        """True when an interval ends with `step`, the number of completed steps."""
+    def counted(self, step):
+        """True when steps, epochs or images make it due: the same on all ranks."""
         seen = step * self.batch_size
         before = (step - 1) * self.batch_size
-        counted = any(seen // images > before // images for images in self.images)
+        return any(seen // images > before // images for images in self.images)
+
+    def due(self, step):
+        """True when an interval ends with `step`, the number of completed steps."""
         timed = any(self.now() - self.last >= seconds for seconds in self.seconds)
-        hit = counted or timed
+        hit = self.counted(step) or timed
         if hit:
             self.last = self.now()
         return hit

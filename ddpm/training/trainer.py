@@ -30,6 +30,8 @@ from ddpm.training.validation import Validation
 PATIENCE = 50  # more steps skipped than learned from: fp16 finds its loss scale in fewer
 SMALLEST = 1.0  # loss scale of fp16, below which gradients that overflow are wrong ones
 ROLLBACKS = 1
+EXCHANGE_STEPS = 10  # at most, between two exchanges of ranks
+EXCHANGE_SECONDS = 0.5
 QUIET_SECONDS = 60  # of training, after which a line shows that it goes on
 BEST = {"val/loss_ema": "best.safetensors", "train/loss": "best_train_loss.safetensors"}
 
@@ -337,6 +339,48 @@ def show(folder, tracker, done, pictures):
         tracker.log(done, {}, {key: pixels.make_grid(images, nrow)})
 
 
+class Decisions:
+    """What ranks decide together between steps: which events are due, and whether to stop.
+
+    They exchange at a step with a counted event, at the last, and else every EXCHANGE_STEPS steps
+    or, where steps are longer, about EXCHANGE_SECONDS: an exchange takes up to a millisecond.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.machine = trainer.machine
+        self.due = set()  # by this rank's clock, since the last exchange
+        self.next = 0  # the step of the next exchange, the same on all ranks
+        self.last = trainer.start, time.monotonic()
+
+    def __call__(self, done):
+        """After `done` steps: the events due, whether a line is due, whether to stop."""
+        self.due |= {name for name, every in self.trainer.every.items() if every.due(done)}
+        if not self.exchanges(done):
+            return set(), False, False
+        requested = self.machine.stop.requested
+        mine = self.due, self.trainer.quiet, self.steps_until_next(done), requested
+        self.due = set()
+        # rank 0's clock counts, and a request to any rank
+        decisions = self.machine.all_gather(mine)
+        due, quiet, steps, _ = decisions[0]
+        self.next = done + steps
+        return due, quiet, any(stops for *_, stops in decisions)
+
+    def exchanges(self, done):
+        """Whether ranks exchange after `done` steps, with the same answer on all."""
+        if self.machine.world == 1 or done >= self.next or done == self.trainer.total:
+            return True
+        return any(every.counted(done) for every in self.trainer.every.values())
+
+    def steps_until_next(self, done):
+        """The steps that take EXCHANGE_SECONDS at the speed since the last exchange."""
+        before, then = self.last
+        self.last = done, time.monotonic()
+        each = (self.last[1] - then) / max(done - before, 1)
+        return min(max(int(EXCHANGE_SECONDS / max(each, 1e-9)), 1), EXCHANGE_STEPS)
+
+
 def events(trainer, done):
     """Run what is due after `done` steps, and at the end all events that are wanted at all.
 
@@ -376,6 +420,7 @@ def train(trainer):
     """Train and save; True at the end, False if a stop is requested before. Raises Diverged."""
     done = trainer.start
     machine = trainer.machine
+    decide = Decisions(trainer)
     if trainer.source:  # which may be gone at the next start
         trainer.save(done)
     with machine.stop.install_handlers() as stop, trainer.write:
@@ -391,14 +436,11 @@ def train(trainer):
                 if step == trainer.start:
                     trainer.say_first_loss(done)
 
-                due = {name for name, every in trainer.every.items() if every.due(done)}
-                # rank 0's clock counts, and a request to any rank
-                decisions = machine.all_gather((due, trainer.quiet, stop.requested))
-                due, quiet, _ = decisions[0]
+                due, quiet, requested = decide(done)
                 if due or done == trainer.total:
                     trainer.pending.names = due
                     machine.wait()  # steps still queued on a GPU would count as a pause
-                if any(requested for *_, requested in decisions):
+                if requested:
                     raise StopTraining(agreed=True)
                 if quiet and "log" not in due:
                     trainer.show_progress(done)
