@@ -263,8 +263,8 @@ def disk_line(training):
     num_images = training.num_images
     return (
         f"disk, GiB: {state:.2f} a checkpoint, of which two are kept, beside best and final of "
-        f"{file:.2f} each: {2 * state + 2 * file:.2f}, and {state:.2f} more while one is written; "
-        f"{image:,} bytes for each decoded image of a folder (data.cache)"
+        f"{file:.2f} each: {2 * state + 2 * file:.2f}, and {state:.2f} more while one is written, "
+        f"also in host memory; {image:,} bytes for each decoded image of a folder (data.cache)"
         + (f", {num_images * image / GIB:.2f} in all" if num_images else "")
     )
 
