@@ -73,13 +73,16 @@ def test_gpus_are_found_by_the_names_that_torch_gives_them():
         "NVIDIA H100 80GB HBM3": "H100",
         "NVIDIA H100 PCIe": "H100 PCIe",
         "NVIDIA A100 80GB PCIe": "A100",
+        "NVIDIA L40S": "L40S",
+        "NVIDIA B200": "B200",
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "RTX PRO 6000 Blackwell",
     }
     assert {name: gpu_of(name) for name in names} == {
         name: GPUS[gpu] for name, gpu in names.items()
     }
     for unknown in (
         "NVIDIA GeForce GT 1030",
-        "NVIDIA L40S",
+        "NVIDIA L20",
         "NVIDIA GeForce RTX 2060 with Max-Q Design",
         "NVIDIA H200 NVL",
         "NVIDIA GeForce RTX 2070 Laptop GPU",

@@ -41,7 +41,11 @@ RX 7800 XT, 16, 3840, 2430, 4 x16 | RX 7900 GRE, 16, 5120, 2245, 4 x16 | RX 7900
 RX 7900 XTX, 24, 6144, 2498, 4 x16 | RX 9060 XT, 8, 2048, 3130, 5 x16 | RX 9070, 16, 3584, 2520, 5 x16
 RX 9070 XT, 16, 4096, 2970, 5 x16 | W6800, 32, 3840, 2322, 4 x16 | W7800, 32, 4480, 2525, 4 x16
 W7900, 48, 6144, 2495, 4 x16 | MI100, 32, 7680, 1502, 4 x16 | MI210, 64, 6656, 1700, 4 x16
-MI300X, 192, 19456, 2100, 5 x16 | MI325X, 288, 19456, 2100, 5 x16
+MI300X, 192, 19456, 2100, 5 x16 | MI325X, 288, 19456, 2100, 5 x16 | L40, 48, 18176, 2490, 4 x16
+L40S, 48, 18176, 2520, 4 x16 | A10, 24, 9216, 1695, 4 x16 | A30, 24, 3584, 1440, 4 x16
+A40, 48, 10752, 1740, 4 x16 | B200, 192, 18944, 1965, 5 x16 | RTX A4000, 16, 6144, 1560, 4 x16
+RTX A5000, 24, 8192, 1695, 4 x16 | RTX A6000, 48, 10752, 1800, 4 x16
+RTX 6000 Ada, 48, 18176, 2505, 4 x16 | RTX PRO 6000 Blackwell, 96, 24064, 2617, 5 x16
 """
 # GB: 16 is there too; 288 there, 256 as it is sold (yobitel.com)
 SEVERAL = {"V100": (16, 32), "MI325X": (256,)}
@@ -83,8 +87,16 @@ RATES = {
     "RTX 50": (2, 4),
     "T4": (2, 16),
     "V100": (2, 16),
+    "L40S": (4, 8),
+    "L40": (2, 4),
     "L4": (4, 8),
+    "RTX A": (4, 8),
+    "RTX 6000": (4, 8),
+    "RTX PRO": (4, 8),
     "A100": (16, 32),
+    "A10": (4, 8),
+    "A40": (4, 8),
+    "A30": (16, 32),
     "RX 6": (2, 4),
     "W6": (2, 4),
     "RX 7": (4, 8),
@@ -102,6 +114,29 @@ LIGHTNING = {
     "A100": 312e12,
     "V100": 125e12,
     "T4": 65e12,
+}
+# GB/s of the memory: TechPowerUp's, within 2 % of the data sheets of NVIDIA; MI300X and MI325X AMD's
+BANDWIDTH = {
+    "RTX 2080 Ti": 616,
+    "RTX 3060": 360,
+    "RTX 3060 Laptop": 336,
+    "RTX 3090": 936,
+    "RTX 4060": 272,
+    "RTX 4070 Laptop": 256,
+    "RTX 4090": 1008,
+    "RTX 5070": 672,
+    "RTX 5090": 1792,
+    "T4": 320,
+    "V100": 900,
+    "L4": 300,
+    "L40S": 864,
+    "A10": 600,
+    "A100": 2039,
+    "H100 PCIe": 2000,
+    "H100": 3350,
+    "H200": 4800,
+    "MI300X": 5300,
+    "MI325X": 6000,
 }
 NVLINK = {"V100": 6, "A100": 12, "H100": 18, "H200": 18}  # links of 25 GB/s each way
 PUBLIC = {
@@ -134,18 +169,23 @@ def test_a_gpu_is_as_public_data_say(name):
     link = (
         25 * NVLINK[name]
         if name in NVLINK
+        else 18 * 50
+        if name == "B200"
         else 7 * 64
         if name.startswith("MI3")
         else 2 ** (generation - 3) * lanes
     )
     assert gpu.link == link
+    assert gpu.bandwidth == pytest.approx(BANDWIDTH.get(name, gpu.bandwidth), rel=0.02)
+    # GB/s for each GB: a wrong unit stands out
+    assert 8 <= gpu.bandwidth / gb <= 90
 
 
 def test_hopper_and_what_has_no_bf16():
     """The H200 computes as the H100 does, in TF32 at half the rate; before Ampere, and before
     RDNA 3, there is no bf16.
     """
-    assert GPUS["H200"][1:] == GPUS["H100"][1:]
+    assert GPUS["H200"]._replace(gib=80, bandwidth=GPUS["H100"].bandwidth) == GPUS["H100"]
     for name in ("H100", "H100 PCIe"):
         assert GPUS[name].single == pytest.approx(GPUS[name].half / 2, rel=0.002)
     old = ("GTX", "RTX 20", "T4", "V100", "RX 6", "W6")
