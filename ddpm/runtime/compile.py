@@ -53,14 +53,20 @@ class Compiled:
 
 
 def through(net, how):
-    """Compile a network with options `how`, one graph per batch size.
+    """Compile a network, or a function of one, with options `how`, one graph per batch size.
 
-    One graph for all sizes, torch's default, has slower kernels. Beyond GRAPHS, which training and
-    sampling share, torch silently runs the network uncompiled.
+    One graph for all sizes, torch's default, has slower kernels. Beyond GRAPHS, torch silently runs
+    the network uncompiled.
     """
     torch._dynamo.config.recompile_limit = GRAPHS
+
+    def network(*inputs, **conditions):
+        return net(*inputs, **conditions)
+
+    # torch keeps, counts and searches graphs by code object: one for each network
+    network.__code__ = network.__code__.replace()
     return torch.compile(
-        net, backend=COMPILER, dynamic=False, **(how if COMPILER == "inductor" else {})
+        network, backend=COMPILER, dynamic=False, **(how if COMPILER == "inductor" else {})
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from torch._dynamo import lookup_backend
+from torch._dynamo.testing import CompileCounter
 
 from ddpm.common.registry import parse
 from ddpm.config import files
@@ -272,3 +273,13 @@ def test_larger_images_are_drawn_in_the_format_that_is_faster_on_a_cpu(tmp_path,
     assert weight.is_contiguous(memory_format=torch.channels_last)
     monkeypatch.setattr(device.Machine, "memory_format", lambda self, side: torch.contiguous_format)
     assert abs(faster - drawn(tmp_path / "run", tmp_path / "b")).max() <= 1
+
+
+def test_graphs_of_two_networks_do_not_count_together(monkeypatch):
+    """Of one class, compiled one by one: torch would count and search them together."""
+    monkeypatch.setattr(compile, "GRAPHS", 1)
+    given = torch.ones(2, 3)
+    counter = CompileCounter()
+    monkeypatch.setattr(compile, "COMPILER", counter)
+    nets = [compile.through(torch.nn.Linear(3, side), {}) for side in (1, 2, 3)]
+    assert [fast(given).shape[1] for fast in nets] == [1, 2, 3] and counter.frame_count == 3
