@@ -46,7 +46,9 @@ def bytes_per_gpu(config, account, ranks):
     if ranks == 1:
         return account.total
     if not config.train.fully_shard:
-        return account.total + account.weights  # a copy of the gradients to exchange
+        # DDP's buckets; gradients are views of them, unless several micro-batches are summed first
+        accumulated = config.train.gradient_accumulation_steps > 1
+        return account.total + account.weights - (0 if accumulated else account.gradients)
     with torch.device("meta"):
         net = build.network(config)
     stages = [memory.size_of_all(stage.parameters()) for stage in itertools.chain(*net.levels)]

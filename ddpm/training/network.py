@@ -40,7 +40,12 @@ class TrainNetwork:
     @cached_property
     def wrapped(self):
         """The module that learns, built at its first use: ranks wait for each other there."""
-        return DistributedDataParallel(self.net) if self.machine.world > 1 else self.net
+        if self.machine.world == 1:
+            return self.net
+        # gradients are views of the buckets that ranks exchange, not copies
+        wrapped = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # they are constants; the argument changed its name
+        return wrapped
 
     def __call__(self, x, t, y=None, **conditions):
         # in training also for self-conditioning's own estimate, which has no gradients

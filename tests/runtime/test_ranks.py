@@ -116,6 +116,10 @@ def test_a_new_folder_continues_the_run_of_as_many_ranks_to_the_bit(folder, seen
     assert equal(final_state(folder / "elsewhere"), final_state(folder / "two"))
 
 
+def test_gradients_are_exchanged_in_place_and_buffers_not_at_all(seen):
+    assert seen["buckets"] == [[True, False]] * 2
+
+
 def test_where_one_rank_has_no_room_all_cut_alike(folder, seen, said):
     """Before the first step; to the bits of a training that begins with such micro-batches."""
     assert (

@@ -33,6 +33,7 @@ from ddpm.runtime import device
 from ddpm.runtime import ranks as runtime_ranks
 from ddpm.sample import sample_from_checkpoint
 from ddpm.sampling import draw, formats
+from ddpm.training.network import TrainNetwork
 from ddpm.training.trainer import train
 from support.runs import tiny
 
@@ -136,6 +137,17 @@ def trained(folder, **options):
     rows = sum(map(torch.numel, network.weights.state_dict().values()))
     runtime_ranks.stop()
     return {"weights": weights, "average": average, "numbers here": rows}
+
+
+def buckets():
+    """Whether gradients are views of the buckets that ranks exchange, and buffers are exchanged."""
+    network = TrainNetwork(build.network(RUN), device.start())
+    network.train()
+    network(torch.ones(2, 2, 16, 16), torch.ones(2)).square().mean().backward()
+    grads = [param.grad for param in network.params if param.grad is not None]
+    answer = [all(grad._is_view() for grad in grads), network.wrapped.broadcast_buffers]
+    runtime_ranks.stop()
+    return answer
 
 
 def crowded(rank, folder, most):
@@ -310,6 +322,7 @@ def main_of(folder):
     group(
         "halves", 2, lambda rank: trained(folder / "halves", train__gradient_accumulation_steps=2)
     )
+    group("buckets", 2, lambda rank: buckets())
     group("crowded", 2, lambda rank: crowded(rank, folder / "crowded", 2))
     group("no room", 2, lambda rank: crowded(rank, folder / "no room", 0))
     group("sharded", 2, lambda rank: trained(folder / "sharded", train__fully_shard=True))
