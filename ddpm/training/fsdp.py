@@ -14,7 +14,7 @@ import itertools
 import torch
 import torch.distributed as distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.utils import get_total_norm
 
@@ -33,8 +33,9 @@ class ShardedNetwork(TrainNetwork):
     def __init__(self, net, module, machine):
         super().__init__(net, machine)
         mesh = init_device_mesh(machine.device.type, (machine.world,))
-        for stage in (*itertools.chain(*module.levels), module):
-            fully_shard(stage, mesh=mesh)
+        for stage in itertools.chain(*module.levels):
+            fully_shard(stage, mesh=mesh, mp_policy=mixed_precision(machine.dtype))
+        fully_shard(module, mesh=mesh)  # the rest is small, and embeddings are summed in float32
         self.module = self.eval_module = module
         self.sharded = dict(module.named_parameters())
         self.rows = {
@@ -113,6 +114,16 @@ class ShardedNetwork(TrainNetwork):
             return {key: self.each(change, v, known.get(key, like)) for key, v in state.items()}
         changes = like is not None and isinstance(state, torch.Tensor) and state.ndim
         return change(state, like) if changes else state
+
+
+def mixed_precision(dtype):
+    """A stage's policy: weights are gathered in the autocast `dtype`, gradients summed in float32.
+
+    Autocast would cast the weights anyway, after twice the traffic. Inputs keep their type.
+    """
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
 
 
 def all_gather_rows(rows, like):
