@@ -70,24 +70,16 @@ def measured(folder, rounds, steps, options):
 def report(row):
     """The text of README.md."""
     seconds = row["seconds"]
-    middle = {
-        way: {name: statistics.median(values) for name, values in found.items()}
-        for way, found in seconds.items()
-    }
-    plain = middle["no save"]["steps"]
-    lines = [["", "the call, s", f"{row['steps']} steps after it, s", "both, less the steps alone"]]
-    for way in WAYS:
-        still, after = (middle[way][name] for name in ("save", "steps"))
-        lines.append(
-            [way, f"{still:.3f}", f"{after:.2f} (without a save {plain:.2f})"]
-            + [f"{still + after - plain:.2f}"]
-        )
-    pairs = zip(seconds["before"]["save"], seconds["after"]["save"], strict=True)
-    ratios = sorted(before / after for before, after in pairs)
+    calls = {way: seconds[way]["save"] for way in WAYS}
+    middle = {way: statistics.median(values) for way, values in calls.items()}
+    lines = [["", "the call, s: median", "least", "most", f"{row['steps']} steps, s: median"]]
+    for way, found in seconds.items():
+        values = calls.get(way)
+        call = [f"{f(values):.3f}" for f in (statistics.median, min, max)] if values else [""] * 3
+        lines.append([way, *call, f"{statistics.median(found['steps']):.2f}"])
     return TEXT.format(
-        ratio=statistics.median(ratios),
-        least=ratios[0],
-        most=ratios[-1],
+        ratio=middle["before"] / middle["after"],
+        least=min(calls["before"]) / min(calls["after"]),
         table=markdown(lines),
         **{key: row[key] for key in ("mib", "rounds", "commit", "torch", "machine")},
     )
@@ -97,13 +89,15 @@ TEXT = """# Saves: how long the training stands still
 
 **Question.** How long does a training stand still for a checkpoint of {mib:.0f} MiB, before and after a thread writes it?
 
-**Answer.** On a CPU the call of `save` takes 1 / {ratio:.1f} of the time ({least:.1f} to {most:.1f}). Not measured on a GPU.
+**Answer.** On a CPU the call of `save` takes 1 / {ratio:.1f} of the time in the median, and 1 / {least:.1f} at its fastest. Not
+measured on a GPU.
 
 {table}
 
-Medians over {rounds} rounds. Before and after alternate in one process beside other work. "Before" calls the same
-`checkpoint.save` without the thread: serialise, checksum, write, fsync, rename, delete. "After" copies the state to memory of
-the host that is used again, and writes in the thread. On a CPU the thread takes a core from the training while it writes.
+{rounds} rounds; before, after and steps without a save alternate in one process beside other work, which is most of the
+spread. "Before" calls the same `checkpoint.save` without the thread: serialise, checksum, write, fsync, rename, delete.
+"After" copies the state to memory of the host that is used again, and writes in the thread. The steps follow the save
+directly; while the thread writes, it takes time of a core.
 
 `PYTHONPATH=.:tests OMP_NUM_THREADS=1 python experiments/saves/measure.py`, commit {commit}, {machine}, torch {torch}.
 """
