@@ -69,7 +69,7 @@ def test_a_file_has_the_state_of_its_moment_and_the_next_one_waits_for_it():
     assert not slow.written
     threading.Timer(0.2, slow.may.set).start()
     write(slow, values)
-    assert equal(slow.written, [first])
+    assert equal(slow.written[:1], [first])  # the second may be there already
     write(slow, values["net"])  # in some of the same memory
     write.wait()
     assert equal(slow.written, [first, second, second["net"]])
