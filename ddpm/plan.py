@@ -1,10 +1,12 @@
 """What a run will need, before it starts: `python -m ddpm.plan --config=configs/cats128.py
 [--vram=8]`, without a GPU or data.
 
-Memory is counted on the very training step, run on tensors without numbers; operations are counted
-on the network. Times follow from what the makers of GPUs publish and from --mfu, the share of it
-that is reached, which is a guess until it is measured: a training tracks its own as `speed/mfu`. A
-step takes no less than the launches of its kernels, which limit small networks.
+Memory and the bytes that kernels move are counted on the very training step, run on tensors without
+numbers; operations are counted on the network. Times follow from them and from the peak and the
+bandwidth that the makers of GPUs publish. A step takes no less than the host needs to launch its
+kernels, which limits small networks. experiments/plan compares the estimate with published runs. A
+training tracks the share of the peak that it reaches as `speed/mfu`: --run=runs/NAME reads it, and
+--mfu sets it, in place of the estimate.
 """
 
 # ruff: noqa: E402
@@ -22,8 +24,9 @@ USUAL = (
 if __name__ == "__main__":
     config_flags.define_config_flag()
     flags.DEFINE_float("vram", 8.0, "Memory of the GPU in GiB.", lower_bound=0.1)
-    help_text = "Share of a GPU's published peak that is reached."
-    flags.DEFINE_float("mfu", 0.4, help_text, lower_bound=0.001, upper_bound=1.0)
+    help_text = "Share of a GPU's published peak that is reached; by default estimated."
+    flags.DEFINE_float("mfu", None, help_text, lower_bound=0.001, upper_bound=1.0)
+    flags.DEFINE_string("run", "", "Run folder whose median speed/mfu is the --mfu.")
     help_text = "How many GPUs the last columns of the hours are for."
     flags.DEFINE_integer("num_gpus", 8, help_text, lower_bound=1)
     help_text = "GPUs to show, by the names that torch gives them, joined by commas; or all."
@@ -49,16 +52,24 @@ from ddpm.experiment import build, cost, remarks
 from ddpm.experiment import memory as experiment_memory
 from ddpm.runtime import memory
 from ddpm.runtime.gpus import GPUS, known, meant
+from ddpm.studies.runs import read_run
 from ddpm.studies.tables import amount, plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GIB = memory.GIB
 ASSUMED = 10_000  # images in the data, where these are missing and a length is in epochs
 CLASSES = 1000  # classes in the data, likewise
-# Seconds that a kernel takes at least, without what torch adds: an assumption. Without graphs, 3.8
-# were measured on a V100 for kernels that compute 2.9 (NVIDIA 2019, "Getting Started with CUDA
-# Graphs"), and on a B200 (arXiv 2512.22219).
+# Seconds that the host needs for an operation. Compiled: 3.8 microseconds were measured without
+# graphs on a V100 for kernels that compute 2.9 (NVIDIA 2019, "Getting Started with CUDA Graphs"),
+# and on a B200 (arXiv 2512.22219). Eager: a step on next to no arithmetic took a CPU core 11.5 ms
+# for the 1,286 operations of digits, and 20.5 ms for the 2,183 of ddpm_cifar10.
 LAUNCH = 3.8e-6
+EAGER_LAUNCH = 9e-6
+# Assumptions about kernels: the share of the peak that convolutions and matrix products reach where
+# bandwidth does not limit them, the share of the bandwidth that all others reach, and the share of
+# the bytes of those that the compiler leaves
+REACHED, STREAMED, FUSED = 0.6, 0.8, 0.45
+BACKWARD = 2 / 3  # of the time of a micro-batch, behind which gradients are exchanged
 
 
 class Training(NamedTuple):
@@ -71,11 +82,15 @@ class Training(NamedTuple):
     num_images: int  # in the data; 0 where nothing is counted in epochs
     data_words: str  # about the images in the data
     evaluation: cost.EvalPlan
+    mfu: float | None = None  # the share of the peak that is reached; None: to be estimated
 
     @property
-    def kernels(self):
-        """The kernels that a step launches on one GPU."""
-        return self.config.train.gradient_accumulation_steps * self.flops.kernels
+    def compiled(self):
+        return self.config.train.compile is not False
+
+    @property
+    def channels_last(self):
+        return self.config.train.channels_last is not False
 
     def batch_on(self, num_gpus):
         """The batch size, rounded up to what the ranks and micro-batches divide."""
@@ -90,8 +105,18 @@ class Memory(NamedTuple):
 
     types: str
     checkpointing: str
-    account: memory.Account
+    accounts: list  # of `images` at a time, and of twice as many
+    images: int
     most: int  # images at a time that fit on the GPU; -1 where not even the weights fit
+
+    @property
+    def account(self):
+        return self.accounts[0]
+
+    def traffic(self, count):
+        """The memory.Traffic of a micro-batch of `count` images."""
+        few, more = self.accounts
+        return memory.traffic_of(few, self.images, more, 2 * self.images, count)
 
 
 def plan(config, vram, mfu, num_gpus, gpus=USUAL):
@@ -101,14 +126,16 @@ def plan(config, vram, mfu, num_gpus, gpus=USUAL):
     """
     gpus = listed(gpus)
     build.check(config)
-    training = training_of(config)
+    training = training_of(config)._replace(mfu=mfu)
     shape = "x".join(map(str, build.image_shape(config)[::-1]))
     yield (
         f"{config.model.name}: {training.weights:,} parameters, images {shape}, "
         f"{training.flops.training / 1e9:,.4g} GFLOP an image, forward and backward\n"
     )
-    yield from memory_lines(config, vram, num_gpus)
-    yield from time_lines(training, mfu, num_gpus, gpus)
+    images = config.train.batch_size // config.train.gradient_accumulation_steps
+    variants = list(memory_of(config, images, vram * GIB))
+    yield from memory_lines(config, variants, vram, num_gpus)
+    yield from time_lines(training, variants, num_gpus, gpus)
     if lines := remarks.length_remarks(config, training.num_images):
         yield "\n".join(lines) + "\n"
     yield disk_line(training)
@@ -130,7 +157,7 @@ PARTS = ["weights", "EMA", "optimizer", "gradients", "activations", "workspace"]
 MEMORY_COLUMNS = ["type", "checkpointing", *PARTS, "sum", "GPU has", "most images"]
 
 
-def memory_lines(config, vram, num_gpus):
+def memory_lines(config, variants, vram, num_gpus):
     """Yield the table of memory, and advice where a batch fits in fewer micro-batches."""
     batch_size = config.train.batch_size
     parts = config.train.gradient_accumulation_steps
@@ -143,7 +170,6 @@ def memory_lines(config, vram, num_gpus):
     sharded = None
     with contextlib.suppress(ValueError):  # a network that cannot be sharded
         sharded = changed(config, options)
-    variants = list(memory_of(config, images, vram * GIB))
     rows = [memory_row(variant, sharded, num_gpus) for variant in variants]
     yield (
         plain([[*MEMORY_COLUMNS, f"of {num_gpus} sharded"], *rows])
@@ -151,7 +177,7 @@ def memory_lines(config, vram, num_gpus):
         "a batch in one part;\n'GPU has' is the sum, a tenth and half a GiB: kernels' own "
         "workspace and gaps are not counted;\n"
         f"the last column is what each of {num_gpus} GPUs has by train.fully_shard, {images} "
-        "images at a time on each\n"
+        "images at a time on each; NCCL's buffers on several GPUs are not counted\n"
     )
     most = [variant.most for variant in variants if variant.checkpointing == "none"][-1]
     fewer = [n for n in range(1, parts) if batch_size % n == 0 and batch_size // n <= most]
@@ -174,7 +200,7 @@ def memory_of(config, images, vram):
                     accounts.append(experiment_memory.estimate(config, dtype, n, levels))
                     bar.update()
                 most = memory.most_images(accounts[0], images, accounts[1], 2 * images, vram)
-                yield Memory(types, name, accounts[0], most)
+                yield Memory(types, name, accounts, images, most)
 
 
 def memory_row(variant, sharded, num_gpus):
@@ -189,19 +215,22 @@ def memory_row(variant, sharded, num_gpus):
     return [variant.types, variant.checkpointing, *sizes, str(max(variant.most, 0)), on_each]
 
 
-def time_lines(training, mfu, num_gpus, gpus):
+def time_lines(training, variants, num_gpus, gpus):
     """Yield the table of hours on each of `gpus`, and what an evaluation costs."""
     section = training.config.train
     yield (
-        f"time at the least, if a GPU reaches {mfu:.0%} of what its maker publishes (--mfu) and "
-        f"launches each of the {training.kernels:,} kernels of a step in {LAUNCH * 1e6:g} "
-        f"microseconds: {section.length} are {training.steps * section.batch_size:,} images"
-        f"{training.data_words}"
+        f"time, {way_words(training)}: {section.length} are "
+        f"{training.steps * section.batch_size:,} images{training.data_words}"
     )
-    columns = ["GPU", "GiB", "type", "images/s", "training"]
+    columns = ["GPU", "GiB", "type", "images/s", "MFU", "training"]
     columns += [f"images/s, {num_gpus} GPUs", "training", "an evaluation"]
-    rows = [time_row(training, name, mfu, num_gpus) for name in gpus]
-    yield plain([columns, *rows]) + f"\nother GPUs: --gpus=all, or by name, --gpus='{[*GPUS][0]}'"
+    rows = [time_row(training, variants, name, num_gpus) for name in gpus]
+    yield (
+        plain([columns, *rows])
+        + "\n'MFU' is the share of the GPU's published peak that one GPU reaches; several exchange "
+        "gradients after the\nbackward pass, or, as the higher number, during it\n"
+        f"other GPUs: --gpus=all, or by name, --gpus='{[*GPUS][0]}'"
+    )
     together = training.batch_on(num_gpus)
     if together != section.batch_size:
         yield (
@@ -217,41 +246,84 @@ def time_lines(training, mfu, num_gpus, gpus):
     )
 
 
-def time_row(training, name, mfu, num_gpus):
+def way_words(training):
+    """How the times are estimated, in words."""
+    compiled = "compiled" if training.compiled else "not compiled (--config.train.compile=True)"
+    if training.mfu:
+        return f"{compiled}, if a GPU reaches {training.mfu:.1%} of its published peak (--mfu)"
+    layout = "" if training.channels_last else ", without channels_last"
+    return (
+        f"{compiled}{layout}, estimated from arithmetic, bandwidth and launches (published "
+        "trainings on A100 took 1.3 to 2.6 times as long, experiments/plan)"
+    )
+
+
+def time_row(training, variants, name, num_gpus):
     """The row of a GPU in the table of hours."""
     gpu = GPUS[name]
-    section = training.config.train
-    kind = chosen(section.amp, gpu)
+    kind = chosen(training.config.train.amp, gpu)
     row = [name, str(gpu.gib), kind]
-    for n, batch_size in ((1, section.batch_size), (num_gpus, training.batch_on(num_gpus))):
-        spent, rate = hours(
-            training.steps * section.batch_size,
-            training.flops.training,
-            gpu,
-            DTYPES[kind],
-            mfu,
-            n,
-            batch_size,
-            4 * training.weights,
-            training.kernels,
-        )
-        row += [amount(rate), spell(spent)]
-    evaluation = training.evaluation.operations / (mfu * gpu.peak(DTYPES[kind])) / 3600
-    return [*row, spell(evaluation)]
+    images = training.steps * training.config.train.batch_size
+    _, rate = rates(training, variants, gpu, kind, 1)
+    mfu = rate * training.flops.training / gpu.peak(DTYPES[kind])
+    row += [amount(rate), f"{mfu:.2f}", spell(images / rate / 3600)]
+    together = rates(training, variants, gpu, kind, num_gpus)
+    slow, fast = map(amount, together)
+    row += [slow if slow == fast else f"{slow} to {fast}", spell(images / together[0] / 3600)]
+    evaluation = training.evaluation.operations / training.flops.training / rate
+    return [*row, spell(evaluation / 3600)]
 
 
-def hours(images, flops, gpu, dtype, mfu, num_gpus=1, batch_size=1, weights=0, kernels=0):
-    """(hours for so many images on one GPU or several, images a second).
+def rates(training, variants, gpu, kind, num_gpus):
+    """Images a second on so many GPUs: at the least, and with gradients exchanged meanwhile."""
+    parts = training.config.train.gradient_accumulation_steps
+    batch_size = training.config.train.batch_size if num_gpus == 1 else training.batch_on(num_gpus)
+    images = batch_size // num_gpus // parts
+    again = training.config.train.activation_checkpointing == "all"
+    flops = images * (training.flops.training + again * training.flops.forward)
+    names = ("fp32" if kind == "fp32" else "bf16, fp16", "all" if again else "none")
+    (variant,) = (each for each in variants if (each.types, each.checkpointing) == names)
+    traffic = variant.traffic(images)
+    micro = micro_batch_seconds(training, gpu, kind, flops, traffic)
+    update = 0 if training.mfu else traffic.update / (STREAMED * gpu.bandwidth * 1e9)
+    exchange = exchange_seconds(4 * training.weights, gpu, num_gpus)
+    step = parts * micro + update
+    hidden = step + max(exchange - BACKWARD * micro, 0)
+    return batch_size / (step + exchange), batch_size / hidden
 
-    A step computes `flops` an image and takes no less than the launches of its `kernels`. After it,
-    GPUs exchange gradients of `weights` bytes around a ring (2 (n - 1) / n of them through each
-    link), which no computation hides.
+
+def micro_batch_seconds(training, gpu, kind, flops, traffic):
+    """The time of a forward and backward pass that computes `flops` and moves a Traffic.
+
+    Convolutions and products are limited by the peak or by bandwidth, all other kernels by
+    bandwidth, and both together by the host, which launches them.
     """
-    arithmetic = batch_size / num_gpus * flops / (mfu * gpu.peak(dtype))
-    launches = kernels * LAUNCH
-    exchange = 2 * (num_gpus - 1) / num_gpus * weights / (gpu.link * 1e9)
-    step = max(arithmetic, launches) + exchange
-    return images / batch_size * step / 3600, batch_size / step
+    peak = gpu.peak(DTYPES[kind])
+    host = traffic.launches * (LAUNCH if training.compiled else EAGER_LAUNCH)
+    if training.mfu:
+        return max(flops / (training.mfu * peak), host)
+    bandwidth = gpu.bandwidth * 1e9
+    passes = traffic.passes * (FUSED if training.compiled else 1)
+    if kind != "fp32" and not training.channels_last:  # cuDNN's tensor cores compute in NHWC
+        passes += traffic.transposes
+    products = max(flops / (REACHED * peak), traffic.products / bandwidth)
+    return max(products + passes / (STREAMED * bandwidth), host)
+
+
+def exchange_seconds(weights, gpu, num_gpus):
+    """The time in which gradients of `weights` bytes go around a ring of GPUs.
+
+    2 (n - 1) / n of them go through each link.
+    """
+    return 2 * (num_gpus - 1) / num_gpus * weights / (gpu.link * 1e9)
+
+
+def mfu_of(folder):
+    """The median of a run's tracked speed/mfu; raises ValueError where it has none."""
+    mfu = read_run(folder).median("speed/mfu")
+    if not mfu:
+        raise ValueError(f"--run={folder}: the run tracked no speed/mfu; set --mfu instead")
+    return mfu
 
 
 def disk_line(training):
@@ -381,7 +453,8 @@ def main():
     given, words = with_classes(config_flags.given_config()[0], values.classes)
     if words:
         print(words, flush=True)
-    for lines in plan(given, values.vram, values.mfu, values.num_gpus, values.gpus):
+    mfu = mfu_of(values.run) if values.run else values.mfu
+    for lines in plan(given, values.vram, mfu, values.num_gpus, values.gpus):
         print(lines, flush=True)
     return errors.DONE
 

@@ -4,7 +4,6 @@ import inspect
 from dataclasses import replace
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import data
 from ddpm.common import registry, rng
@@ -277,18 +276,6 @@ def check(config):
     with torch.device("meta"):
         network(config)
     return diffusion(config, None)
-
-
-class Kernels(TorchDispatchMode):
-    """Counts the operations in it that compute something: each launches a kernel or more."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view
-        return function(*args, **(kwargs or {}))
 
 
 def tracker(config, folder, machine, start, total, state=None, source=None):

@@ -31,29 +31,23 @@ def count_nfe(config, recipe, edit=None, model=None):
 
 
 class Flops(NamedTuple):
-    """A network's floating-point operations on one image, and the kernels of a micro-batch."""
+    """A network's floating-point operations on one image."""
 
     forward: int
     training: int  # forward and backward
-    kernels: int = 0  # forward and backward, where it is not compiled
 
 
 def count_flops(config):
     """The Flops of a config's network, counted without computing any."""
-    with (
-        torch.device("meta"),
-        FlopCounterMode(display=False) as counter,
-        build.Kernels() as launched,
-    ):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
         net, (_, *size) = build.network(config), build.image_shape(config)
-        launched.count = 0  # the weights' first values are no part of a step
         out = net(
             torch.empty(1, build.channels_in(config), *size), torch.zeros(1, dtype=torch.long)
         )
         forward = counter.get_total_flops()
         out.sum().backward()
     guess = forward * config.diffusion.self_condition  # which is given its own estimate
-    return Flops(forward, counter.get_total_flops() + guess, launched.count)
+    return Flops(forward, counter.get_total_flops() + guess)
 
 
 def drawing_operations(config, flops, model=None):

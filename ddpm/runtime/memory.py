@@ -1,4 +1,6 @@
-"""The memory that a computation needs, counted on fake tensors: shapes without data."""
+"""The memory that a computation needs and the bytes that it moves, counted on fake tensors: shapes
+without data.
+"""
 
 import weakref
 from bisect import bisect_left
@@ -11,7 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # oneDNN, and cuDNN for tensor cores, copy their first two arguments into another layout
-CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten.convolution_backward}
+ATEN = torch.ops.aten
+CONVOLUTIONS = {ATEN.convolution, ATEN.convolution_backward}
+PRODUCTS = CONVOLUTIONS | {ATEN.mm, ATEN.addmm, ATEN.bmm, ATEN.baddbmm}
+# passes over the input beyond the reads and writes of arguments and results: for the statistics
+NORMS = {ATEN.native_group_norm: 1, ATEN.native_group_norm_backward: 2}
+
+
+class Traffic(NamedTuple):
+    """Bytes that the kernels of a step with one micro-batch read and write in a GPU's memory."""
+
+    products: float = 0  # convolutions and matrix products
+    transposes: float = 0  # copies of a convolution's tensors into NHWC and back
+    passes: float = 0  # all other operations of the forward and backward pass
+    update: float = 0  # what follows: norm of the gradients, optimizer, averages
+    launches: float = 0  # operations, of which each launches a kernel or more
 
 
 class Ledger(TorchDispatchMode):
@@ -19,8 +35,9 @@ class Ledger(TorchDispatchMode):
 
     `live` is the present sum, `course` its value at each allocation, `peak` its maximum,
     `peak_gradients` the gradients of `parameters` at the peak, `forward` the sum without gradients
-    when the last backward pass started. Workspaces of kernels are not counted, except the copies
-    that convolutions make of their arguments. Tensors from before are unchanged.
+    when the last backward pass started, `traffic` the Traffic. Workspaces of kernels are not
+    counted, except the copies that convolutions make of their arguments. Tensors from before are
+    unchanged.
     """
 
     def __init__(self):
@@ -30,8 +47,9 @@ class Ledger(TorchDispatchMode):
         self.parameters = []
         self.live = self.peak = self.peak_gradients = self.forward = 0
         self.rising = False
-        self.backward = False
+        self.backward = self.learned = False  # in a backward pass; after one
         self.course = []
+        self.traffic = Traffic()
 
     def __enter__(self):
         self.fake.__enter__()
@@ -47,16 +65,39 @@ class Ledger(TorchDispatchMode):
         backward = torch._C._current_graph_task_id() != -1
         if backward and not self.backward:
             self.forward = self.live - self.gradients()
+        self.learned |= self.backward and not backward
         self.backward = backward
         if self.rising and self.live < self.peak:
             self.rising, self.peak_gradients = False, self.gradients()
         out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+        results = tensors_in(out)
+        for tensor in results:
+            self.add(tensor.untyped_storage())
+        if not function.is_view:
+            self.move(function.overloadpacket, args, results)
         if function.overloadpacket in CONVOLUTIONS:
             self.reach(sum(size_of(tensor) for tensor in args[:2]))
         return out
+
+    def move(self, operation, args, results):
+        """Add an operation to the traffic."""
+        size = size_of_all(tensors_in(args)) + size_of_all(results)
+        products = transposes = passes = update = 0
+        if self.learned:
+            update = size
+        elif operation in PRODUCTS:
+            products = size
+            if operation in CONVOLUTIONS:
+                transposes = 2 * size
+                # the bias is added to the output, or its gradient summed, by another kernel
+                forward = operation is ATEN.convolution
+                passes = 2 * size_of_all(results) if forward else size_of(args[0])
+        else:
+            passes = size
+            if operation in NORMS:
+                passes += NORMS[operation] * size_of(args[0])
+        one = (products, transposes, passes, update, 1)
+        self.traffic = Traffic(*map(sum, zip(self.traffic, one, strict=True)))
 
     def add(self, storage):
         if storage in self.seen:
@@ -82,8 +123,9 @@ class Ledger(TorchDispatchMode):
         return size_of_all(p.grad for p in self.parameters if p.grad is not None)
 
     def restart(self):
-        """Reset the peak and the course."""
+        """Reset the peak, the course and the traffic."""
         self.peak, self.peak_gradients, self.course = self.live, self.gradients(), []
+        self.traffic, self.learned = Traffic(), False
 
 
 GIB = 2**30
@@ -92,6 +134,10 @@ GIB = 2**30
 def with_margin(size):
     """Bytes that a GPU must have free for `size` counted ones: for workspaces and fragmentation."""
     return size * 1.1 + 2**29
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def size_of(tensor):
@@ -103,7 +149,9 @@ def size_of_all(tensors):
 
 
 class Account(NamedTuple):
-    """Bytes of a training step at its peak, by part; `course` is the sum at each allocation."""
+    """Bytes of a training step at its peak, by part; `course` is the sum at each allocation,
+    `traffic` the bytes that the step moves.
+    """
 
     weights: int
     averages: int  # of the weights
@@ -112,10 +160,11 @@ class Account(NamedTuple):
     activations: int  # kept by the forward pass for the backward pass
     workspace: int  # other intermediate results
     course: list
+    traffic: Traffic
 
     @property
     def parts(self):
-        return self[:-1]
+        return self[:-2]
 
     @property
     def total(self):
@@ -149,8 +198,23 @@ def account(ledger, step, batch, weights, averages, accumulated=False):
     rest = ledger.peak - start - gradients
     activations = min(ledger.forward - start, rest)
     workspace = rest - activations
-    course = ledger.course
-    return Account(weights, averages, optimizer, gradients, activations, workspace, course)
+    return Account(
+        weights,
+        averages,
+        optimizer,
+        gradients,
+        activations,
+        workspace,
+        ledger.course,
+        ledger.traffic,
+    )
+
+
+def traffic_of(smaller, images, larger, more_images, count):
+    """The Traffic of `count` images at a time, from two accounts as in `most_images`."""
+    share = (count - images) / (more_images - images)
+    pairs = zip(smaller.traffic, larger.traffic, strict=True)
+    return Traffic(*(few + share * (more - few) for few, more in pairs))
 
 
 def most_images(smaller, images, larger, more_images, available):
