@@ -1,6 +1,7 @@
 """The network as the step calls it: autocast, DDP, compilation; the plain module stays plain."""
 
 import contextlib
+import itertools
 from functools import cached_property
 
 import torch
@@ -32,6 +33,7 @@ class TrainNetwork:
         self.machine = machine
         self.eval_module = net
         self.compiled = None
+        self.plain_stages = []  # (stage, its forward method) of those that are compiled
         self.say = print
         self.weights = net
         self.module = net
@@ -84,9 +86,21 @@ class TrainNetwork:
             return self.wrapped.no_sync()
         return contextlib.nullcontext()
 
-    def use_compiler(self, wanted=True):
-        """Train through torch.compile, which compiles at the next call, or stop doing so."""
-        self.compiled = compile.through(self.wrapped, LEARNING) if wanted else None
+    def use_compiler(self, how=True):
+        """Train through torch.compile, which compiles at the next call, or stop doing so.
+
+        `how` is True for one graph of the network, "stages" for one of each stage, False for none.
+        """
+        for stage, plain in self.plain_stages:
+            stage.forward = plain
+        self.plain_stages = []
+        if how == "stages":
+            for stage in itertools.chain(*self.net.levels):
+                self.plain_stages.append((stage, stage.forward))
+                stage.forward = compiled_in_training(stage)
+            self.compiled = self.wrapped
+        else:
+            self.compiled = compile.through(self.wrapped, LEARNING) if how else None
 
     def scaler(self):
         """A GradScaler that scales for float16 and does nothing otherwise."""
@@ -111,3 +125,10 @@ class TrainNetwork:
     def as_checkpoint_part(self, part):
         """The checkpoint part that saves and loads `part` with full tensors."""
         return part
+
+
+def compiled_in_training(stage):
+    """A forward method of a module that is compiled in training mode and plain otherwise."""
+    plain = stage.forward
+    fast = compile.through(lambda *inputs, **named: plain(*inputs, **named), LEARNING)
+    return lambda *inputs, **named: (fast if stage.training else plain)(*inputs, **named)
