@@ -251,11 +251,11 @@ def check_sharded(options):
     """Raise a ValueError for what a network that ranks share out cannot be."""
     if not options["train.fully_shard"]:
         return
-    for key in ("train.compile", "train.channels_last"):
-        if options[key]:
-            raise ValueError(
-                f"config.train.fully_shard and config.{key} are both True; choose one of them"
-            )
+    if options["train.channels_last"]:
+        raise ValueError(
+            "config.train.fully_shard and config.train.channels_last are both True; choose one of "
+            "them"
+        )
     if parse(options["model.name"])[0] == "unet_edm2":
         raise ValueError(
             "config.train.fully_shard cannot be True with config.model.name 'unet_edm2', whose "

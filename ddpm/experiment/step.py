@@ -107,6 +107,8 @@ def compile_network(config, train_step):
     messages = []
     fitted = True
     net.use_compiler()
+    if not net.rehearses:
+        return "each stage of the network is compiled at the first step (train.compile)"
     net.say = messages.append
     try:
         fitted, _ = train_step.machine.room.fits(

@@ -90,17 +90,19 @@ class TrainNetwork:
         """Train through torch.compile, which compiles at the next call, or stop doing so.
 
         `how` is True for one graph of the network, "stages" for one of each stage, False for none.
+        Several ranks compile by stage: between two stages gradients or shards are exchanged.
         """
         for stage, plain in self.plain_stages:
             stage.forward = plain
         self.plain_stages = []
-        if how == "stages":
-            for stage in itertools.chain(*self.net.levels):
+        self.compiled = None
+        if how == "stages" or (how and self.machine.world > 1):
+            for stage in itertools.chain(*self.module.levels):
                 self.plain_stages.append((stage, stage.forward))
                 stage.forward = compiled_in_training(stage)
             self.compiled = self.wrapped
-        else:
-            self.compiled = compile.through(self.wrapped, LEARNING) if how else None
+        elif how:
+            self.compiled = compile.through(self.wrapped, LEARNING)
 
     def scaler(self):
         """A GradScaler that scales for float16 and does nothing otherwise."""
@@ -130,5 +132,5 @@ class TrainNetwork:
 def compiled_in_training(stage):
     """A forward method of a module that is compiled in training mode and plain otherwise."""
     plain = stage.forward
-    fast = compile.through(lambda *inputs, **named: plain(*inputs, **named), LEARNING)
-    return lambda *inputs, **named: (fast if stage.training else plain)(*inputs, **named)
+    fast = compile.through(plain, LEARNING)
+    return lambda *inputs: (fast if stage.training else plain)(*inputs)

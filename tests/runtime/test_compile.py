@@ -18,7 +18,7 @@ from ddpm.common.registry import parse
 from ddpm.config import files
 from ddpm.experiment import build, load, trainer
 from ddpm.generate import generate_images
-from ddpm.models import MODELS
+from ddpm.models import MODELS, layers
 from ddpm.runtime import compile, device
 from ddpm.training import network as training_network
 from ddpm.training.trainer import train
@@ -179,6 +179,34 @@ def test_each_size_of_batch_has_a_graph_of_fixed_shapes(monkeypatch):
         range(2, 14)
     )
     assert all(type(side) is int for found in shapes for shape in found for side in shape)
+
+
+def test_compiled_by_stage_gradients_are_the_same_and_evaluation_is_plain(monkeypatch):
+    """Each stage once, recomputed or not; afterwards nothing is compiled."""
+    counter = CompileCounter()
+    monkeypatch.setattr(compile, "COMPILER", counter)
+    net = build.network(tiny(model__attention_resolutions=(), model__channel_mult=(1,)))
+    stages = [stage for level in net.levels for stage in level]
+    layers.recompute(net.levels[0])
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    network = training_network.TrainNetwork(net, device.Machine(torch.device("cpu"), torch.float32))
+    x, t = torch.ones(2, 1, 16, 16), torch.tensor([0.5, 0.7])
+    found = []
+    for how in (False, "stages", False):
+        network.use_compiler(how)
+        network.train()
+        out = network(x, t)
+        out.square().mean().backward()
+        found.append([out, *(weight.grad for weight in net.parameters())])
+        net.zero_grad()
+        with torch.no_grad():
+            network(x, t)  # in training: an own estimate
+            net.eval()
+            network(x, t), network(x[:1], t[:1]), net(x, t)
+    assert counter.frame_count == 2 * len(stages)  # with gradients and without
+    for grads in found[1:]:
+        torch.testing.assert_close(found[0], grads, rtol=1e-5, atol=1e-5)
 
 
 def network_with(compiler, monkeypatch):

@@ -24,6 +24,7 @@ TRAINED = (
     "two",
     "four",
     "sharded",
+    "compiled",
     "two, then one",
     "two, then four",
     "two, then four sharded",
@@ -151,6 +152,29 @@ def test_shared_out_each_rank_has_its_part(name, seen):
     assert sum(ranks) == whole and max(ranks) < 1.05 * whole / len(ranks) + 100
 
 
+@pytest.mark.parametrize(
+    "name, plain",
+    [
+        ("shards that fail to compile", "sharded"),
+        ("half by autocast", "half"),  # which gathers twice the bytes
+        ("compiled half", "half"),
+    ],
+)
+def test_shards_learn_the_same_to_the_bit(name, plain, seen):
+    """Compiled by stage, traced as for any compiler; and gathered in the type of autocast."""
+    assert seen[name] == seen[plain]
+
+
+def test_ranks_compile_by_stage_or_say_why_not(folder):
+    names = ("compiled", "compiled half", "bad")
+    logs = {name: (folder / name / "training.log").read_text() for name in names}
+    assert "the network was compiled in " in logs["compiled"]
+    for name in names[1:]:
+        assert "each stage of the network is compiled at the first step" in logs[name]
+    why = "the network is not compiled, as torch.compile failed: "
+    assert [log.count(why) for log in logs.values()] == [0, 0, 1]
+
+
 def test_ranks_draw_and_measure_what_one_does(seen):
     """To the bit, as batches have one shape."""
     (one,) = seen["drawn-1"]
@@ -219,7 +243,7 @@ def test_torchrun_starts_again_after_sigkill_and_nothing_differs(folder, seen):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("train.compile", True), ("train.channels_last", True), ("model.name", "unet_edm2")],
+    [("train.channels_last", True), ("model.name", "unet_edm2")],
 )
 def test_what_cannot_be_shared_out_is_refused(option, value):
     with pytest.raises(ValueError, match=f"config.train.fully_shard .* config.{option} ") as caught:

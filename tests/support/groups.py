@@ -21,6 +21,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -29,10 +30,11 @@ from ddpm.config import defaults
 from ddpm.experiment import build, drawing, load, trainer
 from ddpm.generate import edit_images, generate_images
 from ddpm.models.unet import UNet
-from ddpm.runtime import device
+from ddpm.runtime import compile, device
 from ddpm.runtime import ranks as runtime_ranks
 from ddpm.sample import sample_from_checkpoint
 from ddpm.sampling import draw, formats
+from ddpm.training import fsdp
 from ddpm.training.network import TrainNetwork
 from ddpm.training.trainer import train
 from support.runs import tiny
@@ -126,7 +128,7 @@ def trained(folder, **options):
     given = tiny(
         **{key.replace(".", "__"): value for key, value in defaults.flatten(RUN).items()} | options
     )
-    made = trainer.build_trainer(given, folder, device.start())
+    made = trainer.build_trainer(given, folder, device.start(given.train.amp))
     assert train(made)
     made.tracker.close()
     network = made.step.diffusion.net
@@ -148,6 +150,22 @@ def buckets():
     answer = [all(grad._is_view() for grad in grads), network.wrapped.broadcast_buffers]
     runtime_ranks.stop()
     return answer
+
+
+def compiled(folder, compiler, **options):
+    """Train through torch.compile with another backend, whose code takes seconds."""
+    compile.COMPILER = compiler
+    return trained(folder, train__compile=True, **options)
+
+
+def failing(graph, inputs):
+    raise RuntimeError("no C++ compiler here")
+
+
+def gathered_in_float32(folder, **options):
+    """Train with shards that are gathered in the type in which they are kept."""
+    fsdp.mixed_precision = lambda dtype: MixedPrecisionPolicy()
+    return trained(folder, **options)
 
 
 def crowded(rank, folder, most):
@@ -326,6 +344,15 @@ def main_of(folder):
     group("crowded", 2, lambda rank: crowded(rank, folder / "crowded", 2))
     group("no room", 2, lambda rank: crowded(rank, folder / "no room", 0))
     group("sharded", 2, lambda rank: trained(folder / "sharded", train__fully_shard=True))
+    group("compiled", 2, lambda rank: compiled(folder / "compiled", "aot_eager"))
+    shards = {"train__fully_shard": True}
+    half = shards | {"train__amp": "bf16"}
+    group(
+        "shards that fail to compile", 2, lambda rank: compiled(folder / "bad", failing, **shards)
+    )
+    group("half", 2, lambda rank: trained(folder / "half", **half))
+    group("half by autocast", 2, lambda rank: gathered_in_float32(folder / "autocast", **half))
+    group("compiled half", 2, lambda rank: compiled(folder / "compiled half", "aot_eager", **half))
     resumed("two, then one", 1, "two")
     resumed("two, then four", 4, "two")
     resumed("two, then four sharded", 4, "two", train__fully_shard=True)
