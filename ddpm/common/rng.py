@@ -29,19 +29,22 @@ def generators(seed, purpose, step, indices):
         yield moving
 
 
-def normal(seed, purpose, step, indices, shape):
-    """Standard normal noise, float32 [b, *shape], from one address per index; b = len(indices)."""
-    out = np.empty((len(indices), *shape), dtype=np.float32)
+def normal(seed, purpose, step, indices, shape, out=None):
+    """Standard normal noise, float32 [b, *shape], from one address per index; b = len(indices).
+
+    `out` is a numpy array for the noise. The GIL is released while an index is drawn.
+    """
+    out = np.empty((len(indices), *shape), dtype=np.float32) if out is None else out
     for row, drawn in zip(out, generators(seed, purpose, step, indices), strict=True):
         drawn.standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(out)
 
 
-def uniform(seed, purpose, step, indices):
-    """Uniform numbers in [0, 1), float64 [b], from one address per index; b = len(indices)."""
-    return torch.tensor(
-        [drawn.random() for drawn in generators(seed, purpose, step, indices)], dtype=torch.float64
-    )
+def uniform(seed, purpose, step, indices, out=None):
+    """Uniform numbers in [0, 1), float64 [b] (or into `out`), from one address per index."""
+    out = np.empty(len(indices)) if out is None else out
+    out[:] = [drawn.random() for drawn in generators(seed, purpose, step, indices)]
+    return torch.from_numpy(out)
 
 
 def permutation(seed, purpose, step, n):

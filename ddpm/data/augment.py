@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from ddpm.common import rng
-
 NUM_RANDOM = 14  # six decide whether, eight how
 # mirror, flip, log2 of scale, rotation (2), log2 of stretch (2), translation (2)
 NUM_CONDITIONS = 9
@@ -68,16 +66,11 @@ def rotation_matrix(angle):
     return rearrange(torch.stack([cos, -sin, sin, cos]), "(two too) b -> b two too", two=2)
 
 
-def flip(batch, seed, step, indices, put=lambda tensor: tensor):
-    """Mirror each image of [b, c, h, w] with probability 1/2, at (seed, "flip", step, index).
-
-    `indices` are the b places in the effective batch; `put(tensor)` moves a tensor to its device.
-    """
-    mirrored = put(rng.uniform(seed, "flip", step, indices) < 0.5)
+def flip(batch, mirrored):
+    """Mirror the images of [b, c, h, w] where `mirrored`, bool [b] on their device."""
     return torch.where(rearrange(mirrored, "b -> b 1 1 1"), batch.flip(-1), batch)
 
 
-def drop_labels(labels, probability, seed, step, indices):
-    """Set labels [b] to -1 with a probability; `indices` are their places in the batch."""
-    dropped = rng.uniform(seed, "label drop", step, indices) < probability
-    return torch.where(dropped, -1, labels)
+def drop_labels(labels, numbers, probability):
+    """Set labels [b] to -1 with a probability, by uniform numbers [b] in [0, 1)."""
+    return torch.where(numbers < probability, -1, labels)

@@ -149,6 +149,13 @@ class Machine:
             return batches
         return prefetch.fetched_ahead(batches, self.device)
 
+    def random_numbers(self, seed, depth=1):
+        """RandomNumbers, drawn `depth` steps ahead by threads where a GPU computes the network."""
+        if self.device.type != "cuda":  # the network needs all cores
+            return prefetch.RandomNumbers(seed)
+        cores = (os.cpu_count() or 1) // ranks.number_in_environment("LOCAL_WORLD_SIZE", 1)
+        return prefetch.RandomNumbers(seed, depth, min(max(cores // 2, 1), 4), pin=True)
+
     def empty_cache(self):
         """Return unused cached memory to the GPU."""
         if self.device.type == "cuda":

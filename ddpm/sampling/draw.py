@@ -11,7 +11,7 @@ import torch
 from einops import rearrange, repeat
 
 from ddpm.common import pixels as common_pixels
-from ddpm.common import registry, rng
+from ddpm.common import registry
 from ddpm.common.progress import Progress
 from ddpm.diffusion import editing, samplers
 from ddpm.diffusion.denoiser import Guidance, unconditional
@@ -91,8 +91,10 @@ def trajectory(
     network. Raises StopTraining before one if a training is requested to stop.
     """
 
+    numbers = machine.random_numbers(recipe.seed)
+
     def noise(k):
-        return machine.to_device(rng.normal(recipe.seed, "sample", k, seeds, shape))
+        return machine.to_device(numbers.normal("sample", k, seeds, shape))
 
     def autocast(net):
         def call(x, t, y=None):
@@ -119,7 +121,7 @@ def trajectory(
     def denoiser():
         return model.denoiser(autocast(model.net), y, guidance)
 
-    with torch.no_grad():
+    with torch.no_grad(), numbers:
         yield from walk(sampler, denoiser, levels, noise, seeds)
 
 

@@ -58,6 +58,7 @@ class TrainStep:
         self.parameters = [*self.diffusion.net.params, *self.objective.parameters()]
         layers = self.diffusion.net.module.modules()
         self.drops = any(isinstance(layer, torch.nn.Dropout) and layer.p for layer in layers)
+        self.numbers = self.machine.random_numbers(self.seed, depth=2)
         self.places = range(self.batch_size)[self.machine.rank_slice(self.batch_size)]
         self.set_micro_batches(micro_batches)
         # alone, a step that has no room is done again
@@ -230,23 +231,24 @@ class TrainStep:
             rng.reseed_torch(self.seed, step, self.machine.rank, micro)
         pixels = to_device(pixels)
         if self.flip:
-            pixels = augment.flip(pixels, self.seed, step, places, to_device)
+            mirrored = self.numbers.uniform("flip", step, places) < 0.5
+            pixels = augment.flip(pixels, to_device(mirrored))
         x0 = common_pixels.encode(pixels)
         transforms = None
         if self.augmentation:
-            numbers = rng.normal(self.seed, "augment", step, places, (augment.NUM_RANDOM,))
+            numbers = self.numbers.normal("augment", step, places, (augment.NUM_RANDOM,))
             x0, transforms = augment.augment(x0, to_device(numbers), self.augmentation)
         times = partial(self._uniform_times, step)
         t, importance = self.objective.times(self.diffusion.process, places, self.batch_size, times)
         t = to_device(t)
-        noise = to_device(rng.normal(self.seed, "train noise", step, places, x0.shape[1:]))
+        noise = to_device(self.numbers.normal("train noise", step, places, x0.shape[1:]))
         y = None
         if self.label_dropout is not None:
-            labels = augment.drop_labels(labels, self.label_dropout, self.seed, step, places)
-            y = to_device(labels)
+            numbers = self.numbers.uniform("label drop", step, places)
+            y = to_device(augment.drop_labels(labels, numbers, self.label_dropout))
         estimated = None
         if self.diffusion.self_condition:
-            numbers = rng.uniform(self.seed, "train self-condition", step, places)
+            numbers = self.numbers.uniform("train self-condition", step, places)
             estimated = to_device(numbers < 0.5)
         losses = self.diffusion.losses(x0, t, noise, y, estimated, transforms)
         weighted = losses if importance is None else losses * importance
@@ -261,7 +263,7 @@ class TrainStep:
 
     def _uniform_times(self, step, places):
         """Uniform numbers for the distribution of times, on the device if it learns from losses."""
-        numbers = rng.uniform(self.seed, "train time", step, places)
+        numbers = self.numbers.uniform("train time", step, places)
         return self.machine.to_device(numbers) if self.objective.adapts_times else numbers
 
 

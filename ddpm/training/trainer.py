@@ -423,7 +423,7 @@ def train(trainer):
     decide = Decisions(trainer)
     if trainer.source:  # which may be gone at the next start
         trainer.save(done)
-    with machine.stop.install_handlers() as stop, trainer.write:
+    with machine.stop.install_handlers() as stop, trainer.write, trainer.step.numbers:
         try:
             if trainer.pending.names is not None:
                 events(trainer, done)

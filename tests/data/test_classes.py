@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm.common import rng
 from ddpm.config import files
 from ddpm.data import augment, order
 from ddpm.data import source as data_source
@@ -93,18 +94,23 @@ def brightness(folder, **options):
 def test_labels_are_dropped_at_their_address():
     labels = torch.arange(4096) % 10
     places = range(4096)
-    kept = augment.drop_labels(labels, 0.1, 0, 7, places)
+
+    def drop(labels, probability, step, places):
+        numbers = rng.uniform(0, "label drop", step, places)
+        return augment.drop_labels(labels, numbers, probability)
+
+    kept = drop(labels, 0.1, 7, places)
     dropped = kept == -1
     assert torch.equal(kept[~dropped], labels[~dropped])
     # four standard errors of the share
     assert abs(dropped.double().mean() - 0.1) < 4 * (0.1 * 0.9 / 4096) ** 0.5
     parts = [
-        augment.drop_labels(labels[part.start : part.stop], 0.1, 0, 7, part)
+        drop(labels[part.start : part.stop], 0.1, 7, part)
         for part in (range(1000), range(1000, 4096))
     ]
     assert torch.equal(torch.cat(parts), kept)
-    assert not torch.equal(augment.drop_labels(labels, 0.1, 0, 8, places), kept)
-    assert torch.equal(augment.drop_labels(labels, 0.0, 0, 7, places), labels)
+    assert not torch.equal(drop(labels, 0.1, 8, places), kept)
+    assert torch.equal(drop(labels, 0.0, 7, places), labels)
 
 
 def test_micro_batches_see_the_same_labels(tmp_path):

@@ -646,7 +646,11 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 def test_flips_are_addresses():
     batch = torch.from_numpy(noise(64, 3, 4, 4))
-    flipped = augment.flip(batch, 1, 7, range(64))
+
+    def flip(images, seed, step, places):
+        return augment.flip(images, rng.uniform(seed, "flip", step, places) < 0.5)
+
+    flipped = flip(batch, 1, 7, range(64))
     mirrored = torch.tensor([not torch.equal(a, b) for a, b in zip(flipped, batch, strict=True)])
     assert (
         torch.equal(flipped[mirrored], torch.flip(batch[mirrored], [3]))
@@ -654,12 +658,12 @@ def test_flips_are_addresses():
     )
     assert 16 <= mirrored.sum() <= 48  # 64 fair coins fall outside with probability 4e-5
     # micro-batches and ranks
-    assert torch.equal(augment.flip(batch[40:], 1, 7, range(40, 64)), flipped[40:])
+    assert torch.equal(flip(batch[40:], 1, 7, range(40, 64)), flipped[40:])
     assert torch.equal(
-        augment.flip(common_pixels.encode(batch), 1, 7, range(64)), common_pixels.encode(flipped)
+        flip(common_pixels.encode(batch), 1, 7, range(64)), common_pixels.encode(flipped)
     )
-    assert not torch.equal(augment.flip(batch, 1, 8, range(64)), flipped)
-    assert not torch.equal(augment.flip(batch, 2, 7, range(64)), flipped)
+    assert not torch.equal(flip(batch, 1, 8, range(64)), flipped)
+    assert not torch.equal(flip(batch, 2, 7, range(64)), flipped)
 
 
 def test_loader_gives_the_same_for_any_number_of_workers(zoo):

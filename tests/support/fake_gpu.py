@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ddpm.experiment import build, step
-from ddpm.runtime import device
+from ddpm.runtime import device, prefetch
 from ddpm.training import network
 
 needs_cuda_build = pytest.mark.skipif(
@@ -94,6 +94,9 @@ class FakeMachine(device.Machine):
     def to_device(self, tensor):
         with self.gpu.watch(False):  # the machine's own pins the memory first
             return tensor.to(self.device, non_blocking=True)
+
+    def random_numbers(self, seed, depth=1):
+        return prefetch.RandomNumbers(seed)  # no GPU pins memory, and threads have no torch modes
 
     @contextlib.contextmanager
     def autocast(self):
