@@ -49,7 +49,7 @@ class Ledger(TorchDispatchMode):
         self.rising = False
         self.backward = self.learned = False  # in a backward pass; after one
         self.course = []
-        self.traffic = Traffic()
+        self.moved = Traffic()._asdict()
 
     def __enter__(self):
         self.fake.__enter__()
@@ -82,22 +82,25 @@ class Ledger(TorchDispatchMode):
     def move(self, operation, args, results):
         """Add an operation to the traffic."""
         size = size_of_all(tensors_in(args)) + size_of_all(results)
-        products = transposes = passes = update = 0
+        moved = self.moved
+        moved["launches"] += 1
         if self.learned:
-            update = size
+            moved["update"] += size
         elif operation in PRODUCTS:
-            products = size
+            moved["products"] += size
             if operation in CONVOLUTIONS:
-                transposes = 2 * size
+                moved["transposes"] += 2 * size
                 # the bias is added to the output, or its gradient summed, by another kernel
                 forward = operation is ATEN.convolution
-                passes = 2 * size_of_all(results) if forward else size_of(args[0])
+                moved["passes"] += 2 * size_of_all(results) if forward else size_of(args[0])
         else:
-            passes = size
+            moved["passes"] += size
             if operation in NORMS:
-                passes += NORMS[operation] * size_of(args[0])
-        one = (products, transposes, passes, update, 1)
-        self.traffic = Traffic(*map(sum, zip(self.traffic, one, strict=True)))
+                moved["passes"] += NORMS[operation] * size_of(args[0])
+
+    @property
+    def traffic(self):
+        return Traffic(**self.moved)
 
     def add(self, storage):
         if storage in self.seen:
@@ -125,7 +128,7 @@ class Ledger(TorchDispatchMode):
     def restart(self):
         """Reset the peak, the course and the traffic."""
         self.peak, self.peak_gradients, self.course = self.live, self.gradients(), []
-        self.traffic, self.learned = Traffic(), False
+        self.moved, self.learned = Traffic()._asdict(), False
 
 
 GIB = 2**30
