@@ -11,7 +11,7 @@ from functools import cache
 from ddpm.common import durations
 from ddpm.common.registry import check_choice, parse, resolve
 from ddpm.config import defaults
-from ddpm.config.defaults import OPTIONS, TYPES
+from ddpm.config.defaults import OPTIONS
 
 
 def check(config):
@@ -35,9 +35,8 @@ def check(config):
 def check_types(options):
     """Raise a ValueError for a value of another type than the default's."""
     for key, option in OPTIONS.items():
-        if type(options[key]) is not type(option.default):
-            expected = TYPES[type(option.default)]
-            raise ValueError(f"config.{key} is {options[key]!r}; it takes {expected}")
+        if type(options[key]) not in option.types:
+            raise ValueError(f"config.{key} is {options[key]!r}; it takes {option.takes}")
 
 
 def check_ranges(options):
@@ -131,6 +130,7 @@ def check_interval(key, value, option):
 
 KINDS = {
     "choice": check_one_of,
+    "measured": check_one_of,
     "entry": check_entry,
     "numbers": check_numbers,
     "length": check_length,
@@ -251,7 +251,7 @@ def check_sharded(options):
     """Raise a ValueError for what a network that ranks share out cannot be."""
     if not options["train.fully_shard"]:
         return
-    if options["train.channels_last"]:
+    if options["train.channels_last"] not in ("auto", False):
         raise ValueError(
             "config.train.fully_shard and config.train.channels_last are both True; choose one of "
             "them"

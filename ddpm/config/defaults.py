@@ -9,7 +9,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from ddpm.common.registry import check_choice
 
@@ -22,6 +22,16 @@ class Option(NamedTuple):
     low: float | None = None  # of a number, and of each in a tuple of numbers
     high: float | None = None
     choices: tuple = ()  # values, and tables whose keys are values
+
+    @property
+    def types(self):
+        """The types that a value may have."""
+        return (str, bool) if self.kind == "measured" else (type(self.default),)
+
+    @property
+    def takes(self):
+        """The types in words, for messages."""
+        return "auto, True or False" if self.kind == "measured" else TYPES[type(self.default)]
 
 
 def choice(default, *choices):
@@ -37,6 +47,8 @@ def entry(default, *choices):
 number = partial(Option, "number")  # default, lowest, highest
 numbers = partial(Option, "numbers")  # a tuple: default, lowest and highest of each
 flag = partial(Option, "flag")  # True or False
+# auto: a GPU measures what is fastest when a training begins, and a CPU takes False; or a value
+measured = partial(Option, "measured", "auto")
 text = partial(Option, "text", "")
 words = partial(Option, "words", ())
 length = partial(Option, "length")  # a duration: "20000 steps", "500 epochs", "2000000 images"
@@ -105,7 +117,8 @@ OPTIONS = {
     "train.length": length("10000 steps"),
     # images an optimizer step, over all micro-batches and ranks
     "train.batch_size": number(64, 1, 2**20),
-    # micro-batches the batch is cut into: less memory, same numbers except for dropout
+    # micro-batches the batch is cut into: less memory, same numbers except for dropout; a GPU that
+    # measures compile or channels_last takes fewer where these fit and are faster
     "train.gradient_accumulation_steps": number(1, 1, 2**20),
     # adamw, adam; arguments betas, eps, weight_decay
     "train.optimizer": entry("adamw(weight_decay=0.0)", "training.optim.OPTIMIZERS"),
@@ -123,10 +136,11 @@ OPTIONS = {
     "train.amp": choice("auto", "runtime.device.AMP"),
     # on a GPU, bitwise repeatable and slower: cuDNN does not try its convolutions for the fastest
     "train.deterministic": flag(False),
-    # torch.compile: a minute or more at the start, then fewer kernels; rounds differently
-    "train.compile": flag(False),
+    # torch.compile: a minute or more at the start, then fewer kernels; rounds differently. True
+    # compiles the network as one graph, stages each of its stages
+    "train.compile": measured(choices=("auto", True, False, "stages")),
     # memory format of convolutions: may pay in half precision on a GPU; rounds differently
-    "train.channels_last": flag(False),
+    "train.channels_last": measured(choices=("auto", True, False)),
     # levels computed twice to save memory: auto is as many as the GPU needs
     "train.activation_checkpointing": choice("auto", "none", "auto", "all"),
     # each GPU keeps a part of weights, averages and optimizer: for what fits no single one
@@ -214,7 +228,9 @@ def base():
     sections = {}
     for key, option in OPTIONS.items():
         section, _, leaf = key.rpartition(".")
-        (sections.setdefault(section, {}) if section else sections)[leaf] = option.default
+        # ConfigDict keeps the type of a value, except of a reference to an object
+        value = FieldReference("auto", object) if option.kind == "measured" else option.default
+        (sections.setdefault(section, {}) if section else sections)[leaf] = value
     return ConfigDict(sections).lock()
 
 

@@ -11,8 +11,6 @@ import zlib
 from operator import itemgetter
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from ddpm.common.files import atomic_write
 from ddpm.common.registry import parse, spell, suggest
 from ddpm.config import check, defaults
@@ -32,6 +30,10 @@ FREE = (
     "sample.batch_size",
     "sample.compile",
 )
+
+
+MEASURED = [key for key, option in defaults.OPTIONS.items() if option.kind == "measured"]
+MICRO_BATCHES = "train.gradient_accumulation_steps"
 
 
 FORMAT = 2  # of saved configs; those that do not say are of format 1
@@ -83,7 +85,8 @@ def from_json(text):
                 f"the saved config has an option {key!r} that this version does not know"
                 f"{suggest(key, list(known))}; use the version of ddpm that wrote it"
             )
-        kind = type(known[key])
+        option = defaults.OPTIONS[key]
+        kind = type(option.default)
         if (
             kind is tuple
             and isinstance(value, list)
@@ -92,10 +95,8 @@ def from_json(text):
             and abs(value) < 2**53
         ):
             value = kind(value)
-        if type(value) is not kind:
-            raise ValueError(
-                f"the saved config has {value!r} for {key}; it takes {defaults.TYPES[kind]}"
-            )
+        if type(value) not in option.types:
+            raise ValueError(f"the saved config has {value!r} for {key}; it takes {option.takes}")
         config.update_from_flattened_dict({key: value})
     if "model.conventions" not in options:
         arguments = saved_conventions(config, arguments, version)
@@ -203,9 +204,10 @@ def changed(config, options):
 
     Raises ValueError where the result cannot be run.
     """
-    copy = ConfigDict(config.to_dict()).lock()
+    copy = defaults.base()
     copy.update_from_flattened_dict(
-        {key: value for key, value in options.items() if value is not None}
+        defaults.flatten(config)
+        | {key: value for key, value in options.items() if value is not None}
     )
     check.check(copy)
     return defaults.freeze(copy)
@@ -302,12 +304,25 @@ def is_free(key):
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE)
 
 
+def with_measured(config, saved):
+    """A config in which what is measured where options are `auto` has the values of a saved one.
+
+    These are the options, and fewer micro-batches.
+    """
+    old = defaults.flatten(saved)
+    new = defaults.flatten(config)
+    options = {key: old[key] for key in MEASURED if new[key] == "auto"}
+    if options and new[MICRO_BATCHES] % old[MICRO_BATCHES] == 0:
+        options[MICRO_BATCHES] = old[MICRO_BATCHES]
+    return changed(config, options) if options else config
+
+
 def contradicted(saved, given):
     """The options in which `given` differs from the config of the run it wants to continue, which
     knows where it began.
     """
     old = defaults.flatten(saved)
-    new = defaults.flatten(given)
+    new = defaults.flatten(with_measured(given, saved))
     return [
         key
         for key in new

@@ -199,14 +199,15 @@ def options(given, section):
                 f"**{{'diffusion.clip': False}}"
             )
         if value is not None:
-            found[option] = as_option(name, option, value, type(known[option]))
+            found[option] = as_option(name, option, value)
     return found
 
 
-def as_option(name, option, value, kind):
+def as_option(name, option, value):
     """A value in the type that an option has, as the flag of that name would read it; raises
     ValueError where it cannot be.
     """
+    kind = type(defaults.OPTIONS[option].default)
     if kind is tuple and type(value) is str:
         value = value.split(",") if value else ()
     if kind is tuple:
@@ -219,8 +220,8 @@ def as_option(name, option, value, kind):
         value = float(value)
     if kind is str and isinstance(value, Path):
         value = str(value)
-    if type(value) is not kind:
-        raise ValueError(f"{name} is {value!r}; it takes {TYPES[kind]}")
+    if type(value) not in defaults.OPTIONS[option].types:
+        raise ValueError(f"{name} is {value!r}; it takes {defaults.OPTIONS[option].takes}")
     return value
 
 

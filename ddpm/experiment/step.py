@@ -106,7 +106,7 @@ def compile_network(config, train_step):
     begun = time.monotonic()
     messages = []
     fitted = True
-    net.use_compiler()
+    net.use_compiler(config.train.compile)
     if not net.rehearses:
         return "each stage of the network is compiled at the first step (train.compile)"
     net.say = messages.append

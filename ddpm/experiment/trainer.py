@@ -9,7 +9,7 @@ from ddpm.config import defaults, files
 from ddpm.data import duplicates, loader
 from ddpm.data import order as data_order
 from ddpm.evaluation import scorer as evaluation_scorer
-from ddpm.experiment import build, cost, drawing, load, memory, remarks
+from ddpm.experiment import autotune, build, cost, drawing, load, memory, remarks
 from ddpm.experiment import step as experiment_step
 from ddpm.tracking.tracker import Tracker
 from ddpm.training import checkpoint, meters
@@ -41,11 +41,13 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
         # what a continued run evaluated with stays, so that its distances compare
         before = files.from_json(start.content["config"]) if start.content else None
         plan = cost.plan_evaluation(config, count, flops, before, model)
-        config = plan.config
+    steps = total - start.step
+    config, measured = autotune.resolve(plan.config, before, machine, steps, say)
+    with machine.raise_on_all_ranks():
         every = intervals(config, count, plan.interval)
         best = Best("val/loss_ema" if len(images.held_out) else "train/loss")
         net = build.network(config)
-        notes = first_notes(config, images, machine, net, plan, every, best)
+        notes = first_notes(config, images, machine, net, plan, every, best) + measured
         rollbacks = max(rollbacks, start.rollbacks)
         step, averages, levels = build_step(
             config, model, net, machine, images, initial, rollbacks, notes

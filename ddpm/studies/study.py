@@ -324,6 +324,9 @@ def usual_distribution(entry):
 def check_type(name, value):
     """Raise a ValueError for a value of another type than the parameter takes."""
     default = OPTIONS.get(name.removeprefix("config."), "")
+    option = defaults.OPTIONS.get(name.removeprefix("config."))
+    if option and option.kind == "measured" and isinstance(value, option.types):
+        return
     takes = {bool: bool, int: int, float: (int, float), str: str, tuple: (list, str)}[type(default)]
     if not isinstance(value, takes) or isinstance(value, bool) != isinstance(default, bool):
         hint = {

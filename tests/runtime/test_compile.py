@@ -64,20 +64,22 @@ def log(folder):
     return (folder / "training.log").read_text()
 
 
-def test_a_compiled_network_learns_the_same(plain, tmp_path):
+@pytest.mark.parametrize("how", [True, "stages"])
+def test_a_compiled_network_learns_the_same(plain, tmp_path, how):
     """In two micro-batches, with dropout, all levels recomputed."""
-    run(tiny(**GIVEN, train__compile=True), tmp_path)
+    run(tiny(**GIVEN, train__compile=how), tmp_path)
     assert len(losses(plain)) > 5 and losses(plain) == pytest.approx(losses(tmp_path), rel=CLOSE)
     assert "the network was compiled in" in log(tmp_path) and "the network is not compiled" in log(
         plain
     )
 
 
+@pytest.mark.parametrize("how", [True, "stages"])
 def test_where_compiling_fails_the_plain_network_learns_to_the_same_bits(
-    plain, tmp_path, monkeypatch
+    plain, tmp_path, monkeypatch, how
 ):
     monkeypatch.setattr(compile, "COMPILER", failing)
-    run(tiny(**GIVEN, train__compile=True), tmp_path)
+    run(tiny(**GIVEN, train__compile=how), tmp_path)
     assert losses(plain) == losses(tmp_path)
     (line,) = [
         line

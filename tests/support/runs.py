@@ -22,6 +22,8 @@ TINY = {
     "train.batch_size": 8,
     "train.warmup": "4 steps",
     "train.learning_rate": 1e-3,
+    "train.compile": False,  # auto would measure on a GPU
+    "train.channels_last": False,
     "ema.decay": 0.9,
     "sample.steps": 3,
     "sample.num_images": 4,
