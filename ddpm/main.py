@@ -116,6 +116,7 @@ def main():
     config, file, overrides = config_flags.given_config()
     code = train_experiment(config, WORKDIR.value or files.default_workdir(file, overrides))
     config_flags.flush_stdout()  # what cannot be written there is in training.log
+    # torchrun restarts ranks that exit with another code
     return errors.DONE if code == errors.INTERRUPTED and ranks.restarted() else code
 
 
@@ -133,7 +134,7 @@ def finish(trainer):
         code = diverged(trainer, error)
     except OSError as error:
         reclaimable = checkpoint.reclaimable(trainer.folder) if error.errno in errors.FULL else ""
-        may_go = f" (of this run may go {reclaimable})" if reclaimable else ""
+        may_go = f" (files of this run that may be deleted: {reclaimable})" if reclaimable else ""
         failed(trainer, f"{errors.one_line(error)}{may_go}; then {CONTINUES}")
     except Exception as error:  # no mistake of the command line's, even if it is a ValueError
         if ran_out(error):

@@ -52,7 +52,8 @@ class Every:
     """An interval; call `due(step)` once per step, in order.
 
     Steps, epochs and images depend on the step alone, so a resumed run continues the intervals.
-    Time counts from the start of the process. Raises ValueError for text that is not an interval.
+    Time counts from the start of the process, then from the last step that was due for any reason.
+    Raises ValueError for text that is not an interval.
     """
 
     def __init__(self, text, batch_size, dataset_size, now=time.monotonic):

@@ -102,7 +102,7 @@ OPTIONS = {
     "diffusion.zero_terminal_snr": flag(False),
     # what the network predicts: eps, x0, v, flow, edm(sigma_data=0.5)
     "diffusion.predict": entry("eps", "diffusion.targets.TARGETS"),
-    # of a step of the sampler ddpm: small, large, learned (by hybrid or vlb)
+    # variance of a step of the sampler ddpm: small, large; learned needs the loss hybrid or vlb
     "diffusion.variance": choice("small", "diffusion.process.VARIANCES"),
     # mse, hybrid(vlb_weight=0.001), vlb
     "diffusion.loss": entry("mse", "diffusion.losses.LOSSES"),
@@ -123,7 +123,7 @@ OPTIONS = {
     # adamw, adam; arguments betas, eps, weight_decay
     "train.optimizer": entry("adamw(weight_decay=0.0)", "training.optim.OPTIMIZERS"),
     "train.learning_rate": number(2e-4, 0, 1),
-    "train.warmup": length("500 steps"),  # the rate rises linearly from 0
+    "train.warmup": length("500 steps"),  # the rate rises linearly: n steps begin with 1/n of it
     # constant, cosine(length='10000 steps'), linear(...), inverse_sqrt(...)
     "train.learning_rate_decay": entry("constant", "training.optim.DECAYS"),
     # largest norm of the gradient; 0 never clips

@@ -92,6 +92,8 @@ class DDPM(nn.Module):
     def around(self, net):
         """The same model, its tables and objective shared, around another network."""
         model = copy.copy(self)
+        # a shallow copy shares `_modules`, which has `net` if it is a module; a plain callable is
+        # in `__dict__`
         model._modules = self._modules.copy()
         model._modules.pop("net", None)
         model.__dict__.pop("net", None)

@@ -116,6 +116,7 @@ class Process:
         if above.alpha:
             ratio = sigma / alpha * (above.sigma / above.alpha / (sigma / alpha)) ** part
         norm = self.norm(alpha, sigma) ** (1 - part) * self.norm(above.alpha, above.sigma) ** part
+        # a norm scales with its arguments: norm(alpha, alpha * ratio) = alpha * norm(1, ratio)
         return Level(float(t), norm / self.norm(1, ratio), norm / self.norm(1 / ratio, 1))
 
     def level_of(self, ratio: float) -> Level:
@@ -159,8 +160,8 @@ class Process:
         """Return mean, variance and log-variance of q(x_{t-1} | x_t, x_0) (Ho et al., eqs. 6-7).
 
         The mean is [b, c, h, w]; the variances are [b, 1, 1, 1], all in x_t's dtype. `variance` is
-        one of VARIANCES; `learned` interpolates at `frac` [b, c, h, w] and has its shape. The true
-        log-variance at t = 0 is -inf; the log-variance of `small` at t = 1 stands in for it.
+        one of VARIANCES; `learned` interpolates at `frac` [b, c, h, w] and has its shape. At t = 0
+        the log-variance is that of `small` at t = 1, also for `large`: the true one is -inf there.
         """
         step = posterior(self.at(t - 1), self.at(t))
         mean = step.of_x0.to(x_t.dtype) * x0 + step.of_x.to(x_t.dtype) * x_t

@@ -89,6 +89,11 @@ def euler_ancestral(denoise, x, levels, noise, *, eta=1.0):
     return ddim(denoise, x, levels, noise, eta=eta)
 
 
+# fall of sigma/alpha in a step from which heun and dpm2 take Euler's step: t.ratio / 2 times the
+# difference of two estimates would dominate x
+LARGE_FALL = 100
+
+
 def heun(denoise, x, levels, noise, *, churn=0.0, s_min=0.0, s_max=math.inf, s_noise=1.0):
     """Heun's second-order method with churn (Karras et al. 2022, algorithm 2); NFE 2 a step.
 
@@ -111,8 +116,7 @@ def heun(denoise, x, levels, noise, *, churn=0.0, s_min=0.0, s_max=math.inf, s_n
             t = raised
         x0, eps, *_ = denoise(x, t)
         x = s.alpha * x0 + s.sigma * eps
-        # on larger steps t.ratio / 2 times the difference of two estimates would dominate x
-        if t.ratio < 100 * s.ratio:
+        if t.ratio < LARGE_FALL * s.ratio:
             x = x + s.alpha * (s.ratio - t.ratio) / 2 * (denoise(x, s)[1] - eps)
         yield x
 
@@ -124,7 +128,7 @@ def dpm2(denoise, x, levels, noise):
     """
     for t, s in pairwise(levels):
         x0, eps, *_ = denoise(x, t)
-        if t.ratio < 100 * s.ratio:
+        if t.ratio < LARGE_FALL * s.ratio:
             middle = levels.level_of(math.sqrt(t.ratio * s.ratio))
             _, eps, *_ = denoise(middle.alpha * x0 + middle.sigma * eps, middle)
             x0 = (x - t.sigma * eps) / t.alpha
@@ -213,9 +217,10 @@ def multistep(denoise, x, levels, noise, order, eta=0.0, correct=False, publishe
             x = integrate(start, past[-1][0], t, [*known, (t, x0)])
         h = math.log(t.ratio / s.ratio) if s.sigma else math.inf
         # `before` is infinite on the first step, and after a step from pure noise
-        if not h <= GROWTH * before < math.inf:
+        if before == math.inf or h > GROWTH * before:
             past.clear()
         past.append((t, x0))
+        # the last steps use fewer estimates: one for the last, two for the one before
         left = len(levels) - k if levels[-1].sigma == 0 else order
         known = list(past)[-left:]
         start = x

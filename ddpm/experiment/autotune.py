@@ -107,7 +107,7 @@ def resolve(config, saved, machine, steps, say):
     unresolved = [key for key in files.MEASURED if defaults.flatten(config)[key] == "auto"]
     if not unresolved:
         return config, []
-    if not measures(machine) or config.train.fully_shard:  # which cannot be compiled
+    if not measures(machine) or config.train.fully_shard:  # compiled only if named
         return files.changed(config, dict.fromkeys(unresolved, False)), []
     name = f"autotune/{fingerprint(config, machine)}"
     way = machine.broadcast(cached_way(config, name) if machine.main else None)

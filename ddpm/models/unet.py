@@ -1,6 +1,7 @@
 """The U-Net of Ho et al. 2020: `net(x, t, y) -> out`.
 
-x [b, c, h, w] in [-1, 1]; t [b], float or integer, in training timesteps
+x [b, c, h, w], noisy images as the target scales them; t [b], float or integer, in training
+timesteps or, for the target edm, log(sigma/alpha) / 4
 y [b] int64 class labels or None; out [b, out_channels, h, w], in the units of the target
 """
 

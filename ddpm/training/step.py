@@ -86,7 +86,8 @@ class TrainStep:
         if self.gradient_clip < math.inf:  # or each gradient would be multiplied by 1
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.gradient_clip, norm)
         loss = self.machine.sum(loss) / self.machine.world
-        # a loss with a learned weighting has no zero to compare with
+        # a learned weighting lets the loss fall below 0, where ratios mean nothing: 1 if it is
+        # finite, else NaN, so that the norm alone shows spikes
         if next(self.objective.parameters(), None) is not None:
             loss = 1 + 0 * loss
         skipped, spike = self.stability.update(step, loss, norm)
@@ -284,5 +285,5 @@ def largest(what, sizes):
     if lost:
         return f"{what} not finite in {len(lost)} of {len(sizes)}, first in {', '.join(lost[:3])}"
     return f"largest {what} " + ", ".join(
-        f"{name} ({sizes[name]:.3g})" for name in sorted(sizes, key=sizes.get)[:-4:-1]
+        f"{name} ({sizes[name]:.3g})" for name in sorted(sizes, key=sizes.get, reverse=True)[:3]
     )

@@ -27,7 +27,9 @@ from ddpm.training.meters import LOGGED, Speed, Stopwatch, portion
 from ddpm.training.step import TrainStep
 from ddpm.training.validation import Validation
 
-PATIENCE = 50  # more steps skipped than learned from: fp16 finds its loss scale in fewer
+# diverged if so many more steps are skipped than learned from; fp16 finds its loss scale in fewer
+PATIENCE = 50
+CHECK_EVERY = 50  # steps between checks of the stability where nothing else is due
 SMALLEST = 1.0  # loss scale of fp16, below which gradients that overflow are wrong ones
 ROLLBACKS = 1
 EXCHANGE_STEPS = 10  # at most, between two exchanges of ranks
@@ -446,7 +448,7 @@ def train(trainer):
                     trainer.show_progress(done)
                 if trainer.pending.names is not None:
                     events(trainer, done)
-                elif done % PATIENCE == 0:
+                elif done % CHECK_EVERY == 0:
                     trainer.check_stability(done)
         except StopTraining as stopped:
             trainer.stop(done, stopped)
