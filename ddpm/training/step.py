@@ -56,7 +56,7 @@ class TrainStep:
         self.ema = self.averages[0]
         self.objective = self.diffusion.objective
         self.parameters = [*self.diffusion.net.params, *self.objective.parameters()]
-        layers = self.diffusion.net.module.modules()
+        layers = self.diffusion.net.module.modules()  # which draw by nn.Dropout alone
         self.drops = any(isinstance(layer, torch.nn.Dropout) and layer.p for layer in layers)
         self.numbers = self.machine.random_numbers(self.seed, depth=2)
         self.places = range(self.batch_size)[self.machine.rank_slice(self.batch_size)]
