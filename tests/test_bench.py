@@ -3,6 +3,7 @@ alone.
 """
 
 import csv
+import importlib
 import json
 import shutil
 import sys
@@ -63,6 +64,23 @@ def test_threads_that_cannot_be_are_refused(capsys, monkeypatch):
     assert "--threads is 1 to " in refused(
         module_of(EXPERIMENTS / "throughput" / "run.py"), capsys, "--threads=0"
     )
+
+
+def test_host_time(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS / "throughput")
+    host = module_of(EXPERIMENTS / "throughput" / "host.py")
+    host.main(["--rounds=1", "--steps=2", f"--out={tmp_path}"])
+    found = json.loads((tmp_path / "host.json").read_text())
+    assert [row["structure"] for row in found["rows"]] == sorted(host.STRUCTURES)
+    for row in found["rows"]:
+        assert 0 < row["ms"]["forward"] < row["ms"]["step"] > row["ms"]["backward"] > 0
+    small, large = sorted(found["rows"], key=lambda row: row["modules"])
+    assert (small["structure"], large["structure"]) == ("digits", "ddpm_cifar10")
+    assert small["tensors"] > 100 and large["tensors"] > 200
+    monkeypatch.delitem(sys.modules, "words", raising=False)
+    monkeypatch.delitem(sys.modules, "contenders", raising=False)
+    text = importlib.import_module("words").host_part(tmp_path)
+    assert all(f"| {row['ms']['step']:.2f} |" in text for row in found["rows"])
 
 
 @among_peers

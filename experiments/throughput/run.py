@@ -4,7 +4,8 @@ experiments/throughput/run.py`.
 About ten minutes on two otherwise idle CPU cores, of which it computes on one; on a GPU as long,
 with more rows. Writes results.json, and from it README.md and step.png; `--report` does the latter
 alone, and `--toy` all of it in seconds, at a size that says nothing, in a folder of its own.
-Reading images is measured by data.py beside it. Needs `pip install -e '.[bench]'`.
+Reading images is measured by data.py beside it, the host's time by host.py. Needs
+`pip install -e '.[bench]'`.
 """
 
 import argparse

@@ -254,6 +254,30 @@ def data_part(found):
     return TEXT_DATA.format(table=markdown(table), machine=machine, at=at)
 
 
+def host_part(folder):
+    """The section on host.json, or nothing where host.py was not run."""
+    path = folder / "host.json"
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())
+    rows = {(row["structure"], row["tree"]): row for row in found["rows"]}
+    table = [["ms a step", "modules", "tensors", "at", "host", "forward", "backward", "the rest"]]
+    for (structure, tree), row in rows.items():
+        stages = ("step", "forward", "backward", "the rest")
+        each = [f"{row['ms'][stage]:.2f}" for stage in stages]
+        counts = str(row["modules"]), str(row["tensors"])
+        table.append([structure, *counts, found["commits"][tree], *each])
+    shares = [
+        f"{rows[structure, 'now']['ms']['step'] / row['ms']['step']:.2f} ({structure})"
+        for (structure, tree), row in rows.items()
+        if tree == "before"
+    ]
+    change = ""
+    if shares:
+        change = f"\n\nThe later commit takes {listed(shares)} of the time of the earlier."
+    return TEXT_HOST.format(table=markdown(table), change=change, **found)
+
+
 def write(found, folder):
     """Write the report of results into a folder."""
     figures.save(picture(found), folder / "step.png")
@@ -265,6 +289,7 @@ def write(found, folder):
             answer=fill(f"**Answer.** {answer(found, data['rows'])}", 128),
             steps=markdown(step_table(found["steps"], made)),
             stages=markdown(stage_table(found["stages"])),
+            host=host_part(folder),
             draws=markdown(draw_table(found["draws"])),
             data=data_part(data),
             rounds=len(found["steps"][0]["seconds"]),
@@ -308,7 +333,7 @@ GFLOP/s are images a second times the operations of an image, forward and backwa
 Stages of our step, in the mean; *the rest* is flips, times and noise drawn by address, pixels to numbers, and meters.{waits}
 
 {stages}
-
+{host}
 ## Drawing
 
 {images} images of the task {smallest} in {evaluations} steps, with the networks as above; the first drawing of each warmed up.
@@ -335,6 +360,19 @@ drawing begins at noise and ends in pixels on the host.
 **What this does not show.** Steps with a loader beside them: images lie in memory here. Several GPUs.{missing}
 
 By `python experiments/throughput/run.py` at commit {commit}, {versions}, {machine}, CPU threads: {threads}.
+"""
+
+TEXT_HOST = """
+## Host time of a step
+
+The time until the call of a step returns, on next to no arithmetic: the network of a config with 8 channels, one image of
+8 x 8 pixels, float32, eager. A GPU's host pays this at every step, and the GPU waits for it where it computes less.
+
+{table}{change}
+
+CPU milliseconds of one thread, the least of {steps} steps in processes that took turns; each stage's least, so they need not add up.
+
+By `python experiments/throughput/host.py`, torch {torch}, {cores} CPU cores.
 """
 
 TEXT_DATA = """
