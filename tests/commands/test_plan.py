@@ -217,6 +217,24 @@ def test_small_networks_are_limited_by_their_kernels():
     assert layers < counted < 40 * layers
 
 
+def test_the_plan_quotes_its_comparison_with_published_trainings():
+    """The committed figures are those of the present code."""
+    bench = module_of(ROOT / "experiments" / "plan" / "run.py")
+    results = json.loads((bench.HERE / "results.json").read_text())
+    half = [
+        f"{result['eager']['fast'] / result['published']:.1f}"
+        for run in bench.PUBLISHED
+        if run.kind == "fp16"
+        for result in [results["trainings"][run.name]]
+    ]
+    training = training_of()
+    assert f"took {min(half)} to {max(half)} times as long" in plan.way_words(training)
+    assert (bench.HERE / "README.md").read_text() == bench.report(results)
+    run = bench.PUBLISHED[1]
+    again = bench.estimated(run)
+    assert again["eager"] == pytest.approx(results["trainings"][run.name]["eager"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "hours, words",
     [
