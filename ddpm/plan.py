@@ -90,6 +90,11 @@ class Training(NamedTuple):
         return self.config.train.compile is not False
 
     @property
+    def launch(self):
+        """Seconds that the host needs for an operation."""
+        return LAUNCH if self.compiled else EAGER_LAUNCH
+
+    @property
     def channels_last(self):
         return self.config.train.channels_last is not False
 
@@ -286,7 +291,10 @@ def rates(training, variants, gpu, kind, num_gpus):
     (variant,) = (each for each in variants if (each.types, each.checkpointing) == names)
     traffic = variant.traffic(images)
     micro = micro_batch_seconds(training, gpu, kind, flops, traffic)
-    update = 0 if training.mfu else traffic.update / (STREAMED * gpu.bandwidth * 1e9)
+    update = 0  # which --mfu includes
+    if not training.mfu:
+        moved = traffic.update / (STREAMED * gpu.bandwidth * 1e9)
+        update = max(moved, traffic.update_launches * training.launch)
     exchange = exchange_seconds(4 * training.weights, gpu, num_gpus)
     step = parts * micro + update
     hidden = step + max(exchange - BACKWARD * micro, 0)
@@ -300,7 +308,7 @@ def micro_batch_seconds(training, gpu, kind, flops, traffic):
     bandwidth, and both together by the host, which launches them.
     """
     peak = gpu.peak(DTYPES[kind])
-    host = traffic.launches * (LAUNCH if training.compiled else EAGER_LAUNCH)
+    host = traffic.launches * training.launch
     if training.mfu:
         return max(flops / (training.mfu * peak), host)
     bandwidth = gpu.bandwidth * 1e9

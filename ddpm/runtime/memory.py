@@ -27,7 +27,9 @@ class Traffic(NamedTuple):
     transposes: float = 0  # copies of a convolution's tensors into NHWC and back
     passes: float = 0  # all other operations of the forward and backward pass
     update: float = 0  # what follows: norm of the gradients, optimizer, averages
-    launches: float = 0  # operations, of which each launches a kernel or more
+    # operations, of which each launches a kernel or more
+    launches: float = 0  # of the forward and backward pass
+    update_launches: float = 0
 
 
 class Ledger(TorchDispatchMode):
@@ -83,7 +85,7 @@ class Ledger(TorchDispatchMode):
         """Add an operation to the traffic."""
         size = size_of_all(tensors_in(args)) + size_of_all(results)
         moved = self.moved
-        moved["launches"] += 1
+        moved["update_launches" if self.learned else "launches"] += 1
         if self.learned:
             moved["update"] += size
         elif operation in PRODUCTS:

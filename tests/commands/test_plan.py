@@ -210,6 +210,15 @@ def test_small_networks_are_limited_by_their_kernels():
             training = training_of(1e3, mfu=mfu, train__compile=compiled)
             rate, _ = plan.rates(training, launches, GPUS["H100"], "bf16", 1)
             assert rate == pytest.approx(10 / (1000 * each))
+    for mfu, count in ((None, 1500), (0.5, 1000)):  # a measured share includes the update
+        (variant,) = launches
+        accounts = [
+            each._replace(traffic=each.traffic._replace(update_launches=500))
+            for each in variant.accounts
+        ]
+        updated = [variant._replace(accounts=accounts)]
+        rate, _ = plan.rates(training_of(1e3, mfu=mfu), updated, GPUS["H100"], "bf16", 1)
+        assert rate == pytest.approx(10 / (count * 9e-6))
     given = tiny()
     with torch.device("meta"):
         layers = sum(not list(module.children()) for module in build.network(given).modules())
