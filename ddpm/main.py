@@ -91,7 +91,7 @@ def train_with_rollbacks(config, folder, machine):
             trainer.begin_after_rollback(reason)
         else:
             say(f"config: {Path(folder, 'config.json')} (--print_config shows it)")
-        code = finish(trainer)
+        code = train_and_close(trainer)
         reason = trainer.diverged
         rollbacks = trainer.stability.rollbacks + 1
         if code == errors.FAILED and machine.world > 1:
@@ -120,7 +120,7 @@ def main():
     return errors.DONE if code == errors.INTERRUPTED and ranks.restarted() else code
 
 
-def finish(trainer):
+def train_and_close(trainer):
     """Train, and close the tracker; returns the exit code, or AGAIN after a rollback."""
     code = errors.FAILED
     try:
@@ -129,9 +129,9 @@ def finish(trainer):
             trainer.tracker.say(f"done; draw images with: {command}")
             code = errors.DONE
         else:
-            code = stopped(trainer)
+            code = report_stop(trainer)
     except Diverged as error:
-        code = diverged(trainer, error)
+        code = handle_divergence(trainer, error)
     except OSError as error:
         reclaimable = checkpoint.reclaimable(trainer.folder) if error.errno in errors.FULL else ""
         may_go = f" (files of this run that may be deleted: {reclaimable})" if reclaimable else ""
@@ -147,7 +147,7 @@ def finish(trainer):
     return code
 
 
-def stopped(trainer):
+def report_stop(trainer):
     """Say where the training stopped; returns the exit code.
 
     It is a failure if the time limit left no time for a step: a scheduler would restart it forever.
@@ -167,7 +167,7 @@ def stopped(trainer):
     return errors.INTERRUPTED
 
 
-def diverged(trainer, error):
+def handle_divergence(trainer, error):
     """Roll back where that is allowed, else track a diagnosis; returns AGAIN or the exit code."""
     tracker = trainer.tracker
     trainer.diverged = str(error)

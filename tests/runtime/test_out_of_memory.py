@@ -17,7 +17,7 @@ from ddpm import evaluate, generate
 from ddpm.evaluation.extractors import digits
 from ddpm.experiment import build, drawing, load, trainer
 from ddpm.experiment import step as experiment_step
-from ddpm.main import finish
+from ddpm.main import train_and_close
 from ddpm.models.unet import UNet
 from ddpm.runtime import device
 from ddpm.runtime.out_of_memory import BatchDoesNotFit, Room, ran_out
@@ -277,7 +277,7 @@ def test_a_training_validates_draws_and_measures_with_what_fits(tmp_path):
 def test_without_room_for_one_image_a_training_says_where(tmp_path):
     made = trainer.build_trainer(tiny(), tmp_path, device.start())
     with crowded(0, RuntimeError("GET was unable to find an engine to execute this computation")):
-        assert finish(made) == 1
+        assert train_and_close(made) == 1
     (line,) = [
         line for line in (tmp_path / "training.log").read_text().splitlines() if "failed: " in line
     ]

@@ -15,7 +15,7 @@ from ddpm.common.errors import FAILED, INTERRUPTED
 from ddpm.config import defaults
 from ddpm.data import loader
 from ddpm.experiment import trainer
-from ddpm.main import finish, train_experiment
+from ddpm.main import train_and_close, train_experiment
 from ddpm.runtime import device
 from ddpm.runtime.signals import BEGAN, SLACK, StopRequest, StopTraining
 from ddpm.training import checkpoint
@@ -66,7 +66,7 @@ def test_stopped_in_every_event_and_continued_to_the_same_bits(tmp_path):
         made = trainer.build_trainer(given, tmp_path / "parts", device.start())
         before = {name: value.clone() for name, value in made.step.net.state_dict().items()}
         asked_at(made, question, number)
-        assert finish(made) == INTERRUPTED
+        assert train_and_close(made) == INTERRUPTED
         step, path = checkpoint.checkpoints(tmp_path / "parts")[-1]
         assert checkpoint.load(path)["parts"]["due"]["names"] == [
             "evaluate",
@@ -141,7 +141,7 @@ def test_the_hours_end_in_time_and_hours_that_cannot_suffice_are_a_failure(tmp_p
     def within(seconds):
         hours = (time.monotonic() + seconds - BEGAN) / (1 - SLACK) / 3600
         made = trainer.build_trainer(given, tmp_path, device.start(stop=StopRequest(hours)))
-        return finish(made)
+        return train_and_close(made)
 
     with StopRequest().install_handlers():  # the tests' own process keeps its handlers
         assert within(8) == INTERRUPTED

@@ -262,7 +262,7 @@ def with_data_on_rank_0_alone(rank, folder):
 
 def until_data_go(rank, folder):
     """Train on pictures that rank 1 loses on the way; the exit code."""
-    from ddpm.main import finish
+    from ddpm.main import train_and_close
 
     Path(folder, str(rank)).mkdir(parents=True)
     os.chdir(folder / str(rank))
@@ -276,7 +276,7 @@ def until_data_go(rank, folder):
     made = trainer.build_trainer(given, folder / "run", device.start())
     if rank == 1:
         shutil.rmtree("photos")
-    return finish(made)
+    return train_and_close(made)
 
 
 def restarted(folder):

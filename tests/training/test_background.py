@@ -16,7 +16,7 @@ import torch
 
 from ddpm.common.errors import INTERRUPTED
 from ddpm.experiment import trainer
-from ddpm.main import finish
+from ddpm.main import train_and_close
 from ddpm.runtime import device
 from ddpm.training import background, checkpoint
 from ddpm.training.background import BackgroundWriter
@@ -151,7 +151,7 @@ def test_a_stop_waits_for_the_save_before_and_for_its_own(tmp_path, monkeypatch)
             may.set()
 
     made.tracker.tick = interrupt
-    assert finish(made) == INTERRUPTED
+    assert train_and_close(made) == INTERRUPTED
     assert seen == [[]]  # the training went on while the checkpoint of step 3 was written
     assert [step for step, _ in checkpoint.checkpoints(made.folder)] == [3, 4]
     assert made.machine.stop.longest >= 0.6  # what the time limit leaves for a save
@@ -172,7 +172,7 @@ def test_a_fault_elsewhere_leaves_the_save_that_is_under_way(tmp_path, monkeypat
             raise RuntimeError("no step today")
 
     made.tracker.tick = broken
-    assert finish(made) == 1
+    assert train_and_close(made) == 1
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [3]
     assert not list(tmp_path.rglob("*.part"))
     assert "no step today; the same command goes on" in (tmp_path / "training.log").read_text()
@@ -198,7 +198,7 @@ def test_a_full_disk_ends_the_training_at_the_next_step(tmp_path, monkeypatch):
         seen.append(net.training)
 
     made.step.net.register_forward_hook(after_the_write)
-    assert finish(made) == 1
+    assert train_and_close(made) == 1
     assert sum(seen) == 11  # the step after that of the save
     line = (tmp_path / "parts" / "training.log").read_text().splitlines()[-1]
     assert "failed: " in line and "No space left on device" in line

@@ -13,7 +13,7 @@ from ddpm.common import pixels as common_pixels
 from ddpm.common import rng
 from ddpm.config import files
 from ddpm.experiment import build, drawing, load, trainer
-from ddpm.main import finish
+from ddpm.main import train_and_close
 from ddpm.runtime import device
 from ddpm.tracking import files as tracking_files
 from ddpm.tracking.tracker import Tracker
@@ -100,7 +100,7 @@ def test_without_room_for_one_image_it_stops_and_says_what_helps(tmp_path, wante
     given = tiny(model__model_channels=32, train__activation_checkpointing=wanted)
     made = trainer.build_trainer(given, tmp_path, device.start())
     crowded(made, lambda images, before: False)
-    assert finish(made) == 1
+    assert train_and_close(made) == 1
     last = (tmp_path / "training.log").read_text().splitlines()[-1]
     assert (
         "failed: out of memory with one image at a time; what helps, by what it saves: --config."
@@ -120,7 +120,7 @@ def test_out_of_memory_elsewhere_is_one_line_too(tmp_path, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(made, "draw_grid", crowded)
-    assert finish(made) == 1
+    assert train_and_close(made) == 1
     (line,) = [
         line for line in (tmp_path / "training.log").read_text().splitlines() if "failed: " in line
     ]
