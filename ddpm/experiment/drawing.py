@@ -77,15 +77,20 @@ def likelihood(config, net, images, machine, model=None):
 def drawer(config, net, machine, how=draw.draw, model=None):
     """`f(seeds, recipe)` draws with the network's weights at the time, by `how` of draw.py.
 
+    A compiled network is released after each drawing if training lacks the memory that it holds.
     Raises ValueError if `sample.guide_checkpoint` cannot guide this network.
     """
     sizes = {config.sample.batch_size, config.evaluate.batch_size}
     net = compile.Compiled(net, sizes) if config.sample.compile else net
     model = (model or build.diffusion(config, None)).around(net)
     weaker = guide(config, machine)
-    return lambda seeds, recipe: how(
-        model, recipe, seeds, build.image_shape(config), machine, weaker
-    )
+
+    def drawn(seeds, recipe):
+        yield from how(model, recipe, seeds, build.image_shape(config), machine, weaker)
+        if config.sample.compile and machine.lacks_memory():
+            net.release()
+
+    return drawn
 
 
 def guide(config, machine):

@@ -1,5 +1,6 @@
 """torch.compile that falls back to the plain network where the compiler fails."""
 
+import gc
 import time
 
 import torch
@@ -50,6 +51,17 @@ class Compiled:
 
     def eval(self):
         self.net.eval()
+
+    def release(self):
+        """Drop the compiled network and the memory of its CUDA graphs; the next call compiles it.
+
+        What is compiled for training stays. Inductor's cache on disk makes the next time shorter.
+        """
+        if self.fast is not None:
+            torch._dynamo.reset_code(self.fast.__wrapped__.__code__)
+            self.fast = through(self.net, DRAWING)
+            self.fresh = True
+            gc.collect()  # graphs are in reference cycles
 
 
 def through(net, how):

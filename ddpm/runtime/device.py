@@ -172,6 +172,14 @@ class Machine:
         """Free bytes on the GPU; None on a CPU."""
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
+    def lacks_memory(self):
+        """Whether a GPU has less free than this process needs at its peak; False on a CPU."""
+        if self.device.type != "cuda":
+            return False
+        self.empty_cache()
+        peak = torch.cuda.max_memory_allocated(self.device)
+        return self.free() < peak - torch.cuda.memory_allocated(self.device)
+
     def memory(self):
         """Peak memory of this process in GiB, by tracked key."""
         # ru_maxrss is in bytes on macOS, in KiB elsewhere

@@ -5,6 +5,8 @@ Networks are traced as for any compiler, and then run by torch's own kernels: ma
 takes minutes on a CPU.
 """
 
+import gc
+import weakref
 from functools import partial
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 
 from ddpm.common.registry import parse
 from ddpm.config import files
-from ddpm.experiment import build, load, trainer
+from ddpm.experiment import build, drawing, load, trainer
 from ddpm.generate import generate_images
 from ddpm.models import MODELS, layers
 from ddpm.runtime import compile, device
@@ -276,6 +278,43 @@ def test_a_compiled_network_draws_the_same_or_the_plain_one_does(
     after = drawn(plain, tmp_path / "compiled", **{"sample.compile": True})
     assert abs(before - after).max() <= 1
     assert ("as torch.compile failed" in capsys.readouterr().out) == (compiler is failing)
+
+
+@pytest.mark.parametrize("lacking, graphs", [(False, 0), (True, 1)])
+def test_a_compiled_network_is_released_where_training_lacks_memory(monkeypatch, lacking, graphs):
+    """After each drawing; what is compiled for training stays."""
+    living = []
+
+    def note(graph, inputs):
+        living.append(weakref.ref(graph))
+        return graph.forward
+
+    monkeypatch.setattr(compile, "COMPILER", note)
+    monkeypatch.setattr(device.Machine, "lacks_memory", lambda machine: lacking)
+    given = tiny(sample__compile=True, model__channel_mult=(1,), model__attention_resolutions=())
+    machine = device.Machine(torch.device("cpu"), torch.float32)
+    net = build.network(given)
+    training = compile.through(net, training_network.LEARNING)
+    draw = drawing.drawer(given, net, machine)
+    for _ in range(3):  # torch compiles some again after the first: einops has met more types
+        before = len(living)
+        assert len(list(draw(range(4), build.grid_recipe(given)))) == 1
+        drawn = living[before:]
+        net.train()
+        training(torch.ones(2, 1, 16, 16), torch.ones(2))
+    gc.collect()
+    assert len(drawn) == graphs and len(living) == before + graphs
+    assert all(graph() is None for graph in drawn)
+
+
+def test_a_gpu_lacks_memory_where_less_is_free_than_at_the_peak(monkeypatch):
+    machine = device.Machine(torch.device("cuda", 0), torch.float32)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda gpu: 7)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda gpu: 3)
+    for free, lacks in ((3, True), (4, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu, free=free: (free, 8))
+        assert machine.lacks_memory() == lacks
 
 
 def test_another_memory_format_learns_the_same(tmp_path):
