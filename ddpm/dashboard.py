@@ -31,7 +31,13 @@ LOSS = ("train/loss", "val/loss", "val/loss_ema")
 # shown until a run has logged one
 DISTANCES = ("eval/fid", "eval/kid", "eval/fd_digits", "eval/kd_digits")
 PICTURES = ("samples", "eval/nearest")
-SPEED = ("speed/images_per_second", "speed/step_ms", "speed/loader_wait", "speed/mfu")
+SPEED = (
+    "speed/images_per_second",
+    "speed/step_ms",
+    "speed/loader_wait",
+    "speed/noise_wait",
+    "speed/mfu",
+)
 MEMORY = ("memory/vram_peak_gib", "memory/vram_reserved_gib", "memory/rss_gib")
 STEP = "train/step"
 COMPUTE = "progress/petaflop"

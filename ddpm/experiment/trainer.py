@@ -70,7 +70,12 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
         batches=lambda first: batches(config, images, machine, step.seed, first, total),
         step=step,
         speed=meters.Speed(
-            config.train.batch_size, count, flops.training, machine.peak(), machine.wait
+            config.train.batch_size,
+            count,
+            flops.training,
+            machine.peak(),
+            machine.wait,
+            lambda: step.numbers.waited,
         ),
         every=every,
         evaluation=evaluation,

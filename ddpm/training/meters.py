@@ -48,9 +48,10 @@ class Stopwatch:
 
 @dataclass
 class Speed:
-    """Images and steps a second, and the share of time spent waiting for images.
+    """Images and steps a second, and the shares of time spent waiting for images and noise.
 
-    The first WARM_UP steps of a process and pauses do not count; `wait()` waits for the device.
+    The first WARM_UP steps of a process and pauses do not count; `wait()` waits for the device, and
+    `noise_seconds()` returns the seconds that all steps have waited for random numbers.
     With `peak`, the devices' operations a second, also model FLOPs utilization (Chowdhery et al.
     2022, appendix B: activations computed again do not count).
     """
@@ -60,14 +61,19 @@ class Speed:
     flops_per_image: float = 0
     peak: float = 0
     wait: Callable[[], None] = lambda: None
+    noise_seconds: Callable[[], float] = float
     now: InitVar[Callable[[], float]] = time.monotonic
 
     def __post_init__(self, now):
         self.watch = Stopwatch(now)
         self.pause = self.watch.pause
+        self._reset()
+        self.rate = None  # images a second, as of the last reading
+
+    def _reset(self):
         self.steps = 0
         self.waited = 0.0
-        self.rate = None  # images a second, as of the last reading
+        self.noise_before = self.noise_seconds()
 
     def timed(self, batches):
         """Yield the same batches and measure the wait for each."""
@@ -76,8 +82,7 @@ class Speed:
             if count == WARM_UP:
                 self.wait()
                 self.watch.lap()
-                self.steps = 0
-                self.waited = 0.0
+                self._reset()
             before = self.watch.now()
             batch = next(batches, None)
             self.waited += self.watch.now() - before
@@ -112,14 +117,13 @@ class Speed:
             "speed/images_per_second": rate,
             "speed/step_ms": 1000 * seconds / steps,
             "speed/loader_wait": self.waited / seconds,
+            "speed/noise_wait": (self.noise_seconds() - self.noise_before) / seconds,
             "progress/epoch_seconds": self.dataset_size / rate,
         }
         if self.peak:
             readings["speed/mfu"] = rate * self.flops_per_image / self.peak
-        readings |= self.progress(done)
-        self.steps = 0
-        self.waited = 0.0
-        return readings
+        self._reset()
+        return readings | self.progress(done)
 
 
 QUARTILES = 4

@@ -133,9 +133,12 @@ def test_a_study_has_its_workspace(project):
         ("Media Browser", ["samples"]),
         ("Media Browser", ["eval/nearest"]),
     ]
-    assert {"speed/images_per_second", "speed/step_ms", "speed/loader_wait"} <= {
-        keys[0] for _, keys in lines(speed)
-    }
+    assert {
+        "speed/images_per_second",
+        "speed/step_ms",
+        "speed/loader_wait",
+        "speed/noise_wait",
+    } <= {keys[0] for _, keys in lines(speed)}
     assert {"memory/vram_peak_gib", "memory/rss_gib"} <= {keys[0] for _, keys in lines(memory)}
     assert project.unknown == []
 

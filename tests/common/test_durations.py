@@ -245,15 +245,17 @@ def test_speed_counts_whole_steps_without_the_pauses():
     """8 images a step; 1 s of waiting and 3 s of work each, 50 s at first; read at some steps and
     paused after each one.
 
-    The device is 20 s behind when the warm-up ends.
+    The device is 20 s behind when the warm-up ends. Half a second of the work waits for noise.
     """
     now = Hand()
+    waits = []
     speed = Speed(
         batch_size=8,
         dataset_size=80,
         flops_per_image=5e12,
         peak=4e13,
         wait=lambda: now.move(20),
+        noise_seconds=lambda: sum(waits),
         now=now,
     )
     now.move(500)  # opening a tracker, say
@@ -266,6 +268,7 @@ def test_speed_counts_whole_steps_without_the_pauses():
     readings = {}
     for done in speed.timed(slow()):
         now.move(3 if done > WARM_UP else 50)
+        waits.append(0.5 if done > WARM_UP else 40)
         if done in (1, *(WARM_UP + k for k in (2, 5, 6))):
             readings[done] = speed.read(done)
         with speed.pause():
@@ -280,6 +283,7 @@ def test_speed_counts_whole_steps_without_the_pauses():
             "speed/images_per_second": 2.0,
             "speed/step_ms": 4000.0,
             "speed/loader_wait": 0.25,
+            "speed/noise_wait": 0.125,
             "progress/epoch": done / 10,
             "progress/images": 8 * done,
             "progress/epoch_seconds": 40.0,
