@@ -93,7 +93,7 @@ def check_entry(key, value, option):
     """Raise a ValueError for a name that the table lacks, or arguments that its entry refuses."""
     if value in option.choices:
         return
-    for renamed, before, name, reused in defaults.RENAMED:
+    for renamed, before, name, reused in defaults.RENAMED_VALUES:
         if renamed == key and reused is None and parse(value)[0] == before:
             raise ValueError(
                 f"config.{key} is {value!r}, which is called {name!r} now; write "

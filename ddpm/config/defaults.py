@@ -275,15 +275,15 @@ def freeze(config):
     return FrozenConfigDict(config)
 
 
-# option, its old value and its new one, the first format in which the old value means something
-# else (None: it means nothing)
-RENAMED = (
+# (option, old value, new value, format): configs saved before that format of a checkpoint mean the
+# new value by the old one; None: all configs do
+RENAMED_VALUES = (
     ("diffusion.weighting", "sigmoid", "sigmoid_eps", 2),
     ("model.name", "unet_mp", "unet_edm2", None),
 )
 
 # option of an earlier version: the option that has its value now, or `option(argument)`; or ""
-MOVED = {
+RENAMED_OPTIONS = {
     "data.matte": "data.background",
     "model.augmentation_place": "model.conventions(augmentation_place)",
     "model.downsample_padding": "model.conventions(downsample_padding)",
@@ -308,7 +308,7 @@ def moved(key):
     """A note on what an option of an earlier version is now, `" (it is data.background now)"`; ""
     for another key.
     """
-    now = MOVED.get(key.removeprefix("config."))
+    now = RENAMED_OPTIONS.get(key.removeprefix("config."))
     if now == "":
         return " (it was removed)"
     if now is None:

@@ -58,7 +58,8 @@ def from_json(text):
         version = saved.pop("format", 1)
         _ = saved.pop("code", None)
         options = {
-            defaults.MOVED.get(key, key): value for key, value in defaults.flatten(saved).items()
+            defaults.RENAMED_OPTIONS.get(key, key): value
+            for key, value in defaults.flatten(saved).items()
         }
         _ = options.pop("", None)  # of those that are gone
     except (ValueError, AttributeError, TypeError, RecursionError):
@@ -70,14 +71,14 @@ def from_json(text):
             f"the saved config has the format {version!r}, and this version knows 1 to {FORMAT}; "
             "use the version of ddpm that wrote it"
         )
-    for key, before, name, reused in defaults.RENAMED:
+    for key, before, name, reused in defaults.RENAMED_VALUES:
         if (reused is None or version < reused) and isinstance(options.get(key), str):
             options[key] = re.sub(rf"^\s*{before}\b", name, options[key])
     config = defaults.base()
     known = defaults.flatten(config)
     arguments = {}
     for key, value in options.items():
-        if key in defaults.MOVED.values() and key not in known:
+        if key in defaults.RENAMED_OPTIONS.values() and key not in known:
             arguments[key] = value
             continue
         if key not in known:

@@ -489,7 +489,7 @@ def plainly(said):
     ):
         kinds = {kind.__name__: words for kind, words in TYPES.items()}
         return f"{field[1]} cannot be {field[2]!r}; it takes {kinds.get(field[3], field[3])}"
-    names = {key.rpartition(".")[2]: key for key in defaults.MOVED}
+    names = {key.rpartition(".")[2]: key for key in defaults.RENAMED_OPTIONS}
     key = re.search(r'Key "(\w+)" does not exist', said)
     now = defaults.moved(names[key[1]]) if key and key[1] in names else ""
     return re.sub(

@@ -49,7 +49,7 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
         net = build.network(config)
         notes = first_notes(config, images, machine, net, plan, every, best) + measured
         rollbacks = max(rollbacks, start.rollbacks)
-        step, averages, levels = build_step(
+        step, averages, recomputed = build_step(
             config, model, net, machine, images, initial, rollbacks, notes
         )
         parts = checkpoint_parts(averages, step, best, images.identity)
@@ -82,7 +82,7 @@ def build_trainer(config, folder, machine, *, rollbacks=0, tracker=None, say=lam
         parts=parts,
         snapshots={name: averages[name] for name in map(load.part_name, config.ema.sigma_rels)},
         rollback=config.train.rollback if rollbacks < ROLLBACKS else 0,
-        recomputed=levels,
+        recomputed=recomputed,
         source=start.source,
     )
 
@@ -205,18 +205,18 @@ def split_notes(config, images, every, best):
 def build_step(config, model, net, machine, images, initial, rollbacks, notes):
     """The TrainStep, its averages by part name, and the number of recomputed levels."""
     # by the memory that is free before the network is moved there
-    levels = memory.choose_recomputed_levels(config, net, machine, notes.append)
+    recomputed = memory.choose_recomputed_levels(config, net, machine, notes.append)
     if initial:
         path, _, text, weights = initial
         load.check_same_network(config, files.from_json(text), path)
         load.put_weights(net, weights, path)
-    network = experiment_step.wrap_network(config, net, machine, levels, notes.append)
+    network = experiment_step.wrap_network(config, net, machine, recomputed, notes.append)
     averages = experiment_step.averages(config, network.weights)
     step = experiment_step.step(
         config, model, network, list(averages.values()), len(images.learned), rollbacks
     )
     notes += remarks.loss_remarks(config, step.diffusion)
-    return step, averages, levels
+    return step, averages, recomputed
 
 
 def checkpoint_parts(averages, step, best, identity):
@@ -273,7 +273,7 @@ def build_evaluation(config, images, step, plan, flops, never, say, notes):
         grid=(range(config.sample.num_images), build.grid_recipe(config)),
         score=scorer,
         likelihood=drawing.likelihood(config, step.net, source, machine, step.diffusion),
-        images=operations / flops.training,
+        cost_in_images=operations / flops.training,
         share=plan.share,
     )
 

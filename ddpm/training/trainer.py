@@ -96,7 +96,7 @@ class Evaluation:
     grid: tuple[range, sampling_draw.Recipe]
     score: Callable  # (draw) -> dict of eval/ numbers, dict of pictures
     likelihood: Callable  # () -> dict of eval/ numbers, dict of texts by file name
-    images: float  # that the operations of one evaluation could be trained on
+    cost_in_images: float  # one evaluation costs as much as training on so many images
     share: float | None  # of the training's operations, all evaluations; None if unknown
 
 
@@ -246,15 +246,15 @@ class Trainer:
     def warn_of_cost(self, done):
         """Say how long an evaluation takes that costs more than the training until now."""
         images = done * self.step.batch_size
-        if self.evaluation.images <= images:
+        if self.evaluation.cost_in_images <= images:
             return
         training = self.speed.seconds(images)
-        evaluation = self.speed.seconds(self.evaluation.images)
+        evaluation = self.speed.seconds(self.evaluation.cost_in_images)
         seconds = ""
         if training is not None:
             words = f"{in_words(evaluation)} against {in_words(training)}"
             seconds = f", about {words} at the speed measured so far"
-        share = portion(self.evaluation.images / max(images, 1), " of")
+        share = portion(self.evaluation.cost_in_images / max(images, 1), " of")
         self.tracker.say_once(
             "cost",
             f"the evaluation that begins costs {share} what the training up to step {done} "

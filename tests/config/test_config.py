@@ -421,7 +421,7 @@ def test_options_of_earlier_versions_are_read_where_they_are_now():
 
 
 def test_every_option_that_moved_is_one_that_is_gone_and_goes_to_one_that_is_there():
-    for key, now in defaults.MOVED.items():
+    for key, now in defaults.RENAMED_OPTIONS.items():
         if not now:
             assert key not in defaults.OPTIONS and defaults.moved(key) == " (it was removed)"
             continue
