@@ -169,10 +169,13 @@ class Trials:
         """The Way to train; the plain network in the config's micro-batches if none is faster."""
         section = self.config.train
         parts = section.gradient_accumulation_steps
+        allowed = [section.compile]
+        if section.compile == "auto":  # several ranks compile by stage, also where it is True
+            allowed = [False, "stages"] if self.machine.world > 1 else [False, True, "stages"]
         plain, *others = [
             Way(*pair, parts)
             for pair in COMBINATIONS
-            if section.compile in ("auto", pair[0]) and section.channels_last in ("auto", pair[1])
+            if pair[0] in allowed and section.channels_last in ("auto", pair[1])
         ]
         self.say(
             "measuring the fastest way to compute a step, as train.compile or train.channels_last "
