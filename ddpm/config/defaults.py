@@ -145,6 +145,8 @@ OPTIONS = {
     "train.activation_checkpointing": choice("auto", "none", "auto", "all"),
     # each GPU keeps a part of weights, averages and optimizer: for what fits no single one
     "train.fully_shard": flag(False),
+    # type in which ranks exchange gradients: bf16 halves the traffic of a slow link, and rounds
+    "train.gradient_compression": choice("none", "none", "bf16"),
     # share of class labels dropped, for guidance: the network learns to do without too
     "train.label_dropout": number(0.1, 0, 0.99),
     # saves and stops with exit code 75 before the process is so many hours old; 0 is no limit

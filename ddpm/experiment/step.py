@@ -75,12 +75,13 @@ def step(config, model, network, averages, dataset_size, rollbacks=0):
 def wrap_network(config, net, machine, levels, note):
     """The TrainNetwork of a network on the host, moved to the machine or sharded over its ranks."""
     section = config.train
+    compressed = section.gradient_compression == "bf16"
     recompute(itertools.chain(*net.levels[:levels]))
     if not section.fully_shard or machine.world == 1:
         if section.fully_shard:
             note("train.fully_shard does nothing in one process: torchrun starts several")
         form = torch.channels_last if section.channels_last else torch.contiguous_format
-        return TrainNetwork(net.to(machine.device, memory_format=form), machine)
+        return TrainNetwork(net.to(machine.device, memory_format=form), machine, compressed)
     # not above: torch takes a second for what only such runs need
     from ddpm.training.fsdp import ShardedNetwork
 
@@ -91,7 +92,7 @@ def wrap_network(config, net, machine, levels, note):
     with torch.device("meta"):
         twin = build.network(config)
     recompute(itertools.chain(*twin.levels[:levels]))
-    return ShardedNetwork(twin, net, machine)
+    return ShardedNetwork(twin, net, machine, compressed)
 
 
 def blank(config, count):

@@ -30,11 +30,11 @@ class ShardedNetwork(TrainNetwork):
     # stages come together in each micro-step: a rank without room would leave the others waiting
     rehearses = False
 
-    def __init__(self, net, module, machine):
-        super().__init__(net, machine)
+    def __init__(self, net, module, machine, compressed=False):
+        super().__init__(net, machine, compressed)
         mesh = init_device_mesh(machine.device.type, (machine.world,))
         for stage in itertools.chain(*module.levels):
-            fully_shard(stage, mesh=mesh, mp_policy=mixed_precision(machine.dtype))
+            fully_shard(stage, mesh=mesh, mp_policy=mixed_precision(machine.dtype, compressed))
         fully_shard(module, mesh=mesh)  # the rest is small, and embeddings are summed in float32
         self.module = self.eval_module = module
         self.sharded = dict(module.named_parameters())
@@ -116,14 +116,15 @@ class ShardedNetwork(TrainNetwork):
         return change(state, like) if changes else state
 
 
-def mixed_precision(dtype):
-    """A stage's policy: weights are gathered in the autocast `dtype`, gradients summed in float32.
+def mixed_precision(dtype, compressed):
+    """A stage's policy: weights are gathered in the autocast `dtype`, gradients summed in float32,
+    or in bfloat16 if `compressed`.
 
     Autocast would cast the weights anyway, after twice the traffic. Inputs keep their type.
     """
-    if dtype == torch.float32:
-        return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    sums = torch.bfloat16 if compressed else torch.float32
+    gathered = None if dtype == torch.float32 else dtype
+    return MixedPrecisionPolicy(gathered, sums, cast_forward_inputs=False)
 
 
 def all_gather_rows(rows, like):

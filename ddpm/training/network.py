@@ -22,14 +22,16 @@ class TrainNetwork:
     EMA and checkpoints keep the plain module, so no wrapper's name reaches a file. Validation, in
     evaluation mode without gradients, calls the plain module, so nothing more is compiled. `params`
     are what the optimizer changes, `weights.state_dict()` what is averaged, `module` the module
-    whose layers learn. `say(text)` prints what the compiler cannot do.
+    whose layers learn. Ranks exchange gradients in bfloat16 if `compressed`. `say(text)` prints
+    what the compiler cannot do.
     """
 
     # inside `accumulating(more=True)` no rank waits for another: each can try a micro-step alone
     rehearses = True
 
-    def __init__(self, net, machine):
+    def __init__(self, net, machine, compressed=False):
         self.net = net
+        self.compressed = compressed
         self.machine = machine
         self.eval_module = net
         self.compiled = None
@@ -47,6 +49,13 @@ class TrainNetwork:
         # gradients are views of the buckets that ranks exchange, not copies
         wrapped = DistributedDataParallel(self.net, gradient_as_bucket_view=True)
         wrapped.broadcast_buffers = False  # they are constants; the argument changed its name
+        if self.compressed:
+            # here, as most runs do not need it
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+            # a function of another name: without NCCL, torch refuses that of its hook
+            hook = default_hooks.bf16_compress_hook
+            wrapped.register_comm_hook(None, lambda state, bucket: hook(state, bucket))
         return wrapped
 
     def __call__(self, x, t, y=None, **conditions):

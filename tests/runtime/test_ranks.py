@@ -118,7 +118,16 @@ def test_a_new_folder_continues_the_run_of_as_many_ranks_to_the_bit(folder, seen
 
 
 def test_gradients_are_exchanged_in_place_and_buffers_not_at_all(seen):
-    assert seen["buckets"] == [[True, False]] * 2
+    assert seen["buckets"] == [[True, False, False]] * 2
+
+
+def test_gradients_are_exchanged_in_bfloat16_where_the_config_says_so(folder, seen):
+    """Rounded to 8 bits, and so are the sums of shards, in which all ranks agree."""
+    assert seen["compressed"] == [[True, False, True]] * 2
+    (first, second) = seen["compressed shards"]
+    assert first["weights"] == second["weights"] != seen["sharded"][0]["weights"]
+    for row, other in zip(rows(folder / "compressed"), rows(folder / "sharded"), strict=True):
+        assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-3)
 
 
 def test_where_one_rank_has_no_room_all_cut_alike(folder, seen, said):

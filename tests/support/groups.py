@@ -141,13 +141,17 @@ def trained(folder, **options):
     return {"weights": weights, "average": average, "numbers here": rows}
 
 
-def buckets():
-    """Whether gradients are views of the buckets that ranks exchange, and buffers are exchanged."""
-    network = TrainNetwork(build.network(RUN), device.start())
+def buckets(compressed):
+    """Whether gradients are views of the buckets that ranks exchange, buffers are exchanged, and
+    gradients are numbers of bfloat16.
+    """
+    network = TrainNetwork(build.network(RUN), device.start(), compressed)
     network.train()
-    network(torch.ones(2, 2, 16, 16), torch.ones(2)).square().mean().backward()
+    out = network(torch.randn(2, 2, 16, 16), torch.ones(2))
+    (out - 1).square().mean().backward()
     grads = [param.grad for param in network.params if param.grad is not None]
-    answer = [all(grad._is_view() for grad in grads), network.wrapped.broadcast_buffers]
+    rounded = all(torch.equal(grad, grad.bfloat16().float()) for grad in grads)
+    answer = [all(grad._is_view() for grad in grads), network.wrapped.broadcast_buffers, rounded]
     runtime_ranks.stop()
     return answer
 
@@ -164,7 +168,7 @@ def failing(graph, inputs):
 
 def gathered_in_float32(folder, **options):
     """Train with shards that are gathered in the type in which they are kept."""
-    fsdp.mixed_precision = lambda dtype: MixedPrecisionPolicy()
+    fsdp.mixed_precision = lambda *how: MixedPrecisionPolicy()
     return trained(folder, **options)
 
 
@@ -340,7 +344,8 @@ def main_of(folder):
     group(
         "halves", 2, lambda rank: trained(folder / "halves", train__gradient_accumulation_steps=2)
     )
-    group("buckets", 2, lambda rank: buckets())
+    group("buckets", 2, lambda rank: buckets(False))
+    group("compressed", 2, lambda rank: buckets(True))
     group("crowded", 2, lambda rank: crowded(rank, folder / "crowded", 2))
     group("no room", 2, lambda rank: crowded(rank, folder / "no room", 0))
     group("sharded", 2, lambda rank: trained(folder / "sharded", train__fully_shard=True))
@@ -353,6 +358,8 @@ def main_of(folder):
     group("half", 2, lambda rank: trained(folder / "half", **half))
     group("half by autocast", 2, lambda rank: gathered_in_float32(folder / "autocast", **half))
     group("compiled half", 2, lambda rank: compiled(folder / "compiled half", "aot_eager", **half))
+    small = shards | {"train__gradient_compression": "bf16"}
+    group("compressed shards", 2, lambda rank: trained(folder / "compressed", **small))
     resumed("two, then one", 1, "two")
     resumed("two, then four", 4, "two")
     resumed("two, then four sharded", 4, "two", train__fully_shard=True)
