@@ -255,12 +255,17 @@ def time_lines(training, variants, num_gpus, gpus):
 def way_words(training):
     """How the times are estimated, in words."""
     compiled = "compiled" if training.compiled else "not compiled (--config.train.compile=True)"
+    if training.config.train.compile == "auto":
+        compiled = (
+            "compiled, if train.compile=auto chooses that (--config.train.compile=False: without)"
+        )
     if training.mfu:
         return f"{compiled}, if a GPU reaches {training.mfu:.1%} of its published peak (--mfu)"
     layout = "" if training.channels_last else ", without channels_last"
     return (
         f"{compiled}{layout}, estimated from arithmetic, bandwidth and launches (published "
-        "trainings on A100 took 1.3 to 2.6 times as long, experiments/plan)"
+        "trainings on A100 took 1.3 to 2.6 times as long as estimated without compilation, "
+        "experiments/plan)"
     )
 
 

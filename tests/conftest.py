@@ -131,6 +131,9 @@ def isolated(tmp_path_factory, monkeypatch):
         "WORLD_SIZE",
     ):
         monkeypatch.delenv(name, raising=False)
+    yield
+    # of the client in this process, which a later module's processes would use
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 @pytest.fixture(scope="session")

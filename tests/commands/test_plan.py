@@ -338,7 +338,7 @@ def test_the_command():
     )
     assert "--config.train.batch_size=33\n" in out
     assert all(f"\n{gpu} " in out for gpu in plan.USUAL.split(",")) and "GiB: 0.0" in out
-    assert "time, not compiled (--config.train.compile=True), without channels_last, est" in out
+    assert "time, compiled, if train.compile=auto chooses that (--config.train.comp" in out
     rates = re.findall(r"\n.* [bf][pf]16 +([0-9,.]+) +0\.\d\d ", out)
     assert len(rates) == len(plan.USUAL.split(","))
     # of some hundred kernels at the least

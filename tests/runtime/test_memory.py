@@ -62,7 +62,7 @@ def test_the_account_of_a_step_is_what_the_profiler_sees(options, dtype, levels)
 @pytest.mark.parametrize("parts, bytes_more", [(1, 600), (2, 1000)])
 def test_ranks_keep_buckets_of_which_gradients_are_views(parts, bytes_more):
     """The gradients of a batch in several parts are apart from the buckets until the last part."""
-    found = runtime_memory.Account(1000, 1000, 2000, 400, 3000, 100, [])
+    found = runtime_memory.Account(1000, 1000, 2000, 400, 3000, 100, [], None)
     given = tiny(train__gradient_accumulation_steps=parts)
     assert memory.bytes_per_gpu(given, found, ranks=1) == found.total
     assert memory.bytes_per_gpu(given, found, ranks=2) == found.total + bytes_more
