@@ -160,7 +160,7 @@ def training_of(config):
 
 
 PARTS = ["weights", "EMA", "optimizer", "gradients", "activations", "workspace"]  # of an Account
-MEMORY_COLUMNS = ["type", "checkpointing", *PARTS, "sum", "GPU has", "most images"]
+MEMORY_COLUMNS = ["type", "checkpointing", *PARTS, "sum", "GPU needs", "most images"]
 
 
 def memory_lines(config, variants, vram, num_gpus):
@@ -180,9 +180,9 @@ def memory_lines(config, variants, vram, num_gpus):
     yield (
         plain([[*MEMORY_COLUMNS, f"of {num_gpus} sharded"], *rows])
         + "\n'gradients' are those that live at the peak: none at the end of the forward pass of "
-        "a batch in one part;\n'GPU has' is the sum, a tenth and half a GiB: kernels' own "
+        "a batch in one part;\n'GPU needs' is the sum, a tenth and half a GiB: kernels' own "
         "workspace and gaps are not counted;\n"
-        f"the last column is what each of {num_gpus} GPUs has by train.fully_shard, {images} "
+        f"the last column is what each of {num_gpus} GPUs needs with train.fully_shard, {images} "
         "images at a time on each; NCCL's buffers on several GPUs are not counted\n"
     )
     most = [variant.most for variant in variants if variant.checkpointing == "none"][-1]

@@ -102,10 +102,10 @@ def check_folder(path, example="data/cats"):
     """The Path of a folder; raises ValueError, with an example, where there is no folder."""
     root = files.expand_user(str(path))
     if not root.is_dir():
+        fault = "is a file; give" if root.exists() else "does not exist; put images there, or give"
         raise ValueError(
-            f"image folder {os.path.abspath(root)!r} "
-            f"{'is a file' if root.exists() else 'does not exist'}; give the path of a folder "
-            f"that holds images: {example}"
+            f"image folder {os.path.abspath(root)!r} {fault} the path of a folder that holds "
+            f"images: {example}"
         )
     return root
 

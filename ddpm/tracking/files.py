@@ -10,6 +10,7 @@ from collections import deque
 
 from tqdm import tqdm
 
+from ddpm.common.errors import one_line_with_type
 from ddpm.common.files import atomic_write
 from ddpm.tracking import rows
 
@@ -85,6 +86,7 @@ class Text(Sink):
         self.seconds_per_step = None  # as last measured, at step `measured`
         self.measured = start_step
         self.working = 0.0  # seconds of the steps since `start_step`
+        self.console_lost = False
         self.bar = tqdm(
             total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty()
         )
@@ -154,8 +156,12 @@ class Text(Sink):
         try:
             tqdm.write(text)  # above the bar, if there is one
             sys.stdout.flush()
-        finally:
-            self.keep(text)
+        except OSError as error:
+            if not self.console_lost:
+                self.console_lost = True
+                reason = one_line_with_type(error)
+                self.keep(f"the console takes no more lines ({reason}); this file has all of them")
+        self.keep(text)
 
     def keep(self, text):
         self.lines.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")

@@ -88,6 +88,8 @@ def test_sigterm_saves_leaves_with_75_and_the_same_command_goes_on(tmp_path):
         assert (
             subprocess.run(command, cwd=tmp_path, env=environment, stdout=console).returncode == 0
         )
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert log.count("the console takes no more lines") == 1 and "incomplete" not in log
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 61))
     history = {}
     for log in sorted(

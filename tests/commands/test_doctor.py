@@ -241,7 +241,10 @@ def test_the_command_and_its_exit_codes(folder, tmp_path):
         ([f"--config={ROOT}/configs/digits.py"], "the doctor looks at folders of files"),
         ([folder, "--out=README.md"], "cannot write to README.md: a file is in the way"),
         ([folder, "--out=README.md/out"], "cannot write to README.md/out: a file is in the way"),
-        (["none", "--out=made"], "none' does not exist; give the path of a folder"),
+        (
+            ["none", "--out=made"],
+            "none' does not exist; put images there, or give the path of a folder",
+        ),
     ):
         code, out, err = outcome_of("doctor", *words, cwd=tmp_path)
         assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1

@@ -477,9 +477,7 @@ def test_a_path_that_is_not_found_is_whole_and_with_what_to_change(
     moved, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(tmp_path)
-    gone = (
-        rf"image folder '{tmp_path}/pets' does not exist; give the path .*: --config.data.source="
-    )
+    gone = rf"image folder '{tmp_path}/pets' does not exist; put images there, or give the path .*: --config.data.source="
     with pytest.raises(ValueError, match=gone):
         evaluate(moved / "run", "cpu")
     with pytest.raises(ValueError, match=gone):

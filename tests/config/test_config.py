@@ -1038,7 +1038,7 @@ MISTAKES = [  # the arguments, and what the one line says; (file) is a file of F
     ),
     (
         [DIGITS, "--config.data.source=folder(path='no/such')"],
-        "no/such' does not exist; give the path of a folder that holds images: "
+        "no/such' does not exist; put images there, or give the path of a folder that holds images: "
         "--config.data.source=",
     ),
     ([DIGITS, "--config.train.init_from=no/such"], "no/such is neither a file nor a run folder"),

@@ -231,7 +231,7 @@ def test_what_one_rank_alone_cannot_do_ends_all_with_its_words(folder, seen, sai
     assert seen["no data"] == [2, 2]
     (line,) = (line for line in said["no data"][0].splitlines() if not line.endswith(" ..."))
     assert line.startswith("error: rank 1: image folder '/") and said["no data"][1] == ""
-    assert "/photos' does not exist; give the path of a folder" in line
+    assert "/photos' does not exist; put images there, or give the path of a folder" in line
     assert seen["data go"] == [1, 1]
     log = (folder / "data go" / "run" / "training.log").read_text()
     line = said["data go"][1].splitlines()[0]
