@@ -40,7 +40,7 @@ CONFIG = {
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
+def without_settings(isolated, tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
