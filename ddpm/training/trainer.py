@@ -222,7 +222,7 @@ class Trainer:
             return
         if self.best.improved(loss):
             self.tracker.summary(f"best/{self.best.by.replace('/', '_')}", loss)
-            self.export(self.best.file, done, {"by": self.best.by, "loss": loss})
+            self.export(self.best.file, done, best={"by": self.best.by, "loss": loss})
 
     def validate(self, done):
         """Log the validation loss of the weights and of their average; returns the latter."""
@@ -281,11 +281,11 @@ class Trainer:
         for line in copying_warning(numbers, f"look at {grid}"):
             self.tracker.say(line)
 
-    def export(self, name, done, best=None):
-        """Write the averaged weights to the file `name`, with the loss by which they are `best`."""
+    def export(self, name, done, **more):
+        """Write the averaged weights to the file `name`, with `more` in its header."""
         weights = self.network.full_state_dict(self.step.ema.shadow)
         if self.machine.main:
-            export = partial(training_weights.export, **({"best": best} if best else {}))
+            export = partial(training_weights.export, **more)
             self.write(export, self.folder / name, weights, done, self.config_json)
 
     def tidy(self):
@@ -314,8 +314,9 @@ class Trainer:
                     part.collect()
             if self.machine.main:
                 states = {name: part.state_dict() for name, part in self.parts.items()}
-                rest = 2, milestone, self.stability.last_healthy_step.item()
-                self.write(checkpoint.save, self.folder, done, self.config_json, states, *rest)
+                healthy_step = self.stability.last_healthy_step.item()
+                save = partial(checkpoint.save, milestone=milestone, healthy_step=healthy_step)
+                self.write(save, self.folder, done, self.config_json, states)
         self.saved = done, self.pending.names
 
     def stop(self, done, stopped):
