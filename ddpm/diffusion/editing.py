@@ -207,16 +207,13 @@ def get_edit(text):
 
 def visited_levels(edit, sampler, levels):
     """Return the levels of an edit's network calls; ValueError for what the edit cannot use."""
-    visited = []
     zero = torch.zeros(1, 1, 1, 1)
-
-    def denoise(x, level):
-        visited.append(level)
-        return x, x, x
-
     inputs = EditInput((zero,) * edit.images, zero.bool(), torch.zeros(1))
-    deque(edit.walk(sampler, lambda: denoise, levels, lambda k: zero, inputs), maxlen=0)
-    return visited
+
+    def walk(denoise, x, levels, noise):
+        return edit.walk(sampler, lambda: denoise, levels, noise, inputs)
+
+    return samplers.visited_levels(walk, levels, learned=True)
 
 
 EDITS = {
