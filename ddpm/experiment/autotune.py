@@ -239,7 +239,7 @@ class Trials:
 def measure(config, machine):
     """The Result of training a new network of a config for some steps; Unusable if that fails."""
     step, batch = on_all_ranks(machine, partial(throw_away_step, config, machine))
-    reset_peak(machine)
+    machine.reset_peak()
     on_all_ranks(machine, partial(step, 0, batch))
     readings = step.meters.read()
     first = on_all_ranks(machine, partial(seconds_of, step, batch, range(1, 1 + WARM_UP)))
@@ -250,7 +250,7 @@ def measure(config, machine):
         max(machine.all_gather(seconds)),
         readings["train/loss"],
         readings["train/grad_norm"],
-        max(machine.all_gather(reset_peak(machine))),
+        max(machine.all_gather(machine.reset_peak())),
     )
 
 
@@ -322,12 +322,3 @@ def check_agreement(result, reference, dtype):
             f"its loss {result.loss:.5g} and gradient norm {result.norm:.5g} differ from "
             f"{reference.loss:.5g} and {reference.norm:.5g} by more than {tolerance:.1%}"
         )
-
-
-def reset_peak(machine):
-    """Forget the most bytes that torch has reserved on the GPU, and return them; 0 on a CPU."""
-    if machine.device.type != "cuda":
-        return 0
-    peak = torch.cuda.max_memory_reserved(machine.device)
-    torch.cuda.reset_peak_memory_stats(machine.device)
-    return peak

@@ -180,6 +180,14 @@ class Machine:
         peak = torch.cuda.max_memory_allocated(self.device)
         return self.free() < peak - torch.cuda.memory_allocated(self.device)
 
+    def reset_peak(self):
+        """Forget the most bytes that torch has reserved on the GPU, and return them; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        peak = torch.cuda.max_memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
     def memory(self):
         """Peak memory of this process in GiB, by tracked key."""
         # ru_maxrss is in bytes on macOS, in KiB elsewhere
