@@ -131,7 +131,6 @@ def plan(config, vram, mfu, num_gpus, gpus=USUAL):
     Raises ValueError for a config that cannot be run and for an unknown GPU.
     """
     gpus = listed(gpus)
-    build.check(config)
     training = training_of(config)._replace(mfu=mfu)
     shape = "x".join(map(str, build.image_shape(config)[::-1]))
     yield (
@@ -150,12 +149,13 @@ def plan(config, vram, mfu, num_gpus, gpus=USUAL):
 
 
 def training_of(config):
-    """The Training of a config."""
+    """The Training of a config; raises ValueError for one that cannot be run."""
+    model = build.check(config)
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in build.network(config).parameters())
     flops = cost.count_flops(config)
     steps, num_images, words = length(config)
-    evaluation = cost.plan_evaluation(config, num_images, flops)
+    evaluation = cost.plan_evaluation(config, num_images, flops, model=model)
     return Training(config, weights, flops, steps, num_images, words, evaluation)
 
 
@@ -172,7 +172,7 @@ def memory_lines(config, variants, vram, num_gpus):
         f"memory of a training step on one GPU, GiB, {images} images at a time (a batch of "
         f"{batch_size} in {parts} parts); most images at a time on a GPU of {vram:g} GiB"
     )
-    options = {"train.fully_shard": True, "train.compile": False, "train.channels_last": False}
+    options = {"train.fully_shard": True, "train.channels_last": False}
     sharded = None
     with contextlib.suppress(ValueError):  # a network that cannot be sharded
         sharded = changed(config, options)
