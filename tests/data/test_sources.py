@@ -670,13 +670,12 @@ def test_loader_gives_the_same_for_any_number_of_workers(zoo):
     source = open_folder(zoo)
     before = torch.get_rng_state()
     runs = []
-    others = set(multiprocessing.active_children())  # of tests before this one
     for workers in (0, 1, 2):
         batches = (order.batch_indices(0, len(source), step, 5) for step in itertools.count())
         running = loader.loader(source, batches, workers)
         runs.append([next(running) for _ in range(6)])
         running.close()
-        assert set(multiprocessing.active_children()) <= others
+        assert not multiprocessing.active_children()
     for one, *others in zip(*runs, strict=True):
         assert (
             one[0].shape == (5, 3, 8, 8)
@@ -700,15 +699,14 @@ def test_loader_brings_labels_and_ends_with_its_batches():
 def test_workers_outlive_signals_to_the_whole_group():
     source = data.open_source("digits", 8, 1)
     expected = list(loader.loader(source, [[k, k + 1] for k in range(12)]))
-    others = set(multiprocessing.active_children())  # of tests before this one
     running = loader.loader(source, [[k, k + 1] for k in range(12)], 2)
     found = [next(running), next(running)]  # by now both workers have begun
-    for worker in set(multiprocessing.active_children()) - others:
+    for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
     found += running
     assert all(torch.equal(a[0], b[0]) for a, b in zip(found, expected, strict=True))
-    assert set(multiprocessing.active_children()) <= others
+    assert not multiprocessing.active_children()
 
 
 def test_a_process_that_leaves_a_loader_standing_ends():

@@ -1,5 +1,6 @@
 """Stopped anywhere, within seconds, and continued to the same bits."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -286,6 +287,9 @@ def test_the_wait_for_workers_ends_within_seconds():
         with pytest.raises(StopTraining):
             next(batches)
     assert time.monotonic() - began < 20  # 1.5 on an idle machine
+    for worker in multiprocessing.active_children():  # it would sleep on beside the next tests
+        worker.kill()
+        worker.join()
 
 
 def test_a_slow_batch_arrives_after_several_polls(monkeypatch):
